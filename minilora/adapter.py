@@ -1,7 +1,7 @@
 """Adapters in and out of a model: attach, switch, merge, detach, save, load.
 
 A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `attach_lora`,
-`save_lora` and `load_lora` are for LoRA and DoRA with one rank on all linear layers of some names;
+`save_lora` and `load_lora` are for LoRA and DoRA with one rank on the linear layers of some names;
 what else PEFT has is in `minilora.adapters`. Saved adapters have PEFT's layout, with tensors named
 `base_model.model.<path>.lora_A.weight`.
 """
@@ -34,8 +34,6 @@ PREFIX = "base_model.model."  # of a tensor's name in PEFT's file, before the pa
 PEFT_NAMES = {  # of a layer's tensors, after the path
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
-    "lora_bias": "lora_B.bias",
-    "bias": "base_layer.bias",
     "magnitude": "lora_magnitude_vector",
 }
 
@@ -137,6 +135,7 @@ def attach_lora(
     target_modules: Sequence[str],
     r: int = 16,
     lora_alpha: float = 32,
+    use_rslora: bool = False,
     use_dora: bool = False,
     lora_dropout: float = 0.0,
     name: str = "default",
@@ -164,7 +163,7 @@ def attach_lora(
         if path in wrappers and name in wrappers[path].adapters:
             raise TargetError(f"{path} has an adapter {name!r} already")
     generator = torch.Generator().manual_seed(seed)
-    scale = lora_scale(r, lora_alpha)
+    scale = lora_scale(r, lora_alpha, use_rslora)
     new = {path: LoraLinear(linears[path], path) for path in chosen if path not in wrappers}
     for path in chosen:
         base: Any = linears[path]
@@ -256,19 +255,16 @@ def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write an adapter of all linear layers of some names, of one rank and scale, in PEFT's layout.
+    """Write an adapter of linear layers, of one rank and scale, in PEFT's layout.
 
     Raises:
         TargetError: the adapter has something else, which `ml.save_adapter` writes.
     """
     layers = layers_of(model, name)
     adapters = [layer.adapters[name] for layer in layers.values()]
-    is_plain = all(type(each) is LoraAdapter for each in adapters)
-    is_plain = is_plain and all(each.bias is each.lora_bias is None for each in adapters)
-    is_even = is_plain and len({(len(each.lora_A), each.scale) for each in adapters}) == 1
-    targets = {last_name(where) for where in layers}
-    if not is_even or {p for p in base_modules(model) if last_name(p) in targets} != layers.keys():
-        need = "need one rank and scale on all modules of some names; see `ml.save_adapter`"
+    plain = [a for a in adapters if type(a) is LoraAdapter and a.bias is a.lora_bias is None]
+    if len(plain) < len(adapters) or len({(len(a.lora_A), a.scale) for a in plain}) > 1:
+        need = "need linear layers of one rank and scale; see `ml.save_adapter`"
         raise TargetError(f"{name}: {need}")
     adapter = adapters[0]
     config = {
@@ -277,8 +273,9 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
         "r": len(adapter.lora_A),
         "lora_alpha": adapter.scale * len(adapter.lora_A),
         "lora_dropout": adapter.dropout.p,
+        "use_rslora": False,
         "use_dora": adapter.magnitude is not None,
-        "target_modules": sorted(targets),
+        "target_modules": sorted({last_name(where) for where in layers}),
     }
     Path(path).mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous() for key, tensor in lora_tensors(model, name).items()}
@@ -287,10 +284,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def load_lora(
-    model: nn.Module,
-    path: str | Path,
-    name: str = "default",
-    trainable: bool = False,
+    model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False
 ) -> None:
     """Read an adapter that `save_lora` wrote, attach it and activate it alone.
 
@@ -299,11 +293,10 @@ def load_lora(
     """
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     stored = load_file(Path(path) / "adapter_model.safetensors")
-    others = ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
-    if more := [key for key in others if config.get(key)]:
-        what = f"adapter_config.json sets {more}; `minilora.adapters` reads such adapters"
-        raise FormatError(f"{path}: {what}")
-    numbers = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")}
+    if config.get("alpha_pattern"):
+        raise FormatError(f"{path}: alpha_pattern is for `ml.load_adapter`")
+    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout")
+    numbers = {key: config[key] for key in keys}
     attach_lora(model, config["target_modules"], **numbers, name=name)
     tensors = lora_tensors(model, name)
     there = {(key, tuple(tensor.shape)) for key, tensor in stored.items()}

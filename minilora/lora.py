@@ -50,12 +50,7 @@ def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tens
 
 @definition
 def lora_linear(
-    x: Tensor,
-    base: Linear,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
+    x: Tensor, base: Linear, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
     """Apply a linear layer with a low-rank update.
 
@@ -157,9 +152,7 @@ class LoraLinear(AdapterWrapper):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the base computes in."""
-        is_packed = isinstance(self.base, NF4Linear)
-        found: torch.dtype = self.base.dtype if is_packed else self.base.weight.dtype
-        return found
+        return self.base.dtype if isinstance(self.base, NF4Linear) else self.base.weight.dtype
 
     def __getattr__(self, name: str) -> Any:
         """Forward unknown attributes, such as `out_features`, to the base."""
@@ -210,9 +203,6 @@ class LoraAdapter(nn.Module):
         """Return m / ‖W + s·B A‖, (out)."""
         assert self.magnitude is not None
         return self.magnitude / dora_norm(weight, self.lora_A, self.lora_B, self.scale)
-
-    def extra_repr(self) -> str:
-        return f"r={len(self.lora_A)}, scale={self.scale:g}"
 
 
 @definition

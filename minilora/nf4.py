@@ -1,16 +1,18 @@
 """NF4: a frozen weight in four bits, with one scale for each block of 64 numbers.
 
-    absmax_b = max |w| over block b,    code = nearest of 16 levels to w / absmax_b,    w ≈ level[code] · absmax_b
+    absmax_b = max |w| over block b,    code = nearest of 16 levels to w / absmax_b
+    w ≈ level[code] · absmax_b
 
-Weights are nearly normal, so the levels are quantiles of a normal distribution, scaled to [-1, 1] and with an exact 0
-[QLoRA §3, app. E]. An absmax in float32 costs half a bit for each of its 64 weights. *Double quantization* stores the
-absmaxes, less their mean, in eight bits, with one float32 scale per 256: 8/64 + 32/(64·256) = 0.127 bits a weight.
+Weights are nearly normal, so the levels are quantiles of a normal distribution, scaled to [-1, 1]
+and with an exact 0  [QLoRA §3, app. E]. An absmax in float32 costs half a bit for each of its 64
+weights. *Double quantization* stores the absmaxes, less their mean, in eight bits, with one float32
+scale per 256: 8/64 + 32/(64·256) = 0.127 bits a weight.
 
-QLoRA is LoRA on such a weight, stored in four bits and computed with in 16  [QLoRA eq. 5]. Bytes are those of
-bitsandbytes: the first of two weights is in the high half of a byte, blocks run over the rows laid end to end, and a
-number midway between two levels gets the lower one.
+QLoRA is LoRA on such a weight, stored in four bits and computed with in 16  [QLoRA eq. 5]. Bytes
+are those of bitsandbytes: the first of two weights is in the high half of a byte, blocks run over
+the rows laid end to end, and a number midway between two levels gets the lower one.
 
-    N rows, K columns, n = N·K weights, b = ⌈n/64⌉ blocks
+    in, out  features    n = out·in weights    b = ⌈n/64⌉ blocks
 
     [QLoRA]  Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs
     [8-bit]  Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization
@@ -21,29 +23,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.definition import definition
-from minilora.errors import ConfigError, TrainingError
+from minilora.errors import TrainingError
 
 LEVELS = (  # as published; computed again, the last bits would differ from machine to machine
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # only read
-BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share an absmax; absmaxes that share a scale
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has
+BLOCK_SIZE = 64  # weights that share an absmax
+NESTED_BLOCK_SIZE = 256  # absmaxes that share a scale
 SMALLEST = 1e-38  # the least divisor: a block with an absmax of 0 has only zeros to divide
-QuantType = Literal["nf4", "fp4"]
 
 
 class Packed(NamedTuple):
-    """The tensors of a weight in four bits; an `NF4Linear` keeps (N, …) of them, and offset (1)."""
+    """The tensors of a weight in four bits."""
 
     packed: Tensor  # (⌈n/2⌉) uint8
     absmax: Tensor  # (b) float32, or with double quantization uint8 codes
@@ -53,43 +54,43 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape, dtype and block size of a packed weight."""
+    """What the tensors of a packed weight stand for."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (out, in)
     dtype: torch.dtype  # of the weight before quantization
     block_size: int = BLOCK_SIZE
-    quant_type: QuantType = "nf4"
+    levels: tuple[float, ...] = LEVELS
 
 
-def quantize_weight(weight: Tensor, double_quant: bool = True, block_size: int = BLOCK_SIZE) -> Packed:
-    """Quantize a weight (N, K): in blocks of 64 to 4.127 bits a number, or 4.5 without double quantization."""
-    packed, absmax = quantize(weight, block_size)
-    return Packed(packed, *(quantize_absmax(absmax) if double_quant else (absmax, None, None)))
+def quantize_weight(weight: Tensor, double_quant: bool = True) -> Packed:
+    """Quantize a weight (out, in) to 4.127 bits a number, or 4.5 without double quantization."""
+    packed, absmax = quantize(weight)
+    if not double_quant:
+        return Packed(packed, absmax, None, None)
+    return Packed(packed, *quantize_absmax(absmax))
 
 
 def dequantize_weight(parts: Packed, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Dequantize a packed weight: (N, K), in `dtype`."""
+    """Dequantize a packed weight: (out, in), in `dtype`."""
     packed, absmax, scales, offset = parts
-    absmax = absmax.reshape(-1)
     if scales is not None and offset is not None:
         absmax = dequantize_absmax(absmax, scales, offset)
-    return dequantize(packed, absmax, layout.shape, dtype, layout.block_size, layout.quant_type)
+    return dequantize(packed, absmax, layout.shape, dtype, layout.block_size, layout.levels)
 
 
 @definition
 def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
     """Round each number of a weight to the nearest level of its block.
 
-    absmax_b = max |w| over block b,    code = number of midpoints of neighbouring levels below w · (1/absmax_b)
+    absmax_b = max |w| over block b,    code = number of midpoints of levels below w · (1/absmax_b)
 
-    As in bitsandbytes, an incomplete last block is divided by absmax; if n is odd, the code of 0 fills the last byte.
+    As in bitsandbytes, an incomplete last block is divided by absmax; if n is odd, the code of 0
+    fills the last byte.
 
-    Shapes: weight (N, K) -> packed (⌈n/2⌉) uint8, absmax (b) float32
+    Shapes: weight (out, in) -> packed (⌈n/2⌉) uint8, absmax (b) float32
     """
-    if block_size not in BLOCK_SIZES:
-        raise ConfigError(f"block_size is {block_size}, need a power of two from 32 to 4096")
-    flat, n = weight.detach().reshape(-1).float(), weight.numel()
-    blocks = F.pad(flat, (0, -n % block_size)).view(-1, block_size)
+    n = weight.numel()
+    blocks = F.pad(weight.detach().reshape(-1).float(), (0, -n % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(1)
     if not (absmax.is_meta or absmax.isfinite().all()):
         raise TrainingError("a weight that is not finite cannot be quantized")
@@ -97,9 +98,8 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
     if n % block_size:
         absmax[-1].clamp_(min=SMALLEST)
         x[-1] = blocks[-1] / absmax[-1]
-    bounds = midpoints(CODEBOOKS["nf4"].to(x.device, non_blocking=True))
-    codes = torch.bucketize(x.view(-1)[:n], bounds, out_int32=True).to(torch.uint8)
-    codes = F.pad(codes, (0, n % 2), value=LEVELS.index(0.0))
+    codes = torch.bucketize(x.view(-1)[:n], midpoints(NF4.to(x.device)), out_int32=True)
+    codes = F.pad(codes.to(torch.uint8), (0, n % 2), value=LEVELS.index(0.0))
     return codes[0::2] << 4 | codes[1::2], absmax
 
 
@@ -115,7 +115,7 @@ def dequantize(
     shape: Sequence[int],
     dtype: torch.dtype,
     block_size: int = BLOCK_SIZE,
-    quant_type: QuantType = "nf4",
+    levels: tuple[float, ...] = LEVELS,
 ) -> Tensor:
     """Look up each number's level and multiply it by its block's absmax.
 
@@ -125,15 +125,15 @@ def dequantize(
     Dtype: dtype
     """
     n = math.prod(shape)
-    levels = CODEBOOKS[quant_type].to(packed.device, non_blocking=True)
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1)[:n]
-    return (levels[codes.int()] * absmax.repeat_interleave(block_size)[:n]).to(dtype).view(*shape)
+    level = torch.tensor(levels, dtype=torch.float32, device=packed.device)[codes.int()]
+    return (level * absmax.repeat_interleave(block_size)[:n]).to(dtype).view(*shape)
 
 
 def dynamic_map() -> Tensor:
-    """Return the 256 levels of the second quantization in order: 0, 1, and ±10^(i-6)·m for i = 0 … 6  [8-bit].
+    """Return the levels of the second quantization: 0, 1, ±10^(i-6)·m for i = 0 … 6  [8-bit].
 
-    m are the midpoints of 2^i equal parts of [0.1, 1], so levels are closer together towards 0.
+    m are the midpoints of 2^i equal parts of [0.1, 1]: towards 0 there are more of the 256 levels.
     """
     levels = [torch.tensor([0, 1], dtype=torch.float32)]
     for i in range(7):
@@ -143,31 +143,35 @@ def dynamic_map() -> Tensor:
     return torch.cat(levels).sort().values
 
 
-with torch.device("cpu"):  # whatever the default device is; copied to a weight's where they are used
-    CODEBOOKS = {"nf4": torch.tensor(LEVELS, dtype=torch.float32)}
-    CODEBOOKS["fp4"] = torch.tensor(FP4_LEVELS, dtype=torch.float32)
+with torch.device("cpu"):  # whatever the default device is
+    NF4 = torch.tensor(LEVELS, dtype=torch.float32)
     DYNAMIC_MAP = dynamic_map()
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the absmaxes of a weight a second time, to eight bits.
 
-    offset = mean of absmax;    scale_c = max |absmax - offset| over 256 of them;    code = nearest of 256 levels
+    offset = mean of absmax,    scale_c = max |absmax - offset| over 256 of them
+    code = nearest of 256 levels to (absmax - offset) / scale_c
 
-    Rounded as bitsandbytes does on the CPU, by a table of 65,536 entries; on CUDA two codes in a thousand differ.
+    Rounded as bitsandbytes does on the CPU, by a table of 65,536 entries; on CUDA two codes in a
+    thousand differ.
 
     Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉) float32, offset () float32
     """
     offset = absmax.mean()
     if not (offset.is_meta or offset.isfinite()):
-        raise TrainingError("the mean of a weight's absmaxes overflows; quantize it without double quantization")
+        need = "quantize it without double quantization"
+        raise TrainingError(f"the mean of a weight's absmaxes overflows; {need}")
     b = absmax.numel()
     blocks = F.pad(absmax - offset, (0, -b % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scales = blocks.abs().amax(1)
     x = (blocks * scales.reciprocal().unsqueeze(1)).view(-1)[:b].clamp(-1, 1)
-    index = ((x.nan_to_num(-1) + 1) * 0.5 * 65535 + 0.5).to(torch.int32)  # a block of zeros, 0/0, has index 0
+    x = x.nan_to_num(-1)  # a block of zeros, 0/0, has index 0
+    index = ((x + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
     x = index.float() * (2 / 65535) - 1
-    return torch.bucketize(x, midpoints(DYNAMIC_MAP.to(x.device, non_blocking=True))).to(torch.uint8), scales, offset
+    codes = torch.bucketize(x, midpoints(DYNAMIC_MAP.to(x.device)))
+    return codes.to(torch.uint8), scales, offset
 
 
 def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
@@ -175,8 +179,8 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
     Shapes: codes (b), scales (⌈b/256⌉), offset () -> (b)
     """
-    levels = DYNAMIC_MAP.to(codes.device, non_blocking=True)[codes.int()]
-    return levels * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset
+    level = DYNAMIC_MAP.to(codes.device, non_blocking=True)[codes.int()]
+    return level * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset
 
 
 @definition
@@ -185,9 +189,10 @@ def nf4_linear(x: Tensor, layer: NF4Linear, bias: Tensor | None) -> Tensor:
 
     y = x Wᵀ + b,  W = dequantize(packed, absmax, …)
 
-    Shapes: x (..., K), bias (N) -> (..., N)
+    Autograd keeps the dense W of every layer, to compute dx = dy W; the kernel dequantizes W a
+    second time instead.
 
-    Autograd keeps the dense W of every layer, to compute dx = dy W; the kernel dequantizes W a second time instead.
+    Shapes: x (..., in), bias (out) -> (..., out)
     """
     return F.linear(x, layer.weight, None if bias is None else bias.to(x.dtype))
 
@@ -195,23 +200,28 @@ def nf4_linear(x: Tensor, layer: NF4Linear, bias: Tensor | None) -> Tensor:
 class NF4Linear(nn.Module):
     """A frozen linear layer whose weight is packed in four bits; it computes in `dtype`."""
 
-    def __init__(self, parts: Packed, layout: Layout, bias: Tensor | None, dtype: torch.dtype):
+    packed: Tensor
+    absmax: Tensor
+    scales: Tensor | None
+    offset: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: Packed, layout: Layout, bias: Tensor | None):
         super().__init__()
-        self.layout, self.dtype = layout, dtype
+        self.layout = layout
+        self.dtype = layout.dtype
         self.out_features, self.in_features = layout.shape
-        rows = (self.out_features, -1) if self.in_features % layout.block_size == 0 else (-1,)  # to shard by rows
-        self.packed, self.absmax = _frozen(parts.packed.view(rows)), _frozen(parts.absmax.view(rows))
-        self.scales = None if parts.scales is None else _frozen(parts.scales)
-        self.offset = None if parts.offset is None else _frozen(parts.offset.view(1))  # scalars cannot be sharded
-        self.bias: nn.Parameter | None = None if bias is None else _frozen(bias.detach())
+        for name, tensor in {**parts._asdict(), "bias": bias}.items():
+            frozen = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+            self.register_parameter(name, frozen)
 
     @classmethod
     def quantize(
-        cls, weight: Tensor, bias: Tensor | None = None, double_quant: bool = True, dtype: torch.dtype | None = None
+        cls, weight: Tensor, bias: Tensor | None = None, double_quant: bool = True
     ) -> NF4Linear:
-        """Build the layer of a dense weight (N, K); it computes in the weight's dtype if no other is given."""
-        N, K = weight.shape
-        return cls(quantize_weight(weight, double_quant), Layout((N, K), weight.dtype), bias, dtype or weight.dtype)
+        """Build the layer of a dense weight (out, in). It computes in the weight's dtype."""
+        layout = Layout((weight.size(0), weight.size(1)), weight.dtype)
+        return cls(quantize_weight(weight, double_quant), layout, bias)
 
     @property
     def parts(self) -> Packed:
@@ -220,22 +230,20 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (N, K), dequantized anew each time."""
+        """The weight (out, in), dequantized anew each time."""
         return dequantize_weight(self.parts, self.layout, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return nf4_linear(x.to(self.dtype), self, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        """Apply `.to()` and the like: a new dtype is that of the computation; packed tensors only change device."""
+        """Apply `.to()` and the like; a new dtype is that of the computation alone."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype or tensor is self.bias else tensor.to(moved.device)
+            if moved.dtype == tensor.dtype or tensor is self.bias:
+                return moved
+            return tensor.to(moved.device)
 
         return super()._apply(move, recurse)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -14,6 +14,7 @@ import minilora as ml
 from minilora import definition, llama, lora, nf4
 from minilora.kernels import attention
 from minilora.kernels import llama as loss
+from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
 from minilora.testing.checks import check_kernel
 from minilora.testing.compare import assert_maths
@@ -119,8 +120,8 @@ def dequantize(c):
     shape = c.size(24), c.size(150, 150)
     packed, absmax = nf4.quantize.function(randn(c.seed, *shape))
     c.leaf(1, is_fixed=True)  # for its dtype
-    quant_type = c.of("nf4", "fp4")
-    c.call = lambda function, x: function(packed, absmax, shape, x.dtype, quant_type=quant_type)
+    levels = c.of(nf4.LEVELS, FP4_LEVELS)
+    c.call = lambda function, x: function(packed, absmax, shape, x.dtype, levels=levels)
 
 
 def nf4_linear(c):

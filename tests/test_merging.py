@@ -20,6 +20,7 @@ from minilora.adapters.layers import as_matrix
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.files import holds_files, publishing
 from minilora.lora import LoraLinear, merge_weight
+from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear, quantize
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths
@@ -204,7 +205,7 @@ def test_a_block_size_other_than_ours_is_kept(things):
     example = NF4Linear.quantize(base.weight, double_quant=False)
     packed, absmax = quantize(base.weight, 128)
     layout = replace(example.layout, block_size=128)
-    example = NF4Linear(example.parts._replace(packed=packed, absmax=absmax), layout, None, torch.float32)
+    example = NF4Linear(example.parts._replace(packed=packed, absmax=absmax), layout, None).to(torch.float32)
     again = merging._packed_like(example, example.weight)
     assert again.layout == layout
     assert torch.equal(again.packed, example.packed)
@@ -217,7 +218,7 @@ def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_ag
     model = ml.load_model(things / "packed")
     for path, linear in linear_layers(model).items():
         if isinstance(linear, NF4Linear) and path.endswith(end):
-            linear.layout = replace(linear.layout, quant_type="fp4")
+            linear.layout = replace(linear.layout, levels=FP4_LEVELS)
     ml.save_model(model, things / "fp4")
     with pytest.raises(ConfigError, match="fp4: the target 'requantized' needs linears quantized as nf4, found fp4"):
         merge(things, "requantized", base="fp4")

@@ -131,7 +131,7 @@ def test_a_default_dtype_or_device_at_the_import_changes_no_table(default):
     with context(default):
         tables = runpy.run_path(nf4.__file__)
     assert_same([tables["DYNAMIC_MAP"]], [DYNAMIC_MAP])
-    assert_same(tables["CODEBOOKS"].values(), nf4.CODEBOOKS.values())
+    assert_same([tables["NF4"]], [nf4.NF4])
 
 
 @either
@@ -197,20 +197,14 @@ def test_absmaxes_whose_sum_is_not_finite_are_refused_by_double_quantization_alo
 
 
 @either
-@pytest.mark.parametrize("block_size", [0, 16, 48, 8192])
-def test_a_block_size_that_bitsandbytes_has_not_is_refused(block_size):
-    with pytest.raises(ml.ConfigError, match=f"block_size is {block_size}"):
-        quantize(torch.ones(64), block_size)
-
-
-def make_linear(size, seed, **options):
-    return NF4Linear.quantize(randn(seed, *size), randn(seed + 1, size[0]), **options)
+def make_linear(size, seed, dtype=torch.float64, **options):
+    return NF4Linear.quantize(randn(seed, *size), randn(seed + 1, size[0]), **options).to(dtype)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_one_weight_acts_both_ways_whatever_the_dtype_that_it_was_stored_in(stored, dtype):
-    layer = NF4Linear.quantize(randn(0, 7, 96, dtype=stored), dtype=dtype)
+    layer = NF4Linear.quantize(randn(0, 7, 96, dtype=stored)).to(dtype)
     x, dy = randn(1, 5, 96, dtype=dtype).requires_grad_(), randn(2, 5, 7, dtype=dtype)
     y = layer(x)
     y.backward(dy)
@@ -231,11 +225,10 @@ def test_nothing_is_trained_and_nothing_dense_is_stored():
     layer = make_linear((256, 64), 1)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert not list(layer.buffers())
-    assert all(parameter.dim() for parameter in layer.parameters())  # FSDP refuses scalars
     bits = 8 * sum(p.nbytes for name, p in layer.named_parameters() if name not in ("bias", "offset"))
     assert bits / (256 * 64) == 4 + 8 / 64 + 32 / (64 * 256)
-    assert layer.packed.shape == (256, 32)
-    assert layer.absmax.shape == (256, 1)
+    assert layer.packed.shape == (256 * 32,)
+    assert layer.absmax.shape == (256,)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -15,9 +15,17 @@ import minilora as ml
 from minilora import ConfigError, FormatError
 from minilora.adapters.attach import linear_layers
 from minilora.files import TensorFile, read_json, write_json
-from minilora.models.bitsandbytes import QuantizeConfig, describe, packed_tensors, packed_weights, read_packed
+from minilora.models.bitsandbytes import (
+    CODEBOOKS,
+    QuantizeConfig,
+    describe,
+    packed_tensors,
+    packed_weights,
+    quant_type,
+    read_packed,
+)
 from minilora.models.checkpoint import SHARD_BYTES, build_on_meta, save_model_files, stored_weights
-from minilora.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Linear, dequantize_weight, quantize_absmax
+from minilora.nf4 import DYNAMIC_MAP, NF4Linear, dequantize_weight, quantize_absmax
 from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS
@@ -66,7 +74,7 @@ def test_names_bytes_statistics_and_json_of_a_packed_weight_are_those_of_bitsand
     if kind == "nf4":
         linear = NF4Linear.quantize(frozen["dense"], double_quant=is_double)
     else:  # is read only; and written as it was read
-        linear = NF4Linear(*packed_entry(FILE, f"{case}.weight"), None, torch.bfloat16)
+        linear = NF4Linear(*packed_entry(FILE, f"{case}.weight"), None)
     ours = packed_tensors(f"{case}.weight", linear)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -154,7 +162,7 @@ def test_an_fp4_model_is_loaded_and_saved_as_it_is(tmp_path):
     directory = small_base(tmp_path / "a", quantize=QuantizeConfig("nf4", quantize_skip=skip), **WIDE)
     make_fp4(directory)
     model = ml.load_model(directory)
-    assert {linear.layout.quant_type for linear in packed_linears(model).values()} == {"fp4"}
+    assert {quant_type(linear.layout) for linear in packed_linears(model).values()} == {"fp4"}
     ml.save_model(model, tmp_path / "b")
     assert load_file(directory / "model.safetensors").keys() == load_file(tmp_path / "b/model.safetensors").keys()
     assert read_json(tmp_path / "b/config.json")["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
@@ -167,7 +175,7 @@ def make_fp4(directory):
     for name in [name for name in tensors if name.endswith("__nf4")]:
         state = json.dumps(read_state(tensors, name) | {"quant_type": "fp4"})
         tensors[name.removesuffix("nf4") + "fp4"] = as_tensor(state)
-        tensors[name.partition(".quant_state")[0] + ".quant_map"] = CODEBOOKS["fp4"].clone()
+        tensors[name.partition(".quant_state")[0] + ".quant_map"] = torch.tensor(CODEBOOKS["fp4"])
         del tensors[name]
     save_file(tensors, directory / "model.safetensors")
 
@@ -415,7 +423,7 @@ HOSTILE = {  # what is changed, and the name that the error must say
         f"level times {factor} in {part}": (with_fourth_scaled(f"{W}.{part}", factor), f"{W}.{part}")
         for part, factor in (("quant_map", 1.001), ("nested_quant_map", 1.001), ("quant_map", math.nan))
     },
-    "levels of the other format": (instead(f"{W}.quant_map", CODEBOOKS["fp4"].clone()), f"{W}.quant_map"),
+    "levels of the other format": (instead(f"{W}.quant_map", torch.tensor(CODEBOOKS["fp4"])), f"{W}.quant_map"),
 }
 
 
@@ -495,7 +503,7 @@ def test_how_a_model_is_held_names_what_was_skipped_a_head_that_others_packed_an
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)
     assert describe(linear_layers(model), "lm_head") == held | {"head": "nf4"}
     last = packed_linears(model)["model.layers.1.mlp.down_proj"]
-    last.layout = replace(last.layout, quant_type="fp4")
+    last.layout = replace(last.layout, levels=CODEBOOKS["fp4"])
     assert describe(linear_layers(model), "lm_head")["quantize"] == "fp4"
 
 

@@ -90,7 +90,7 @@ def packed_dimensions(draw):
     shape = [draw(sizes), draw(st.integers(1, 40 * 64))]
     n = math.prod(shape)
     b = math.ceil(n / 64)
-    letters = {"N": shape[0], "K": shape[1], "n": n, "b": b, "⌈n/2⌉": (n + 1) // 2, "⌈b/256⌉": math.ceil(b / 256)}
+    letters = {"out": shape[0], "in": shape[1], "n": n, "b": b, "⌈n/2⌉": (n + 1) // 2, "⌈b/256⌉": math.ceil(b / 256)}
     more = {"shape": shape, "...": draw(st.lists(sizes, max_size=2))}
     return {letter: [size] for letter, size in letters.items()} | {"256": [256]} | more, {}
 
@@ -104,7 +104,7 @@ def argument(name, shape, seed, V, dtype):
 
 
 def linear(letters, is_packed, dtype):
-    out, inner = (letters[name][0] for name in (("N", "K") if is_packed else ("out", "in")))
+    out, inner = (letters[name][0] for name in ("out", "in"))
     layer = nn.Linear(inner, out).to(dtype)
     return nf4.NF4Linear.quantize(layer.weight) if is_packed else layer
 

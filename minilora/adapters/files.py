@@ -49,7 +49,8 @@ from minilora.models.hub import fetch, unpinned
 from minilora.models.shard import whole_weight
 from minilora.nf4 import NF4Linear
 
-EMBEDDING_NAMES = PEFT_NAMES | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+LINEAR_NAMES = PEFT_NAMES | {"lora_bias": "lora_B.bias", "bias": "base_layer.bias"}
+EMBEDDING_NAMES = LINEAR_NAMES | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 T = TypeVar("T")
 
 
@@ -88,7 +89,7 @@ def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:
 
 
 def _names_of(kind: type[AdapterWrapper]) -> Mapping[str, str]:
-    return EMBEDDING_NAMES if kind is LoraEmbedding else PEFT_NAMES
+    return EMBEDDING_NAMES if kind is LoraEmbedding else LINEAR_NAMES
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:

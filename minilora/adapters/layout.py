@@ -29,11 +29,10 @@ from minilora.adapters.combine import Factors
 from minilora.adapters.config import HEADS, RANDOM_SVD_INIT, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, read_json, verify, write_json, write_tensors
-from minilora.models.bitsandbytes import is_finite
+from minilora.models.bitsandbytes import BLOCK_SIZES, CODEBOOKS, is_finite
 from minilora.models.hub import fetch, with_revision
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
-from minilora.nf4 import BLOCK_SIZES, CODEBOOKS
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
     """See `nf4.quantize`. A tile at a time, with tables instead of a search among the midpoints."""
     flat = weight.detach().reshape(-1)
     n = flat.numel()
-    if flat.is_meta or not n or block_size not in nf4.BLOCK_SIZES:
+    if flat.is_meta or not n:
         return nf4.quantize.function(weight, block_size)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
@@ -62,7 +63,7 @@ def _codes(x: Tensor, below: Tensor, own: Tensor) -> Tensor:
 
 def _cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return, for each cell, the number of midpoints in earlier cells, and its own midpoint, or 2 if it has none."""
-    midpoints = nf4.midpoints(nf4.CODEBOOKS["nf4"].to(device, non_blocking=True))
+    midpoints = nf4.midpoints(nf4.NF4.to(device, non_blocking=True))
     cells = _cell(midpoints)
     below = torch.bucketize(torch.arange(CELLS + 1, device=device), cells).to(torch.uint8)
     return below, torch.full_like(below, 2, dtype=torch.float32).index_put((cells,), midpoints)
@@ -72,14 +73,13 @@ def _cell(x: Tensor) -> Tensor:
     return ((x + 1) * (CELLS / 2)).to(torch.int32)
 
 
-def _pairs(levels: Tensor) -> Tensor:
+def _pairs(levels: tuple[float, ...]) -> Tensor:
     """Return for each byte the float32 levels of its two halves, as one int64."""
-    byte = torch.arange(256)
-    return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).view(torch.int64).squeeze(1)
+    pairs = list(itertools.product(levels, repeat=2))
+    return torch.tensor(pairs, dtype=torch.float32, device="cpu").view(torch.int64).squeeze(1)
 
 
-with torch.device("cpu"):
-    PAIRS = {name: _pairs(levels) for name, levels in nf4.CODEBOOKS.items()}
+PAIRS = _pairs(nf4.LEVELS)
 
 
 @kernel(of=nf4.dequantize)
@@ -89,7 +89,7 @@ def dequantize(
     shape: Sequence[int],
     dtype: torch.dtype,
     block_size: int = nf4.BLOCK_SIZE,
-    quant_type: nf4.QuantType = "nf4",
+    levels: tuple[float, ...] = nf4.LEVELS,
 ) -> Tensor:
     """See `nf4.dequantize`. A table gives both levels of a byte; nothing but the result is larger than a tile."""
     n = math.prod(shape)
@@ -97,7 +97,8 @@ def dequantize(
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
     tile = _tile(weight, block_size)
-    table = PAIRS[quant_type].to(packed.device, non_blocking=True)
+    table = PAIRS if levels == nf4.LEVELS else _pairs(levels)
+    table = table.to(packed.device, non_blocking=True)
     half = (min(tile, n) + 1) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
     packed = packed.reshape(-1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, document_fields, option
 from minilora.files import TensorFile, parse_json
-from minilora.nf4 import BLOCK_SIZE, BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
+from minilora.nf4 import BLOCK_SIZE, DYNAMIC_MAP, LEVELS, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
 
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
@@ -86,6 +86,9 @@ def _names(entry: str, path: str) -> bool:
     return f".{entry}." in f".{path}."
 
 
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+CODEBOOKS = {"nf4": LEVELS, "fp4": FP4_LEVELS}  # fp4 is only read
 STATE = re.compile(r"(?P<weight>.+\.weight)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
 STATE_BYTES = 4096  # at most; bitsandbytes writes 170
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -131,7 +134,17 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
         is_right["nested_offset"] = type(offset) is float and abs(offset) <= FLOAT32_MAX
     if wrong := {key: state.get(key) for key, right in is_right.items() if not right}:
         raise FormatError(f"{file.path}: {name} says {wrong!s:.300}, which cannot be read")
-    return Layout((shape[0], shape[1]), PACKED_DTYPES[dtype], block_size, kind), offset
+    return Layout((shape[0], shape[1]), PACKED_DTYPES[dtype], block_size, CODEBOOKS[kind]), offset
+
+
+def quant_type(layout: Layout) -> str:
+    """Return the name of the format of a packed weight."""
+    return "nf4" if layout.levels == LEVELS else "fp4"
+
+
+def level_table(layout: Layout) -> Tensor:
+    """Return the levels of a packed weight as they are in a file."""
+    return torch.tensor(layout.levels, dtype=torch.float32, device="cpu")
 
 
 def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
@@ -159,7 +172,7 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
             raise FormatError(f"{files[state_name].path}: {name} holds other levels than those of the format")
 
     packed = read(weight, (n + 1) // 2, torch.uint8)
-    check(f"{weight}.quant_map", CODEBOOKS[layout.quant_type])
+    check(f"{weight}.quant_map", level_table(layout))
     absmax = read(f"{weight}.absmax", blocks, torch.float32 if nested_offset is None else torch.uint8)
     scales = offset = None
     if nested_offset is not None:
@@ -187,7 +200,7 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     (packed, absmax, scales, offset), layout = linear.parts, linear.layout
     dtype = dtype_name(layout.dtype)
     state: dict[str, Any] = {
-        "quant_type": layout.quant_type,
+        "quant_type": quant_type(layout),
         "blocksize": layout.block_size,
         "dtype": dtype if dtype in PACKED_DTYPES else "float32",  # bitsandbytes has no float64
         "shape": list(layout.shape),
@@ -195,13 +208,13 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     tensors = {
         weight: packed.reshape(-1, 1),
         f"{weight}.absmax": absmax.reshape(-1),
-        f"{weight}.quant_map": CODEBOOKS[layout.quant_type].clone(),  # safetensors refuses shared memory
+        f"{weight}.quant_map": level_table(layout),
     }
     if scales is not None and offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset.item()}
-        tensors |= {f"{weight}.nested_absmax": scales, f"{weight}.nested_quant_map": DYNAMIC_MAP.clone()}
+        tensors |= {f"{weight}.nested_absmax": scales, f"{weight}.nested_quant_map": DYNAMIC_MAP.clone()}  # not shared
     text = json.dumps(state).encode()
-    tensors[f"{weight}.quant_state.bitsandbytes__{layout.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
+    tensors[f"{weight}.quant_state.bitsandbytes__{quant_type(layout)}"] = torch.tensor(list(text), dtype=torch.uint8)
     return tensors
 
 
@@ -242,13 +255,13 @@ def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
     others = [path for path in linears if path != head]
     dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
     quantization: dict[str, Any] = {
-        "quantize": min(linear.layout.quant_type for linear in packed),
+        "quantize": min(quant_type(linear.layout) for linear in packed),
         "double_quant": all(linear.scales is not None for linear in packed),
         "block_size": max(linear.layout.block_size for linear in packed),
         "quantize_skip": shortest_names(dense, others),
     }
     if head is not None and isinstance(packed_head := linears.get(head), NF4Linear):
-        quantization["head"] = packed_head.layout.quant_type
+        quantization["head"] = quant_type(packed_head.layout)
     return quantization
 
 

@@ -114,14 +114,14 @@ def stored_weights(
     chosen = set() if packed else config.chosen(list(_linears(model)))
     for name, _ in model.named_parameters():
         if name in packed:
-            yield name, NF4Linear(*read_packed(files, packed[name], device), None, target)
+            yield name, NF4Linear(*read_packed(files, packed[name], device), None).to(target)
             continue
         file, stored = files[name], files[name].dtype(name)
         if stored not in DTYPES.values():
             raise FormatError(f"{file.path}: {name} is {stored}; supported are {sorted(DTYPES)}")
         if name.removesuffix(".weight") in chosen:
             try:
-                yield name, NF4Linear.quantize(file.read(name).to(device), None, config.double_quant, target)
+                yield name, NF4Linear.quantize(file.read(name).to(device), None, config.double_quant).to(target)
             except TrainingError as error:
                 raise FormatError(f"{file.path}: {name}: {error}") from error
         else:

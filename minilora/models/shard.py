@@ -75,8 +75,22 @@ def shard_blocks(model: Llama, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     decoder = model.requires_grad_(False).model
     for block in decoder.layers:
+        for module in block.modules():
+            if isinstance(module, NF4Linear):
+                split_by_rows(module)
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh, ignored_params={*decoder.embed_tokens.parameters(), *decoder.norm.parameters()})
+
+
+def split_by_rows(module: NF4Linear) -> None:
+    """Shape a packed weight so that it can be divided: as rows, where no row ends within a block.
+
+    The offset gets a dimension, because a scalar cannot be divided.
+    """
+    if module.in_features % module.layout.block_size == 0:
+        module.packed = nn.Parameter(module.packed.view(module.out_features, -1), requires_grad=False)
+    if module.offset is not None:
+        module.offset = nn.Parameter(module.offset.view(1), requires_grad=False)
 
 
 def own_rows(count: int) -> slice:

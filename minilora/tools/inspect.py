@@ -30,7 +30,7 @@ from minilora.files import (
     tensor_files,
     verify,
 )
-from minilora.models.bitsandbytes import packed_weights, read_layout
+from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import load_model
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def model_facts(directory: Path) -> dict[str, Any]:
         except FormatError:  # of another version, or damaged: the parts are listed instead
             continue
         size = sum(tensors.pop(part).bytes for part in parts)
-        tensors[name] = TensorEntry(layout.quant_type.upper(), layout.shape, size)
+        tensors[name] = TensorEntry(quant_type(layout).upper(), layout.shape, size)
     tokenizer: dict[str, Any]
     try:
         found = Tokenizer(directory)

@@ -54,7 +54,7 @@ from minilora.models.checkpoint import (
 )
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
-from minilora.nf4 import NF4Linear, dequantize_weight, quantize_weight
+from minilora.nf4 import NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax
 
 CHUNK = 2**16  # elements of a weight that are converted to float64 at a time, so that they stay in the cache
 
@@ -281,8 +281,9 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
     """Quantize the weight as the example is quantized, if it is."""
     if not isinstance(example, NF4Linear):
         return weight
-    parts = quantize_weight(weight, example.scales is not None, example.layout.block_size)
-    return NF4Linear(parts, example.layout, None, example.dtype)
+    packed, absmax = quantize(weight, example.layout.block_size)
+    rest = (absmax, None, None) if example.scales is None else quantize_absmax(absmax)
+    return NF4Linear(Packed(packed, *rest), example.layout, None).to(example.dtype)
 
 
 def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.nf4 import FP4_LEVELS, LEVELS
+from minilora.models.bitsandbytes import FP4_LEVELS
+from minilora.nf4 import LEVELS
 
 HERE = Path(__file__).resolve().parent
 CODES = {
