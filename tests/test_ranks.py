@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
-from minilora.models.shard import split_by_rows
+from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs import objective, world
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
@@ -254,7 +254,7 @@ def compare_sharded():
     """In one of the processes: outputs and gradients of the sharded model and of one that is not."""
     alone, sharded = four_bit_layers(), four_bit_layers()
     for module in (sharded[0], sharded[2]):
-        split_by_rows(module.base)
+        avoid_scalars(module.base)
     for module in (sharded[0], sharded[2], sharded):
         fully_shard(module)
     x = randn(3, 7, 128, dtype=torch.float32)

@@ -17,7 +17,7 @@ from minilora import cli
 from minilora.cli import forecast as pages
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.config import parse_config
-from minilora.models.shard import split_by_rows
+from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs.config import TrainConfig
 from minilora.runs.memory import Plan, amount, forecast, forecast_each
@@ -48,7 +48,7 @@ def test_a_rank_holds_the_first_chunk_of_each_tensor_of_a_block_and_the_others_w
     model = model_of(quantize)
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            split_by_rows(module)
+            avoid_scalars(module)
     firsts = (
         tensor.chunk(world)[0] if name.startswith("model.layers.") else tensor
         for name, tensor in model.named_parameters()

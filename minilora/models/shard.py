@@ -56,6 +56,8 @@ def load_sharded(
     model.tie_weights()
     for name, weight in stored_weights(location.path, build_on_meta(config), target, device, quantization):
         path, _, leaf = name.rpartition(".")
+        if isinstance(weight, NF4Linear):
+            avoid_scalars(weight)
         tensors = dict(weight.named_parameters()) if isinstance(weight, NF4Linear) else {leaf: weight}
         for part, tensor in tensors.items():
             parameter = model.get_submodule(path).get_parameter(part)
@@ -77,18 +79,13 @@ def shard_blocks(model: Llama, device: torch.device) -> None:
     for block in decoder.layers:
         for module in block.modules():
             if isinstance(module, NF4Linear):
-                split_by_rows(module)
+                avoid_scalars(module)
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh, ignored_params={*decoder.embed_tokens.parameters(), *decoder.norm.parameters()})
 
 
-def split_by_rows(module: NF4Linear) -> None:
-    """Shape a packed weight so that it can be divided: as rows, where no row ends within a block.
-
-    The offset gets a dimension, because a scalar cannot be divided.
-    """
-    if module.in_features % module.layout.block_size == 0:
-        module.packed = nn.Parameter(module.packed.view(module.out_features, -1), requires_grad=False)
+def avoid_scalars(module: NF4Linear) -> None:
+    """Give the offset of double quantization a dimension, because `fully_shard` refuses scalars."""
     if module.offset is not None:
         module.offset = nn.Parameter(module.offset.view(1), requires_grad=False)
 

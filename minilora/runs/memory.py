@@ -31,7 +31,7 @@ from minilora.kernels.attention import OutlinedAttention
 from minilora.llama import Checkpointing, Llama, LlamaConfig, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import assign, build_on_meta
-from minilora.models.shard import split_by_rows
+from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
@@ -136,7 +136,7 @@ def build_base(plan: Plan) -> Llama:
         weight = linears[path].weight
         if weight.shape not in packed:
             packed[weight.shape] = NF4Linear.quantize(weight, None, quantization.double_quant)
-            split_by_rows(packed[weight.shape])
+            avoid_scalars(packed[weight.shape])
         assign(model, f"{path}.weight", copy.deepcopy(packed[weight.shape]))
     return model
 
