@@ -39,7 +39,7 @@ ROWS = [  # plain, a conversation, cut, without a label that is left, with a con
 
 def one_by_one(rows, encode, config):
     """The examples and counts as they follow from the rows one by one."""
-    kept, bad, counts = [], [], dict.fromkeys(("truncated", "unlabelled", "lost", "quoted", "conversations"), 0)
+    kept, bad, counts = [], [], dict.fromkeys(("truncated", "unlabelled", "quoted", "conversations"), 0)
     for row in rows:
         try:
             if row.problem:
@@ -53,7 +53,6 @@ def one_by_one(rows, encode, config):
         for name in {*names} & counts.keys():
             counts[name] += 1
         counts["truncated"] += len(whole.tokens) > limit
-        counts["lost"] += whole.labelled - cut.labelled
         counts["unlabelled"] += not cut.labelled
         kept += [cut] if cut.labelled else []
     return kept, {**counts, "bad": tuple(bad)}

@@ -74,20 +74,6 @@ def test_steps_rows_tokens_and_parameters_are_those_of_the_run(directory, dry_ru
     assert f"parameters: {share}" in text
 
 
-def test_rows_that_are_cut_and_those_without_a_label_left_are_counted(dry_run, data):
-    lengths = sorted(len(example.tokens) for example in data)
-    limit = lengths[len(lengths) // 2] - 1
-    text = dry_run(f"--max-length={limit}")
-    cut, lost = map(
-        int, re.search(r"cut to --max-length: (\d+) rows of the training files, which lost (\d+) labels", text).groups()
-    )
-    assert cut == sum(length > limit for length in lengths)
-    assert lost == sum(sum(label != IGNORE_INDEX for label in example.labels[limit:]) for example in data)
-    unused = int(re.search(r"not used: (\d+) rows of the training files", text)[1])
-    assert unused == sum(all(label == IGNORE_INDEX for label in example.labels[1:limit]) for example in data)
-    assert re.search(rf"training +{len(lengths) - unused} ", text)
-
-
 SEAM = "no white space between prompt and completion"
 TEMPLATE = "plain prompt and completion, for which the model's chat template is not used"
 

@@ -34,6 +34,7 @@ from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
 
 STDIN = "-"
+BATCH_SIZE = 8  # texts that are generated at a time
 Mode = Literal["chat", "plain", "raw"]
 
 
@@ -48,11 +49,10 @@ class Output:
         "print one JSON object per line, as --prompts and several --prompt always do: the prompt's row and `text`; "
         "with --samples also `sample`, from 1, and with --compare-base `base`",
     )
-    batch_size: int = option(8, "texts to generate at a time; in float32 this does not change them")
 
     def __post_init__(self) -> None:
-        if bad := [f"{name} is {getattr(self, name)}" for name in ("samples", "batch_size") if getattr(self, name) < 1]:
-            raise ConfigError(f"{', '.join(bad)}, need at least 1")
+        if self.samples < 1:
+            raise ConfigError(f"samples is {self.samples}, need at least 1")
 
 
 def add_flags(parser: Parser) -> None:
@@ -123,8 +123,6 @@ def read_prompts(options: Options) -> list[Row]:
     if not options["prompt"] and sys.stdin.isatty():
         raise ConfigError("give --prompt TEXT, --prompts FILE, or a prompt on standard input")
     texts = options["prompt"] or [STDIN]
-    if texts.count(STDIN) > 1:
-        raise ConfigError("standard input can be one prompt, not several")
     stdin = sys.stdin.read().removesuffix("\n") if STDIN in texts else ""
     return [Row({"prompt": stdin}, "standard input") if t == STDIN else Row({"prompt": t}, "--prompt") for t in texts]
 
@@ -199,8 +197,8 @@ def _answers(
 ) -> Iterator[Fields]:
     """Yield each row with its generated text, once for each sample; the n-th has the seed `generation.seed` + n."""
     asked = [(row, ids, n) for row, ids in zip(rows, prompts, strict=True) for n in range(1, output.samples + 1)]
-    for begin in range(0, len(asked), output.batch_size):
-        part = asked[begin : begin + output.batch_size]
+    for begin in range(0, len(asked), BATCH_SIZE):
+        part = asked[begin : begin + BATCH_SIZE]
         batch = [ids for _, ids, _ in part], replace(generation, seed=generation.seed + begin)
         answers = [row.fields | ({"sample": n} if output.samples > 1 else {}) for row, _, n in part]
         if output.compare_base:

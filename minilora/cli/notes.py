@@ -11,9 +11,8 @@ from minilora.llama import Llama
 from minilora.runs import world
 from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Run
-from minilora.runs.sampler import plan_steps
 
-FEW_STEPS, FEW_ROWS = 50, 10
+FEW_ROWS = 10
 
 
 def run_notes(run: Run, model: Llama) -> Iterator[str]:
@@ -41,7 +40,6 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             f"{data.train.touching} training rows have no white space between prompt and completion; "
             "end the prompts, or begin the completions, with a space or a line end"
         )
-    steps = len(plan_steps(data.train.lengths, training))
     parts = training.gradient_accumulation_steps
     if world.size() > 1:
         held = "a part" if run.plan.shard == "base" else "the whole"
@@ -51,8 +49,6 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
             "gives each its part"
         )
-    if steps < FEW_STEPS:
-        yield f"the run has few steps ({steps}), which may teach little; --epochs gives more"
     for name, rows in data.splits.items():
         yield from _row_notes(name, rows)
     if run.settings.training.gradient_checkpointing == "auto":

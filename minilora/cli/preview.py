@@ -31,10 +31,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     steps = plan_steps(data.train.lengths, config)
     rows_seen, tokens, labels = len(steps.rows), steps.tokens.sum(), data.train.labelled[steps.rows].sum()
     at_most = "at most " if config.early_stopping else ""
-    truncated, unlabelled = data.train.truncated, data.train.unlabelled
     totals = [
-        f"cut to --max-length: {truncated:,} rows of the training files, which lost {data.train.lost:,} labels",
-        f"not used: {unlabelled:,} rows of the training files that had no label left",
         f"the run: {at_most}{len(steps):,} steps, {rows_seen:,} rows, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]

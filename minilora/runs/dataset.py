@@ -48,11 +48,11 @@ Encode = Callable[[Row], tuple[Example, Iterable[str]]]  # returns also names of
 class Dataset(Sequence[Example]):
     """A sequence of tokenized rows, and counts of what was changed or dropped.
 
-    `truncated` rows were cut to `max_length`, which removed `lost` labels; `unlabelled` rows had none left and were
-    dropped, as were rows that cannot be used: `bad` has an error message for each. `conversations` are rows rendered
-    by a chat template, `moved` those of them whose answer follows other text than in the conversation as the template
-    alone writes it; `completions` are those of a prompt and a completion as plain text, of which `touching` have no
-    white space between the two; `quoted` are rows whose control tokens are encoded as plain text.
+    `truncated` rows were cut to `max_length`; `unlabelled` rows had no label left and were dropped, as were rows that
+    cannot be used: `bad` has an error message for each. `conversations` are rows rendered by a chat template, `moved`
+    those of them whose answer follows other text than in the conversation as the template alone writes it;
+    `completions` are those of a prompt and a completion as plain text, of which `touching` have no white space between
+    the two; `quoted` are rows whose control tokens are encoded as plain text.
 
     `tokens` and `labels` are those of all rows, end to end; `rows` says where those of each row lie.
     """
@@ -63,7 +63,6 @@ class Dataset(Sequence[Example]):
     sources: Sequence[str] = ()
     truncated: int = 0
     unlabelled: int = 0
-    lost: int = 0
     bad: tuple[str, ...] = ()
     conversations: int = 0
     moved: int = 0
@@ -145,7 +144,7 @@ def build_dataset(
             counts.update(names)
             cut = replace(whole, tokens=whole.tokens[: config.max_length], labels=whole.labels[: config.max_length])
             length, lost = len(cut.tokens), whole.labelled - cut.labelled
-            counts.update(truncated=int(length < len(whole.tokens)), lost=lost, unlabelled=int(not cut.labelled))
+            counts.update(truncated=int(length < len(whole.tokens)), unlabelled=int(not cut.labelled))
             if cut.labelled:
                 places.extend((begin, length, cut.labelled, lost, max(cut.tokens), len(sources)))
                 begin += length
