@@ -27,7 +27,8 @@ from minilora.adapters.attach import count_parameters
 from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.adapters.layout import read_adapter
 from minilora.cli import SIGNALLED, Options, Parser, say
-from minilora.cli.flags import add_fields, check_names, from_flags, read_config
+from minilora.cli.elsewhere import nearest
+from minilora.cli.flags import add_fields, from_flags, read_config
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
@@ -86,27 +87,24 @@ def read_settings(options: Options) -> Settings:
     Raises:
         ConfigError: a model without data, or data without a model; an unknown key of --config.
     """
-    sources = [options]
-    if options["config"] is not None:
-        values = read_config(options["config"])
-        values = values["config"] if isinstance(values.get("config"), dict) else values  # where run.json has them
-        check_names(values, {FLAG_NAMES.get(name, name) for name in FIELDS}, options["config"])
-        sources.append({name.replace("-", "_"): value for name, value in values.items()})
-    model, adapter, data = (
-        next((source[name] for source in sources if source.get(name) is not None), None)
-        for name in ("model", "adapter", "data")
-    )
-    if adapter:
-        sources.append(_settings_of(adapter, model))
-    has_model = model is not None or bool(adapter)
-    if has_model != (data is not None):
-        lacking = "--data" if has_model else "--model"
+    file = {} if options["config"] is None else read_config(options["config"])
+    file = file["config"] if isinstance(file.get("config"), dict) else file  # where run.json has them
+    known = {FLAG_NAMES.get(name, name) for name in FIELDS}
+    for key in file:
+        if key.replace("-", "_") not in known:
+            raise ConfigError(f"{options['config']}: key {key!r} is unknown{nearest(key, known)}")
+    file = {name.replace("-", "_"): value for name, value in file.items()}
+    given = {name: value for source in (file, options) for name, value in source.items() if value is not None}
+    named = {"model", "data"} & {*given, *(["model"] if given.get("adapter") else [])}
+    if len(named) == 1:
+        lacking = "--data" if "model" in named else "--model"
         raise ConfigError(
             f"--model and --data go together: give {lacking} too; {lacking} {BUILTIN} is the built-in one"
         )
-    if not has_model:
-        sources.append(read_json(ASSETS / "finetune.json"))
-    return Settings(*(from_flags(config, *sources) for config in CONFIGS))
+    others = {} if named else read_json(ASSETS / "finetune.json")
+    if given.get("adapter"):
+        others = _settings_of(given["adapter"], given.get("model"))
+    return Settings(*(from_flags(config, given, others) for config in CONFIGS))
 
 
 def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
@@ -115,12 +113,8 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     model = base_of(model, [directory])
     quantization = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
     prompts = Prompts.parse(read_prompt_files(directory).get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
-    settings = {
-        "model": model,
-        **vars(quantization),
-        **vars(read_adapter(directory).config()),
-        "system": prompts.system,
-    }
+    adapted = read_adapter(directory).config()
+    settings = {"model": model, **vars(quantization), **vars(adapted), "system": prompts.system}
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 

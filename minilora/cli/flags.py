@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from minilora.adapters.config import FLAG_NAMES, flag
 from minilora.cli import Parser
-from minilora.cli.elsewhere import nearest
 from minilora.errors import ConfigError, fits
 from minilora.files import holds_files, lock, publishing, read_json, read_text, remove
 
@@ -103,13 +102,6 @@ def new_directory(out: Path) -> Iterator[Path]:
         held.release()
         if is_new and not any(out.iterdir()):
             out.rmdir()
-
-
-def check_names(values: Mapping[str, Any], known: Collection[str], source: Path) -> None:
-    """Raise a `ConfigError` if a key of a configuration is not a flag, which suggests the nearest one."""
-    for key in values:
-        if key.replace("-", "_") not in known:
-            raise ConfigError(f"{source}: key {key!r} is unknown{nearest(key, known)}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
