@@ -1,4 +1,3 @@
-from itertools import pairwise
 from math import ceil
 
 import pytest
@@ -7,7 +6,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from benchmarks import work
 from minilora.data import IGNORE_INDEX, collate
 from minilora.runs.sampler import groups, plan_steps
 from tests.models import examples as many
@@ -28,10 +26,10 @@ def micro_batches(lengths, **config):
     return [rows for step in plan_steps(lengths, ml.TrainConfig(**config)) for rows in step]
 
 
-@given(lengths, sizes, sizes, st.integers(1, 3), seeds, st.none() | st.integers(1, 20), st.integers(1, 9))
-def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs, seed, budget, window):
+@given(lengths, sizes, sizes, st.integers(1, 3), seeds, st.none() | st.integers(1, 20))
+def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs, seed, budget):
     config = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "epochs": epochs, "seed": seed}
-    plan = [row for rows in micro_batches(lengths, **config, batch_tokens=budget, sort_window=window) for row in rows]
+    plan = [row for rows in micro_batches(lengths, **config, batch_tokens=budget) for row in rows]
     assert len(plan) == epochs * len(lengths)
     for epoch in range(epochs):
         assert sorted(plan[epoch * len(lengths) :][: len(lengths)]) == list(range(len(lengths)))
@@ -47,26 +45,6 @@ def test_a_micro_batch_keeps_to_the_budget_of_tokens_and_could_not_take_the_next
     sizes = [sum(lengths[row] for row in rows) for rows in batches]
     assert all(size <= budget or len(rows) == 1 for size, rows in zip(sizes, batches, strict=True))
     assert all(size + lengths[after[0]] > budget for size, after in zip(sizes[:-1], batches[1:], strict=True))
-
-
-def test_a_window_leaves_little_padding_for_a_loss_that_pads_and_larger_batches():
-    """What the README says of rows whose lengths are as those of the benchmarks."""
-    lengths = [len(tokens) for tokens, _ in work.rows("real", 8000, 61)]
-
-    shuffled, sorted_ = (
-        [[lengths[row] for row in rows] for rows in micro_batches(lengths, batch_size=8, sort_window=window)]
-        for window in (1, 64)
-    )
-    padded = [round(sum(len(b) * max(b) for b in each) / sum(lengths), 1) for each in (shuffled, sorted_)]
-    assert padded == [2.1, 1.2]
-    assert 1.7 < max(map(sum, sorted_)) / max(map(sum, shuffled)) < 2
-
-
-@given(seeds)
-def test_sorted_batches_come_in_no_order_of_length(seed):
-    longest = [max(rows) for rows in micro_batches(range(1, 401), batch_size=4, sort_window=400, seed=seed)]
-    rises = sum(after > before for before, after in pairwise(longest))
-    assert 20 < rises < 80  # of 99; sorted they would all be one
 
 
 @given(lengths, st.integers(1, 30))
@@ -87,21 +65,17 @@ def test_the_plan_is_a_function_of_the_seed(lengths, batch_size, seed):
 def in_lists(lengths, config):
     """The plan of a run, made of lists.
 
-    A window of the permutation is sorted by length and cut into rows of like lengths, and the micro-batches are mixed.
     A fraction of an epoch is that fraction of its steps; `max_steps` counts, whatever the epochs.
     """
     steps, epochs = [], config.epochs if config.max_steps is None else config.max_steps
     for epoch in range(ceil(epochs)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order, found = torch.randperm(len(lengths), generator=generator).tolist(), []
-        windows = [order[i : i + config.sort_window] for i in range(0, len(order), config.sort_window)]
-        for row in [row for window in windows for row in sorted(window, key=lengths.__getitem__)]:
+        for row in order:
             size = sum(map(lengths.__getitem__, found[-1])) + lengths[row] if found else 0
             budget = config.batch_tokens
             is_full = len(found[-1]) == config.batch_size if found and budget is None else size > (budget or 0)
             found = [*found, [row]] if not found or is_full else [*found[:-1], [*found[-1], row]]
-        if config.sort_window > 1:
-            found = [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
         count = config.gradient_accumulation_steps
         whole = [found[i : i + count] for i in range(0, len(found), count)]
         steps += whole[: ceil(round(min(1.0, epochs - epoch) * len(whole), 9))]
@@ -115,13 +89,12 @@ def in_lists(lengths, config):
     st.integers(1, 35).map(lambda tenths: {"epochs": tenths / 10})
     | st.fixed_dictionaries({"max_steps": st.integers(1, 9), "epochs": st.sampled_from([0.3, 7.5])}),
     st.none() | st.integers(1, 20),
-    st.sampled_from([1, 2, 5, 99]),
 )
-@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"epochs": 2.5}, None, 4)
-@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"max_steps": 9}, 5, 4)
-@example([1] * 10, {"batch_size": 1}, {"epochs": 1.1}, None, 1)  # 1.1 - 1 is more than a tenth
-def test_the_plan_of_arrays_is_that_of_lists(lengths, batches, length, budget, window):
-    config = ml.TrainConfig(**batches, **length, batch_tokens=budget, sort_window=window)
+@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"epochs": 2.5}, None)
+@example([3, 1, 2] * 3, {"batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}, {"max_steps": 9}, 5)
+@example([1] * 10, {"batch_size": 1}, {"epochs": 1.1}, None)  # 1.1 - 1 is more than a tenth
+def test_the_plan_of_arrays_is_that_of_lists(lengths, batches, length, budget):
+    config = ml.TrainConfig(**batches, **length, batch_tokens=budget)
     expected, found = in_lists(lengths, config), plan_steps(lengths, config)
     assert list(found) == expected
     assert found[-1] == expected[-1]

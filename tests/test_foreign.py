@@ -250,9 +250,8 @@ def test_rows_are_told_apart_by_what_is_in_them_and_not_by_where_they_lie(tmp_pa
 
 
 def test_a_budget_of_tokens_needs_rows_that_have_them():
-    for config in ({"batch_tokens": 20}, {"sort_window": 2}):
-        with pytest.raises(ml.DataError, match="`tokens`"):
-            run(**config)
+    with pytest.raises(ml.DataError, match="`tokens`"):
+        run(batch_tokens=20)
     rows = [{"tokens": [1] * n, "x": x, "class": c} for n, (x, c, _) in enumerate(points(1, 10), start=1)]
     sizes = []
 

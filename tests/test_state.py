@@ -155,7 +155,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_pat
     [
         {"learning_rate": 0.02},
         {"seed": 1},
-        {"sort_window": 3},
+        {"batch_tokens": 30},
         {"rows": ROWS[:-1]},
         {"rows": [*ROWS[1:], ROWS[0]]},
         {"rows": [ml.Example(ROWS[0].tokens, ROWS[0].tokens), *ROWS[1:]]},  # the same tokens, other labels

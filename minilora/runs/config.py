@@ -19,7 +19,7 @@ from minilora.models.hub import fetch, locate
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
 COUNTS = (
-    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps", "sort_window"),
+    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps"),
     *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
 )
 
@@ -79,9 +79,6 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
     epochs: float = option(1.0, "passes over the training rows")
     max_steps: int | None = option(None, "stop after this many steps, whatever --epochs says")
-    sort_window: int = option(
-        1, "sort this many of the shuffled rows by length at a time: less padding where a loss pads"
-    )
     gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
         "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
     )

@@ -72,13 +72,13 @@ class Objective:
 
     def lengths(self, dataset: Sequence[Any]) -> NDArray[np.int64]:
         """Return the number of tokens of each row; 1 where a given loss makes no use of them."""
-        if self.loss is not None and self.config.batch_tokens is None and self.config.sort_window == 1:
+        if self.loss is not None and self.config.batch_tokens is None:
             return np.ones(len(dataset), np.int64)
         if isinstance(dataset, Dataset):
             return dataset.lengths
         sizes = _sizes(dataset[i] for i in range(len(dataset)))
         if sizes is None:
-            raise DataError("batch_tokens and sort_window count the `tokens` of rows, which not all of these have")
+            raise DataError("batch_tokens counts the `tokens` of rows, which not all of these have")
         return np.array(sizes, np.int64)
 
     def eval_batches(self, dataset: Sequence[Any]) -> Iterator[Rows]:

@@ -66,9 +66,7 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
     """Return the micro-batches of every step of a run.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
-    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps; a run has at least one. With
-    `sort_window`, that many rows of the permutation at a time are sorted by length before it is cut, and the
-    micro-batches are shuffled.
+    step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps; a run has at least one.
 
     Raises:
         ConfigError: there are more than `MAX_STEPS` steps.
@@ -78,38 +76,24 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
     max_steps = config.max_steps
     epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
     for epoch in range(math.ceil(epochs)):
-        order, own = _micro_batches(lengths, config, epoch)
-        whole = math.ceil(len(own) / accumulated)
+        generator = torch.Generator().manual_seed(config.seed * SEEDS + epoch)
+        order = torch.randperm(len(lengths), generator=generator).numpy()
+        if config.batch_tokens is None:
+            ends = np.minimum(np.arange(0, len(order), config.batch_size) + config.batch_size, len(order))
+        else:
+            ends = group_ends(lengths[order], config.batch_tokens)
+        whole = math.ceil(len(ends) / accumulated)
         if (max_steps or epochs * whole) > MAX_STEPS:
             raise ConfigError(f"max_steps {max_steps}, epochs {config.epochs}: need at most {MAX_STEPS:,} steps")
         share = round(min(1.0, epochs - epoch) * whole, 9)  # 1.1 - 1 is a little more than 0.1
         steps = max(1 - total, math.ceil(share)) if max_steps is None else min(whole, max_steps - total)
         rows.append(order.astype(np.int32))
-        sizes.append(own)
-        counts.append(np.minimum(accumulated, len(own) - accumulated * np.arange(steps)))
+        sizes.append(np.diff(ends, prepend=0))
+        counts.append(np.minimum(accumulated, len(ends) - accumulated * np.arange(steps)))
         total += steps
         if total == max_steps:
             break
     return StepPlan(lengths, *(np.concatenate(parts) for parts in (rows, sizes, counts)))
-
-
-def _micro_batches(lengths: Numbers, config: TrainConfig, epoch: int) -> tuple[Numbers, Numbers]:
-    """Return the rows of an epoch in their order, and the number of rows of each micro-batch."""
-    generator = torch.Generator().manual_seed(config.seed * SEEDS + epoch)
-    order = torch.randperm(len(lengths), generator=generator).numpy()
-    if config.sort_window > 1:
-        order = order[np.lexsort((lengths[order], np.arange(len(order)) // config.sort_window))]
-    if config.batch_tokens is None:
-        ends = np.arange(0, len(order), config.batch_size) + config.batch_size
-    else:
-        ends = group_ends(lengths[order], config.batch_tokens)
-    sizes = np.diff(np.minimum(ends, len(order)), prepend=0)
-    if config.sort_window == 1:
-        return order, sizes
-    shuffled = torch.randperm(len(sizes), generator=generator).numpy()
-    begins, sizes = (sizes.cumsum() - sizes)[shuffled], sizes[shuffled]
-    places = np.repeat(begins - (sizes.cumsum() - sizes), sizes) + np.arange(len(order))
-    return order[places], sizes
 
 
 def group_ends(lengths: Numbers, limit: int) -> Numbers:
