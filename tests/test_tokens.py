@@ -42,7 +42,7 @@ token_lists = st.lists(st.integers(0, 60), min_size=1, max_size=20, unique=True)
 @given(seeds, token_lists)
 def test_rows_act_as_the_whole_matrix_with_them_in_it(seed, ids):
     place = TrainableTokens(nn.Embedding(61, 5).double().requires_grad_(False), "embedding")
-    place.add_rows("new", ids, randn(seed, len(ids), 5))
+    place.add_rows("new", {"ids": torch.tensor(ids), "rows": randn(seed, len(ids), 5)}, None)
     place.active = ("new",)
     x, dy = token_ids(seed + 1, 4, 9), randn(seed + 2, 4, 9, 5)
     trained = place.adapters["new"].rows

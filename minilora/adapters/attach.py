@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -43,9 +43,6 @@ from minilora.models.bitsandbytes import describe
 from minilora.models.shard import is_sharded
 from minilora.nf4 import NF4Linear
 
-# Models of transformers that scale the input of a tied head; later versions of T5 have a setting for that.
-SCALED_IF_TIED = ("longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
-
 
 def attach(
     model: nn.Module,
@@ -85,7 +82,8 @@ def attach(
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
     specs = build_specs(modules, config, factors, input_embedding(model))
-    inject_adapter(model, config, name, specs, dtype, trainable=True)
+    specs = {path: spec.copied(dtype) for path, spec in specs.items()}
+    inject_adapter(model, config, name, specs, trainable=True)
 
 
 def inject_adapter(
@@ -93,12 +91,9 @@ def inject_adapter(
     config: LoraConfig,
     name: str,
     specs: Mapping[str, AdapterSpec],
-    dtype: torch.dtype | None,
     trainable: bool,
 ) -> None:
     """Add an adapter, a spec for each path, to a model, activate it alone, and freeze everything else.
-
-    Its tensors are copies in `dtype`, or those of the specs if that is None.
 
     Raises:
         TargetError: the model has an adapter of that name, the name cannot be used, or a spec cannot act.
@@ -118,21 +113,15 @@ def inject_adapter(
             known[path, spec.kind] = spec.kind(inner, path)
             substitutes.append((inner, known[path, spec.kind]))
     replace_modules(model, substitutes)
-    for path, spec in sorted(specs.items(), key=lambda item: not item[1].tensors):  # those that share tensors come last
-        layer, tensors = known[path, spec.kind], spec.tensors
-        if tensors:
-            if dtype is not None:
-                dtypes = {key: dtype if t.is_floating_point() else t.dtype for key, t in tensors.items()}
-                tensors = {key: t.detach().to(dtypes[key], copy=True) for key, t in tensors.items()}
-            if isinstance(layer, ModulesToSave):
-                layer.add_copy(name, tensors)
-            elif isinstance(layer, TrainableTokens):
-                layer.add_rows(name, tensors["ids"].tolist(), tensors["rows"])
-            elif isinstance(layer, LowRankWrapper):
-                add_adapter(layer, name, build_adapter(layer, config, tensors))
-            layer.adapters[name].lora_config = config  # see `config_of_adapter`
+    for path, spec in specs.items():
+        layer = known[path, spec.kind]
+        if isinstance(layer, ModulesToSave):
+            layer.add_copy(name, spec.tensors)
         elif isinstance(layer, TrainableTokens):
-            layer.share_rows(name, [other for other in known.values() if isinstance(other, TrainableTokens)])
+            layer.add_rows(name, spec.tensors, known[spec.tied_to, spec.kind] if spec.tied_to else None)
+        elif isinstance(layer, LowRankWrapper):
+            add_adapter(layer, name, build_adapter(layer, config, spec.tensors))
+        layer.adapters[name].lora_config = config  # see `config_of_adapter`
     activate(model, name, trainable)
 
 
@@ -198,19 +187,17 @@ def merge(model: nn.Module) -> None:
     False in the config of a model of transformers, so that loading it again does not tie them.
 
     Raises:
-        TargetError: there is no adapter, none is active, or a wrapper has hooks; or a weight would no longer be shared
-            in a model whose forward depends on that.
+        TargetError: there is no adapter, none is active, or a wrapper has hooks.
         TrainingError: a merged weight is not finite; the model is left as it was.
     """
     check_types(merge, locals())
+    _mergeable_layers(model)
     sharing: dict[int, list[str]] = {}
     for path, each in base_modules(model).items():
         if (own := each._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
-    tied = [paths for paths in sharing.values() if len(paths) > 1]
-    _check_ties(model, tied, _mergeable_layers(model))
     adapter.merge(model)
-    for first, *others in tied:
+    for first, *others in sharing.values():
         weight: Any = model.get_submodule(first).weight
         module: Any
         for module in map(model.get_submodule, others):
@@ -255,18 +242,6 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, module in reversed(replaced):
             parent._modules[name] = module
-
-
-def _check_ties(model: Any, tied: list[list[str]], layers: Iterable[AdapterWrapper]) -> None:
-    """Raise a TargetError if a merge would untie a head whose input the model scales only where it is tied."""
-    config: Any = getattr(model, "config", None)
-    scales = getattr(config, "model_type", None) in SCALED_IF_TIED and not hasattr(config, "scale_decoder_outputs")
-    changed = {layer.path for layer in layers if layer.active and not isinstance(layer, TrainableTokens)}
-    if scales and (broken := sorted(changed & {path for paths in tied for path in paths})):
-        raise TargetError(
-            f"{broken[0]}: a merge would untie its weight, which changes what a {config.model_type} model computes; "
-            "keep the adapter"
-        )
 
 
 def find_target_modules(model: nn.Module) -> list[str]:

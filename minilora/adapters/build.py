@@ -38,11 +38,19 @@ class AdapterSpec(NamedTuple):
 
     Attributes:
         kind: the class of the wrapper around the module.
-        tensors: the tensors that `build_adapter` takes; `attach` copies those that belong to the model.
+        tensors: the tensors that the wrapper or `build_adapter` takes.
+        tied_to: the path of the embedding whose trained rows the module shares.
     """
 
     kind: type[AdapterWrapper]
     tensors: dict[str, Tensor]
+    tied_to: str | None = None
+
+    def copied(self, dtype: torch.dtype) -> AdapterSpec:
+        """Return the spec with copies of its tensors, which may be the model's own, in a dtype."""
+        dtypes = {key: dtype if t.is_floating_point() else t.dtype for key, t in self.tensors.items()}
+        tensors = {key: t.detach().to(dtypes[key], copy=True) for key, t in self.tensors.items()}
+        return self._replace(tensors=tensors)
 
 
 def build_adapter(layer: LowRankWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraAdapter:
@@ -176,14 +184,10 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
                 raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
             rows = weight.detach()[list(ids)]
             own[path] = AdapterSpec(TrainableTokens, {"ids": torch.tensor(ids, device="cpu"), "rows": rows})
-            shared |= {other: AdapterSpec(TrainableTokens, {}) for other in tied_modules(modules, modules[path])}
-    return shared | own
-
-
-def tied_modules(modules: Mapping[str, Any], embedding: nn.Module) -> list[str]:
-    """Return the paths of the linears and other embeddings that share the embedding's weight."""
-    others = {path: module for path, module in modules.items() if type(module) in (nn.Linear, nn.Embedding)}
-    return [path for path, own in others.items() if own is not embedding and own.weight is embedding.weight]
+            for other, module in modules.items():
+                if type(module) in (nn.Linear, nn.Embedding) and other != path and module.weight is weight:
+                    shared[other] = AdapterSpec(TrainableTokens, {}, tied_to=path)
+    return own | {path: spec for path, spec in shared.items() if path not in own}  # in the order that they are added in
 
 
 def _with_biases(

@@ -9,7 +9,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -98,18 +98,14 @@ class TrainableTokens(ForwardingWrapper):
         super().__init__(base, path)
         self.shared: set[str] = set()  # the adapters whose rows belong to another wrapper
 
-    def add_rows(self, name: str, ids: Sequence[int], rows: Tensor) -> None:
-        """Add rows of its own."""
-        self.shared.discard(name)
-        add_adapter(self, name, Rows(ids, rows))
-
-    def share_rows(self, name: str, others: Iterable[TrainableTokens]) -> None:
-        """Add the rows of the embedding that this module is tied to."""
-        weight = get_base_layer(self).get_parameter("weight")
-        owners = [other for other in others if name in other.adapters and name not in other.shared]
-        tied = next(other for other in owners if get_base_layer(other).get_parameter("weight") is weight)
-        add_adapter(self, name, tied.adapters[name])
-        self.shared.add(name)
+    def add_rows(self, name: str, tensors: Mapping[str, Tensor], owner: AdapterWrapper | None) -> None:
+        """Add rows of its own, or those of the embedding that the module is tied to."""
+        if owner is None:
+            self.shared.discard(name)
+            add_adapter(self, name, Rows(tensors["ids"].tolist(), tensors["rows"]))
+        else:
+            self.shared.add(name)
+            add_adapter(self, name, owner.adapters[name])
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
         return {} if name in self.shared else {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}

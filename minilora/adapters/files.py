@@ -118,7 +118,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
     embedding = next((where for where, held in stored.tensors.items() if "rows" in held), input_embedding(model))
     specs = build_specs(modules, config, _blank_specs(stored, modules, config), embedding)
-    inject_adapter(model, config, name, _filled(specs, stored, modules, config), None, trainable)
+    inject_adapter(model, config, name, _filled(specs, stored, modules, config), trainable)
 
 
 def _blank_specs(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, AdapterSpec]:

@@ -53,7 +53,7 @@ def combine_adapters(
     specs = {}
     for path, cut in cuts.items():
         specs[path] = AdapterSpec(kinds[path], {"lora_A": cut.factors.lora_A, "lora_B": cut.factors.lora_B})
-    inject_adapter(model, config_of(cuts, task), name, specs, None, trainable=False)
+    inject_adapter(model, config_of(cuts, task), name, specs, trainable=False)
     return cuts
 
 
