@@ -255,15 +255,6 @@ def test_an_adapter_is_not_applied_to_the_model_that_it_is_merged_into(directory
     assert not (directory / "new").exists()
 
 
-def test_an_adapter_that_was_subtracted_may_be_applied_again_and_not_one_of_which_a_part_was(run, tmp_path):
-    asked = ["generate", "--adapter=a", "--prompt=a"]
-    run("merge", "--model=merged", "--adapter=a:-1", f"--out={tmp_path / 'without'}")
-    run(*asked, f"--model={tmp_path / 'without'}")
-    run("merge", "--model=merged", "--adapter=a:-0.5", f"--out={tmp_path / 'half'}")
-    assert [entry["weight"] for entry in read_json(tmp_path / "half" / "config.json")[MERGED]] == [0.5]
-    assert "is merged into" in run(*asked, f"--model={tmp_path / 'half'}", status=1)
-
-
 def test_a_model_that_is_not_the_one_an_adapter_records_is_spoken_of(directory, tmp_path, capsys, monkeypatch):
     said, asked = runner(directory, capsys, monkeypatch), ["generate", "--adapter=a", "--prompt=a"]
     note = f"a: was trained on the model {str(directory / 'model')!r}; this one is 'tuned'\n"

@@ -30,7 +30,6 @@ PLAIN, NF4 = ml.QuantizeConfig("none"), ml.QuantizeConfig("nf4")
 SINGLE = ml.QuantizeConfig("nf4", False, ("down_proj",))
 HELD = {"dense": ("model", None), "on-nf4": ("nf4", None), "quantized": ("model", NF4), "single": ("model", SINGLE)}
 IN_NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}  # as an adapter says it
-OTHER = "another base than in training"
 TRAINING = [*QUICK, "--lora-r=2", "--max-steps=2", "--learning-rate=0.01", "--samples=0"]
 
 
@@ -249,8 +248,8 @@ def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):
 # --- minilora merge ---
 
 
-def in_words(deviation, cause):
-    outputs = f"{cause} changes the layers' outputs by {deviation.overall:.1%} of the adapter's effect"
+def in_words(deviation):
+    outputs = f"the layers' outputs differ from the trained ones by {deviation.overall:.1%} of the adapter's effect"
     return f"{outputs} (worst: {deviation.worst:.1%} in {deviation.layer})"
 
 
@@ -281,20 +280,15 @@ def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, 
 
 
 @pytest.mark.parametrize(
-    ("target", "said", "cause", "advice"),
+    ("target", "said"),
     [
-        (
-            "original",
-            f"quantized: was trained on a base that is {DOUBLE}; this one is not quantized\n",
-            OTHER,
-            "without --target the base is that of training",
-        ),
-        ("dequantized", f"{HELD_DOUBLE}\n", "rounding", "--dtype float32 rounds less"),
-        ("requantized", f"{HELD_DOUBLE}\n", "rounding to four bits", "--target dequantized rounds less"),
+        ("original", f"quantized: was trained on a base that is {DOUBLE}; this one is not quantized\n"),
+        ("dequantized", f"{HELD_DOUBLE}\n"),
+        ("requantized", f"{HELD_DOUBLE}\n"),
     ],
 )
 def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the_base_is_another(
-    run, tmp_path, target, said, cause, advice
+    run, tmp_path, target, said
 ):
     what = Merge(Path("model"), [Path("quantized")], target, ml.QuantizeConfig("nf4"))
     expected = merge_directory(what, tmp_path / "a")
@@ -302,8 +296,7 @@ def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the
     assert err == said
     first, *more, last = out.splitlines()
     assert bool(more) == (expected.overall > NOTABLE) == (target != "dequantized")
-    assert not more or more[0].endswith(f"`minilora eval` can measure; {advice}")
-    assert first == in_words(expected, cause)
+    assert first == in_words(expected)
     assert last == f"merged model written to {tmp_path / 'b'}"
     assert (expected.overall > 0.01) == (target != "dequantized")
     kinds = {path: type(linear) for path, linear in linear_layers(ml.load_model(tmp_path / "b")).items()}

@@ -129,20 +129,17 @@ def _write_model(options: Options, weights: Sequence[float], config: CombineConf
         device = pick_device(options["device"])
         merge = Merge(found.base.path, adapters, target, found.quantize, options["dtype"], device)
         deviation = merge_directory(merge, out, found.tokenizer)
-    _record_adapters(out, options["adapter"], found.adapters, weights)
-    return f"{_describe_error(deviation, merge)}\nmerged model"
+    _record_adapters(out, options["adapter"], found.adapters)
+    return f"{_describe_error(deviation)}\nmerged model"
 
 
-def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path], weights: Sequence[float]) -> None:
-    """Record in config.json which adapters the model holds, with the sum of their weights if that is not 0."""
+def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) -> None:
+    """Record in config.json which adapters the model holds, so that none is applied a second time."""
     values = read_json(out / "config.json")
-    earlier = values[MERGED] if isinstance(values.get(MERGED), list) else []
-    held = {entry["sha256"]: entry for entry in earlier if isinstance(entry, dict) and "sha256" in entry}
-    for name, path, weight in zip(names, adapters, weights, strict=True):
-        digest = sha256_of(path / WEIGHTS_FILE)
-        total = held.get(digest, {}).get("weight", 0) + weight
-        held[digest] = {"name": Path(name).name, "sha256": digest, "weight": round(total, 9)}
-    write_json(out / "config.json", {**values, MERGED: [entry for entry in held.values() if entry["weight"]]})
+    merged = values[MERGED] if isinstance(values.get(MERGED), list) else []
+    for name, path in zip(names, adapters, strict=True):
+        merged = [*merged, {"name": Path(name).name, "sha256": sha256_of(path / WEIGHTS_FILE)}]
+    write_json(out / "config.json", {**values, MERGED: merged})
 
 
 def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
@@ -152,17 +149,13 @@ def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
         print(f"truncation error, relative to the combined update: {error}")
 
 
-def _describe_error(deviation: Deviation | None, merge: Merge) -> str:
-    """Describe the error of a merge, and what to do about a large one."""
+def _describe_error(deviation: Deviation | None) -> str:
     if deviation is None:
         return "no update of low rank changes a weight, so there is no rounding error to report"
-    cause, advice = "rounding", "--dtype float32 rounds less"
-    if merge.target == "original" and merge.quantize.quantize != "none":
-        cause, advice = "another base than in training", "without --target the base is that of training"
-    elif merge.target == "requantized":
-        cause, advice = "rounding to four bits", "--target dequantized rounds less"
-    outputs = f"{cause} changes the layers' outputs by {deviation.overall:.1%} of the adapter's effect"
-    text = f"{outputs} (worst: {deviation.worst:.1%} in {deviation.layer})"
+    text = (
+        f"the layers' outputs differ from the trained ones by {deviation.overall:.1%} of the adapter's effect "
+        f"(worst: {deviation.worst:.1%} in {deviation.layer})"
+    )
     if deviation.overall > NOTABLE:
-        text += f"\nthe loss usually changes far less, which `minilora eval` can measure; {advice}"
+        text += "\nthe loss usually changes far less: `minilora eval` measures it, and --dtype float32 rounds less"
     return text
