@@ -182,15 +182,6 @@ def test_four_bits_are_as_many_parameters_as_sixteen(family):
     assert ml.count_parameters(packed).total == ml.count_parameters(dense).total
 
 
-@models.examples(0.4)
-@given(families, seeds, bases)
-def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
-    model = base(tiny_model(family, seed=seed))
-    before = model(IDS)
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=12), seed=seed)
-    assert torch.equal(model(IDS), before)
-
-
 @example("llama", 0, 7.0, four_bit, ("o_proj",))
 @models.examples(0.4)
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
@@ -230,23 +221,6 @@ def test_rslora_takes_each_module_s_own_rank():
     model = nn.ModuleDict({"q_proj": nn.Linear(3, 3), "up_proj": nn.Linear(3, 3)})
     ml.attach(model, ml.LoraConfig(r=16, lora_alpha=8, use_rslora=True, rank_pattern={"up_proj": 4}))
     assert [layer.adapters["default"].scale for layer in adapter_layers(model).values()] == [8 / 4, 8 / 2]
-
-
-def test_adapters_switch_combine_and_rest():
-    model = adapted()
-    first = model(IDS)
-    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=5, target_modules=("v_proj",)), name="second", dtype=torch.float64)
-    randomize_adapters_(model, 5)  # redraws both
-    second = model(IDS)
-    ml.set_adapter(model, "default")
-    alone = model(IDS)
-    ml.set_adapter(model, ["default", "second"])
-    both = model(IDS)
-    with ml.disable_adapter(model):
-        assert torch.equal(model(IDS), tiny_model()(IDS))
-    assert torch.equal(model(IDS), both)
-    outcomes = [first, second, alone, both]
-    assert not any(torch.equal(a, b) for i, a in enumerate(outcomes) for b in outcomes[:i])
 
 
 def test_adapters_that_are_active_together_act_in_the_order_in_which_they_are_named():
@@ -349,17 +323,11 @@ def test_a_merge_that_unties_a_head_says_so_in_the_config_that_transformers_save
     assert model.config.tie_word_embeddings is False
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"target_modules": ("embed_tokens",), "lora_bias": True}, "embed_tokens: lora_bias is not for embeddings"),
-    ],
-)
-def test_what_one_module_cannot_have_at_once_is_refused_and_changes_nothing(config, said):
+def test_a_bias_of_b_is_not_for_embeddings():
     model = tiny_model(WHOLE)
     before = copy.deepcopy(model)
-    with pytest.raises((ml.ConfigError, ml.TargetError), match=said):
-        ml.attach(model, ml.LoraConfig(r=2, **config), name="second")
+    with pytest.raises(ml.ConfigError, match="embed_tokens: lora_bias is not for embeddings"):
+        ml.attach(model, ml.LoraConfig(r=2, target_modules=("embed_tokens",), lora_bias=True))
     same_state(model, before)
 
 

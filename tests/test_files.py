@@ -322,11 +322,9 @@ HOSTILE = {
     "a B that is a magnitude": ("LoRA", renamed("lora_B.weight", "lora_magnitude_vector"), f"{WEIGHTS_FILE}.*lora_A"),
     "a layer that is not there": ("DoRA", renamed("layers.0.self_attn.q_proj.lora_B", "layers.9.lora_B"), "need lora"),
     "a factor of whole numbers": ("DoRA", shaped("q_proj.lora_A.weight", torch.Tensor.long), "q_proj.lora_A.*int64"),
-    "a factor of truths": ("DoRA", shaped("q_proj.lora_A.weight", torch.Tensor.bool), "q_proj.lora_A.*bool"),
     "a factor that is there twice": ("DoRA", beside("1.self_attn.q_proj.lora_A.weight", f"{Q}.lora_A.x.weight"), "one"),
     "a factor that is NaN": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t * torch.nan), "lora_A.*not finite"),
     "a magnitude too short": ("DoRA", shaped("q_proj.lora_magnitude_vector", lambda t: t[1:]), "magnitude"),
-    "a magnitude of a column": ("DoRA", shaped("q_proj.lora_magnitude_vector", lambda t: t[:, None]), "q_proj"),
     "a factor that is a number": (
         "DoRA",
         shaped("q_proj.lora_A.weight", lambda t: t.sum()),
@@ -336,36 +334,21 @@ HOSTILE = {
     "no tensors": ("LoRA", lambda name, tensor: (), "holds no tensors"),
     "factors of no rank": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t[:0]), r"q_proj.lora_A.*\(0, "),
     "one magnitude missing": ("DoRA", renamed("1.self_attn.q_proj.lora_magnitude_vector", "1.x.y"), "1.x.y"),
-    "a bias of B too long": ("a bias of B", shaped("q_proj.lora_B.bias", lambda t: t.repeat(2)), "q_proj.*lora_bias"),
     "a bias of A": ("a bias of B", renamed("q_proj.lora_B.bias", "q_proj.lora_A.bias"), "q_proj.lora_A.bias"),
     "a bias of another size": ("all biases", shaped("up_proj.bias", lambda t: t[:3]), r"up_proj\.bias.*\(3,\)"),
-    "a bias of an adapted layer": ("all biases", shaped("q_proj.base_layer.bias", lambda t: t[:3]), "q_proj"),
     "a weight as a bias": ("all biases", renamed("up_proj.bias", "up_proj.weight"), "up_proj.weight"),
     "a head of another size": ("the head in full", shaped("head.weight", lambda t: t[:5]), r"lm_head.*\(5, 24\)"),
     "another name in a copy": ("the head in full", renamed("head.weight", "head.evil"), "lm_head"),
     "a module of no name": ("the head in full", renamed("lm_head.weight", "weight"), "weight"),
     "rows too few": ("rows of tokens", shaped("tokens_delta", lambda t: t[:2]), r"embed_tokens.*\(2, 24\)"),
-    "rows too narrow": ("rows of tokens", shaped("tokens_delta", lambda t: t[:, :2]), r"embed_tokens.*\(3, 2\)"),
     "rows of a linear": ("rows of tokens", renamed("model.embed_tokens", "model.layers.1.mlp.up_proj"), "up_proj"),
     "rows of a norm": ("rows of tokens", renamed("model.embed_tokens", "model.norm"), "norm"),
     "rows and a magnitude": ("rows of tokens", beside("_delta", f"{E}.lora_magnitude_vector", lambda t: t[0]), "embed"),
     "a stack for a matrix": ("LoRA", shaped("up_proj.lora_A.weight", lambda t: t[None]), "up_proj"),
     "a wrapper too deep": ("LoRA", renamed("up_proj.lora", "up_proj.base_layer.lora"), "up_proj"),
-    "an embedding's A too wide": ("the embedding adapted", shaped("embedding_A", lambda t: t.repeat(1, 2)), "embed_"),
     "an embedding's bias": ("the embedding adapted", beside("ding_A", f"{E}.lora_B.bias", lambda t: t[0]), "embed"),
     "another embedding's factors": ("the embedding adapted", renamed("embed_tokens", "layers.1.mlp"), "mlp"),
-    **{
-        f"a number that is none, {end}": (case, shaped(end, lambda t: t * torch.inf), f"{end} is .*not finite")
-        for case, end in (
-            ("DoRA", "q_proj.lora_magnitude_vector"),
-            ("a bias of B", "q_proj.lora_B.bias"),
-            ("all biases", "up_proj.bias"),
-            ("the head in full", "lm_head.weight"),
-            ("rows of tokens", "trainable_tokens_delta"),
-            ("LoRA", "up_proj.lora_A.weight"),
-            ("the embedding adapted", "lora_embedding_B"),
-        )
-    },
+    "a head that is infinite": ("the head in full", shaped("head.weight", lambda t: t * torch.inf), "not finite"),
 }
 
 

@@ -1,5 +1,4 @@
 import re
-import time
 
 import pytest
 
@@ -18,42 +17,28 @@ MODULES += ["classifier", "classifier.out_proj"]
 Q_PROJ = "transformer.h.1.attn.attention.q_proj"
 MEANT = [
     ("foo", ["foo"], None, None),
-    ("foo", ["foo", "bar"], None, None),
     ("foo", "foo", None, None),
-    ("foo", ".*oo", None, None),
     ("foo", "fo.*", None, None),
-    ("foobar", ".*oba.*", None, None),
     ("foo.bar.1.baz", ["baz"], [1], ["bar"]),
     ("foo.bar.1.baz", ["baz"], [0, 1, 2], ["bar"]),
-    ("foo.bar.1.baz", ["baz", "spam"], [1], ["bar"]),
-    ("foo.bar.1.baz", ["baz", "spam"], [0, 1, 2], ["bar"]),
     *(("foo.whatever.1.baz", ["baz"], [1], nothing) for nothing in ([], "", None)),
     (Q_PROJ, ["q_proj"], None, []),
-    (Q_PROJ, ["q_proj", "v_proj"], None, []),
-    (Q_PROJ, ["q_proj"], [1], ["h"]),
-    (Q_PROJ, ["q_proj"], [0, 1, 2], ["h"]),
     (Q_PROJ, ["q_proj", "v_proj"], [0, 1, 2], ["h"]),
-    ("foo.bar.q_proj", ["q_proj"], None, []),
     ("foo.bar.001.baz", ["baz"], [1], ["bar"]),
     ("foo.bar.1.spam.2.baz", ["baz"], [1], ["bar"]),
     ("bar.1.baz", ["baz"], [1], ["bar"]),  # since 0.21 also at the root
     ("blocks.1.weight", ["weight"], [1], ["blocks"]),
-    ("mlp.blocks.1.weight", ["weight"], [1], ["blocks"]),
     ("model.layers.1.experts.0.up", ["up"], [1], None),
 ]
 NOT_MEANT = [
     ("", [], None, None),
-    ("", ["foo"], None, None),
-    ("foo", [], None, None),
     ("foo", ["bar"], None, None),
     ("foo", ".*bar.*", None, None),
     *(("foo.bar.1.baz", ["baz"], [number], ["bar"]) for number in (0, 2)),
     *(("foo.bar.10.baz", ["baz"], [number], ["bar"]) for number in (0, 1)),
     *(("foo.whatever.1.baz", ["baz"], [0], nothing) for nothing in ([], "", None)),
     (f"{Q_PROJ}.foo", ["q_proj"], None, []),
-    (Q_PROJ, [], None, []),
     ("transformer.h.1.attn.attention.resid_dropout", ["q_proj", "v_proj"], None, []),
-    *((Q_PROJ, ["q_proj"], [number], ["h"]) for number in (0, 2)),
     *(("foo.bar.1.baz", ["baz"], [1], [other]) for other in ("foo", "baz")),
     ("foo.bar.2.spam.1.baz", ["baz"], [1], ["bar"]),
     *((f"{root}blocks.1.bias", ["weight"], [1], ["blocks"]) for root in ("", "mlp.")),
@@ -151,14 +136,6 @@ def test_the_first_key_of_a_pattern_that_matches_counts():
     paths += ["model.layers.2.self_attn.q_proj", "model.experts.1.layers.0.up"]
     assert [config.rank(path) for path in paths] == [4, 8, 6, 2, 8]
     assert [config.alpha(path) for path in paths[:2]] == [64, 16]
-
-
-def test_a_rank_for_each_of_many_layers_is_found_without_compiling_each_key_again():
-    paths = [f"layers.{i}.up" for i in range(600)]  # more than the module `re` remembers
-    config = LoraConfig(rank_pattern={f"^{path}": 2 + i % 7 for i, path in enumerate(paths)})
-    begin = time.process_time()
-    assert [config.rank(path) for path in paths] == [2 + i % 7 for i in range(600)]
-    assert time.process_time() - begin < 4  # it took 16 s
 
 
 def test_all_bad_values_are_told_at_once():

@@ -286,7 +286,7 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Describe how the base's weights are stored, dense or quantized, with the names of the flags as keys."""
+    """Describe how the base's weights are stored, dense or quantized, with the fields of `QuantizeConfig` as keys."""
     return describe(linear_layers(model), head_path(model))
 
 

@@ -7,7 +7,6 @@ entry of `modules_to_save` does not match the end of a longer name ("head" is no
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -269,17 +268,11 @@ def _is_in_layers(path: str, config: LoraConfig) -> bool:
     return bool(numbers) and int(numbers[0]) in config.layers_to_transform
 
 
-@functools.cache  # `re` itself keeps 512, and an adapter may have a key for each of more layers
-def _compiled(key: str) -> re.Pattern[str] | None:
-    """Return the regular expression of a key, or None if it is plain."""
-    return None if PLAIN_NAME.fullmatch(key) else re.compile(rf"(.*\.)?({key})$")
-
-
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
     parts = path.split(".")
     names = {f"^{path}", *(".".join(parts[at:]) for at in range(len(parts)))}
     for key, value in pattern.items():
-        if key in names or ((found := _compiled(key)) and found.match(path)):
+        if key in names or (not PLAIN_NAME.fullmatch(key) and re.match(rf"(.*\.)?({key})$", path)):
             return value
     return default
 
