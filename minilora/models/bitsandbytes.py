@@ -218,15 +218,15 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(linears: Mapping[str, object], head: str, dtype: torch.dtype) -> dict[str, Any] | None:
+def quantization_config(linears: Mapping[str, object], dtype: torch.dtype) -> dict[str, Any] | None:
     """Return the entry of a config.json about a model's linears (path -> linear), with transformers' keys.
 
     Dense linears are named, unless that is only `lm_head`, which transformers leaves dense by itself.
     """
-    quantization = describe(linears, head)
+    quantization = describe(linears, "lm_head")
     if quantization["quantize"] == "none":
         return None
-    dense = [*quantization["quantize_skip"], *([] if isinstance(linears[head], NF4Linear) else [head])]
+    dense = [*quantization["quantize_skip"], *([] if "head" in quantization else ["lm_head"])]
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,

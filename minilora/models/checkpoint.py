@@ -177,7 +177,7 @@ def save_model_files(
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
-    if quantization := quantization_config(_linears(model), "lm_head", embedding.dtype):
+    if quantization := quantization_config(_linears(model), embedding.dtype):
         source["quantization_config"] = quantization
     directory.mkdir(parents=True, exist_ok=True)
     write_shards(directory, itertools.starmap(stored_tensors, weights or own.items()), shard_bytes)

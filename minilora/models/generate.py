@@ -81,7 +81,7 @@ class KVCache:
         self.lengths = [span.stop for span in spans]
         places = [(document, position) for document, span in enumerate(spans) for position in span]
         self._documents, self._positions = torch.tensor(places, device=self._device).unbind(1)
-        self._views = {window: self._common_view(window) for window in self._windows if max(lengths) == 1}
+        self._views = {window: self._common_view(window) for window in self._windows} if max(lengths) == 1 else {}
         return [span for span in spans if span]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -96,8 +96,8 @@ class KVCache:
         self._layer += 1
         keys[self._documents, :, self._positions] = k
         values[self._documents, :, self._positions] = v
-        if view := self._views.get(window):
-            seen, mask = view
+        if self._views:
+            seen, mask = self._views[window]
             queries = q.new_zeros(len(self._new), *q.shape[1:]).index_copy(0, self._documents, q)
             return decode_attention(queries, keys[:, :, seen], values[:, :, seen], mask)[self._documents]
         parts, end = [], 0
