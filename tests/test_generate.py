@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
-from minilora.models.generate import KVCache, _next_logits, evaluating, penalize, probabilities
-from minilora.testing.compare import assert_maths, assert_precision
+from minilora.models.generate import KVCache, _next_logits, evaluating, probabilities
+from minilora.testing.compare import assert_maths
 from tests import models
 from tests.models import SIZES, examples, families, long, randn, seeds, tiny_model, token_ids
 
@@ -140,7 +140,6 @@ class Even(torch.nn.Module):
 choices = {
     "top_p": st.sampled_from([0.9, 1.0]),
     "top_k": st.sampled_from([0, 9]),
-    "repetition_penalty": st.sampled_from([1.0, 1.5]),
     "stop_ids": st.sets(st.integers(0, V - 1), max_size=9),
 }
 
@@ -177,32 +176,6 @@ def test_a_seed_repeats_and_another_one_does_not(seed, lengths):
     state = torch.random.get_rng_state()
     assert sample(seed) == sample(seed) != sample(seed + 1)
     assert torch.equal(torch.random.get_rng_state(), state)  # no global random state is moved
-
-
-# --- repetition ---
-
-
-@given(seeds, st.sampled_from([0.5, 1.2, 7.0]), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_a_token_of_the_text_so_far_is_divided_by_the_penalty_or_multiplied_if_negative(seed, penalty, dtype):
-    logits, documents = randn(seed, 3, 7, dtype=dtype), token_ids(seed, 3, 4, high=7).tolist()
-    expected = logits.double().clone()
-    for row, document in enumerate(documents):
-        for token in set(document):
-            expected[row, token] *= penalty if expected[row, token] < 0 else 1 / penalty
-    found = penalize(logits, documents, penalty)
-    plain = torch.where(expected == logits, logits.float(), expected.float())
-    (assert_maths(found, expected) if dtype == torch.float64 else assert_precision(found, plain, expected))
-
-
-@few
-@given(seeds, prompt_lengths, st.sampled_from([0.5, 1.3, 7.0]))
-def test_prompt_and_written_tokens_are_penalized(seed, lengths, penalty):
-    model, prompts = tiny_model("llama", seed), prompts_of(seed, lengths)
-    written = ml.generate(model, prompts, 8, repetition_penalty=penalty)
-    for prompt, new in zip(prompts, written, strict=True):
-        for n, token in enumerate(new):
-            text = prompt + new[:n]
-            assert token == penalize(model(torch.tensor([text]))[:, -1], [text], penalty).argmax()
 
 
 # --- as it is written ---
@@ -242,7 +215,6 @@ WRONG = {
     "temperature": [-0.1, math.nan, math.inf],
     "top_p": [0.0, 1.1, math.nan],
     "top_k": [-1],
-    "repetition_penalty": [0.0, -1.0, math.nan, 1e-40, 1e40],
     "seed": [-1, 2**63],
 }
 
@@ -290,12 +262,11 @@ def test_nothing_is_sent_to_a_device_that_is_at_work():
     st.sampled_from([0.0, 1.0]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     seeds,
-    st.sampled_from([1.0, 3.0]),
 )
-def test_one_logit_that_is_not_finite_is_refused(value, temperature, dtype, seed, penalty):
+def test_one_logit_that_is_not_finite_is_refused(value, temperature, dtype, seed):
     model = tiny_model(dtype=dtype, num_hidden_layers=1)
     row = randn(seed, V, dtype=dtype)
     row[seed % V] = value
     model.lm_head = Even(row)
     with pytest.raises(ml.TrainingError, match="NaN or infinity"):
-        ml.generate(model, [[1, 2], [3]], 1, temperature, repetition_penalty=penalty)
+        ml.generate(model, [[1, 2], [3]], 1, temperature)

@@ -86,7 +86,6 @@ class GenerationConfig:
     temperature: float = option(0.0, "0: the most likely token; above 0: sample, with the logits divided by this")
     top_p: float = option(1.0, "sample from the most likely tokens that together have this probability")
     top_k: int = option(0, "sample from this many of the most likely tokens; 0: from all")
-    repetition_penalty: float = option(1.0, "above 1: tokens of the prompt and of the text so far become less likely")
     seed: int = option(0, "seed of the sampling")
 
 

@@ -5,7 +5,6 @@
 
 [Nucleus]  Holtzman et al. 2019, The Curious Case of Neural Text Degeneration
 [Top-k]    Fan et al. 2018, Hierarchical Neural Story Generation
-[CTRL]     Keskar et al. 2019, CTRL: A Conditional Transformer Language Model for Controllable Generation
 """
 
 from __future__ import annotations
@@ -146,7 +145,6 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
@@ -163,7 +161,6 @@ def generate(
         temperature: 0 takes the likeliest token; otherwise logits are divided by it before sampling.
         top_p: sample from the fewest tokens that have this probability together  [Nucleus §3.1].
         top_k: sample from the k likeliest tokens; 0: from all  [Top-k §5.4].
-        repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely  [CTRL §4.1].
         seed: of the sampling.
         stop_ids: tokens that end a continuation.
         on_token: is called with row and token when a token is written; True ends the row.
@@ -174,7 +171,7 @@ def generate(
         TrainingError: the model computes NaN or infinity.
     """
     check_types(generate, locals())
-    _check(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    _check(max_new_tokens, temperature, top_p, top_k, seed)
     weight = model.model.embed_tokens.weight
     prompts = _prompts(input_ids, weight.size(0))
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -188,8 +185,7 @@ def generate(
             for row in running:
                 feed[row] = documents[row][cache.reuse(row, len(documents[row])) :]
             logits = _next_logits(model, feed, cache)
-            texts, drawn = [documents[row] for row in running], [generators[row] for row in running]
-            chosen = _choose(logits, texts, drawn, temperature, top_p, top_k, repetition_penalty)
+            chosen = _choose(logits, [generators[row] for row in running], temperature, top_p, top_k)
             written = [(row, token) for row, token in zip(running, chosen, strict=True) if token not in stop_ids]
             running = []
             for row, token in written:
@@ -198,20 +194,6 @@ def generate(
                 if not is_ended and len(documents[row]) < len(prompts[row]) + max_new_tokens:
                     running.append(row)
     return [document[len(prompt) :] for document, prompt in zip(documents, prompts, strict=True)]
-
-
-def penalize(logits: Tensor, documents: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Divide the logits of tokens that the row's document holds by θ, or multiply negative ones  [CTRL §4.1].
-
-    The paper divides in both cases, which makes a token with a negative logit likelier; transformers multiplies.
-
-    Shapes: logits (B, V), documents B lists of token ids -> (B, V)
-    """
-    is_held = torch.zeros(logits.shape, dtype=torch.bool)  # on the CPU, to be copied once and not by row
-    for row, document in zip(is_held, documents, strict=True):
-        row[list(document)] = True
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.where(is_held.to(logits.device), torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
@@ -235,20 +217,12 @@ def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) 
 
 
 def _choose(
-    logits: Tensor,
-    documents: Sequence[Sequence[int]],
-    generators: Sequence[torch.Generator],
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    repetition_penalty: float,
+    logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_p: float, top_k: int
 ) -> list[int]:
     """Choose the token that follows each document. Results are copied from the device once."""
     if temperature > 0:
         logits = logits.cpu()
     is_finite = torch.stack(logits.aminmax()).isfinite().all(0, keepdim=True)  # NaN is the least and the most
-    if repetition_penalty != 1:
-        logits = penalize(logits, documents, repetition_penalty)
     *likeliest, all_finite = torch.cat((logits.argmax(-1), is_finite)).tolist()
     if not all_finite:
         raise TrainingError(
@@ -270,15 +244,12 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) ->
     return model.lm_head(model.model(tokens, lengths, cache)[last])
 
 
-def _check(
-    max_new_tokens: int, temperature: float, top_p: float, top_k: int, repetition_penalty: float, seed: int
-) -> None:
+def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:
     needs = [
         (max_new_tokens >= 1, f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
         (0 <= temperature < math.inf, f"temperature {temperature}, need a finite number of at least 0"),
         (0 < top_p <= 1, f"top_p {top_p}, need a number above 0 and at most 1"),
         (top_k >= 0, f"top_k {top_k}, need a whole number of at least 0"),
-        (0.01 <= repetition_penalty <= 100, f"repetition_penalty {repetition_penalty}, need a number from 0.01 to 100"),
         (0 <= seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
     ]
     if bad := [message for is_right, message in needs if not is_right]:
