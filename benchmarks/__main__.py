@@ -38,10 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     log, here = args.out.with_suffix(".jsonl"), results.surroundings(torch.device(args.device))
     state, refused = results.source(), False
-    try:
-        results.kept(log, here)
-    except ValueError as error:  # now, and not after all was measured
-        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         shop = turns.Workshop(Path(folder), args.model, args.device)
         for name in (name for asked in args.only for name in groups.get(asked, [asked])):

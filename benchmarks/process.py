@@ -94,8 +94,6 @@ def wait(device: torch.device) -> None:
     """Until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def high_water_bytes() -> int:

@@ -63,19 +63,11 @@ def keep(path: Path, surroundings: dict[str, str], state: str, what: dict[str, A
 
 
 def kept(path: Path, surroundings: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each work that were measured here; where minilora has changed between them, the newest state's.
-
-    Raises:
-        ValueError: the file has a line that is not one of these.
-    """
+    """The lines of each work that were measured here; where minilora has changed between them, the newest state's."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), start=1):
-        try:
-            line = json.loads(text)
-            is_here = all(line[key] == value for key, value in surroundings.items())
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: no line of what was measured, remove it") from error
-        if is_here:
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        line = json.loads(text)
+        if all(line[key] == value for key, value in surroundings.items()):
             found.setdefault(line["work"], []).append(line)
     return {work: [line for line in lines if line["source"] == lines[-1]["source"]] for work, lines in found.items()}
 
@@ -200,17 +192,14 @@ CHECKS = ("work", "number", "of everyone", "may differ by this share")
 
 
 def spoken(work: Work, rounds: Sequence[Round]) -> str:
-    """What is known of a work so far, in a line."""
+    """What is known of a work so far: its rows of the tables."""
     if isinstance(work, Ablation):
-        shown = "; ".join(f"{side} {time}, {memory}" for side, time, memory in without([(work, rounds)]))
-        return f"{work.name}: time and peak memory without {shown}"
-    ratios = {peer: spread(ratio(rounds, _rate, peer)) for peer in _peers(rounds)}
-    if isinstance(work, Operation):
-        return f"{work.name}: {'; '.join(f'{times} times as fast as {peer}' for peer, times in ratios.items())}"
-    ours = rounds[-1].sides[OURS]
-    told = [f"{work.name}: {ours.rate:,.0f} tokens/s, peak {ours.peak_bytes / 1e9:.2f} GB"]
-    told += [f"over {peer}: rate {rate}, peak {spread(ratio(rounds, _peak, peer))}" for peer, rate in ratios.items()]
-    return "; ".join(told)
+        rows = without([(work, rounds)])
+    elif isinstance(work, Operation):
+        rows = operation(work, rounds)
+    else:
+        rows = [utilisation(work, rounds), *comparison(work, rounds)]
+    return "\n".join(" | ".join(row) for row in rows)
 
 
 def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:

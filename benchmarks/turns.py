@@ -24,12 +24,8 @@ TRAINING = {  # the function of each side
     "trl-best": ("benchmarks.peers", "train_trl_best"),
     "litgpt": ("benchmarks.peers", "train_litgpt"),
 }
-PACKAGES = {
-    "lora": OURS,
-    "peft-kept": "peft",
-    "trl-best": "trl",
-    "bitsandbytes-pytorch": "bitsandbytes",
-}  # of sides that are named otherwise
+# Packages of sides that are named otherwise.
+PACKAGES = {"lora": OURS, "peft-kept": "peft", "trl-best": "trl", "bitsandbytes-pytorch": "bitsandbytes"}
 
 
 class RefusedError(Exception):

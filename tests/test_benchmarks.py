@@ -60,13 +60,6 @@ def test_neither_side_imports_the_other():
     assert not {*theirs, "minilora"} & {*imported(FOLDER / "work.py")}
 
 
-def test_every_side_of_every_work_is_there():
-    assert {side for each in TRAININGS for side in each.peers} <= set(turns.TRAINING)
-    assert all(hasattr(module, each.does) for each in OPERATIONS for module in (our_operations, peer_operations))
-    names = [each.name for each in work.works()]
-    assert len(set(names)) == len(names)
-
-
 def test_rows_are_the_same_at_every_call_and_half_of_a_real_one_is_learned():
     for kind, low, high in [("fixed", 512, 512), ("real", 20, 512), ("long", 4096, 4096)]:
         rows = work.rows(kind, 24, 4096)
@@ -210,7 +203,7 @@ def test_the_command_measures_and_writes_a_page(shop, tmp_path, capsys, monkeypa
     arguments = ["--model", str(shop.model("smollm2")), "--out", str(out), "--rounds", "1", "--peers"]
     assert command.main([*arguments, "--only", "fp32-real", "load-again"]) == 0
     assert command.main([*arguments, "--only", "ablation"]) == 0
-    assert "fp32-real: " in capsys.readouterr().out
+    assert "fp32-real | " in capsys.readouterr().out
     page = out.read_text(encoding="utf-8")
     assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 3
     assert re.search(r"^\| kept memory \| \d+\.\d\d \| \d+\.\d\d \|$", page, flags=re.MULTILINE)

@@ -221,7 +221,6 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--lr", "1"], "--lr is unknown; did you mean --learning-rate?\n"),
         (["finetune", "--recompute", "mlp"], "--recompute is unknown; did you mean --gradient-checkpointing?\n"),
         (["finetune", "--lora_rank", "1"], "--lora-rank is unknown; did you mean --lora-r?\n"),
-        (["finetune", "--output-dir", "1"], "--output-dir is unknown; did you mean --out?\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),
         *(
             (["finetune", flag, "1"], f"{flag} is unknown; {advice}\n")
@@ -233,9 +232,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
                 "--target-parameters": "it is a recipe: see recipes/experts.py in minilora's repository",
                 "--optim --optimizer": "there is none: the optimizer is AdamW",
                 "--wandb --wandb-project": "use --report wandb",
-                "--logging-dir": "there is none: --report tensorboard writes to the directory of --out",
                 "--deepspeed --fsdp": "there is none; use torchrun --nproc-per-node N -m minilora finetune",
-                "--push-to-hub": "use `minilora push DIR NAME`",
             }.items()
             for flag in flags.split()
         ),

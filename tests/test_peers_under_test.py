@@ -35,13 +35,6 @@ def test_a_failure_is_in_the_table_by_its_cause_and_below_in_full():
     assert "### peft, lora.Linear: lora-forward\n\n```text\ny is wrong | 3\n```" in text
 
 
-def test_a_peer_that_one_interpreter_has_is_not_missing():
-    text = page([run({}), run({"peft": "1.0"}, [result("forward", "passes")]), run({})])
-    assert "| peft | 1.0 | lora.Linear: 1 of 1 (0) |" in text
-    assert "peft: not installed" not in text
-    assert "trl: not installed (No module)" in text
-
-
 def test_a_layer_with_a_mistake_fails_with_its_cause():
     def with_lost_scale(W, b, A, B, alpha):
         return lambda x: x @ (W + B @ A).T + (0 if b is None else b)

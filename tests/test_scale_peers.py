@@ -5,24 +5,11 @@ import subprocess
 import pytest
 
 from benchmarks import scale_peers
-from benchmarks.scale_peers import HEAD, SIDES, Side, Turn
-
-SCRIPT = '"""Two\nlines."""\n\nimport json\n\n# a comment\nprint(\n    json.loads("1")\n)\n'
+from benchmarks.scale_peers import HEAD, SIDES, Turn
 
 
 def turns(*seconds):
     return [Turn({"loss": 2.0, "last loss": 1.0}, list(each), [2 * 10**9, 10**9]) for each in seconds]
-
-
-def test_lines_are_those_of_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(scale_peers, "SCRIPTS", tmp_path)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    assert Side("script").lines == 4
-
-
-def test_every_side_has_a_script_that_keeps_its_losses():
-    for side in SIDES:
-        assert "losses" in compile(side.path.read_text(), side.script, "exec").co_names
 
 
 def test_a_row_has_medians_of_all_steps_and_a_ratio_of_each_round():

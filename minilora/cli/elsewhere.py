@@ -36,23 +36,17 @@ NAMES_ELSEWHERE = {
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
 ADVICE = {  # for flags of these tools that have no counterpart among the flags
-    **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
+    **dict.fromkeys(("bf16", "fp16"), "use --dtype float32 or bfloat16"),
+    **dict.fromkeys(("load_in_4bit", "quantization_bit"), "use --quantize nf4"),
+    **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
+    **dict.fromkeys(("wandb", "wandb_project"), "use --report wandb"),
+    **dict.fromkeys(("deepspeed", "fsdp"), "there is none; use torchrun --nproc-per-node N -m minilora finetune"),
     **dict.fromkeys(("task", "task_type"), in_recipe("classify_texts")),
     **dict.fromkeys(("density", "majority_sign_method"), in_recipe("ties_and_dare")),
     "target_parameters": in_recipe("experts"),
     **dict.fromkeys(("group_by_length", "train_sampling_strategy", "sort_window"), "there is none: nothing is padded"),
-    "do_sample": "use a --temperature above 0",
-    **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
-    **dict.fromkeys(("wandb", "wandb_project", "use_wandb"), "use --report wandb"),
-    **dict.fromkeys(("compile", "torch_compile"), "there is none: compiling did not make a step faster"),
-    "logging_dir": "there is none: --report tensorboard writes to the directory of --out",
-    **dict.fromkeys(
-        ("deepspeed", "fsdp"),
-        "there is none; use torchrun --nproc-per-node N -m minilora finetune",
-    ),
+    "compile": "there is none: compiling did not make a step faster",
     "push_to_hub": "use `minilora push DIR NAME`",
-    "config_file": "use --config with a .toml or .json file",
-    **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit", "bnb_4bit_quant_type"), "use --quantize nf4"),
 }
 
 

@@ -19,7 +19,7 @@ from minilora.adapters.layout import (
     vocabulary_of,
 )
 from minilora.cli import Options, Parser, say
-from minilora.cli.flags import add_fields
+from minilora.cli.flags import add_fields, from_flags
 from minilora.errors import ConfigError, FormatError
 from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama
@@ -110,10 +110,9 @@ def base_of(model: str | None, adapters: Sequence[Path]) -> str:
 
 def _quantization(options: Options, base: Path, adapters: Sequence[Path]) -> QuantizeConfig:
     """Return how to quantize the base: as the flags say, and where they are not given, as in training."""
-    fields = [field.name for field in dataclasses.fields(QuantizeConfig)]
-    given = {name: options[name] for name in fields if options[name] is not None}
     recorded = None if options["quantize"] == "none" else recorded_quantization(base, adapters)
-    config = dataclasses.replace(recorded or QuantizeConfig(), **given)
+    config = from_flags(QuantizeConfig, options, {} if recorded is None else vars(recorded))
+    given = [field.name for field in dataclasses.fields(QuantizeConfig) if options[field.name] is not None]
     if config.quantize == "none" and (idle := [flag(name) for name in given if name != "quantize"]):
         raise ConfigError(f"{', '.join(idle)}: without effect; give --quantize nf4 too")
     return config
