@@ -36,8 +36,8 @@ NAMES_ELSEWHERE = {
 }
 ELSEWHERE = {name: flag for flag, names in NAMES_ELSEWHERE.items() for name in names.split()}
 ADVICE = {  # for flags of these tools that have no counterpart among the flags
-    **dict.fromkeys(("bf16", "fp16"), "use --dtype float32 or bfloat16"),
-    **dict.fromkeys(("load_in_4bit", "quantization_bit"), "use --quantize nf4"),
+    **dict.fromkeys(("bf16", "fp16", "precision"), "use --dtype float32 or bfloat16"),
+    **dict.fromkeys(("load_in_4bit", "quantization", "quantization_bit"), "use --quantize nf4"),
     **dict.fromkeys(("optim", "optimizer"), "there is none: the optimizer is AdamW"),
     **dict.fromkeys(("wandb", "wandb_project"), "use --report wandb"),
     **dict.fromkeys(("deepspeed", "fsdp"), "there is none; use torchrun --nproc-per-node N -m minilora finetune"),
