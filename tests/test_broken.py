@@ -105,7 +105,7 @@ ROWS = [  # where the mistake is, and the row
     ("conversations[0].value", sharegpt(("human", None), ("gpt", "b"))),
     ("conversations[1]", sharegpt(("human", "a"), ("human", "b"), ("gpt", "c"))),
     ("conversations", sharegpt(("system", "a"), ("human", "b"))),
-    ("conversations[1].value", sharegpt(("human", "a"), ("function_call", "look()"), ("gpt", "c"))),
+    ("conversations[1].from", sharegpt(("human", "a"), ("function_call", "look()"), ("gpt", "c"))),
 ]
 
 

@@ -58,21 +58,17 @@ CALL = {"name": "look", "arguments": {"where": "sea"}}
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "text"])
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
-def test_tools_their_calls_and_what_they_answer_are_the_same_in_both_formats_that_hold_them(tokenizer, tools, train_on):
+def test_tools_and_calls_are_read_and_what_tools_answer_is_learned_with_all_alone(tokenizer, tools, train_on):
     chosen = tokenizer(template=WITH_TOOLS, eos=CLOSE)
-    calls = [{"type": "function", "function": CALL}]
     messages = [
         {"role": "user", "content": "where?"},
-        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
         {"role": "tool", "content": "the sea"},
         {"role": "tool", "content": "the town"},
         {"role": "assistant", "content": "by the sea"},
     ]
-    said = [("human", "where?"), ("function_call", json.dumps(CALL)), ("observation", "the sea"), ("tool", "the town")]
-    said.append(("gpt", "by the sea"))
-    shared = {"conversations": [{"from": who, "value": value} for who, value in said], "tools": tools}
     found = encoded({"messages": messages, "tools": tools}, chosen, train_on)
-    assert encoded(shared, chosen, train_on) == found
+    assert encoded({"conversations": messages, "tools": tools}, chosen, train_on) == found
     is_all, is_turn = train_on == "all", train_on != "completion"
     pieces = [
         (f"{json.dumps([TOOL])}{OPEN}user\nwhere?{CLOSE}\n{OPEN}assistant\n", is_all),
@@ -93,12 +89,6 @@ def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
     messages = [{"role": "user", "content": "c"}, {"role": "assistant", "tool_calls": calls}]
     with pytest.raises(ml.DataError, match=r"^messages\[1\]\.tool_calls\[0\]\.arguments: found U\+D800"):
         parse_row({"messages": messages}, DataConfig())
-
-
-def test_a_function_call_may_be_several():
-    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps([CALL] * 2)}]
-    found = parse_row({"conversations": turns}, DataConfig())
-    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}] * 2
 
 
 @given(some_text, extras)

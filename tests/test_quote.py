@@ -262,9 +262,8 @@ def rows_with(a, b, c, d, halves):
     yield "parts", {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}
     yield "tools", {**tools, "tools": [tool]}
     yield "tools as text", {**tools, "tools": json.dumps([tool])}
-    called = json.dumps({"name": b, "arguments": {c: d}})
-    turns = [("human", a), ("function_call", called), ("observation", c), ("gpt", b)]
-    yield "sharegpt", {"conversations": [{"from": who, "value": value} for who, value in turns], "system": d}
+    turns = [{"from": "human", "value": a}, {"from": "gpt", "value": b}]
+    yield "sharegpt", {"conversations": turns, "system": d}
     yield "alpaca", {"instruction": a, "input": d, "output": b, "system": c}
     yield "lists", {"prompt": [question], "completion": [answer]}
     yield "passage", {"prompt": left, "completion": right or b}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +22,7 @@ from minilora.errors import DataError, in_recipe
 from minilora.runs.config import DataConfig
 
 Fields = dict[str, Any]
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-}
+Turn = tuple[str, Fields]  # the field that a message was read from, for errors, and the message
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
 # role -> the roles that may follow; "" is before the first message
 NEXT_ROLES = {
@@ -39,6 +33,7 @@ NEXT_ROLES = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant", "user"),
 }
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in NEXT_ROLES if role}}
 EMPTY = "it is empty, so there is nothing to learn"
 
 
@@ -67,18 +62,6 @@ class Conversation:
     tools: list[Any] | None = None
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A message, and the name of the field that it was read from, for errors."""
-
-    message: Fields
-    where: str
-
-    @property
-    def role(self) -> str:
-        return str(self.message["role"])
-
-
 def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
     """Recognise the format of a row and check its fields."""
     _check_unicode(fields, "")
@@ -103,7 +86,7 @@ def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conve
     for key in ("messages", "conversations", "prompt"):
         if isinstance(turns := fields.get(key), list):
             last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-            if SHAREGPT_ROLES.get(str(last.get("role", last.get("from")))) == "assistant":
+            if last.get("role", last.get("from")) in ("assistant", "gpt"):
                 turns = turns[:-1]
             fields = {**fields, key: turns if key == "prompt" else [*turns, answer]}
     parsed = parse_row(fields, config)
@@ -132,31 +115,52 @@ def _check_no_system(own: str, config: DataConfig) -> None:
         )
 
 
-def _as_conversation(turns: list[_Turn], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
+def _as_conversation(turns: list[Turn], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
     """Put the system prompt, the row's `own` or that of all rows, before the turns, and check their order."""
-    has_system, system = turns[0].role in ("system", "developer"), own or config.system
+    (first, message), system = turns[0], own or config.system
+    has_system = message["role"] in ("system", "developer")
     if own and has_system:
-        raise DataError(f"system: found {own!r:.60}, but {turns[0].where} is a system prompt too; need one")
+        raise DataError(f"system: found {own!r:.60}, but {first} is a system prompt too; need one")
     if system and not has_system:
-        turns = [_Turn({"role": "system", "content": system}, "system"), *turns]
-    _check_order(turns)
-    if not any(turn.role == "assistant" for turn in turns):
-        raise DataError(f"{turns[0].where.partition('[')[0]}: no message has role 'assistant': nothing to learn")
-    return Conversation([turn.message for turn in turns], tools)
+        turns = [("system", {"role": "system", "content": system}), *turns]
+    before = ""
+    for where, message in turns:
+        role = message["role"]
+        if role not in NEXT_ROLES[before]:
+            after = f"after {before!r}" if before else "first"
+            accepted = " or ".join(map(repr, NEXT_ROLES[before]))
+            raise DataError(f"{where}: found role {role!r} {after}, where {accepted} is accepted")
+        before = role
+    messages = [message for _, message in turns]
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError(f"{first.partition('[')[0]}: no message has role 'assistant': nothing to learn")
+    return Conversation(messages, tools)
 
 
 # --- the formats; each returns plain text or the checked turns of a conversation ---
 
 
-def _from_messages(fields: Fields) -> list[_Turn]:
-    return [_check_message(turn) for turn in _entries(fields, "messages")]
+def _from_messages(fields: Fields, key: str = "messages") -> list[Turn]:
+    return [(where, _check_message(message, where)) for where, message in _entries(fields, key)]
 
 
-def _from_sharegpt(fields: Fields) -> list[_Turn]:
-    return [_sharegpt_turn(turn) for turn in _entries(fields, "conversations")]
+def _from_sharegpt(fields: Fields) -> list[Turn]:
+    """Convert entries with `from` and `value`; in some files they have the keys of messages already."""
+    turns = []
+    for where, entry in _entries(fields, "conversations"):
+        if "from" not in entry and "role" in entry:
+            turns.append((where, _check_message(entry, where)))
+            continue
+        speaker = entry.get("from")
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+            raise DataError(f"{where}.from: found {speaker!r:.60}, accepted are {sorted(SHAREGPT_ROLES)}")
+        role = SHAREGPT_ROLES[speaker]
+        content = check_text(entry.get("value"), f"{where}.value", is_target=role == "assistant")
+        turns.append((where, {"role": role, "content": content}))
+    return turns
 
 
-def _from_alpaca(fields: Fields) -> list[_Turn]:
+def _from_alpaca(fields: Fields) -> list[Turn]:
     """Convert Alpaca's fields to messages; the question keeps `instruction` and `input` for templates that use them."""
     if fields.get("history"):
         raise DataError("history: earlier turns are read from `messages` or `conversations` alone")
@@ -164,17 +168,17 @@ def _from_alpaca(fields: Fields) -> list[_Turn]:
     question = f"{instruction}\n\n{extra}" if extra else instruction
     asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
     answered = {"role": "assistant", "content": check_text(fields["output"], "output", is_target=True)}
-    return [_Turn(asked, "instruction"), _Turn(answered, "output")]
+    return [("instruction", asked), ("output", answered)]
 
 
-def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[_Turn]:
+def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[Turn]:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
     if not isinstance(prompt, list):
         return PromptCompletion(check_text(prompt, "prompt"), check_text(completion, "completion", is_target=True))
-    turns = [_check_message(turn) for key in ("prompt", "completion") for turn in _entries(fields, key)]
-    if len(completion) != 1 or turns[-1].role != "assistant":
+    turns = [*_from_messages(fields, "prompt"), *_from_messages(fields, "completion")]
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
         raise DataError("completion: need one message of role 'assistant'; more are for `messages`")
     return turns
 
@@ -185,7 +189,7 @@ def _from_text(fields: Fields) -> PromptCompletion:
     return PromptCompletion("", check_text(fields["text"], "text", is_target=True))
 
 
-Format = Callable[[Fields], PromptCompletion | list[_Turn]]
+Format = Callable[[Fields], PromptCompletion | list[Turn]]
 FORMATS: dict[tuple[str, ...], Format] = {  # the fields that a format is recognised by, the first that fits
     ("messages",): _from_messages,
     ("conversations",): _from_sharegpt,
@@ -198,37 +202,18 @@ FORMATS: dict[tuple[str, ...], Format] = {  # the fields that a format is recogn
 # --- what they share ---
 
 
-def _entries(fields: Fields, key: str) -> Iterable[_Turn]:
+def _entries(fields: Fields, key: str) -> Iterator[Turn]:
     values = fields[key]
     if not isinstance(values, list) or not values:
         raise DataError(f"{key}: found {values!r:.60}, need a list of messages")
     for i, value in enumerate(values):
         if not isinstance(value, dict):
             raise DataError(f"{key}[{i}]: found {value!r:.60}, need an object with role and content")
-        yield _Turn(value, f"{key}[{i}]")
+        yield f"{key}[{i}]", value
 
 
-def _sharegpt_turn(turn: _Turn) -> _Turn:
-    """Convert an entry of `conversations` to a message; in some files it has the keys of a message already."""
-    entry, where = turn.message, turn.where
-    if "from" not in entry and "role" in entry:
-        return _check_message(turn)
-    speaker = entry.get("from")
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise DataError(f"{where}.from: found {speaker!r:.60}, accepted are {sorted(SHAREGPT_ROLES)}")
-    role, key = SHAREGPT_ROLES[speaker], f"{where}.value"
-    value = check_text(entry.get("value"), key, is_target=role == "assistant")
-    if speaker != "function_call":
-        return _Turn({"role": role, "content": value}, where)
-    called = _from_json(value, key)
-    calls = called if isinstance(called, list) else [called]
-    _check_calls(calls, key)
-    return _Turn({"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls]}, where)
-
-
-def _check_message(turn: _Turn) -> _Turn:
+def _check_message(message: Fields, where: str) -> Fields:
     """Return a message after checking the types of its fields."""
-    message, where = turn.message, turn.where
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if not isinstance(role, str) or role not in NEXT_ROLES or not role:
         raise DataError(f"{where}.role: found {role!r:.60}, accepted are {sorted(filter(None, NEXT_ROLES))}")
@@ -246,7 +231,7 @@ def _check_message(turn: _Turn) -> _Turn:
         raise DataError(f"{where}.content: {EMPTY}")
     if message.get("weight") not in (None, 1):
         raise DataError(f"{where}.weight: found {message['weight']!r:.60}; only 1 is supported, or the key left out")
-    return turn
+    return message
 
 
 def _check_calls(calls: Any, where: str) -> None:
@@ -257,33 +242,18 @@ def _check_calls(calls: Any, where: str) -> None:
         raise DataError(f"{where}: found {calls!r:.60}, need a list of calls, each with the name of a function")
 
 
-def _check_order(turns: Iterable[_Turn]) -> None:
-    before = ""
-    for turn in turns:
-        if turn.role not in NEXT_ROLES[before]:
-            after = f"after {before!r}" if before else "first"
-            accepted = " or ".join(map(repr, NEXT_ROLES[before]))
-            raise DataError(f"{turn.where}: found role {turn.role!r} {after}, where {accepted} is accepted")
-        before = turn.role
-
-
 def _tools(fields: Fields) -> list[Any] | None:
     """Return `tools`, which are JSON text in some files."""
     tools = fields.get("tools") or None
     if isinstance(tools, str):
-        tools = _from_json(tools, "tools") or None
+        try:
+            tools = json.loads(tools) or None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"tools: found {tools!r:.60}, need JSON") from error
+        _check_unicode(tools, "tools")
     if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
         raise DataError(f"tools: found {tools!r:.60}, need a list of objects")
     return tools
-
-
-def _from_json(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: found {text!r:.60}, need JSON") from error
-    _check_unicode(value, where)
-    return value
 
 
 def _optional_text(fields: Fields, key: str) -> str:
