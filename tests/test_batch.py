@@ -26,27 +26,6 @@ def micro_batches(lengths, **config):
     return [rows for step in plan_steps(lengths, ml.TrainConfig(**config)) for rows in step]
 
 
-@given(lengths, sizes, sizes, st.integers(1, 3), seeds, st.none() | st.integers(1, 20))
-def test_every_row_comes_once_an_epoch(lengths, batch_size, accumulation, epochs, seed, budget):
-    config = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "epochs": epochs, "seed": seed}
-    plan = [row for rows in micro_batches(lengths, **config, batch_tokens=budget) for row in rows]
-    assert len(plan) == epochs * len(lengths)
-    for epoch in range(epochs):
-        assert sorted(plan[epoch * len(lengths) :][: len(lengths)]) == list(range(len(lengths)))
-
-
-@given(lengths, sizes, st.integers(1, 20), seeds)
-@example([9], 2, 1, 0)  # a row longer than the budget
-def test_a_micro_batch_keeps_to_the_budget_of_tokens_and_could_not_take_the_next_row(
-    lengths, accumulation, budget, seed
-):
-    config = {"gradient_accumulation_steps": accumulation, "batch_size": 1, "seed": seed}
-    batches = micro_batches(lengths, batch_tokens=budget, **config)
-    sizes = [sum(lengths[row] for row in rows) for rows in batches]
-    assert all(size <= budget or len(rows) == 1 for size, rows in zip(sizes, batches, strict=True))
-    assert all(size + lengths[after[0]] > budget for size, after in zip(sizes[:-1], batches[1:], strict=True))
-
-
 @given(lengths, st.integers(1, 30))
 def test_groups_keep_the_order_of_the_rows(lengths, limit):
     assert [row for group in groups(lengths, limit) for row in group] == list(range(len(lengths)))

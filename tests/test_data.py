@@ -87,9 +87,6 @@ turns = st.lists(st.tuples(some_text, some_text), min_size=1, max_size=3)
 NUMBERED = CHATML.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}").replace(
     "assistant\n{% endif", "assistant {{ messages | length + 1 }}\n{% endif"
 )
-OF_ALL = NUMBERED.replace("{{ loop.index }}", "{{ loop.index }} of {{ messages | length }}").replace(
-    "{{ messages | length + 1 }}", "{{ messages | length + 1 }} of {{ messages | length + 1 }}"
-)
 KIND = "{% if messages[0].role != 'system' %}Be kind.{% endif %}"
 WRITTEN = {  # template -> how it writes the beginning, and the header and the content of message i
     "chatml": (CHATML, "", "{role}", str),
@@ -154,16 +151,6 @@ def test_every_answer_is_found_however_a_template_writes_the_turns_and_what_tool
 
 
 @given(turns, st.sampled_from(["completion", "assistant"]))
-def test_an_answer_and_its_closing_token_may_be_marked_apart(tokenizer, turns, train_on):
-    apart = MARKED.replace(
-        "{{ m.content }}<|im_end|>", "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>", 1
-    )
-    together, parted = (tokenizer(template=template, eos=CLOSE) for template in (MARKED, apart))
-    row = {"messages": conversation(turns)}
-    assert encoded(row, parted, train_on) == encoded(row, together, train_on)
-
-
-@given(turns, st.sampled_from(["completion", "assistant"]))
 def test_what_a_template_marks_is_what_is_learned_also_where_that_is_less_than_the_turn(tokenizer, turns, train_on):
     marked = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     chosen = tokenizer(template=CHATML.replace("{{ m.content }}", marked + "{% endif %}"), eos=CLOSE)
@@ -214,31 +201,12 @@ def test_an_earlier_answer_that_a_template_rewrites_is_refused_for_assistant_but
     assert sum(learned(found)) == len(answer_of(found))
 
 
-@pytest.mark.parametrize("train_on", ["completion", "assistant"])
-def test_an_answer_is_refused_where_what_asks_for_it_is_rewritten_once_it_is_there(tokenizer, train_on):
-    chosen = tokenizer(template=OF_ALL, eos=CLOSE)
-    with pytest.raises(ml.DataError, match="does not begin the last answer as it asks for one"):
-        encoded({"messages": conversation([("a", "b")])}, chosen, train_on)
-
-
 def test_a_template_may_refuse_conversations_that_break_off(tokenizer):
     refusing = "{{ raise_exception('no question') if messages[-1].role == 'system' }}" + CHATML
     chosen = tokenizer(template=refusing, eos=CLOSE)
     messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}, *conversation([("b", "c")])]
     found = encoded({"messages": messages}, chosen, "assistant")
     assert_learned(found, chosen, pieces_written("chatml", messages, "assistant"))
-
-
-def test_what_a_template_leaves_out_is_not_learned_as_nothing(tokenizer):
-    called = [
-        *conversation([("what?", "a")])[:1],
-        {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]},
-    ]
-    quiet = CHATML.replace("{{ m.content }}", "{{ m.content or '' }}")
-    with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
-        encoded({"messages": called}, tokenizer(template=quiet, eos=CLOSE))
-    loud = quiet.replace("{{ m.content", "{{ m.tool_calls | tojson if m.tool_calls }}{{ m.content")
-    assert encoded({"messages": called}, tokenizer(template=loud, eos=CLOSE)).labelled
 
 
 def test_an_end_token_that_closes_the_whole_text_is_learned_there_and_not_in_every_turn(tokenizer):

@@ -242,13 +242,6 @@ def test_what_a_style_has_no_place_for_is_refused(tokenizer, changes, message):
         encoded({"messages": [question, answer | changes], **changes}, use_prompt_style(tokenizer(), "alpaca"))
 
 
-def test_a_conversation_in_parts_is_the_same_in_a_prompt_style(tokenizer):
-    chosen = use_prompt_style(tokenizer(), "alpaca")
-    messages = conversation([("ab", "cd")], "ef")
-    parts = [{**m, "content": [{"type": "text", "text": c} for c in m["content"]]} for m in messages]
-    assert encoded({"messages": parts}, chosen) == encoded({"messages": messages}, chosen)
-
-
 def test_each_row_is_recognised_by_itself_in_any_number_of_files(tokenizer, tmp_path):
     chosen = tokenizer(template=PARTS, eos=CLOSE)
     rows = [*formats(conversation([("a", "b"), ("c", "d")], "e")), {"prompt": "a", "completion": "b", "id": 1}]

@@ -1,6 +1,7 @@
 """No text of a user can act as a control token, whatever the tokenizer is; and all other text is encoded as ever."""
 
 import json
+import re
 from functools import cache
 from types import MappingProxyType
 
@@ -14,7 +15,7 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.models.control_tokens import QUOTE, ControlTokens
 from minilora.runs.encoders import use_prompt_style
-from tests.models import examples, long
+from tests.models import examples
 from tests.text import CHATML, CLOSE, CORPUS, EOS, SPECIAL, conversation, encoded, trained_bpe
 
 TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
@@ -314,18 +315,19 @@ def test_a_special_token_in_the_text_acts_where_that_is_asked_for(tokenizer):
         assert allowed.count(chosen.token_id(EOS)) == quoted.count(chosen.token_id(EOS)) + 1
 
 
-@pytest.mark.parametrize(
-    ("name", "allow_special"), [case for name in FORMATS for case in ((name, False), *long((name, True)))]
-)
-def test_noncharacters_are_refused_in_every_field(tokenizer, name, allow_special):
-    texts = ["a"] * 6
-    for i in range(6):
-        for character in "\ufdd0\ufdd2\ufdd3\ufdd5\ufdef":
-            bad = [text + character * (i == j) for j, text in enumerate(texts)]
-            row, plain = (dict(rows_with(*t[:4], tuple(t[4:])))[name] for t in (bad, texts))
-            if row != plain:
-                with pytest.raises(ml.DataError, match=rf"^here: .+: found U\+{ord(character):04X}"):
-                    encoded(row, tokenizer("byte-level"), source="here", allow_special=allow_special)
+@pytest.mark.parametrize("character", "\ufdd0\ufdd2\ufdd3\ufdd5\ufdef")
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_noncharacters_are_refused_in_every_field(tokenizer, character, allow_special):
+    tools = [{"name": "look", "parameters": {"a": {character: 1}}}]
+    talk = {"messages": conversation([("a", "b")])}
+    for where, row in (
+        ("text", {"text": f"a{character}"}),
+        ("messages[1].content", {"messages": conversation([("a", character)])}),
+        ("tools[0].parameters.a", {**talk, "tools": tools}),
+        ("tools[0].parameters.a", {**talk, "tools": json.dumps(tools)}),
+    ):
+        with pytest.raises(ml.DataError, match=rf"^here: {re.escape(where)}: found U\+{ord(character):04X}"):
+            encoded(row, tokenizer("byte-level"), source="here", allow_special=allow_special)
 
 
 def control(*names, **options):
