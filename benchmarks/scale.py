@@ -30,7 +30,7 @@ from benchmarks.make import random_model
 from benchmarks.work import LLAMA_1B
 from minilora.cli.forecast import KEYS, SHAPES, default_plan
 from minilora.models.config import parse_config
-from minilora.runs.memory import Plan, Shard, amount, forecast, forecast_each
+from minilora.runs.memory import Plan, Shard, amount, forecast
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 FITS = (("7B", 2, 24), ("70B", 8, 24), ("405B", 16, 80))  # ranks, and GB of each
@@ -86,7 +86,7 @@ def fits() -> Iterator[list[str]]:
         for method in ("LoRA", "QLoRA"):
             for shard in get_args(Shard):
                 plan = default_plan(config, method, torch.device("meta"), N, shard)  # any GPU
-                ((_, found),) = forecast_each(plan, ("block",))
+                found = forecast(plan.checkpointed("block"))
                 trained = found.adapters + found.gradients + found.moments
                 terms = (found.weights, trained, found.activations, found.working + found.overhead, found.peak)
                 yield [

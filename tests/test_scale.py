@@ -20,7 +20,7 @@ from minilora.models.config import parse_config
 from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs.config import TrainConfig
-from minilora.runs.memory import Plan, amount, forecast, forecast_each
+from minilora.runs.memory import Plan, amount, forecast
 from tests.models import WHOLE, four_bit, tiny_config, tiny_model
 from tests.runs import flags_of
 
@@ -98,8 +98,8 @@ def test_inspect_shows_the_terms_of_a_rank(directory, capsys, shard, methods):
     for method in methods:
         planned = pages.default_plan(config, method, pages.pick_device("auto"), 4, shard)
         assert planned.training.gradient_accumulation_steps == 4  # a batch a rank
-        for each, found in forecast_each(planned, pages.METHODS[method]):
-            way = each.training.gradient_checkpointing
+        for way in pages.METHODS[method]:
+            found = forecast(planned.checkpointed(way))
             name = method if way == "none" else f"{method}, {way}"
             shown[name] = [amount(value) for value in (*vars(found).values(), found.peak)]
     assert rows_of(page) == shown
@@ -129,7 +129,7 @@ def test_a_gpu_is_forecast_where_there_is_none(directory, capsys):
     assert "on cuda in bfloat16" in page
     config = parse_config(json.loads((directory / "config.json").read_text()))
     plans = [pages.default_plan(config, "QLoRA", device) for device in (torch.device("meta"), CPU)]
-    kept = [next(forecast_each(plan, ("block",)))[1].overhead for plan in plans]
+    kept = [forecast(plan.checkpointed("block")).overhead for plan in plans]
     assert kept[0] < kept[1]
     assert rows_of(page)["QLoRA, block"][-2] == amount(kept[0])
 

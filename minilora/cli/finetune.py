@@ -41,14 +41,13 @@ from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
-from minilora.runs.checkpoints import hash_inputs
 from minilora.runs.config import DataConfig, RunConfig, Settings, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import Forecast, check_memory, check_room
+from minilora.runs.memory import Forecast, check_memory
 from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
 from minilora.runs.system import choose_threads
@@ -76,9 +75,7 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
         "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
     )
     parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, without training")
-    parser.add_argument(
-        "--force", action="store_true", help="train even if memory or disk space is forecast to be too small"
-    )
+    parser.add_argument("--force", action="store_true", help="train even if memory is forecast to be too small")
 
 
 def read_settings(options: Options) -> Settings:
@@ -127,12 +124,11 @@ def run(options: Options) -> int:
         directory = stack.enter_context(closing(RunDirectory(settings)))
         base = find_base(settings)
         check_not_merged(base.location, base.adapters)
-        inputs = {} if is_dry else hash_inputs(base.location.path, base.adapters, settings.data.prompt_style)
-        earlier = Earlier(settings.dtype) if is_dry else directory.open(inputs)
+        earlier = Earlier(settings.dtype) if is_dry else directory.open(base)
         with closing(ProgressBar()) as bar:
             data = read_data(settings, base.adapters, earlier.began, bar.show)  # a chat template may write the date
         plan, memory = plan_run(settings, base, data, earlier.dtype, device)
-        run = Run(settings, base, inputs, earlier, data, plan)
+        run = Run(settings, base, earlier, data, plan)
         if is_dry:
             return _dry_run(run, memory, options["force"])
         if not options["force"]:
@@ -141,8 +137,6 @@ def run(options: Options) -> int:
         if earlier.is_finished:
             say(f"{directory.path}: holds this run, which is finished, so nothing is left to do; {directory.further}")
             return 0
-        if world.is_main_process() and not options["force"]:
-            check_room(directory.path, memory)
         model = load_base(plan, base, device)
         attach_adapter(model, plan, base)
         _choose_threads(run, model)

@@ -17,8 +17,8 @@ from minilora.models.checkpoint import pick_device
 from minilora.models.config import parse_config, read_config_file
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, TrainConfig
-from minilora.runs.memory import Forecast, Plan, Shard, amount, fits, forecast_each
-from minilora.runs.system import free_memory_bytes, held_memory_bytes
+from minilora.runs.memory import Forecast, Plan, Shard, amount, fits, forecast
+from minilora.runs.system import free_memory_bytes
 
 SIZES = "of a model, from its config.json alone, and of 7B, 13B, 70B and 405B"
 KEYS = (
@@ -46,14 +46,13 @@ RANKS = "One rank of {world} holds {held}, and the adapters with gradients and m
 
 def dry_run_lines(plan: Plan) -> str:
     """Return what `--dry-run` prints: the forecast with each kind of gradient checkpointing, and what fits."""
-    free, held = free_memory_bytes(plan.device), held_memory_bytes(plan.device)
-    found: dict[str, Forecast] = {each.training.gradient_checkpointing: one for each, one in forecast_each(plan)}
+    found = {way: forecast(plan.checkpointed(way)) for way in get_args(Checkpointing)}
     lines = [f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}"]
     lines += _table(found)
-    which = [way for way, one in found.items() if fits(plan, one)]
-    besides = f", besides {amount(held)} that the process holds already" if held else ""
+    which = [way for way, each in found.items() if fits(plan, each)]
+    free = free_memory_bytes(plan.device)
     room = "unknown" if free is None else f"{amount(free)} free"
-    return "\n".join([*lines, f"  {room}{besides}: fits with {', '.join(which) or 'none of them'}"])
+    return "\n".join([*lines, f"  {room}: fits with {', '.join(which) or 'none of them'}"])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +88,9 @@ def memory_page(options: Options) -> str:
         rows: dict[str, Forecast] = {}
         for method, ways in METHODS.items():
             if shard == "none" or method != "full fine-tune":  # which has no frozen base
-                for plan, found in forecast_each(default_plan(config, method, device, world or 1, shard), ways):
-                    way = plan.training.gradient_checkpointing
-                    rows[method if way == "none" else f"{method}, {way}"] = found
+                plan = default_plan(config, method, device, world or 1, shard)
+                for way in ways:
+                    rows[method if way == "none" else f"{method}, {way}"] = forecast(plan.checkpointed(way))
         lines += ["", name, *_table(rows)]
     return "\n".join(lines)
 

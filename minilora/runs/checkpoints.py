@@ -1,4 +1,4 @@
-"""Checkpoints from which a run continues to the same bytes, and hashes of what it was started with.
+"""Checkpoints from which a run continues to the same bytes.
 
     checkpoints/step-000120/trained.safetensors      what training changes, by its names in the model
                             optimizer.safetensors    AdamW's moments, by parameter name
@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter_files
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.errors import FormatError, TrainingError, fits
 from minilora.files import (
     TensorFile,
@@ -41,20 +40,15 @@ from minilora.files import (
     read_json,
     remove,
     replacing,
-    sha256_of,
     verify,
     write_json,
     write_manifest,
     write_tensors,
 )
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
-from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.objective import trained_parameters
-
-WHOLE = 2**29  # bytes of a file up to which all of it is hashed
-PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
 
 
 @dataclass
@@ -199,13 +193,10 @@ def load_checkpoint(
 
 def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if file.shapes != shapes:
-        differing = {name for name in file.shapes.keys() | shapes if file.shapes.get(name) != shapes.get(name)}
-        raise FormatError(f"{file.path}: holds other tensors than the run trains: {sorted(differing)[:5]}")
-    for name, tensor in expected.items():
-        if file.dtype(name) != tensor.dtype:
-            raise FormatError(f"{file.path}: {name} is {file.dtype(name)}, the run has {tensor.dtype}")
+    found = {name: (shape, file.dtype(name)) for name, shape in file.shapes.items()}
+    own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in expected.items()}
+    if differing := sorted(name for name in found | own if found.get(name) != own.get(name)):
+        raise FormatError(f"{file.path}: holds other tensors than the run trains: {differing[:5]}")
     return {name: file.read(name) for name in expected}
 
 
@@ -234,7 +225,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 def bookkeeping(config: TrainConfig) -> set[str]:
     """Return the settings that may change between two starts of a run, since its weights do not depend on them."""
-    names = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing", "on_nonfinite"}
+    names = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
     return names | (set() if config.selects else {"eval_steps"})
 
 
@@ -270,34 +261,3 @@ def _as_json(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return type(value).__qualname__
-
-
-def hash_inputs(base: Path, adapters: Sequence[Path], prompt_style: str) -> dict[str, str]:
-    """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
-    paths = {f"model/{path.name}": path for path in sorted(base.glob("*.safetensors"))}
-    paths |= {f"model/{name}": base / name for name in ("config.json", *TOKENIZER_FILES)}
-    for adapter in adapters:
-        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)}
-    if prompt_style.endswith(".jinja"):
-        paths["prompt_style"] = Path(prompt_style)
-    return {name: hash_of(path) for name, path in paths.items() if path.is_file()}
-
-
-def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a file; of a large one, that of its size, its beginning and evenly spread parts."""
-    size = path.stat().st_size
-    if size <= WHOLE:
-        return sha256_of(path)
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(8 + int.from_bytes(file.read(8), "little") % WHOLE))  # the header of tensors
-        for i in range(PIECES):
-            file.seek(i * (size - PIECE) // (PIECES - 1))
-            digest.update(file.read(PIECE))
-    return digest.hexdigest()
-
-
-def check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise a `TrainingError` that names the files whose hashes are not those of the run's first start."""
-    if changed := sorted(name for name in before.keys() | now if before.get(name) != now.get(name)):
-        raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; give another --out")

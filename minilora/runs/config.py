@@ -58,6 +58,7 @@ class DataConfig:
     per_device_train_batch_size="use batch_size",
     output_dir="give ml.train a checkpoint_dir",
     recompute="use gradient_checkpointing",
+    on_nonfinite="leave it out: a run stops at a number that is not finite",
 )
 @document_fields
 @dataclass(frozen=True)
@@ -81,9 +82,6 @@ class TrainConfig:
     max_steps: int | None = option(None, "stop after this many steps, whatever --epochs says")
     gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
         "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
-    )
-    on_nonfinite: Literal["stop", "skip"] = option(
-        "stop", "at a loss or gradient that is not finite: stop, or skip the step and go on"
     )
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
@@ -241,8 +239,7 @@ def check_settings(settings: Settings, base: LlamaConfig) -> None:
     run, quantization, lora, is_full = settings.run, settings.quantization, settings.lora, settings.is_full
     if run.report != "none" and find_spec(run.report) is None:
         raise ConfigError(f"--report {run.report} needs the package {run.report}: pip install {run.report}")
-    if quantization.quantize == "none" and quantization != QuantizeConfig():
-        idle = [field.name for field in fields(QuantizeConfig) if getattr(quantization, field.name) != field.default]
+    if quantization.quantize == "none" and (idle := _differing(quantization, QuantizeConfig())):
         raise ConfigError(f"{', '.join(map(flag, idle))}: without effect; give --quantize nf4 too")
     if run.adapter is not None:
         bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
@@ -268,6 +265,6 @@ def check_settings(settings: Settings, base: LlamaConfig) -> None:
         raise ConfigError("--method full: " + "; ".join(bad))
 
 
-def _differing(lora: LoraConfig, other: LoraConfig) -> list[str]:
-    """Return the names of the fields in which two configs differ."""
-    return [field.name for field in fields(LoraConfig) if getattr(lora, field.name) != getattr(other, field.name)]
+def _differing(config: LoraConfig | QuantizeConfig, other: LoraConfig | QuantizeConfig) -> list[str]:
+    """Return the names of the fields in which two configs of a kind differ."""
+    return [field.name for field in fields(config) if getattr(config, field.name) != getattr(other, field.name)]

@@ -13,6 +13,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -26,12 +27,14 @@ import torch
 from filelock import BaseFileLock
 
 from minilora.adapters.files import save_adapter_files
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.definition import is_plain
 from minilora.errors import TrainingError
-from minilora.files import holds_files, lock, publishing, replacing, write_json
+from minilora.files import holds_files, lock, publishing, replacing, sha256_of, write_json
 from minilora.llama import Llama
 from minilora.models.checkpoint import MODEL_FILES, save_model_files
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
+from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs import checkpoints, world
 from minilora.runs.config import Settings
 from minilora.runs.evaluate import Forgetting, Scores
@@ -45,6 +48,8 @@ from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
+WHOLE = 2**29  # bytes of a file up to which all of it is hashed
+PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -75,7 +80,6 @@ class Run:
 
     settings: Settings
     base: Base
-    inputs: Mapping[str, str]  # name -> hash of the base, the adapter and the template
     earlier: Earlier
     data: Data
     plan: Plan
@@ -96,6 +100,7 @@ class RunDirectory:
     def __init__(self, settings: Settings):
         self.path = Path(settings.run.out)
         self._settings = settings
+        self._inputs: Mapping[str, str] = {}  # name -> hash of the base, the adapter and the template
         self._lock: BaseFileLock | None = None
         self._tracker: Tracker | None = None
 
@@ -105,19 +110,20 @@ class RunDirectory:
         start = "model further, give --model" if self._settings.is_full else "adapter further, add --adapter"
         return f"give another --out; to train its {start} {self.path}"
 
-    def open(self, inputs: Mapping[str, str]) -> Earlier:
-        """Lock a directory that holds this run, and return what its earlier starts left.
+    def open(self, base: Base) -> Earlier:
+        """Lock a directory that holds this run of a base, and return what its earlier starts left.
 
         Raises:
             TrainingError: it holds another run, or files of something else; a process is at work there; or the ranks
                 have different inputs.
         """
-        found = world.all_gather(inputs)
+        self._inputs = _hash_inputs(base, self._settings.data.prompt_style)
+        found = world.all_gather(self._inputs)
         if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
             raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
-        return world.run_on_rank0(lambda: self._read_earlier(inputs))
+        return world.run_on_rank0(self._read_earlier)
 
-    def _read_earlier(self, inputs: Mapping[str, str]) -> Earlier:
+    def _read_earlier(self) -> Earlier:
         if not holds_files(self.path):
             return Earlier(self._settings.dtype)
         path, now = self.path / "run.json", self._settings.by_flag
@@ -140,9 +146,8 @@ class RunDirectory:
         if record.starts[0]["plain"] != is_plain():
             with_it = "without" if is_plain() else "with"
             raise TrainingError(f"{self.path}: the run began {with_it} --plain; do the same")
-        checkpoints.check_same(
-            f"{self.path}: files of the base, the adapter or the template", record.inputs_sha256, inputs
-        )
+        what = f"{self.path}: files of the base, the adapter or the template"
+        _check_same(what, record.inputs_sha256, self._inputs)
         first = record.starts[0]
         return Earlier(
             first["dtype"] if self._settings.dtype == "auto" else self._settings.dtype,
@@ -160,7 +165,7 @@ class RunDirectory:
 
     def _claim(self, run: Run) -> None:
         if run.earlier.starts:
-            checkpoints.check_same(f"{self.path}: the data", run.earlier.data_sha256, run.data.files)
+            _check_same(f"{self.path}: the data", run.earlier.data_sha256, run.data.files)
         if self._lock is None:
             self._lock = lock(self.path)
             if holds_files(self.path):
@@ -187,7 +192,7 @@ class RunDirectory:
             "config": self._settings.by_flag,
             "versions": {**versions, "python": platform.python_version()},
             "data_sha256": run.data.files,
-            "inputs_sha256": run.inputs,
+            "inputs_sha256": self._inputs,
             "starts": [*run.earlier.starts, start],
         }
         with replacing(self.path / "run.json") as temporary:
@@ -245,3 +250,34 @@ class RunDirectory:
             self._tracker.close()
         if self._lock:
             self._lock.release()
+
+
+def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
+    """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
+    paths = {f"model/{path.name}": path for path in sorted(base.location.path.glob("*.safetensors"))}
+    paths |= {f"model/{name}": base.location.path / name for name in ("config.json", *TOKENIZER_FILES)}
+    for adapter in base.adapters:
+        paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)}
+    if prompt_style.endswith(".jinja"):
+        paths["prompt_style"] = Path(prompt_style)
+    return {name: hash_of(path) for name, path in paths.items() if path.is_file()}
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file; of a large one, that of its size, its beginning and evenly spread parts."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(8 + int.from_bytes(file.read(8), "little") % WHOLE))  # the header of tensors
+        for i in range(PIECES):
+            file.seek(i * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def _check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise a `TrainingError` that names the files whose hashes are not those of the run's first start."""
+    if changed := sorted(name for name in before.keys() | now if before.get(name) != now.get(name)):
+        raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; give another --out")

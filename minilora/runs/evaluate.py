@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from minilora.adapter import disable_adapter
-from minilora.data import IGNORE_INDEX, Batch, collate
+from minilora.data import IGNORE_INDEX, collate
 from minilora.errors import DataError
 from minilora.llama import Llama
 from minilora.models.generate import evaluating, generate
@@ -101,10 +101,10 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
     Raises:
         DataError: there are none.
     """
-    total, count, device = 0.0, 0.0, next(model.parameters()).device
+    total, count = 0.0, 0.0
     with evaluating(model):
         for group, is_counted in _dealt(objective.eval_batches(rows), len(rows), progress):
-            loss, number = objective(model, objective.batch([rows[row] for row in group], device))
+            loss, number = objective(model, [rows[row] for row in group])
             if is_counted:
                 total, count = total + loss.item(), count + number
     total, count = world.sum_over_ranks(total, count)
@@ -121,11 +121,14 @@ def measure_forgetting(
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
     The base is the model without its adapters, unless one is given.
     """
+    check_examples(model, examples)
     as_base: Callable[[], Any] = nullcontext if base else partial(disable_adapter, model)
     base = base or model
+    device = next(model.parameters()).device
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
-        for batch, counts in _batches(model, examples, progress):
+        for rows, counts in _dealt(eval_groups(lengths_of(examples)), len(examples), progress):
+            batch = collate([examples[row] for row in rows], device)
             with as_base():
                 expected = base.model(batch.tokens, batch.lengths)
             hidden = model.model(batch.tokens, batch.lengths)
@@ -141,14 +144,6 @@ def measure_forgetting(
             labelled += counts * len(batch.labels)
     *totals, number = world.sum_over_ranks(*sums.tolist(), labelled)
     return Forgetting(*(total / number for total in totals))
-
-
-def _batches(model: Llama, examples: Sequence[Example], progress: Progress = _ignore) -> Iterator[tuple[Batch, bool]]:
-    """Yield this rank's batches for an evaluation, and whether each counts."""
-    check_examples(model, examples)
-    groups = eval_groups(lengths_of(examples))
-    for rows, counts in _dealt(groups, len(examples), progress):
-        yield collate([examples[row] for row in rows], next(model.parameters()).device), counts
 
 
 def _dealt(groups: Iterable[Rows], total: int, progress: Progress) -> Iterator[tuple[Rows, bool]]:

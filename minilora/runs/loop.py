@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import DataError, FormatError, TrainingError, check_types
-from minilora.models.bitsandbytes import is_finite
 from minilora.models.shard import is_sharded
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
@@ -23,6 +22,7 @@ from minilora.runs.objective import (
     bad_outputs,
     build_optimizer,
     check_token_loss,
+    length_of,
     rate_of_step,
     trained_parameters,
 )
@@ -65,8 +65,7 @@ def train(
     """Train the parameters that require grad: those of an attached adapter or, without one, the model itself.
 
     Weights are trained in their own dtype. In bfloat16 most updates of a weight are too small to change it: train a
-    whole model in float32, as adapters are. No other thread may use the model meanwhile: to generate or to train is
-    refused.
+    whole model in float32, as adapters are. No other thread may use the model meanwhile.
 
     Where torch.distributed is initialized, its ranks share the work: each calls `train` with the same model and all
     rows, and computes some of the micro-batches of each step. The first rank writes the checkpoints. A model in
@@ -84,7 +83,7 @@ def train(
             that is as it was written, and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
-            else the counts. By default the loss of tokens.
+            or the count if none has. By default the loss of tokens.
 
     Raises:
         DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
@@ -162,12 +161,10 @@ class _Job:
         return trained_parameters(self.optimizer)
 
     def batches(self, step: int) -> list[MicroBatch]:
-        """Return the micro-batches of a step that this rank computes; none after the last step."""
-        device, first = next(self.model.parameters()).device, step * self.config.gradient_accumulation_steps
-        plan = self.steps[step] if step < len(self.steps) else []
-        dealt = world.split_for_rank(list(enumerate(plan, first)))
-        read = ((n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt)
-        return [MicroBatch(n, self.objective.batch(rows, device), counts) for n, rows, counts in read]
+        """Return the micro-batches of a step that this rank computes."""
+        first = step * self.config.gradient_accumulation_steps
+        dealt = world.split_for_rank(list(enumerate(self.steps[step], first)))
+        return [MicroBatch(n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt]
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Return the sum of the losses of a micro-batch, and how many there are: 0 of one that does not count."""
@@ -187,13 +184,9 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     def is_done() -> bool:
         return state.step == total or state.stale >= patience
 
-    batches = job.batches(first)
     while not (stopped or is_done()):
         before = time.monotonic()
-        queued = _step(job, state.step, batches)
-        upcoming = job.batches(state.step + 1)  # copied to the device while it computes
-        record = _checked(job, queued, batches)
-        batches = upcoming
+        record = _step(job, state.step)
         if state.step == first and not any(map(is_sharded, model.parameters())):  # holes between gathered blocks
             keep_memory()
         now = time.monotonic()
@@ -222,6 +215,49 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
 
 
+def _step(job: _Job, step: int) -> Record:
+    """Make one optimizer step, and return its record.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite.
+    """
+    model, config, optimizer = job.model, job.config, job.optimizer
+    rate = rate_of_step(step, len(job.steps), config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    batches = job.batches(step)
+    total, count = accumulate(model, optimizer, seeded(model, batches, config.seed), job.loss)
+    world.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
+    own_tokens = sum(map(length_of, (row for batch in batches if batch.is_counted for row in batch.rows)))
+    count, tokens = map(int, world.sum_over_ranks(count, own_tokens))
+    norms = torch.stack(update(optimizer, total, count, config.max_grad_norm))
+    loss, grad_norm = norms.tolist()  # waits for the device, once a step
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        sources = ", ".join(str(getattr(job.dataset[row], "source", row)) for rows in job.steps[step] for row in rows)
+        raise TrainingError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {_first_nonfinite(job, batches)}; "
+            f"rows: {sources}. The weights are those of before the step; a lower learning rate or float32 may help"
+        )
+    return {
+        "step": step + 1,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+        "tokens": tokens or count,
+        "peak_memory_bytes": peak_memory_bytes(norms.device),
+    }
+
+
+def _first_nonfinite(job: _Job, batches: Sequence[MicroBatch]) -> str:
+    """Compute micro-batches again, and return what is the first that is not finite, on any rank."""
+    again = seeded(job.model, batches, job.config.seed)
+    found = world.all_gather(bad_outputs(job.model, lambda: [job.loss(job.model, batch) for batch in again]))
+    outputs = [f"output of {path}" for paths in found for path in paths]
+    gradients = {name: p.grad for name, p in job.trained.items() if p.grad is not None}
+    bad = [f"gradient of {name}" for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return [*outputs, *bad, "the loss itself"][0]
+
+
 def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
     total = len(job.steps)
@@ -241,56 +277,3 @@ def _check_ranks(job: _Job, step: int) -> None:
     trained = job.trained
     world.check_equal([*trained.values()], f"step {step}")
     world.broadcast_(tensor for name, tensor in checkpoints.trained_tensors(job.model).items() if name not in trained)
-
-
-def _step(job: _Job, step: int, batches: list[MicroBatch]) -> Record:
-    """Make one optimizer step; return its record, whose tensors the device may still be computing."""
-    model, config, optimizer = job.model, job.config, job.optimizer
-    rate = rate_of_step(step, len(job.steps), config)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-    own_tokens = job.objective.tokens([batch.rows for batch in batches if batch.is_counted])
-    total, count = accumulate(model, optimizer, seeded(model, batches, config.seed), job.loss)
-    world.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
-    count, tokens, unknown = map(int, world.sum_over_ranks(count, own_tokens or 0, own_tokens is None))
-    loss, grad_norm = update(optimizer, total, count, config.max_grad_norm)
-    return {
-        "step": step + 1,
-        "loss": loss,
-        "learning_rate": rate,
-        "grad_norm": grad_norm,
-        "tokens": count if unknown else tokens,
-    }
-
-
-def _checked(job: _Job, record: Record, batches: Sequence[MicroBatch]) -> Record:
-    """Wait for the device, and return the record of a step with its numbers.
-
-    Raises:
-        TrainingError: the loss or the gradient is not finite, and the step is not to be skipped.
-    """
-    norms = torch.stack([record["loss"], record["grad_norm"]])
-    loss, grad_norm = norms.tolist()
-    record = record | {"loss": loss, "grad_norm": grad_norm, "peak_memory_bytes": peak_memory_bytes(norms.device)}
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return record
-    plan = job.steps[record["step"] - 1]
-    sources = ", ".join(str(getattr(job.dataset[row], "source", row)) for rows in plan for row in rows)
-    where = _first_nonfinite(job, batches)
-    problem = f"step {record['step']}: loss {loss}, gradient norm {grad_norm}; first bad: {where}; rows: {sources}"
-    state = checkpoints.trained_tensors(job.model).values()  # weights, and buffers such as those of a batch norm
-    is_beyond_repair = world.any_rank(not all(map(is_finite, state)))
-    if job.config.on_nonfinite == "stop" or is_beyond_repair:
-        advice = "a lower learning rate or float32 may help"
-        raise TrainingError(f"{problem}. The weights are those of before the step; {advice}")
-    return record | {"loss": None, "grad_norm": None, "skipped": problem}
-
-
-def _first_nonfinite(job: _Job, batches: Sequence[MicroBatch]) -> str:
-    """Compute micro-batches again, and return what is the first that is not finite, on any rank."""
-    again = seeded(job.model, batches, job.config.seed)
-    found = world.all_gather(bad_outputs(job.model, lambda: [job.loss(job.model, batch) for batch in again]))
-    outputs = [f"output of {path}" for paths in found for path in paths]
-    gradients = {name: p.grad for name, p in job.trained.items() if p.grad is not None}
-    bad = [f"gradient of {name}" for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    return [*outputs, *bad, "the loss itself"][0]

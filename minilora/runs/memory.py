@@ -11,11 +11,10 @@ estimated.
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -64,6 +63,10 @@ class Plan:
     world: int = 1  # number of ranks; the forecast is that of one
     shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
 
+    def checkpointed(self, way: Checkpointing) -> Plan:
+        """Return the plan with another gradient checkpointing."""
+        return replace(self, training=replace(self.training, gradient_checkpointing=way))
+
     def batch(self) -> tuple[list[int], int]:
         """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
         steps = plan_steps(np.asarray(self.rows)[:, 0], self.training)
@@ -96,11 +99,6 @@ def forecast(plan: Plan) -> Forecast:
     Raises:
         TargetError: the adapter's config names modules that the model does not have.
     """
-    return next(forecast_each(plan, (plan.training.gradient_checkpointing,)))[1]
-
-
-def forecast_each(plan: Plan, ways: Sequence[Any] = get_args(Checkpointing)) -> Iterator[tuple[Plan, Forecast]]:
-    """Yield a plan with each kind of gradient checkpointing, the fastest first, and its forecast."""
     model, shards = build_base(plan), plan.world if plan.shard == "base" else 1
     layers, base = model.model.layers, _tensor_bytes(model)
     blocks = [sum(_share_bytes(p, shards) for p in block.parameters()) for block in layers]
@@ -115,13 +113,11 @@ def forecast_each(plan: Plan, ways: Sequence[Any] = get_args(Checkpointing)) -> 
     best = gradients if plan.training.keep == "best" else 0
     adapters = _tensor_bytes(model) - base + best
     sent = gradients if plan.world > 1 else 0  # the buffer in which the ranks' gradients are added
-    libraries = LIBRARIES if plan.device.type == "cpu" else 0
     gathered = 2 * shards * max(blocks) if shards > 1 else 0
-    for way, kept, working in _measure_step(plan, model, ways):
-        chosen = replace(plan, training=replace(plan.training, gradient_checkpointing=way))
-        working = max(working, sent - kept, _evaluation_bytes(plan) - kept) + gathered
-        overhead = int(FRAGMENTS * (kept + working)) + libraries
-        yield chosen, Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
+    kept, working = _measure_step(plan, model)
+    working = max(working, sent - kept, _evaluation_bytes(plan) - kept) + gathered
+    overhead = int(FRAGMENTS * (kept + working)) + (LIBRARIES if plan.device.type == "cpu" else 0)
+    return Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
 
 
 def build_base(plan: Plan) -> Llama:
@@ -158,56 +154,55 @@ def _evaluation_bytes(plan: Plan) -> int:
     return mlp + FORGETTING_COPIES * WIDE * min(N, DRIFT_TOKENS) * config.vocab_size
 
 
-def _measure_step(plan: Plan, model: Any, ways: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
-    """Yield ways with what autograd saves of the largest micro-batch, and the most that lives besides."""
-    (lengths, labelled), decoder = plan.batch(), model.model
+def _measure_step(plan: Plan, model: Any) -> tuple[int, int]:
+    """Return what autograd saves of the largest micro-batch, and the most that lives besides."""
+    (lengths, labelled), decoder, way = plan.batch(), model.model, plan.training.gradient_checkpointing
     N, D = sum(lengths), plan.config.hidden_size
-
-    def empty(*shape: int, dtype: torch.dtype = plan.dtype, learns: bool = False) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=learns)
-
     angles = plan.config.rope.rotation([range(length) for length in lengths], torch.device("cpu"))
     rotation = tuple(table.to("meta", plan.dtype) for table in angles)
-    tokens, places, labels = (empty(n, dtype=torch.int64) for n in (N, labelled, labelled))
-    parameters, inputs = [*model.parameters()], (*rotation, tokens, places, labels)
-    for parameter in parameters:
+    tokens, positions, labels = (torch.empty(n, dtype=torch.int64, device="meta") for n in (N, labelled, labelled))
+    inputs = (*rotation, tokens, positions, labels)
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    known = (*parameters, *model.buffers(), *(p.grad for p in parameters if p.grad is not None), *inputs)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    known = (*model.parameters(), *model.buffers(), *gradients, *inputs)
+
+    def hidden(learns: bool) -> Tensor:
+        return torch.empty(N, D, dtype=plan.dtype, device="meta", requires_grad=learns)
 
     def loss() -> Tensor:
-        x = empty(N, D, learns=any(p.requires_grad for p in decoder.parameters()))
-        return cross_entropy(decoder.norm(x).index_select(0, places), labels, model.get_output_embeddings())
+        x = hidden(any(p.requires_grad for p in decoder.parameters()))
+        return cross_entropy(decoder.norm(x).index_select(0, positions), labels, model.get_output_embeddings())
 
-    def run(block: Any, learns: bool, way: str) -> Tensor:
-        x, rest = empty(N, D, learns=learns), (rotation, OutlinedAttention(plan.device, lengths), way)
-        return checkpoint(block, x, *rest, use_reentrant=False) if way == "block" else block(x, *rest)
+    def run(block: Any, learns: bool) -> Tensor:
+        arguments = (hidden(learns), rotation, OutlinedAttention(plan.device, lengths), way)
+        return checkpoint(block, *arguments, use_reentrant=False) if way == "block" else block(*arguments)
 
     last, embedding = measure(loss, known), decoder.embed_tokens.weight
     # The gradient of a tied head waits for that of the embedding.
-    is_waiting = embedding.requires_grad and plan.config.tie_word_embeddings
-    waiting = embedding.nbytes if is_waiting else 0
-    for way in ways:
-        kept, working, needs = sum(tensor.nbytes for tensor in inputs), last.kept + last.working, dict[Any, Need]()
-        learns = any(p.requires_grad for p in decoder.embed_tokens.parameters())
-        for block, window in zip(decoder.layers, plan.config.windows, strict=True):
-            signature = tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
-            kind = learns, window, signature
-            if kind not in needs:
-                needs[kind] = measure(partial(run, block, learns, way), known)
-            kept, learns = kept + needs[kind].kept, needs[kind].learns
-            working = max(working, needs[kind].working + waiting)
-        yield way, kept, working
+    waiting = embedding.nbytes if embedding.requires_grad and plan.config.tie_word_embeddings else 0
+    kept, working = sum(tensor.nbytes for tensor in inputs), last.kept + last.working
+    learns, needs = any(p.requires_grad for p in decoder.embed_tokens.parameters()), dict[Any, Need]()
+    for block, window in zip(decoder.layers, plan.config.windows, strict=True):
+        kind = (learns, window, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
+        if kind not in needs:
+            needs[kind] = measure(partial(run, block, learns), known)
+        kept += needs[kind].kept
+        working = max(working, needs[kind].working + waiting)
+        learns = needs[kind].learns
+    return kept, working
 
 
 def choose_plan(plan: Plan, shard: str) -> tuple[Plan, Forecast]:
     """Replace "auto" of `shard` and of gradient checkpointing by the fastest that fits, else the leanest."""
     way = plan.training.gradient_checkpointing
     shards: Sequence[Any] = get_args(Shard) if shard == "auto" else (shard,)
-    ways = get_args(Checkpointing) if way == "auto" else (way,)
-    for each in shards:
-        for chosen, found in forecast_each(replace(plan, shard=each), ways):
-            if fits(plan, found):
-                return chosen, found
+    ways: Sequence[Any] = get_args(Checkpointing) if way == "auto" else (way,)
+    for each, way in product(shards, ways):
+        chosen = replace(plan.checkpointed(way), shard=each)
+        found = forecast(chosen)
+        if fits(chosen, found):
+            break
     return chosen, found
 
 
@@ -226,16 +221,6 @@ def check_memory(plan: Plan, found: Forecast) -> None:
             f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
             f"gradient is the same), --gradient-checkpointing block, {smaller} or a smaller --max-length; "
             "--dry-run shows what each takes, and --force runs all the same"
-        )
-
-
-def check_room(out: Path, found: Forecast) -> None:
-    """Raise a `TrainingError` if the disk has no room for the result of a run and for one checkpoint."""
-    need, free = 2 * found.gradients + found.moments, shutil.disk_usage(out).free  # a gradient is as large as a weight
-    if free < need:
-        raise TrainingError(
-            f"{out}: the result and a checkpoint take {amount(need)}, and {amount(free)} are free on the disk; "
-            "make room, or give another --out; --force runs all the same"
         )
 
 

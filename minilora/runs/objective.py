@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -42,33 +42,20 @@ class Objective:
     config: TrainConfig
     loss: Loss | None = None
 
-    def batch(self, rows: list[Any], device: torch.device) -> Any:
-        """Lay rows end to end on the device; for a given loss, return them as they are."""
-        return collate(rows, device) if self.loss is None else rows
-
-    def __call__(self, model: Any, batch: Any) -> tuple[Tensor, int]:
-        """Return the sum of the losses of a batch, and how many there are."""
+    def __call__(self, model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+        """Return the sum of the losses of some rows, and how many there are."""
         if self.loss is None:
-            assert self.config.gradient_checkpointing != "auto"  # which a run replaces before its first step
-            return token_loss(model, batch, self.config.gradient_checkpointing)
-        found = self.loss(model, batch)
+            batch = collate(rows, next(model.parameters()).device)
+            return token_loss(model, batch, self.config.gradient_checkpointing)  # type: ignore[arg-type]
+        found = self.loss(model, rows)
         is_pair = isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor)
         if not is_pair or found[0].numel() != 1 or not _is_count(found[1]):
             raise TrainingError(
                 f"loss has to give (sum, count), a tensor of one number and a whole number, found {found!r:.80}"
             )
         if torch.is_grad_enabled() and not found[0].requires_grad:
-            raise TrainingError(
-                "loss has to give a sum with a gradient, found one without: it depends on nothing that is trained"
-            )
+            raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
         return found[0], int(found[1])
-
-    def tokens(self, batches: list[Any]) -> int | None:
-        """Return the number of tokens of batches; None where rows of a given loss have no `tokens`."""
-        if self.loss is None:
-            return sum(sum(batch.lengths) for batch in batches)
-        sizes = _sizes(row for batch in batches for row in batch)
-        return None if sizes is None else sum(sizes)
 
     def lengths(self, dataset: Sequence[Any]) -> NDArray[np.int64]:
         """Return the number of tokens of each row; 1 where a given loss makes no use of them."""
@@ -76,17 +63,16 @@ class Objective:
             return np.ones(len(dataset), np.int64)
         if isinstance(dataset, Dataset):
             return dataset.lengths
-        sizes = _sizes(dataset[i] for i in range(len(dataset)))
-        if sizes is None:
+        lengths = np.array([length_of(dataset[i]) for i in range(len(dataset))], np.int64)
+        if not lengths.all():
             raise DataError("batch_tokens counts the `tokens` of rows, which not all of these have")
-        return np.array(sizes, np.int64)
+        return lengths
 
     def eval_batches(self, dataset: Sequence[Any]) -> Iterator[Rows]:
         """Yield the rows of each forward pass of an evaluation."""
         if self.loss is None:
             return eval_groups(self.lengths(dataset))
-        rows, size = list(range(len(dataset))), self.config.batch_size
-        return (rows[i : i + size] for i in range(0, len(rows), size))
+        return groups(np.ones(len(dataset)), self.config.batch_size)
 
 
 def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
@@ -133,15 +119,9 @@ def _is_count(value: Any) -> bool:
     return is_number and 0 <= float(value) < 2**63 and float(value) == int(value)
 
 
-def _sizes(rows: Iterable[Any]) -> list[int] | None:
-    """Return the number of `tokens` of each row, an object or a mapping; None if one has no such thing."""
-    sizes = []
-    for row in rows:
-        tokens = row.get("tokens") if isinstance(row, Mapping) else getattr(row, "tokens", None)
-        if tokens is None:
-            return None
-        sizes.append(len(tokens))
-    return sizes
+def length_of(row: Any) -> int:
+    """Return the number of `tokens` of a row, an object or a mapping; 0 if it has no such thing."""
+    return len(row.get("tokens", ()) if isinstance(row, Mapping) else getattr(row, "tokens", ()))
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import load_model, read_config, resolve_dtype
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.shard import load_sharded
-from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import checkpoints, world
 from minilora.runs.config import Settings, check_settings
@@ -51,7 +50,8 @@ def find_base(settings: Settings) -> Base:
 def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> tuple[Plan, Forecast]:
     """Return what a run does, and its memory: "auto" for checkpointing and sharding becomes what fits."""
     is_full, ranks = settings.is_full, world.size()
-    new_tokens = _ids(settings.run.add_tokens, data.tokenizer)
+    ids = map(data.tokenizer.token_id, settings.run.add_tokens)
+    new_tokens = [token for token in ids if token is not None]
     needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else settings.lora.vocabulary
     asked = Plan(
         replace(base.config, vocab_size=max(base.config.vocab_size, needed)),
@@ -83,10 +83,6 @@ def attach_adapter(model: Llama, plan: Plan, base: Base) -> None:
         attach(model, plan.lora, seed=plan.training.seed)
         # decompositions may differ in a bit between devices
         world.broadcast_(checkpoints.trained_tensors(model).values())
-
-
-def _ids(texts: tuple[str, ...], tokenizer: Tokenizer) -> list[int]:
-    return [token for text in texts if (token := tokenizer.token_id(text)) is not None]
 
 
 def _with_tokens(lora: LoraConfig, new: list[int]) -> LoraConfig:

@@ -67,8 +67,6 @@ class ProgressBar:
     def __call__(self, record: Record) -> bool:
         if "eval_loss" in record:
             self._keep_evaluation(record)
-        elif "skipped" in record:
-            self.keep(f"skipped {record['skipped']}")
         else:
             memory = amount(record["peak_memory_bytes"])
             about = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, peak {memory}"

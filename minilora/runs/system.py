@@ -28,9 +28,9 @@ from minilora.runs.objective import Objective, check_token_loss
 from minilora.runs.sampler import plan_steps, set_dropout_step
 
 LINUX = Path("/")  # where /proc and /sys are
-CGROUP_FILES = {  # the limit, what is used, and in memory.stat what of it can be freed
-    "v2": ("memory.max", "memory.current", "inactive_file"),
-    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+CGROUP_FILES = {  # by controller, of version 2 and 1: the limit, what is used, and in memory.stat what can be freed
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
@@ -43,14 +43,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return high_water_bytes() - AT_IMPORT
-
-
-def held_memory_bytes(device: torch.device) -> int:
-    """Return the memory that the process uses now, less what it had used when minilora was imported.
-
-    0 on CUDA, where it takes no room, and where it is unknown: only Linux reports it.
-    """
-    return 0 if device.type == "cuda" else max(0, (_kilobytes("proc/self/status", "VmRSS") or 0) - AT_IMPORT)
 
 
 def high_water_bytes() -> int:
@@ -94,11 +86,11 @@ def _free_in_groups() -> Iterator[int]:
     """Yield the memory that is free in each control group of the process that has a limit, and in those around it."""
     groups = LINUX / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        _, controller, path = line.split(":", 2)
+        if controller not in CGROUP_FILES:
             continue
-        top = LINUX / "sys/fs/cgroup" / ("memory" if controllers else "")
-        limit, usage, reclaimable = CGROUP_FILES["v1" if controllers else "v2"]
+        limit, usage, reclaimable = CGROUP_FILES[controller]
+        top = LINUX / "sys/fs/cgroup" / controller
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):  # in a container the path may be the one outside, and is not there
             if not folder.is_relative_to(top):
@@ -171,7 +163,7 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
     lengths = objective.lengths(dataset)
     rows = sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row])  # the shortest of a micro-batch
     count = max(1, int((lengths[rows].cumsum() <= MAX_TOKENS).sum()))
-    batch = objective.batch([dataset[row] for row in rows[:count]], device)
+    batch = [dataset[row] for row in rows[:count]]
 
     def step() -> None:
         loss, _ = objective(model, batch)

@@ -135,11 +135,6 @@ def all_gather(value: T) -> list[T]:
     return found
 
 
-def broadcast(value: T) -> T:
-    """Return the first rank's value."""
-    return all_gather(value)[0]
-
-
 def run_on_rank0(compute: Callable[[], T]) -> T:
     """Return what the first rank computes; an error of it is raised on every rank."""
     found: Any = None
@@ -148,7 +143,7 @@ def run_on_rank0(compute: Callable[[], T]) -> T:
             found = compute()
         except (MiniloraError, OSError) as error:
             found = error
-    found = broadcast(found)
+    found = all_gather(found)[0]
     if isinstance(found, Exception):
         raise found
     return found
