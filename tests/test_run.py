@@ -268,7 +268,7 @@ def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, mo
     ("out", "phrase"),
     [
         ("other", "has files, but not of a run"),
-        ("other/thesis.txt", "is a file; give a directory"),
+        ("other/thesis.txt", "is a file, need a directory"),
         ("other/thesis.txt/out", "cannot be written (Not a directory)"),
     ],
 )

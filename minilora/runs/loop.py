@@ -187,7 +187,8 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     while not (stopped or is_done()):
         before = time.monotonic()
         record = _step(job, state.step)
-        if state.step == first and not any(map(is_sharded, model.parameters())):  # holes between gathered blocks
+        # What is kept between the gathered blocks of a sharded base would be holes that the next one does not fit into.
+        if state.step == first and not any(map(is_sharded, model.parameters())):
             keep_memory()
         now = time.monotonic()
         state.step += 1
