@@ -297,28 +297,15 @@ def break_weight(model):
     return "first bad: output of model.layers.1.self_attn.q_proj.adapters.default;"
 
 
-def break_embedding(model):
-    model.model.embed_tokens.weight.data[:] = math.inf
-    return "first bad: output of model.embed_tokens;"
-
-
-def break_gradient(model, value=math.nan):
+def break_gradient(model):
     factor = model.model.layers[1].self_attn.v_proj.adapters["default"].lora_B
-    factor.register_hook(lambda gradient: gradient * value)
+    factor.register_hook(lambda gradient: gradient * math.inf)
     return "first bad: gradient of model.layers.1.self_attn.v_proj.adapters.default.lora_B;"
-
-
-def break_gradient_by_infinity(model):
-    return break_gradient(model, math.inf)
 
 
 @pytest.mark.parametrize(
     ("break_", "limit"),
-    [
-        *((break_loss, 1.0), (break_weight, 0), (break_embedding, 1.0), (break_gradient, 0)),
-        (break_gradient_by_infinity, 1.0),
-        *long((break_loss, 0), (break_weight, 1.0), (break_gradient, 1.0), (break_gradient_by_infinity, 0)),
-    ],
+    [(break_loss, 1.0), (break_weight, 0), (break_gradient, 1.0), *long((break_loss, 0), (break_gradient, 0))],
 )
 def test_a_number_that_is_not_finite_stops_the_run_with_step_rows_and_place_and_the_weights_of_before(break_, limit):
     rows, model = random_rows(13, 6), small()

@@ -29,13 +29,13 @@ from minilora.runs import system as host
 from minilora.runs.config import RunConfig, Settings, TrainConfig
 from minilora.runs.inputs import read_data
 from minilora.runs.live import Live
-from minilora.runs.memory import Plan, amount, build_base, choose_plan, forecast
+from minilora.runs.memory import Plan, amount, choose_plan, forecast
 from minilora.runs.objective import build_optimizer
 from minilora.runs.plan import find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
 from minilora.runs.system import free_memory_bytes, peak_memory_bytes
 from minilora.training import token_loss, train_step
-from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
+from tests.models import CONFIGS, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.ranks import in_process
 from tests.runs import SETTINGS, words
 from tests.training import random_rows
@@ -155,15 +155,6 @@ def test_outlined_attention_keeps_what_attention_keeps(dtype, lengths):
     real = attention_bytes(CPU, lambda q, k, v, n: causal_attention(q, k, v, n, n), dtype, lengths)
     outlined = OutlinedAttention(CPU, lengths)
     assert attention_bytes("meta", lambda q, k, v, n: outlined.attend(q, k, v, None), dtype, lengths) == real
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_what_is_counted_has_the_names_and_shapes_of_the_model(family):
-    model = tiny_model(family)
-    built = build_base(plan(model.config))
-    sizes = [{n: p.shape for n, p in each.named_parameters(remove_duplicate=False)} for each in (built, model)]
-    assert sizes[0] == sizes[1]
-    assert all(parameter.is_meta for parameter in built.parameters())
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -457,9 +448,3 @@ def test_of_a_mac_the_memory_is_told_and_of_the_unknown_nothing(machine, monkeyp
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}.__getitem__)
     assert free_memory_bytes(CPU) == 3 * 4096
-
-
-def test_the_page_of_memory_is_there_for_a_model_with_two_blocks(tmp_path, capsys):
-    ml.save_model(tiny_model(num_hidden_layers=2, dtype=torch.float32), tmp_path)
-    assert cli.main(["inspect", str(tmp_path), "--memory", "--device", "cpu"]) == 0
-    assert str(tmp_path) in capsys.readouterr().out

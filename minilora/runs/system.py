@@ -14,7 +14,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
@@ -149,8 +149,9 @@ ROUNDS = 10
 
 
 def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) -> int | None:
-    """Set the number of threads to one or to all, whichever is faster in a forward and backward pass of a few rows.
+    """Set the number of threads to one or to all: the one whose slowest step with a few rows is the faster.
 
+    Beside other programs, several threads are fast in most steps, and many times slower where one has to wait its turn.
     Return the number, or None where nothing is measured: with OMP_NUM_THREADS set, with one thread, on another device,
     or for a large model.
     """
@@ -161,43 +162,31 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
     check_token_loss(model, dataset)
     objective, was_training = Objective(config), model.training
     lengths = objective.lengths(dataset)
-    rows = sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row])  # the shortest of a micro-batch
-    count = max(1, int((lengths[rows].cumsum() <= MAX_TOKENS).sum()))
-    batch = [dataset[row] for row in rows[:count]]
+    shortest = sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row])  # of a micro-batch
+    count = max(1, int((lengths[shortest].cumsum() <= MAX_TOKENS).sum()))
+    rows = [dataset[row] for row in shortest[:count]]
 
-    def step() -> None:
-        loss, _ = objective(model, batch)
-        loss.backward()
+    def seconds(number: int) -> float:
+        torch.set_num_threads(number)
+        began = perf_counter()
+        objective(model, rows)[0].backward()
+        return perf_counter() - began
 
+    slowest = {1: 0.0, threads: 0.0}
     model.train()
     set_dropout_step(model, config.seed, 0)
     try:
-        found = fastest_thread_count(step, (1, threads))
+        seconds(1)  # not counted: the first step also prepares the kernels
+        began = perf_counter()
+        for _ in range(ROUNDS):
+            for number in slowest:
+                slowest[number] = max(slowest[number], seconds(number))
+            if perf_counter() - began > MAX_SECONDS:
+                break
     finally:
         set_dropout_step(model, None)
         model.train(was_training)
         model.zero_grad()
+    found = min(slowest, key=slowest.__getitem__)
     torch.set_num_threads(found)
     return found
-
-
-def fastest_thread_count(step: Callable[[], None], choices: Sequence[int]) -> int:
-    """Return the number of threads whose slowest step was the fastest.
-
-    Beside other programs, several threads are fast in most steps, and many times slower where one has to wait its turn.
-    """
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        began = perf_counter()
-        step()
-        return perf_counter() - began
-
-    seconds(choices[0])  # not counted: the first step also prepares the kernels
-    times: dict[int, list[float]] = {threads: [] for threads in choices}
-    for _ in range(ROUNDS):
-        for threads in choices:
-            times[threads].append(seconds(threads))
-        if sum(map(sum, times.values())) > MAX_SECONDS:
-            break
-    return min(choices, key=lambda threads: max(times[threads]))
