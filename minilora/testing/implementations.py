@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,18 +95,33 @@ def add_adapters(adapters: Sequence[tuple[Tensor, Tensor, float]], weights: Sequ
     return torch.stack([w * scale * B @ A for (A, B, scale), w in zip(adapters, weights, strict=True)]).sum(0)
 
 
-def nf4_quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a weight to the nearest of the 16 levels of NF4  [QLoRA §3].
+def largest(blocks: Tensor) -> Tensor:
+    """Return the largest |number| of each block."""
+    return blocks.abs().amax(1)
 
-    absmax_b = max |w| over block b,    code = number of midpoints of neighbouring levels below w / absmax_b
+
+def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
+    """Return the code of the nearest level: how many midpoints of neighbouring levels are below."""
+    return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+
+
+def blockwise(
+    numbers: Tensor, block_size: int, levels: Tensor, scale: Any = largest, code: Any = nearest
+) -> tuple[Tensor, Tensor]:
+    """Quantize each number, divided by the scale of its block: numbers (n) -> codes (n), scales (⌈n/block_size⌉)."""
+    blocks = F.pad(numbers, (0, -len(numbers) % block_size)).view(-1, block_size)
+    scales = scale(blocks)
+    codes = code(blocks / scales.clamp(min=SMALLEST)[:, None], levels)
+    return codes.flatten()[: len(numbers)], scales
+
+
+def nf4_quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize a weight to the nearest of the 16 levels of NF4, relative to the absmax of its block  [QLoRA §3].
 
     Shapes: W (out, in) -> packed (⌈n/2⌉) uint8, absmax (⌈n/block⌉) float32
     """
-    flat = W.detach().float().flatten()
-    blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks / absmax.clamp(min=SMALLEST)[:, None]
-    return pack(torch.bucketize(scaled, (LEVELS[1:] + LEVELS[:-1]) / 2).flatten()[: len(flat)]), absmax
+    codes, absmax = blockwise(W.detach().float().flatten(), block_size, LEVELS)
+    return pack(codes), absmax
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -133,11 +149,8 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉), offset ()
     """
     offset = absmax.mean()
-    blocks = F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
-    scales = blocks.abs().amax(1)
-    scaled = blocks / scales.clamp(min=SMALLEST)[:, None]
-    codes = torch.bucketize(scaled, (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2)
-    return codes.flatten()[: len(absmax)].to(torch.uint8), scales, offset
+    codes, scales = blockwise(absmax - offset, 256, DYNAMIC_MAP)
+    return codes.to(torch.uint8), scales, offset
 
 
 def double_dequantize(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from minilora.testing.implementations import (
     DYNAMIC_MAP,
     LEVELS,
-    SMALLEST,
     Linear4bit,
+    blockwise,
     double_dequantize,
     double_quantize,
     nf4_dequantize,
@@ -34,18 +34,12 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 FP4_LEVELS = torch.tensor([s * level / 12 for s in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)])
 
 
-def quantize_with(
-    absmax: Callable[[Tensor], Tensor] = lambda blocks: blocks.abs().amax(1),
-    code: Callable[[Tensor], Tensor] = lambda scaled: torch.bucketize(scaled, (LEVELS[1:] + LEVELS[:-1]) / 2),
-) -> Callable[..., Any]:
-    """Return `nf4_quantize` with another absmax or another choice of codes."""
+def quantize_with(**other: Any) -> Callable[..., Any]:
+    """Return `nf4_quantize` with another `scale` or another choice of the `code`: see `blockwise`."""
 
     def quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        flat = W.detach().float().flatten()
-        blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
-        scales = absmax(blocks)
-        codes = code(blocks / scales.clamp(min=SMALLEST)[:, None])
-        return pack(codes.flatten()[: len(flat)].clamp(0, 15)), scales
+        codes, absmax = blockwise(W.detach().float().flatten(), block_size, LEVELS, **other)
+        return pack(codes.clamp(0, 15)), absmax
 
     return quantize
 
@@ -89,19 +83,19 @@ NF4: Mapping[str, Pair] = {
     "the two codes of a byte are exchanged": (quantize_low_half_first, dequantize_low_half_first),
     "dequantize takes the low half of a byte first": (nf4_quantize, dequantize_low_half_first),
     "the levels are those of FP4": (
-        quantize_with(code=lambda scaled: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1)),
+        quantize_with(code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1)),
         dequantize_fp4,
     ),
     "codes are rounded down instead of to the nearest level": (
-        quantize_with(code=lambda scaled: torch.bucketize(scaled, LEVELS, right=True) - 1),
+        quantize_with(code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1),
         nf4_dequantize,
     ),
     "a tie gets the upper level": (
-        quantize_with(code=lambda scaled: torch.bucketize(scaled, (LEVELS[1:] + LEVELS[:-1]) / 2, right=True)),
+        quantize_with(code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True)),
         nf4_dequantize,
     ),
     "the absmax is the largest w instead of the largest |w|": (
-        quantize_with(absmax=lambda blocks: blocks.amax(1)),
+        quantize_with(scale=lambda blocks: blocks.amax(1)),
         nf4_dequantize,
     ),
     "each row is taken for ⌊in/block_size⌋ whole blocks": (  # bitsandbytes 0.50.2 on AVX512
@@ -119,18 +113,12 @@ NF4: Mapping[str, Pair] = {
 # --- double quantization ---
 
 
-def absmaxes_with(
-    offset: Callable[[Tensor], Tensor] = torch.mean,
-    scale: Callable[[Tensor], Tensor] = lambda blocks: blocks.abs().amax(1),
-) -> Callable[..., Any]:
-    """Return `double_quantize` with another offset or another scale."""
+def absmaxes_with(offset: Callable[[Tensor], Tensor] = torch.mean, **other: Any) -> Callable[..., Any]:
+    """Return `double_quantize` with another offset or another `scale`: see `blockwise`."""
 
     def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = F.pad(absmax - offset(absmax), (0, -len(absmax) % 256)).view(-1, 256)
-        scales = scale(blocks)
-        scaled = blocks / scales.clamp(min=SMALLEST)[:, None]
-        codes = torch.bucketize(scaled, (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2)
-        return codes.flatten()[: len(absmax)].to(torch.uint8), scales, offset(absmax)
+        codes, scales = blockwise(absmax - offset(absmax), 256, DYNAMIC_MAP, **other)
+        return codes.to(torch.uint8), scales, offset(absmax)
 
     return quantize
 

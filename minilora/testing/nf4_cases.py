@@ -251,7 +251,6 @@ class QuantizedLinear:
     has_bias: bool = True
     seed: int = 0
     dtype: str = "float32"
-    kind: DrawnKind = "normal"
     double_quant: bool = False
 
     def __str__(self) -> str:
@@ -260,7 +259,7 @@ class QuantizedLinear:
 
     @cached_property
     def weight(self) -> NF4Weight:
-        return NF4Weight(self.outer, self.inner, kind=self.kind, seed=self.seed, dtype=self.dtype)
+        return NF4Weight(self.outer, self.inner, seed=self.seed, dtype=self.dtype)
 
     @cached_property
     def absmaxes(self) -> AbsmaxVector:
