@@ -10,7 +10,7 @@ import torch
 import minilora as ml
 from benchmarks.ours import train_config
 from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of, labelled
-from minilora.models.checkpoint import build_model, init_weights
+from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.runs.memory import Plan, forecast
 from minilora.runs.sampler import plan_steps
@@ -19,7 +19,10 @@ from minilora.runs.sampler import plan_steps
 def random_model(config: dict[str, Any], directory: Path) -> None:
     """A model directory with random weights, in bfloat16, and some tokenizer, without which TRL does not start."""
     model = build_model(parse_config(config))
-    init_weights(model, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     ml.save_model(model.to(torch.bfloat16), directory, ml.load_tokenizer("minilora/builtin"))
 
 

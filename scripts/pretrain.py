@@ -23,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from minilora.llama import Llama, LlamaConfig
-from minilora.models.checkpoint import init_weights
 
 MODEL = DATA.parent / "model"
 EOS = "<|endoftext|>"
@@ -145,7 +144,10 @@ def main() -> None:
     passes = [shuffler.sample(texts, len(texts)) for _ in range(PASSES)]
     stream = torch.cat([lay_end_to_end(tokenizer, texts) for texts in passes])
     model = Llama(LlamaConfig.from_dict(CONFIG))
-    init_weights(model, torch.Generator().manual_seed(arguments.seed))
+    generator = torch.Generator().manual_seed(arguments.seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # norms begin as 1
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(texts):,} texts, {len(stream):,} tokens, {parameters:,} parameters", flush=True)
     train(model, stream, arguments.steps or (len(stream) - 1) // (DOCUMENTS * LENGTH))

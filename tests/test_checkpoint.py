@@ -223,11 +223,7 @@ def test_weights_that_are_no_plain_floating_point_numbers_are_refused_and_dtypes
             ml.load_model(saved)
 
 
-def test_a_shard_outside_of_the_directory_is_never_opened_and_tensors_that_a_shard_does_not_hold_are_named(saved):
-    for name in ("../model.safetensors", "/model.safetensors", "a/../../b", "..", ""):
-        write_json(saved / INDEX, {"weight_map": {"model.norm.weight": name}})
-        with pytest.raises(FormatError, match="is not a plain file name"):
-            ml.load_model(saved)
+def test_tensors_that_a_shard_does_not_hold_are_named(saved):
     write_json(saved / INDEX, {"weight_map": {"model.norm.bias": "model.safetensors"}})
     with pytest.raises(FormatError, match=r"do not hold: \['model.norm.bias'\]"):
         ml.load_model(saved)

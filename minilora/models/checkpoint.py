@@ -307,15 +307,6 @@ def build_on_meta(config: llama.LlamaConfig) -> Llama:
         return build_model(config)
 
 
-def init_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw the weights of a new model from N(0, 0.02²); biases are 0, norms 1."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-
-
 def assign(model: nn.Module, name: str, weight: Weight) -> None:
     """Set a parameter; a packed weight comes with its linear, which takes over the bias."""
     path, _, leaf = name.rpartition(".")
