@@ -182,6 +182,15 @@ def test_four_bits_are_as_many_parameters_as_sixteen(family):
     assert ml.count_parameters(packed).total == ml.count_parameters(dense).total
 
 
+@models.examples(0.4)
+@given(families, seeds, bases)
+def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
+    model = base(tiny_model(family, seed=seed))
+    before = model(IDS)
+    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=12), seed=seed)
+    assert torch.equal(model(IDS), before)
+
+
 @example("llama", 0, 7.0, four_bit, ("o_proj",))
 @models.examples(0.4)
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
