@@ -166,7 +166,7 @@ def test_switching_moves_no_number_and_deleting_leaves_the_others():
 def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
     model, before, *_ = trained
     logits = model(IDS)
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj", "k_proj")), name="other", dtype=torch.float64)
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="other", dtype=torch.float64)
     delete_adapter(model, "other")
     ml.set_adapter(model, "default")
     assert torch.equal(model(IDS), logits)

@@ -60,22 +60,14 @@ EMBED = LoraConfig(r=2, target_modules=["embed"])
 WHOLE = LoraConfig(r=2, target_modules=[], modules_to_save=["embed"])
 
 
-def test_three_kinds_of_adapter_in_one_place_are_each_saved_and_loaded(tmp_path):
-    model, outputs = _adapted(rows=ROWS, embed=EMBED, whole=WHOLE)
-    for name, expected in outputs.items():
-        ml.save_adapter(model, tmp_path / name, name)
-        loaded = Tied().eval()
-        ml.load_adapter(loaded, tmp_path / name)
-        assert_maths(loaded(IDS), expected)
-
-
-def test_places_in_one_place_are_merged_for_a_while_and_come_back():
-    model, _ = _adapted(rows=ROWS, embed=EMBED, head=LoraConfig(r=2, target_modules=["head"], bias="lora_only"))
-    ml.set_adapter(model, ["rows", "embed", "head"])
-    expected = model(IDS)
-    with ml.merged(model):
-        assert_maths(model(IDS), expected)
-    assert torch.equal(model(IDS), expected)
+@pytest.mark.parametrize("first", [ROWS, EMBED, WHOLE])
+def test_adapters_of_two_kinds_do_not_share_a_module(first):
+    model, outputs = _adapted(first=first)
+    for other in (ROWS, EMBED, WHOLE):
+        if other is not first:
+            with pytest.raises(ml.TargetError, match="embed: another adapter changes it in another way"):
+                ml.attach(model, other, "second")
+    assert torch.equal(model(IDS), outputs["first"])
 
 
 LINEAR = LoraConfig(r=2, target_modules=["0"])

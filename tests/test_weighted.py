@@ -7,15 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError
-from minilora.adapter import adapter_layers, layers_of, own_parameters
+from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.combine import CombineConfig, Factors, LowRank
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.adapters.weighted import combine_adapters, combine_directories, config_of
-from minilora.lora import lora_delta
 from minilora.testing.compare import PARITY, assert_maths, relative
 from tests.adapters import many_kinds
 from tests.files import edit, save_file, write_adapter
@@ -118,17 +116,6 @@ def test_what_cannot_be_combined_is_refused_and_changes_nothing(error, said, wei
     with pytest.raises(error, match=said):
         combine_adapters(model, weights, name)
     assert {path: list(layer.adapters) for path, layer in adapter_layers(model).items()} == layers
-
-
-def test_an_adapter_below_a_module_that_another_trains_in_full_is_found_by_its_path():
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)).double()
-    add(model, "whole", target_modules=("1",), modules_to_save=("0",))
-    add(model, "first", target_modules=("0",))
-    combine_adapters(model, {"first": 2.0}, "second")
-    adapters = layers_of(model, "second")["0"].adapters
-    held = (adapters[name] for name in ("first", "second"))
-    first, second = (lora_delta(each.lora_A, each.lora_B, each.scale) for each in held)
-    assert_maths(second, 2 * first)
 
 
 # --- directories ---

@@ -103,22 +103,16 @@ def inject_adapter(
         raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
     if any(name in layer.adapters for layer in layers.values()):
         raise TargetError(f"the model has an adapter {name!r} already; detach it first or give another name")
-    check_specs(modules, layers.values(), specs)
-    known = {(layer.path, type(layer)): layer for layer in layers.values()}
-    outermost = {**modules, **{layer.path: layer for layer in reversed(layers.values())}}
-    substitutes = []
+    check_specs(modules, layers, specs)
+    new = {path: spec.kind(modules[path], path) for path, spec in specs.items() if path not in layers}
+    replace_modules(model, ((modules[path], layer) for path, layer in new.items()))
+    layers |= new
     for path, spec in specs.items():
-        if (path, spec.kind) not in known:  # low-rank adapters wrap the base itself, other kinds wrap those
-            inner = modules[path] if issubclass(spec.kind, LowRankWrapper) else outermost[path]
-            known[path, spec.kind] = spec.kind(inner, path)
-            substitutes.append((inner, known[path, spec.kind]))
-    replace_modules(model, substitutes)
-    for path, spec in specs.items():
-        layer = known[path, spec.kind]
+        layer = layers[path]
         if isinstance(layer, ModulesToSave):
             layer.add_copy(name, spec.tensors)
         elif isinstance(layer, TrainableTokens):
-            layer.add_rows(name, spec.tensors, known[spec.tied_to, spec.kind] if spec.tied_to else None)
+            layer.add_rows(name, spec.tensors, layers[spec.tied_to] if spec.tied_to else None)
         elif isinstance(layer, LowRankWrapper):
             add_adapter(layer, name, build_adapter(layer, config, spec.tensors))
         layer.adapters[name].lora_config = config  # see `config_of_adapter`
@@ -143,8 +137,7 @@ def _conflicting_adapters(layer: AdapterWrapper, names: Sequence[str]) -> list[s
     """Return those of the adapters that train the same parameter."""
     held = [name for name in names if name in layer.adapters]
     if isinstance(layer, ModulesToSave):
-        inner = layer.base.adapters if isinstance(layer.base, AdapterWrapper) else {}
-        return held + [name for name in names if name in inner] if held else []
+        return held
     if isinstance(layer, TrainableTokens):
         ids = [token for name in held for token in layer.adapters[name].ids.tolist()]
         return held if len(set(ids)) < len(ids) else []

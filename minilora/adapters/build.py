@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -209,7 +209,7 @@ def _with_biases(
 
 
 def check_specs(
-    modules: Mapping[str, nn.Module], layers: Collection[AdapterWrapper], specs: Mapping[str, AdapterSpec]
+    modules: Mapping[str, nn.Module], layers: Mapping[str, AdapterWrapper], specs: Mapping[str, AdapterSpec]
 ) -> None:
     """Raise a TargetError for combinations of adapters that would not act as configured."""
     if "" in specs:
@@ -222,9 +222,11 @@ def check_specs(
         is_own = has_hooks(module) or "forward" in module.__dict__
         if is_own and issubclass(spec.kind, LowRankWrapper) and spec.kind is not LoraEmbedding:
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
-    places = [(layer.path, type(layer)) for layer in layers] + [(path, spec.kind) for path, spec in specs.items()]
-    copied = {path for path, kind in places if kind is ModulesToSave}
-    for path, _ in places:
+        if path in layers and type(layers[path]) is not spec.kind:
+            raise TargetError(f"{path}: another adapter changes it in another way; delete that one first")
+    kinds = {path: type(layer) for path, layer in layers.items()} | {path: spec.kind for path, spec in specs.items()}
+    copied = {path for path, kind in kinds.items() if kind is ModulesToSave}
+    for path in kinds:
         if outer := [where for where in copied if path.startswith(f"{where}.")]:
             raise TargetError(
                 f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora.adapter import add_adapter
-from minilora.adapters.layers import ForwardingWrapper, get_base_layer, shallow_copy
+from minilora.adapters.layers import ForwardingWrapper, shallow_copy
 from minilora.lora import AdapterWrapper
 
 
@@ -33,13 +33,13 @@ class ModulesToSave(AdapterWrapper):
     def __init__(self, base: nn.Module, path: str):
         super().__init__(base, path)
         # FSDP replaces parameters by plain tensors meanwhile, so they are looked up by their names.
-        self._names = {key for key, _ in get_base_layer(base).named_parameters()}
+        self._names = {key for key, _ in base.named_parameters()}
         self.own: dict[str, set[str]] = {}  # of these, those that each adapter trains
 
     def add_copy(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Add an adapter that trains these parameters."""
         self.own[name] = {*tensors}
-        add_adapter(self, name, shallow_copy(get_base_layer(self), tensors))
+        add_adapter(self, name, shallow_copy(self.base, tensors))
 
     def __getattr__(self, name: str) -> Any:
         """Forward unknown attributes to the module that acts."""
@@ -57,15 +57,15 @@ class ModulesToSave(AdapterWrapper):
         """Call the active copy, or the base."""
         if not self.active:
             return self.base(*args, **kwargs)
-        name, base = self.active[-1], get_base_layer(self.base)
+        name, base = self.active[-1], self.base
         shared = {key: attrgetter(key)(base) for key in self._names - self.own[name]}
         return functional_call(self.adapters[name], shared | self._in_dtype_of_base(name), args, kwargs)
 
     def merged(self) -> nn.Module:
-        return shallow_copy(get_base_layer(self.base), self._in_dtype_of_base(self.active[-1]))
+        return shallow_copy(self.base, self._in_dtype_of_base(self.active[-1]))
 
     def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
-        base, copy = get_base_layer(self.base), self.adapters[name]
+        base, copy = self.base, self.adapters[name]
         return {key: attrgetter(key)(copy).to(attrgetter(key)(base).dtype) for key in self.own[name]}
 
 
@@ -114,7 +114,7 @@ class TrainableTokens(ForwardingWrapper):
         """Map indices (...) -> (..., D) as an embedding, or (..., D) -> (..., V) as a head."""
         y: Tensor = self.base(x)
         for adapter in (self.adapters[name] for name in self.active):
-            if isinstance(get_base_layer(self.base), nn.Linear):
+            if isinstance(self.base, nn.Linear):
                 bias = None if self.base.bias is None else self.base.bias[adapter.ids].to(x.dtype)
                 y = y.index_copy(-1, adapter.ids, F.linear(x, adapter.rows.to(x.dtype), bias))
             else:
@@ -131,4 +131,4 @@ class TrainableTokens(ForwardingWrapper):
         return weight
 
     def merged(self) -> nn.Module:
-        return shallow_copy(get_base_layer(self.base), {"weight": self.weight})
+        return shallow_copy(self.base, {"weight": self.weight})

@@ -17,13 +17,6 @@ from torch import Tensor, nn
 from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dense_linear, merge_weight
 
 
-def get_base_layer(module: nn.Module) -> nn.Module:
-    """Return the module of the model itself, without the wrappers around it."""
-    while isinstance(module, AdapterWrapper):
-        module = module.base
-    return module
-
-
 def shallow_copy(module: nn.Module, own: Mapping[str, Tensor | None]) -> nn.Module:
     """Return a copy of a module that shares its tensors, except for its `own` parameters: frozen, or None for none."""
     held = [*module.parameters(), *module.buffers()]
