@@ -1,0 +1,283 @@
+"""The explorer in a browser computes what PyTorch computes, and can be used by everybody, without a network."""
+
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import minilora as ml
+from minilora.adapter import adapter_layers
+from minilora.files import ASSETS
+from minilora.nf4 import dequantize, quantize
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `site`: pip install -e '.[site]'")
+
+ROOT = Path(__file__).parents[2]
+EXPLORE = ROOT / "site" / "explore"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+NO_BROWSER = "needs a browser: apt-get install chromium, or CHROMIUM=/path/to/it"
+pytestmark = [pytest.mark.site, pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)]
+
+MODEL = ("nf4", "lora", "llama", "tokenizer", "explore")
+PAGES = ("index.html", "small.html")
+PARTS = ("self_attn", "mlp", "0", "1", "2", "3", "4")
+SETTINGS = (
+    {},
+    {"scale": 0.5, "rank": 3},
+    {"scale": 2.0, "bits": 4, "where": ("self_attn", "mlp", "0", "2", "4")},
+    {"scale": 1.5, "rank": 8, "bits": 2, "where": ("mlp", "1", "3")},
+    {"rank": 12, "bits": 3, "is_merged": True},
+)
+BARE = {"scale": 0.0, "bits": 8}
+ROLES = {"slider", "textbox", "combobox", "radio", "checkbox", "button", "link", "image"}
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """The directory of the adapter that the page's script holds."""
+    subprocess.run(
+        [sys.executable, str(ROOT / "site" / "pack.py")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    return max((ROOT / ".cache" / "explore").iterdir(), key=lambda run: run.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # The sandbox of Chromium needs rights that containers do not give.
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(packed, browser):
+    """Open a page from the disk; at the end, it must not have complained or asked for anything else."""
+    contexts, faults = [], []
+
+    def open_page(name="index.html", width=1400, scheme="light"):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: faults.append(request.url) if not is_local(request.url) else None)
+        page.on("requestfailed", lambda request: faults.append(f"missing: {request.url}"))
+        page.goto((EXPLORE / name).as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def is_local(url):
+    return url.startswith(("file:", "data:"))
+
+
+def prompts(number):
+    lines = (ASSETS / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in random.Random(0).sample(lines, number)]
+
+
+def definition_of(prompt):
+    return prompt.removeprefix("Definition: ").removesuffix("\nCategory:")
+
+
+def set_controls(page, scale=1.0, rank=16, bits=16, where=PARTS, is_merged=False):
+    page.locator("#scale").fill(str(scale))
+    page.locator("#rank").fill(str(rank))
+    page.locator(f'input[name="bits"][value="{bits}"]').check()
+    for part in PARTS:
+        page.locator(f'input[name="where"][value="{part}"]').set_checked(part in where)
+    page.locator('input[name="merge"]').set_checked(is_merged)
+
+
+def wait_for_frame(page):
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def levels(bits):
+    """The levels of a code: even ones in eight bits, otherwise quantiles of a normal distribution, as NF4 has them."""
+    if bits == 8:
+        return torch.arange(-127, 128) / 127
+    outermost = 1 - (1 / (2 * (2**bits - 1)) + 1 / (2 * 2**bits)) / 2
+    half = 2 ** (bits - 1)
+    below = [1 - outermost + i * (outermost - 0.5) / (half - 1) for i in range(half - 1)]
+    above = [0.5 + i * (outermost - 0.5) / half for i in range(half + 1)]
+    quantiles = torch.tensor([statistics.NormalDist().inv_cdf(p) for p in below + above], dtype=torch.float64)
+    return (quantiles / quantiles[-1]).float()
+
+
+def round_weight(weight, bits):
+    if bits == 16:
+        return weight
+    if bits == 4:
+        return dequantize(*quantize(weight), weight.shape, torch.float32)
+    blocks = weight.view(-1, 64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    bounds = (levels(bits)[1:] + levels(bits)[:-1]) / 2
+    codes = torch.searchsorted(bounds, blocks * absmax.reciprocal())  # as in NF4; quotients may lie beyond a bound
+    return (levels(bits)[codes] * absmax).view_as(weight)
+
+
+def dense_model(run, scale=1.0, rank=16, bits=16, where=PARTS, is_merged=False):
+    """The model with dense weights, W rounded plus ΔW cut by its singular value decomposition."""
+    model = ml.load_model("minilora/builtin")
+    ml.load_adapter(model, run)
+    for path, layer in adapter_layers(model).items():
+        adapter = layer.adapters["default"]
+        U, sigma, Vt = torch.linalg.svd((adapter.lora_B @ adapter.lora_A).detach().double(), full_matrices=False)
+        delta = scale * adapter.scale * (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
+        _, _, number, block, _ = path.split(".")
+        is_on = number in where and block in where
+        weight = round_weight(layer.base.weight.detach(), bits).double() + (delta if is_on else 0)
+        layer.base.weight = nn.Parameter((weight.bfloat16() if is_merged else weight).float(), requires_grad=False)
+        layer.active = ()
+    return model
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_logits_are_those_of_pytorch(open_page, packed, settings):
+    page, tokenizer = open_page(), ml.load_tokenizer("minilora/builtin")
+    models = {
+        "adapted": dense_model(packed, **settings),
+        "base": dense_model(packed, **BARE | {"bits": settings.get("bits", 16)}),
+    }
+    set_controls(page, **settings)
+    for prompt in prompts(20):
+        page.locator("#definition").fill(definition_of(prompt))
+        wait_for_frame(page)
+        tokens = torch.tensor([tokenizer.encode(prompt)])
+        for name, model in models.items():
+            found = torch.tensor(page.evaluate(f"Array.from(drawn.{name})"))
+            with torch.no_grad():
+                torch.testing.assert_close(found, model(tokens)[0, -1], rtol=0, atol=1e-3)
+
+
+def test_the_base_is_the_adapter_at_scale_0_and_in_8_bits_as_in_pytorch(open_page, packed):
+    page = open_page()
+    set_controls(page, **BARE)
+    wait_for_frame(page)
+    base, adapted = (torch.tensor(page.evaluate(f"Array.from(drawn.{name})")) for name in ("base", "adapted"))
+    tokens = ml.load_tokenizer("minilora/builtin").encode("Definition: a small bird with a red breast\nCategory:")
+    with torch.no_grad():
+        expected = dense_model(packed, **BARE)(torch.tensor([tokens]))[0, -1]
+    torch.testing.assert_close(adapted, base, rtol=0, atol=1e-5)
+    torch.testing.assert_close(base, expected, rtol=0, atol=1e-3)
+
+
+def test_the_merge_counts_the_weights_that_change(open_page, packed):
+    page = open_page()
+    set_controls(page, scale=0.05, is_merged=True)
+    wait_for_frame(page)
+    before, after = (adapter_layers(dense_model(packed, scale=scale, is_merged=True)) for scale in (0.0, 0.05))
+    changed = sum((after[path].base.weight != layer.base.weight).sum().item() for path, layer in before.items())
+    shown = int(page.inner_text("#merge-value").split()[0].replace(",", ""))
+    assert shown == pytest.approx(changed, abs=20)  # a sum may be exactly midway in one precision
+
+
+def test_tokens_are_those_of_the_tokenizer(open_page):
+    page, tokenizer = open_page(), ml.load_tokenizer("minilora/builtin")
+    draw = random.Random(0)
+    letters = "aeinorst  \n\t'.,;()0123456789ÄßéñλжЯ中文字😀👩‍🚀\u00a0\u2003\u3000\u0301\u200b\ufeff\x85²½Ⅷ_-<|>"
+    drawn = ["".join(draw.choices(letters, k=draw.randint(0, 40))) for _ in range(95)]
+    texts = [*prompts(100), *drawn, "", "<|endoftext|>", "it's we'll I'd they've", "   three", "tail   "]
+    assert len(texts) == 200
+    found = page.evaluate("texts => texts.map(text => TOKENIZER.encode(text))", texts)
+    for text, tokens in zip(texts, found, strict=True):
+        assert tokens == tokenizer.encode(tokenizer.quote(text)), repr(text)  # no text is a control token
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_control_has_a_name_and_is_reached_by_the_keyboard(open_page, name):
+    page = open_page(name)
+    session = page.context.new_cdp_session(page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    named = [(node["role"]["value"], node["name"]["value"].strip()) for node in nodes if not node["ignored"]]
+    assert len([role for role, _ in named if role in ROLES]) > 20
+    assert not [role for role, name in named if role in ROLES and not name]
+    focusable = "a[href], button, select, textarea, input:not([type=radio]), input[type=radio]:checked"
+    expected = page.evaluate(f"document.querySelectorAll('{focusable}').length")
+    reached = set()
+    for _ in range(expected):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("[...document.querySelectorAll('*')].indexOf(document.activeElement)"))
+    assert len(reached) == expected
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_the_window_and_colours_have_contrast(open_page, name, width, scheme):
+    page = open_page(name, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = ["text", "soft", "adapter", "base", "mark", "ground", "card"]
+    values = page.evaluate("names => names.map(n => getComputedStyle(document.body).getPropertyValue('--' + n))", names)
+    colours = dict(zip(names, map(luminance, values), strict=True))
+    assert (colours["ground"] < colours["text"]) == (scheme == "dark")
+    for ground in ("ground", "card"):
+        for text in ("text", "soft", "adapter", "mark", "base"):
+            low, high = sorted((colours[text], colours[ground]))
+            assert (high + 0.05) / (low + 0.05) >= (3 if text == "base" else 4.5), (text, ground)  # WCAG AA
+
+
+def luminance(colour):
+    """The relative luminance of #rrggbb, as WCAG defines it."""
+    parts = [int(colour.strip()[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_the_small_explorables_round_as_pytorch_does(open_page):
+    page = open_page("small.html")
+    numbers = [0.3, -0.12, 0.05, -0.9, 0.2, 0.61, -0.27, 0.0]
+    for i, number in enumerate(numbers):
+        page.locator(f"#number-{i}").fill(str(number))
+    packed, _ = quantize(torch.tensor([numbers]), block_size=32)
+    assert " ".join(f"{byte:02x}" for byte in packed.tolist()) in page.inner_text('[data-explorable="nf4"] .bytes')
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-5, 5).repeat(100)
+    found = page.evaluate("numbers => Array.from(bfloat16(Float32Array.from(numbers)))", values.tolist())
+    assert torch.equal(torch.tensor(found), values.bfloat16().float())
+
+
+def test_the_links_lead_to_chapters_and_the_parts_are_small():
+    links = [link for name in PAGES for link in re.findall(r'href="\.\./([^"]+)\.html"', (EXPLORE / name).read_text())]
+    assert not [link for link in links if link != "index" and not (ROOT / f"{link}.md").is_file()]
+    lines = [len((EXPLORE / f"{name}.js").read_text(encoding="utf-8").splitlines()) for name in MODEL]
+    assert sum(lines) <= 500
+    files = [path for path in EXPLORE.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 7e6
+
+
+def test_an_answer_comes_at_once(open_page):
+    """Print how long a change takes; it depends on the machine, so nothing is asserted of it."""
+    page = open_page()
+    changes = {
+        "a letter": lambda i: page.locator("#definition").press_sequentially("x"),
+        "scale": lambda i: page.locator("#scale").fill(str(1 + i / 10)),
+        "rank": lambda i: page.locator("#rank").fill(str(16 - i)),
+        "bits": lambda i: page.locator(f'input[name="bits"][value="{(8, 4, 3, 2, 16)[i]}"]').check(),
+        "bits again": lambda i: page.locator(f'input[name="bits"][value="{(8, 4, 3, 2, 16)[i]}"]').check(),
+        "merged scale": lambda i: (
+            page.locator("#scale").fill(str(i / 10)),
+            page.locator('input[name="merge"]').check(),
+        ),
+    }
+    page.locator("#definition").fill("an engineer concerned with the design and construction of automobiles")
+    for name, change in changes.items():
+        times = []
+        for i in range(5):
+            change(i)
+            wait_for_frame(page)
+            times.append(page.evaluate("drawn.milliseconds"))
+        print(f"{name}: {statistics.median(times):.0f} ms")
