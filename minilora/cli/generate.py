@@ -98,13 +98,11 @@ def run(options: Options) -> int:
             print(line, flush=True)
         return 0
     try:
-        texts = generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
+        generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
     except KeyboardInterrupt:
         print()
         raise
     print()
-    if not any(texts):
-        say("(the model generated no text)")
     return 0
 
 
