@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora.errors import ConfigError, FormatError, TargetError, TrainingError, check_types
+from minilora.errors import ConfigError, FormatError, TargetError, check_types
 from minilora.lora import (
     AdapterWrapper,
     LoraAdapter,
@@ -39,7 +39,7 @@ PEFT_NAMES = {  # of a layer's tensors, after the path
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once with its path; the base of a wrapper follows it, with the same path."""
+    """Yield every module once with its path. The base of a wrapper follows, with the same path."""
     pending, seen = [("", model)], set()
     while pending:
         path, module = pending.pop()
@@ -50,9 +50,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, AdapterWrapper):
             pending.append((path, module.base))
         else:
-            for name, child in reversed(module._modules.items()):
-                if child is not None:
-                    pending.append((f"{path}.{name}".lstrip("."), child))
+            for name, child in reversed([*module.named_children()]):
+                pending.append((f"{path}.{name}".lstrip("."), child))
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterWrapper]:
@@ -143,8 +142,7 @@ def attach_lora(
 ) -> None:
     """Add a new adapter to the linear layers with these last names, and activate it alone.
 
-    Everything else is frozen. It changes nothing until it is trained. Arguments are those of PEFT's
-    LoraConfig.
+    Everything else is frozen. The arguments are those of PEFT's LoraConfig.
 
     Raises:
         ConfigError, TargetError: r is below 1, no linear layer has one of the names, or one has an
@@ -154,11 +152,12 @@ def attach_lora(
         raise ConfigError(f"r is {r}, need at least 1")
     modules, wrappers = base_modules(model), adapter_layers(model)
     linears = {path: m for path, m in modules.items() if type(m) in (nn.Linear, NF4Linear)}
-    found = {last_name(path) for path in linears}
+    names = {path: path.rpartition(".")[2] for path in linears}
+    found = set(names.values())
     if not target_modules or isinstance(target_modules, str) or set(target_modules) - found:
         need = f"need a list of some of {sorted(found)}"
         raise TargetError(f"target_modules is {target_modules!r}, {need}")
-    chosen = [path for path in linears if last_name(path) in target_modules]
+    chosen = [path for path, last in names.items() if last in target_modules]
     for path in chosen:
         if path in wrappers and name in wrappers[path].adapters:
             raise TargetError(f"{path} has an adapter {name!r} already")
@@ -176,13 +175,8 @@ def attach_lora(
     activate(model, name, trainable=True)
 
 
-def last_name(path: str) -> str:
-    """Return the end of a path after its last dot."""
-    return path.rpartition(".")[2]
-
-
 def activate(model: nn.Module, name: str, trainable: bool) -> None:
-    """Activate one adapter alone and freeze everything else; with `trainable`, it can be trained."""
+    """Activate one adapter alone and freeze everything else, or all but the adapter."""
     model.requires_grad_(False)
     for layer in layers_of(model, name).values():
         for parameter in own_parameters(layer, name):
@@ -192,7 +186,6 @@ def activate(model: nn.Module, name: str, trainable: bool) -> None:
 
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Activate these adapters and no others. Which parameters are trainable does not change."""
-    check_types(set_adapter, locals())
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for layer in require_layers(model, *wanted):
         layer.active = tuple(name for name in wanted if name in layer.adapters)
@@ -228,20 +221,11 @@ def merge(model: nn.Module) -> None:
     layers = require_layers(model)
     if not any(layer.active for layer in layers):
         raise TargetError("no adapter is active, so there is nothing to merge")
-    for layer in layers:
-        if layer.active and not is_finite(layer.merged()):
-            what = "merged, it has numbers that are not finite; nothing was merged"
-            raise TrainingError(f"{layer.path}: {what}")
     while layers:  # the inner ones first; each is freed before the next is merged
         layer = layers.pop()
         replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, ((each, dense_linear(each.weight, each.bias)) for each in packed))
-
-
-def is_finite(module: nn.Module) -> bool:
-    """Return whether all parameters of a module are finite."""
-    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -275,7 +259,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
         "lora_dropout": adapter.dropout.p,
         "use_rslora": False,
         "use_dora": adapter.magnitude is not None,
-        "target_modules": sorted({last_name(where) for where in layers}),
+        "target_modules": sorted({where.rpartition(".")[2] for where in layers}),
     }
     Path(path).mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous() for key, tensor in lora_tensors(model, name).items()}
@@ -295,9 +279,8 @@ def load_lora(
     stored = load_file(Path(path) / "adapter_model.safetensors")
     if config.get("alpha_pattern"):
         raise FormatError(f"{path}: alpha_pattern is for `ml.load_adapter`")
-    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout")
-    numbers = {key: config[key] for key in keys}
-    attach_lora(model, config["target_modules"], **numbers, name=name)
+    keys = ("target_modules", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout")
+    attach_lora(model, **{key: config[key] for key in keys}, name=name)
     tensors = lora_tensors(model, name)
     there = {(key, tuple(tensor.shape)) for key, tensor in stored.items()}
     wanted = {(key, tuple(tensor.shape)) for key, tensor in tensors.items()}

@@ -1,10 +1,10 @@
 """Training data: rows become tokens and labels, and examples become a batch.
 
     text     the prompt and the completion, closed by the end token
-    labels   labels[i] = tokens[i] where token i is learned, else IGNORE_INDEX: the prompt is only context
+    labels   labels[i] = tokens[i] where token i is learned, else IGNORE_INDEX, as in the prompt
 
-A token is learned if it shares a character with the completion. Counting the tokens of the prompt alone would be wrong
-where a token holds the end of the one and the beginning of the other.
+A token is learned if it shares a character with the completion. To count the tokens of the prompt
+would be wrong where one holds the end of the prompt and the beginning of the completion.
 
     N  tokens of a batch laid end to end    M  labels
 """
@@ -33,7 +33,7 @@ class Example:
 
 
 def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return prompt and completion; a row with Alpaca's keys gets Alpaca's template, without its preamble."""
+    """Return prompt and completion, which Alpaca's rows get by its template, without preamble."""
     if "prompt" in row:
         return row["prompt"], row["completion"]
     context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""

@@ -2,13 +2,15 @@
 
     x ← x + attention(rms_norm(x));    x ← x + down(silu(gate(n)) ∘ up(n)),  n = rms_norm(x)
 
-Attribute names are the checkpoint's parameter names (`model.layers.0.self_attn.q_proj.weight`), so loading needs no
-table of names. Adapters and 4-bit weights replace the linear layers from outside. Inside, the documents of a batch are
-laid end to end as one tensor of N tokens, and `lengths` says where each ends; only `Llama.forward` knows padding.
+Attribute names are the checkpoint's parameter names (`model.layers.0.self_attn.q_proj.weight`), so
+loading needs no table of names. Adapters and 4-bit weights replace the linear layers from outside.
+Inside, the documents of a batch are laid end to end as one tensor of N tokens; only `Llama.forward`
+knows padding.
 
-    N  tokens laid end to end    B  documents of a batch    T  their padded length    D  hidden_size
-    H  query heads               K  key/value heads         E  head_dim               R  rotated width of a head (R ≤ E)
-    F  intermediate_size         V  vocab_size              M  keys laid end to end
+    N  tokens laid end to end    B  documents of a batch    T  their padded length
+    S  keys laid end to end      H  query heads             K  key/value heads
+    D  hidden_size               E  head_dim                R  rotated width of a head (R ≤ E)
+    F  intermediate_size         V  vocab_size
 
     [RMS]   Zhang & Sennrich 2019, Root Mean Square Layer Normalization
     [RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
@@ -37,7 +39,7 @@ from minilora.errors import ConfigError, FormatError, ShapeError
 
 CosSin = tuple[Tensor, Tensor]
 BuildBlock = Callable[["LlamaConfig", int], nn.Module]  # the number is that of the layer
-Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again: nothing, MLPs, whole blocks
+Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again
 
 
 def rope_frequencies(width: int, theta: float) -> Tensor:
@@ -45,15 +47,16 @@ def rope_frequencies(width: int, theta: float) -> Tensor:
 
     f_i = θ^(-2i/R)  [RoPE eq. 15], (R/2)
     """
-    pairs = torch.arange(0, width, 2, device="cpu").float()  # also where "meta" is the default device
+    pairs = torch.arange(0, width, 2, device="cpu").float()  # whatever the default device is
     return 1.0 / theta ** (pairs / width)
 
 
 def llama3_frequencies(width: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Compute the frequencies of Llama 3.1 and later, which read further than the length they were trained on.
+    """Compute the frequencies of Llama 3.1 and later, which read further than they were trained.
 
-    Pairs that turn often within the trained length L keep their frequency, slow ones turn `factor` times slower, and
-    in between f_i ← (1 - ρ) f_i / factor + ρ f_i,  ρ = (L f_i / 2π - low) / (high - low)  [Llama 3.1's code].
+    f_i ← (1 - ρ) f_i / factor + ρ f_i,  ρ = (L f_i / 2π - low) / (high - low)  [Llama 3.1's code]
+
+    Pairs that turn often in the trained length L keep their f (ρ = 1), slow ones slow down (ρ = 0).
     """
     f = rope_frequencies(width, theta)
     turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
@@ -64,12 +67,12 @@ def llama3_frequencies(width: int, theta: float, scaling: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary position embedding: pair i of a head turns by position · frequencies[i]  [RoPE §3.2]."""
+    """The rotary embedding: pair i of a head turns by position · frequencies[i]  [RoPE §3.2]."""
 
     frequencies: tuple[float, ...]  # (R/2), float32
 
     def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
-        """Compute cos and sin of position · frequency, (N, R/2) each, for a span of positions of each document."""
+        """Compute cos and sin of position · frequency, (N, R/2) each, for spans of positions."""
         positions = torch.cat([torch.arange(span.start, span.stop) for span in spans]).float()
         angles = torch.outer(positions, torch.tensor(self.frequencies, dtype=torch.float32))
         on_device = angles.to(device, non_blocking=device.type == "cuda")
@@ -100,7 +103,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
-        """Read the `config.json` of a Llama; `minilora.models.config` reads those of all families."""
+        """Read the `config.json` of a Llama."""
         scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if source.get("model_type") != "llama" or kind not in ("default", "llama3"):
@@ -131,7 +134,7 @@ class LlamaConfig:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, and scale each column.
 
-    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], x/√… in float32 at least, rounded before the product with weight
+    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product with weight
 
     Shapes: x (..., D), weight (D) -> (..., D)
     """
@@ -144,7 +147,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     (a, b) ↦ (a cos θ - b sin θ, b cos θ + a sin θ)  [RoPE eq. 34]
 
-    Pairs are (i, i + R/2), as checkpoints of transformers have them, not (2i, 2i + 1). Numbers beyond R pass unchanged.
+    Pairs are (i, i + R/2), as in transformers' checkpoints, not (2i, 2i + 1). Numbers beyond R
+    pass unchanged.
 
     Shapes: x (N, H, E), cos (N, R/2), sin (N, R/2) -> (N, H, E)
     """
@@ -156,26 +160,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @definition
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    window: int | None = None,
 ) -> Tensor:
-    """Let each query attend to the keys of its own document, up to and including its own position.
+    """Let each query attend to the keys of its own document, up to its own position.
 
     o = softmax(q kᵀ/√E + mask) v;  query head h reads key head ⌊h·K/H⌋  [GQA §2]
 
-    A document's n queries are those of its last n of m ≥ n positions (with a cache, m > n). Position i attends to the
-    positions j with i - window < j ≤ i  [SWA §2].
+    A document's n queries are those of its last n of m ≥ n positions (with a cache, m > n).
+    Position i attends to the positions j with i - window < j ≤ i  [SWA §2].
 
-    Shapes: q (N, H, E), k (M, K, E), v (M, K, E), lengths sum N, key_lengths sum M -> (N, H, E)
+    Shapes: q (N, H, E), k (S, K, E), v (S, K, E), lengths sum N, key_lengths sum S -> (N, H, E)
     """
     outputs = []
-    documents = zip(q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)), strict=True)
-    for document in documents:
-        queries, keys, values = (part.transpose(0, 1).unsqueeze(0) for part in document)  # (1, H or K, length, E)
-        n, m = queries.size(2), keys.size(2)
-        visible = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        visible = visible if window is None else visible.triu(m - n - window + 1)
-        o = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=True)
-        outputs.append(o.squeeze(0).transpose(0, 1))
+    parts = (q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)))
+    for document in zip(*parts, strict=True):
+        queries, keys, values = (part.transpose(0, 1) for part in document)  # (H or K, length, E)
+        n, m = queries.size(1), keys.size(1)
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        if window is not None:
+            mask = mask.triu(m - n - window + 1)
+        o = F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], mask, enable_gqa=True
+        )
+        outputs.append(o[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -197,7 +209,8 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     Shapes: hidden (N, D), labels (N) -> ()
     """
     logits = head(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 class RMSNorm(nn.Module):
@@ -211,10 +224,11 @@ class RMSNorm(nn.Module):
 
 
 class Documents:
-    """Documents laid end to end, each of which attends to itself; in generation, a cache stands in its place."""
+    """Documents laid end to end, each of which attends to itself."""
 
     def __init__(self, lengths: Sequence[int]):
         self.lengths = [length for length in lengths if length]
+        self.spans = [range(length) for length in self.lengths]  # the positions of the tokens
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return causal_attention(q, k, v, self.lengths, self.lengths, window)
@@ -260,10 +274,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, documents)
-        feed_forward = self.feed_forward
-        return x + (checkpoint(feed_forward, x, use_reentrant=False) if checkpointing == "mlp" else feed_forward(x))
+        if checkpointing == "mlp":
+            return x + checkpoint(self.feed_forward, x, use_reentrant=False)
+        return x + self.feed_forward(x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
@@ -280,31 +297,32 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig, build_block: BuildBlock = llama_block):
         super().__init__()
         self.config = config
-        # Zeros, because drawing an embedding's start values on "meta" loads PyTorch's compiler, 80 MB.
-        zeros = torch.zeros(config.vocab_size, config.hidden_size)
+        zeros = torch.zeros(config.vocab_size, config.hidden_size)  # random ones are slow on "meta"
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
-        self.layers = nn.ModuleList(build_block(config, layer) for layer in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(build_block(config, layer) for layer in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, tokens: Tensor, lengths: Sequence[int], cache: Any = None, checkpointing: Checkpointing = "none"
+        self, tokens: Tensor, documents: Any, checkpointing: Checkpointing = "none"
     ) -> Tensor:
-        """Compute the hidden states after the last norm.
+        """Compute the hidden states (N, D) after the last norm, of tokens (N) in `Documents`.
 
-        `checkpointing` trades time for memory in training: the backward pass computes the MLPs ("mlp") or whole blocks
-        ("block") again. `cache` holds keys and values of earlier tokens (`minilora.models.generate`).
-
-        Shapes: tokens (N), lengths sum N -> (N, D)
+        `checkpointing` trades time for memory in training: the backward pass computes the MLPs
+        ("mlp") or whole blocks ("block") again.
         """
-        if any(length < 0 for length in lengths) or not tokens.shape == (sum(lengths),) != (0,):
-            raise ShapeError(f"lengths {list(lengths)} do not describe tokens {tuple(tokens.shape)}")
-        documents = Documents(lengths) if cache is None else cache
-        spans = [range(length) for length in lengths] if cache is None else cache.begin(lengths)
+        if not tokens.shape == (sum(map(len, documents.spans)),) != (0,):
+            found = [len(span) for span in documents.spans]
+            need = f"are not those of documents of {found} tokens"
+            raise ShapeError(f"tokens {tuple(tokens.shape)} {need}")
         x = self.embed_tokens(tokens)
-        cos, sin = (table.to(x.dtype) for table in self.config.rope.rotation(spans, x.device))
-        rest = ((cos, sin), documents, checkpointing)
+        cos, sin = self.config.rope.rotation(documents.spans, x.device)
+        others = ((cos.to(x.dtype), sin.to(x.dtype)), documents, checkpointing)
         for block in self.layers:
-            x = checkpoint(block, x, *rest, use_reentrant=False) if checkpointing == "block" else block(x, *rest)
+            if checkpointing == "block":
+                x = checkpoint(block, x, *others, use_reentrant=False)
+            else:
+                x = block(x, *others)
         return self.norm(x)
 
 
@@ -321,32 +339,36 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def get_input_embeddings(self) -> nn.Module:  # these two by transformers' names
+    def get_input_embeddings(self) -> nn.Module:  # by transformers' name, as is the next
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def forward(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Compute the logits (B, T, V) of right-padded rows (B, T), `lengths` tokens real; 0 at padding."""
+        """Compute the logits (B, T, V) of right-padded rows (B, T), 0 at padding."""
         tokens, lengths = unpad(input_ids, lengths)
-        return pad(self.lm_head(self.model(tokens, lengths)), lengths, input_ids.size(1))
+        logits = self.lm_head(self.model(tokens, Documents(lengths)))  # (N, V)
+        return pad(logits, lengths, input_ids.size(1))
 
 
 def unpad(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, list[int]]:
-    """Concatenate the real tokens of right-padded rows (B, T); return them (N) and the lengths, T each if None."""
+    """Lay the tokens of right-padded rows (B, T) end to end (N); return also the lengths."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
-        raise ShapeError(f"input_ids must be a nonempty tensor (B, T), found {getattr(input_ids, 'shape', input_ids)}")
+        found = getattr(input_ids, "shape", input_ids)
+        raise ShapeError(f"input_ids must be a nonempty tensor (B, T), found {found}")
     B, T = input_ids.shape
     lengths = [T] * B if lengths is None else [int(n) for n in lengths]
     if len(lengths) != B or not all(1 <= n <= T for n in lengths):
-        raise ShapeError(f"lengths {lengths} do not fit input_ids {(B, T)}: need {B} numbers in 1..{T}")
+        need = f"need {B} numbers in 1..{T}"
+        raise ShapeError(f"lengths {lengths} do not fit input_ids {(B, T)}: {need}")
     return torch.cat([row[:n] for row, n in zip(input_ids, lengths, strict=True)]), lengths
 
 
 def pad(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
-    """Split rows laid end to end (N, V) by document, and pad each on the right with 0: (B, width, V)."""
-    return torch.stack([F.pad(part, (0, 0, 0, width - len(part))) for part in rows.split(list(lengths))])
+    """Split rows laid end to end (N, V), and pad each document with 0: (B, width, V)."""
+    parts = rows.split(list(lengths))
+    return torch.stack([F.pad(part, (0, 0, 0, width - len(part))) for part in parts])
 
 
 def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
@@ -359,10 +381,13 @@ def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Lla
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    found = {name: t.to(dtype) for file in files for name, t in load_file(directory / Path(file).name).items()}
-    if wrong := sorted(found.keys() ^ dict(model.named_parameters())):  # a tied head is the embedding
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= load_file(directory / Path(file).name)
+    # The parameters of a model have no tied head, nor has its file.
+    if wrong := sorted(found.keys() ^ dict(model.named_parameters())):
         raise FormatError(f"{directory}: missing or unexpected tensors: {wrong[:5]}")
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
     model.name_or_path = str(directory)
-    return model.eval()
+    return model.to(dtype).eval()

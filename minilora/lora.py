@@ -197,12 +197,8 @@ class LoraAdapter(nn.Module):
         """Return m ⊙ y / ‖W + s·B A‖, or y if there is no m."""
         if self.magnitude is None:
             return y
-        return (self.magnitude_ratio(weight) * y).to(y.dtype)
-
-    def magnitude_ratio(self, weight: Tensor) -> Tensor:
-        """Return m / ‖W + s·B A‖, (out)."""
-        assert self.magnitude is not None
-        return self.magnitude / dora_norm(weight, self.lora_A, self.lora_B, self.scale)
+        ratio = self.magnitude / dora_norm(weight, self.lora_A, self.lora_B, self.scale)
+        return (ratio * y).to(y.dtype)
 
 
 @definition

@@ -1,6 +1,6 @@
 """Training: the loss, the learning-rate schedule and the optimizer step.
 
-A step's loss is the sum of its tokens' losses over their number; a batch cut into parts has the same gradient:
+A step's loss is the mean of its tokens' losses; a batch cut into parts has the same gradient:
 
     L = 1/n Σ_t -log p(token t | before),    n = Σ over micro-batches of their labelled tokens
 
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from minilora.data import Batch
 from minilora.definition import definition
 from minilora.errors import DataError
-from minilora.llama import Checkpointing, cross_entropy
+from minilora.llama import Checkpointing, Documents, cross_entropy
 
 Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> sum of losses, their number
 NORM_CHUNK = 65536  # numbers of a partial norm; one float32 sum of 134 million is off by 3 %
@@ -37,7 +37,7 @@ def token_loss(
     model: Any, batch: Batch, checkpointing: Checkpointing = "none"
 ) -> tuple[Tensor, int]:
     """Sum -log p(token | before) over the labels of a batch; return it with their number."""
-    hidden = model.model(batch.tokens, batch.lengths, checkpointing=checkpointing)  # (N, D)
+    hidden = model.model(batch.tokens, Documents(batch.lengths), checkpointing)  # (N, D)
     hidden = hidden.index_select(0, batch.label_positions)  # the head sees what predicts a label
     return cross_entropy(hidden, batch.labels, model.get_output_embeddings()), len(batch.labels)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import minilora as ml
-from minilora.llama import Llama
+from minilora.llama import Documents, Llama
 
 
 class Row(NamedTuple):
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
     def forward(self, rows: Sequence[Row]) -> Tensor:  # (B, C)
         device, lengths = next(self.parameters()).device, [len(row.tokens) for row in rows]
         tokens = torch.tensor([token for row in rows for token in row.tokens], device=device)
-        hidden = self.model(tokens, lengths)  # (N, D)
+        hidden = self.model(tokens, Documents(lengths))  # (N, D)
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         return self.score(hidden[last])
 

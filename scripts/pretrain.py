@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from minilora.llama import Llama, LlamaConfig
+from minilora.llama import Documents, Llama, LlamaConfig
 
 MODEL = DATA.parent / "model"
 EOS = "<|endoftext|>"
@@ -78,7 +78,7 @@ def held_out_loss(model: Llama, tokenizer: Tokenizer, split: str) -> float:
     total, count = 0.0, 0
     for row in read_rows(DATA / f"{split}.jsonl"):
         tokens = torch.tensor(tokenizer.encode(f"Definition: {row_definition(row)}\n").ids)
-        logits = model.lm_head(model.model(tokens[:-1], [len(tokens) - 1]))
+        logits = model.lm_head(model.model(tokens[:-1], Documents([len(tokens) - 1])))
         total += F.cross_entropy(logits, tokens[1:], reduction="sum").item()
         count += len(tokens) - 1
     return total / count
@@ -96,7 +96,7 @@ def train(model: Llama, stream: Tensor, steps: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * factor
         inputs, targets = stream[step * size :][:size], stream[step * size + 1 :][:size]
-        logits = model.lm_head(model.model(inputs, [LENGTH] * DOCUMENTS))
+        logits = model.lm_head(model.model(inputs, Documents([LENGTH] * DOCUMENTS)))
         loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from minilora import ShapeError, llama
+from minilora.llama import Documents
 from minilora.models.config import FAMILIES
 from minilora.models.generate import KVCache
 from minilora.models.rotary import NUMBERS, LengthRope
@@ -109,7 +110,7 @@ def own_logits(model, tokens, lengths):
 def test_logits_equal_the_oracle(family, seed, lengths, longer):
     model, lengths = tiny_model(family, seed), [*lengths, longer]
     tokens = token_ids(seed, sum(lengths))
-    hidden = model.model(tokens, lengths)
+    hidden = model.model(tokens, Documents(lengths))
     tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     expected = []
     for part in tokens.split(lengths):
@@ -125,7 +126,7 @@ def test_logits_equal_the_oracle(family, seed, lengths, longer):
 def test_logits_equal_those_of_transformers_as_they_were_frozen(family):
     frozen, ours = load_file(FILE), tiny_model(family, dtype=torch.float32)
     with torch.no_grad():
-        logits = ours.lm_head(ours.model(frozen[f"{family}.tokens"], LENGTHS))
+        logits = ours.lm_head(ours.model(frozen[f"{family}.tokens"], Documents(LENGTHS)))
     assert_parity(logits, frozen[f"{family}.logits"])
 
 
@@ -140,7 +141,7 @@ def test_documents_beside_each_other_do_not_see_each_other(family, seed, lengths
     order = random.sample(range(len(lengths)), len(lengths))
     for documents in (range(len(lengths)), order):
         beside = torch.cat([tokens.split(lengths)[i] for i in documents])
-        logits = model.lm_head(model.model(beside, [lengths[i] for i in documents]))
+        logits = model.lm_head(model.model(beside, Documents([lengths[i] for i in documents])))
         assert_maths(logits, torch.cat([alone[i] for i in documents]))
 
 
@@ -176,7 +177,8 @@ def test_a_cache_changes_no_logits_however_the_documents_are_split(family, seed,
     rest, logits = [list(document) for document in documents], [[] for _ in documents]
     for call in calls:
         new = torch.stack([rest[i].pop(0) for i, n in enumerate(call) for _ in range(n)])
-        for i, part in enumerate(model.lm_head(model.model(new, call, cache=cache)).split(call)):
+        cache.begin(call)
+        for i, part in enumerate(model.lm_head(model.model(new, cache)).split(call)):
             logits[i].append(part)
     assert cache.lengths == lengths
     for ours, alone in zip(logits, own_logits(model, torch.cat(documents), lengths), strict=True):
@@ -190,7 +192,7 @@ def test_recomputation_changes_no_bit_of_logits_and_gradients(family, checkpoint
     tokens, labels = token_ids(1, 20), token_ids(2, 20)
 
     def outcome(mode):
-        hidden = model.model(tokens, lengths, checkpointing=mode)
+        hidden = model.model(tokens, Documents(lengths), mode)
         loss = llama.cross_entropy(hidden, labels, model.lm_head)
         return hidden, *torch.autograd.grad(loss, list(model.parameters()))
 
@@ -207,8 +209,9 @@ def test_under_autocast_logits_and_gradients_are_as_good_as_those_of_a_model_in_
         model, cache = tiny_model(family, dtype=dtype), KVCache(tiny_config(family), 2, 17, CPU)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             with torch.no_grad():
-                held = model.lm_head(model.model(tokens, lengths, cache))
-            logits = model.lm_head(model.model(tokens, lengths))
+                cache.begin(lengths)
+                held = model.lm_head(model.model(tokens, cache))
+            logits = model.lm_head(model.model(tokens, Documents(lengths)))
         gradients = torch.autograd.grad(logits.float().square().mean(), list(model.parameters()))
         return held, logits, torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -226,7 +229,7 @@ def test_the_backward_pass_computes_again_what_checkpointing_names(checkpointing
 
     for name in runs:
         getattr(model.model.layers[1], name).register_forward_pre_hook(lambda *_, name=name: count(name))
-    model.model(token_ids(0, 5), [5], checkpointing=checkpointing).sum().backward()
+    model.model(token_ids(0, 5), Documents([5]), checkpointing).sum().backward()
     assert runs == {"self_attn": attention, "mlp": mlp}
 
 
@@ -243,7 +246,7 @@ def test_the_trunk_is_compiled_as_one_graph_which_changes_nothing(checkpointing,
     for lengths in ([13, 7], [6, 6, 9])[: 1 if backend == "eager" else 2]:
         results = []
         for trunk in (model.model, compiled):
-            hidden = trunk(token_ids(0, sum(lengths)), lengths, checkpointing=checkpointing)
+            hidden = trunk(token_ids(0, sum(lengths)), Documents(lengths), checkpointing)
             results.append([hidden, *torch.autograd.grad(hidden.square().sum(), parameters)])
         for eager, ours in zip(*results, strict=True):
             assert_parity(ours, eager)
@@ -267,10 +270,10 @@ def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_and_lengths_th
         with pytest.raises(ShapeError, match=r"2 numbers in 1..4"):
             model(token_ids(0, 2, 4), lengths)
     for lengths in ([], [4], [2, 4], [6, -1]):
-        with pytest.raises(ShapeError, match=r"do not describe tokens \(5,\)"):
-            model.model(token_ids(0, 5), lengths)
-    with pytest.raises(ShapeError, match=r"lengths \[5\] do not describe tokens \(1, 5\)"):
-        model.model(token_ids(0, 1, 5), [5])
+        with pytest.raises(ShapeError, match=r"tokens \(5,\) are not those of documents of"):
+            model.model(token_ids(0, 5), Documents(lengths))
+    with pytest.raises(ShapeError, match=r"tokens \(1, 5\) are not those of documents of \[5\] tokens"):
+        model.model(token_ids(0, 1, 5), Documents([5]))
 
 
 def test_the_families_of_the_default_suite_have_every_switch_and_all_together_every_rotation():

@@ -72,9 +72,9 @@ def read_shapes(docstring):
 
 @st.composite
 def dimensions(draw):
-    """A size for each letter, or several: documents in N and M, H a multiple of K, R at most E."""
+    """A size for each letter, or several: documents in N and S, H a multiple of K, R at most E."""
     lengths, kv_heads, half = draw(document_lengths), draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    split = {"N": lengths, "M": [n + draw(st.integers(0, 4)) for n in lengths]}
+    split = {"N": lengths, "S": [n + draw(st.integers(0, 4)) for n in lengths]}
     named = {name: draw(sizes) for name in ("in", "out", "r", "D", "F", "V")}
     group, rest = draw(st.integers(1, 3)), draw(st.integers(0, 3))
     heads = {"K": kv_heads, "H": kv_heads * group, "R/2": half, "E": 2 * half + rest}

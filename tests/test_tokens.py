@@ -10,6 +10,7 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainableTokens
+from minilora.llama import Documents
 from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, allocated, randn, seeds, tiny_model, token_ids, train_a_little
 
@@ -111,7 +112,7 @@ def test_nothing_of_the_size_of_the_vocabulary_is_made_or_kept(family):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
         ):
-            model.model(token_ids(0, 9), [9]).sum().backward()
+            model.model(token_ids(0, 9), Documents([9])).sum().backward()
 
     _, most, _ = allocated(work)
     assert most < 4 * V * D / 4

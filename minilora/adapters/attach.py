@@ -16,7 +16,6 @@ from minilora.adapter import (
     adapter_layers,
     add_adapter,
     base_modules,
-    is_finite,
     layers_of,
     replace_modules,
     require_layers,
@@ -189,6 +188,10 @@ def merge(model: nn.Module) -> None:
     for path, each in base_modules(model).items():
         if (own := each._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
+    for layer in require_layers(model):
+        if layer.active and not _is_finite(layer.merged()):
+            what = "merged, it has numbers that are not finite; nothing was merged"
+            raise TrainingError(f"{layer.path}: {what}")
     adapter.merge(model)
     for first, *others in sharing.values():
         weight: Any = model.get_submodule(first).weight
@@ -198,6 +201,10 @@ def merge(model: nn.Module) -> None:
                 module.weight = weight
             elif callable(getattr(model, "save_pretrained", None)):
                 model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _is_finite(module: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
@@ -228,7 +235,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:  # the inner ones first, so that an outer one merges the result
             module = layer.merged() if layer.active else layer.base
-            if layer.active and not is_finite(module):
+            if layer.active and not _is_finite(module):
                 raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
             replaced += replace_modules(model, [(layer, module)])
         yield

@@ -70,8 +70,8 @@ class KVCache:
             self.lengths[document] = 0
         return self.lengths[document]
 
-    def begin(self, lengths: Sequence[int]) -> list[range]:
-        """Begin a call with these numbers of new tokens, and return their positions in each document.
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Begin a call with these numbers of new tokens, whose positions in each document become `spans`.
 
         What all layers share is computed here. The layers then call `attend` in order.
         """
@@ -81,7 +81,7 @@ class KVCache:
         places = [(document, position) for document, span in enumerate(spans) for position in span]
         self._documents, self._positions = torch.tensor(places, device=self._device).unbind(1)
         self._views = {window: self._common_view(window) for window in self._windows} if max(lengths) == 1 else {}
-        return [span for span in spans if span]
+        self.spans = [span for span in spans if span]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Cache the next layer's new keys and values, and compute the attention of its queries.
@@ -241,7 +241,8 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) ->
     ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
     tokens = torch.tensor([token for document in feed for token in document], device=device)
     last = torch.tensor(ends, device=device)  # copied before the device is busy
-    return model.lm_head(model.model(tokens, lengths, cache)[last])
+    cache.begin(lengths)
+    return model.lm_head(model.model(tokens, cache)[last])
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:

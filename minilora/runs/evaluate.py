@@ -18,7 +18,7 @@ from torch import nn
 from minilora.adapter import disable_adapter
 from minilora.data import IGNORE_INDEX, collate
 from minilora.errors import DataError
-from minilora.llama import Llama
+from minilora.llama import Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
@@ -130,8 +130,8 @@ def measure_forgetting(
         for rows, counts in _dealt(eval_groups(lengths_of(examples)), len(examples), progress):
             batch = collate([examples[row] for row in rows], device)
             with as_base():
-                expected = base.model(batch.tokens, batch.lengths)
-            hidden = model.model(batch.tokens, batch.lengths)
+                expected = base.model(batch.tokens, Documents(batch.lengths))
+            hidden = model.model(batch.tokens, Documents(batch.lengths))
             chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
             for chunk, labels in chunks:
                 with as_base():
@@ -203,7 +203,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
     lengths = [len(document) for document in documents]
     device = next(model.parameters()).device
     tokens = torch.tensor([token for document in documents for token in document], device=device)
-    hidden = iter(model.model(tokens, lengths).split(lengths))
+    hidden = iter(model.model(tokens, Documents(lengths)).split(lengths))
     for prompt in prompts:
         states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}
         logs = {stem: _log_probabilities(model.lm_head(state)).cpu() for stem, state in states.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import minilora as ml
 from minilora.adapter import adapter_layers, replace_modules
 from minilora.data import collate
+from minilora.llama import Documents
 from minilora.lora import dense_linear, lora_delta, merge_weight
 from minilora.nf4 import dequantize_weight, quantize_weight
 
@@ -43,7 +44,7 @@ def log_probabilities(model: Any, rows: Sequence[Any]) -> list[tuple[Tensor, Ten
     with torch.no_grad():
         for begin in range(0, len(rows), 16):
             batch = collate(rows[begin : begin + 16], torch.device("cpu"))
-            logits = model.lm_head(model.model(batch.tokens, batch.lengths)[batch.label_positions])
+            logits = model.lm_head(model.model(batch.tokens, Documents(batch.lengths))[batch.label_positions])
             found.append((logits.float().log_softmax(-1), batch.labels))
     return found
 
