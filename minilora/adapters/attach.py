@@ -183,12 +183,12 @@ def merge(model: nn.Module) -> None:
         TrainingError: a merged weight is not finite; the model is left as it was.
     """
     check_types(merge, locals())
-    _mergeable_layers(model)
+    layers = _mergeable_layers(model)
     sharing: dict[int, list[str]] = {}
     for path, each in base_modules(model).items():
         if (own := each._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
-    for layer in require_layers(model):
+    for layer in layers:
         if layer.active and not _is_finite(layer.merged()):
             what = "merged, it has numbers that are not finite; nothing was merged"
             raise TrainingError(f"{layer.path}: {what}")
