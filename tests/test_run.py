@@ -198,9 +198,8 @@ def refused(capsys, directory):
 
 
 def test_a_finished_run_is_never_overwritten(refused, whole):
-    further = f"give another --out; to train its adapter further, add --adapter {whole}"
-    refused(whole, f"holds a finished run with other settings (lora_r was 3 and is 4); {further}", lora_r=4)
-    refused(whole, "--resume never was given", resume="never")
+    refused(whole, "holds a finished run with other settings (lora_r was 3 and is 4); use another directory", lora_r=4)
+    refused(whole, "holds a run, which is not to be resumed", resume="never")
     refused(whole, "epochs was 2.0 and is 3.0", epochs=3)
 
 
@@ -306,7 +305,7 @@ def test_a_run_whose_base_tokenizer_or_template_was_replaced_is_refused(
         before = path.read_bytes()
         last = before[-1] ^ (3 if before.endswith(b"\n") else 1)  # a line end becomes a tab
         path.write_bytes(before[:-1] + bytes([last]))
-        refused(tmp_path / "out", f"changed since the run began: {name}; give another --out", **paths)
+        refused(tmp_path / "out", f"changed since the run began: {name}; use another directory", **paths)
         path.write_bytes(before)
 
 

@@ -29,7 +29,7 @@ from minilora.adapters.layout import read_adapter
 from minilora.cli import SIGNALLED, Options, Parser, say
 from minilora.cli.elsewhere import nearest
 from minilora.cli.flags import add_fields, from_flags, read_config
-from minilora.cli.forecast import dry_run_lines
+from minilora.cli.forecast import check_memory, dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
 from minilora.cli.preview import preview
@@ -47,7 +47,7 @@ from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import Forecast, check_memory
+from minilora.runs.memory import Forecast
 from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
 from minilora.runs.system import choose_threads
@@ -135,7 +135,11 @@ def run(options: Options) -> int:
             check_memory(plan, memory)
         directory.claim(run)
         if earlier.is_finished:
-            say(f"{directory.path}: holds this run, which is finished, so nothing is left to do; {directory.further}")
+            further = "model further, give --model" if settings.is_full else "adapter further, add --adapter"
+            say(
+                f"{directory.path}: holds this run, which is finished, so nothing is left to do; give another --out; "
+                f"to train its {further} {directory.path}"
+            )
             return 0
         model = load_base(plan, base, device)
         attach_adapter(model, plan, base)

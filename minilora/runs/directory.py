@@ -104,12 +104,6 @@ class RunDirectory:
         self._lock: BaseFileLock | None = None
         self._tracker: Tracker | None = None
 
-    @property
-    def further(self) -> str:
-        """How to go on where the run is finished."""
-        start = "model further, give --model" if self._settings.is_full else "adapter further, add --adapter"
-        return f"give another --out; to train its {start} {self.path}"
-
     def open(self, base: Base) -> Earlier:
         """Lock a directory that holds this run of a base, and return what its earlier starts left.
 
@@ -128,24 +122,24 @@ class RunDirectory:
             return Earlier(self._settings.dtype)
         path, now = self.path / "run.json", self._settings.by_flag
         if not path.is_file():
-            raise TrainingError(f"{self.path}: has files, but not of a run; give another --out")
+            raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
         self._lock = lock(self.path)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
         before = record.config
         is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
-            raise TrainingError(f"{self.path}: holds a run, and --resume never was given; give another --out")
+            raise TrainingError(f"{self.path}: holds a run, which is not to be resumed; use another directory")
         free = checkpoints.bookkeeping(self._settings.training) | {*FREE, *HASHED}
         if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
             free.add("prompt_style")
         if different := [key for key in now if key not in free and before.get(key) != now[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
-            what, advice = ("a finished run", self.further) if is_finished else ("a run", "give another --out")
-            raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); {advice}")
+            what = "a finished run" if is_finished else "a run"
+            raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); use another directory")
         if record.starts[0]["plain"] != is_plain():
-            with_it = "without" if is_plain() else "with"
-            raise TrainingError(f"{self.path}: the run began {with_it} --plain; do the same")
+            with_them = "with" if is_plain() else "without"
+            raise TrainingError(f"{self.path}: the run began {with_them} kernels; do the same")
         what = f"{self.path}: files of the base, the adapter or the template"
         _check_same(what, record.inputs_sha256, self._inputs)
         first = record.starts[0]
@@ -169,7 +163,7 @@ class RunDirectory:
         if self._lock is None:
             self._lock = lock(self.path)
             if holds_files(self.path):
-                raise TrainingError(f"{self.path}: another process has written there meanwhile; give another --out")
+                raise TrainingError(f"{self.path}: another process has written there meanwhile; use another directory")
 
     def start(self, run: Run, model: Llama) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
@@ -280,4 +274,4 @@ def hash_of(path: Path) -> str:
 def _check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise a `TrainingError` that names the files whose hashes are not those of the run's first start."""
     if changed := sorted(name for name in before.keys() | now if before.get(name) != now.get(name)):
-        raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; give another --out")
+        raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; use another directory")

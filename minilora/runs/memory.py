@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
-from minilora.errors import TrainingError
 from minilora.kernels.attention import OutlinedAttention
 from minilora.llama import Checkpointing, Llama, LlamaConfig, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
@@ -210,18 +209,6 @@ def fits(plan: Plan, found: Forecast) -> bool:
     """Return whether a run fits into the memory of every rank."""
     free = free_memory_bytes(plan.device)
     return not world.any_rank(free is not None and found.peak > free)
-
-
-def check_memory(plan: Plan, found: Forecast) -> None:
-    """Raise a `TrainingError` if a run does not fit into memory."""
-    if not fits(plan, found):
-        smaller = "--method lora" if plan.lora is None else "--quantize nf4"
-        raise TrainingError(
-            f"the run needs {amount(found.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are free "
-            f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
-            f"gradient is the same), --gradient-checkpointing block, {smaller} or a smaller --max-length; "
-            "--dry-run shows what each takes, and --force runs all the same"
-        )
 
 
 def amount(size: int) -> str:

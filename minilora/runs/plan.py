@@ -89,5 +89,5 @@ def _with_tokens(lora: LoraConfig, new: list[int]) -> LoraConfig:
     """Return the adapter's config, with the rows of new tokens among those that are trained."""
     wanted = lora.trainable_token_indices
     if new and isinstance(wanted, Mapping):
-        raise ConfigError("--add-tokens needs --trainable-token-indices to be ids, or left out")
+        raise ConfigError("add_tokens needs trainable_token_indices to be ids, or left out")
     return replace(lora, trainable_token_indices=(*(wanted or ()), *new)) if new else lora

@@ -192,5 +192,5 @@ def read_run_record(path: Path) -> RunRecord:
             raise ValueError(f"threads is {threads!r}")
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         need = "config, starts (with plain, time, dtype and threads), data_sha256 and inputs_sha256"
-        raise FormatError(f"{path}: need {need}; give another --out") from error
+        raise FormatError(f"{path}: need {need}; use another directory") from error
     return RunRecord(config, inputs, data, starts)

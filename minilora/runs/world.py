@@ -64,7 +64,7 @@ def joined(device: str) -> Iterator[torch.device]:
     with ExitStack() as stack:
         if joins:
             if chosen.type not in ("cuda", "cpu"):
-                raise ConfigError(f"several processes cannot share {chosen.type}; give --device cpu")
+                raise ConfigError(f"several processes cannot share {chosen.type}; use cpu")
             if chosen.type == "cuda":
                 torch.cuda.set_device(chosen)
             try:
