@@ -181,6 +181,11 @@ REWRITING = {  # how the content is written, the fields of the first answer, how
         {"content": "bcd", "thinking": "xyz"},
         "ghi",
     ),
+    "calls": (
+        "{{ m.tool_calls | tojson if m.tool_calls and (loop.last or messages | length == 2) }}{{ m.content or '' }}",
+        {"content": None, "tool_calls": [{"function": {"name": "look"}}]},
+        "ghi",
+    ),
     "closed": ("{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}", {"content": "bcd"}, "ghi!"),
     "stripped": (STRIPPING, {"content": "<think>b</think>c"}, "ghi"),
 }

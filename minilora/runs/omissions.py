@@ -28,8 +28,10 @@ def check_context(text: str, conversation: Conversation, tokenizer: Tokenizer, i
 
 def check_calls(conversation: Conversation, answers: Sequence[int], tokenizer: Tokenizer) -> None:
     """Raise a DataError if the template leaves out a tool call of some answers, or what is said beside it."""
-    if calling := [i for i in answers if conversation.messages[i].get("tool_calls")]:
-        _check_messages(conversation, calling, tokenizer, is_question=False)
+    for i in answers:
+        if conversation.messages[i].get("tool_calls"):
+            through = Conversation(conversation.messages[: i + 1], conversation.tools)
+            _check_messages(through, [i], tokenizer, is_question=False)
 
 
 def _check_messages(conversation: Conversation, which: Sequence[int], tokenizer: Tokenizer, is_question: bool) -> None:
@@ -75,8 +77,9 @@ def check_answer(text: str, message: Fields, i: int) -> None:
 
 
 def is_written(text: str, message: Fields) -> bool:
-    """Return whether a text has all that an answer says, its thoughts as well."""
-    parts = [*re.split("</?think>", _content(message)), thoughts_of(message)]
+    """Return whether a text has all that an answer says, its thoughts and the functions that it calls as well."""
+    called = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    parts = [*re.split("</?think>", _content(message)), thoughts_of(message), *called]
     return all(part.strip() in text for part in parts)
 
 
