@@ -19,7 +19,7 @@ from tests.models import long
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL = {**work.SMOLLM2, **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
-TRAININGS, OPERATIONS = work.trainings(), work.operations()
+OPERATIONS = work.operations()
 FOLDER = Path(work.__file__).parent
 
 
