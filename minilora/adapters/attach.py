@@ -165,11 +165,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         TargetError: the model has no adapter of that name.
     """
     check_types(delete_adapter, locals())
-    layers = list(layers_of(model, name).values())
+    layers = layers_of(model, name).values()
     for layer in layers:
         del layer.adapters[name]
         layer.active = tuple(each for each in layer.active if each != name)
-    replace_modules(model, ((layer, layer.base) for layer in reversed(layers) if not layer.adapters))
+    replace_modules(model, ((layer, layer.base) for layer in layers if not layer.adapters))
 
 
 def merge(model: nn.Module) -> None:
@@ -230,17 +230,16 @@ def merged(model: nn.Module) -> Iterator[None]:
         TrainingError: a merged weight is not finite.
     """
     check_types(merged, locals())
-    layers = list(reversed(_mergeable_layers(model)))  # inactive ones too, or they could be activated
     replaced = []
     try:
-        for layer in layers:  # the inner ones first, so that an outer one merges the result
+        for layer in _mergeable_layers(model):  # inactive ones too, or they could be activated
             module = layer.merged() if layer.active else layer.base
             if layer.active and not _is_finite(module):
                 raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
             replaced += replace_modules(model, [(layer, module)])
         yield
     finally:
-        for parent, name, module in reversed(replaced):
+        for parent, name, module in replaced:
             parent._modules[name] = module
 
 

@@ -89,11 +89,6 @@ def is_called(path: str, modules: Mapping[str, Any]) -> bool:
     return name == "in_proj" or not {"A_log", "D"} <= modules[parent]._parameters.keys()
 
 
-def is_from_weight(init: bool | str) -> bool:
-    """Return whether the start values are a part of W, which is subtracted from it."""
-    return isinstance(init, str) and init.startswith("pissa")
-
-
 def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
     """Return the paths of the modules that get a low-rank adapter (see `select_targets`)."""
     kinds = adaptable(modules)
@@ -112,7 +107,7 @@ def low_rank_spec(
     kind, init, r, scale = kind_of(module), config.init_lora_weights, config.rank(path), config.scale(path)
     assert kind is not None
     shape_A, shape_B = factor_shapes(module, r)
-    is_part_of_weight = is_from_weight(init)
+    is_part_of_weight = isinstance(init, str) and init.startswith("pissa")
     if config.lora_bias and kind is LoraEmbedding:
         raise ConfigError(f"{path}: lora_bias is not for embeddings")
     if start is not None:

@@ -84,12 +84,9 @@ def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter by the ends of their names in PEFT's file, after the module's path."""
     if isinstance(layer, ModulesToSave | TrainableTokens):
         return layer.peft_tensors(name)
-    held = {end: getattr(layer.adapters[name], key) for key, end in _names_of(type(layer)).items()}
+    ends = EMBEDDING_NAMES if isinstance(layer, LoraEmbedding) else PEFT_NAMES
+    held = {end: getattr(layer.adapters[name], key) for key, end in ends.items()}
     return {end: tensor for end, tensor in held.items() if tensor is not None}
-
-
-def _names_of(kind: type[AdapterWrapper]) -> Mapping[str, str]:
-    return EMBEDDING_NAMES if kind is LoraEmbedding else LINEAR_NAMES
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:

@@ -207,8 +207,14 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
         return None
     text = file.metadata[BASE_METADATA]
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        if (found := parse_quantization(json.loads(text))) is not None:
-            return found
+        value = json.loads(text)
+        if value == {"quantize": "none"}:
+            return {"quantize": "none"}
+        found = {key: value[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}
+        is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
+        is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
+        if is_known and is_typed and all(map(is_name, found["quantize_skip"])):
+            return found | ({"head": value["head"]} if value.get("head") in CODEBOOKS else {})
     raise FormatError(f"{file.path}: metadata {BASE_METADATA}: found {text!r:.80}, need how a base is quantized")
 
 
@@ -276,15 +282,3 @@ def is_name(key: str) -> bool:
     `^` in front means "from the start"; PEFT itself writes `.*\\.` there, for the experts of Mixtral.
     """
     return re.fullmatch(r"(\^|\.\*\\\.)?[\w.-]+", key) is not None
-
-
-def parse_quantization(value: Any) -> dict[str, Any] | None:
-    """Return how a base was quantized, with the keys that `describe_base` has; None if it is not understood."""
-    if value == {"quantize": "none"}:
-        return {"quantize": "none"}
-    found = {key: value[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}
-    is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
-    is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
-    if not (is_known and is_typed and all(map(is_name, found["quantize_skip"]))):
-        return None
-    return found | ({"head": value["head"]} if value.get("head") in CODEBOOKS else {})
