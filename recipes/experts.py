@@ -37,8 +37,8 @@ class LoraExperts(nn.Module):
 
     def __init__(self, base: nn.Module, names: Sequence[str], r: int, lora_alpha: float, is_transposed: bool):
         super().__init__()
-        self.base, self.r, self.lora_alpha = base.requires_grad_(False), r, lora_alpha
-        self.is_transposed = is_transposed
+        self.base = base.requires_grad_(False)
+        self.r, self.lora_alpha, self.is_transposed = r, lora_alpha, is_transposed
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name in names:
             weight = base.get_parameter(name)
@@ -82,15 +82,18 @@ def merge_experts(model: nn.Module) -> None:
 
 def save_experts(model: nn.Module, directory: str | Path) -> None:
     """Write the adapters in PEFT's layout, which nests a wrapper for each parameter, the first one innermost."""
+    layers = {path: each for path, each in model.named_modules() if isinstance(each, LoraExperts)}
+    if not layers:
+        raise ml.TargetError("the model has no adapters of experts")
     tensors, targets = {}, []
-    for path, layer in model.named_modules():
-        names = [name for name in layer.base._parameters if name in layer.lora_A] if type(layer) is LoraExperts else []
+    for path, layer in layers.items():
+        names = [name for name in layer.base._parameters if name in layer.lora_A]
         for depth, name in enumerate(reversed(names)):
-            for factor in ("lora_A", "lora_B"):
-                key = f"{PREFIX}{path}.{'base_layer.' * depth}{factor}.weight"
-                tensors[key] = getattr(layer, factor)[name].contiguous()
+            where = f"{PREFIX}{path}.{'base_layer.' * depth}"
+            tensors[f"{where}lora_A.weight"] = layer.lora_A[name].contiguous()
+            tensors[f"{where}lora_B.weight"] = layer.lora_B[name].contiguous()
             targets.append(f"{path}.{name}")
-            numbers = {"r": layer.r, "lora_alpha": layer.lora_alpha}
+    numbers = {"r": layer.r, "lora_alpha": layer.lora_alpha}  # those of all layers
     config = {"peft_type": "LORA", **numbers, "target_modules": [], "target_parameters": targets}
     Path(directory).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(directory) / "adapter_model.safetensors")

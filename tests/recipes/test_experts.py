@@ -71,6 +71,8 @@ def test_what_is_not_there_is_refused_and_the_package_names_the_recipe(tmp_path)
         attach_experts(model, ["gate_proj"], 2, 14, False)
     with pytest.raises(TypeError, match=r"target_parameters.*recipes/experts\.py"):
         ml.LoraConfig(target_parameters=["up_proj"])
+    with pytest.raises(ml.TargetError, match="no adapters of experts"):
+        save_experts(model, tmp_path)
     attach_experts(model, NAMES, 2, 14, False)
     save_experts(model, tmp_path)
     with pytest.raises(ml.FormatError, match=r"target_parameters.*recipes/experts\.py"):
