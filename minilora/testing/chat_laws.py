@@ -54,10 +54,9 @@ def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]
     What stands between them is known from the same conversation with other words.
     """
     names = [f"Qz{i}zQ" for i in range(len(case.turns))]
-    pieces, rest = (
-        [],
-        "".join(render([{**m, "content": name} for m, name in zip(case.messages, names, strict=True)])[0]),
-    )
+    renamed = [{**message, "content": name} for message, name in zip(case.messages, names, strict=True)]
+    rest = "".join(render(renamed)[0])
+    pieces = []
     for name in names:
         piece, _, rest = rest.partition(name)
         pieces.append(piece)
