@@ -32,10 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [*known, *groups]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=list(known), help=", ".join(names))
     parser.add_argument("--peers", nargs="*", metavar="PEER", choices=peers, help="only these of a work's, or none")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
     log, here = args.out.with_suffix(".jsonl"), results.surroundings(torch.device(args.device))
     state, refused = results.source(), False
     with tempfile.TemporaryDirectory() as folder:
