@@ -84,7 +84,7 @@ def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter by the ends of their names in PEFT's file, after the module's path."""
     if isinstance(layer, ModulesToSave | TrainableTokens):
         return layer.peft_tensors(name)
-    ends = EMBEDDING_NAMES if isinstance(layer, LoraEmbedding) else PEFT_NAMES
+    ends = EMBEDDING_NAMES if isinstance(layer, LoraEmbedding) else LINEAR_NAMES
     held = {end: getattr(layer.adapters[name], key) for key, end in ends.items()}
     return {end: tensor for end, tensor in held.items() if tensor is not None}
 
