@@ -4,7 +4,7 @@ A block of queries is multiplied only with the keys that one of them can see: no
 window.
 
     N  queries laid end to end     H  query heads       E  width of a head
-    M  keys laid end to end        K  key/value heads   G  H/K, query heads that share keys and values
+    S  keys laid end to end        K  key/value heads   G  H/K, query heads that share keys and values
 
     [Flash] Dao et al. 2022, FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness
 """
@@ -98,7 +98,7 @@ def block_attention(
 
 
 class _BlockAttention(torch.autograd.Function):
-    """S = q kᵀ/√E, P = softmax(S), o = P v;  dv = Pᵀ do,  dP = do vᵀ,  dS = P ∘ (dP - rowsum(P ∘ dP)),
+    """P = softmax(q kᵀ/√E), o = P v;  dv = Pᵀ do,  dP = do vᵀ,  dS = P ∘ (dP - rowsum(P ∘ dP)),
     dq = dS k/√E,  dk = dSᵀ q/√E.
 
     There is a matrix for each document and each of its key heads, with G rows for each of the n queries. All documents
@@ -195,10 +195,10 @@ def _probabilities(queries: Tensor, keys: Tensor, group: int, window: int | None
     If the window covers all keys, only the last n columns need a mask.
     """
     n, m = queries.size(1) // group, keys.size(1)
-    S = _scaled_product(queries, keys.mT, keys.size(-1) ** -0.5)
+    scores = _scaled_product(queries, keys.mT, keys.size(-1) ** -0.5)
     masked = n if window is None or m <= window else m
-    S[..., m - masked :].unflatten(1, (n, -1)).add_(_mask(S, n, masked, window).unsqueeze(1))
-    return S.softmax(-1)
+    scores[..., m - masked :].unflatten(1, (n, -1)).add_(_mask(scores, n, masked, window).unsqueeze(1))
+    return scores.softmax(-1)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
