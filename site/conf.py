@@ -14,6 +14,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
+import explorer
 import pages
 
 project = "minilora"
@@ -46,3 +47,5 @@ def mathml(translator, node: nodes.Node) -> None:
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
     app.connect("config-inited", pages.collect)
+    app.connect("html-page-context", explorer.add_scripts)
+    app.connect("build-finished", explorer.copy_pages)

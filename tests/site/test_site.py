@@ -137,3 +137,12 @@ def test_the_print_version_is_one_page(tmp_path):
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert "A LoRA layer in 30 lines" in text
     assert "Did it forget?" in text
+
+
+def test_chapters_hold_the_explorables_and_the_site_holds_the_explorer(site, browser):
+    page, faults = opened(browser, site / "explore" / "index.html")
+    assert "animal" in page.inner_text("#verdict")
+    for chapter in ("07_four_bits", "08_dora_and_starts", "09_merging"):
+        page.goto((site / "tutorials" / f"{chapter}.html").as_uri())
+        assert page.locator(".explorable input").count() >= 2
+    assert faults == []

@@ -1,0 +1,31 @@
+"""Put the explorer on the site, and its small explorables into the chapters that have a place for one.
+
+A chapter has a place where its Markdown has `<div class="explorable" data-explorable="nf4"></div>`, of which a viewer
+without scripts shows nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pack
+from sphinx.application import Sphinx
+
+SCRIPTS = ("nf4", "lora", "by_hand", "swallowed", "dora_row")
+
+
+def add_scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Load the scripts into a page that has a place for an explorable (a handler of `html-page-context`)."""
+    if app.builder.name == "html" and "data-explorable" in context.get("body", ""):
+        app.add_css_file("../explore/explore.css")
+        for name in SCRIPTS:
+            app.add_js_file(f"../explore/{name}.js", loading_method="defer")
+
+
+def copy_pages(app: Sphinx, exception: Exception | None) -> None:
+    """Pack the weights, and copy the explorer beside the other pages (a handler of `build-finished`)."""
+    if app.builder.name == "html" and exception is None:
+        pack.main()
+        shutil.copytree(pack.OUT.parent, Path(app.outdir, "explore"), dirs_exist_ok=True)
