@@ -442,3 +442,27 @@ def test_a_place_with_hooks_is_not_merged():
     assert path in adapter_layers(model)
     handle.remove()
     ml.merge(model)
+
+
+class Scaled(nn.Module):
+    """Like some models of transformers, it scales what a tied head is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(model_type="udop", tie_word_embeddings=True)
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        return self.head(hidden * 4**-0.5 if self.config.tie_word_embeddings else hidden)
+
+
+@pytest.mark.parametrize("target", ["head", "embedding"])
+def test_a_tie_that_the_model_computes_with_is_not_broken_by_a_merge(target):
+    model, ids = Scaled(), torch.arange(7)
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    before = model(ids)
+    with pytest.raises(ml.TargetError, match="changes what the model computes"):
+        ml.merge(model)
+    assert torch.equal(model(ids), before)

@@ -42,6 +42,9 @@ from minilora.models.bitsandbytes import describe
 from minilora.models.shard import is_sharded
 from minilora.nf4 import NF4Linear
 
+# Models of transformers that scale the input of a tied head; later versions of T5 have a setting for that.
+SCALED_IF_TIED = ("longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
+
 
 def attach(
     model: nn.Module,
@@ -179,7 +182,8 @@ def merge(model: nn.Module) -> None:
     False in the config of a model of transformers, so that loading it again does not tie them.
 
     Raises:
-        TargetError: there is no adapter, none is active, or a wrapper has hooks.
+        TargetError: there is no adapter, none is active, or a wrapper has hooks; or a weight would no longer be shared
+            in a model whose forward depends on that.
         TrainingError: a merged weight is not finite; the model is left as it was.
     """
     check_types(merge, locals())
@@ -188,7 +192,10 @@ def merge(model: nn.Module) -> None:
     for path, each in base_modules(model).items():
         if (own := each._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
+    tied = [path for paths in sharing.values() if len(paths) > 1 for path in paths]
     for layer in layers:
+        if layer.active and layer.path in tied and _scales_if_tied(model) and not isinstance(layer, TrainableTokens):
+            raise TargetError(f"{layer.path}: a merge would untie its weight, which changes what the model computes")
         if layer.active and not _is_finite(layer.merged()):
             what = "merged, it has numbers that are not finite; nothing was merged"
             raise TrainingError(f"{layer.path}: {what}")
@@ -201,6 +208,11 @@ def merge(model: nn.Module) -> None:
                 module.weight = weight
             elif callable(getattr(model, "save_pretrained", None)):
                 model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _scales_if_tied(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in SCALED_IF_TIED and not hasattr(config, "scale_decoder_outputs")
 
 
 def _is_finite(module: nn.Module) -> bool:
