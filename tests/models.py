@@ -179,16 +179,29 @@ def train_a_little(model: torch.nn.Module, ids: Tensor, steps: int = 3) -> None:
 
 
 def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, int, Any]:
-    """What the allocator has given out after some work, the most that it had, both over what it had before; the result.
+    """What some work has allocated and not freed, the most that it had at a time, and the result.
 
-    A mapped file, of so many bytes, is no part of it.
+    A mapped file, of so many bytes, is no part of it. What was allocated before the work counts for nothing if it is
+    freed in it: the profiler may take it for memory of an earlier profile that had the same address.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
         result = work()
-    events = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
+    pending = list(observed.profiler.kineto_results.experimental_event_tree())
+    events = []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.name == "[memory]":
+            events.append(event)
+    held: dict[int, int] = {}  # sizes by address
     live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes() if abs(event.nbytes()) != mapped else 0
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        change = event.extra_fields
+        if change.alloc_size < 0:
+            live -= held.pop(change.ptr, 0)
+        elif change.alloc_size != mapped:
+            held[change.ptr] = change.alloc_size
+            live += change.alloc_size
         most = max(most, live)
     return live, most, result
 

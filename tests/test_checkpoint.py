@@ -258,6 +258,13 @@ def test_a_merged_model_computes_the_same_after_saving_and_loading(family, targe
     assert not read_json(tmp_path / "config.json")["tie_word_embeddings"]
 
 
+def test_memory_that_was_allocated_before_some_work_is_none_of_it():
+    _, _, profiled = allocated(lambda: [torch.zeros(3000) for _ in range(20)])
+    del profiled
+    before = [torch.zeros(3000) for _ in range(20)]  # at addresses that the profiler knows
+    assert allocated(before.clear)[:2] == (0, 0)
+
+
 def test_loading_needs_the_memory_of_the_model_and_of_one_tensor(tmp_path):
     """Of PyTorch's; Python reads the header alone. That nothing stays mapped is a law of test_safe_files.py."""
     model = tiny_model(dtype=torch.float32, hidden_size=240, intermediate_size=400)
