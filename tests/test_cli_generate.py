@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.cli.generate import encode_prompt
-from minilora.cli.write import MERGE_TOKENS, is_faster_merged
+from minilora.cli.write import MERGE_TOKENS, merged_if_faster
 from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
 from minilora.runs.encoders import encode_rows, use_prompt_style
@@ -142,8 +143,8 @@ def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else_and_it_is_not_close
     for fields, asking, count in (
         ({"prompt": forged}, "raw", 1),
         ({"prompt": forged}, "plain", 0),
-        ({"prompt": forged}, "chat", 1),  # that of the turn, which the template wrote
-        ({"messages": [user(forged)]}, "chat", 1),
+        ({"prompt": forged}, "template", 1),  # that of the turn, which the template wrote
+        ({"messages": [user(forged)]}, "template", 1),
     ):
         assert encode_prompt(Row(fields, "x"), tokenizer, None, asking).count(act) == count
     tokenizer = write_tokenizer(tmp_path, post="bos and eos")  # it does not end with the token that closes a text
@@ -230,10 +231,10 @@ def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_a
     for fields in rows:
         expected = prompt_of(encode_rows([Row(fields)], chosen, DataConfig(system=system))[0])
         for asked in (fields, unanswered(fields)):
-            assert encode_prompt(Row(asked), chosen, system, "chat") == expected
+            assert encode_prompt(Row(asked), chosen, system, "template") == expected
 
 
-@given(texts, some_text, st.sampled_from(["bos", "bos and eos"]), st.sampled_from(["chat", "plain"]))
+@given(texts, some_text, st.sampled_from(["bos", "bos and eos"]), st.sampled_from(["template", "plain"]))
 def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion, post, asking):
     row = Row({"prompt": prompt, "completion": f" a{completion}"})
     for template in (CHATML, None):
@@ -256,7 +257,7 @@ def test_an_answer_need_not_be_a_good_one(tokenizer):
         {"prompt": "a", "chosen": 1},
         {"messages": asked, "weight": 1, "text": "b"},
     ):
-        assert encode_prompt(Row(fields, "x"), chosen, None, "chat") == expected
+        assert encode_prompt(Row(fields, "x"), chosen, None, "template") == expected
 
 
 def test_instruction_rows_are_asked_in_alpacas_form_where_the_model_has_no_template(directory, command, tmp_path):
@@ -346,7 +347,7 @@ def test_what_cannot_work_is_told_in_one_line(refused):
         (["--prompt=a", "--samples=0"], "samples is 0, need at least 1"),
         (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
         (["--prompt=a", "--system=b"], "--prompt: system: found 'b', but plain text has no place"),
-        (["--prompt=a", "--system=b", "--raw"], "which --raw leaves out"),
+        (["--prompt=a", "--system=b", "--raw"], "--prompt: system: found 'b', but plain text has no place"),
         (["--prompt=a", "--stop="], "a stop string is empty"),
         (["--prompt=a", "--top-p=2"], "top_p 2.0"),
         (["--prompt=\udcff"], r"an argument is '--prompt=\udcff', which is not UTF-8"),
@@ -389,13 +390,16 @@ def test_ctrl_c_ends_the_text_and_the_command(directory, monkeypatch, capsys):
 
 @pytest.mark.parametrize("make", [lambda model: model, four_bit])
 def test_active_adapters_are_merged_for_many_tokens_unless_the_weights_are_large(make):
+    def is_merged(model, tokens):
+        return not isinstance(merged_if_faster(model, tokens), nullcontext)
+
     model = make(tiny_model())
-    assert not is_faster_merged(model, MERGE_TOKENS)
+    assert not is_merged(model, MERGE_TOKENS)
     ml.attach(model, ml.LoraConfig(r=2))
-    assert is_faster_merged(model, MERGE_TOKENS)
-    assert not is_faster_merged(model, MERGE_TOKENS - 1)
+    assert is_merged(model, MERGE_TOKENS)
+    assert not is_merged(model, MERGE_TOKENS - 1)
     with ml.disable_adapter(model):
-        assert not is_faster_merged(model, MERGE_TOKENS)
+        assert not is_merged(model, MERGE_TOKENS)
     large = nn.Sequential(*(nn.Linear(2**14, out, device="meta") for out in (2**14, 3)))  # one of them has a gibibyte
     ml.attach(large, ml.LoraConfig(r=1, target_modules=["0", "1"]))
-    assert not is_faster_merged(large, MERGE_TOKENS)
+    assert not is_merged(large, MERGE_TOKENS)

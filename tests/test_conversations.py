@@ -71,7 +71,7 @@ def check(row, tokenizer):
             continue
         turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         for i in turns if train_on == "assistant" else turns[-1:]:
-            asked = encode_prompt(Row({**row, "messages": row["messages"][:i]}), tokenizer, None, "chat")
+            asked = encode_prompt(Row({**row, "messages": row["messages"][:i]}), tokenizer, None, "template")
             assert found.tokens[: len(asked)] == asked
             assert found.labels[len(asked)] != IGNORE_INDEX == found.labels[len(asked) - 1]
             learned += 1
@@ -164,7 +164,7 @@ def test_what_a_template_leaves_out_is_an_error_in_training_and_in_asking(
     with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}.*prompt_style"):
         encoded({"messages": [*messages, answer("it rains")], **fields}, chosen, train_on)
     with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}"):
-        encode_prompt(Row({"messages": messages, **fields}), chosen, None, "chat")
+        encode_prompt(Row({"messages": messages, **fields}), chosen, None, "template")
 
 
 def test_what_is_written_as_json_is_not_left_out(tokenizer):

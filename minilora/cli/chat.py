@@ -67,34 +67,43 @@ class Chat:
 
     Attributes:
         turns: the messages of the user and the assistant.
-        adapter: the name of the active adapter, or "none".
+        system: the system prompt; None is that of the adapter's training.
+        adapter: the active adapter as --adapter names it, or "none".
         replies: the number of replies so far, in all conversations; each is sampled with the next seed.
     """
 
     def __init__(self, options: Options):
-        self.model, self._tokenizer = load(options)
-        if self._tokenizer.template is None:
+        self.model, own = load(options)
+        if own.template is None:
             raise ConfigError(
                 f"{self.model.name_or_path}: the model has no chat template; "
                 "use `minilora generate --raw` to continue text with it"
             )
-        self._generation = from_flags(GenerationConfig, options)
-        paths = options["adapter"]
-        self._adapters = {path: f"adapter{i}" for i, path in enumerate(paths)}
-        found = {path: tokenizer_of(self.model.name_or_path, [fetch(path, "adapter")]) for path in paths}
-        self._tokenizers = {path: own or self._tokenizer for path, own in found.items()}
-        self._system, self._is_given = options["system"], options["system"] is not None
+        self._generation, self._paths = from_flags(GenerationConfig, options), options["adapter"]
+        found = {path: tokenizer_of(self.model.name_or_path, [fetch(path, "adapter")]) for path in self._paths}
+        self._tokenizers = {NONE: own, **{path: each or own for path, each in found.items()}}
+        self.system: str | None = options["system"]
         self.turns: list[Fields] = []
-        self.adapter, self.replies = NONE, 0
-        self._use(next(iter(self._adapters), NONE))
-        if self._tokenizer.prompts.form == "plain":
+        self.replies = 0
+        self.use(*self._paths[:1])
+        if self._tokenizers[self.adapter].prompts.form == "plain":
             say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
+
+    def use(self, adapter: str = NONE) -> None:
+        """Switch to an adapter, or to none."""
+        if adapter not in self._tokenizers:
+            raise ConfigError(f"no adapter is called {adapter!r}; there are {[*self._tokenizers]}")
+        if self._paths:
+            set_adapter(self.model, [] if adapter == NONE else f"adapter{self._paths.index(adapter)}")
+        self.adapter = adapter
 
     def reply(self, text: str) -> None:
         """Print the reply to a message. Ctrl-C ends the reply; if there is none yet, the message is dropped."""
+        tokenizer = self._tokenizers[self.adapter]
+        system = tokenizer.prompts.system if self.system is None else self.system
         turns = [*self.turns, {"role": "user", "content": text}]
-        system = [{"role": "system", "content": self._system}] if self._system else []
-        ids = encode_question(Conversation([*system, *turns]), self._tokenizer)
+        opening = [{"role": "system", "content": system}] if system else []
+        ids = encode_question(Conversation([*opening, *turns]), tokenizer)
         if len(ids) > (limit := self.model.config.max_position_embeddings):
             say(f"the conversation has {len(ids)} tokens, more than the {limit} of the model's training: see /reset")
         pieces: list[str] = []
@@ -105,7 +114,7 @@ class Chat:
 
         generation = replace(self._generation, seed=self._generation.seed + self.replies)
         with suppress(KeyboardInterrupt):
-            generate_text(self.model, self._tokenizer, [ids], generation, show)
+            generate_text(self.model, tokenizer, [ids], generation, show)
         print(flush=True)
         self.replies += 1
         if pieces:
@@ -122,28 +131,18 @@ class Chat:
                 self.turns = []
                 say("started a new conversation")
             case "/system":
-                self._system, self._is_given = argument, True
-                say(f"system prompt: {self._system or NONE}")
+                self.system = argument
+                say(f"system prompt: {self.system or NONE}")
             case "/adapter":
                 if argument:
-                    self._use(argument)
-                say("\n".join(f"{'*' if known == self.adapter else ' '} {known}" for known in (NONE, *self._adapters)))
+                    self.use(argument)
+                say("\n".join(f"{'*' if known == self.adapter else ' '} {known}" for known in self._tokenizers))
                 if argument and self.turns:  # the new one may imitate the replies of the other
                     say("the conversation goes on; /reset begins a new one")
             case "/help":
                 say(CHAT_HELP)
             case _:
                 raise ConfigError(f"unknown command {name}; /help lists the commands")
-
-    def _use(self, name: str) -> None:
-        if name not in (NONE, *self._adapters):
-            raise ConfigError(f"no adapter is called {name!r}; there are {[NONE, *self._adapters]}")
-        if self._adapters:
-            set_adapter(self.model, [] if name == NONE else self._adapters[name])
-        self.adapter = name
-        self._tokenizer = self._tokenizers.get(name, self._tokenizer)  # the base is asked as the adapter before it
-        if not self._is_given:
-            self._system = self._tokenizer.prompts.system
 
 
 def _lines(prompt: str) -> Iterator[str]:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import fields, replace
 from typing import Any
 
-from minilora.adapters.attach import merged
 from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import is_faster_merged
+from minilora.cli.write import merged_if_faster
 from minilora.errors import ConfigError
 from minilora.files import read_json
 from minilora.llama import Llama
@@ -77,7 +76,7 @@ def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Opt
         return held_out_loss(model, examples, progress)
     if options["metric"] == "exact-match":
         steps = int(examples.labelled.sum()) // BATCH_SIZE
-        with merged(model) if is_faster_merged(model, steps) else nullcontext():
+        with merged_if_faster(model, steps):
             return exact_match(model, examples, tokenizer, progress)
     if choices := find_choices(examples):
         return choice_accuracy(model, examples, choices, progress)

@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser, say
-from minilora.cli.flags import add_fields, from_flags
+from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
-from minilora.errors import ConfigError, DataError, option
+from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
-from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
 from minilora.runs.conversations import encode_question
@@ -35,24 +34,9 @@ from minilora.runs.inputs import read_eval_rows
 
 STDIN = "-"
 BATCH_SIZE = 8  # texts that are generated at a time
-Mode = Literal["chat", "plain", "raw"]
-
-
-@dataclass(frozen=True)
-class Output:
-    """How many texts are generated, and how they are printed."""
-
-    samples: int = option(1, "number of texts to generate for each prompt")
-    compare_base: bool = option(False, "also generate without the adapter, and print that text first")
-    json: bool = option(
-        False,
-        "print one JSON object per line, as --prompts and several --prompt always do: the prompt's row and `text`; "
-        "with --samples also `sample`, from 1, and with --compare-base `base`",
-    )
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ConfigError(f"samples is {self.samples}, need at least 1")
+Asked = tuple[Fields, list[int]]  # the fields that are printed, and the prompt's tokens
+Write = Callable[..., list[str]]  # `generate_text` with a model and its tokenizer
+Ways = Mapping[str, Callable[[], AbstractContextManager[None]]]  # "base" and "text", or "text" alone
 
 
 def add_flags(parser: Parser) -> None:
@@ -79,30 +63,37 @@ def add_flags(parser: Parser) -> None:
         "(default: as in the adapter's training, otherwise with the template if the model has one)",
     )
     add_generation_flags(parser, max_new_tokens=64)
-    add_fields(parser, Output, "output")
+    add = parser.add_argument_group("output").add_argument
+    add("--samples", type=int, default=1, metavar="N", help="number of texts to generate for each prompt (default: 1)")
+    add("--compare-base", action="store_true", help="also generate without the adapter, and print that text first")
+    add(
+        "--json",
+        action="store_true",
+        help="print a JSON object per line, as --prompts and several --prompt always do: the prompt's row and `text`; "
+        "with --samples also `sample`, from 1, and with --compare-base `base`",
+    )
 
 
 def run(options: Options) -> int:
-    output, generation = from_flags(Output, options), from_flags(GenerationConfig, options)
-    if output.compare_base and not options["adapter"]:
+    generation = from_flags(GenerationConfig, options)
+    if options["compare_base"] and not options["adapter"]:
         raise ConfigError("--compare-base needs --adapter")
-    if output.samples > 1 and generation.temperature == 0:
+    if options["samples"] < 1:
+        raise ConfigError(f"samples is {options['samples']}, need at least 1")
+    if options["samples"] > 1 and generation.temperature == 0:
         say("at temperature 0 all samples of a prompt are the same; use a --temperature above 0")
     rows = read_prompts(options)
     model, tokenizer = load(options)
     prompts = encode_prompts(rows, tokenizer, options)
-    is_json = output.json or options["prompts"] is not None or len(rows) > 1
-    if is_json or output.compare_base or output.samples > 1:
-        for answer in _answers(model, tokenizer, rows, prompts, generation, output):
-            line = json.dumps(answer, ensure_ascii=False) if is_json else _as_text(answer, output, *options["adapter"])
-            print(line, flush=True)
-        return 0
-    try:
-        generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
-    except KeyboardInterrupt:
-        print()
-        raise
-    print()
+    samples = [{"sample": n} for n in range(1, options["samples"] + 1)] if options["samples"] > 1 else [{}]
+    asked = [(row.fields | sample, ids) for row, ids in zip(rows, prompts, strict=True) for sample in samples]
+    write = partial(generate_text, model, tokenizer)
+    ways: Ways = {"base": partial(disable_adapter, model)} if options["compare_base"] else {}
+    ways = {**ways, "text": nullcontext}
+    if options["json"] or options["prompts"] is not None or len(rows) > 1:
+        _print_json(write, asked, generation, ways)
+    else:
+        _print_text(write, asked, generation, ways, "".join(options["adapter"]))
     return 0
 
 
@@ -113,46 +104,42 @@ def read_prompts(options: Options) -> list[Row]:
         ConfigError: there is no prompt.
         DataError, FormatError: the file cannot be read.
     """
-    if options["raw"] and options["system"] is not None:
-        raise ConfigError("--system needs the chat template, which --raw leaves out")
-    if options["prompts"] is not None:
-        is_text = options["prompts"].endswith(".txt")
-        return _read_lines(Path(options["prompts"])) if is_text else read_eval_rows(options["prompts"])
-    if not options["prompt"] and sys.stdin.isatty():
+    file, texts = options["prompts"], options["prompt"]
+    if file is not None and not file.endswith(".txt"):
+        return read_eval_rows(file)
+    if file is not None:
+        lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
+        rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+        if not rows:
+            raise DataError(f"{file}: there are no prompts")
+        return rows
+    if not texts and sys.stdin.isatty():
         raise ConfigError("give --prompt TEXT, --prompts FILE, or a prompt on standard input")
-    texts = options["prompt"] or [STDIN]
+    texts = texts or [STDIN]
     stdin = sys.stdin.read().removesuffix("\n") if STDIN in texts else ""
     return [Row({"prompt": stdin}, "standard input") if t == STDIN else Row({"prompt": t}, "--prompt") for t in texts]
 
 
-def _read_lines(path: Path) -> list[Row]:
-    lines = read_text(path, is_named=True).removeprefix("\ufeff").split("\n")
-    rows = [Row({"prompt": line}, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path}: there are no prompts")
-    return rows
-
-
 def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) -> list[list[int]]:
     """Return the token ids of the prompts, in the form that the flags ask for, or else that of the training."""
-    if options["raw"]:
-        return [encode_prompt(row, tokenizer, None, "raw") for row in rows]
-    is_plain = tokenizer.prompts.form == "plain" and options["raw"] is None
-    mode: Mode = "plain" if is_plain else "chat"
-    system = tokenizer.prompts.system if options["system"] is None else options["system"]
+    form, system = tokenizer.prompts.form, options["system"]
+    if options["raw"] is not None:
+        form = "raw" if options["raw"] else "template"
+    if system is None and form != "raw":
+        system = tokenizer.prompts.system
     tokenizer = use_prompt_style(tokenizer, "auto", rows)
-    return [encode_prompt(row, tokenizer, system, mode) for row in rows]
+    return [encode_prompt(row, tokenizer, system, form) for row in rows]
 
 
-def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, mode: Mode) -> list[int]:
+def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str) -> list[int]:
     """Return the token ids of a row's prompt, the same that training has before the answer.
 
     Args:
         row: the row, whose answer is ignored.
         tokenizer: with the chat template.
         system: the system prompt of conversations that have none.
-        mode: "chat" makes a `prompt` that is text and has no `completion` a user's message, if there is a template; in
-            "raw" control tokens in the text act as such, otherwise they are text.
+        form: "template" makes a `prompt` that is text and has no `completion` a user's message, if there is a template;
+            "plain" does not; "raw" does not, and control tokens in the text act as such.
 
     Raises:
         DataError: the row has no prompt, or one that cannot be encoded.
@@ -161,12 +148,12 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, mode: Mode
         if row.problem:
             raise DataError(row.problem)
         fields, text = row.fields, row.fields.get("prompt")
-        if isinstance(text, str) and mode == "chat" and tokenizer.template and fields.get("completion") is None:
+        if isinstance(text, str) and form == "template" and tokenizer.template and fields.get("completion") is None:
             fields = {**fields, "prompt": [{"role": "user", "content": text}]}
         parsed = parse_prompt(fields, DataConfig(system=system))
         if isinstance(parsed, PromptCompletion):
-            ids = _encode_text(parsed.prompt if mode == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
-        elif mode == "raw":
+            ids = _encode_text(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
+        elif form == "raw":
             raise DataError("a conversation needs the chat template, which --raw leaves out")
         else:
             ids = encode_question(parsed, tokenizer)
@@ -185,31 +172,31 @@ def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _answers(
-    model: Llama,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    prompts: Sequence[list[int]],
-    generation: GenerationConfig,
-    output: Output,
-) -> Iterator[Fields]:
-    """Yield each row with its generated text, once for each sample; the n-th has the seed `generation.seed` + n."""
-    asked = [(row, ids, n) for row, ids in zip(rows, prompts, strict=True) for n in range(1, output.samples + 1)]
+def _print_json(write: Write, asked: Sequence[Asked], generation: GenerationConfig, ways: Ways) -> None:
+    """Print each row with its texts as a JSON object; the n-th has the seed `generation.seed` + n."""
     for begin in range(0, len(asked), BATCH_SIZE):
         part = asked[begin : begin + BATCH_SIZE]
-        batch = [ids for _, ids, _ in part], replace(generation, seed=generation.seed + begin)
-        answers = [row.fields | ({"sample": n} if output.samples > 1 else {}) for row, _, n in part]
-        if output.compare_base:
-            with disable_adapter(model):
-                bases = generate_text(model, tokenizer, *batch)
-            answers = [{**answer, "base": base} for answer, base in zip(answers, bases, strict=True)]
-        for answer, text in zip(answers, generate_text(model, tokenizer, *batch), strict=True):
-            yield {**answer, "text": text}
+        answers = [fields for fields, _ in part]
+        for key, way in ways.items():
+            with way():
+                texts = write([ids for _, ids in part], replace(generation, seed=generation.seed + begin))
+            answers = [{**answer, key: text} for answer, text in zip(answers, texts, strict=True)]
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
-def _as_text(answer: Fields, output: Output, adapter: str = "") -> str:
-    """Format the texts, each under the number of its sample and, beside that of the base, the name of the model."""
-    sample = f"sample {answer['sample']} of {output.samples}" if output.samples > 1 else ""
-    texts = {"base": answer["base"], adapter: answer["text"]} if output.compare_base else {"": answer["text"]}
-    titles = (", ".join(filter(None, (sample, name))) for name in texts)
-    return "\n".join(f"--- {title}\n{text}" for title, text in zip(titles, texts.values(), strict=True))
+def _print_text(write: Write, asked: Sequence[Asked], generation: GenerationConfig, ways: Ways, adapter: str) -> None:
+    """Print the texts of one prompt while they are generated, under titles if there are several."""
+    for n, (fields, ids) in enumerate(asked):
+        for key, way in ways.items():
+            titles = [f"sample {fields['sample']} of {len(asked)}"] if len(asked) > 1 else []
+            titles += [adapter if key == "text" else key] if len(ways) > 1 else []
+            if titles:
+                print(f"--- {', '.join(titles)}")
+            try:
+                with way():
+                    write([ids], replace(generation, seed=generation.seed + n), partial(print, end="", flush=True))
+            except KeyboardInterrupt:
+                print()
+                raise
+            print()
