@@ -196,10 +196,10 @@ def test_auto_is_the_fastest_way_that_fits(way, monkeypatch):
     assert peaks == sorted(peaks, reverse=True)
     free = peaks[WAYS.index(way)]
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
-    chosen, found = choose_plan(auto, "none")
+    chosen, found = choose_plan(auto)
     assert (chosen.training.gradient_checkpointing, found.peak) == (way, free)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: None)
-    assert choose_plan(auto, "none")[0].training.gradient_checkpointing == "none"
+    assert choose_plan(auto)[0].training.gradient_checkpointing == "none"
 
 
 def test_what_fits_is_chosen_by_the_command_alone():

@@ -86,9 +86,6 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes(directory, whole, tmp
     [
         ({"quantize": "nf4"}, "four bits cannot be trained"),
         ({"model": "four bits"}, "four bits cannot be trained"),
-        ({"dtype": "bfloat16"}, "too small to change it"),
-        ({"lora_r": 4, "target_modules": "q_proj"}, "--lora-r, --target-modules: without effect"),
-        ({"loraplus_lr_ratio": 4}, "--loraplus-lr-ratio: without effect"),
     ],
 )
 def test_what_all_weights_cannot_be_trained_with_is_refused(directory, tmp_path, monkeypatch, capsys, changes, phrase):

@@ -4,9 +4,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import minilora as ml
-from minilora.files import ASSETS
-from minilora.models.checkpoint import read_config
-from minilora.runs.config import RunConfig, Settings, check_settings
+from minilora.cli.finetune import check_settings
+from minilora.runs.config import RunConfig, Settings
+from minilora.runs.plan import find_base
 from tests import runs
 
 LIBRARIES = ("tensorboard", "trackio", "wandb")
@@ -107,7 +107,7 @@ def test_without_its_library_the_error_says_before_a_run_what_to_install(library
     monkeypatch.setitem(sys.modules, library, None)
     settings = Settings(RunConfig(report=library))
     with pytest.raises(ml.ConfigError, match=f"--report {library} needs the package {library}: pip install {library}"):
-        check_settings(settings, read_config(ASSETS / "model"))
+        check_settings(settings, find_base(settings))
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(ModuleNotFoundError, match=library):
         ml.Tracker(library, tmp_path)

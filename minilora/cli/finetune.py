@@ -17,6 +17,7 @@ from collections.abc import Collection
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ import torch
 
 from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters
-from minilora.adapters.config import FLAG_NAMES, LoraConfig
-from minilora.adapters.layout import read_adapter
+from minilora.adapters.config import FLAG_NAMES, LoraConfig, flag
+from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import SIGNALLED, Options, Parser, say
 from minilora.cli.elsewhere import nearest
 from minilora.cli.flags import add_fields, from_flags, read_config
@@ -36,7 +37,7 @@ from minilora.cli.preview import preview
 from minilora.errors import ConfigError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig
+from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
@@ -48,7 +49,7 @@ from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgett
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.memory import Forecast
-from minilora.runs.plan import attach_adapter, find_base, load_base, plan_run
+from minilora.runs.plan import Base, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
 from minilora.runs.system import choose_threads
 
@@ -115,6 +116,24 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 
+def check_settings(settings: Settings, base: Base) -> None:
+    """Check that the library for the metrics is there, and what is trained against what the run starts from."""
+    report, is_full = settings.run.report, settings.is_full
+    if report != "none" and find_spec(report) is None:
+        raise ConfigError(f"--report {report} needs the package {report}: pip install {report}")
+    if is_full and (settings.quantization.quantize != "none" or is_four_bit(base.config.source)):
+        raise ConfigError("--method full: weights in four bits cannot be trained; --method lora trains an adapter")
+    for directory in base.adapters:
+        own = read_adapter(directory).config()
+        check_language_task(directory, own)
+        bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if settings.run.add_tokens else [])]
+        for name, value in vars(settings.lora).items():
+            if value != (it_has := getattr(own, name)):
+                bad.append(f"{flag(name)} {value!r:.80} (it has {it_has!r:.80})")
+        if bad:
+            raise ConfigError(f"--adapter {directory}: leave out what it decides itself: {', '.join(bad)}")
+
+
 def run(options: Options) -> int:
     """Fine-tune, call by call as in the diagram of docs/architecture.md."""
     is_dry = options["dry_run"]
@@ -123,6 +142,7 @@ def run(options: Options) -> int:
         settings = replace(settings, run=settings.run.located())
         directory = stack.enter_context(closing(RunDirectory(settings)))
         base = find_base(settings)
+        check_settings(settings, base)
         check_not_merged(base.location, base.adapters)
         earlier = Earlier(settings.dtype) if is_dry else directory.open(base)
         with closing(ProgressBar()) as bar:

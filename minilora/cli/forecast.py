@@ -59,6 +59,8 @@ def check_memory(plan: Plan, found: Forecast) -> None:
     """Raise a `TrainingError` if a run does not fit into memory."""
     if not fits(plan, found):
         smaller = "--method lora" if plan.lora is None else "--quantize nf4"
+        if plan.world > 1 and plan.lora is not None:
+            smaller += ", --shard base"
         raise TrainingError(
             f"the run needs {amount(found.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are free "
             f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "

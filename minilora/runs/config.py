@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from minilora.adapters.config import FLAG_NAMES, LoraConfig, flag
-from minilora.adapters.layout import check_language_task, read_adapter
+from minilora.adapters.config import FLAG_NAMES, LoraConfig
 from minilora.errors import ConfigError, answers, check_types, document_fields, option
 from minilora.files import BUILTIN
-from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.hub import fetch, locate
+from minilora.models.hub import locate
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
@@ -157,9 +154,7 @@ class RunConfig:
         "auto", "number format of the base model; auto: the checkpoint's, where it is fast"
     )
     device: str = option("auto", "cpu, cuda or mps; auto: the best available")
-    shard: Literal["auto", "none", "base"] = option(
-        "auto", "base: divide the frozen base among the processes of a run; auto: only where it does not fit otherwise"
-    )
+    shard: Literal["none", "base"] = option("none", "base: divide the frozen base among the processes of a run")
     resume: Literal["auto", "never"] = option("auto", "continue the run in --out; never: refuse if there is one")
     general_data: str = option(
         BUILTIN,
@@ -228,43 +223,3 @@ class Settings:
             values |= asdict(config)
         del values["task_type"]  # no flag: a run trains language models
         return json.loads(json.dumps({FLAG_NAMES.get(name, name): value for name, value in values.items()}))
-
-
-def check_settings(settings: Settings, base: LlamaConfig) -> None:
-    """Check the settings of a run against each other, against its base model, and against the adapter to start from.
-
-    Raises:
-        ConfigError: settings contradict each other, or would have no effect.
-    """
-    run, quantization, lora, is_full = settings.run, settings.quantization, settings.lora, settings.is_full
-    if run.report != "none" and find_spec(run.report) is None:
-        raise ConfigError(f"--report {run.report} needs the package {run.report}: pip install {run.report}")
-    if quantization.quantize == "none" and (idle := _differing(quantization, QuantizeConfig())):
-        raise ConfigError(f"{', '.join(map(flag, idle))}: without effect; give --quantize nf4 too")
-    if run.adapter is not None:
-        bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if run.add_tokens else [])]
-        directory = fetch(run.adapter, "adapter")
-        own = read_adapter(directory).config()
-        check_language_task(directory, own)
-        for name in _differing(lora, own):
-            bad.append(f"{flag(name)} {getattr(lora, name)!r:.80} (it has {getattr(own, name)!r:.80})")
-        if bad:
-            raise ConfigError(f"--adapter {run.adapter}: leave out what it decides itself: {', '.join(bad)}")
-    if not is_full:
-        return
-    idle = [flag(name) for name in _differing(lora, LoraConfig())]
-    idle += ["--loraplus-lr-ratio"] if settings.training.loraplus_lr_ratio is not None else []
-    bad = [f"{', '.join(sorted(idle))}: without effect, since there is no adapter"] if idle else []
-    if quantization.quantize != "none" or base.source.get("quantization_config"):
-        bad.append("weights in four bits cannot be trained; --method lora trains an adapter on them")
-    if run.shard == "base":
-        bad.append("--shard base: divides frozen weights, and all are trained")
-    if run.dtype == "bfloat16":
-        bad.append("--dtype bfloat16: most updates of a weight are too small to change it; need float32")
-    if bad:
-        raise ConfigError("--method full: " + "; ".join(bad))
-
-
-def _differing(config: LoraConfig | QuantizeConfig, other: LoraConfig | QuantizeConfig) -> list[str]:
-    """Return the names of the fields in which two configs of a kind differ."""
-    return [field.name for field in fields(config) if getattr(config, field.name) != getattr(other, field.name)]

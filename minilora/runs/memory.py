@@ -14,7 +14,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -192,13 +191,12 @@ def _measure_step(plan: Plan, model: Any) -> tuple[int, int]:
     return kept, working
 
 
-def choose_plan(plan: Plan, shard: str) -> tuple[Plan, Forecast]:
-    """Replace "auto" of `shard` and of gradient checkpointing by the fastest that fits, else the leanest."""
+def choose_plan(plan: Plan) -> tuple[Plan, Forecast]:
+    """Replace "auto" of the gradient checkpointing by the fastest that fits, else by the leanest."""
     way = plan.training.gradient_checkpointing
-    shards: Sequence[Any] = get_args(Shard) if shard == "auto" else (shard,)
     ways: Sequence[Any] = get_args(Checkpointing) if way == "auto" else (way,)
-    for each, way in product(shards, ways):
-        chosen = replace(plan.checkpointed(way), shard=each)
+    for each in ways:
+        chosen = plan.checkpointed(each)
         found = forecast(chosen)
         if fits(chosen, found):
             break

@@ -18,7 +18,7 @@ from minilora.models.hub import Location, fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import checkpoints, world
-from minilora.runs.config import Settings, check_settings
+from minilora.runs.config import Settings
 from minilora.runs.dataset import sizes_of
 from minilora.runs.inputs import Data
 from minilora.runs.memory import Forecast, Plan, choose_plan
@@ -34,21 +34,14 @@ class Base:
 
 
 def find_base(settings: Settings) -> Base:
-    """Find the model and the adapter that the settings name, and check the settings against them.
-
-    Raises:
-        FormatError: there is no such model or adapter.
-        ConfigError: settings contradict each other, the model or the adapter.
-    """
+    """Find the model and the adapter that the settings name."""
     location = locate(settings.run.model, "model")
     adapters = () if settings.run.adapter is None else (fetch(settings.run.adapter, "adapter"),)
-    base = Base(location, adapters, read_config(location.path))
-    check_settings(settings, base.config)
-    return base
+    return Base(location, adapters, read_config(location.path))
 
 
 def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> tuple[Plan, Forecast]:
-    """Return what a run does, and its memory: "auto" for checkpointing and sharding becomes what fits."""
+    """Return what a run does, and its memory: "auto" for gradient checkpointing becomes what fits."""
     is_full, ranks = settings.is_full, world.size()
     ids = map(data.tokenizer.token_id, settings.run.add_tokens)
     new_tokens = [token for token in ids if token is not None]
@@ -63,8 +56,9 @@ def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: tor
         sizes_of(data.train),
         [split.lengths for split in (data.valid, data.test, data.general)],
         ranks,
+        "none" if is_full or ranks == 1 else settings.run.shard,
     )
-    return choose_plan(asked, "none" if is_full or ranks == 1 else settings.run.shard)
+    return choose_plan(asked)
 
 
 def load_base(plan: Plan, base: Base, device: torch.device | str) -> Llama:
