@@ -11,9 +11,8 @@ from torch import nn
 
 from minilora import ShapeError, llama
 from minilora.llama import Documents
-from minilora.models.config import FAMILIES
 from minilora.models.generate import KVCache
-from minilora.models.rotary import NUMBERS, LengthRope
+from minilora.models.rotary import LengthRope
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests import models, reference_model
@@ -274,19 +273,3 @@ def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_and_lengths_th
             model.model(token_ids(0, 5), Documents(lengths))
     with pytest.raises(ShapeError, match=r"tokens \(1, 5\) are not those of documents of \[5\] tokens"):
         model.model(token_ids(0, 1, 5), Documents([5]))
-
-
-def test_the_families_of_the_default_suite_have_every_switch_and_all_together_every_rotation():
-    configs = [tiny_config(family) for family in models.MOST_DIFFERENT]
-    for switch in ("qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings"):
-        assert {getattr(config, switch) for config in configs} == {True, False}, switch
-    structures = {FAMILIES[config.model_type].build for config in configs}
-    assert structures == {family.build for family in FAMILIES.values()}
-    width = models.SIZES["hidden_size"]
-    assert {config.head_dim * config.num_attention_heads == width for config in configs} == {True, False}
-    assert {window is None for config in configs for window in config.windows} == {True, False}
-    scalings = [
-        config.source.get("rope_parameters") or config.source.get("rope_scaling") or {}
-        for config in map(tiny_config, models.FAMILIES)
-    ]
-    assert {scaling.get("rope_type", scaling.get("type", "default")) for scaling in scalings} == {*NUMBERS}

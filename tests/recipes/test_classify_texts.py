@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import ModulesToSave
-from minilora.files import ASSETS, read_json
+from minilora.files import read_json
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes import classify_texts as recipe
 from tests import reference_model
@@ -101,26 +101,6 @@ def test_loss_falls_and_a_saved_adapter_has_the_head_and_predicts_the_same(tmp_p
 def test_control_tokens_of_a_text_are_plain_text(tokenizer):
     assert tokenizer().eos_id in tokenizer().encode("the <|end|>")
     assert tokenizer().eos_id not in recipe.encode("the <|end|>", tokenizer())
-
-
-@pytest.mark.long
-def test_the_categories_of_the_built_in_data_are_learned_as_classes():
-    def fields(split):
-        return [json.loads(line) for line in (ASSETS / "data" / f"{split}.jsonl").read_text().splitlines()]
-
-    train, tokenizer = fields("train"), ml.load_tokenizer("minilora/builtin")
-    labels = sorted({row["completion"] for row in train})
-    learned, held_out = (
-        [recipe.Row(recipe.encode(row["prompt"], tokenizer), labels.index(row["completion"])) for row in rows]
-        for rows in (train, fields("valid")[:200])
-    )
-    model = recipe.Classifier(ml.load_model("minilora/builtin"), labels)
-    targets = ("q_proj", "v_proj", "down_proj")
-    ml.attach(model, ml.LoraConfig(r=8, target_modules=targets, modules_to_save=("score",)))
-    config = ml.TrainConfig(learning_rate=2e-3, batch_size=16, max_steps=40)
-    ml.train(model, learned, config, loss=recipe.class_loss)
-    assert len(labels) == 8
-    assert min(recipe.measure(model, held_out).values()) > 0.6  # chance is 0.125
 
 
 @pytest.fixture

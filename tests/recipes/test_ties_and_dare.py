@@ -15,7 +15,7 @@ from minilora.adapter import adapter_layers
 from minilora.lora import lora_delta
 from minilora.testing.compare import assert_parity, relative
 from recipes.ties_and_dare import combine, drop
-from tests.models import fill_, generator, perturb_, randn, seeds, tiny_model, token_ids
+from tests.models import fill_, generator, randn, seeds, tiny_model
 
 densities = st.sampled_from([0.2, 0.5, 0.9])
 weights = st.sampled_from([-2.0, -0.3, 0.7, 3.0])
@@ -97,18 +97,6 @@ def test_what_dare_drops_is_said_by_the_seed_alone_and_nothing_at_density_1():
     assert torch.equal(state, torch.random.get_rng_state())
     combine(model, {"b": 1, "c": 2}, "sum", r=6, density=1.0, elect=False, dare=True)
     assert relative(delta(model, "1", "sum"), delta(model, "1", "b") + 2 * delta(model, "1", "c"), 1e-5) < 1
-
-
-def test_the_combination_of_a_decoder_s_adapters_is_saved_and_loaded(tmp_path):
-    model, ids = tiny_model(dtype=torch.float32), token_ids(0, 2, 5)
-    for seed, name in enumerate("ab"):
-        ml.attach(model, ml.LoraConfig(r=2, lora_alpha=7), name)
-        perturb_(model, seed)
-    combine(model, {"a": 0.7, "b": 0.3}, "both", r=4, density=0.5)
-    ml.save_adapter(model, tmp_path, "both")
-    again = tiny_model(dtype=torch.float32)
-    ml.load_adapter(again, tmp_path)
-    assert torch.equal(again(ids), model(ids))
 
 
 def test_an_adapter_that_is_no_sum_of_updates_is_refused():

@@ -1,7 +1,5 @@
 """The site builds without a warning, and opens from the disk in a browser: whole, readable, and by itself."""
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +8,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 sphinx = pytest.importorskip("sphinx", reason="needs the extra `site`: pip install -e '.[site]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `site`: pip install -e '.[site]'")
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 WIDTHS = (390, 1400)
-NO_BROWSER = "needs a browser: apt-get install chromium, or CHROMIUM=/path/to/it"
-pytestmark = [pytest.mark.site, pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)]
+pytestmark = pytest.mark.site
 
 
 def build(builder: str, folder: Path) -> Path:
@@ -29,15 +24,6 @@ def build(builder: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     return build("html", tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        # The sandbox of Chromium needs rights that containers do not give.
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def opened(browser, path: Path, *, width: int = 1400, scheme: str = "light"):
