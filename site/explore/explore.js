@@ -60,8 +60,8 @@ function configure({ factor, rank, bits, where, is_merged }) {
     layer.adapter = is_merged ? null : layer.update;
     if (is_merged) {
       layer.weight = merge_weight(layer.frozen, layer.update);
-      const unchanged = bfloat16(layer.frozen);
-      changed += layer.weight.filter((number, at) => number !== unchanged[at]).length;
+      const before = bfloat16(layer.frozen);
+      changed += before.length - layer.weight.filter((number, at) => number === before[at]).length;
     }
   });
   return changed;
