@@ -86,8 +86,6 @@ def check_types(owner: Any, values: Mapping[str, object]) -> None:
     if bad:
         wrong = (f"{name} is {value!r:.80}, need {in_words(hints[name])}" for name, value in bad)
         raise ConfigError(f"{owner.__name__}: {'; '.join(wrong)}")
-    for name, value in values.items():
-        check_utf8(f"{owner.__name__}: {name}", *(value if isinstance(value, list | tuple) else (value,)))
 
 
 def check_utf8(what: str, *values: object) -> None:

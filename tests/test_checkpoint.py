@@ -156,20 +156,6 @@ def test_auto_is_the_stored_dtype_where_the_device_is_fast_in_it(monkeypatch):
             assert resolve_dtype("auto", {key: stored}, torch.device(device)) == expected
 
 
-@pytest.mark.parametrize("stored", DTYPES)
-def test_a_config_that_names_no_dtype_leaves_it_to_the_embedding_in_the_file(monkeypatch, stored, tmp_path):
-    monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda _: True)
-    model = tiny_model(dtype=DTYPES[stored])
-    ml.save_model(model, tmp_path / "a", shard_bytes=SHARD)
-    values = read_json(tmp_path / "a" / "config.json")
-    del values["dtype"]
-    write_json(tmp_path / "a" / "config.json", values)
-    loaded = ml.load_model(tmp_path / "a")
-    same_state(loaded, model.bfloat16() if stored == "float16" else model)
-    ml.save_model(loaded, tmp_path / "b")
-    assert read_json(tmp_path / "b" / "config.json")["dtype"] == ("bfloat16" if stored == "float16" else stored)
-
-
 def test_the_builtin_model_knows_its_name_and_a_device_that_is_not_there_is_refused_in_one_line():
     model = ml.load_model("minilora/builtin")
     assert model.name_or_path == "minilora/builtin"

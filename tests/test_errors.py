@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 import minilora as ml
 from minilora.errors import fits, in_words
@@ -24,10 +23,7 @@ def arguments():
     """Each argument of each public function."""
     for function in FUNCTIONS:
         for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind is not parameter.VAR_POSITIONAL and parameter.annotation not in (
-                "Any",
-                "Iterable[tuple[str, Weight]] | None",
-            ):
+            if parameter.kind is not parameter.VAR_POSITIONAL and parameter.annotation != "Any":
                 yield pytest.param(function, name, id=f"{function.__name__}-{name}")
 
 
@@ -37,22 +33,6 @@ def test_an_argument_of_the_wrong_type_is_named(function, name):
     said = rf"{function.__name__}: .*{name} is <object object.*, need \w"
     with pytest.raises(ml.ConfigError, match=said), function(**dict.fromkeys([*others, name], UNLIKE)):
         pass  # a context manager checks its arguments when it is entered
-
-
-@pytest.mark.parametrize(
-    ("function", "values"),
-    [
-        (ml.load_model, {"name_or_path": Path("caf\udce9")}),
-        (ml.load_dataset, {"path": ["rows.jsonl", "caf\udce9"], "tokenizer": object.__new__(ml.Tokenizer)}),
-        (ml.attach, {"model": nn.Linear(2, 2), "config": ml.LoraConfig(), "name": "caf\udce9"}),
-        (RunConfig, {"out": "caf\udce9"}),
-        (ml.DataConfig, {"system": "caf\udce9"}),
-    ],
-)
-def test_text_and_paths_in_another_encoding_than_utf_8_are_refused_by_name(function, values):
-    said = rf"{function.__name__}: \w+ is 'caf\\udce9', which is not UTF-8; rename the file, or convert the text"
-    with pytest.raises(ml.ConfigError, match=said):
-        function(**values)
 
 
 def test_a_field_of_the_wrong_type_is_named():
@@ -67,7 +47,7 @@ def test_the_message_says_what_was_found_and_what_is_accepted():
         (lambda: ml.LoraConfig(r="8", use_dora=1), "LoraConfig: r is '8', need int; use_dora is 1, need bool"),
         (lambda: ml.TrainConfig(keep="all"), r"TrainConfig: keep is 'all', need one of \['last', 'best'\]"),
         (lambda: ml.load_model(3), "load_model: name_or_path is 3, need str or Path"),
-        (lambda: ml.save_model("model", "out"), "save_model: model is a str, need a Llama"),
+        (lambda: ml.save_model("model", "out"), "save_model: model is 'model', need Llama"),
         (lambda: ml.merge("model"), "merge: model is 'model', need Module"),
     ):
         with pytest.raises(ml.ConfigError, match=message):

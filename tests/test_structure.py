@@ -133,7 +133,7 @@ def test_the_six_pages_are_read_in_an_afternoon_and_a_family_in_five_minutes():
     pages = "".join(MODULES[page].read_text(encoding="utf-8") for page in PAGES)
     assert max(map(len, pages.splitlines())) <= PAGES_COLUMNS
     assert len(pages) <= PAGES_CHARACTERS
-    families = {inspect.getmodule(family.build).__name__ for family in FAMILIES.values()} - {"minilora.llama"}
+    families = {inspect.getmodule(family.build_block).__name__ for family in FAMILIES.values()} - {"minilora.llama"}
     assert not {
         name: lengths[name]
         for name in (each.removeprefix("minilora.").replace(".", "/") for each in families)

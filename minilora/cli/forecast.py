@@ -14,7 +14,7 @@ from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.llama import Checkpointing, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
-from minilora.models.config import parse_config, read_config_file
+from minilora.models.config import parse_config, read_config
 from minilora.models.hub import fetch
 from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.memory import Forecast, Plan, Shard, amount, fits, forecast
@@ -125,7 +125,7 @@ def _configs(name_or_path: str) -> dict[str, LlamaConfig]:
         raise FormatError(f"{path}: holds no config.json; need the directory of a model")
     sources = {name: dict(zip(KEYS, sizes, strict=True)) for name, sizes in SHAPES.items()}
     known = {name: parse_config({"model_type": "llama", **source}) for name, source in sources.items()}
-    return {str(path): read_config_file(path / "config.json"), **known}
+    return {str(path): read_config(path), **known}
 
 
 def _table(rows: Mapping[str, Forecast]) -> Iterator[str]:

@@ -21,11 +21,11 @@ from minilora.models.checkpoint import (
     build_on_meta,
     load_model,
     pick_device,
-    read_config,
     save_model_files,
     stored_dtype,
     stored_weights,
 )
+from minilora.models.config import read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
 from minilora.nf4 import NF4Linear

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from minilora.models.bitsandbytes import (
     read_packed,
     stored_tensors,
 )
-from minilora.models.config import FAMILIES, read_config_file
+from minilora.models.config import FAMILIES, read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
@@ -129,7 +128,7 @@ def stored_weights(
 
 
 def save_model(
-    model: Any,
+    model: Llama,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -140,18 +139,16 @@ def save_model(
     so that it is tied no longer. A model that is there is replaced as a whole.
 
     Args:
-        model: a `Llama`.
+        model: the model.
         path: the directory.
         tokenizer: its files are written beside the model.
         shard_bytes: the maximum size of a file.
 
     Raises:
-        ConfigError: another kind of model, or a model with adapters: merge or detach them first.
+        ConfigError: the model has adapters: merge or detach them first.
         TrainingError: a number is not finite; then no file is written.
     """
     check_types(save_model, locals())
-    if not isinstance(getattr(model, "config", None), llama.LlamaConfig):
-        raise ConfigError(f"save_model: model is a {type(model).__name__}, need a Llama")
     with publishing(Path(path), MODEL_FILES) as directory:
         save_model_files(model, directory, tokenizer, shard_bytes)
 
@@ -228,14 +225,6 @@ def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: t
     return DTYPES[name]
 
 
-def read_config(directory: Path) -> llama.LlamaConfig:
-    """Read a config.json; if it names no dtype, its `source` gets that of the embedding."""
-    config, files = read_config_file(directory / "config.json"), tensor_files(directory)
-    if config.source.get("dtype") or config.source.get("torch_dtype") or EMBEDDING not in files:
-        return config
-    return replace(config, source={**config.source, "dtype": dtype_name(files[EMBEDDING].dtype(EMBEDDING))})
-
-
 def stored_dtype(source: Mapping[str, Any]) -> str:
     """Return the name of the dtype in a config.json."""
     return source.get("dtype") or source.get("torch_dtype") or "float32"
@@ -298,7 +287,7 @@ def _weights(model: nn.Module) -> dict[str, Weight]:
 
 def build_model(config: llama.LlamaConfig) -> Llama:
     """Build a model of any of the families, with weights that are to be loaded or drawn."""
-    return FAMILIES[config.model_type].build(config)
+    return Llama(config, FAMILIES[config.model_type].build_block)
 
 
 def build_on_meta(config: llama.LlamaConfig) -> Llama:

@@ -90,8 +90,9 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED} | differing)
 
 
-def read_config_file(path: Path) -> LlamaConfig:
-    """Read a config.json by itself; an error of `parse_config` names it."""
+def read_config(directory: Path) -> LlamaConfig:
+    """Read the config.json of a model directory; an error of `parse_config` names it."""
+    path = directory / "config.json"
     try:
         return parse_config(read_json(path))
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What a family of models is, beside the Llama of `minilora.llama`: a reader of its config.json, and a model built."""
+"""What a family of models is, beside the Llama of `minilora.llama`: a reader of its config.json, and its block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora.errors import ConfigError
-from minilora.llama import Llama, LlamaConfig
+from minilora.llama import BuildBlock, llama_block
 
 Values = Mapping[str, Any]  # of a config.json, with the family's defaults for missing keys
 
@@ -20,13 +20,13 @@ class Family:
         name: the prefix of the names of transformers' classes.
         defaults: the values that transformers gives to missing keys.
         fields: (values) -> the fields of a `LlamaConfig` that are not copied from config.json, by name.
-        build: builds the model; in the family's own file if its structure differs from Llama's.
+        build_block: builds a block; in the family's own file if its structure differs from Llama's.
     """
 
     name: str
     defaults: Values
     fields: Callable[[Values], dict[str, Any]]
-    build: Callable[[LlamaConfig], Llama] = Llama
+    build_block: BuildBlock = llama_block
 
 
 def attention_biases(values: Values) -> dict[str, Any]:

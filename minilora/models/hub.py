@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from minilora.errors import FormatError
 from minilora.files import ASSETS, BUILTIN, finish_commit
@@ -97,7 +97,6 @@ def _download(name: str, kind: Kind) -> Location:
             revision=revision or None,
             allow_patterns=[*NEEDED[kind], *(() if kind == "dataset" else ("*.json", "*.jinja"))],
             ignore_patterns=NEVER,
-            tqdm_class=_bar(),
         )
     except Exception as error:  # of the hub, or of its HTTP library
         raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
@@ -106,17 +105,6 @@ def _download(name: str, kind: Kind) -> Location:
         accepted = " or ".join(NEEDED[kind])
         raise FormatError(f"{name}: the repository has no {accepted} at its top; other formats are not read")
     return Location(path, f"{repository}@{path.name}")
-
-
-def _bar() -> type[Any]:
-    """Return the hub's progress bar, which is hidden without a terminal."""
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Bar(tqdm):
-        def __init__(self, *values: Any, **options: Any) -> None:
-            super().__init__(*values, **{"disable": None, **options})
-
-    return Bar
 
 
 def reason_of(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import Block, CosSin, Llama, LlamaConfig, rotate, swiglu
+from minilora.llama import Block, CosSin, LlamaConfig, rotate, swiglu
 from minilora.models.family import Family, Values, equal_windows
 from minilora.models.rotary import build_rope
 
@@ -46,10 +46,6 @@ def build_block(config: LlamaConfig, layer: int) -> nn.Module:
     return Block(config, Phi3Attention(config, layer), Phi3MLP(config))
 
 
-def build(config: LlamaConfig) -> Llama:
-    return Llama(config, build_block)
-
-
 def fields(values: Values) -> dict[str, Any]:
     scaling = values["rope_scaling"]
     if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):
@@ -62,5 +58,5 @@ PHI3 = Family(
     "Phi3",
     {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     fields,
-    build,
+    build_block,
 )

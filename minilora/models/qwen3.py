@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig, RMSNorm, rotate
+from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig, RMSNorm, rotate
 from minilora.models.family import Family, Values, attention_biases, some_windows
 
 
@@ -35,10 +35,6 @@ def build_block(config: LlamaConfig, layer: int) -> nn.Module:
     return Block(config, Qwen3Attention(config, layer), MLP(config))
 
 
-def build(config: LlamaConfig) -> Llama:
-    return Llama(config, build_block)
-
-
 def windows(values: Values) -> dict[str, Any]:
     """Return the field `windows` of Qwen2 and Qwen3."""
     if not values.get("use_sliding_window"):
@@ -53,5 +49,5 @@ QWEN3 = Family(
     "Qwen3",
     {**DEFAULTS, "head_dim": 128},
     lambda values: attention_biases(values) | windows(values),
-    build,
+    build_block,
 )

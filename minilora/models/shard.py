@@ -20,14 +20,8 @@ from torch import Tensor, distributed, nn
 
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig
-from minilora.models.checkpoint import (
-    build_on_meta,
-    load_model,
-    read_config,
-    resolve_dtype,
-    stored_weights,
-    usable_device,
-)
+from minilora.models.checkpoint import build_on_meta, load_model, resolve_dtype, stored_weights, usable_device
+from minilora.models.config import read_config
 from minilora.models.hub import locate
 from minilora.nf4 import NF4Linear, Packed, dequantize_weight
 

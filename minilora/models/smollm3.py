@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig
+from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig
 from minilora.models.family import Family, Values, attention_biases, some_windows
 
 
@@ -30,10 +30,6 @@ class UnrotatedAttention(Attention):
 def build_block(config: LlamaConfig, layer: int) -> nn.Module:
     attention = Attention if rotated_layers(config.source)[layer] else UnrotatedAttention
     return Block(config, attention(config, layer), MLP(config))
-
-
-def build(config: LlamaConfig) -> Llama:
-    return Llama(config, build_block)
 
 
 def rotated_layers(values: Values) -> list[bool]:
@@ -66,5 +62,5 @@ SMOLLM3 = Family(
         "tie_word_embeddings": True,
     },
     fields,
-    build,
+    build_block,
 )

@@ -13,7 +13,8 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter
 from minilora.errors import ConfigError
 from minilora.llama import Llama, LlamaConfig
-from minilora.models.checkpoint import load_model, read_config, resolve_dtype
+from minilora.models.checkpoint import load_model, resolve_dtype
+from minilora.models.config import read_config
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.vocabulary import resize_token_embeddings

@@ -46,12 +46,12 @@ from minilora.models.checkpoint import (
     assign,
     build_on_meta,
     load_model,
-    read_config,
     resolve_dtype,
     save_model_files,
     stored_dtype,
     stored_weights,
 )
+from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax
