@@ -6,7 +6,7 @@ function round_by_hand(element) {
     <label for="number-${i}">w<sub>${i + 1}</sub></label>
     <input type="range" id="number-${i}" min="-1" max="1" step="0.01" value="${value}">
     <svg viewBox="-1 0 2 1" preserveAspectRatio="none" aria-hidden="true"></svg>
-    <output></output></div>`);
+    <output aria-live="off"></output></div>`);
   element.innerHTML = `<p><strong>Drag a number.</strong> The short lines are the sixteen levels: -1 to 1 times the
     absmax, the largest number of the block without its sign. Drag the largest, and all levels move: an
     outlier leaves the others only a few.</p>
