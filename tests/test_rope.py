@@ -1,6 +1,5 @@
 """Rotary position embedding: frequencies and tables against the published formulas, and what a config must give."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -60,33 +59,12 @@ def frequencies(rope, length):
     return rope.frequencies(length) if isinstance(rope, LengthRope) else torch.tensor(rope.frequencies)
 
 
-def plain_frequencies(rope, length):
-    """The published formulas as anybody would write them in float32."""
-    pairs, scaling, theta = torch.arange(0, rope.width, 2).float() / rope.width, rope.scaling, rope.theta
-    if rope.kind == "dynamic" and length > rope.max_length:
-        growth = scaling["factor"] * length / rope.max_length - (scaling["factor"] - 1)
-        theta = theta * growth ** (rope.width / (rope.width - 2))
-    plain = theta**-pairs
-    if rope.kind == "linear":
-        return plain / scaling["factor"]
-    if rope.kind == "longrope":
-        return plain / torch.tensor(scaling["long_factor" if length > rope.trained_length else "short_factor"])
-    if rope.kind != "llama3":
-        return plain
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    waves = 2 * math.pi / plain
-    t = (rope.trained_length / waves - low) / (high - low)
-    scaled = torch.where(waves > rope.trained_length / low, plain / scaling["factor"], plain)
-    between = (waves <= rope.trained_length / low) & (waves >= rope.trained_length / high)
-    return torch.where(between, (1 - t) * plain / scaling["factor"] + t * plain, scaled)
-
-
 @given(ropes(), document_lengths)
-def test_frequencies_are_the_published_ones_as_precisely_as_plain_float32(rope, length):
+def test_frequencies_are_the_published_ones_to_a_few_bits_of_float32(rope, length):
     exact = torch.from_numpy(reference_model.rope_frequencies(rope, length))
-    ours, plain = frequencies(built(rope), length), plain_frequencies(rope, length)
+    ours = frequencies(built(rope), length)
     assert ours.dtype == torch.float32
-    assert_precision((ours / exact).float(), plain / exact, torch.ones_like(exact))  # relative: slow pairs count too
+    assert_parity(ours / exact, torch.ones_like(exact), 8 * torch.finfo(ours.dtype).eps)  # slow pairs count too
 
 
 @given(ropes(), st.integers(2, 5000))

@@ -10,12 +10,12 @@ from minilora.adapters.initialize import embedding_factors, factors_from_weight,
 from minilora.lora import lora_scale
 from minilora.testing.compare import assert_parity
 from tests.models import fill_
+from tests.parity.theirs import ALLOWED, assert_same_but_for_signs, theirs_factors
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-ALLOWED = 1e-4  # of factors: singular vectors amplify float32's rounding by the inverse of their values' gaps
 R, ALPHA = 4, 12
 
 
@@ -38,18 +38,6 @@ def theirs_config(init, targets=LINEARS, **more):
 
 def theirs_model(init, targets=LINEARS, **more):
     return peft.get_peft_model(Parallel(), theirs_config(init, targets, **more))
-
-
-def theirs_factors(model, path):
-    layer = model.base_model.model.get_submodule(path)
-    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-
-
-def assert_same_but_for_signs(ours, theirs):
-    """A row of A and a column of B may both be turned round."""
-    signs = (ours[0] * theirs[0]).sum(1).sign()
-    assert_parity(signs.unsqueeze(1) * ours[0], theirs[0], ALLOWED)
-    assert_parity(ours[1] * signs, theirs[1], ALLOWED)
 
 
 def test_the_same_numbers_are_drawn():

@@ -212,25 +212,12 @@ def theirs(peft, init, **more):
     return peft.LoraConfig(**fields, **more)
 
 
-def theirs_factors(model, path):
-    layer = model.base_model.model.get_submodule(path)
-    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-
-
-ALLOWED = 1e-4  # singular vectors amplify float32's rounding by the inverse of their values' gaps
-
-
-def assert_same_but_for_signs(ours, theirs):
-    """A row of A and a column of B may both be turned round."""
-    signs = (ours[0] * theirs[0]).sum(1).sign()
-    assert_parity(signs.unsqueeze(1) * ours[0], theirs[0], ALLOWED)
-    assert_parity(ours[1] * signs, theirs[1], ALLOWED)
-
-
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
 def test_eva_of_inputs_of_mean_zero_has_peft_s_directions_ranks_and_alphas():
     peft = pytest.importorskip("peft")
+    from tests.parity.theirs import assert_same_but_for_signs, theirs_factors
+
     model = peft.get_peft_model(Parallel(), theirs(peft, "eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.9999)))
     others = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
     peft.initialize_lora_eva_weights(model, [torch.cat(data())], forward_fn=lambda model, x: model(x), **others)
@@ -250,6 +237,8 @@ def test_eva_of_inputs_of_mean_zero_has_peft_s_directions_ranks_and_alphas():
 def test_corda_moves_the_part_of_the_weight_that_peft_moves(monkeypatch):
     """How A and B share it differs: theirs depends on the largest input of a batch and on the rows in it."""
     peft = pytest.importorskip("peft")
+    from tests.parity.theirs import ALLOWED, theirs_factors
+
     monkeypatch.setitem(sys.modules, "attr", dataclasses)  # whose `dataclass` PEFT wants, of a package it may lack
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
@@ -268,6 +257,8 @@ def test_lora_ga_has_peft_s_directions_and_the_published_sizes():
     """Theirs multiplies B by the singular values of the gradient and leaves the stable scale out of A."""
     peft = pytest.importorskip("peft")
     from peft.tuners.lora.loraga import preprocess_loraga
+
+    from tests.parity.theirs import ALLOWED, theirs_factors
 
     torch.manual_seed(0)
     model, config = Parallel(), theirs(peft, "lora_ga", lora_ga_config=peft.LoraGAConfig())
