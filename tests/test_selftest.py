@@ -1,6 +1,5 @@
 """`minilora selftest`: every law holds here, and a broken kernel or definition is told."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -30,11 +29,9 @@ def test_every_law_holds_on_this_machine(dtype, step, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "BROKEN" not in printed
     assert "largest error / derived bound; 1 is the limit" in printed
-    last = printed.splitlines()[-1]
-    others = "accumulation, adapter_directory, chat_mask, loss_masking"
-    assert re.fullmatch(rf"\d+ laws and 4 kernels hold; not run here: {others}", last)
+    assert printed.endswith("\nall laws hold\n")
     assert ("nf4-nearest (float32)" in printed) == (dtype != "float32")
-    for law in ("lora-gradients", "dora-forward", "nf4-nearest"):
+    for law in ("lora-gradients", "dora-forward", "nf4-nearest", "kernel-causal_attention"):
         assert law in printed
 
 
