@@ -152,59 +152,12 @@ def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else_and_it_is_not_close
     assert prompt == [tokenizer.token_id(BOS), *tokenizer.encode("the cat", add_special_tokens=False)]
 
 
-@pytest.fixture
-def trained(directory, tmp_path):
-    """Write an adapter of the chat model with this run.json beside it; its directory."""
-
-    def make(**run):
-        model = ml.load_model(directory / "chat")
-        ml.attach(model, ml.LoraConfig(r=2))
-        ml.save_adapter(model, tmp_path / "run")
-        (tmp_path / "run" / "run.json").write_text(json.dumps(run))
-        return tmp_path / "run"
-
-    return make
-
-
-@pytest.mark.parametrize("prompts", ["plain", *long("template"), None])
-def test_an_adapter_is_asked_as_its_rows_were_written_unless_one_says_otherwise(directory, command, trained, prompts):
-    run = trained(prompts=prompts)
-    plain, turn = (written(directory, asked, model="chat") + "\n" for asked in ("the sea", [user("the sea")]))
-    assert plain != turn
-    ask = ("--prompt=the sea", f"--adapter={run}")
-    assert command(*ask, model="chat") == (plain if prompts == "plain" else turn)
-    assert command(*ask, "--raw", model="chat") == plain
-    assert command(*ask, "--no-raw", model="chat") == turn
-
-
-def test_an_adapter_is_asked_with_the_system_prompt_of_its_training_unless_one_says_otherwise(
-    directory, command, trained
-):
-    ask = ("--prompt=the sea", f"--adapter={trained(config={'system': 'be kind'})}")
-    with_system = {
-        text: written(directory, [{"role": "system", "content": text}, user("the sea")], model="chat") + "\n"
-        for text in ("be kind", "be brief")
-    }
-    without = written(directory, [user("the sea")], model="chat") + "\n"
-    assert len({without, *with_system.values()}) == 3
-    assert command(*ask, model="chat") == with_system["be kind"]
-    assert command(*ask, "--system=be brief", model="chat") == with_system["be brief"]
-    assert command(*ask, "--system=", model="chat") == without
-    assert command(*ask, "--raw", model="chat") == written(directory, "the sea", model="chat") + "\n"
-
-
-def test_a_configuration_beside_an_adapter_that_is_none_is_told(refused, trained):
-    config = {"system": ["a"]}
-    run = trained(config=config)
-    assert f"{run / 'run.json'}: config: found {config!r}, need" in refused(f"--adapter={run}", "--prompt=a")
-
-
-def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, trained, monkeypatch):
-    path, asked = trained(), []
+def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, monkeypatch):
+    asked = []
 
     def download(*name):
         asked.append(name)
-        return Location(path, "org/run@5")
+        return Location(directory / "chat-adapter", "org/run@5")
 
     monkeypatch.setattr(ml.models.hub, "_download", download)
     command("--adapter=org/run", "--prompt=a", model=None)

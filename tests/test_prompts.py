@@ -76,7 +76,11 @@ def test_the_adapter_decides_and_the_flags_over_it(runs, run, tmp_path):
     both = {"model": str(tmp_path / "merged"), "adapter": [str(runs / "run" / "chat")]}
     assert asked(**both) == expected(runs, "chat")
     assert asked(**both, system="") != expected(runs, "chat")
+    assert asked(**both, system="Be brief.") not in (expected(runs, "chat"), asked(**both, system=""))
     assert asked(**both, raw=True) == expected(runs, "plain")
+    question = conversation([("the sea", "")], "Be kind.")[:-1]
+    turn = ml.load_tokenizer(runs / "chat").encode_chat(question, add_generation_prompt=True)
+    assert asked(model=both["model"], system="Be kind.", raw=False) == [turn]
 
 
 def test_a_run_from_an_adapter_goes_on_with_its_prompts(runs, run, tmp_path):

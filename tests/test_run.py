@@ -407,7 +407,7 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
 def test_the_first_lines_of_a_run_fit_a_terminal_of_80_columns_and_warn_of_fewer_than_ten_held_out_rows(
     directory, tmp_path, capsys
 ):
-    few = "5 rows are held out, too few for their loss or accuracy to say much; --eval-split or --eval-data gives more"
+    few = "held-out rows: 5, too few for their loss or accuracy to say much; --eval-split or --eval-data gives more"
     assert finetune(directory, tmp_path / "few", max_steps=1, dtype="float32", eval_split=0.22) == 0
     told = capsys.readouterr().err.splitlines()
     assert [line for line in told if "parameters are trained" in line or "rows to learn from" in line] == told[:2]

@@ -155,7 +155,7 @@ def command_parser(name: str, is_short: bool = False) -> Parser:
         parser.epilog = f"{parser.epilog}\nThese are the main flags; `{parser.prog} --help-all` shows all."
         return parser
     module.add_flags(parser)
-    if name not in ("inspect", "plot"):
+    if name in ("finetune", "generate", "chat", "merge", "eval"):
         parser.add_argument("--plain", action="store_true", help="use the plain definitions instead of the kernels")
     return parser
 

@@ -137,8 +137,6 @@ class Chat:
                 if argument:
                     self.use(argument)
                 say("\n".join(f"{'*' if known == self.adapter else ' '} {known}" for known in self._tokenizers))
-                if argument and self.turns:  # the new one may imitate the replies of the other
-                    say("the conversation goes on; /reset begins a new one")
             case "/help":
                 say(CHAT_HELP)
             case _:

@@ -239,8 +239,7 @@ def _describe(run: Run, model: Llama, config: Path | None) -> None:
     if run.earlier.step:
         say(f"resuming from step {run.earlier.step}")
     elif run.earlier.starts:
-        stopped = "the run was stopped before its first checkpoint"
-        say(f"starting again at step 0: {'no other checkpoint is left' if run.earlier.damaged else stopped}")
+        say("starting again at step 0: there is no checkpoint to resume from")
 
 
 def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: ProgressBar) -> TrainResult:

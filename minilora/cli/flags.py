@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from minilora.adapters.config import FLAG_NAMES, flag
 from minilora.cli import Parser
-from minilora.errors import ConfigError, fits
+from minilora.errors import ConfigError
 from minilora.files import holds_files, lock, publishing, read_json, read_text, remove
 
 T = TypeVar("T")
@@ -135,20 +135,16 @@ def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
         return _names_or_pattern if str in kinds else _names
     if len(kinds) == 1 and kinds[0] in (str, int, float):
         return kinds[0]
-    need = " or ".join(
-        "numbers joined with commas" if typing.get_origin(kind) is tuple else "a JSON object" for kind in kinds
-    )
+    return _numbers_or_object
 
-    def numbers_or_object(text: str) -> Any:
-        try:
-            value = json.loads(text if text.lstrip().startswith("{") else f"[{text}]")
-        except (ValueError, RecursionError):
-            value = None
-        if not any(fits(value, kind) for kind in kinds):
-            raise argparse.ArgumentTypeError(f"found {text!r:.80}, need {need}")
-        return value
 
-    return numbers_or_object
+def _numbers_or_object(text: str) -> Any:
+    """Return numbers joined with commas as a list, or a JSON object."""
+    try:
+        return json.loads(text if text.lstrip().startswith("{") else f"[{text}]")
+    except (ValueError, RecursionError) as error:
+        need = "numbers joined with commas, or a JSON object"
+        raise argparse.ArgumentTypeError(f"found {text!r:.80}, need {need}") from error
 
 
 def _bool_or_text(text: str) -> bool | str:

@@ -11,13 +11,7 @@ from typing import Any
 from minilora.adapters.attach import describe_base
 from minilora.adapters.config import flag
 from minilora.adapters.files import load_adapter
-from minilora.adapters.layout import (
-    WEIGHTS_FILE,
-    base_model_of,
-    base_quantization,
-    tokenizer_of,
-    vocabulary_of,
-)
+from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, tokenizer_of, vocabulary_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.errors import ConfigError, FormatError
@@ -138,9 +132,10 @@ def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[s
         recorded = base_model_of(path)
         if recorded and not _is_named(base, recorded):
             yield f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}"
-        if not was_trained_on(quantization, path):
-            trained = describe_in_words(base_quantization(path) or {})
-            yield f"{path}: was trained on a base that is {trained}; this one is {describe_in_words(quantization)}"
+        trained = base_quantization(path) or {}
+        if any(quantization.get(key) != value for key, value in trained.items()):
+            words = describe_in_words(trained)
+            yield f"{path}: was trained on a base that is {words}; this one is {describe_in_words(quantization)}"
 
 
 def _is_named(base: Location, recorded: str) -> bool:
@@ -163,8 +158,3 @@ def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:
                 f"{path}: is merged into {base.name} already ({MERGED} of its config.json); leave out --adapter, "
                 "or give the base model as --model"
             )
-
-
-def was_trained_on(quantization: Mapping[str, Any], adapter: Path) -> bool:
-    """Return whether an adapter was trained on a base quantized like this, or does not record it."""
-    return all(quantization.get(key) == value for key, value in (base_quantization(adapter) or {}).items())

@@ -16,8 +16,8 @@ FEW_ROWS = 10
 
 
 def run_notes(run: Run, model: Llama) -> Iterator[str]:
-    """Yield how the base is quantized, what is unusual about the rows, and which gradient checkpointing was chosen."""
-    data, training = run.data, run.plan.training
+    """Yield how the base is quantized, and what is unusual about the rows."""
+    data = run.data
     yield from base_notes(run.base.location, run.base.adapters, describe_base(model))
     longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
     if longest > limit:
@@ -30,9 +30,8 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             "template is not used; write them as `messages` to use it"
         )
     if 0 < len(data.test) < FEW_ROWS:
-        rows_are = "row is" if len(data.test) == 1 else "rows are"
         yield (
-            f"{len(data.test)} {rows_are} held out, too few for their loss or accuracy to say much; "
+            f"held-out rows: {len(data.test)}, too few for their loss or accuracy to say much; "
             "--eval-split or --eval-data gives more"
         )
     if data.train.touching > data.train.completions / 2:
@@ -40,19 +39,13 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             f"{data.train.touching} training rows have no white space between prompt and completion; "
             "end the prompts, or begin the completions, with a space or a line end"
         )
-    parts = training.gradient_accumulation_steps
-    if world.size() > 1:
-        held = "a part" if run.plan.shard == "base" else "the whole"
-        yield f"{world.size()} processes, each with {held} of the base; micro-batches of a step: {parts}"
-    if parts < world.size():
+    if run.plan.training.gradient_accumulation_steps < world.size():
         yield (
             "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
             "gives each its part"
         )
     for name, rows in data.splits.items():
         yield from _row_notes(name, rows)
-    if run.settings.training.gradient_checkpointing == "auto":
-        yield f"--gradient-checkpointing {training.gradient_checkpointing}: the fastest way for which there is memory"
 
 
 def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
