@@ -140,14 +140,17 @@ def test_the_logits_are_those_of_pytorch(open_page, packed, settings):
         "base": dense_model(packed, **BARE | {"bits": settings.get("bits", 16)}),
     }
     set_controls(page, **settings)
+    milliseconds = []
     for prompt in prompts(20):
         page.locator("#definition").fill(definition_of(prompt))
         wait_for_frame(page)
+        milliseconds.append(page.evaluate("drawn.milliseconds"))
         tokens = torch.tensor([tokenizer.encode(prompt)])
         for name, model in models.items():
             found = torch.tensor(page.evaluate(f"Array.from(drawn.{name})"))
             with torch.no_grad():
                 torch.testing.assert_close(found, model(tokens)[0, -1], rtol=0, atol=1e-3)
+    print(f"{settings}: a new definition is answered in {statistics.median(milliseconds):.0f} ms")  # not asserted
 
 
 def test_the_base_is_the_adapter_at_scale_0_and_in_8_bits_as_in_pytorch(open_page, packed):
