@@ -38,31 +38,25 @@ PEFT_NAMES = {  # of a layer's tensors, after the path
 }
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def walk(
+    module: nn.Module, path: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module once with its path. The base of a wrapper follows, with the same path."""
-    pending, seen = [("", model)], set()
-    while pending:
-        path, module = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        if isinstance(module, AdapterWrapper):
-            pending.append((path, module.base))
-        else:
-            for name, child in reversed([*module.named_children()]):
-                pending.append((f"{path}.{name}".lstrip("."), child))
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    yield path, module
+    if isinstance(module, AdapterWrapper):
+        yield from walk(module.base, path, seen)
+        return
+    for name, child in module.named_children():
+        yield from walk(child, f"{path}.{name}".lstrip("."), seen)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterWrapper]:
-    """Return the wrappers by path; one that is the base of another has its path and ".base"."""
-    found: dict[str, AdapterWrapper] = {}
-    for path, module in walk(model):
-        if isinstance(module, AdapterWrapper):
-            while path in found:
-                path = f"{path}.base"
-            found[path] = module
-    return found
+    """Return the wrappers by path."""
+    return {path: module for path, module in walk(model) if isinstance(module, AdapterWrapper)}
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,7 +65,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def require_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
-    """Return the wrappers, the outer ones first.
+    """Return the wrappers.
 
     Raises:
         TargetError: there are none, or no adapter has one of these names.
@@ -96,9 +90,6 @@ def layers_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
 
 def add_adapter(layer: AdapterWrapper, name: str, adapter: nn.Module) -> None:
     """Add an adapter on the base's device. It is inactive until `active` names it."""
-    if name in layer.adapters:
-        there = f"it has {sorted(layer.adapters)}"
-        raise TargetError(f"{layer.path} has an adapter {name!r} already; {there}")
     example = next(layer.base.parameters())
     layer.adapters[name] = adapter if example.is_meta else adapter.to(example.device)
     adapter.train(layer.training)
@@ -110,23 +101,15 @@ def own_parameters(layer: AdapterWrapper, name: str) -> list[nn.Parameter]:
     return [p for p in layer.adapters[name].parameters() if id(p) not in shared]
 
 
-def replace_modules(
-    model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]
-) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Replace the first module of each pair by the second, wherever it stands.
-
-    Return a triple (parent, name, first module) for each replacement.
-    """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Replace the first module of each pair by the second, wherever it stands."""
+    places: dict[nn.Module | None, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():  # named_children() leaves out a second name
-            places.setdefault(id(child), []).append((parent, name))
-    replaced = []
+            places.setdefault(child, []).append((parent, name))
     for module, substitute in pairs:
-        for parent, name in places[id(module)]:
+        for parent, name in places[module]:
             parent._modules[name] = substitute
-            replaced.append((parent, name, module))
-    return replaced
 
 
 def attach_lora(
@@ -145,33 +128,30 @@ def attach_lora(
     Everything else is frozen. The arguments are those of PEFT's LoraConfig.
 
     Raises:
-        ConfigError, TargetError: r is below 1, no linear layer has one of the names, or one has an
-            adapter of that name.
+        ConfigError, TargetError: r is below 1, no linear layer has one of the names, or the model
+            has an adapter of that name.
     """
     if r < 1:
         raise ConfigError(f"r is {r}, need at least 1")
-    modules, wrappers = base_modules(model), adapter_layers(model)
+    layers = adapter_layers(model)
+    if any(name in layer.adapters for layer in layers.values()):
+        raise TargetError(f"the model has an adapter {name!r} already")
+    modules: dict[str, Any] = base_modules(model)
     linears = {path: m for path, m in modules.items() if type(m) in (nn.Linear, NF4Linear)}
-    names = {path: path.rpartition(".")[2] for path in linears}
-    found = set(names.values())
-    if not target_modules or isinstance(target_modules, str) or set(target_modules) - found:
-        need = f"need a list of some of {sorted(found)}"
-        raise TargetError(f"target_modules is {target_modules!r}, {need}")
-    chosen = [path for path, last in names.items() if last in target_modules]
-    for path in chosen:
-        if path in wrappers and name in wrappers[path].adapters:
-            raise TargetError(f"{path} has an adapter {name!r} already")
+    names = {path.rpartition(".")[2] for path in linears}
+    if not target_modules or isinstance(target_modules, str) or set(target_modules) - names:
+        raise TargetError(f"target_modules is {target_modules!r}, need a list from {sorted(names)}")
+    chosen = {p: m for p, m in linears.items() if p.rpartition(".")[2] in target_modules}
+    new = {path: LoraLinear(base, path) for path, base in chosen.items() if path not in layers}
+    replace_modules(model, [(layer.base, layer) for layer in new.values()])
+    layers |= new
     generator = torch.Generator().manual_seed(seed)
     scale = lora_scale(r, lora_alpha, use_rslora)
-    new = {path: LoraLinear(linears[path], path) for path in chosen if path not in wrappers}
-    for path in chosen:
-        base: Any = linears[path]
+    for path, base in chosen.items():
         tensors = initial_factors(r, base, generator)
         if use_dora:  # m = ‖W‖
             tensors["magnitude"] = dora_norm(base.weight.cpu(), **tensors, scale=scale)
-        adapter = LoraAdapter(tensors, scale, lora_dropout)
-        add_adapter(new.get(path) or wrappers[path], name, adapter)
-    replace_modules(model, [(linears[path], layer) for path, layer in new.items()])
+        add_adapter(layers[path], name, LoraAdapter(tensors, scale, lora_dropout))
     activate(model, name, trainable=True)
 
 
@@ -184,11 +164,10 @@ def activate(model: nn.Module, name: str, trainable: bool) -> None:
     set_adapter(model, name)
 
 
-def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+def set_adapter(model: nn.Module, *names: str) -> None:
     """Activate these adapters and no others. Which parameters are trainable does not change."""
-    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    for layer in require_layers(model, *wanted):
-        layer.active = tuple(name for name in wanted if name in layer.adapters)
+    for layer in require_layers(model, *names):
+        layer.active = tuple(name for name in names if name in layer.adapters)
 
 
 @contextmanager
@@ -212,8 +191,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def detach(model: nn.Module) -> None:
     """Remove all adapters and put the base modules back, bit for bit as they were."""
     check_types(detach, locals())
-    layers = reversed(require_layers(model))  # the inner ones first
-    replace_modules(model, [(layer, layer.base) for layer in layers])
+    replace_modules(model, [(layer, layer.base) for layer in require_layers(model)])
 
 
 def merge(model: nn.Module) -> None:
@@ -221,7 +199,7 @@ def merge(model: nn.Module) -> None:
     layers = require_layers(model)
     if not any(layer.active for layer in layers):
         raise TargetError("no adapter is active, so there is nothing to merge")
-    while layers:  # the inner ones first; each is freed before the next is merged
+    while layers:  # each is freed before the next is merged
         layer = layers.pop()
         replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]

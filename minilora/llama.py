@@ -84,7 +84,6 @@ class LlamaConfig:
     """The sizes of a model, by the names of `config.json` where it has them."""
 
     source: Mapping[str, Any]  # the JSON object that it was read from
-    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -92,7 +91,6 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope: Any  # a `Rope`, or what has its method `rotation`
@@ -245,11 +243,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * E, D, bias=config.o_bias)
 
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """Compute the queries (N, H, E), keys and values (N, K, E) of tokens (N, D)."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return [project(x).unflatten(-1, (-1, self.head_dim)) for project in projections]
+
     def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
-        heads = (-1, self.head_dim)
-        q = self.q_proj(x).unflatten(-1, heads)  # (N, H, E)
-        k = self.k_proj(x).unflatten(-1, heads)  # (N, K, E)
-        v = self.v_proj(x).unflatten(-1, heads)  # (N, K, E)
+        q, k, v = self.heads(x)
         q = rotate(q, *rotation).to(v.dtype)  # under autocast v has 16 bits, the rotation 32
         k = rotate(k, *rotation).to(v.dtype)
         return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
@@ -311,10 +311,6 @@ class Decoder(nn.Module):
         `checkpointing` trades time for memory in training: the backward pass computes the MLPs
         ("mlp") or whole blocks ("block") again.
         """
-        if not tokens.shape == (sum(map(len, documents.spans)),) != (0,):
-            found = [len(span) for span in documents.spans]
-            need = f"are not those of documents of {found} tokens"
-            raise ShapeError(f"tokens {tuple(tokens.shape)} {need}")
         x = self.embed_tokens(tokens)
         cos, sin = self.config.rope.rotation(documents.spans, x.device)
         others = ((cos.to(x.dtype), sin.to(x.dtype)), documents, checkpointing)
@@ -360,8 +356,7 @@ def unpad(input_ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, lis
     B, T = input_ids.shape
     lengths = [T] * B if lengths is None else [int(n) for n in lengths]
     if len(lengths) != B or not all(1 <= n <= T for n in lengths):
-        need = f"need {B} numbers in 1..{T}"
-        raise ShapeError(f"lengths {lengths} do not fit input_ids {(B, T)}: {need}")
+        raise ShapeError(f"lengths are {lengths}, need {B} numbers in 1..{T}")
     return torch.cat([row[:n] for row, n in zip(input_ids, lengths, strict=True)]), lengths
 
 

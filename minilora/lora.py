@@ -96,6 +96,15 @@ class AdapterWrapper(nn.Module, ABC):
     def merged(self) -> nn.Module:
         """Return a plain module that computes the same; the base is unchanged."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Forward unknown attributes, such as `out_features`, to the base."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
 
 class LoraLinear(AdapterWrapper):
     """A frozen linear layer with adapters, which may be kept in a wider dtype than its weight."""
@@ -134,12 +143,13 @@ class LoraLinear(AdapterWrapper):
 
     def merged_bias(self) -> Tensor | None:
         """Return b, or the bias that an adapter has in its place, plus s times each bias of B."""
-        adapters = self.active_adapters()
-        own = [adapter.bias for adapter in adapters if adapter.bias is not None]
-        added = [a.scale * a.lora_bias for a in adapters if a.lora_bias is not None]
-        terms = [*(own[:1] or [self.base.bias]), *added]
-        terms = [term for term in terms if term is not None]
-        return functools.reduce(torch.add, terms).to(self.dtype) if terms else None
+        adapters, base = self.active_adapters(), self.base
+        bias = next((each.bias for each in adapters if each.bias is not None), base.bias)
+        for adapter in adapters:
+            if adapter.lora_bias is not None:
+                bias = adapter.scale * adapter.lora_bias + (0 if bias is None else bias)
+        dtype = base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
+        return None if bias is None else bias.to(dtype)
 
     def merged(self) -> nn.Module:
         return dense_linear(self.merged_weight(), self.merged_bias())
@@ -148,20 +158,6 @@ class LoraLinear(AdapterWrapper):
     # them, or with the base's, it would leave the adapter out and say nothing.
     weight = property(merged_weight)
     bias = property(merged_bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the base computes in."""
-        return self.base.dtype if isinstance(self.base, NF4Linear) else self.base.weight.dtype
-
-    def __getattr__(self, name: str) -> Any:
-        """Forward unknown attributes, such as `out_features`, to the base."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base" or name.startswith("__"):
-                raise
-            return getattr(self.base, name)
 
 
 class LoraAdapter(nn.Module):
@@ -245,8 +241,7 @@ def merge_weight(weight: Tensor, adapters: Sequence[LoraAdapter]) -> Tensor:
 
 def widest(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that loses nothing of these tensors, float32 at least."""
-    dtypes = (tensor.dtype for tensor in tensors)
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

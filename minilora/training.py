@@ -85,10 +85,7 @@ def train_step(
 def accumulate(
     model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], loss: Loss
 ) -> tuple[Tensor, int]:
-    """Add up the losses of micro-batches, and their gradients in `grad` of the parameters.
-
-    Returns the sum of the losses, and their number.
-    """
+    """Return the sum and number of micro-batches' losses; the gradients add up in `grad`."""
     model.train()
     parameters = parameters_of(optimizer)
     for parameter in parameters:
@@ -115,8 +112,7 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     """
     if not count:
         raise DataError("the loss counts nothing in the rows of a step")
-    # A hook may have taken a gradient away.
-    parameters = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.grad /= count
     mean = total / count

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minilora import ConfigError
 from minilora.llama import Rope, rope_frequencies
-from minilora.models.config import FAMILIES, parse_config
+from minilora.models.config import FAMILIES, parse_config, trained_length
 from minilora.models.smollm3 import rotated_layers
 from tests import models
 from tests.models import LLAMA3, SIZES, examples, tiny_config
@@ -57,18 +57,17 @@ def test_longrope_has_two_older_names_in_phi3_alone():
 
 
 DEFAULTS = {
-    "llama": {"num_key_value_heads": 32, "max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "windows": (4096,) * 30},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "qkv_bias": True},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-    "smollm3": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "theta": 2e6, "tie_word_embeddings": True},
-    "phi3": {"num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "llama": {"num_key_value_heads": 32, "trained_length": 2048},
+    "mistral": {"num_key_value_heads": 8, "trained_length": 131072, "windows": (4096,) * 30},
+    "qwen2": {"num_key_value_heads": 32, "trained_length": 32768, "qkv_bias": True},
+    "qwen3": {"num_key_value_heads": 32, "trained_length": 32768, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "trained_length": 32768, "theta": 2e6, "tie_word_embeddings": True},
+    "phi3": {"num_key_value_heads": 32, "trained_length": 4096, "rms_norm_eps": 1e-5},
 }
 COMMON = {
     "head_dim": 2,
     "rms_norm_eps": 1e-6,
     "theta": 10_000.0,
-    "max_position_embeddings": 2048,
     "windows": (None,) * 30,
     **dict.fromkeys(("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"), False),
 }
@@ -79,10 +78,19 @@ def test_a_key_that_is_left_out_or_null_has_the_value_of_its_family(family):
     config = read(model_type=family, **MINIMAL)
     expected = COMMON | DEFAULTS[family]
     theta = expected.pop("theta")
+    assert trained_length(config) == expected.pop("trained_length")
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.rope == Rope(tuple(rope_frequencies(config.head_dim, theta).tolist()))
-    keys = ("num_key_value_heads", "rope_scaling", "rope_parameters", "layer_types", "no_rope_layers")
+    keys = (
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rope_scaling",
+        "rope_parameters",
+        "layer_types",
+        "no_rope_layers",
+    )
     nulls = read(model_type=family, **MINIMAL, **dict.fromkeys(keys))
+    assert trained_length(nulls) == trained_length(config)
     assert nulls.num_key_value_heads == 32  # transformers: null is as many as there are heads, in every family
     assert meaning(nulls) == meaning(read(model_type=family, **MINIMAL, num_key_value_heads=32))
 

@@ -268,8 +268,3 @@ def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_and_lengths_th
     for lengths in ([3], [3, 3, 3], [0, 3], [3, 5], [-1, 3]):
         with pytest.raises(ShapeError, match=r"2 numbers in 1..4"):
             model(token_ids(0, 2, 4), lengths)
-    for lengths in ([], [4], [2, 4], [6, -1]):
-        with pytest.raises(ShapeError, match=r"tokens \(5,\) are not those of documents of"):
-            model.model(token_ids(0, 5), Documents(lengths))
-    with pytest.raises(ShapeError, match=r"tokens \(1, 5\) are not those of documents of \[5\] tokens"):
-        model.model(token_ids(0, 1, 5), Documents([5]))

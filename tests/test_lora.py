@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora import LoraConfig, TargetError
-from minilora.adapter import add_adapter
+from minilora import LoraConfig
 from minilora.adapters.layers import factor_shapes
 from minilora.lora import LoraLinear, dora_norm, lora_delta, lora_linear, lora_scale, lora_update, merge_weight
 from minilora.nf4 import NF4Linear
@@ -205,12 +204,6 @@ def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed
     for our, their, oracle, like in zip(*results, [ours, *leaves], strict=True):
         assert our.dtype == like.dtype
         assert_precision(our.bfloat16(), their.bfloat16(), oracle)
-
-
-def test_a_second_adapter_of_the_same_name_is_refused():
-    layer = make_layer(0, 4, 4, [2], 2.0)
-    with pytest.raises(TargetError, match="proj has an adapter 'adapter0'"):
-        add_adapter(layer, "adapter0", layer.adapters["adapter0"])
 
 
 @given(seeds, sizes, sizes, st.lists(sizes, min_size=1, max_size=3), scales)

@@ -132,7 +132,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     for layer in require_layers(model, *wanted) if len(wanted) > 1 else ():
         if len(conflicting := _conflicting_adapters(layer, wanted)) > 1:
             raise TargetError(f"{layer.path}: {conflicting} train the same parameter, and only one can be active")
-    adapter.set_adapter(model, wanted)
+    adapter.set_adapter(model, *wanted)
 
 
 def _conflicting_adapters(layer: AdapterWrapper, names: Sequence[str]) -> list[str]:
@@ -242,17 +242,19 @@ def merged(model: nn.Module) -> Iterator[None]:
         TrainingError: a merged weight is not finite.
     """
     check_types(merged, locals())
-    replaced = []
+    replaced = list[tuple[nn.Module, nn.Module]]()
+    for layer in _mergeable_layers(model):  # inactive ones too, or they could be activated
+        module = layer.merged() if layer.active else layer.base
+        if layer.active and not _is_finite(module):
+            raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
+        replaced.append((module, layer))
     try:
-        for layer in _mergeable_layers(model):  # inactive ones too, or they could be activated
-            module = layer.merged() if layer.active else layer.base
-            if layer.active and not _is_finite(module):
-                raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
-            replaced += replace_modules(model, [(layer, module)])
+        replace_modules(model, ((layer, module) for module, layer in replaced))
         yield
     finally:
-        for parent, name, module in replaced:
-            parent._modules[name] = module
+        if adapter_layers(model):
+            adapter.detach(model)
+        replace_modules(model, replaced)
 
 
 def find_target_modules(model: nn.Module) -> list[str]:

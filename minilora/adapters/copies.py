@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora.adapter import add_adapter
-from minilora.adapters.layers import ForwardingWrapper, shallow_copy
+from minilora.adapters.layers import shallow_copy
 from minilora.lora import AdapterWrapper
 
 
@@ -91,7 +91,7 @@ class Rows(nn.Module):
         return ranked[place] == tokens, self.order[place]
 
 
-class TrainableTokens(ForwardingWrapper):
+class TrainableTokens(AdapterWrapper):
     """An embedding, or a module tied to it, in whose weight each adapter replaces some rows (final)."""
 
     def __init__(self, base: nn.Module, path: str):

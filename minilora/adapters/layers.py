@@ -41,19 +41,7 @@ def factor_shapes(module: Any, r: int) -> tuple[tuple[int, int], tuple[int, int]
     return (r, inner), (outer, r)
 
 
-class ForwardingWrapper(AdapterWrapper):
-    """A wrapper that models may ask for the attributes of its base (abstract)."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base" or name.startswith("__"):
-                raise
-            return getattr(self.base, name)
-
-
-class LoraConv1D(ForwardingWrapper):
+class LoraConv1D(AdapterWrapper):
     """transformers' Conv1D, a linear layer that stores Wᵀ (final)."""
 
     def as_linear(self) -> LoraLinear:
@@ -80,7 +68,7 @@ class LoraConv1D(ForwardingWrapper):
         return self.as_linear().merged_bias()
 
 
-class LoraEmbedding(ForwardingWrapper):
+class LoraEmbedding(AdapterWrapper):
     """An embedding: index i selects column i of W (dim, num) and column i of A (final).
 
     Dropout drops the adapter of an index as a whole, because its one-hot vector has only one number.

@@ -21,6 +21,7 @@ from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
 from minilora.errors import ConfigError, MiniloraError
+from minilora.models.config import trained_length
 from minilora.models.hub import fetch
 from minilora.runs.conversations import encode_question
 from minilora.runs.formats import Conversation, Fields
@@ -104,7 +105,7 @@ class Chat:
         turns = [*self.turns, {"role": "user", "content": text}]
         opening = [{"role": "system", "content": system}] if system else []
         ids = encode_question(Conversation([*opening, *turns]), tokenizer)
-        if len(ids) > (limit := self.model.config.max_position_embeddings):
+        if len(ids) > (limit := trained_length(self.model.config)):
             say(f"the conversation has {len(ids)} tokens, more than the {limit} of the model's training: see /reset")
         pieces: list[str] = []
 

@@ -8,6 +8,7 @@ from minilora.adapters.attach import describe_base
 from minilora.cli import describe_skipped
 from minilora.cli.load import base_notes
 from minilora.llama import Llama
+from minilora.models.config import trained_length
 from minilora.runs import world
 from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Run
@@ -19,7 +20,7 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
     """Yield how the base is quantized, and what is unusual about the rows."""
     data = run.data
     yield from base_notes(run.base.location, run.base.adapters, describe_base(model))
-    longest, limit = data.train.lengths.max(), model.config.max_position_embeddings
+    longest, limit = data.train.lengths.max(), trained_length(model.config)
     if longest > limit:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
     if run.settings.data.prompt_style != "auto" and not data.train.conversations:

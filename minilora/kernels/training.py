@@ -19,8 +19,8 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     """Let the fused optimizer find out on the device whether to step: it reads `found_inf`."""
     if not count or not optimizer.defaults.get("fused") or total.device.type == "mps":  # where it is not read
         return training.update.function(optimizer, total, count, max_grad_norm)
-    parameters = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
-    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    parameters = parameters_of(optimizer)
+    gradients = [parameter.grad for parameter in parameters]
     torch._foreach_div_([*gradients, total], count)
     norm = training.total_norm(gradients)
     is_finite = total.isfinite() & norm.isfinite()

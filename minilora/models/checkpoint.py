@@ -170,7 +170,8 @@ def save_model_files(
     if unknown := sorted(set(own) - set(bare.state_dict())):
         raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
     embedding = model.model.embed_tokens.weight
-    source = {"architectures": [f"{FAMILIES[model.config.model_type].name}ForCausalLM"], **model.config.source}
+    source = model.config.source
+    source = {"architectures": [f"{FAMILIES[source['model_type']].name}ForCausalLM"], **source}
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
@@ -287,7 +288,7 @@ def _weights(model: nn.Module) -> dict[str, Weight]:
 
 def build_model(config: llama.LlamaConfig) -> Llama:
     """Build a model of any of the families, with weights that are to be loaded or drawn."""
-    return Llama(config, FAMILIES[config.model_type].build_block)
+    return Llama(config, FAMILIES[config.source["model_type"]].build_block)
 
 
 def build_on_meta(config: llama.LlamaConfig) -> Llama:

@@ -53,8 +53,7 @@ COMMON: dict[str, Any] = {
 }
 COPIED = (
     *REQUIRED,
-    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
-    *("model_type", "rms_norm_eps", "tie_word_embeddings"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"),
 )
 
 
@@ -88,6 +87,13 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
             raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
         differing["rope"] = build_rope(values, values["head_dim"])
     return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED} | differing)
+
+
+def trained_length(config: LlamaConfig) -> int:
+    """Return the length of the documents that a model was trained on."""
+    family = FAMILIES[config.source["model_type"]]
+    length: int = config.source.get("max_position_embeddings") or family.defaults["max_position_embeddings"]
+    return length
 
 
 def read_config(directory: Path) -> LlamaConfig:

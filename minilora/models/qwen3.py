@@ -23,11 +23,9 @@ class Qwen3Attention(Attention):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
-        heads = (-1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
-        v = self.v_proj(x).unflatten(-1, heads)
-        q, k = rotate(q, *rotation).to(v.dtype), rotate(k, *rotation).to(v.dtype)
+        q, k, v = self.heads(x)
+        q = rotate(self.q_norm(q), *rotation).to(v.dtype)
+        k = rotate(self.k_norm(k), *rotation).to(v.dtype)
         return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
 
 

@@ -20,10 +20,7 @@ class UnrotatedAttention(Attention):
     """Attention without positions: a token sees which others come before it, and not how far."""
 
     def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
-        heads = (-1, self.head_dim)
-        q = self.q_proj(x).unflatten(-1, heads)
-        k = self.k_proj(x).unflatten(-1, heads)
-        v = self.v_proj(x).unflatten(-1, heads)
+        q, k, v = self.heads(x)
         return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
 
 

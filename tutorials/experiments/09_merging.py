@@ -110,10 +110,9 @@ def one_seed(name: str, rows: Sequence[Any], held_out: Sequence[Any], config: ml
     for target in TARGETS:
         weights = merge(layers, target, originals)
         pairs = [(layer, dense_linear(weights[path], None)) for path, layer in layers.items()]
-        places = replace_modules(model, pairs)
+        replace_modules(model, pairs)
         merged = log_probabilities(model, held_out)
-        for parent, child, layer in places:
-            setattr(parent, child, layer)
+        replace_modules(model, ((plain, layer) for layer, plain in pairs))
         found = {"loss": loss_of(merged), "kl": divergence(trained, merged), **compare(layers, weights)}
         result[target] = found
     return result
