@@ -43,9 +43,8 @@ class QuantizeConfig:
     )
 
     def __post_init__(self) -> None:
-        names = self.quantize_skip.split(",") if isinstance(self.quantize_skip, str) else self.quantize_skip
-        check_types(QuantizeConfig, {**vars(self), "quantize_skip": names})
-        object.__setattr__(self, "quantize_skip", tuple(sorted({name.strip() for name in names})))
+        check_types(QuantizeConfig, vars(self))
+        object.__setattr__(self, "quantize_skip", tuple(sorted(set(self.quantize_skip))))
 
     @classmethod
     def of(cls, value: QuantizeConfig | Quantize | None) -> QuantizeConfig:
