@@ -55,7 +55,7 @@ def load_model(
         name_or_path: a directory as transformers writes it, "minilora/builtin", or a repository of the hub, "org/name"
             or "org/name@revision"; the model's `name_or_path` names its commit. A 4-bit model of bitsandbytes is loaded
             as it is.
-        dtype: a dtype or its name; "auto" is the checkpoint's own, but float32 where the device computes it slowly.
+        dtype: a dtype or its name; "auto" is that of config.json, but float32 where the device computes it slowly.
             4-bit weights are dequantized to it, all other weights are stored in it.
         device: the device of the model.
         quantize: "nf4" or a `QuantizeConfig`: store the linears in four bits. A model that is nf4 already is loaded as
@@ -215,7 +215,7 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
 def resolve_dtype(dtype: torch.dtype | str, source: Mapping[str, Any], device: torch.device) -> torch.dtype:
     """Return the dtype to compute in.
 
-    "auto" is the checkpoint's own, with two exceptions. float16 becomes bfloat16, because training in float16 needs a
+    "auto" is that of config.json, with two exceptions. float16 becomes bfloat16, because training in float16 needs a
     scaled loss. On a device without instructions for bfloat16, both become float32.
     """
     name = stored_dtype(source) if dtype == "auto" else str(dtype).removeprefix("torch.")
