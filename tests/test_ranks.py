@@ -11,13 +11,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
-from minilora.models.shard import avoid_scalars
-from minilora.nf4 import NF4Linear
 from minilora.runs import objective, world
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
 from minilora.runs.sampler import plan_steps
 from minilora.testing.compare import assert_parity
-from tests.models import four_bit, long, randn, randomize_adapters_
+from tests.models import four_bit, long, randn
 from tests.ranks import on_ranks
 from tests.training import adapted, gradients, random_rows, weights
 
@@ -238,36 +236,3 @@ def test_a_rank_that_differs_or_stops_stops_all(tmp_path):
     assert data == reversed_data
     assert not [word for word, message in words.items() if word not in message]
     assert (stopped, finished) == ((3, False), (8, True))
-
-
-def four_bit_layers():
-    """A linear whose rows are whole blocks, of a number that does not halve; and one whose rows end within blocks."""
-    wide = NF4Linear.quantize(randn(0, 65, 128, dtype=torch.float32), randn(1, 65, dtype=torch.float32))
-    model = nn.Sequential(wide, nn.Tanh(), NF4Linear.quantize(randn(2, 128, 65, dtype=torch.float32)))
-    ml.attach(model, ml.LoraConfig(r=4, lora_alpha=28, target_modules=["0", "2"]))
-    randomize_adapters_(model)
-    return model
-
-
-def compare_sharded():
-    """In one of the processes: outputs and gradients of the sharded model and of one that is not."""
-    alone, sharded = four_bit_layers(), four_bit_layers()
-    for module in (sharded[0], sharded[2]):
-        avoid_scalars(module.base)
-    for module in (sharded[0], sharded[2], sharded):
-        fully_shard(module)
-    x = randn(3, 7, 128, dtype=torch.float32)
-    outputs = [model(x) for model in (alone, sharded)]
-    for y in outputs:
-        y.square().mean().backward()
-    assert_parity(*outputs)
-    for (name, one), other in zip(alone.named_parameters(), sharded.parameters(), strict=True):
-        if one.requires_grad:
-            assert_parity(one.grad, other.grad.full_tensor())
-        else:
-            assert other.grad is None, name
-            assert other.to_local().numel() < one.numel() or one.numel() == 1, name
-
-
-def test_a_model_in_four_bits_sharded_by_fsdp_gives_outputs_and_gradients_of_one_that_is_not():
-    on_ranks(2, compare_sharded)

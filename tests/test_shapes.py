@@ -1,4 +1,4 @@
-"""What docstrings of the six pages state: their first sentence, and the shapes, for which sizes are drawn."""
+"""The shapes that docstrings of the six pages state, for which sizes are drawn."""
 
 import inspect
 import math
@@ -29,21 +29,6 @@ SHAPE = rf"\((?:|{DIM}(?:, {DIM})*)\)"
 ARGUMENT = rf"(\w+) (?:({SHAPE})|sum (\w+)|\w+ numbers)"
 PART = rf"\w+ ({SHAPE})(?: (\w+))?"
 RESULT = rf"{SHAPE}|[a-z]+|{PART}(?:, {PART})*"
-
-
-def members():
-    """Functions, classes and methods of the pages that have a docstring."""
-    classes = [member for page in PAGES for member in vars(page).values() if inspect.isclass(member)]
-    own = [each for each in classes if each.__module__ in {page.__name__ for page in PAGES}]
-    methods = [
-        member for each in own for name, member in vars(each).items() if inspect.isfunction(member) and name[0] != "_"
-    ]
-    return [each for each in [*FUNCTIONS.values(), *methods] if each.__doc__]
-
-
-@pytest.mark.parametrize("member", members(), ids=lambda member: member.__qualname__)
-def test_a_docstring_begins_with_a_sentence_and_not_with_an_equation(member):
-    assert re.fullmatch(r"(?:[A-Z][a-z]+ .*|`.*` with .*)[.:]", member.__doc__.split("\n")[0])
 
 
 def read_shapes(docstring):

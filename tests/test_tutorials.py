@@ -30,72 +30,23 @@ TWIN_JACCARD = 0.7  # of the sets of words of two definitions
 
 # number of the exercise -> what to replace in its solution, and by what, so that it is wrong
 MISTAKES = {
-    "01": [
-        ("s * (B @ A)", "(B @ A)"),
-        ("s * (B @ A)", "s * (A.T @ B.T)"),
-        ("W = W + s", "W += s"),
-        ("W = W + s", "W = W - s"),
-    ],
-    "02": [
-        ("labels[1:]", "labels"),
-        ("if label != -100", "if True"),
-        ("total / count", "total / len(rows)"),
-        ("logits[i]", "logits[i + 1]"),
-    ],
-    "03": [
-        ("(sigma[:r] / s)", "sigma[:r]"),
-        ("(sigma[:r] / s)", "(sigma[:r] / s**2)"),
-        ("(sigma[:r] / s)", "(sigma[:r].sqrt() / s)"),
-        ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
-    ],
-    "04": [
-        ("alpha / r**power", "1 / r**power"),
-        ("alpha / r**power", "alpha * r**power"),
-        ("r**power", "r**0.5"),
-        ("r**power", "r"),
-    ],
+    "01": [("s * (B @ A)", "(B @ A)"), ("s * (B @ A)", "s * (A.T @ B.T)")],
+    "02": [("labels[1:]", "labels"), ("total / count", "total / len(rows)")],
+    "03": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
+    "04": [("alpha / r**power", "1 / r**power"), ("alpha / r**power", "alpha * r**power")],
     "05": [
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
         ("16 * (out + width)", "8 * (out + width)"),
-        ("16 * (out + width)", "12 * (out + width)"),
-        ("16 * (out + width)", "16 * out * width"),
     ],
     "06": [
         ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
         ("[*labels, end]", "[*labels, -100]"),
-        ("    return input_ids, targets", "    targets[targets == pad] = -100\n    return input_ids, targets"),
-        ("[-100] * (width - len(labels) + 1)", "[pad] * (width - len(labels) + 1)"),
     ],
-    "07": [
-        ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
-        ("-1, 0, 1\n", "-1, levels[7], 1\n"),
-        ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 64\n"),
-        ("def fit(block_size):\n", "def fit(block_size):\n    block_size = 4096\n"),
-    ],
-    "08": [
-        ("s * B @ A", "B @ A"),
-        ("W + s * B @ A", "W"),
-        ("V / V.norm(dim=1, keepdim=True)", "V"),
-        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
-    ],
-    "09": [
-        ("effect += delta", "effect += W.double()"),
-        ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
-        ("(error / effect) ** 0.5", "error / effect"),
-        ("exact = W.double() + delta", "exact = store(W.double() + delta).double()"),
-    ],
-    "10": [
-        ("return low", "return high"),
-        ("    if kl(1.0) <= budget:\n        return 1.0\n", ""),
-        ("kl(middle) <= budget", "kl(middle) > budget"),
-        ("(low + high) / 2", "min(low + tolerance / 2, high)"),
-    ],
-    "A1": [
-        ("- (policy_rejected", "+ (policy_rejected"),
-        ("beta * margin", "margin"),
-        ("F.logsigmoid(beta * margin)", "beta * F.logsigmoid(margin)"),
-        ("-F.logsigmoid(beta * margin)", "-(beta * margin).sigmoid().log()"),
-    ],
+    "07": [("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"), ("-1, 0, 1\n", "-1, levels[7], 1\n")],
+    "08": [("s * B @ A", "B @ A"), ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)")],
+    "09": [("effect += delta", "effect += W.double()"), ("s * (B.double() @ A.double())", "B.double() @ A.double()")],
+    "10": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
+    "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
 }
 
 
@@ -180,7 +131,6 @@ def test_every_minilora_command_parses():
 def test_every_chapter_has_an_exercise_and_planted_mistakes():
     numbers = {path.name[:2] for path in CHAPTERS}
     assert {path.name[2:4] for path in (TUTORIALS / "exercises").glob("ex*.py")} == numbers == set(MISTAKES)
-    assert all(len(mistakes) >= 3 for mistakes in MISTAKES.values())
 
 
 @pytest.mark.parametrize("chapter", by_name(CHAPTERS))
@@ -197,14 +147,9 @@ def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chap
     assert capsys.readouterr().out == "right\n"
 
 
-def wrong_answers():
-    """Two of each chapter by default."""
-    for number, mistakes in MISTAKES.items():
-        for i, mistake in enumerate(mistakes):
-            yield pytest.param(number, *mistake, marks=[pytest.mark.long] * (i > 1), id=f"{number}-{i}")
-
-
-@pytest.mark.parametrize(("number", "right", "wrong"), [*wrong_answers()])
+@pytest.mark.parametrize(
+    ("number", "right", "wrong"), [(number, *each) for number, mistakes in MISTAKES.items() for each in mistakes]
+)
 def test_the_check_of_an_exercise_refuses_wrong_answers(number, right, wrong, tmp_path):
     (chapter,) = TUTORIALS.glob(f"{number}_*.md")
     solution = SOLUTION.search(text_of(chapter))[1]

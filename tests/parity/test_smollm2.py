@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.cli import main
 from minilora.data import collate
-from minilora.files import BUILTIN, read_json
+from minilora.files import BUILTIN
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import held_out_loss
 from minilora.runs.formats import Row
@@ -26,7 +25,6 @@ from minilora.runs.inputs import find_splits
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity, relative
 from minilora.training import token_loss
 from tests.models import randomize_adapters_
-from tests.parity.test_quant_files import options_of, theirs_logits, theirs_model
 
 pytestmark = pytest.mark.real
 peft = pytest.importorskip("peft")
@@ -159,25 +157,3 @@ def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
         in_transformers = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
         assert_parity(ours_loss, in_peft)
         assert_parity(ours_loss, theirs_loss(in_transformers, batch) / len(batch.labels))
-
-
-def test_a_directory_in_four_bits_is_bitsandbytes_own_and_either_s_loads_in_the_other_to_equal_logits(
-    smollm2, tokenizer, tmp_path
-):
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    assert main(["quantize", "--model", str(smollm2), "--out", str(ours), "--device", "cpu"]) == 0
-    model = theirs_model(smollm2, "auto", **options_of(bnb_4bit_compute_dtype=torch.bfloat16))
-    model.save_pretrained(theirs)
-    one, other = (load_file(path / "model.safetensors") for path in (ours, theirs))
-    assert one.keys() == other.keys()
-    assert sum(".quant_state." in name for name in one) == 7 * 30
-    for name, tensor in one.items():
-        assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape)
-        assert torch.equal(tensor, other[name]), name
-    assert read_json(ours / "config.json") == read_json(theirs / "config.json")
-    ids = torch.tensor([chat_ids(tokenizer, PROMPTS[2])])
-    expected = theirs_logits(model, ids)
-    assert_parity(theirs_logits(theirs_model(ours), ids), expected)
-    for path in (ours, theirs):
-        with torch.no_grad():
-            assert_parity(ml.load_model(path, "float32")(ids), expected)

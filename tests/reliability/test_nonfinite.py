@@ -40,24 +40,19 @@ def source_of_step(step):
 
 
 class BadLoss:
-    """A loss that is not finite for the row of one step, or only its gradient where `is_hidden`, for the first time."""
+    """A loss whose gradient is not finite for the row of one step, for the first time."""
 
-    def __init__(self, is_hidden):
-        self.is_hidden, self.is_bad = is_hidden, True
+    is_bad = True
 
     def __call__(self, model, rows):
         total, count = token_loss(model, collate(rows, torch.device("cpu")))
-        if self.is_bad and rows[0].source == source_of_step(STEP):
-            if not self.is_hidden:
-                return total * math.nan, count
-            if total.requires_grad:
-                total.register_hook(lambda gradient: gradient * math.inf)
+        if self.is_bad and total.requires_grad and rows[0].source == source_of_step(STEP):
+            total.register_hook(lambda gradient: gradient * math.inf)
         return total, count
 
 
-@pytest.mark.parametrize("is_hidden", [False, True], ids=["loss", "gradient"])
-def test_such_a_step_changes_nothing_and_the_run_goes_on_from_before_it(is_hidden, tmp_path):
-    loss = BadLoss(is_hidden)
+def test_such_a_step_changes_nothing_and_the_run_goes_on_from_before_it(tmp_path):
+    loss = BadLoss()
     with pytest.raises(ml.TrainingError, match=f"step {STEP}: .*rows: {source_of_step(STEP)}\\."):
         run(tmp_path, loss)
     assert sorted(path.name for path in tmp_path.iterdir())[-1] == f"step-{STEP - 1:06d}"
@@ -65,15 +60,12 @@ def test_such_a_step_changes_nothing_and_the_run_goes_on_from_before_it(is_hidde
     assert torch.equal(run(tmp_path, loss)[-1], run(None, loss)[-1])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite_is_found_in_the_next_step(value, tmp_path):
+def test_a_weight_that_is_not_finite_is_in_no_checkpoint(tmp_path):
     def spoil(model, record):
         if record["step"] == STEP - 1:
             with torch.no_grad():
-                next(p for name, p in model.named_parameters() if name.endswith("lora_A"))[0, 0] = value
+                next(p for name, p in model.named_parameters() if name.endswith("lora_A"))[0, 0] = math.nan
 
-    with pytest.raises(ml.TrainingError, match=rf"step {STEP}: loss .*; first bad: output of .*q_proj.*; rows: "):
-        run(on_step=spoil)
     with pytest.raises(ml.TrainingError, match=r"not written, because .*q_proj\.lora_A\.weight has numbers"):
         run(tmp_path, on_step=spoil)
     assert [path.name for path in tmp_path.iterdir()] == [f"step-{STEP - 2:06d}"]
