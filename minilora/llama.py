@@ -226,7 +226,7 @@ class Documents:
 
     def __init__(self, lengths: Sequence[int]):
         self.lengths = [length for length in lengths if length]
-        self.spans = [range(length) for length in self.lengths]  # the positions of the tokens
+        self.spans = [range(length) for length in lengths]  # the positions of the tokens
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return causal_attention(q, k, v, self.lengths, self.lengths, window)

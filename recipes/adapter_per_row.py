@@ -63,8 +63,8 @@ class Rows:
         self.lengths = [1] * len(names)  # most models keep the rows apart, in a tensor's first dimension
 
     def read(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Note the lengths of the rows, which minilora's decoder lays end to end: (tokens, lengths, …)."""
-        self.lengths = list(inputs[1])
+        """Note the lengths of the rows, which minilora's decoder lays end to end: (tokens, documents, …)."""
+        self.lengths = [len(span) for span in inputs[1].spans]
         if len(self.lengths) != len(self.names):
             raise ml.ShapeError(f"a batch of {len(self.lengths)} rows, for which {len(self.names)} adapters are named")
 

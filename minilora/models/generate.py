@@ -81,7 +81,7 @@ class KVCache:
         places = [(document, position) for document, span in enumerate(spans) for position in span]
         self._documents, self._positions = torch.tensor(places, device=self._device).unbind(1)
         self._views = {window: self._common_view(window) for window in self._windows} if max(lengths) == 1 else {}
-        self.spans = [span for span in spans if span]
+        self.spans = spans
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Cache the next layer's new keys and values, and compute the attention of its queries.
