@@ -7,8 +7,8 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
+import types
 import typing
 from itertools import islice
 from threading import Thread
@@ -96,6 +96,26 @@ names = st.sampled_from(["q_proj", "k_proj", "mlp.up_proj", "model.layers.1.self
 several = st.lists(names, min_size=1, max_size=3, unique=True).map(tuple)
 patterns = st.sampled_from([r".*\.(q|v)_proj", r"model\.layers\.\d+\.mlp\..*", "q_proj|v_proj"])
 positive = st.floats(1e-6, 1e6)
+VALUES = {
+    bool: st.booleans(),
+    int: st.integers(1, 10**6),
+    float: positive,
+    str: st.text("ab /.", min_size=1),
+    tuple[str, ...]: several,
+    type(None): st.none(),
+}
+
+
+def configs(cls, **own):
+    """A configuration with values of its fields' types, some of them from strategies of their own."""
+
+    def values(hint):
+        kinds = typing.get_args(hint)
+        if typing.get_origin(hint) is typing.Literal:
+            return st.sampled_from(kinds)
+        return st.one_of(*map(VALUES.get, kinds)) if typing.get_origin(hint) is types.UnionType else VALUES[hint]
+
+    return st.builds(cls, **({name: values(hint) for name, hint in typing.get_type_hints(cls).items()} | own))
 
 
 @st.composite
@@ -118,55 +138,13 @@ def lora_configs(draw):
     )
 
 
-@st.composite
-def train_configs(draw):
-    values = {}
-    for name, hint in typing.get_type_hints(ml.TrainConfig).items():
-        kinds = typing.get_args(hint) or (hint,)
-        if typing.get_origin(hint) is typing.Literal:
-            values[name] = draw(st.sampled_from(kinds))
-        elif hint is bool:
-            values[name] = draw(st.booleans())
-        elif float in kinds:
-            values[name] = draw(st.floats(1e-6, 1e3))
-            if name == "warmup_steps" and values[name] > 1:
-                values[name] = round(values[name])
-        else:
-            values[name] = draw((st.none() if type(None) in kinds else st.nothing()) | st.integers(1, 10**6))
-    if values["keep"] == "best" or values["early_stopping"]:
-        values["eval_steps"] = values["eval_steps"] or 1
-    return ml.TrainConfig(**values)
+run_configs = configs(RunConfig, adapter=st.none(), eval_split=st.floats(0, 0.99))
+quantize_configs, data_configs = configs(ml.QuantizeConfig), configs(ml.DataConfig)
+shares_or_counts = st.floats(0, 0.99) | st.integers(1, 99).map(float)
+train_configs = configs(ml.TrainConfig, warmup_steps=shares_or_counts, eval_steps=st.integers(1, 99))
 
 
-data_configs = st.builds(
-    ml.DataConfig,
-    max_length=st.integers(1, 9999),
-    train_on=st.sampled_from(["completion", "assistant", "all"]),
-    prompt_style=st.sampled_from(["auto", "alpaca", "own.jinja"]),
-    system=st.none() | st.just("Be brief."),
-    text_field=st.none() | st.just("body"),
-    allow_special=st.booleans(),
-    skip_bad_rows=st.booleans(),
-)
-quantize_configs = st.builds(
-    ml.QuantizeConfig,
-    quantize=st.sampled_from(["none", "nf4"]),
-    double_quant=st.booleans(),
-    quantize_skip=st.lists(st.sampled_from(["down_proj", "layers.0"]), max_size=2).map(tuple),
-)
-run_configs = st.builds(
-    RunConfig,
-    **dict.fromkeys(("model", "general_data", "out", "device"), st.text("ab /.-", min_size=1)),
-    data=st.lists(st.text("ab /.", min_size=1), min_size=1, max_size=3).map(tuple),
-    eval_split=st.floats(0, 0.99),
-    report=st.sampled_from(["none", "tensorboard", "trackio", "wandb"]),
-    samples=st.integers(0, 9),
-    dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
-    resume=st.sampled_from(["auto", "never"]),
-)
-
-
-@given(run_configs | lora_configs() | data_configs | train_configs(), st.booleans())
+@given(run_configs | quantize_configs | lora_configs() | data_configs | train_configs, st.booleans())
 @example(ml.LoraConfig(target_modules=("q", "v"), layers_to_transform=(1, 3), layers_pattern=("h", "layers")), True)
 @example(ml.LoraConfig(use_dora=True, use_rslora=True, modules_to_save=("a", "b"), trainable_token_indices=(5,)), True)
 @example(ml.LoraConfig(lora_bias=True, bias="all", init_lora_weights=False, trainable_token_indices={"a": (3,)}), True)
@@ -217,27 +195,12 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; did you mean --learning-rate?\n"),
         (["finetune", "--recompute", "mlp"], "--recompute is unknown; did you mean --gradient-checkpointing?\n"),
-        (["finetune", "--lora_rank", "1"], "--lora-rank is unknown; did you mean --lora-r?\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),
-        *(
-            (["finetune", flag, "1"], f"{flag} is unknown; {advice}\n")
-            for flags, advice in {
-                "--bf16 --fp16": "use --dtype float32 or bfloat16",
-                "--val-data --validation-data": "did you mean --eval-data?",
-                "--grad-accum --gradient-accumulation": "did you mean --gradient-accumulation-steps?",
-                "--task --task-type": "it is a recipe: see recipes/classify_texts.py in minilora's repository",
-                "--target-parameters": "it is a recipe: see recipes/experts.py in minilora's repository",
-                "--optim --optimizer": "there is none: the optimizer is AdamW",
-                "--wandb --wandb-project": "use --report wandb",
-                "--deepspeed --fsdp": "there is none; use torchrun --nproc-per-node N -m minilora finetune",
-            }.items()
-            for flag in flags.split()
-        ),
+        (["finetune", "--fp16"], "--fp16 is unknown; use --dtype float32 or bfloat16\n"),
+        (["finetune", "--task", "a"], f"--task is unknown; {in_recipe('classify_texts')}\n"),
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
-        (["finetune", "--seed=1", "--seed", "1"], "--seed is given twice"),
         (["finetune", "--target-modules", "q_proj", "v_proj"], "unexpected argument 'v_proj'; quote a value that has"),
-        (["generate", "--prompt", "the", "cat"], "unexpected argument 'cat'; quote a value that has spaces"),
         (["generate", "--prompt=a", "--prompts=b"], "not allowed with"),
         (["inspect"], "minilora inspect: the following arguments are required: PATH"),
         (["eval"], "minilora eval: the following arguments are required: --data"),
@@ -299,7 +262,7 @@ def as_toml(values):
 
 
 @given(
-    st.tuples(run_configs, quantize_configs, lora_configs(), data_configs, train_configs()),
+    st.tuples(run_configs, quantize_configs, lora_configs(), data_configs, train_configs),
     st.sampled_from([".toml", ".json", "run.json"]),
     st.booleans(),
 )
@@ -311,7 +274,7 @@ def test_a_configuration_file_survives(tmp_path_factory, configs, kind, has_dash
     assert resolved(path) == configs
 
 
-@given(train_configs(), st.integers(1, 99), st.sampled_from([1e-5, 0.5]))
+@given(train_configs, st.integers(1, 99), st.sampled_from([1e-5, 0.5]))
 def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, batch_size, rate):
     path = tmp_path_factory.mktemp("config") / "config.json"
     path.write_text(json.dumps(flat(training)))
@@ -325,10 +288,7 @@ def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_nam
         ("lora_r = 2.5\nuse_rslora = 1", "r is 2.5, need int; use_rslora is 1, need bool"),
         ('use_rslora = "no"', "use_rslora is 'no', need bool"),
         ("learning_rate = true", "learning_rate is True, need float"),
-        ("seed = true", "seed is True, need int"),
-        ("model = 5\ndata = 'x'", "model is 5, need str"),
         ('resume = "maybe"', "resume is 'maybe'"),
-        ('lr_scheduler = "step"', "lr_scheduler is 'step'"),
         ("target_modules = [1]", "target_modules is (1,)"),
         ("rank_pattern = [1]", "rank_pattern is [1]"),
         ("lerning-rate = 1", "key 'lerning-rate' is unknown; did you mean 'learning_rate'?"),
@@ -445,21 +405,16 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
         ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),
-        ("finetune --model=model --data=data --lora-r=0", "r is 0"),
         ("finetune --model=model --data=data --epochs=inf --batch-size=0", "epochs is inf"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("generate --adapter=nowhere --prompt=a", "nowhere: no such directory"),
-        ("generate --model= --prompt=a", "the name is empty; leave it out, or name something"),
         ("finetune --model=model --data=", "data is empty; leave it out, or name something"),
-        ("finetune --model=model --data=data --out=", "out is empty; leave it out, or name something"),
         ("eval --model=model --data=", "the name is empty; leave it out, or name something"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),
         ("merge --adapter=adapter --out=many.jsonl", "many.jsonl: is a file"),
-        ("eval --data=data --adapter=", "the name is empty; leave it out, or name something"),
         ("eval --model=model --data=many.jsonl --metric=choice", "needs rows with few distinct answers"),
-        ("eval --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
     ):
         out, err = run(*words.split(), status=1)
         assert out == ""
@@ -502,14 +457,6 @@ def test_that_nobody_reads_on_is_no_error(run, monkeypatch):
     with open(writing, "w") as output:
         monkeypatch.setattr(sys, "stdout", output)
         run("generate", "--model=model", "--prompt=the cat", "--temperature=2", status=cli.BROKEN_PIPE)
-
-
-@pytest.mark.long
-def test_that_nobody_reads_on_is_no_error_in_a_shell():
-    command = f"{sys.executable} -m minilora finetune --help | head -1; echo ${{PIPESTATUS[0]}}"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert found.stderr == ""
-    assert found.stdout.splitlines()[-1] in ("0", "141")
 
 
 def test_python_m_minilora_is_the_command(monkeypatch, capsys):
