@@ -17,14 +17,7 @@ from minilora.errors import ConfigError
 from minilora.files import BUILTIN
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
-from minilora.models.checkpoint import (
-    build_on_meta,
-    load_model,
-    pick_device,
-    save_model_files,
-    stored_dtype,
-    stored_weights,
-)
+from minilora.models.checkpoint import load_model, pick_device, save_model_files, stored_dtype
 from minilora.models.config import read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
@@ -43,17 +36,14 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    device = pick_device(options["device"])
-    config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
     location = locate(options["model"], "model")
-    read = read_config(location.path)
-    if is_four_bit(read.source):
+    source = read_config(location.path).source
+    if is_four_bit(source):
         raise ConfigError(f"{location.name}: is quantized already")
-    dtype = stored_dtype(read.source)
-    model = load_model(location.path, dtype, "meta", config)
-    weights = stored_weights(location.path, build_on_meta(read), dtype, device, config)
+    config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
+    model = load_model(location.name, stored_dtype(source), pick_device(options["device"]), config)
     with new_directory(options["out"]) as out:
-        save_model_files(model, out, find_tokenizer(location.name), weights=weights)
+        save_model_files(model, out, find_tokenizer(location.name))
         size = _describe_size(model, out)
     print(f"{size}\nmodel written to {options['out']}")
     return 0
