@@ -28,11 +28,21 @@ import minilora as ml
 from benchmarks import results
 from benchmarks.make import random_model
 from benchmarks.work import LLAMA_1B
-from minilora.cli.forecast import KEYS, SHAPES, default_plan
+from minilora.cli.forecast import default_plan
+from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
 from minilora.runs.memory import Plan, Shard, amount, forecast
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+SHAPES = {  # of Llama 2, and of the largest Llama 3.1
+    "7B": (32000, 4096, 11008, 32, 32, 32),
+    "70B": (32000, 8192, 28672, 80, 64, 8),
+    "405B": (128256, 16384, 53248, 126, 128, 8),
+}
 FITS = (("7B", 2, 24), ("70B", 8, 24), ("405B", 16, 80))  # ranks, and GB of each
 
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4}
@@ -79,10 +89,15 @@ CASES = (
 )
 
 
+def known_config(size: str) -> LlamaConfig:
+    """Return the config of one of the `SHAPES`."""
+    return parse_config({"model_type": "llama", **dict(zip(KEYS, SHAPES[size], strict=True))})
+
+
 def fits() -> Iterator[list[str]]:
     """Yield the rows of the table of memory: the terms of a rank, with blocks recomputed, and whether they fit."""
     for size, N, room in FITS:
-        config = parse_config({"model_type": "llama", **dict(zip(KEYS, SHAPES[size], strict=True))})
+        config = known_config(size)
         for method in ("LoRA", "QLoRA"):
             for shard in get_args(Shard):
                 plan = default_plan(config, method, torch.device("meta"), N, shard)  # any GPU

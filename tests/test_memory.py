@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
+from benchmarks.scale import known_config
 from minilora import cli
 from minilora.cli import forecast as pages
 from minilora.data import Batch
@@ -181,11 +182,6 @@ def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter_and_keep_best_four_mor
     assert best.peak - found.peak == 4 * count
 
 
-def test_a_long_evaluation_may_take_more_than_a_step():
-    short = plan(tiny_config(), ml.LoraConfig())
-    assert forecast(replace(short, evaluated=[[64] * 60])).peak > forecast(replace(short, evaluated=[[2]])).peak
-
-
 # --- what fits ---
 
 
@@ -282,28 +278,33 @@ def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
     )
 
 
-def test_a_config_json_is_enough_for_a_page_with_known_sizes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pages, "SHAPES", {name: pages.SHAPES[name] for name in ("7B", "70B")})
+def test_a_config_json_is_enough_for_a_page(tmp_path, capsys):
     source = {key: value for key, value in tiny_config().source.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(source))
     assert cli.main(["inspect", str(tmp_path), "--memory"]) == 0
-    page = capsys.readouterr().out
-    assert "4 rows of 1,024 tokens" in page
-    assert max(map(len, page.splitlines())) <= 120
-    found = forecast(pages.default_plan(parse_config(source), "LoRA", CPU))
-    row = next(line for line in page.splitlines() if line.startswith("  LoRA  "))
-    assert cells(row)[1:] == [amount(value) for value in (*vars(found).values(), found.peak)]
-    for name, least in zip(pages.SHAPES, (13.4, 137.9), strict=True):
-        rows = page.split(f"\n{name}\n")[1].splitlines()[1:6]
-        full, dense, _, packed, _ = (float(cells(row)[1].split()[0].replace(",", "")) for row in rows)
-        assert abs(full - 2 * dense) <= 0.2  # each is rounded to a tenth
-        assert least <= dense <= least + 0.2
-        assert packed < 0.3 * dense
+    settings, table = capsys.readouterr().out.split("\n\n")
+    assert "4 rows of 1,024 tokens" in settings
+    assert max(map(len, table.splitlines())) <= 120
+    for row, (method, way) in zip(table.splitlines()[1:], pages.METHODS, strict=True):
+        found = forecast(pages.default_plan(parse_config(source), method, CPU).checkpointed(way))
+        name = method if way == "none" else f"{method}, {way}"
+        assert cells(row) == [name, *(amount(value) for value in (*vars(found).values(), found.peak))]
+
+
+@pytest.mark.parametrize(("size", "least"), [("7B", 13.4), ("70B", 137.9)])
+def test_the_weights_of_known_sizes_are_those_of_their_parameters(size, least):
+    full, dense, packed = (
+        forecast(pages.default_plan(known_config(size), method, CPU)).weights / 1e9
+        for method in ("full fine-tune", "LoRA", "QLoRA")
+    )
+    assert full == 2 * dense
+    assert least <= dense <= least + 0.2
+    assert packed < 0.3 * dense
 
 
 def test_a_directory_without_a_config_json_is_refused(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path), "--memory"]) != 0
-    assert "holds no config.json" in capsys.readouterr().err
+    assert f"{tmp_path / 'config.json'}: cannot be read" in capsys.readouterr().err
 
 
 def test_amounts_are_told_in_powers_of_a_thousand():

@@ -10,11 +10,11 @@ import torch
 
 import minilora as ml
 import minilora.runs.inputs
+from benchmarks.scale import known_config
 from minilora import cli
-from minilora.cli import main
-from minilora.cli.forecast import SHAPES
-from minilora.files import BUILTIN
+from minilora.cli.forecast import METHODS, default_plan
 from minilora.runs.dataset import Dataset
+from minilora.runs.memory import amount, forecast
 from scripts import api, front
 from tests.models import long, tiny_model
 from tests.runs import flags_of, type_in, write_rows
@@ -101,15 +101,14 @@ def test_the_code_that_the_readme_quotes_is_that_of_the_page():
         assert ast.unparse(there) == ast.unparse(function)
 
 
-def test_the_tables_of_readme_and_docs_are_what_was_measured_inspect_prints_and_the_docstrings_say(capsys):
+def test_the_tables_of_readme_and_docs_are_what_was_measured_forecast_and_said_in_docstrings():
     rounds = front.measured()[1]
     assert front.table(rounds, front.IN_README) in README
     assert front.table(rounds, front.WORKS) in PAGES["results.md"]
     assert PAGES["api.md"] == api.page()
-    assert main(["inspect", BUILTIN, "--memory"]) == 0
-    printed = capsys.readouterr().out
-    for size in SHAPES:
-        peaks = [row.rsplit("  ", 1)[1].strip() for row in printed.partition(f"\n{size}\n")[2].splitlines()[1:6]]
+    for size in ("7B", "70B"):
+        plans = [(default_plan(known_config(size), method, torch.device("cpu")), way) for method, way in METHODS]
+        peaks = [amount(forecast(plan.checkpointed(way)).peak) for plan, way in plans]
         assert f"| {' | '.join([size, *peaks])} |" in PAGES["results.md"]
 
 

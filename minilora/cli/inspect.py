@@ -22,10 +22,9 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from minilora.adapters.config import flag
 from minilora.adapters.layout import PEFT_DEFAULTS
 from minilora.cli import Options, forecast
-from minilora.errors import ConfigError, printable
+from minilora.errors import printable
 from minilora.files import TensorEntry
 from minilora.tools.inspect import inspect_path
 
@@ -40,10 +39,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> int:
-    idle = {"json": False} if options["memory"] else {"world": None, "shard": "none", "device": "auto"}
-    if given := [flag(name) for name, unset in idle.items() if options[name] != unset]:
-        advice = "leave --memory out" if options["memory"] else "give --memory too"
-        raise ConfigError(f"{', '.join(given)}: without effect; {advice}")
     if options["memory"]:
         print(forecast.memory_page(options))
         return 0

@@ -12,7 +12,6 @@ window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -253,42 +252,43 @@ def varlen_attention(
     return cast(Tensor, varlen_attn(q, k, v, *where, window_size=(before, 0), enable_gqa=q.size(1) != k.size(1)))
 
 
-@dataclass(frozen=True)
 class OutlinedAttention:
     """Attention of documents on "meta", which keeps for the backward pass what it would keep on another device.
 
-    A block takes it in the place of `llama.Documents`. On "meta" itself, PyTorch's attention would keep all scores.
+    The decoder takes it in the place of `llama.Documents`. On "meta" itself, PyTorch's attention would keep all scores.
     """
 
-    device: torch.device
-    lengths: list[int]
+    def __init__(self, device: torch.device, lengths: Sequence[int]):
+        self.device, self.lengths = device, lengths
+        self.spans = [range(length) for length in lengths]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Return a tensor of the shape of `causal_attention`'s."""
         like = torch.empty(0, q.size(-1), dtype=q.dtype, device=self.device)
         chosen = select_kernel(like, self.lengths, window)
-        if chosen is block_attention:
-            return block_attention(q, k, v, self.lengths, self.lengths, window)
         if chosen is varlen_attention:
-            return cast(Tensor, _FusedOutline.apply(q, k, v)[0])
+            return cast(Tensor, _Outline.apply(q, k, v, True)[0])
+        if chosen is block_attention:
+            return cast(Tensor, _Outline.apply(q.clone(), k.clone(), v.clone(), False)[0])
         if self.device.type != "cpu":  # as in `fused_attention`
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        return cast(Tensor, _FusedOutline.apply(q, k, v)[0].clone())  # whose outputs are concatenated
+        return cast(Tensor, _Outline.apply(q, k, v, True)[0].clone())  # whose outputs are concatenated
 
 
-class _FusedOutline(torch.autograd.Function):
-    """What a fused kernel keeps, without what it computes: q, k, v, o, and log Σ exp of the scores in float32."""
+class _Outline(torch.autograd.Function):
+    """What a kernel keeps, without what it computes: q, k, v; a fused one also o, and log Σ exp of the scores."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
         return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
+        *qkv, fused = inputs
+        ctx.save_for_backward(*qkv, *(output if fused else ()))
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, do: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None

@@ -7,10 +7,9 @@ another device. So the count needs no formula that would have to follow the code
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,21 +41,3 @@ class Live(TorchDispatchMode):
     def _let_go(self, place: int, size: int) -> None:
         self.storages.remove(place)
         self.now -= size
-
-
-class Need(NamedTuple):
-    """The bytes of a forward and backward pass."""
-
-    kept: int  # what autograd saves between the two
-    working: int  # the most that lives besides
-    learns: bool  # whether the result has a gradient
-
-
-def measure(compute: Callable[[], Tensor], known: Iterable[Tensor]) -> Need:
-    """Compute something and its backward pass, and count what lives, except the `known` tensors and the result."""
-    with Live(known) as live:
-        result = compute()
-        kept, learns = live.now - result.nbytes, result.requires_grad
-        if learns:
-            result.backward(torch.empty_like(result))
-    return Need(kept, live.most - kept - result.nbytes, learns)

@@ -1,11 +1,8 @@
 """Forecast how much memory a run takes, and choose and check what fits.
 
 The model is built on the device "meta", which has no storage, with its adapter. Weights, gradients and moments are the
-sizes of its parameters. What a step needs besides is counted while one block of each kind, and the loss, run there
-forward and backward (`runs/live.py`). Only what an evaluation takes, what ranks exchange and what libraries hold is
-estimated.
-
-    N  tokens of a micro-batch    D  hidden_size
+sizes of its parameters. A step with one block of each kind runs there, and what lives is counted (`runs/live.py`). Only
+what ranks exchange and what libraries hold is estimated.
 """
 
 from __future__ import annotations
@@ -13,14 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
@@ -32,14 +28,10 @@ from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
-from minilora.runs.evaluate import DRIFT_TOKENS
-from minilora.runs.live import Need, measure
-from minilora.runs.objective import eval_groups
+from minilora.runs.live import Live
 from minilora.runs.sampler import plan_steps, set_dropout_step
 from minilora.runs.system import free_memory_bytes
 
-WIDE = 4  # bytes of a float32
-FORGETTING_COPIES = 5  # tensors of all tokens' probabilities that exist at once in `measure_forgetting`
 # What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 200_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
@@ -57,7 +49,6 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     rows: Sequence[tuple[int, int]] | NDArray[Any]  # tokens and labelled tokens of each training row, (rows, 2)
-    evaluated: Sequence[Sequence[int] | NDArray[Any]] = ()  # tokens of each row of every split that is evaluated
     world: int = 1  # number of ranks; the forecast is that of one
     shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
 
@@ -81,8 +72,8 @@ class Forecast:
     gradients: int  # of everything that is trained
     moments: int
     activations: int  # what autograd saves of a micro-batch
-    # The most that lives besides: in the loss, in a block's backward pass, or in an evaluation, which needs no
-    # activations. Of a base that is sharded also the weights of two blocks: the one that is computed, and the next.
+    # The most that lives besides: in the loss, or in a block's backward pass. Of a base that is sharded also the
+    # weights of two blocks: the one that is computed, and the next.
     working: int
     overhead: int  # what libraries hold besides tensors
 
@@ -97,23 +88,23 @@ def forecast(plan: Plan) -> Forecast:
     Raises:
         TargetError: the adapter's config names modules that the model does not have.
     """
-    model, shards = build_base(plan), plan.world if plan.shard == "base" else 1
-    layers, base = model.model.layers, _tensor_bytes(model)
-    blocks = [sum(_share_bytes(p, shards) for p in block.parameters()) for block in layers]
+    model = build_base(plan)
+    base, layers = _tensor_bytes(model), model.model.layers
+    shards = plan.world if plan.shard == "base" else 1  # each has ⌈rows / shards⌉ rows of a parameter
+    blocks = [sum(-(-len(p) // shards) * p[0].nbytes for p in block.parameters()) for block in layers]
     weights = base - _tensor_bytes(layers) + sum(blocks)
     if plan.lora is None:
         model.requires_grad_(True)
     else:
         with torch.device("meta"):  # start values would take memory
             attach(model, plan.lora)
-    set_dropout_step(model.to("meta").train(), 0)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     best = gradients if plan.training.keep == "best" else 0
     adapters = _tensor_bytes(model) - base + best
+    kept, working = _measure_step(plan, model)
     sent = gradients if plan.world > 1 else 0  # the buffer in which the ranks' gradients are added
     gathered = 2 * shards * max(blocks) if shards > 1 else 0
-    kept, working = _measure_step(plan, model)
-    working = max(working, sent - kept, _evaluation_bytes(plan) - kept) + gathered
+    working = max(working, sent - kept) + gathered
     overhead = int(FRAGMENTS * (kept + working)) + (LIBRARIES if plan.device.type == "cpu" else 0)
     return Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
 
@@ -139,56 +130,38 @@ def _tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _share_bytes(parameter: Tensor, shards: int) -> int:
-    """Return the bytes of a rank's share of the rows of a parameter, ⌈rows / shards⌉ of them."""
-    return -(-len(parameter) // shards) * (parameter.nbytes // len(parameter))
+def _measure_step(plan: Plan, model: Llama) -> tuple[int, int]:
+    """Return what autograd saves of the largest micro-batch, and the most that lives besides.
 
-
-def _evaluation_bytes(plan: Plan) -> int:
-    """Return what the largest forward pass of an evaluation takes, within an MLP and for tokens' probabilities."""
-    batches = (np.asarray(split)[rows].sum() for split in plan.evaluated for rows in eval_groups(split))
-    N, config = max(map(int, batches), default=0), plan.config
-    mlp = 3 * plan.dtype.itemsize * N * (config.hidden_size + config.intermediate_size)
-    return mlp + FORGETTING_COPIES * WIDE * min(N, DRIFT_TOKENS) * config.vocab_size
-
-
-def _measure_step(plan: Plan, model: Any) -> tuple[int, int]:
-    """Return what autograd saves of the largest micro-batch, and the most that lives besides."""
-    (lengths, labelled), decoder, way = plan.batch(), model.model, plan.training.gradient_checkpointing
-    N, D = sum(lengths), plan.config.hidden_size
-    angles = plan.config.rope.rotation([range(length) for length in lengths], torch.device("cpu"))
-    rotation = tuple(table.to("meta", plan.dtype) for table in angles)
-    tokens, positions, labels = (torch.empty(n, dtype=torch.int64, device="meta") for n in (N, labelled, labelled))
-    inputs = (*rotation, tokens, positions, labels)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    known = (*model.parameters(), *model.buffers(), *gradients, *inputs)
-
-    def hidden(learns: bool) -> Tensor:
-        return torch.empty(N, D, dtype=plan.dtype, device="meta", requires_grad=learns)
-
-    def loss() -> Tensor:
-        x = hidden(any(p.requires_grad for p in decoder.parameters()))
-        return cross_entropy(decoder.norm(x).index_select(0, positions), labels, model.get_output_embeddings())
-
-    def run(block: Any, learns: bool) -> Tensor:
-        arguments = (hidden(learns), rotation, OutlinedAttention(plan.device, lengths), way)
-        return checkpoint(block, *arguments, use_reentrant=False) if way == "block" else block(*arguments)
-
-    last, embedding = measure(loss, known), decoder.embed_tokens.weight
-    # The gradient of a tied head waits for that of the embedding.
-    waiting = embedding.nbytes if embedding.requires_grad and plan.config.tie_word_embeddings else 0
-    kept, working = sum(tensor.nbytes for tensor in inputs), last.kept + last.working
-    learns, needs = any(p.requires_grad for p in decoder.embed_tokens.parameters()), dict[Any, Need]()
+    A step runs through one block of each kind, whose share counts as often as there are such blocks.
+    """
+    kinds: dict[Any, list[nn.Module]] = {}
+    decoder, learns = model.model, model.model.embed_tokens.weight.requires_grad
     for block, window in zip(decoder.layers, plan.config.windows, strict=True):
         kind = (learns, window, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
-        if kind not in needs:
-            needs[kind] = measure(partial(run, block, learns), known)
-        kept += needs[kind].kept
-        working = max(working, needs[kind].working + waiting)
-        learns = needs[kind].learns
-    return kept, working
+        kinds.setdefault(kind, []).append(block)
+        learns = learns or any(p.requires_grad for p in block.parameters())
+    decoder.layers = nn.ModuleList(blocks[0] for blocks in kinds.values())
+    set_dropout_step(model.to("meta").train(), 0)
+    known = [*model.parameters(), *model.buffers()]
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.zeros_like(parameter)
+        known.append(parameter.grad)
+    lengths, labelled = plan.batch()
+    tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
+    marks: list[int] = []  # bytes that live before each block, and after the last one
+    with Live(known) as live:
+        for module in (*decoder.layers, decoder.norm):
+            module.register_forward_pre_hook(lambda *_: marks.append(live.now))
+        hidden = decoder(tokens, OutlinedAttention(plan.device, lengths), plan.training.gradient_checkpointing)
+        hidden = hidden.index_select(0, tokens[:labelled])
+        loss = cross_entropy(hidden, tokens[:labelled], model.get_output_embeddings())
+        del hidden
+        kept = live.now
+        loss.backward()
+    saved = zip(kinds.values(), pairwise(marks), strict=False)  # a block that is recomputed adds further marks
+    more = sum((len(blocks) - 1) * (after - before) for blocks, (before, after) in saved)
+    return kept + more, live.most - kept
 
 
 def choose_plan(plan: Plan) -> tuple[Plan, Forecast]:

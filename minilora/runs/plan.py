@@ -55,7 +55,6 @@ def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: tor
         resolve_dtype(dtype, base.config.source, device),
         device,
         sizes_of(data.train),
-        [split.lengths for split in (data.valid, data.test, data.general)],
         ranks,
         "none" if is_full or ranks == 1 else settings.run.shard,
     )
