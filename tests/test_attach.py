@@ -14,7 +14,7 @@ from minilora.adapters.attach import delete_adapter, linear_layers, merged
 from minilora.lora import LoraAdapter
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
-from minilora.testing.compare import assert_maths, assert_precision, maths
+from minilora.testing.compare import assert_maths, maths
 from tests import models
 from tests.files import same_state
 from tests.models import (
@@ -118,21 +118,6 @@ def test_what_was_merged_for_a_while_comes_back_to_the_bit_also_after_an_interru
     assert adapter_layers(model) == layers
     assert torch.equal(model(IDS), expected)
     same_state(model, before)
-
-
-@models.examples(0.4)
-@given(seeds)
-def test_merged_weights_are_as_precise_as_applied_adapters_in_bfloat16(seed):
-    ids, logits = token_ids(seed, 8, 20), {}
-    for dtype in (torch.float64, torch.bfloat16):
-        model = tiny_model(seed=seed, dtype=torch.bfloat16).to(dtype)
-        ml.attach(model, ml.LoraConfig(r=4, lora_alpha=8), dtype=torch.float32, seed=seed)
-        models.perturb_(model, seed)
-        with torch.no_grad():
-            logits[dtype] = model(ids)
-            with merged(model):
-                folded = model(ids)
-    assert_precision(folded, logits[torch.bfloat16], logits[torch.float64])
 
 
 def test_switching_moves_no_number_and_deleting_leaves_the_others():

@@ -1,7 +1,6 @@
 """The commands on a base of four bits: what they do, what they say, and what they write down."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from minilora.files import TensorFile, read_json, write_tensors
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import held_out_loss
 from minilora.tools.merging import Merge, merge_directory
-from tests.files import change, same_state
+from tests.files import same_state
 from tests.models import WHOLE, long, tiny_model
 from tests.runs import QUICK, everything, unfinished, write_rows
 from tests.text import write_tokenizer
@@ -157,12 +156,6 @@ def test_how_to_quantize_is_not_said_where_nothing_is_quantized(run):
             assert f"{named}: without effect; give --quantize nf4 too" in run(*command, *words, status=1).err
 
 
-def test_how_a_base_is_to_be_held_is_compared_with_how_it_lies(run):
-    said = run("generate", "--prompt=a", "--model=nf4", "--quantize=nf4", "--no-double-quant", status=1).err
-    assert "nf4: is quantized already, as nf4; 'none' loads it as it is" in said
-    assert run("generate", "--prompt=a", "--model=nf4", "--quantize=nf4").out
-
-
 def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
     model = ml.load_model(directory / "model", quantize="nf4")
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)
@@ -218,28 +211,13 @@ def test_what_is_dense_is_written_in_the_dtype_of_the_config_though_slow(
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path):
     for words, named in (
         ("quantize --model=nf4", "nf4: is quantized already"),
-        ("quantize --model=model --quantize-skip=proj", "quantize_skip 'proj' names no linear module"),
-        ("quantize --model=model --quantize-skip=self_attn,mlp", "leaves nothing to quantize"),
         ("merge --adapter=on-nf4 --target=original", "is quantized as nf4; the target 'original' needs the 16-bit"),
-        ("merge --adapter=dense --target=requantized", "the target 'requantized' needs linears quantized as nf4"),
         ("merge", "there is nothing to merge: give --adapter"),
         ("quantize --model=model --out=nf4", "nf4: holds files"),
     ):
         out = [] if "--out" in words else [f"--out={tmp_path / 'out'}"]
         assert named in run(*words.split(), *out, status=1).err
         assert not (tmp_path / "out").exists()
-
-
-def test_quantize_names_the_tensor_that_is_not_finite(directory, run, tmp_path):
-    model = ml.load_model(directory / "model")
-    ml.save_model(model, tmp_path / "bad", ml.load_tokenizer(directory / "model"))
-    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    weight[3, 3] = math.nan  # which minilora itself does not write
-    change(tmp_path / "bad", {"model.layers.0.mlp.up_proj.weight": weight})
-    said = run("quantize", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'new'}", status=1).err
-    assert "model.layers.0.mlp.up_proj.weight" in said
-    assert "model.safetensors" in said
-    assert not list((tmp_path / "new").glob("*"))
 
 
 # --- minilora merge ---

@@ -246,28 +246,6 @@ def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path
     assert sum(p.nbytes for p in model.parameters()) > 4 * peak
 
 
-@pytest.mark.parametrize("after", [0, 5])
-def test_an_interrupted_merge_leaves_nothing_that_looks_whole_and_can_be_done_again(things, monkeypatch, after):
-    calls = []
-
-    def interrupted(*values):
-        calls.append(values)
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return squared_norms(*values)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(merging, "squared_norms", interrupted)
-        patched.setattr(merging, "SHARD_BYTES", SHARD)
-        with pytest.raises(KeyboardInterrupt):
-            merge(things)
-    assert not holds_files(things / "out")
-    with pytest.raises(FormatError):
-        ml.load_model(things / "out")
-    merge(things)
-    ml.load_model(things / "out")
-
-
 def numbers(weight):
     """What a weight stands for, by numpy alone."""
     if not isinstance(weight, NF4Linear):
