@@ -95,8 +95,7 @@ def test_a_prompt_is_a_users_turn_where_there_is_a_chat_template_unless_it_is_ra
 
 def test_standard_input_is_one_prompt_without_its_last_line_end(directory, command):
     for stdin, prompt in (("the cat\nsat\n", "the cat\nsat"), (" the cat\n\n", " the cat\n"), ("the cat", "the cat")):
-        assert command("--prompt=-", stdin=stdin) == written(directory, prompt) + "\n"
-    assert command(stdin=stdin) == command("--prompt=-", stdin=stdin)
+        assert command(stdin=stdin) == written(directory, prompt) + "\n"
 
 
 def test_text_is_printed_piece_by_piece_as_it_is_written(directory, monkeypatch, command):
@@ -225,7 +224,6 @@ def test_instruction_rows_are_asked_in_alpacas_form_where_the_model_has_no_templ
 def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_line(directory, command, tmp_path):
     rows = [{"prompt": text, "text": written(directory, text)} for text in ("the cat", "the sea")]
     assert rows_of(command("--prompt=the cat", "--prompt=the sea")) == rows
-    assert rows_of(command("--prompt=the cat", "--prompt=-", stdin="the sea\n")) == rows
     assert rows_of(command("--prompt=the cat", "--json")) == rows[:1]
     (tmp_path / "prompts.txt").write_bytes("\ufeffthe cat\r\n\n  \nthe sea".encode())
     assert rows_of(command("--prompts", tmp_path / "prompts.txt")) == rows

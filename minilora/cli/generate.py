@@ -32,7 +32,6 @@ from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
 
-STDIN = "-"
 BATCH_SIZE = 8  # texts that are generated at a time
 Asked = tuple[Fields, list[int]]  # the fields that are printed, and the prompt's tokens
 Write = Callable[..., list[str]]  # `generate_text` with a model and its tokenizer
@@ -47,7 +46,7 @@ def add_flags(parser: Parser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a prompt; repeat the flag for several; -: read standard input, as is done without --prompt and --prompts",
+        help="a prompt; repeat the flag for several; without --prompt and --prompts standard input is read",
     )
     one_of.add_argument(
         "--prompts",
@@ -104,20 +103,20 @@ def read_prompts(options: Options) -> list[Row]:
         ConfigError: there is no prompt.
         DataError, FormatError: the file cannot be read.
     """
-    file, texts = options["prompts"], options["prompt"]
-    if file is not None and not file.endswith(".txt"):
-        return read_eval_rows(file)
-    if file is not None:
-        lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
-        rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
-        if not rows:
-            raise DataError(f"{file}: there are no prompts")
-        return rows
-    if not texts and sys.stdin.isatty():
+    file = options["prompts"]
+    if options["prompt"]:
+        return [Row({"prompt": text}, "--prompt") for text in options["prompt"]]
+    if file is None and sys.stdin.isatty():
         raise ConfigError("give --prompt TEXT, --prompts FILE, or a prompt on standard input")
-    texts = texts or [STDIN]
-    stdin = sys.stdin.read().removesuffix("\n") if STDIN in texts else ""
-    return [Row({"prompt": stdin}, "standard input") if t == STDIN else Row({"prompt": t}, "--prompt") for t in texts]
+    if file is None:
+        return [Row({"prompt": sys.stdin.read().removesuffix("\n")}, "standard input")]
+    if not file.endswith(".txt"):
+        return read_eval_rows(file)
+    lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
+    rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise DataError(f"{file}: there are no prompts")
+    return rows
 
 
 def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) -> list[list[int]]:
