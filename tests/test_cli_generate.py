@@ -282,13 +282,6 @@ def test_the_base_model_is_found_by_the_adapter_and_its_text_stands_above_that_o
     assert rows_of(command(*words, "--compare-base", "--json")) == [row]
 
 
-def test_a_model_is_asked_by_the_template_that_lies_beside_its_adapter(directory, command, tmp_path):
-    shutil.copytree(directory / "model-adapter", tmp_path / "run")
-    (tmp_path / "run" / "chat_template.jinja").write_text("Q: {{ messages[0].content }} A:")
-    expected = written(directory, "Q: the sea A:", "model-adapter")
-    assert command(f"--adapter={tmp_path / 'run'}", "--prompt=the sea") == expected + "\n"
-
-
 # --- what is refused ---
 
 
