@@ -145,17 +145,6 @@ def test_flags_decide_how_a_base_is_held_then_the_first_adapter_that_tells_and_n
     assert find({**places, **options}).quantize == expected
 
 
-def test_how_to_quantize_is_not_said_where_nothing_is_quantized(run):
-    for words, named in (
-        (["--quantize-skip=typo"], "--quantize-skip"),
-        (["--quantize-skip=down_proj", "--adapter=dense"], "--quantize-skip"),
-        (["--no-double-quant", "--quantize=none", "--adapter=quantized"], "--double-quant"),
-        (["--model=nf4", "--quantize-skip=down_proj", "--double-quant"], "--double-quant, --quantize-skip"),
-    ):
-        for command in (["generate", "--prompt=a"], ["eval", "--data=rows.jsonl"]):
-            assert f"{named}: without effect; give --quantize nf4 too" in run(*command, *words, status=1).err
-
-
 def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
     model = ml.load_model(directory / "model", quantize="nf4")
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)

@@ -109,10 +109,10 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     """Return the settings by which an adapter continues its training."""
     directory = fetch(adapter, "adapter")
     model = base_of(model, [directory])
-    quantization = recorded_quantization(fetch(model, "model"), [directory]) or QuantizeConfig()
+    quantization = recorded_quantization(fetch(model, "model"), [directory])
     prompts = Prompts.parse(read_prompt_files(directory).get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
     adapted = read_adapter(directory).config()
-    settings = {"model": model, **vars(quantization), **vars(adapted), "system": prompts.system}
+    settings = {"model": model, **quantization, **vars(adapted), "system": prompts.system}
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from minilora.adapters.attach import describe_base
-from minilora.adapters.config import flag
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, tokenizer_of, vocabulary_of
 from minilora.cli import Options, Parser, say
@@ -65,8 +63,8 @@ def find(options: Options) -> Found:
             raise
         note = f"the adapter {options['adapter'][0]} names it as its base model; --model names another"
         raise FormatError(f"{error} ({note})") from error
-    quantize = _quantization(options, base.path, paths)
-    return Found(base, paths, quantize, tokenizer_of(base.name, paths))
+    recorded = {} if options["quantize"] == "none" else recorded_quantization(base.path, paths)
+    return Found(base, paths, from_flags(QuantizeConfig, options, recorded), tokenizer_of(base.name, paths))
 
 
 def load(options: Options) -> tuple[Llama, Tokenizer]:
@@ -102,26 +100,15 @@ def base_of(model: str | None, adapters: Sequence[Path]) -> str:
     return bases[0]
 
 
-def _quantization(options: Options, base: Path, adapters: Sequence[Path]) -> QuantizeConfig:
-    """Return how to quantize the base: as the flags say, and where they are not given, as in training."""
-    recorded = None if options["quantize"] == "none" else recorded_quantization(base, adapters)
-    config = from_flags(QuantizeConfig, options, {} if recorded is None else vars(recorded))
-    given = [field.name for field in dataclasses.fields(QuantizeConfig) if options[field.name] is not None]
-    if config.quantize == "none" and (idle := [flag(name) for name in given if name != "quantize"]):
-        raise ConfigError(f"{', '.join(idle)}: without effect; give --quantize nf4 too")
-    return config
+def recorded_quantization(base: Path, adapters: Sequence[Path]) -> dict[str, Any]:
+    """Return how the base was quantized in training, by the names of the flags, as the first adapter records it.
 
-
-def recorded_quantization(base: Path, adapters: Sequence[Path]) -> QuantizeConfig | None:
-    """Return how the base was quantized in training, from the first adapter that records it.
-
-    None if no adapter does, if it was fp4, which is read but not made here, or if the base is a 4-bit checkpoint.
+    Empty if none does, if it was fp4, which is read but not made here, or if the base is a 4-bit checkpoint.
     """
-    quantization = next(filter(None, map(base_quantization, adapters)), None)
-    if quantization is None or quantization["quantize"] == "fp4" or is_four_bit(read_json(base / "config.json")):
-        return None
-    names = {field.name for field in dataclasses.fields(QuantizeConfig)}
-    return QuantizeConfig(**{name: value for name, value in quantization.items() if name in names})
+    recorded = next(filter(None, map(base_quantization, adapters)), {})
+    if recorded.get("quantize") == "fp4" or is_four_bit(read_json(base / "config.json")):
+        return {}
+    return {field.name: recorded[field.name] for field in fields(QuantizeConfig) if field.name in recorded}
 
 
 def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:

@@ -23,9 +23,7 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
     longest, limit = data.train.lengths.max(), trained_length(model.config)
     if longest > limit:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
-    if run.settings.data.prompt_style != "auto" and not data.train.conversations:
-        yield "no training row is a conversation, so --prompt-style has no effect"
-    elif data.train.completions and data.tokenizer.template:
+    if data.train.completions and data.tokenizer.template:
         yield (
             f"{data.train.completions} training rows are a plain prompt and completion, for which the model's chat "
             "template is not used; write them as `messages` to use it"
