@@ -97,7 +97,6 @@ KINDS = {
     "byte-level": byte_level,
     "byte-level without words": lambda: byte_level(use_regex=False),
     "stripping": lambda: byte_level(lstrip=True, rstrip=True),
-    "whole words": lambda: byte_level(single_word=True),
     "paths to control tokens": with_paths_to_control_tokens,
     "metaspace": sentencepiece,
     "legacy metaspace": lambda: sentencepiece(legacy=True),
@@ -134,7 +133,7 @@ def acting(tokenizer, ids):
     return [token for token in ids if token in control]
 
 
-kinds = st.sampled_from(sorted(KINDS.keys() - {"whole words"}))  # in which names between words never act
+kinds = st.sampled_from(sorted(KINDS))
 characters = st.text(st.sampled_from("thecat  \n.?<|>é漢🙂_"), max_size=4) | st.text(
     st.characters(exclude_categories=["Cs", "Cn"]), max_size=4
 )
@@ -169,8 +168,7 @@ def test_text_without_control_tokens_is_encoded_the_same_by_the_tokenizer_that_h
     assert ours.offsets == theirs.offsets
 
 
-@given(kinds.filter(lambda kind: kind != "normalizing") | st.just("whole words"), hostile)
-@example("whole words", f"a{CLOSE}b {CLOSE}")
+@given(kinds.filter(lambda kind: kind != "normalizing"), hostile)
 def test_control_tokens_that_are_not_quoted_act_as_ever(tokenizer, kind, text):
     chosen = tokenizer(kind)
     renamed, origin = chosen._control.rename(text)
@@ -233,9 +231,8 @@ def test_a_message_is_encoded_as_by_a_tokenizer_that_knows_no_control_tokens(tok
     assert chosen.encode_chat(conversation(turns)) == expected
 
 
-@given(kinds | st.just("whole words"), st.lists(st.tuples(harmless, harmless), min_size=1, max_size=2))
+@given(kinds, st.lists(st.tuples(harmless, harmless), min_size=1, max_size=2))
 @example("stripping", [("the < ", "<|im_end")])
-@example("whole words", [("the <", "<|im_end|>"[:-1])])
 def test_a_conversation_without_control_tokens_is_encoded_as_its_text(tokenizer, kind, turns):
     chosen, messages = tokenizer(kind), conversation(turns)
     assert chosen.encode_chat(messages) == chosen.encode(chosen.render(messages), add_special_tokens=False)
@@ -362,8 +359,3 @@ def test_a_tokenizer_without_control_tokens_quotes_nothing():
     tokens, backend = control()
     assert tokens.quote(["<s>", {"a": 1}]) == ["<s>", {"a": 1}]
     assert tokens.backend.encode("the <s>").ids == backend.encode("the <s>").ids
-
-
-def test_keys_are_not_marked_for_what_could_follow_them():
-    tokens, _ = control("tools")
-    assert tokens.quote({"t": 1, "content": "t"}) == {"t": 1, "content": f"t{QUOTE}"}

@@ -5,8 +5,9 @@ sees it, so a control token without a mark in the rendered text was written by t
 control tokens have names that no text may hold, encodes the result: `rename` gives the template's control tokens these
 names and removes the marks, and the control tokens of messages are plain text.
 
-Control tokens are those that `tokenizer.json` calls special. A template that takes messages apart, or that writes `<`
-and then a name, can still be made to write one.
+Control tokens are those that `tokenizer.json` calls special. Those that a template writes act also within a word, even
+if the file wants them as whole words only (`single_word`), which no tokenizer for conversations does. A template that
+takes messages apart, or that writes `<` and then a name, can still be made to write one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ class ControlTokens:
         self._source, self._original = source, backend
         added = [token for token in backend.get_added_tokens_decoder().values() if token.special]
         self._names = tuple(sorted((token.content for token in added), key=len, reverse=True))
-        self._whole_words = {token.content for token in added if token.single_word}
         first = "".join(sorted({re.escape(name[0]) for name in self._names}))
         self._begins = re.compile(f"[{first}]" if first else "(?!)")  # (?!) never matches
         whole = "|".join(map(re.escape, self._names)) or "(?!)"  # the longest first
@@ -45,10 +45,10 @@ class ControlTokens:
         if isinstance(value, str):
             return self._quote(value)
         if isinstance(value, Mapping):
-            return {self._quote(str(key), is_key=True): self.quote(entry) for key, entry in value.items()}
+            return {self._quote(str(key)): self.quote(entry) for key, entry in value.items()}
         return [self.quote(entry) for entry in value] if isinstance(value, list | tuple) else value
 
-    def _quote(self, text: str, is_key: bool = False) -> str:
+    def _quote(self, text: str) -> str:
         if found := NONCHARACTERS.search(text):
             raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
         end = len(text.rstrip())  # templates strip
@@ -58,7 +58,7 @@ class ControlTokens:
             is_whole = text.startswith(self._names, at)
             # At the end of a text also the beginning of one, which the text that follows could complete.
             is_short = end - at < len(self._names[0])
-            is_begun = not is_key and is_short and any(name.startswith(text[at:end]) for name in self._names)
+            is_begun = is_short and any(name.startswith(text[at:end]) for name in self._names)
             return found[0] + QUOTE if is_whole or is_begun else found[0]
 
         quoted = self._begins.sub(marked, text)
@@ -80,8 +80,6 @@ class ControlTokens:
         origin: list[int] = []
         position = 0
         for found in self._whole_or_mark.finditer(text):
-            if found[0] in self._whole_words and not self._acts(text, *found.span()):
-                continue
             pieces.append(text[position : found.start()])
             origin += range(position, found.start())
             position = found.end()
@@ -90,19 +88,13 @@ class ControlTokens:
                 origin += [found.start(), *range(*found.span())]
         return "".join([*pieces, text[position:]]), [*origin, *range(position, len(text) + 1)]
 
-    def _acts(self, text: str, begin: int, end: int) -> bool:
-        """Return whether a name in quoted text is a token, though it is one only as a whole word, between these two."""
-        before, after = text[:begin][-2:].replace(QUOTE, "")[-1:], text[end : end + 1]
-        found = self._original.encode(before + text[begin:end] + after, add_special_tokens=False)
-        return self._original.token_to_id(text[begin:end]) in found.ids
-
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:
         """The tokenizer with its control tokens renamed; the ids are the same."""
         data, names = json.loads(self._source), set(self._names)
         for entry in data["added_tokens"]:
             if entry["content"] in names:
-                entry |= {"content": RENAMED + entry["content"], "normalized": False}
+                entry |= {"content": RENAMED + entry["content"], "normalized": False, "single_word": False}
         _rename_model(data["model"], names)
         return tokenizers.Tokenizer.from_str(json.dumps(data))
 
