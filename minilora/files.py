@@ -98,6 +98,14 @@ def parse_json(text: str | bytes, where: str, most: int = JSON_VALUES) -> Any:
         raise FormatError(f"{where}: not JSON ({error})") from error
 
 
+def parse_object(text: str | bytes, where: str, most: int = JSON_VALUES) -> dict[str, Any]:
+    """Parse a JSON object, as `parse_json` does."""
+    value = parse_json(text, where, most)
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: found a JSON {type(value).__name__}, need an object")
+    return value
+
+
 def read_text(path: Path, most: int = JSON_BYTES, is_named: bool = False) -> str:
     """Return the text of a UTF-8 file of at most `most` bytes; for `is_named` see `open_file`."""
     with open_file(path, most, is_named) as file:
@@ -105,16 +113,11 @@ def read_text(path: Path, most: int = JSON_BYTES, is_named: bool = False) -> str
             return file.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise FormatError(f"{path}: byte {error.start} is not UTF-8") from error
-        except OSError as error:
-            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def read_json(path: Path, is_named: bool = False) -> dict[str, Any]:
     """Return the JSON object in a file."""
-    value = parse_json(read_text(path, is_named=is_named), str(path))
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: found a JSON {type(value).__name__}, need an object")
-    return value
+    return parse_object(read_text(path, is_named=is_named), str(path))
 
 
 @dataclass(frozen=True)

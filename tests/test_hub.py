@@ -10,7 +10,7 @@ from huggingface_hub import constants
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.files import ASSETS, BUILTIN, MANIFEST
-from minilora.models.hub import Location, fetch, locate, unpinned, with_revision
+from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.runs.config import RunConfig
 from tests.files import write_adapter
 from tests.hub import commit_of, serving
@@ -150,10 +150,9 @@ def test_the_base_of_an_adapter_is_named_as_load_model_takes_it(tmp_path):
 
 
 def test_only_a_commit_is_taken_out_of_a_name():
-    for name in ("org/tiny@main", "runs/a@b", "org/tiny", "/x/y@" + "0" * 40, "", BUILTIN):
+    for name in ("org/tiny@main", "runs/a@b", "org/tiny", "/x/y@" + "0" * 40, BUILTIN):
         assert unpinned(name) == (name, None)
     assert unpinned(f"org/tiny@{'0a' * 20}") == ("org/tiny", "0a" * 20)
-    assert with_revision(*unpinned(f"org/tiny@{'0a' * 20}")) == f"org/tiny@{'0a' * 20}"
 
 
 def test_a_string_that_is_no_name_of_the_hub_is_a_path(hub):
@@ -161,8 +160,7 @@ def test_a_string_that_is_no_name_of_the_hub_is_a_path(hub):
     for name in (
         *("nowhere", "./org/tiny", "/org/tiny", "~/tiny", "org/tiny/", "a/b/c", "../org/tiny", "org/..", "org\\tiny"),
         *("org/tiny@", "org/tiny@../x", "org/tiny@/x", "org/tiny@x\\y", "org/tiny@a@b", "org--tiny/x", "org/tiny\n"),
-        *("org/ti..ny", "org/tiny@a/../../x", "org/tiny@a..b"),
-        *(" org/tiny", "C:/tiny", "org/ti ny", "https://org/tiny", "örg/tiny"),
+        *("org/tiny@a/../../x", " org/tiny", "C:/tiny", "https://org/tiny", "örg/tiny"),
     ):
         with pytest.raises(ml.FormatError, match="no such directory, and not 'org/name'") as error:
             fetch(name, "model")

@@ -118,13 +118,12 @@ def test_a_directory_of_version_0_2_has_its_prompts_in_run_json(tmp_path):
     assert read_prompt_files(tmp_path) == {PROMPTS_FILE: Prompts("plain").to_json()}
 
 
-@pytest.mark.parametrize("values", [[], {"config": "a"}])
-def test_a_run_json_of_another_program_says_nothing(tmp_path, values):
-    (tmp_path / "run.json").write_text(json.dumps(values))
+def test_a_run_json_of_another_program_says_nothing(tmp_path):
+    (tmp_path / "run.json").write_text('{"config": "a"}')
     assert read_prompt_files(tmp_path) == {}
 
 
-@pytest.mark.parametrize("values", [{"form": "other"}, {"system": 5}, {"form": "plain", "more": 1}, [], {"form": None}])
+@pytest.mark.parametrize("values", [{"form": "other"}, {"system": 5}, {"form": "plain", "more": 1}, {"form": None}])
 def test_a_record_that_is_malformed_is_named(runs, tmp_path, values):
     adapter = shutil.copytree(runs / "chat-adapter", tmp_path / "adapter")
     (adapter / PROMPTS_FILE).write_text(json.dumps(values))

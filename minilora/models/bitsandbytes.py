@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, document_fields, option
-from minilora.files import TensorFile, parse_json
+from minilora.files import TensorFile, parse_object
 from minilora.nf4 import BLOCK_SIZE, DYNAMIC_MAP, LEVELS, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
 
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
@@ -117,9 +117,7 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     stored = file.read(name)
     if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
         raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
-    state = parse_json(bytes(stored.flatten().tolist()), f"{file.path}: {name}")
-    if not isinstance(state, dict):
-        raise FormatError(f"{file.path}: {name} is not a JSON object")
+    state = parse_object(bytes(stored.flatten().tolist()), f"{file.path}: {name}")
     values: list[Any] = [state.get(key) for key in ("shape", "dtype", "blocksize", "quant_type", "nested_offset")]
     shape, dtype, block_size, kind, offset = values
     is_right = {

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minilora.errors import FormatError
-from minilora.files import parse_json, read_text
+from minilora.files import parse_object, read_json, read_text
 
 PROMPTS_FILE = "minilora-prompts.json"
 PROMPT_FILES = ("chat_template.jinja", PROMPTS_FILE)
@@ -40,8 +40,8 @@ class Prompts:
     @classmethod
     def parse(cls, text: str, where: str) -> Prompts:
         """Return the prompts that a file's text describes."""
-        values = parse_json(text, where)
-        found = cls(**values) if isinstance(values, dict) and values.keys() <= {"form", "system"} else cls("")
+        values = parse_object(text, where)
+        found = cls(**values) if values.keys() <= {"form", "system"} else cls("")
         if found.form not in FORMS or not isinstance(found.system, str | None):
             raise FormatError(f"{where}: found {values!r:.80}, need `form`, one of {FORMS}, and `system`, text or null")
         return found
@@ -70,8 +70,8 @@ def _read_one(directory: Path) -> dict[str, str]:
 
 def _prompts_of_run(path: Path) -> Prompts | None:
     """Return the prompts of a run of version 0.2, which recorded them in run.json alone; None if it is of no run."""
-    values = parse_json(read_text(path), str(path))
-    config = values.get("config", {}) if isinstance(values, dict) else None
+    values = read_json(path)
+    config = values.get("config", {})
     if not isinstance(config, dict):
         return None
     if not isinstance(config.get("system"), str | None):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora.errors import ConfigError, DataError, FormatError, check_types
-from minilora.files import read_json, read_text
+from minilora.files import parse_object, read_text
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.models.tokenizer_json import no_panic, untrimmed
@@ -57,9 +57,8 @@ class Tokenizer:
         self._path = directory / "tokenizer.json"
         if not self._path.exists():
             raise FormatError(f"{directory}: there is no tokenizer.json")
-        found = [name for name in (*CONFIGS, "config.json") if (directory / name).exists()]
-        self._configs = {name: read_json(directory / name) for name in found}
-        texts = {name: read_text(directory / name) for name in found if name in CONFIGS}
+        configs = [directory / name for name in (*CONFIGS, "config.json")]
+        texts = {path.name: read_text(path) for path in configs if path.exists()}
         texts["tokenizer.json"] = read_text(self._path, TOKENIZER_BYTES)
         self._build(texts | read_prompt_files(directory), None)
 
@@ -73,7 +72,9 @@ class Tokenizer:
         with no_panic(str(self._path)):
             self._backend = tokenizers.Tokenizer.from_str(source)
             self._control = ControlTokens(source, self._backend)
-        config, older, generation, model = (self._configs.get(name, {}) for name in (*CONFIGS, "config.json"))
+        config, older, generation, model = (
+            parse_object(texts.get(name, "{}"), str(self._path.with_name(name))) for name in (*CONFIGS, "config.json")
+        )
         self.special_tokens = _special_tokens(older) | _special_tokens(config)
         stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
         named = self.token_id(self.special_tokens.get("eos_token"))
@@ -89,7 +90,7 @@ class Tokenizer:
     def with_files(self, texts: Mapping[str, str], now: datetime | None = None) -> Tokenizer:
         """Return the same tokenizer with other files, which it is saved with; its chat template takes `now` as date."""
         other = object.__new__(Tokenizer)
-        other._path, other._configs = self._path, self._configs
+        other._path = self._path
         other._build({**self._texts, **texts}, now or self._now)
         return other
 

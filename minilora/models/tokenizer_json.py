@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from minilora.errors import FormatError
-from minilora.files import parse_json
+from minilora.files import parse_object
 
 TOKENIZER_VALUES = 10**7  # in a tokenizer.json; that of 262,144 tokens has 2.4 million
 
@@ -30,9 +30,7 @@ def untrimmed(source: str, where: str) -> str:
     Raises:
         FormatError: it is no JSON object; `where` is named.
     """
-    data = parse_json(source, where, TOKENIZER_VALUES)
-    if not isinstance(data, dict):
-        raise FormatError(f"{where}: need an object with the key 'model'")
+    data = parse_object(source, where, TOKENIZER_VALUES)
     pending: list[Any] = [data.get("pre_tokenizer"), data.get("post_processor")]
     while pending:  # processors may hold others
         node = pending.pop()
