@@ -284,44 +284,6 @@ def test_the_page_of_an_adapter_has_every_module_with_its_rank_scale_and_feature
         assert re.search(f"^  {pattern}", text, re.MULTILINE)
 
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-HOLDS = {
-    CONFIG_FILE: "peft_type r lora_alpha rank_pattern alpha_pattern bias use_rslora lora_dropout init_lora_weights "
-    "target_modules base_model_name_or_path modules_to_save use_dora peft_version target_parameters lora_bias "
-    "trainable_token_indices fan_in_fan_out use_qalora",
-    "config.json": "model_type architectures hidden_size tie_word_embeddings rope_scaling rope_parameters auto_map "
-    "quantization_config head_dim max_position_embeddings layer_types vocab_size",
-    "run.json": "config versions data_sha256 starts settings tensors modules",
-    "summary.json": "before after steps",
-    "state.json": "step tokens",
-}
-
-
-@pytest.fixture(scope="module")
-def all_in_one(base, tmp_path_factory):
-    """A directory that is a model, an adapter and a run."""
-    directory = shutil.copytree(base, tmp_path_factory.mktemp("any") / "all")
-    saved(directory)
-    write_json(directory / "run.json", {})
-    return directory
-
-
-@given(st.sampled_from(sorted(HOLDS)), st.data())
-def test_whatever_a_json_file_holds_it_is_told_or_refused(all_in_one, file, data):
-    path = all_in_one / file
-    before = path.read_text() if path.exists() else None
-    values = data.draw(st.dictionaries(st.sampled_from(HOLDS[file].split()), anything, max_size=4))
-    path.write_text(json.dumps(json.loads(before or "{}") | values))
-    for as_json in (False, True):
-        with contextlib.suppress(ml.MiniloraError):
-            assert inspect.run({**UNSET, "path": str(all_in_one), "json": as_json}) in (0, 1)
-    path.unlink() if before is None else path.write_text(before)
-
-
 def test_json_that_is_nested_deeply_is_told_or_refused(run, page):
     for depth in (300, 800, 100_000):
         (run / "summary.json").write_text('{"before": ' + "[" * depth + "]" * depth + "}")

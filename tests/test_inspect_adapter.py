@@ -11,7 +11,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from minilora.cli.export import export_adapter
-from minilora.files import read_json, write_json
+from minilora.files import read_json
 from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
 from minilora.tools.inspect import FOLDED, KEPT, adapter_facts, update_norm
 from tests.files import edit, save_file, saved, write_base
@@ -178,36 +178,3 @@ def test_a_plain_reader_is_right_where_no_feature_is_named_and_after_export(tmp_
         export_adapter(first, plain)
         assert not adapter_facts(plain)["features"].keys() - kept
         assert relative(plain_logits(base, plain), model(IDS), PARITY) <= 1
-
-
-ENDINGS = (
-    *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias", "lora_A.other.weight"),
-    *("lora_magnitude_vector", "base_layer.weight", "base_layer.bias", "weight"),
-    "token_adapter.trainable_tokens_delta",
-)
-PATHS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp", "model.embed_tokens", "lm_head", "model.norm", "x")
-FIELDS = {
-    "use_dora": [True, 3],
-    "fan_in_fan_out": [True],
-    "target_parameters": [["mlp.up_proj"], ["layers.0.mlp"], [3], "x"],
-    "trainable_token_indices": [[3], [10**9], {"embed_tokens": [1, 2]}, {"embed_tokens": "x"}, {"x": [[1]]}],
-    "modules_to_save": [["lm_head"], [None], 1],
-    "rank_pattern": [{"up_proj": 2}, {"mlp": 0}, [1]],
-    "init_lora_weights": ["pissa", [1]],
-}
-names = st.builds(
-    "{}{}.{}".format, st.sampled_from(["base_model.model.", ""]), st.sampled_from(PATHS), st.sampled_from(ENDINGS)
-)
-shapes = st.lists(st.sampled_from([0, 1, 2, 3, 24, 40, 61]), max_size=3)
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn])
-fields = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in FIELDS.items()})
-
-
-@given(st.dictionaries(names, st.tuples(shapes, dtypes), max_size=4), fields)
-def test_whatever_tensors_and_fields_there_are_each_is_told_once(tmp_path_factory, tensors, values):
-    directory = tmp_path_factory.mktemp("any")
-    save_file({k: torch.ones(shape).to(dtype) for k, (shape, dtype) in tensors.items()}, directory / WEIGHTS_FILE)
-    write_json(directory / CONFIG_FILE, {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **values})
-    shapes = {name: tuple(shape) for name, (shape, _) in tensors.items()}
-    facts = adapter_facts(directory)
-    assert {name: entry.shape for name, entry in facts["tensors"].items()} == shapes

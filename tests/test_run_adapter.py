@@ -127,10 +127,3 @@ def test_an_adapter_that_began_as_a_part_of_the_weights_goes_on_with_twice_the_r
     assert config(tmp_path / "b")["lora_r"] == 6
     before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")
     assert all(torch.equal(before[name], after[name]) for name in before | after)
-
-
-def test_the_words_of_other_tools_lead_to_the_flag(capsys):
-    for name in ("--resume-adapter-file", "--adapter-name-or-path"):
-        with pytest.raises(SystemExit):
-            cli.main(["finetune", name, "x"])
-        assert "did you mean --adapter?" in capsys.readouterr().err

@@ -239,6 +239,7 @@ def test_a_run_writes_outputs_and_figures_and_nothing_else(page):
     [
         ("The end", "The End", 0),
         ("x is 2", "x is 3", 1),
+        ("```text\ntook 12.3 s", "```text\ntook 7 s", 0),
         ("```text\nx is 2\n```\n", "", 1),
         ("4.5", "4.51", 1),
         ("x = 2", "x = 3", 2),
@@ -254,22 +255,6 @@ def test_a_check_notices_what_differs_and_writes_nothing(page, old, new, count):
     page.write_text(changed, encoding="utf-8")
     assert len(differences(page)) == count
     assert text_of(page) == changed
-
-
-def test_outputs_are_the_same_text_with_nearly_the_same_numbers():
-    for old, new, tolerance, equal in (
-        ("a  b\n", "a b", None, True),
-        ("1.000", "1.0009", None, True),
-        ("1.000", "1.002", None, False),
-        ("1.000", "1.002", 0.01, True),
-        ("-1.5", "1.5", None, False),
-        ("1,000", "1,001", None, False),
-        ("2e-5", "2.001e-5", None, True),
-        ("16.3 s, 900 tokens/s, 1.2 GB, 1,024.5 MB", "7 s, 1,100 tokens/s, 2 GB, 3.1 MB", None, True),
-        ("16 steps", "17 steps", None, False),
-        ("[1.0]", "[1.0, 2.0]", None, False),
-    ):
-        assert run.same(old, new, tolerance) is equal, (old, new)
 
 
 def rows(split):

@@ -17,6 +17,7 @@ import torch
 
 import minilora as ml
 from minilora.adapters.layout import WEIGHTS_FILE
+from minilora.cli import main as command
 from minilora.files import TensorFile
 from minilora.models.hub import BUILTINS
 from minilora.models.prompts import read_prompt_files
@@ -205,6 +206,8 @@ def json_mutants(root: Path, seeds: range) -> Iterator[Call]:
         else:
             changed = json.dumps(changed_json(json.loads(whole), draw)).encode()
         yield f"{name}, {seed}", partial(_mutate, root / name, whole, changed, partial(JSONS[name], root))
+        show = partial(command, ["inspect", str((root / name).parent)])
+        yield f"{name}, {seed}: inspect", partial(_mutate, root / name, whole, changed, show)
 
 
 def data_mutants(root: Path, seeds: range) -> Iterator[Call]:
