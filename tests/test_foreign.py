@@ -255,7 +255,7 @@ def test_a_loss_that_counts_nothing_or_is_not_finite_and_training_without_gradie
             run(given=given, held_out=points(5, 3), eval_steps=1)
     rows = points(1, 10)  # they have no source: their numbers are named
     rows[4] = (rows[4][0] * float("nan"), *rows[4][1:])
-    with pytest.raises(ml.TrainingError, match=r"first bad: output of first; rows: .*\b4\b"):
+    with pytest.raises(ml.TrainingError, match=r"rows: .*\b4\b"):
         run(rows=rows)
     with torch.no_grad(), pytest.raises(ml.TrainingError, match="no_grad"):
         run()

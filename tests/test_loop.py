@@ -282,38 +282,29 @@ def test_a_run_stops_after_the_step_whose_callback_says_so(step):
 
 def break_loss(model):
     model.model.layers[1].mlp.up_proj.base.weight.data[1, 1] = math.nan
-    return "first bad: output of model.layers.1.mlp.up_proj"
-
-
-def break_weight(model):
-    model.model.layers[1].self_attn.q_proj.adapters["default"].lora_A.data[1, 1] = math.inf
-    return "first bad: output of model.layers.1.self_attn.q_proj.adapters.default;"
 
 
 def break_gradient(model):
     factor = model.model.layers[1].self_attn.v_proj.adapters["default"].lora_B
     factor.register_hook(lambda gradient: gradient * math.inf)
-    return "first bad: gradient of model.layers.1.self_attn.v_proj.adapters.default.lora_B;"
 
 
 @pytest.mark.parametrize(
-    ("break_", "limit"),
-    [(break_loss, 1.0), (break_weight, 0), (break_gradient, 1.0), *long((break_loss, 0), (break_gradient, 0))],
+    ("break_", "limit"), [(break_loss, 1.0), (break_gradient, 1.0), *long((break_loss, 0), (break_gradient, 0))]
 )
-def test_a_number_that_is_not_finite_stops_the_run_with_step_rows_and_place_and_the_weights_of_before(break_, limit):
+def test_a_number_that_is_not_finite_stops_the_run_with_step_and_rows_and_the_weights_of_before(break_, limit):
     rows, model = random_rows(13, 6), small()
     kept = {}
 
     def break_after_two_steps(record):
         if record["step"] == 2:
-            kept["phrase"] = break_(model)
+            break_(model)
             kept["weights"] = weights(model)
 
     config = ml.TrainConfig(batch_size=1, gradient_accumulation_steps=2, max_grad_norm=limit)
     with pytest.raises(ml.TrainingError) as error:
         ml.train(model, rows, config, break_after_two_steps)
     assert str(error.value).startswith("step 3: ")
-    assert kept["phrase"] in str(error.value)
     named = [row.source for row in rows if f"{row.source}," in str(error.value) or f"{row.source}." in str(error.value)]
     assert len(named) == 2
     assert torch.equal(weights(model).nan_to_num(), kept["weights"].nan_to_num())

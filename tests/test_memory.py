@@ -409,7 +409,7 @@ def machine(tmp_path, monkeypatch):
     return write
 
 
-def v2(group, limit, used, cached=0):
+def limited(group, limit, used, cached=0):
     """The files of a control group."""
     folder = f"sys/fs/cgroup/{group}"
     stat = f"anon 7\ninactive_file {cached}\n"
@@ -420,20 +420,11 @@ def v2(group, limit, used, cached=0):
     }
 
 
-def v1(group, limit, used, cached):
-    folder = f"sys/fs/cgroup/memory/{group}"
-    stat = f"inactive_file 1\ntotal_inactive_file {cached}\n"
-    files = {"memory.limit_in_bytes": f"{limit}\n", "memory.usage_in_bytes": f"{used}\n", "memory.stat": stat}
-    return {f"{folder}/{name}": text for name, text in files.items()}
-
-
 CASES = {  # the groups of the process, their files, and what is free
     "no groups": (None, {}, 900 * 1024),
-    "a limit of v2": ("0::/a/b\n", v2("a/b", 5000, 3000, 400), 2400),
-    "a limit of a group around": ("0::/a/b\n", v2("a/b", "max", 3000) | v2("a", 9000, 8000), 1000),
-    "a container, whose group is the top": ("0::/docker/x\n", v2("", 100, 300), 0),
-    "a limit of v1": ("4:cpu:/z\n3:memory:/a\n0::/\n", v1("a", 5000, 4000, 10), 1010),
-    "no limit in v1": ("3:memory:/\n", v1("", 2**63 - 4096, 4000, 10), 900 * 1024),
+    "a limit": ("0::/a/b\n", limited("a/b", 5000, 3000, 400), 2400),
+    "a limit of a group around": ("0::/a/b\n", limited("a/b", "max", 3000) | limited("a", 9000, 8000), 1000),
+    "a container, whose group is the top": ("0::/docker/x\n", limited("", 100, 300), 0),
 }
 
 

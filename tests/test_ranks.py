@@ -69,27 +69,19 @@ def exchanged():
     k = world.rank()
     tensors = [torch.full((2, 3), k + 1.0), torch.tensor(10.0 + k), torch.full((3,), 2.0, dtype=torch.bfloat16)]
     world.all_reduce_(tensors)
-    try:
-        world.check_equal([torch.zeros(3), torch.tensor([1.0, k == 1])], "step 7")
-    except MiniloraError as error:
-        differing = str(error)
-    world.check_equal([torch.zeros(3)], "step 7")
     dealt = {n: world.split_for_rank(list(range(n))) for n in range(6)}
     return (
         [t.tolist() for t in tensors],
         world.sum_over_ranks(k, 2**53 - 2),
         world.all_gather(k),
         dealt,
-        differing,
     )
 
 
 def test_ranks_exchange_sums_and_values_and_share_work():
-    for k, (sums, totals, gathered, dealt, differing) in enumerate(on_ranks(2, exchanged)):
+    for k, (sums, totals, gathered, dealt) in enumerate(on_ranks(2, exchanged)):
         assert sums == [[[3.0] * 3] * 2, 21.0, [4.0] * 3]
         assert (totals, gathered) == ([1, 2**54 - 4], [0, 1])
-        assert "step 7" in differing
-        assert "rank 1" in differing
         assert dealt[4] == [(k, True), (k + 2, True)]
         assert dealt[3] == [(k, True), (2, k == 0)]
         assert dealt[0] == []
@@ -192,6 +184,20 @@ def test_averages_of_a_model_become_those_of_the_first_rank(tmp_path):
     assert first == second
 
 
+def begun_apart():
+    """The adapter after a run whose second rank began with another one."""
+    model = adapted(layers=1)
+    factor = next(iter(adapter_layers(model).values())).adapters["default"].lora_A
+    factor.data += world.rank()
+    ml.train(model, ROWS, ml.TrainConfig(**PLAN))
+    return factor.tolist()
+
+
+def test_ranks_begin_with_the_adapter_of_the_first_one():
+    first, second = on_ranks(2, begun_apart)
+    assert first == second
+
+
 def misfortunes(folder):
     """What runs say in which one rank is not as the other, and where they stop."""
     messages = []
@@ -200,39 +206,30 @@ def misfortunes(folder):
         model = adapted(layers=1)
         before(model)
         try:
-            result = ml.train(model, rows, ml.TrainConfig(**PLAN), lambda r: on_step(model, r), checkpoint_dir=folder)
+            result = ml.train(model, rows, ml.TrainConfig(**PLAN), on_step, checkpoint_dir=folder)
             messages.append((result.steps, result.finished))
         except MiniloraError as error:
             messages.append(str(error))
 
-    @torch.no_grad()
-    def spoil(model, step=0):
-        if world.rank() == 1:
-            next(iter(adapter_layers(model).values())).adapters["default"].lora_A[0, 0] += step
-
-    run(lambda model, r: spoil(model, r["step"] == 3))
-    shutil.rmtree(folder, ignore_errors=True)
-    distributed.barrier()
-    run(lambda model, r: None, before=lambda model: spoil(model, 1))
-    run(lambda model, r: None, ROWS[world.rank() :])
-    run(lambda model, r: None, ROWS[:: 1 - 2 * world.rank()], folder=None)
-    run(lambda model, r: world.rank() == 1 and r["step"] == 3)
-    run(lambda model, r: None)
+    run(None, ROWS[world.rank() :])
+    run(None, ROWS[:: 1 - 2 * world.rank()], folder=None)
+    run(lambda record: world.rank() == 1 and record["step"] == 3)
+    run(None)
     distributed.barrier()
     shutil.rmtree(folder, ignore_errors=True)
     distributed.barrier()
     rows = [replace(row, tokens=[token or 1 for token in row.tokens]) for row in ROWS]
     first = plan_steps([len(row.tokens) for row in rows], ml.TrainConfig(**PLAN))[0][1][0]  # of rank 1
     rows[first] = replace(rows[first], tokens=[0, *rows[first].tokens[1:]])
-    run(lambda model, r: None, rows, lambda model: model.model.embed_tokens.weight.data[0].fill_(float("nan")))
+    run(None, rows, lambda model: model.model.embed_tokens.weight.data[0].fill_(float("nan")))
     return messages
 
 
 def test_a_rank_that_differs_or_stops_stops_all(tmp_path):
     first, second = on_ranks(2, misfortunes, tmp_path)
     assert first == second
-    differs, began, data, reversed_data, stopped, finished, bad = first
-    words = {"step 4": differs, "rank 1": differs, "step 0": began, "their data": data, "output of model.embed": bad}
+    data, reversed_data, stopped, finished, bad = first
+    assert "their data" in data
+    assert "step 1: loss nan" in bad
     assert data == reversed_data
-    assert not [word for word, message in words.items() if word not in message]
     assert (stopped, finished) == ((3, False), (8, True))

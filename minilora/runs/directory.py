@@ -137,9 +137,6 @@ class RunDirectory:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
             what = "a finished run" if is_finished else "a run"
             raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); use another directory")
-        if record.starts[0]["plain"] != is_plain():
-            with_them = "with" if is_plain() else "without"
-            raise TrainingError(f"{self.path}: the run began {with_them} kernels; do the same")
         what = f"{self.path}: files of the base, the adapter or the template"
         _check_same(what, record.inputs_sha256, self._inputs)
         first = record.starts[0]

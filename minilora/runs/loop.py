@@ -19,7 +19,6 @@ from minilora.runs.config import TrainConfig
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.objective import (
     Objective,
-    bad_outputs,
     build_optimizer,
     check_token_loss,
     length_of,
@@ -92,7 +91,7 @@ def train(
         FormatError: the newest checkpoint holds other tensors than the run trains.
         TrainingError: nothing is trainable, or an adapter that is not active; a loss or gradient is not finite;
             a checkpoint belongs to another run; the model needs `loss`; `gradient_checkpointing` is "auto", which the
-            command replaces; a rank does not answer, or has trained something else than the first one.
+            command replaces; a rank does not answer.
     """
     check_types(train, locals())
     if not torch.is_grad_enabled():
@@ -176,7 +175,7 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     """Make all steps that are left after the newest checkpoint of a run with that fingerprint; see `train`."""
     model, config, total = job.model, job.config, len(job.steps)
     state, best, damaged = _resume(job, run, folder)
-    _check_ranks(job, state.step)
+    _share_state(model)
     schedule, first = _Schedule(config, total), state.step
     started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
     stopped = False
@@ -203,7 +202,7 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
             evaluation = {"step": state.step, "eval_loss": eval_loss, "best_step": state.best_step}
             stopped |= world.any_rank(bool(on_step(evaluation)))
         if schedule.saves(state.step) or stopped or is_done():  # done: what follows training may fail
-            _check_ranks(job, state.step)
+            _share_state(model)
             if folder is not None and world.is_main_process():
                 checkpoints.save_checkpoint(folder, model, job.optimizer, state, best, config.save_total_limit)
             world.barrier()  # torchrun ends all ranks when one has ended
@@ -236,8 +235,8 @@ def _step(job: _Job, step: int) -> Record:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         sources = ", ".join(str(getattr(job.dataset[row], "source", row)) for rows in job.steps[step] for row in rows)
         raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; first bad: {_first_nonfinite(job, batches)}; "
-            f"rows: {sources}. The weights are those of before the step; a lower learning rate or float32 may help"
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; rows: {sources}. The weights are those of "
+            "before the step; a lower learning rate or float32 may help"
         )
     return {
         "step": step + 1,
@@ -247,16 +246,6 @@ def _step(job: _Job, step: int) -> Record:
         "tokens": tokens or count,
         "peak_memory_bytes": peak_memory_bytes(norms.device),
     }
-
-
-def _first_nonfinite(job: _Job, batches: Sequence[MicroBatch]) -> str:
-    """Compute micro-batches again, and return what is the first that is not finite, on any rank."""
-    again = seeded(job.model, batches, job.config.seed)
-    found = world.all_gather(bad_outputs(job.model, lambda: [job.loss(job.model, batch) for batch in again]))
-    outputs = [f"output of {path}" for paths in found for path in paths]
-    gradients = {name: p.grad for name, p in job.trained.items() if p.grad is not None}
-    bad = [f"gradient of {name}" for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    return [*outputs, *bad, "the loss itself"][0]
 
 
 def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
@@ -273,8 +262,6 @@ def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State
     return state, best, damaged
 
 
-def _check_ranks(job: _Job, step: int) -> None:
-    """Check that all ranks hold the same parameters, and give all the first one's buffers, as those of a batch norm."""
-    trained = job.trained
-    world.check_equal([*trained.values()], f"step {step}")
-    world.broadcast_(tensor for name, tensor in checkpoints.trained_tensors(job.model).items() if name not in trained)
+def _share_state(model: nn.Module) -> None:
+    """Give all ranks what the first one trains, and its buffers, as those of a batch norm."""
+    world.broadcast_(tensor for tensor in checkpoints.trained_tensors(model).values() if not is_sharded(tensor))

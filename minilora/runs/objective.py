@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, collate
@@ -122,23 +119,6 @@ def _is_count(value: Any) -> bool:
 def length_of(row: Any) -> int:
     """Return the number of `tokens` of a row, an object or a mapping; 0 if it has no such thing."""
     return len(row.get("tokens", ()) if isinstance(row, Mapping) else getattr(row, "tokens", ()))
-
-
-@torch.no_grad()
-def bad_outputs(model: nn.Module, compute: Callable[[], Any]) -> list[str]:
-    """Run `compute` again and return the modules whose outputs are not finite, the first one first."""
-    bad: list[str] = []
-
-    def watch(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            bad.append(path)
-
-    with ExitStack() as hooks:
-        for path, module in model.named_modules():
-            hooks.enter_context(module.register_forward_hook(partial(watch, path)))
-        compute()
-    return bad
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

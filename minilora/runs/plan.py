@@ -18,7 +18,7 @@ from minilora.models.config import read_config
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.vocabulary import resize_token_embeddings
-from minilora.runs import checkpoints, world
+from minilora.runs import world
 from minilora.runs.config import Settings
 from minilora.runs.dataset import sizes_of
 from minilora.runs.inputs import Data
@@ -75,8 +75,6 @@ def attach_adapter(model: Llama, plan: Plan, base: Base) -> None:
         load_adapter(model, base.adapters[0], trainable=True)
     elif plan.lora is not None:
         attach(model, plan.lora, seed=plan.training.seed)
-        # decompositions may differ in a bit between devices
-        world.broadcast_(checkpoints.trained_tensors(model).values())
 
 
 def _with_tokens(lora: LoraConfig, new: list[int]) -> LoraConfig:

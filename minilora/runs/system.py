@@ -28,10 +28,6 @@ from minilora.runs.objective import Objective, check_token_loss
 from minilora.runs.sampler import plan_steps, set_dropout_step
 
 LINUX = Path("/")  # where /proc and /sys are
-CGROUP_FILES = {  # by controller, of version 2 and 1: the limit, what is used, and in memory.stat what can be freed
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -84,22 +80,17 @@ def free_memory_bytes(device: torch.device) -> int | None:
 
 def _free_in_groups() -> Iterator[int]:
     """Yield the memory that is free in each control group of the process that has a limit, and in those around it."""
-    groups = LINUX / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        _, controller, path = line.split(":", 2)
-        if controller not in CGROUP_FILES:
-            continue
-        limit, usage, reclaimable = CGROUP_FILES[controller]
-        top = LINUX / "sys/fs/cgroup" / controller
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):  # in a container the path may be the one outside, and is not there
-            if not folder.is_relative_to(top):
-                break
-            with suppress(OSError):  # no such group, or one without a limit
-                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-                cached = re.search(rf"^{reclaimable} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-                if most != "max":  # files that were read, and can be read again, do not count as used
-                    yield max(0, int(most) - used + (int(cached[1]) if cached else 0))
+    groups, top = LINUX / "proc/self/cgroup", LINUX / "sys/fs/cgroup"
+    found = re.search(r"^0::/(.*)$", groups.read_text(), re.MULTILINE) if groups.is_file() else None
+    group = top / found[1] if found else top
+    for folder in (group, *group.parents):  # in a container the path may be the one outside, and is not there
+        if not folder.is_relative_to(top):
+            break
+        with suppress(OSError):  # no such group, or one without a limit
+            most, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            if most != "max":  # files that were read, and can be read again, do not count as used
+                yield max(0, int(most) - used + (int(cached[1]) if cached else 0))
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's malloc.h

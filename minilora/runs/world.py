@@ -12,7 +12,6 @@ Without a process group there is one rank, and these functions do nothing.
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -53,18 +52,15 @@ def joined(device: str) -> Iterator[torch.device]:
     On CUDA a rank uses the GPU of its local number, and NCCL; on the CPU it uses gloo. All but the first are silent.
 
     Raises:
-        ConfigError: the device cannot be used here, or there are fewer GPUs than ranks on this machine.
+        ConfigError: the device cannot be used here.
     """
     joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and size() == 1
     if joins and device in ("auto", "cuda") and torch.cuda.is_available():
-        if (local := int(os.environ.get("LOCAL_RANK", "0"))) >= (count := torch.cuda.device_count()):
-            raise ConfigError(f"rank {local} of this machine has no GPU of its own; {count} are there")
-        device = f"cuda:{local}"  # chosen before any call of CUDA: a rank would open a context on GPU 0 too
+        # Chosen before any call of CUDA: a rank would open a context on GPU 0 too.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     chosen = pick_device(device)
     with ExitStack() as stack:
         if joins:
-            if chosen.type not in ("cuda", "cpu"):
-                raise ConfigError(f"several processes cannot share {chosen.type}; use cpu")
             if chosen.type == "cuda":
                 torch.cuda.set_device(chosen)
             try:
@@ -159,19 +155,6 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 def barrier() -> None:
     """Wait until all ranks are here."""
     sum_over_ranks(0)
-
-
-def check_equal(tensors: Sequence[Tensor], when: str) -> None:
-    """Raise a `TrainingError` if tensors that every rank holds differ in a hash."""
-    if size() == 1:
-        return
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        if not is_sharded(tensor):
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    found = all_gather(digest.hexdigest())
-    if bad := [str(number) for number, hashed in enumerate(found) if hashed != found[0]]:
-        raise TrainingError(f"{when}: what is trained differs between rank 0 and rank {', '.join(bad)}")
 
 
 @contextmanager
