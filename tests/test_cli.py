@@ -433,11 +433,9 @@ def test_classifiers_are_refused_with_the_recipe(directory, run, tmp_path):
     adapter, classifier = f"--adapter={tmp_path / 'adapter'}", f"--model={path.parent}"
     for words in (
         ["generate", adapter, "--prompt=a"],
-        ["eval", adapter, "--data=data"],
         ["merge", adapter, f"--out={tmp_path / 'out'}"],
         ["finetune", adapter, "--data=data", f"--out={tmp_path / 'out'}"],
         ["generate", classifier, "--prompt=a"],
-        ["finetune", classifier, "--data=data", f"--out={tmp_path / 'out'}"],
         ["quantize", classifier, f"--out={tmp_path / 'out'}"],
     ):
         said = run(*words, status=1).err

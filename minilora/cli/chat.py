@@ -39,7 +39,7 @@ Ctrl-C stops a reply. A message that begins with / needs a space before it."""
 def add_flags(parser: Parser) -> None:
     parser.description = f"{parser.description}\n\n{CHAT_HELP}"
     add_model_flags(parser, many_adapters=True)
-    parser.add_argument_group("conversation").add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.group("conversation").add_argument("--system", metavar="TEXT", help="system prompt")
     add_generation_flags(parser, max_new_tokens=512)
 
 
@@ -86,11 +86,11 @@ class Chat:
         self.system: str | None = options["system"]
         self.turns: list[Fields] = []
         self.replies = 0
-        self.use(*self._paths[:1])
+        self.use(self._paths[0] if self._paths else NONE)
         if self._tokenizers[self.adapter].prompts.form == "plain":
             say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
 
-    def use(self, adapter: str = NONE) -> None:
+    def use(self, adapter: str) -> None:
         """Switch to an adapter, or to none."""
         if adapter not in self._tokenizers:
             raise ConfigError(f"no adapter is called {adapter!r}; there are {[*self._tokenizers]}")

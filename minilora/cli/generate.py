@@ -40,7 +40,7 @@ Ways = Mapping[str, Callable[[], AbstractContextManager[None]]]  # "base" and "t
 
 def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
-    group = parser.add_argument_group("prompts")
+    group = parser.group("prompts")
     one_of = group.add_mutually_exclusive_group()
     one_of.add_argument(
         "--prompt",
@@ -62,7 +62,7 @@ def add_flags(parser: Parser) -> None:
         "(default: as in the adapter's training, otherwise with the template if the model has one)",
     )
     add_generation_flags(parser, max_new_tokens=64)
-    add = parser.add_argument_group("output").add_argument
+    add = parser.group("output").add_argument
     add("--samples", type=int, default=1, metavar="N", help="number of texts to generate for each prompt (default: 1)")
     add("--compare-base", action="store_true", help="also generate without the adapter, and print that text first")
     add(
