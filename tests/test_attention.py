@@ -61,6 +61,8 @@ def dense_attention(q, k, v, lengths, key_lengths, window):
 @given(attention_inputs(), windows)
 def test_attention_equals_the_loops(kernel, case, window):
     q, k, v, lengths, key_lengths = case
+    if kernel is fused_attention:
+        k, v, key_lengths, window = k[: len(q)], v[: len(q)], lengths, None
     expected = reference_model.causal_attention(wide(q), wide(k), wide(v), lengths, key_lengths, window)
     assert_maths(kernel(q, k, v, lengths, key_lengths, window), expected)
 
@@ -71,23 +73,23 @@ class OnGPU(torch.Tensor):
     device = property(lambda self: torch.device("cuda"))
 
 
-@given(attention_inputs(), windows)
-def test_keys_that_are_repeated_for_a_gpu_give_the_same(case, window):
-    q, k, v, *where = case
-    on_gpu = fused_attention(*(tensor.as_subclass(OnGPU) for tensor in (q, k, v)), *where, window)
-    assert_maths(on_gpu.as_subclass(torch.Tensor), fused_attention(q, k, v, *where, window))
+@given(attention_inputs())
+def test_keys_that_are_repeated_for_a_gpu_give_the_same(case):
+    q, k, v, lengths, _ = case
+    k, v = k[: len(q)], v[: len(q)]
+    on_gpu = fused_attention(*(tensor.as_subclass(OnGPU) for tensor in (q, k, v)), lengths, lengths, None)
+    assert_maths(on_gpu.as_subclass(torch.Tensor), fused_attention(q, k, v, lengths, lengths, None))
 
 
 @pytest.mark.parametrize(
     ("n", "m", "window", "is_masked"), [(5, 5, None, 0), (1, 5, None, 0), (3, 5, None, 1), (5, 5, 5, 0), (5, 5, 4, 1)]
 )
-def test_the_fused_kernel_has_a_mask_which_grows_with_the_square_only_where_it_needs_one(
-    n, m, window, is_masked, monkeypatch
-):
-    made, make = [], attention._mask
-    monkeypatch.setattr(attention, "_mask", lambda *args: made.append(args) or make(*args))
-    fused_attention(randn(0, n, 2, 4), randn(1, m, 1, 4), randn(2, m, 1, 4), [n], [m], window)
-    assert len(made) == is_masked
+def test_the_fused_kernel_is_chosen_only_where_it_needs_no_mask_which_grows_with_the_square(n, m, window, is_masked):
+    kernel = select_kernel(torch.empty(0, 9, 64), [n], [m], window)
+    assert kernel is (block_attention if is_masked else fused_attention)
+    if not is_masked:
+        q, k, v = randn(0, n, 2, 4), randn(1, m, 1, 4), randn(2, m, 1, 4)
+        assert_maths(fused_attention(q, k, v, [n], [m], window), dense_attention(q, k, v, [n], [m], window))
 
 
 @given(attention_inputs(longest=20), windows, st.sampled_from([1, 4, 7, 128]))
@@ -159,7 +161,7 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
     ],
 )
 def test_the_kernel_follows_from_dtype_and_size(dtype, key_lengths, window, kernel):
-    assert select_kernel(torch.empty(0, 9, 64, dtype=dtype), key_lengths, window) is kernel
+    assert select_kernel(torch.empty(0, 9, 64, dtype=dtype), key_lengths, key_lengths, window) is kernel
 
 
 @pytest.mark.parametrize(
@@ -184,4 +186,4 @@ def test_a_gpu_answers_all_documents_at_once_where_its_kernel_can(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         q = torch.empty(4, 9, width, dtype=dtype, device="cuda")
-    assert select_kernel(q, [4], window) is kernel
+    assert select_kernel(q, [4], [4], window) is kernel

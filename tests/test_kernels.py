@@ -17,7 +17,6 @@ from minilora.kernels import llama as loss
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
 from minilora.testing.checks import check_kernel
-from minilora.testing.compare import assert_maths
 from tests import models
 from tests.models import examples, of_kernels, randn, scales, seeds, sizes, small_tiles, token_ids
 
@@ -332,30 +331,6 @@ def test_what_comes_next_may_change_a_result_in_place(name, data):
     assert all(map(torch.equal, *(torch.autograd.grad(y, trained) for y in both)))
 
 
-class Forgetful(torch.autograd.Function):
-    """A tensor that does not say what it came from."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None
-
-
-@pytest.mark.parametrize("name", ["lora_linear", "cross_entropy"])
-@examples(0.2)
-@given(data=st.data())
-def test_where_no_gradient_comes_in_none_goes_out(name, data):
-    """Zeros would be made for it, and an optimizer would take a step with them."""
-    call = data.draw(calls(name))
-    leaves = leaves_of(call, torch.float64)
-    trained = [leaf for leaf in leaves if leaf.requires_grad]
-    y = Forgetful.apply(call.call(DEFINITIONS[name], *leaves))
-    assert torch.autograd.grad(y.sum(), trained, allow_unused=True) == (None,) * len(trained)
-
-
 @each_differentiable
 @examples(0.2)
 @given(data=st.data())
@@ -391,14 +366,3 @@ def test_a_name_that_no_kernel_has_is_refused_with_those_that_there_are():
         pass
     assert not llama.rms_norm.disabled
     assert lora.lora_linear.kernel is not None
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of a batch of backward passes
-def test_transformed_functions_have_their_first_derivative():
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=["0", "2"], task_type=None), dtype=torch.float64)
-    models.randomize_adapters_(model, 0)
-    x = randn(0, 3, 4).requires_grad_()
-    (expected,) = torch.autograd.grad(model(x).sum(), x)
-    assert_maths(torch.func.grad(lambda x: model(x).sum())(x.detach()), expected)
-    assert_maths(torch.func.jacrev(lambda x: model(x).flatten())(x.detach()).sum(0), expected)

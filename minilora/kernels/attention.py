@@ -38,10 +38,12 @@ def causal_attention(
     window: int | None = None,
 ) -> Tensor:
     """See `llama.causal_attention`."""
-    return select_kernel(q, key_lengths, window)(q, k, v, lengths, key_lengths, window)
+    return select_kernel(q, lengths, key_lengths, window)(q, k, v, lengths, key_lengths, window)
 
 
-def select_kernel(q: Tensor, key_lengths: Sequence[int], window: int | None) -> AttentionFunction:
+def select_kernel(
+    q: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None
+) -> AttentionFunction:
     """Return the fastest of the three kernels below for a device, a dtype and lengths.
 
     On a CPU, forward and backward in milliseconds, 9 query and 3 key heads of 64, the best of ten on 2 threads, with
@@ -61,20 +63,21 @@ def select_kernel(q: Tensor, key_lengths: Sequence[int], window: int | None) -> 
         8 documents of 60..300     16       24         20       16
         8 documents of 40..70       8        8          7        4
 
-    With a window, the fused kernel computes all scores under a dense mask, which the backward pass needs again; blocks
-    skip them. On a GPU in 16 bits, torch has a kernel for documents laid end to end. The choice between the kernels on
-    a GPU follows from their design and was not measured.
+    With a window, or the last of a document's queries, the fused kernel would compute all scores under a dense mask,
+    which the backward pass needs again; blocks skip them. On a GPU in 16 bits, torch has a kernel for documents laid
+    end to end. The choice between the kernels on a GPU follows from their design and was not measured.
     """
     longest = max(key_lengths)
     is_windowed = window is not None and window < longest
+    needs_mask = is_windowed or any(1 < n < m for n, m in zip(lengths, key_lengths, strict=True))
     if q.device.type == "cpu":
-        use_blocks = q.dtype == torch.bfloat16 or BLOCK_MIN_TOKENS <= longest <= BLOCK_MAX_TOKENS or is_windowed
-        return block_attention if use_blocks else fused_attention
+        use_blocks = q.dtype == torch.bfloat16 or BLOCK_MIN_TOKENS <= longest <= BLOCK_MAX_TOKENS
+        return block_attention if use_blocks or needs_mask else fused_attention
     has_varlen = q.device.type == "cuda" and torch.__version__ >= "2.13"  # the first with windows and grouped heads
     is_supported = has_varlen and torch.cuda.get_device_capability(q.device) >= (8, 0)
     if is_supported and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256:
         return varlen_attention
-    return block_attention if is_windowed else fused_attention
+    return block_attention if needs_mask else fused_attention
 
 
 def block_attention(
@@ -86,7 +89,7 @@ def block_attention(
     memory grows with the length of a document, not with its square.
     """
     heads, key_heads, outputs = q.size(1), k.size(1), []
-    groups = list(_equal_neighbours(lengths, key_lengths, max(1, MAX_BATCH // key_heads)))
+    groups = _equal_neighbours(lengths, key_lengths, max(1, MAX_BATCH // key_heads))
     queries = q.split([count * n for n, _, count in groups])
     keys, values = (x.split([count * m for _, m, count in groups]) for x in (k, v))
     for *qkv, (_, _, count) in zip(queries, keys, values, groups, strict=True):
@@ -108,16 +111,13 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, group: int, window: int | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: int, window: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.group, ctx.window = group, window
         o = torch.empty_like(q)
         for rows, seen in _blocks(q, k, group, window):
             o[:, rows] = _probabilities(q[:, rows], k[:, seen], group, window) @ v[:, seen]
         return o
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *qkv, ctx.group, ctx.window = inputs
-        ctx.save_for_backward(*qkv)
 
     @staticmethod
     @once_differentiable
@@ -135,19 +135,19 @@ class _BlockAttention(torch.autograd.Function):
         return dq, dk.to(q.dtype), dv.to(q.dtype), None, None
 
 
-def _equal_neighbours(lengths: Sequence[int], key_lengths: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Group neighbouring documents of equal length, at most `limit`: yield queries and keys of each, and their number.
+def _equal_neighbours(lengths: Sequence[int], key_lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Group neighbouring documents of equal length, at most `limit`: return queries and keys of each, and their number.
 
-    >>> list(_equal_neighbours([5, 5, 5, 3], [7, 7, 7, 3], 2))
-    [(5, 7, 2), (5, 7, 1), (3, 3, 1)]
+    >>> _equal_neighbours([5, 5, 5, 3], [7, 7, 7, 3], 2)
+    [[5, 7, 2], [5, 7, 1], [3, 3, 1]]
     """
-    documents, first = list(zip(lengths, key_lengths, strict=True)), 0
-    while first < len(documents):  # itertools.groupby would make torch.compile specialize on the lengths
-        last = first + 1
-        while last < min(first + limit, len(documents)) and documents[last] == documents[first]:
-            last += 1
-        yield *documents[first], last - first
-        first = last
+    groups: list[list[int]] = []
+    for n, m in zip(lengths, key_lengths, strict=True):
+        if groups and groups[-1][:2] == [n, m] and groups[-1][2] < limit:
+            groups[-1][2] += 1
+        else:
+            groups.append([n, m, 1])
+    return groups
 
 
 def query_block_size(dtype: torch.dtype) -> int:
@@ -208,26 +208,26 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None
 ) -> Tensor:
-    """Compute `causal_attention` by `F.scaled_dot_product_attention`, one document at a time."""
-    group = q.size(1) // k.size(1)
-    if group > 1 and q.device.type != "cpu":  # some kernels of GPUs are slow with enable_gqa, or do not have it
-        k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
+    """Compute `causal_attention` by `F.scaled_dot_product_attention`, one document at a time, without a mask.
+
+    A document has as many queries as keys, or one, which sees all keys; and no window hides any of them.
+    """
+    if q.device.type != "cpu":
+        k, v = _repeated(k, v, q.size(1))
     outputs = []
-    documents = zip(q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)), strict=True)
-    for queries, keys, values in documents:
-        length, total = queries.size(0), keys.size(0)
-        sees_all = window is None or total <= window
-        needs_mask = not sees_all or 1 < length < total  # a single last token sees all keys
-        heads = F.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),  # (1, H, length, E)
-            keys.transpose(0, 1).unsqueeze(0),
-            values.transpose(0, 1).unsqueeze(0),
-            attn_mask=_mask(queries, length, total, window) if needs_mask else None,
-            is_causal=not needs_mask and length == total,
-            enable_gqa=group > 1,
-        )
-        outputs.append(heads.squeeze(0).transpose(0, 1))
+    for document in zip(q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)), strict=True):
+        queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in document)  # (1, H or K, length, E)
+        is_causal = queries.size(2) == keys.size(2)
+        has_groups = queries.size(1) != keys.size(1)
+        o = F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal, enable_gqa=has_groups)
+        outputs.append(o.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _repeated(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values for each query head: kernels of GPUs are slow with grouped heads, or do not have them."""
+    group = heads // k.size(1)
+    return (k, v) if group == 1 else (k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1))
 
 
 def _mask(like: Tensor, n: int, m: int, window: int | None) -> Tensor:
@@ -265,30 +265,26 @@ class OutlinedAttention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Return a tensor of the shape of `causal_attention`'s."""
         like = torch.empty(0, q.size(-1), dtype=q.dtype, device=self.device)
-        chosen = select_kernel(like, self.lengths, window)
-        if chosen is varlen_attention:
-            return cast(Tensor, _Outline.apply(q, k, v, True)[0])
+        chosen = select_kernel(like, self.lengths, self.lengths, window)
         if chosen is block_attention:
-            return cast(Tensor, _Outline.apply(q.clone(), k.clone(), v.clone(), False)[0])
-        if self.device.type != "cpu":  # as in `fused_attention`
-            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        return cast(Tensor, _Outline.apply(q, k, v, True)[0].clone())  # whose outputs are concatenated
+            return cast(Tensor, _Outline.apply(q.clone(), k.clone(), v.clone(), False))
+        if chosen is fused_attention and self.device.type != "cpu":
+            k, v = _repeated(k, v, q.size(1))
+        o: Tensor = _Outline.apply(q, k, v, True)
+        return o.clone() if chosen is fused_attention else o  # whose outputs are concatenated
 
 
 class _Outline(torch.autograd.Function):
     """What a kernel keeps, without what it computes: q, k, v; a fused one also o, and log Σ exp of the scores."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *qkv, fused = inputs
-        ctx.save_for_backward(*qkv, *(output if fused else ()))
-        ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
+        o = torch.empty_like(q)
+        kept = (o, q.new_empty(q.shape[:-1], dtype=torch.float32)) if fused else ()
+        ctx.save_for_backward(q, k, v, *kept)
+        return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None

@@ -15,14 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from minilora import llama
 from minilora.definition import kernel
-from minilora.errors import TrainingError
 from minilora.kernels.lora import tile_rows
 
 
 @kernel(of=llama.rms_norm)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `llama.rms_norm`."""
-    return _RMSNorm.apply(x, weight, eps)[0]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -32,20 +31,15 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(_wide(x.dtype))
         inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # square() is four times as slow on a CPU
-        return weight * (wide * inverse).to(x.dtype), inverse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _ = inputs
-        ctx.save_for_backward(x, weight, output[1])
-        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * (wide * inverse).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         n = x.to(inverse.dtype) * inverse
         dweight = (dy * n).reshape(-1, n.size(-1)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -67,12 +61,9 @@ class _SwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
@@ -89,14 +80,11 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """See `llama.cross_entropy`.
 
     The head sees `head_chunk` rows at a time, and the gradient of a chunk is computed while its logits exist. The head
-    is called as a module, so it may be adapted, tied or trained.
-
-    Raises:
-        TrainingError: the head uses a trained tensor that is not one of its parameters.
+    is called as a module, so it may be adapted, tied or trained; what is trained of it must be its parameters.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)[0]
+        return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)
     losses = [_loss(head(rows.clone()), row_labels) for rows, row_labels in _chunks(head, hidden, labels)]
     return torch.stack(losses).sum()
 
@@ -114,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
         loss_sum = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
         hidden_grads = torch.empty_like(hidden)  # allocated before the logits, or it would fragment their memory
         trained_grads = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
@@ -122,9 +110,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 logits = head(leaf.clone())  # the head may change its input in place
-            if strays := {*_leaves(logits)} - {leaf, *trained}:
-                shape = tuple(strays.pop().shape)
-                raise TrainingError(f"the head uses a trained tensor {shape} that is not one of its parameters")
             dlogits = torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
             hidden_grad, *grads = torch.autograd.grad(
@@ -133,36 +118,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             row_grads.copy_(hidden_grad)
             trained_grads = [total.add_(grad) for total, grad in zip(trained_grads, grads, strict=True)]
             del logits, dlogits, hidden_grad, grads  # or they would exist beside those of the next chunk
-        return loss_sum, hidden_grads, *trained_grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would be allocated for missing gradients
-        ctx.dtypes = [inputs[0].dtype, *(parameter.dtype for parameter in inputs[3:])]
+        ctx.save_for_backward(hidden_grads, *trained_grads)
+        ctx.dtypes = [hidden.dtype, *(parameter.dtype for parameter in trained)]
+        return loss_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # In the wider dtype: a rounded upstream 1/n would scale the whole gradient by a wrong factor.
         scaled = (upstream * grad.to(upstream.dtype) for grad in ctx.saved_tensors)
         hidden_grad, *trained_grads = (grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
         return hidden_grad, None, None, *trained_grads
-
-
-def _leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of a tensor's autograd graph."""
-    nodes, seen = list[Any]([tensor.grad_fn]), set[Any]()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [each for each, _ in node.next_functions]
-            if node.name() == "torch::autograd::AccumulateGrad":
-                yield node.variable
 
 
 def _chunks(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -41,7 +41,7 @@ def lora_linear(
         update = F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
         return lora.base_linear(x, base, bias).add_(update)
     layout, parts = (base.layout, base.parts) if isinstance(base, NF4Linear) else (None, ())
-    y, _ = _LoraLinear.apply(x.reshape(-1, x.size(-1)), base.weight, bias, lora_A, lora_B, scale, layout, *parts)
+    y = _LoraLinear.apply(x.reshape(-1, x.size(-1)), base.weight, bias, lora_A, lora_B, scale, layout, *parts)
     return y.view(*x.shape[:-1], y.size(-1))
 
 
@@ -55,6 +55,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -63,25 +64,18 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         layout: Layout | None,
         *parts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         u = F.linear(x, lora_A.to(x.dtype)).mul_(scale)
-        # Under autocast, u has another dtype than x.
-        return F.linear(x, weight, bias).addmm_(u, lora_B.to(u.dtype).T), u
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, lora_A, lora_B, ctx.scale, ctx.layout, *parts = inputs
         _, needs_dW, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros would be allocated for an unused y
-        kept = x if needs_dW or needs_dA else None, output[1] if needs_dB else None
-        ctx.save_for_backward(*kept, lora_A, lora_B, *(parts if ctx.layout else (weight,)))
+        kept = x if needs_dW or needs_dA else None, u if needs_dB else None
+        ctx.save_for_backward(*kept, lora_A, lora_B, *(parts if layout else (weight,)))
+        ctx.scale, ctx.layout = scale, layout
+        # Under autocast, u has another dtype than x.
+        return F.linear(x, weight, bias).addmm_(u, lora_B.to(u.dtype).T)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, lora_A, lora_B, *parts = ctx.saved_tensors
         needs_dx, needs_dW, needs_db, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)

@@ -133,13 +133,12 @@ class _NF4Linear(torch.autograd.Function):
     """y = x Wᵀ + b, and dx = dy W with W dequantized again: only the packed weight is saved."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, layout: nf4.Layout, *parts: Tensor | None) -> Tensor:
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, _, ctx.layout, *parts = inputs
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: nf4.Layout, *parts: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(*parts)
+        ctx.layout = layout
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
