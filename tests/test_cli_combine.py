@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import cli
 from minilora.adapters.combine import CombineConfig
-from minilora.adapters.layout import base_model_of
-from minilora.adapters.weighted import combine_directories
+from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli.load import MERGED, _is_named
 from minilora.cli.merge import split_weight
 from minilora.errors import in_recipe
@@ -155,8 +154,11 @@ def test_a_combination_is_merged_as_the_adapter_that_it_makes(directory, run, tm
     flags = ["--combination-type=svd", "--svd-rank=2"]
     both = ["--adapter=a:0.7", "--adapter=b:0.3"]
     printed = run("merge", *both, *flags, f"--out={tmp_path / 'merged'}")
-    parts = [directory / "a", directory / "b"]
-    cuts = combine_directories(parts, [0.7, 0.3], tmp_path / "adapter", CombineConfig("svd", 2))
+    model = ml.load_model(directory / "model")
+    for name in ("a", "b"):
+        ml.load_adapter(model, directory / name, name)
+    cuts = ml.combine_adapters(model, {"a": 0.7, "b": 0.3}, "sum", CombineConfig("svd", 2))
+    ml.save_adapter(model, tmp_path / "adapter", "sum")
     expected = Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()})
     assert printed[0] == (
         f"truncation error, relative to the combined update: {expected.overall:.2g}; "
@@ -182,18 +184,22 @@ def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one
     assert_writes_the_same(run, tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_one_adapter_is_cut_to_another_rank_needs_no_base_and_names_that_of_its_parts_or_model(
-    run, elsewhere, tmp_path
-):
+def test_one_adapter_is_cut_to_another_rank_and_is_one_of_the_model_that_is_given(run, elsewhere, tmp_path):
     flags = ["--combination-type=svd", "--svd-rank=1", "--as-adapter"]
     first, second = run("merge", "--adapter=a", *flags, f"--out={tmp_path / 'cut'}")
     assert first.startswith("truncation error, relative to the combined update: 0.")
     assert second == f"adapter of rank 1 written to {tmp_path / 'cut'}"
-    both = [f"--adapter={elsewhere}:0.7", f"--adapter={elsewhere}", "--as-adapter"]
-    for words, name in (([], "another/model"), (["--model=a/third"], "a/third")):
-        out = tmp_path / name.replace("/", "-")
-        run("merge", *both, *words, f"--out={out}")
-        assert base_model_of(out) == name
+    both = [f"--adapter={elsewhere}:0.7", f"--adapter={elsewhere}", "--as-adapter", "--model=model"]
+    run("merge", *both, f"--out={tmp_path / 'sum'}")
+    assert base_model_of(tmp_path / "sum") == "model"
+
+
+def test_how_the_base_was_held_in_the_training_is_written_with_the_sum(run, tmp_path):
+    model = ml.load_model("model", quantize="nf4")
+    write_adapter(model, tmp_path / "packed", r=2)
+    for name, adapter in (("dense", "a"), ("four", tmp_path / "packed")):
+        run("merge", f"--adapter={adapter}:0.5", "--model=model", "--as-adapter", f"--out={tmp_path / name}")
+        assert base_quantization(tmp_path / name) == base_quantization(adapter) is not None
 
 
 # --- what is refused ---
@@ -201,12 +207,12 @@ def test_one_adapter_is_cut_to_another_rank_needs_no_base_and_names_that_of_its_
 
 def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path):
     for words, phrase in (
-        (["--adapter=dora:0.5"], "dora: cannot be combined with other adapters, or weighed: "),
-        (["--adapter=dora", "--adapter=a", "--as-adapter"], "dora: cannot be combined"),
+        (["--adapter=dora:0.5"], "adapter0: cannot be combined with other adapters, or weighed: "),
+        (["--adapter=a", "--adapter=dora", "--as-adapter"], "adapter1: cannot be combined"),
         (["--adapter=a:0.5", "--svd-rank=3"], "svd_rank: without effect; 'cat' cuts nothing"),
         (["--adapter=a", "--adapter=b", "--combination-type=linear"], "'linear' needs adapters of one rank"),
         (["--adapter=a", "--as-adapter", "--target=original"], "--target: without effect on --as-adapter"),
-        (["--adapter=a", "--as-adapter", "--dtype=float32", "--quantize-skip=up"], "--quantize-skip, --dtype: without"),
+        (["--adapter=a", "--as-adapter", "--dtype=float32", "--device=cpu"], "--dtype, --device: without"),
         (["--adapter=a:0,5"], "a:0,5: no such directory"),
         (["--adapter=a", "--combination-type=sum"], "combination_type is 'sum', need one of ['cat', 'svd', 'linear']"),
         *((["--adapter=a", f"--combination-type={kind}"], in_recipe("ties_and_dare")) for kind in ("ties", "dare_svd")),

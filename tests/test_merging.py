@@ -126,8 +126,7 @@ UNTIED = [(kind, "llama") for kind in KINDS]
 
 
 @pytest.mark.parametrize(("kind", "family"), [*((kind, WHOLE) for kind in KINDS), UNTIED[-1], *long(*UNTIED[:-1])])
-def test_every_kind_of_adapter_is_merged_as_in_memory(tmp_path, monkeypatch, family, kind):
-    monkeypatch.setattr(merging, "CHUNK", 48)
+def test_every_kind_of_adapter_is_merged_as_in_memory(tmp_path, family, kind):
     base = write_base(tmp_path / "base", family, num_hidden_layers=2)
     model = ml.load_model(base)
     targets = {"target_modules": ("q_proj", "down_proj")}
@@ -232,17 +231,16 @@ def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_ag
     [("requantized", NF4), *(pytest.param("original", asked, marks=pytest.mark.long) for asked in (None, NF4))],
 )
 def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
-    monkeypatch.setattr(merging, "CHUNK", 48)
     monkeypatch.setattr(merging, "SHARD_BYTES", SHARD)
     base = tmp_path / "base"
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=9)
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=14)
     ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
     adapter = write_for(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
     largest = max(p.nbytes for p in model.parameters())
     what = Merge(base, [adapter], target, ml.QuantizeConfig.of(asked))
     _, peak, _ = allocated(lambda: merge_directory(what, tmp_path / "out"))
     held = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS_FILE).values())
-    assert SHARD < peak <= SHARD + 2 * held + 6 * largest
+    assert SHARD < peak <= SHARD + 2 * held + 10 * largest
     assert sum(p.nbytes for p in model.parameters()) > 4 * peak
 
 
@@ -282,15 +280,6 @@ def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, o
         effect += sum(delta**2)
     for found, expected in zip(squared_norms(*weights, layer), (error, effect), strict=True):
         assert_maths(torch.tensor([found], dtype=torch.float64), [expected])
-
-
-def test_the_norms_are_the_same_whatever_is_widened_at_a_time(things, monkeypatch):
-    whole = merge(things, "requantized", NF4)
-    monkeypatch.setattr(merging, "CHUNK", 1)
-    by_rows = merge(things, "requantized", NF4)
-    assert by_rows.layer == whole.layer
-    ours, expected = (torch.tensor([d.overall, d.worst], dtype=torch.float64) for d in (by_rows, whole))
-    assert_maths(ours, expected)
 
 
 def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_by_its_difference(things):

@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from minilora.adapters.attach import describe_base
-from minilora.adapters.combine import CombineConfig, LowRank
+from minilora.adapters.combine import CombineConfig
 from minilora.adapters.config import flag
+from minilora.adapters.files import load_adapter, save_adapter_files
 from minilora.adapters.layout import WEIGHTS_FILE
-from minilora.adapters.weighted import combine_directories
+from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
-from minilora.cli.load import (
-    MERGED,
-    add_model_flags,
-    base_notes,
-    base_of,
-    check_not_merged,
-    find,
-)
+from minilora.cli.load import MERGED, Found, add_model_flags, base_notes, check_not_merged, find
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
@@ -40,6 +34,7 @@ from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt
 from minilora.tools.merging import Deviation, Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
+UNUSED_FOR_ADAPTERS = {"target": None, "dtype": "auto", "device": "auto"}
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
 
 
@@ -52,9 +47,7 @@ def add_flags(parser: Parser) -> None:
         help="weights to merge into: original, the 16-bit weights; dequantized, the dequantized 4-bit weights that the "
         "adapter was trained on; requantized, these, quantized again (default: like the base in training)",
     )
-    parser.add_argument(
-        "--as-adapter", action="store_true", help="save the adapters as one adapter, not a model; needs no base model"
-    )
+    parser.add_argument("--as-adapter", action="store_true", help="save the adapters as one adapter, not a model")
     add_fields(parser, CombineConfig, "combination of adapters")
 
 
@@ -98,15 +91,26 @@ def _note_prompts(names: Sequence[str]) -> None:
 
 def _write_adapter(options: Options, weights: Sequence[float], config: CombineConfig, out: Path) -> str:
     """Write the adapters as one, and describe what was written."""
-    unset = {"target": None, "quantize": None, "double_quant": None, "quantize_skip": None, "dtype": "auto"}
-    if idle := [name for name, value in {**unset, "device": "auto"}.items() if options[name] != value]:
-        flags = ", ".join(map(flag, idle))
-        raise ConfigError(f"{flags}: without effect on --as-adapter, which needs no model")
-    paths = [fetch(name, "adapter") for name in options["adapter"]]
-    cuts = combine_directories(paths, weights, out, config, base_of(options["model"], paths))
-    copy_prompt_files(paths, out)
-    _print_truncation(cuts)
-    return f"adapter of rank {max(cut.factors.lora_A.size(0) for cut in cuts.values())}"
+    if idle := [name for name, value in UNUSED_FOR_ADAPTERS.items() if options[name] != value]:
+        raise ConfigError(f"{', '.join(map(flag, idle))}: without effect on --as-adapter, which computes no weights")
+    found = find(options)
+    rank = _combine(found, weights, config, out)
+    copy_prompt_files(found.adapters, out)
+    return f"adapter of rank {rank}"
+
+
+def _combine(found: Found, weights: Sequence[float], config: CombineConfig, out: Path) -> int:
+    """Write the weighted sum of the adapters as one, print what an SVD cuts off, and return its largest rank."""
+    model = load_model(found.base.name, "auto", "meta", found.quantize)
+    names = [f"adapter{i}" for i in range(len(found.adapters))]
+    for name, path in zip(names, found.adapters, strict=True):
+        load_adapter(model, path, name)
+    cuts = combine_adapters(model, dict(zip(names, weights, strict=True)), "combined", config)
+    save_adapter_files(model, out, "combined")
+    if cut := Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()}):
+        error = f"{cut.overall:.2g}; worst {cut.worst:.2g} in {cut.layer}"
+        print(f"truncation error, relative to the combined update: {error}")
+    return max(cut.factors.lora_A.size(0) for cut in cuts.values())
 
 
 def _write_model(options: Options, weights: Sequence[float], config: CombineConfig | None, out: Path) -> str:
@@ -124,7 +128,7 @@ def _write_model(options: Options, weights: Sequence[float], config: CombineConf
     with tempfile.TemporaryDirectory() as scratch:
         adapters = found.adapters
         if config is not None:
-            _print_truncation(combine_directories(adapters, weights, Path(scratch), config))
+            _combine(found, weights, config, Path(scratch))
             adapters = (Path(scratch),)
         device = pick_device(options["device"])
         merge = Merge(found.base.path, adapters, target, found.quantize, options["dtype"], device)
@@ -140,13 +144,6 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) 
     for name, path in zip(names, adapters, strict=True):
         merged = [*merged, {"name": Path(name).name, "sha256": sha256_of(path / WEIGHTS_FILE)}]
     write_json(out / "config.json", {**values, MERGED: merged})
-
-
-def _print_truncation(cuts: Mapping[str, LowRank]) -> None:
-    """Print the error of the SVD that truncated the combination, if one did."""
-    if found := Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()}):
-        error = f"{found.overall:.2g}; worst {found.worst:.2g} in {found.layer}"
-        print(f"truncation error, relative to the combined update: {error}")
 
 
 def _describe_error(deviation: Deviation | None) -> str:

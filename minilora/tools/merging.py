@@ -11,6 +11,7 @@ The *target* decides what W is:
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -37,7 +38,7 @@ from minilora.adapters.layout import (
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
 from minilora.llama import Llama, LlamaConfig
-from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
+from minilora.lora import AdapterWrapper, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
@@ -55,8 +56,6 @@ from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax
-
-CHUNK = 2**16  # elements of a weight that are converted to float64 at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,6 @@ class Merge:
     def weight_dtype(self) -> torch.dtype:
         dtype = stored_dtype(self.config.source) if self.dtype == "auto" else self.dtype
         return resolve_dtype(dtype, self.config.source, self.device)
-
-    def quantized_model(self) -> Llama:
-        """Build the model as it is loaded, without its weights."""
-        model = load_model(self.model, self.weight_dtype, "meta", self.quantize)
-        resize_token_embeddings(model, self.rows)
-        return model
 
     def dense_model(self) -> Llama:
         """Build the model without its weights, all of it dense."""
@@ -154,7 +147,8 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         TrainingError: a merged weight is not finite; no file is left in `out`.
         FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
     """
-    quantized = merge.quantized_model()
+    quantized = load_model(merge.model, merge.weight_dtype, "meta", merge.quantize)
+    resize_token_embeddings(quantized, merge.rows)
     layers = _load_adapters(merge)
     target = _target_of(merge, describe_base(quantized)["quantize"])
     model = quantized if target == "requantized" else merge.dense_model()
@@ -287,7 +281,7 @@ def _packed_like(example: Weight, weight: Tensor) -> Weight:
 
 
 def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:
-    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖² of the dequantized weights, in float64, a few rows at a time.
+    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖² of the dequantized weights, in float64 on the CPU: some devices lack it.
 
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
@@ -295,25 +289,7 @@ def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tup
         dequantize_weight(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()
         for w in (merged, trained)
     )
-    now, before = as_matrix(layer.base, now).cpu(), as_matrix(layer.base, before).cpu()
-    error = effect = 0.0
-    rows = max(1, CHUNK // now.size(1))
-    for begin in range(0, now.size(0), rows):
-        part = slice(begin, begin + rows)
-        start = before[part].double()
-        exact = merge_weight(start, _float64_rows(layer, part)).detach()
-        error += torch.linalg.vector_norm(now[part].double() - exact).item() ** 2
-        effect += torch.linalg.vector_norm(exact - start).item() ** 2
-    return error, effect
-
-
-def _float64_rows(layer: LowRankWrapper, part: slice) -> list[LoraAdapter]:
-    """Return the active adapters of some rows of W, in float64 on the CPU: some devices lack float64."""
-    rows = []
-    for adapter in (layer.adapters[name] for name in layer.active):
-        tensors = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B[part]}
-        if adapter.magnitude is not None:
-            tensors["magnitude"] = adapter.magnitude[part]
-        wide = {key: tensor.detach().cpu().double() for key, tensor in tensors.items()}
-        rows.append(LoraAdapter(wide, adapter.scale))
-    return rows
+    now, before = (as_matrix(layer.base, weight).cpu().double() for weight in (now, before))
+    adapters = [copy.deepcopy(layer.adapters[name]).cpu().double() for name in layer.active]
+    exact = merge_weight(before, adapters).detach()
+    return (now - exact).square().sum().item(), (exact - before).square().sum().item()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import minilora as ml
 from minilora.adapters.combine import CombineConfig, Factors, combine
-from minilora.adapters.weighted import combine_directories
 from minilora.lora import lora_delta
 from minilora.testing.compare import assert_parity, relative
 from tests.models import randn
@@ -117,7 +117,11 @@ def test_peft_loads_files_of_its_own_that_we_combined_to_the_outputs_of_its_own_
     model = theirs_model(two, small_model())
     model.save_pretrained(tmp_path)
     rank = {"svd_rank": 4} if kind == "svd" else {}
-    combine_directories([tmp_path / "A", tmp_path / "B"], [0.7, -0.3], tmp_path / "out", CombineConfig(kind, **rank))
+    combined = small_model()
+    for name in two:
+        ml.load_adapter(combined, tmp_path / name, name)
+    ml.combine_adapters(combined, {"A": 0.7, "B": -0.3}, "sum", CombineConfig(kind, **rank))
+    ml.save_adapter(combined, tmp_path / "out", "sum")
     ours, tokens = peft.PeftModel.from_pretrained(small_model(), tmp_path / "out"), torch.tensor([[3, 1, 4, 1, 5]])
     model.add_weighted_adapter(["A", "B"], [0.7, -0.3], "sum", kind, **rank)
     model.set_adapter("sum")
