@@ -4,14 +4,13 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.errors import fits, in_words
+from minilora.errors import fits
 from minilora.runs.config import RunConfig
 
 CONFIGS = (ml.LoraConfig, ml.CombineConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig, RunConfig)
@@ -76,12 +75,6 @@ def test_numbers_and_text_fit_their_own_types_and_whole_numbers_fit_float(number
     assert fits(None, int | None)
     assert not fits(True, typing.Literal[1])
     assert not fits([[text]], Sequence[str])
-
-
-def test_types_have_short_names():
-    assert in_words(int | None) == "int or None"
-    assert in_words(str | Path | Sequence[str | Path]) == "str or Path or Sequence[str | Path]"
-    assert in_words(typing.Literal["a", "b"] | None) == "one of ['a', 'b'] or None"
 
 
 def test_an_argument_of_another_library_is_answered_with_ours_and_one_that_nobody_has_as_python_does():

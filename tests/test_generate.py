@@ -8,13 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._pytree import tree_leaves
 
 import minilora as ml
 from minilora import ConfigError, ShapeError
-from minilora.models.generate import KVCache, _next_logits, evaluating, probabilities
+from minilora.models.generate import evaluating, probabilities
 from minilora.testing.compare import assert_maths
-from tests import models
 from tests.models import SIZES, examples, families, long, randn, seeds, tiny_model, token_ids
 
 V = SIZES["vocab_size"]
@@ -243,18 +241,6 @@ def test_what_is_no_batch_of_the_models_tokens_is_refused():
     for input_ids, phrase in NO_BATCH:
         with pytest.raises(ShapeError, match=re.escape(phrase)):
             ml.generate(model, input_ids)
-
-
-def test_nothing_is_sent_to_a_device_that_is_at_work():
-    """Or the sender would wait until all of its work is done."""
-    model = tiny_model().to("meta")
-    cache = KVCache(model.config, 2, 9, torch.device("meta"))
-    with models.Operations() as operations:
-        _next_logits(model, [[1, 2, 3], [4, 5]], cache)
-    names = [func._schema.name for func, *_ in operations.seen]
-    devices = [{x.device for x in tree_leaves(seen) if isinstance(x, torch.Tensor)} for seen in operations.seen]
-    sent = [i for i in range(len(names)) if len(devices[i]) > 1]
-    assert max(sent) < names.index("aten::mm") < len(names) - 100
 
 
 @given(

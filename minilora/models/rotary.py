@@ -117,15 +117,15 @@ def is_positive(value: Any) -> bool:
 def _check(kind: str, width: int, scaling: Scaling, trained_length: int) -> None:
     if not isinstance(kind, str) or kind not in NUMBERS:
         raise ConfigError(f"rope type {kind!r:.80} is not supported; supported are {sorted(NUMBERS)}")
-    if missing := [key for key in NUMBERS[kind] if scaling.get(key) is None]:
-        raise ConfigError(f"rope type {kind!r:.80} needs {missing}; the config has {sorted(scaling)}")
     bad, pairs = [], (width + 1) // 2
     for key in dict.fromkeys((*NUMBERS[kind], "factor", "attention_factor", "original_max_position_embeddings")):
         value = scaling.get(key)
+        if value is None and key not in NUMBERS[kind]:
+            continue
         if key in ("short_factor", "long_factor"):
             if not (isinstance(value, list | tuple) and len(value) == pairs and all(map(is_positive, value))):
                 bad.append(f"{key}: found {value!r:.80}, need a list of {pairs} numbers, one a pair")
-        elif value is not None and not is_positive(value):
+        elif not is_positive(value):
             bad.append(f"{key}: found {value!r:.80}, need a number above 0")
     if kind == "longrope" and trained_length < 2:  # its logarithm divides
         bad.append(f"original_max_position_embeddings: found {trained_length!r}, need at least 2")
