@@ -61,19 +61,12 @@ def copy_prompt_files(sources: Iterable[Path], out: Path) -> None:
 def _read_one(directory: Path) -> dict[str, str]:
     paths = [directory / name for name in PROMPT_FILES]
     texts = {path.name: text for path in paths if path.exists() and (text := read_text(path))}  # an empty one is none
+    where, run = directory / PROMPTS_FILE, directory / "run.json"
+    if PROMPTS_FILE not in texts and run.exists():  # a run of version 0.2 recorded its prompts there
+        where, values = run, read_json(run)
+        if isinstance(config := values.get("config", {}), dict):
+            form = "plain" if values.get("prompts") == "plain" else "template"
+            texts[PROMPTS_FILE] = json.dumps({"form": form, "system": config.get("system")}, indent=2)
     if PROMPTS_FILE in texts:
-        Prompts.parse(texts[PROMPTS_FILE], str(directory / PROMPTS_FILE))
-    elif (directory / "run.json").exists() and (prompts := _prompts_of_run(directory / "run.json")):
-        texts[PROMPTS_FILE] = prompts.to_json()
+        Prompts.parse(texts[PROMPTS_FILE], str(where))
     return texts
-
-
-def _prompts_of_run(path: Path) -> Prompts | None:
-    """Return the prompts of a run of version 0.2, which recorded them in run.json alone; None if it is of no run."""
-    values = read_json(path)
-    config = values.get("config", {})
-    if not isinstance(config, dict):
-        return None
-    if not isinstance(config.get("system"), str | None):
-        raise FormatError(f"{path}: config: found {config!r:.60}, need text as its 'system'")
-    return Prompts("plain" if values.get("prompts") == "plain" else "template", config.get("system"))

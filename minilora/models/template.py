@@ -26,7 +26,6 @@ Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
 TEMPLATE_LIMIT = 64_000  # characters of a template
 OUTPUT_LIMIT = 8_000_000  # characters that it may write
-FORMAT_LIMIT = 256  # characters of strftime_now's format
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
 PROBE = "\ufdd6"
 IS_MARKED = "is marked"  # a variable that no template can name
@@ -180,8 +179,6 @@ class _Generation(Extension):
 
 def _sandbox(now: datetime | None) -> Sandbox:
     def strftime_now(form: str) -> str:
-        if len(form) > FORMAT_LIMIT:
-            raise ValueError(f"strftime_now: a format of {len(form)} characters; at most {FORMAT_LIMIT} are accepted")
         return (now or datetime.now()).strftime(form)
 
     functions = {"raise_exception": _raise, "strftime_now": strftime_now}
