@@ -181,13 +181,6 @@ def test_a_prompt_style_writes_alpacas_text_and_learns_the_answers_and_their_end
     assert_learned(encoded(row, chosen), chosen, [*((text, False) for text, _ in pieces[:-1]), pieces[-1]])
 
 
-@pytest.mark.parametrize("extra", [{}, {"input": ""}, {"input": None}, {"input": "the sea"}])
-def test_instruction_rows_are_alpacas_text_where_the_model_has_no_template(tokenizer, extra):
-    row = {"instruction": "Add {a}.", "output": "b", **extra}
-    chosen = use_prompt_style(tokenizer(), "auto", [Row(row)])
-    assert_learned(encoded(row, chosen), chosen, written([("Add {a}.", extra.get("input"), "b")]))
-
-
 def test_auto_is_the_models_own_template_and_none_where_no_row_asks_for_one(tokenizer):
     rows = [Row({"instruction": "a", "output": "b"}), Row({"text": "a"})]
     assert use_prompt_style(tokenizer(template=CHATML), "auto", rows) is tokenizer(template=CHATML)
@@ -202,14 +195,6 @@ def test_a_style_closes_answers_also_where_only_the_generation_config_names_the_
     chosen = use_prompt_style(write_tokenizer(tmp_path, eos=eos), "instruction")
     found = encoded({"instruction": "a", "output": "b"}, chosen)
     assert found.tokens[-2:] == found.labels[-2:] == [chosen.token_id("b"), end]
-
-
-def test_a_prompt_to_continue_ends_where_the_answer_begins(tokenizer):
-    for style in ("alpaca", "instruction"):
-        chosen = use_prompt_style(tokenizer(post="bos"), style)
-        messages = conversation([("a", "b"), ("c", "d")], "s")
-        whole, asked = chosen.render(messages), chosen.render(messages[:-1], add_generation_prompt=True)
-        assert whole == f"{asked}d{EOS}"
 
 
 def test_a_style_of_ones_own_is_a_file(tokenizer, tmp_path):

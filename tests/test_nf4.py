@@ -23,7 +23,7 @@ from minilora.nf4 import (
 from minilora.testing import reference
 from minilora.testing.compare import assert_parity
 from tests.golden.make_quantized import FILE, SMALL
-from tests.models import default_dtype, either, randn, randomize_adapters_, seeds, small_tiles
+from tests.models import default_dtype, either, randn, randomize_adapters_, seeds
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -88,17 +88,6 @@ def test_a_weight_is_a_level_times_the_absmax_of_its_block_in_float32_and_rounde
     count = math.prod(size)
     expected = reference.nf4_dequantize(bytes(packed.tolist()), absmax.numpy(), count, 64)
     assert torch.equal(found.view(-1), torch.from_numpy(expected).to(torch.float32).to(dtype))
-
-
-@given(sizes, seeds, st.sampled_from([128, 256, 384]))
-def test_tiles_change_nothing(size, seed, tile):
-    whole = quantize(make(size, seed))
-    with pytest.MonkeyPatch.context() as patch:
-        small_tiles(patch, tile)
-        tiled = quantize(make(size, seed))
-        assert all(map(torch.equal, tiled, whole))
-        weight = dequantize(*tiled, size, torch.float32)
-    assert torch.equal(weight, dequantize(*whole, size, torch.float32))
 
 
 defaults = pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)

@@ -13,7 +13,6 @@ from hypothesis.strategies import floats
 from torch import nn
 
 from minilora import testing
-from minilora.nf4 import LEVELS, dequantize, quantize
 from minilora.testing import (
     AdaptedLinear,
     Bounded,
@@ -30,7 +29,7 @@ from minilora.testing import (
 )
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
-from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, masked_loss, merge
+from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, merge
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mistakes_layers import Wrong, lora, with_alpha
 from minilora.testing.strategies import METHODS, adapted_linears
@@ -177,37 +176,18 @@ def with_bias_scaled(W, b, A, B, alpha, magnitude):
     return Wrong(layer, lambda self, x: self(x) + (0 if b is None else b * factor))
 
 
-def rounded_down(W, block_size):
-    absmax = quantize(W, block_size)[1]
-    x = W.flatten() / absmax.clamp(min=1e-38).repeat_interleave(block_size)[: W.numel()]
-    codes = (x[:, None] >= torch.tensor(LEVELS)).sum(1).sub(1).clamp(0, 15)
-    codes = torch.cat([codes, codes.new_full((len(codes) % 2,), 7)]).view(-1, 2)
-    return (16 * codes[:, 0] + codes[:, 1]).to(torch.uint8), absmax
-
-
-def mean_of_means(W, micro_batches):
-    gradients = []
-    for x, labels in micro_batches:
-        leaf = W.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(masked_loss(x @ leaf.T, labels), leaf)
-        gradients.append(gradient)
-    return sum(gradients) / len(gradients)
-
-
 @pytest.mark.parametrize(
     ("kind", "law", "implementation", "cause"),
     [
         ("lora", "updates", merging_in_evaluation, "the weight merged in the first evaluation is kept"),
         ("dora", "forward", with_bias_scaled, "the bias is scaled by m/‖W + s·B A‖"),
         ("merge", "weight", lambda W, A, B, s: W + torch.einsum("or,ri->oi", B, A), "the scale is missing"),
-        ("nf4", "nearest", (rounded_down, dequantize), "codes are rounded down instead of to the nearest level"),
         (
             "loss_masking",
             "gradient",
             lambda z, y: F.cross_entropy(z[:, :-1].mT, y[:, 1:], reduction="none").sum() / y.numel(),
             "the sum is divided by all positions",
         ),
-        ("accumulation", "value", mean_of_means, "it is the mean of the means of the micro-batches"),
     ],
 )
 def test_a_mistake_is_named_however_it_is_written(kind, law, implementation, cause):

@@ -25,14 +25,15 @@ pytestmark = pytest.mark.site
 MODEL = ("nf4", "lora", "llama", "tokenizer", "explore")
 PAGES = ("index.html", "small.html")
 PARTS = ("self_attn", "mlp", "0", "1", "2", "3", "4")
+BARE = {"scale": 0.0, "bits": 8}
 SETTINGS = (
     {},
+    BARE,
     {"scale": 0.5, "rank": 3},
     {"scale": 2.0, "bits": 4, "where": ("self_attn", "mlp", "0", "2", "4")},
     {"scale": 1.5, "rank": 8, "bits": 2, "where": ("mlp", "1", "3")},
     {"rank": 12, "bits": 3, "is_merged": True},
 )
-BARE = {"scale": 0.0, "bits": 8}
 ROLES = {"slider", "textbox", "combobox", "radio", "checkbox", "button", "link", "image"}
 
 
@@ -151,18 +152,6 @@ def test_the_logits_are_those_of_pytorch(open_page, packed, settings):
             with torch.no_grad():
                 torch.testing.assert_close(found, model(tokens)[0, -1], rtol=0, atol=1e-3)
     print(f"{settings}: a new definition is answered in {statistics.median(milliseconds):.0f} ms")  # not asserted
-
-
-def test_the_base_is_the_adapter_at_scale_0_and_in_8_bits_as_in_pytorch(open_page, packed):
-    page = open_page()
-    set_controls(page, **BARE)
-    wait_for_frame(page)
-    base, adapted = (torch.tensor(page.evaluate(f"Array.from(drawn.{name})")) for name in ("base", "adapted"))
-    tokens = ml.load_tokenizer("minilora/builtin").encode("Definition: a small bird with a red breast\nCategory:")
-    with torch.no_grad():
-        expected = dense_model(packed, **BARE)(torch.tensor([tokens]))[0, -1]
-    torch.testing.assert_close(adapted, base, rtol=0, atol=1e-5)
-    torch.testing.assert_close(base, expected, rtol=0, atol=1e-3)
 
 
 def test_the_merge_counts_the_weights_that_change(open_page, packed):
