@@ -107,12 +107,8 @@ def test_a_best_adapter_of_other_tensors_is_refused(whole, tmp_path):
         run(tmp_path)
 
 
-def test_a_checkpoint_that_lacks_the_best_adapter_or_what_is_known_of_it_is_refused(whole, tmp_path):
+def test_a_checkpoint_that_lacks_what_is_known_of_the_best_adapter_is_refused(whole, tmp_path):
     newest = copy_checkpoint(whole[0], 6, tmp_path)
-    (newest / "best.safetensors").unlink()
-    as_written(newest)
-    with pytest.raises(ml.FormatError, match=r"lacks best\.safetensors"):
-        run(tmp_path)
     state = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "stale"}))
     as_written(newest)

@@ -126,7 +126,7 @@ class RunDirectory:
         self._lock = lock(self.path)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
-        before = record.config
+        before = record["config"]
         is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
             raise TrainingError(f"{self.path}: holds a run, which is not to be resumed; use another directory")
@@ -138,13 +138,13 @@ class RunDirectory:
             what = "a finished run" if is_finished else "a run"
             raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); use another directory")
         what = f"{self.path}: files of the base, the adapter or the template"
-        _check_same(what, record.inputs_sha256, self._inputs)
-        first = record.starts[0]
+        _check_same(what, record["inputs_sha256"], self._inputs)
+        first = record["starts"][0]
         return Earlier(
             first["dtype"] if self._settings.dtype == "auto" else self._settings.dtype,
             datetime.fromisoformat(first["time"]),
-            record.starts,
-            record.data_sha256,
+            tuple(record["starts"]),
+            record["data_sha256"],
             checkpoint,
             damaged,
             is_finished,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import DataError, FormatError, TrainingError, check_types
+from minilora.errors import DataError, TrainingError, check_types
 from minilora.models.shard import is_sharded
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
@@ -255,10 +255,6 @@ def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State
     if folder is None or newest is None:
         return checkpoints.State(run, total_steps=total), {}, damaged
     state, best = checkpoints.load_checkpoint(newest, job.model, job.optimizer, run, total)
-    if job.config.keep == "best" and state.best_step and not best:
-        raise FormatError(f"{newest}: lacks best.safetensors, the weights of step {state.best_step}")
-    if world.is_main_process():
-        checkpoints.prune(folder, state.step, job.config.save_total_limit)
     return state, best, damaged
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from threading import RLock
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -171,26 +171,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class RunRecord(NamedTuple):
-    """What run.json says of a run."""
-
-    config: dict[str, Any]  # all settings, by the names of their flags
-    inputs_sha256: dict[str, str]  # of the files that it starts from, by name
-    data_sha256: dict[str, str]
-    starts: tuple[dict[str, Any], ...]  # the first and those that resumed it, as `Run.start` describes them
-
-
-def read_run_record(path: Path) -> RunRecord:
+def read_run_record(path: Path) -> dict[str, Any]:
     """Read a run.json; raise a FormatError if it lacks what resuming the run needs."""
     record = read_json(path)
     try:
-        config, inputs, data = (dict(record[key]) for key in ("config", "inputs_sha256", "data_sha256"))
-        starts = tuple(record["starts"])
-        _, started, _, threads = (starts[0][key] for key in ("plain", "time", "dtype", "threads"))
-        datetime.fromisoformat(started).astimezone()
-        if type(threads) is not int or not 0 < threads < 2**31:
-            raise ValueError(f"threads is {threads!r}")
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        need = "config, starts (with plain, time, dtype and threads), data_sha256 and inputs_sha256"
-        raise FormatError(f"{path}: need {need}; use another directory") from error
-    return RunRecord(config, inputs, data, starts)
+        first = record["starts"][0]
+        datetime.fromisoformat(first["time"]).astimezone()
+        is_whole = isinstance(first["dtype"], str) and 0 < first["threads"] < 2**31
+        is_whole &= all(isinstance(record[key], dict) for key in ("config", "data_sha256", "inputs_sha256"))
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole:
+        need = "config, starts (with time, dtype and threads), data_sha256 and inputs_sha256"
+        raise FormatError(f"{path}: need {need}; use another directory")
+    return record
