@@ -21,7 +21,7 @@ from minilora.models import checkpoint, template
 from minilora.runs import directory as run_directory
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
-from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of, write_samples
+from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general
 from minilora.runs.reports import beginning, ending
 from minilora.testing.compare import assert_parity
@@ -29,7 +29,7 @@ from tests import runs
 from tests.models import long
 from tests.ranks import CONTEXT, start_process
 from tests.runs import FULL, contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished
-from tests.text import CLOSE, DEFAULT_SYSTEM, EOS, conversation, write_tokenizer
+from tests.text import EOS
 from tests.training import number
 
 STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an epoch
@@ -416,20 +416,6 @@ def test_the_first_lines_of_a_run_fit_a_terminal_of_80_columns_and_warn_of_fewer
     for share in (0.44, 0):  # ten rows, and none
         assert finetune(directory, tmp_path / "dry", dry_run=True, eval_split=share) == 0
         assert "too few" not in capsys.readouterr().err
-
-
-def test_of_a_conversation_a_sample_shows_the_last_message_of_the_user(directory, tmp_path, capsys):
-    tokenizer = write_tokenizer(tmp_path / "model", template=DEFAULT_SYSTEM, eos=CLOSE)
-    model = ml.load_model(directory / "model")
-    ml.save_model(model, tmp_path / "model", tokenizer)
-    talk = [("what is the land?", "the sea"), (" the cat\nsat? ", "the mat")]
-    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": conversation(talk)}) + "\n") * 4)
-    data = ml.load_dataset(tmp_path / "rows.jsonl", tokenizer)
-    assert [sample["prompt"] for sample in write_samples(model, tokenizer, data)] == ["the cat\nsat?"] * 4
-    assert finetune(tmp_path, tmp_path / "out", max_steps=1, eval_steps=1, samples=1) == 0
-    told = capsys.readouterr().err
-    assert "  the cat sat? -> " in told
-    assert "assistant" not in told
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

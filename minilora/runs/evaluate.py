@@ -31,7 +31,6 @@ SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
 BATCH_SIZE = 8  # prompts that are answered at a time
-MARK = "\ufdd4"  # a noncharacter, which is in no text
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
@@ -230,32 +229,13 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Return the prompts of some examples, and what the model generates for each, greedily.
-
-    Of a conversation the prompt is the last message of the user, without what the template writes around it.
-    """
+    """Return the prompts of some examples, and what the model generates for each, greedily."""
     prompts = [prompt for example in examples if (prompt := prompt_of(example))]
     if not prompts:
         return []
     written = generate(model, prompts, SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
-    shown = [_last_message(prompt, tokenizer) or tokenizer.decode(prompt) for prompt in prompts]
-    return [{"prompt": p, "text": text} for p, text in zip(shown, map(tokenizer.decode, written), strict=True)]
-
-
-def _last_message(prompt: Sequence[int], tokenizer: Tokenizer) -> str | None:
-    """Return the last message of the user in a rendered conversation; None if it is none, or is not found.
-
-    What the template writes before and after a message is seen where messages of one mark are rendered.
-    """
-    turns = [{"role": role, "content": MARK} for role in ("user", "assistant", "user")]
-    try:
-        first, _, second, after = tokenizer.render(turns, add_generation_prompt=True).split(MARK)
-    except (DataError, ValueError):  # there is no template, or it writes a message twice
-        return None
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False))
-    before = "".join(character for character, _ in same)[::-1]  # without a system prompt, or the end of an answer
-    text = tokenizer.decode(prompt, skip_special_tokens=False)
-    return text.removesuffix(after).rpartition(before)[2].strip() if before and before in text else None
+    pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
+    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch import nn
 
 from minilora.runs.config import TrainConfig
 from minilora.runs.objective import Objective, check_token_loss
-from minilora.runs.sampler import plan_steps, set_dropout_step
+from minilora.runs.sampler import groups, set_dropout_step
 
 LINUX = Path("/")  # where /proc and /sys are
 
@@ -152,10 +152,7 @@ def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig
         return None
     check_token_loss(model, dataset)
     objective, was_training = Objective(config), model.training
-    lengths = objective.lengths(dataset)
-    shortest = sorted(plan_steps(lengths, config)[0][0], key=lambda row: lengths[row])  # of a micro-batch
-    count = max(1, int((lengths[shortest].cumsum() <= MAX_TOKENS).sum()))
-    rows = [dataset[row] for row in shortest[:count]]
+    rows = [dataset[row] for row in next(groups(objective.lengths(dataset), MAX_TOKENS))]
 
     def seconds(number: int) -> float:
         torch.set_num_threads(number)
