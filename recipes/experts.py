@@ -37,8 +37,8 @@ class LoraExperts(nn.Module):
 
     def __init__(self, base: nn.Module, names: Sequence[str], r: int, lora_alpha: float, is_transposed: bool):
         super().__init__()
-        self.base = base.requires_grad_(False)
-        self.r, self.lora_alpha, self.is_transposed = r, lora_alpha, is_transposed
+        self.base, self.is_transposed = base, is_transposed
+        self.r, self.lora_alpha = r, lora_alpha
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name in names:
             weight = base.get_parameter(name)
@@ -62,21 +62,21 @@ class LoraExperts(nn.Module):
 
 def attach_experts(model: nn.Module, names: Sequence[str], r: int, lora_alpha: float, is_transposed: bool) -> None:
     """Give the stacked parameters of these names adapters, and freeze everything else."""
-    held = {module: [name for name in names if name in module._parameters] for module in model.modules()}
-    if not any(held.values()):
+    found = {module: [name for name in module._parameters if name in names] for module in model.modules()}
+    pairs = [(m, LoraExperts(m, own, r, lora_alpha, is_transposed)) for m, own in found.items() if own]
+    if not pairs:
         raise ml.TargetError(f"no module of the model has a parameter called {list(names)}")
     model.requires_grad_(False)
-    pairs = [(m, LoraExperts(m, found, r, lora_alpha, is_transposed)) for m, found in held.items() if found]
     replace_modules(model, pairs)
 
 
+@torch.no_grad()
 def merge_experts(model: nn.Module) -> None:
     """Fold the adapters into the parameters, and put the modules back."""
     layers = [module for module in model.modules() if isinstance(module, LoraExperts)]
-    with torch.no_grad():
-        for layer in layers:
-            for name, weight in layer.changed_parameters().items():
-                layer.base.get_parameter(name).copy_(weight)
+    for layer in layers:
+        for name, weight in layer.changed_parameters().items():
+            layer.base.get_parameter(name).copy_(weight)
     replace_modules(model, [(layer, layer.base) for layer in layers])
 
 
@@ -87,14 +87,13 @@ def save_experts(model: nn.Module, directory: str | Path) -> None:
         raise ml.TargetError("the model has no adapters of experts")
     tensors, targets = {}, []
     for path, layer in layers.items():
-        names = [name for name in layer.base._parameters if name in layer.lora_A]
-        for depth, name in enumerate(reversed(names)):
+        for depth, name in enumerate(reversed(layer.lora_A)):
             where = f"{PREFIX}{path}.{'base_layer.' * depth}"
             tensors[f"{where}lora_A.weight"] = layer.lora_A[name].contiguous()
             tensors[f"{where}lora_B.weight"] = layer.lora_B[name].contiguous()
             targets.append(f"{path}.{name}")
-    numbers = {"r": layer.r, "lora_alpha": layer.lora_alpha}  # those of all layers
-    config = {"peft_type": "LORA", **numbers, "target_modules": [], "target_parameters": targets}
+    config = {"peft_type": "LORA", "r": layer.r, "lora_alpha": layer.lora_alpha}  # the numbers are those of all layers
+    config |= {"target_modules": [], "target_parameters": targets}
     Path(directory).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(directory) / "adapter_model.safetensors")
     (Path(directory) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")

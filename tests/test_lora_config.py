@@ -147,9 +147,17 @@ def test_all_bad_values_are_told_at_once():
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "olora", "loftq"])
-def test_start_values_that_are_recipes_are_refused_with_the_recipe_s_place(init):
-    recipe = "starts_from_weights" if init in ("olora", "loftq") else "starts_from_data"
+@pytest.mark.parametrize(
+    ("init", "recipe"),
+    [
+        ("eva", "starts_from_inputs"),
+        ("corda", "starts_from_inputs"),
+        ("lora_ga", "starts_from_gradients"),
+        ("olora", "starts_from_weights"),
+        ("loftq", "starts_from_weights"),
+    ],
+)
+def test_start_values_that_are_recipes_are_refused_with_the_recipe_s_place(init, recipe):
     with pytest.raises(ConfigError, match=rf"accepted are \[True, .*; {re.escape(in_recipe(recipe))}$"):
         LoraConfig(init_lora_weights=init)
 

@@ -24,7 +24,8 @@ HEADS = {  # names of heads in transformers; they start at random, so they are t
 }
 INITS = (True, False, "gaussian", "orthogonal", "pissa")
 RECIPES = {  # start values that are recipes
-    **dict.fromkeys(("eva", "corda", "lora_ga"), "starts_from_data"),
+    **dict.fromkeys(("eva", "corda"), "starts_from_inputs"),
+    "lora_ga": "starts_from_gradients",
     **dict.fromkeys(("olora", "loftq"), "starts_from_weights"),
 }
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name

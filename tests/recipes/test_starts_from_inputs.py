@@ -1,8 +1,6 @@
-"""EVA, CorDA and LoRA-GA as their papers define them, and as PEFT computes them where it is right."""
+"""EVA and CorDA as their papers define them, and as PEFT computes them where it is right."""
 
-import copy
 import dataclasses
-import math
 import sys
 
 import numpy as np
@@ -17,7 +15,7 @@ from minilora.adapters.initialize import factors_from_weight
 from minilora.data import collate
 from minilora.testing.compare import assert_parity, relative
 from minilora.training import token_loss
-from recipes.starts_from_data import GAMMA, corda, eva, lora_ga
+from recipes.starts_from_inputs import corda, eva
 from tests.models import (
     WHOLE,
     best_of_rank,
@@ -137,36 +135,19 @@ def test_corda_of_inputs_alike_in_all_directions_moves_what_pissa_moves(seed, sc
     assert relative(lora_B @ lora_A, pissa_B @ pissa_A, NEAR) < 1
 
 
-@examples(0.3)
-@given(seeds, scales)
-def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight(seed, scale):
-    model = Parallel(seed)
-    sum(model.losses(data(seed))).backward()
-    gradients = {path: model.get_submodule(path).weight.grad.clone() for path in LINEARS}
-    model.zero_grad()
-    start = lora_ga(model, config_of(alpha=R * scale), model.losses(data(seed)))
-    for path, G in gradients.items():
-        lora_A, lora_B = start[path]
-        dA, dB = scale * lora_B.T @ G, scale * G @ lora_A.T  # law 5
-        zeta = len(G) ** 0.25 / 4
-        assert relative(scale * (dB @ lora_A + lora_B @ dA), (scale * zeta) ** 2 * best(G, 2 * R), 100 * NEAR) < 1
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-
-
 KINDS = {
     "eva": eva,
     "corda": lambda *arguments: (arguments[1], corda(*arguments)),
-    "lora_ga": lambda *arguments: (arguments[1], lora_ga(*arguments)),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(kind, tmp_path):
+def assert_changes_nothing_trains_and_is_saved_as_a_plain_one(start_of, tmp_path):
+    """The adapter of a decoder that starts as `start_of` says: (model, config, losses) -> config, start."""
     model, rows = tiny_model(WHOLE, dtype=torch.float32), random_rows(2, 6)
     batches = [collate([row], torch.device("cpu")) for row in rows]
     before, ids = model.state_dict(), batches[0].tokens[None]
     logits = model(ids)
-    config, start = KINDS[kind](model, ml.LoraConfig(r=2, lora_alpha=6), (token_loss(model, b)[0] for b in batches))
+    config, start = start_of(model, ml.LoraConfig(r=2, lora_alpha=6), (token_loss(model, b)[0] for b in batches))
     ml.attach(model, config, start=start)
     layers = adapter_layers(model)
     assert layers.keys() == start.keys()
@@ -184,7 +165,12 @@ def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain
     assert relative(model(ids), trained, NEAR) < 1
 
 
-@pytest.mark.parametrize("kind", ["eva", "corda"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(kind, tmp_path):
+    assert_changes_nothing_trains_and_is_saved_as_a_plain_one(KINDS[kind], tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_in_four_bits_start_as_the_dense_ones_that_they_stand_for(kind):
     packed = four_bit(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)))
     dense = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
@@ -200,7 +186,7 @@ def test_weights_in_four_bits_start_as_the_dense_ones_that_they_stand_for(kind):
         )
 
 
-@pytest.mark.parametrize("kind", ["eva", "corda"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_that_were_computed_before_are_refused(kind):
     model = Parallel()
     with pytest.raises(ml.TrainingError, match=r"no input reached \['narrow', 'other', 'wide'\]"):
@@ -249,31 +235,3 @@ def test_corda_moves_the_part_of_the_weight_that_peft_moves(monkeypatch):
     for path, (lora_A, lora_B) in corda(ours, config_of(), ours.losses(data())).items():
         A, B = theirs_factors(peft_model, path)
         assert_parity((lora_B @ lora_A).float(), B @ A, ALLOWED)
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("default")
-def test_lora_ga_has_peft_s_directions_and_the_published_sizes():
-    """Theirs multiplies B by the singular values of the gradient and leaves the stable scale out of A."""
-    peft = pytest.importorskip("peft")
-    from peft.tuners.lora.loraga import preprocess_loraga
-
-    from tests.parity.theirs import ALLOWED, theirs_factors
-
-    torch.manual_seed(0)
-    model, config = Parallel(), theirs(peft, "lora_ga", lora_ga_config=peft.LoraGAConfig())
-    gradients = {}
-
-    def step():
-        for x in data():
-            model.loss(x).backward()
-        gradients.update({path: model.get_submodule(path).weight.grad.clone() for path in LINEARS})
-
-    preprocess_loraga(model, config, step)
-    peft_model, ours = peft.get_peft_model(copy.deepcopy(model), config), Parallel()
-    for path, (lora_A, lora_B) in lora_ga(ours, config_of(), ours.losses(data())).items():
-        A, B = theirs_factors(peft_model, path)
-        S = torch.linalg.svdvals(gradients[path] / len(data()))[R : 2 * R]
-        zeta = lora_B.size(0) ** 0.25 / math.sqrt(GAMMA)
-        assert_parity((lora_A * A).sum(1, keepdim=True).sign() * lora_A / zeta, A, ALLOWED)
-        assert_parity((lora_B * B).sum(0).sign() * lora_B * S, B, ALLOWED)
