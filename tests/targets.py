@@ -9,7 +9,7 @@ class Targets(NamedTuple):
 
     Attributes:
         linears: `target_modules`, all linears of attention and MLP.
-        leave: linears of the layers that are better left alone; `find_target_modules` says why.
+        leave: linears that fused kernels read without calling them, so that an adapter would do nothing.
     """
 
     linears: tuple[str, ...]
@@ -38,7 +38,7 @@ TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules ar
     "mixtral": _of(_ATTENTION),
     "phi": _of("q_proj k_proj v_proj dense fc1 fc2"),
     "phi3": _of("qkv_proj o_proj gate_up_proj down_proj"),
-    "qwen2_moe": _of(_LLAMA, leave="shared_expert_gate"),
+    "qwen2_moe": _of(f"{_LLAMA} shared_expert_gate"),
     "t5": _of("q k v o wi wo"),
     "vit": _of("q_proj k_proj v_proj o_proj fc1 fc2"),
 }

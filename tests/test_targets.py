@@ -47,18 +47,6 @@ MODELS = {
         lambda: module(layers=layers(lambda: module(up=2)), classifier=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))),
         ["up"],
     ),
-    "experts": (
-        lambda: module(layers=layers(lambda: module(experts=layers(lambda: module(up=2)), gate=2, shared_gate=2))),
-        ["up"],
-    ),
-    "a shared expert": (
-        lambda: module(layers=layers(lambda: module(experts=nn.Module(), gate=2, shared=module(gate=2)))),
-        ["shared.gate"],
-    ),
-    "a router": (
-        lambda: module(layers=layers(lambda: module(up=2, router=module(layer=2), q=module(router=2)))),
-        ["up"],
-    ),
     "a Mamba mixer": (
         lambda: module(layers=layers(lambda: module(mixer=mixer(), out_proj=2))),
         ["in_proj", "layers.0.out_proj", "layers.1.out_proj"],

@@ -95,12 +95,15 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
         (TargetError, "the model has an adapter 'first' already", {"first": 2.0}, "first"),  # PEFT says nothing
         (
             TargetError,
-            r"no adapter is called 'other'; the model has \['dora', 'first', 'more'\]",
+            r"no adapter is called 'other'; the model has .*'dora', 'first', 'more'",
             {"other": 0.3},
             "sum",
         ),
         (ConfigError, r"more: cannot be combined .* \['3'\]", {"first": 0.7, "more": 0.3}, "sum"),
-        (ConfigError, r"dora: cannot be combined .* \['1'\]", {"dora": 1.0}, "sum"),
+        *(
+            (ConfigError, rf"{name}: cannot be combined .* \['{path}'\]", {name: 1.0}, "sum")
+            for name, path in (("dora", "1"), ("biased", "1"), ("with bias", "1"), ("rows", "0"))
+        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused_and_changes_nothing(error, said, weights, name):
@@ -108,6 +111,9 @@ def test_what_cannot_be_combined_is_refused_and_changes_nothing(error, said, wei
     add(model, "first", target_modules=["2"])
     add(model, "more", target_modules=["1"], modules_to_save=["3"])
     add(model, "dora", target_modules=["1"], use_dora=True)
+    add(model, "biased", target_modules=["1"], lora_bias=True)
+    add(model, "with bias", target_modules=["1"], bias="lora_only")
+    add(model, "rows", target_modules=["1"], trainable_token_indices={"0": (1, 2)})
     layers = {path: list(layer.adapters) for path, layer in adapter_layers(model).items()}
     with pytest.raises(error, match=said):
         combine_adapters(model, weights, name)

@@ -261,29 +261,19 @@ def find_target_modules(model: nn.Module) -> list[str]:
     """Return the shortest `target_modules` that match all linears in a model's layers, and nothing else.
 
     A layer has a number in its path, as "3" in "model.layers.3.mlp.up_proj". Modules outside layers, such as heads and
-    poolers, are left out, and of those in the layers
-
-    - the routers of a mixture of experts: a small change there sends tokens to experts that have not learned them;
-    - all of a Mamba mixer but its `in_proj`: fused kernels read the other weights without calling their modules, and an
-      adapter there would do nothing.
+    poolers, are left out.
 
     Raises:
         TargetError: there are no such linears.
     """
     check_types(find_target_modules, locals())
     modules = base_modules(model)
-    linears = [path for path, kind in adaptable(modules).items() if kind in LINEARS and not _is_router(path, modules)]
+    linears = [path for path, kind in adaptable(modules).items() if kind in LINEARS]
     chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
     if not chosen:
         raise TargetError("the model has no linears in numbered layers; name the modules to adapt in target_modules")
     taken = {end for path in modules.keys() - set(chosen) for end in _ends(path)}
     return sorted({next((end for end in _ends(path) if end not in taken), path) for path in chosen})
-
-
-def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a linear stands beside a module `experts` or belongs to a router."""
-    parts = path.split(".")
-    return "router" in parts or ".".join([*parts[:-1], "experts"]) in modules
 
 
 def _ends(path: str) -> Iterator[str]:

@@ -76,19 +76,16 @@ class Rows(nn.Module):
     """
 
     ids: Tensor
-    order: Tensor
 
     def __init__(self, ids: Sequence[int], rows: Tensor):
         super().__init__()
         self.rows = nn.Parameter(rows)
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
-        self.register_buffer("order", self.ids.argsort(), persistent=False)
 
     def of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return which tokens have a row, and the index of the row: (...) -> (...), (...)."""
-        ranked = self.ids[self.order]
-        place = torch.searchsorted(ranked, tokens).clamp(max=len(ranked) - 1)
-        return ranked[place] == tokens, self.order[place]
+        is_same = tokens.unsqueeze(-1) == self.ids
+        return is_same.any(-1), is_same.long().argmax(-1)
 
 
 class TrainableTokens(AdapterWrapper):

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from minilora.adapter import PREFIX
-from minilora.adapters.combine import Factors
 from minilora.adapters.config import HEADS, RANDOM_SVD_INIT, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, read_json, verify, write_json, write_tensors
@@ -89,13 +88,11 @@ class Stored:
         path: the directory.
         values: the values of the JSON, checked.
         tensors: path of a module -> key -> tensor, in float32 at least (see `parse_tensor_name`).
-        embeddings: the paths of those that are embeddings.
     """
 
     path: Path
     values: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
-    embeddings: frozenset[str] = frozenset()
 
     def config(self) -> LoraConfig:
         """Return the config of the adapter, with the ranks that its A have."""
@@ -112,11 +109,6 @@ class Stored:
         except (ConfigError, TypeError) as error:
             raise FormatError(f"{self.path / CONFIG_FILE}: {error}") from error
         return config
-
-    def factors(self) -> dict[str, Factors]:
-        """Return A, B and s by path; the adapter must have nothing else."""
-        config, tensors = self.config(), self.tensors.items()
-        return {where: Factors(held["lora_A"], held["lora_B"], config.scale(where)) for where, held in tensors}
 
 
 def read_adapter(directory: Path) -> Stored:
@@ -150,8 +142,7 @@ def read_adapter(directory: Path) -> Stored:
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
-    embeddings = {parse_tensor_name(name)[0] for name in file.shapes if ".lora_embedding_" in name}
-    return Stored(directory, values, tensors, frozenset(embeddings))
+    return Stored(directory, values, tensors)
 
 
 def write_adapter(

@@ -46,15 +46,15 @@ def export_adapter(path: str | Path, out: Path) -> int:
     found = features(stored.values, file.shapes)
     if reasons := [f"{name}: {why}" for name, why in found.items() if name not in FOLDED | KEPT]:
         raise ConfigError(f"{stored.path} has no plain form; use `minilora merge`:{listed(reasons)}")
-    factors, tensors = stored.factors(), {}
-    rank = max(len(lora_A) for lora_A, _, _ in factors.values())
+    config, tensors = stored.config(), {}
+    rank = max(len(held["lora_A"]) for held in stored.tensors.values())
     for name in file.shapes:
         where, key = parse_tensor_name(name)
-        tensor, scale = stored.tensors[where][key], factors[where].scale
+        tensor = stored.tensors[where][key]
         if key == "lora_A":
             tensor = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
         elif key == "lora_B":  # in float64, or s would be rounded too
-            tensor = F.pad((scale * tensor.double()).to(tensor.dtype), (0, rank - tensor.size(1)))
+            tensor = F.pad((config.scale(where) * tensor.double()).to(tensor.dtype), (0, rank - tensor.size(1)))
         tensors[name if key == "weight" else factor_name(where, key, "lora_embedding_" in name)] = tensor
     plain = {"r": rank, "lora_alpha": rank, "init_lora_weights": True, "use_rslora": False}
     write_adapter(out, stored.values | plain | {"rank_pattern": {}, "alpha_pattern": {}}, tensors, file.metadata)

@@ -31,7 +31,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
-from minilora.tools.merging import Deviation, Merge, merge_directory
+from minilora.tools.merging import Merge, merge_directory, relative_error
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
 UNUSED_FOR_ADAPTERS = {"target": None, "dtype": "auto", "device": "auto"}
@@ -107,9 +107,8 @@ def _combine(found: Found, weights: Sequence[float], config: CombineConfig, out:
         load_adapter(model, path, name)
     cuts = combine_adapters(model, dict(zip(names, weights, strict=True)), "combined", config)
     save_adapter_files(model, out, "combined")
-    if cut := Deviation.of({path: (cut.lost, cut.total) for path, cut in cuts.items()}):
-        error = f"{cut.overall:.2g}; worst {cut.worst:.2g} in {cut.layer}"
-        print(f"truncation error, relative to the combined update: {error}")
+    if error := relative_error((cut.lost, cut.total) for cut in cuts.values()):
+        print(f"truncation error, relative to the combined update: {error:.2g}")
     return max(cut.factors.lora_A.size(0) for cut in cuts.values())
 
 
@@ -132,9 +131,9 @@ def _write_model(options: Options, weights: Sequence[float], config: CombineConf
             adapters = (Path(scratch),)
         device = pick_device(options["device"])
         merge = Merge(found.base.path, adapters, target, found.quantize, options["dtype"], device)
-        deviation = merge_directory(merge, out, found.tokenizer)
+        error = merge_directory(merge, out, found.tokenizer)
     _record_adapters(out, options["adapter"], found.adapters)
-    return f"{_describe_error(deviation)}\nmerged model"
+    return f"{_describe_error(error)}\nmerged model"
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) -> None:
@@ -146,13 +145,10 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) 
     write_json(out / "config.json", {**values, MERGED: merged})
 
 
-def _describe_error(deviation: Deviation | None) -> str:
-    if deviation is None:
+def _describe_error(error: float | None) -> str:
+    if error is None:
         return "no update of low rank changes a weight, so there is no rounding error to report"
-    text = (
-        f"the layers' outputs differ from the trained ones by {deviation.overall:.1%} of the adapter's effect "
-        f"(worst: {deviation.worst:.1%} in {deviation.layer})"
-    )
-    if deviation.overall > NOTABLE:
+    text = f"the layers' outputs differ from the trained ones by {error:.1%} of the adapter's effect"
+    if error > NOTABLE:
         text += "\nthe loss usually changes far less: `minilora eval` measures it, and --dtype float32 rounds less"
     return text

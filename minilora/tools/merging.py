@@ -15,7 +15,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -113,31 +113,18 @@ class Merge:
                 yield HEAD, weight
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """The relative error ‖W′ - (W + ΔW)‖ / ‖ΔW‖ over all adapted layers and in the worst one, W as in training.
+def relative_error(squares: Iterable[tuple[float, float]]) -> float | None:
+    """Return ‖W′ - (W + ΔW)‖ / ‖ΔW‖ from the `squared_norms` of the adapted layers; None if nothing is changed.
 
     For inputs without a preferred direction, E[x xᵀ] = σ²·1, the outputs of a matrix M have the mean square
     σ²‖M‖² / out. So this is the error of the layers' outputs relative to the adapters' effect, as root mean squares.
     """
-
-    overall: float
-    worst: float
-    layer: str
-
-    @classmethod
-    def of(cls, squares: Mapping[str, tuple[float, float]]) -> Deviation | None:
-        """Return the deviation for ‖error‖² and ‖ΔW‖² of each layer, by its path; None if nothing is changed."""
-        ratios = {path: math.sqrt(error / effect) for path, (error, effect) in squares.items() if effect}
-        if not ratios:
-            return None
-        error, effect = map(sum, zip(*squares.values(), strict=True))
-        worst = max(ratios, key=ratios.__getitem__)
-        return cls(math.sqrt(error / effect), ratios[worst], worst)
+    errors, effects = zip((0.0, 0.0), *squares, strict=True)
+    return math.sqrt(sum(errors) / sum(effects)) if any(effects) else None
 
 
-def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None) -> Deviation | None:
-    """Merge, write the model with its tokenizer, and return how far it is from the trained weights.
+def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None) -> float | None:
+    """Merge, write the model with its tokenizer, and return its `relative_error`, with W as in training.
 
     The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
     "dequantized", without for "original".
@@ -155,10 +142,10 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     unties = _unties(merge, layers)
     if unties:
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    squares: dict[str, tuple[float, float]] = {}
+    squares: list[tuple[float, float]] = []
     weights = _merged_weights(_pairs(merge, target, unties), layers, target, squares)
     save_model_files(model, out, tokenizer, SHARD_BYTES, weights)
-    return Deviation.of(squares)
+    return relative_error(squares)
 
 
 def _target_of(merge: Merge, kind: str) -> Target:
@@ -230,7 +217,7 @@ def _merged_weights(
     pairs: Iterator[tuple[str, Weight, Weight]],
     layers: Mapping[str, AdapterWrapper],
     target: Target,
-    squares: dict[str, tuple[float, float]],
+    squares: list[tuple[float, float]],
 ) -> Iterator[tuple[str, Weight]]:
     """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`."""
     for path, group in itertools.groupby(pairs, key=lambda pair: _adapted_module(pair[0], layers)):
@@ -244,7 +231,7 @@ def _merged_weights(
         for key, (weight, trained) in weights.items():
             result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
             if key == "weight" and isinstance(layer, LowRankWrapper):
-                squares[path] = squared_norms(result, trained, layer)
+                squares.append(squared_norms(result, trained, layer))
             yield f"{path}.{key}", result
 
 

@@ -50,8 +50,11 @@ def numbers(directory):
         stored = read_adapter(locate(directory, "adapter").path)
     except ml.FormatError:
         return None
-    factors = stored.factors()
-    return {path: (each.scale, each.lora_A.tolist(), each.lora_B.tolist()) for path, each in factors.items()}
+    config = stored.config()
+    return {
+        path: (config.scale(path), held["lora_A"].tolist(), held["lora_B"].tolist())
+        for path, held in stored.tensors.items()
+    }
 
 
 @BOTH
