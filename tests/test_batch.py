@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX, collate
-from minilora.runs.sampler import groups, plan_steps
+from minilora.runs.sampler import plan_steps
 from tests.models import examples as many
 from tests.models import seeds
 
@@ -24,11 +24,6 @@ def examples(draw):
 
 def micro_batches(lengths, **config):
     return [rows for step in plan_steps(lengths, ml.TrainConfig(**config)) for rows in step]
-
-
-@given(lengths, st.integers(1, 30))
-def test_groups_keep_the_order_of_the_rows(lengths, limit):
-    assert [row for group in groups(lengths, limit) for row in group] == list(range(len(lengths)))
 
 
 @given(lengths, sizes, seeds)

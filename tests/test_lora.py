@@ -9,7 +9,7 @@ from torch import nn
 
 from minilora import LoraConfig
 from minilora.adapters.layers import factor_shapes
-from minilora.lora import LoraLinear, dora_norm, lora_delta, lora_linear, lora_scale, lora_update, merge_weight
+from minilora.lora import LoraLinear, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
 from minilora.nf4 import NF4Linear
 from minilora.runs.sampler import SeededDropout, hash_seed
 from minilora.testing import reference
@@ -204,14 +204,6 @@ def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed
     for our, their, oracle, like in zip(*results, [ours, *leaves], strict=True):
         assert our.dtype == like.dtype
         assert_precision(our.bfloat16(), their.bfloat16(), oracle)
-
-
-@given(seeds, sizes, sizes, st.lists(sizes, min_size=1, max_size=3), scales)
-def test_what_is_merged_into_another_weight_is_what_is_merged_into_the_base_s_own(seed, inner, outer, ranks, scale):
-    layer, other = make_layer(seed, inner, outer, ranks, scale), randn(seed + 70, outer, inner)
-    found = merge_weight(other, layer.active_adapters())
-    layer.base.weight.copy_(other)
-    assert_maths(found, layer.merged_weight())
 
 
 @each_dtype

@@ -3,15 +3,11 @@
 A test that fails because PEFT has mended something is good news: its second half stays.
 """
 
-import json
-import random
-
 import pytest
 import torch
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.models import perturb_, token_ids
 from tests.parity.test_family import (
@@ -84,19 +80,3 @@ def test_what_was_loaded_to_be_used_stays_frozen_when_it_is_chosen(tmp_path):
     ours = loaded(tmp_path)
     ml.set_adapter(ours, "default")
     assert ml.count_parameters(ours).trainable == 0
-
-
-def test_the_same_adapter_is_the_same_bytes(tmp_path):
-    """PEFT keeps names in a set, whose order is another one in every process."""
-    names = ["q_proj", "v_proj", "up_proj", "o_proj", "k_proj", "down_proj"]
-    assert isinstance(peft.LoraConfig(target_modules=names).target_modules, set)
-    written = []
-    for turn in range(4):
-        random.Random(turn).shuffle(names)
-        model = attached(r=3, target_modules=list(names))
-        perturb_(model)
-        ml.save_adapter(model, tmp_path / str(turn))
-        files = [tmp_path / str(turn) / file for file in (CONFIG_FILE, WEIGHTS_FILE)]
-        written.append([file.read_bytes() for file in files])
-    assert all(files == written[0] for files in written)
-    assert json.loads(written[0][0])["target_modules"] == sorted(names)
