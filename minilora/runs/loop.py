@@ -23,7 +23,6 @@ from minilora.runs.objective import (
     check_token_loss,
     length_of,
     rate_of_step,
-    trained_parameters,
 )
 from minilora.runs.sampler import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
 from minilora.runs.system import keep_memory, peak_memory_bytes, returned_memory
@@ -110,7 +109,7 @@ def train(
     steps = plan_steps(objective.lengths(dataset), config)
     job = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder, run = None if checkpoint_dir is None else Path(checkpoint_dir), ""
-    if folder is not None and any(map(is_sharded, job.trained.values())):
+    if folder is not None and any(map(is_sharded, parameters_of(job.optimizer))):
         raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
     if folder is not None or world.size() > 1:
         run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
@@ -119,7 +118,7 @@ def train(
     try:
         return _run_steps(job, run, on_step or (lambda record: None), held_out, folder)
     finally:
-        for parameter in job.trained.values():
+        for parameter in parameters_of(job.optimizer):
             parameter.grad = None
         set_dropout_step(model, None)
 
@@ -154,10 +153,6 @@ class _Job:
     dataset: Sequence[Any]
     steps: StepPlan
     config: TrainConfig
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        return trained_parameters(self.optimizer)
 
     def batches(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of a step that this rank computes."""
