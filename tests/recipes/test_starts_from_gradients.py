@@ -1,4 +1,4 @@
-"""LoRA-GA as its paper defines it, and as PEFT computes it where it is right."""
+"""LoRA-GA as its paper defines it."""
 
 from hypothesis import given
 
