@@ -98,7 +98,7 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     The expanded square ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ) b, for a row w of W and b of B, takes the same products, and
     cancels where the norm is small.
     """
-    wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+    wide = lora.widest(weight, lora_A)
     lora_A, size = lora_A.to(wide), tile_rows(weight)
     with torch.no_grad(), no_autocast(weight.device.type):
         pairs = zip(weight.split(size), lora_B.to(wide).split(size), strict=True)

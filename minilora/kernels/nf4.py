@@ -25,27 +25,23 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
     """See `nf4.quantize`. A tile at a time, with tables instead of a search among the midpoints."""
     flat = weight.detach().reshape(-1)
     n = flat.numel()
-    if flat.is_meta or not n:
-        return nf4.quantize.function(weight, block_size)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
-    tables, tile = _cell_tables(flat.device), _tile(flat, block_size)
-    for begin in range(0, n, tile):
-        x = flat[begin : begin + tile].to(torch.float32, copy=True)
-        whole = x.numel() // block_size * block_size
-        blocks, rest = x[:whole].view(-1, block_size), x[whole:]
-        largest = absmax[begin // block_size :][: -(-x.numel() // block_size)]
-        torch.amax(blocks.abs(), dim=1, out=largest[: len(blocks)])
-        blocks *= largest[: len(blocks)].clamp(min=nf4.SMALLEST).reciprocal_().unsqueeze(1)
-        if rest.numel():
-            largest[-1] = rest.abs().amax().clamp(min=nf4.SMALLEST)
-            rest /= largest[-1].clone()
+    if flat.is_meta:  # it has no numbers
+        return packed, absmax
+    whole, tile = n // block_size * block_size, _tile(flat, block_size)
+    tables = _cell_tables(flat.device)
+    for begin in range(0, whole, tile):
+        end = min(begin + tile, whole)
+        x = flat[begin:end].to(torch.float32, copy=True).view(-1, block_size)
+        largest = torch.amax(x.abs(), dim=1, out=absmax[begin // block_size : end // block_size])
         if not largest.isfinite().all():  # checked before the values become indices
             raise TrainingError("a weight that is not finite cannot be quantized")
-        codes = _codes(x.clamp_(-1, 1), *tables)
-        if codes.numel() % 2:
-            codes = torch.cat([codes, codes.new_full((1,), nf4.LEVELS.index(0.0))])
-        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[begin // 2 :][: codes.numel() // 2])
+        x *= largest.clamp(min=nf4.SMALLEST).reciprocal_().unsqueeze(1)
+        codes = _codes(x.view(-1).clamp_(-1, 1), *tables)
+        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[begin // 2 : end // 2])
+    if whole < n:  # an incomplete last block
+        packed[whole // 2 :], absmax[-1:] = nf4.quantize.function(flat[whole:], block_size)
     return packed, absmax
 
 
@@ -96,24 +92,23 @@ def dequantize(
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
-    tile = _tile(weight, block_size)
+    whole, tile = n // block_size * block_size, _tile(weight, block_size)
     table = PAIRS if levels == nf4.LEVELS else _pairs(levels)
     table = table.to(packed.device, non_blocking=True)
-    half = (min(tile, n) + 1) // 2
+    half = min(tile, whole) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
     packed = packed.reshape(-1)
-    for begin in range(0, n, tile):
-        part, place = packed[begin // 2 : (begin + tile) // 2], weight[begin : begin + tile]
-        largest = absmax[begin // block_size : (begin + tile) // block_size]
-        if len(part) < len(byte):  # the last tile
-            byte, pair = byte[: len(part)], pair[: len(part)]
+    for begin in range(0, whole, tile):
+        end = min(begin + tile, whole)
+        part = packed[begin // 2 : end // 2]
+        byte, pair = byte[: len(part)], pair[: len(part)]  # shorter for the last tile
         torch.index_select(table, 0, byte.copy_(part), out=pair)
-        w = pair.view(torch.float32)[: len(place)]
-        if len(w) % block_size:  # the last block is incomplete
-            w *= largest.repeat_interleave(block_size)[: len(w)]
-        else:
-            w.view(-1, block_size).mul_(largest.unsqueeze(1))
-        place.copy_(w)
+        w = pair.view(torch.float32).view(-1, block_size)
+        w *= absmax[begin // block_size : end // block_size].unsqueeze(1)
+        weight[begin:end] = w.view(-1)
+    if whole < n:  # an incomplete last block
+        rest = nf4.dequantize.function(packed[whole // 2 :], absmax[-1:], (n - whole,), dtype, block_size, levels)
+        weight[whole:] = rest
     return weight.view(*shape)
 
 
