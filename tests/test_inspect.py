@@ -280,7 +280,7 @@ def test_the_page_of_an_adapter_has_every_module_with_its_rank_scale_and_feature
     change = adapter_layers(model)[path].merged_weight() - adapter_layers(model)[path].base.weight
     assert rows[path] == ["1", "6", "8.573", f"{change.norm():.2g}", path]
     assert sum(int(row[0]) for row in rows_of(text, 2)[1:]) == 56
-    for pattern in ("features.use_rslora ", "features.rank_pattern ", "problems +none"):
+    for pattern in ("config.use_rslora +true", "config.rank_pattern", "problems +none"):
         assert re.search(f"^  {pattern}", text, re.MULTILINE)
 
 

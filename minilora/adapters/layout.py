@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapter import PREFIX
-from minilora.adapters.config import HEADS, RANDOM_SVD_INIT, LoraConfig
+from minilora.adapters.config import HEADS, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, read_json, verify, write_json, write_tensors
 from minilora.models.bitsandbytes import BLOCK_SIZES, CODEBOOKS, is_finite
@@ -231,18 +231,12 @@ def fields_of(config: LoraConfig) -> dict[str, Any]:
     return {name: None if value == () else value for name, value in values.items()} | {"init_lora_weights": init}
 
 
-def unknown_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that are not read, and whose value is neither PEFT's default nor empty."""
-    known = READ_FIELDS | IGNORED_FIELDS
-    unknown = {key: value for key, value in values.items() if key not in known and value}
-    return {key: value for key, value in unknown.items() if value != PEFT_DEFAULTS.get(key)}
-
-
 def read_values(directory: Path) -> dict[str, Any]:
     """Read the JSON; raise a FormatError that names all unsupported keys whose value is neither PEFT's nor empty."""
     path = directory / CONFIG_FILE
     values = read_json(path)
-    unknown = unknown_fields(values)
+    known = READ_FIELDS | IGNORED_FIELDS
+    unknown = {key: v for key, v in values.items() if key not in known and v and v != PEFT_DEFAULTS.get(key)}
     if parameters := unknown.get("target_parameters"):
         raise FormatError(f"{path}: target_parameters: found {parameters!r:.80}; {in_recipe('experts')}")
     bad = [
@@ -250,10 +244,8 @@ def read_values(directory: Path) -> dict[str, Any]:
         for key, value in unknown.items()
     ]
     init = values.get("init_lora_weights", True)
-    if isinstance(init, str) and re.fullmatch(RANDOM_SVD_INIT, init):
-        bad.append(f"init_lora_weights: found {init!r}, a decomposition that was drawn and cannot be repeated")
-    elif init not in PLAIN_INITS and init not in DETERMINISTIC_INITS:
-        bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights")
+    if init not in PLAIN_INITS and init not in DETERMINISTIC_INITS:
+        bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights in a way not repeated here")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         names, kind = values.get(key) or (), dict if key.endswith("pattern") else list
         if not isinstance(names, kind | tuple) or len(names) > MAX_NAMES:

@@ -14,14 +14,20 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from minilora.adapters.layout import WEIGHTS_FILE, factor_name, parse_tensor_name, read_adapter, write_adapter
+from minilora.adapters.layout import (
+    DETERMINISTIC_INITS,
+    WEIGHTS_FILE,
+    factor_name,
+    parse_tensor_name,
+    read_adapter,
+    write_adapter,
+)
 from minilora.cli import Options
 from minilora.cli.flags import add_out, new_directory
 from minilora.errors import ConfigError, listed
 from minilora.files import TensorFile
 from minilora.models.hub import fetch
 from minilora.models.prompts import copy_prompt_files
-from minilora.tools.inspect import FOLDED, KEPT, features
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +49,11 @@ def export_adapter(path: str | Path, out: Path) -> int:
     """
     stored = read_adapter(fetch(path, "adapter"))
     file = TensorFile(stored.path / WEIGHTS_FILE)
-    found = features(stored.values, file.shapes)
-    if reasons := [f"{name}: {why}" for name, why in found.items() if name not in FOLDED | KEPT]:
-        raise ConfigError(f"{stored.path} has no plain form; use `minilora merge`:{listed(reasons)}")
+    others = [name for name in file.shapes if parse_tensor_name(name)[1] not in ("lora_A", "lora_B", "weight")]
+    if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
+        others.append(f"init_lora_weights {init!r}, so its numbers hold a part of the base's weights")
+    if others:
+        raise ConfigError(f"{stored.path} has no plain form; use `minilora merge`. It has{listed(others)}")
     config, tensors = stored.config(), {}
     rank = max(len(held["lora_A"]) for held in stored.tensors.values())
     for name in file.shapes:

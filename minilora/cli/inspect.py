@@ -4,8 +4,7 @@ The files of a directory and of its checkpoints are compared with their sizes
 and SHA-256 in the manifest; if one is not as it was written, the exit status
 is 1.
 
-Of an adapter, it also names the features that other readers may ignore or
-refuse. In the table of its modules, norm is the Frobenius norm of s·B A.
+In the table of an adapter's modules, norm is the Frobenius norm of s·B A.
 Modules or tensors whose names differ only in numbers are one row, n is how
 many there are.
 

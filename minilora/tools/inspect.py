@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minilora.adapters.layout import (
-    CONFIG_FILE,
-    FIELD_OF_TENSOR,
-    PLAIN_INITS,
-    WEIGHTS_FILE,
-    parse_tensor_name,
-    read_adapter,
-    unknown_fields,
-)
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.files import (
     BUILTIN,
@@ -37,20 +29,6 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.config import Settings
 from minilora.runs.reports import read_records
-
-FOLDED = {  # what `minilora export` folds into B
-    "use_rslora": "the scale is lora_alpha / √r",
-    "rank_pattern": "modules have ranks of their own",
-    "alpha_pattern": "modules have a lora_alpha of their own",
-}
-KEPT = {"embeddings": "A and B of an embedding"}
-NOT_PLAIN = {
-    "use_dora": "m/‖W + ΔW‖ multiplies the whole weight",
-    "modules_to_save": "modules trained in full",
-    "bias": "trained biases",
-    "lora_bias": "a bias of B",
-    "trainable_token_indices": "trained rows of the embedding",
-}
 
 
 def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -156,8 +134,8 @@ def model_facts(directory: Path) -> dict[str, Any]:
 def adapter_facts(directory: Path) -> dict[str, Any]:
     """Describe an adapter; "problems" is why minilora cannot read it.
 
-    "features" is what other readers may ignore or refuse (see `features`). "modules" are those with an A and a B, and
-    how much they change: "norm" is ‖s·B A‖. There are none if the adapter cannot be read.
+    "modules" are those with an A and a B, and how much they change: "norm" is ‖s·B A‖. There are none if the adapter
+    cannot be read.
 
     Raises:
         FormatError: a file is missing or damaged.
@@ -183,7 +161,6 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
         "config": values,
         "tensors": file.entries,
         "modules": modules,
-        "features": features(values, file.shapes),
         "problems": problems,
     }
 
@@ -215,21 +192,3 @@ def _locate(name_or_path: str) -> Path:
 def _problems(error: MiniloraError) -> list[str]:
     first, *details = (line.strip() for line in str(error).splitlines())
     return details or [first]
-
-
-def features(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Return the features of an adapter beyond A and B of linears with one scale α/r, each with its effect.
-
-    `values` is its adapter_config.json, `shapes` has the shapes of its tensors by their names in the file.
-    """
-    places = {name: parse_tensor_name(name) for name in shapes}
-    found = {field for field in FOLDED | NOT_PLAIN if values.get(field) not in (None, False, "none", [], {})}
-    found |= {FIELD_OF_TENSOR[key] for _, key in places.values() if key in FIELD_OF_TENSOR}
-    if any(not module for module, _ in places.values()) and not found & {"modules_to_save", "bias"}:
-        found.add("modules_to_save")
-    if any("lora_embedding_" in name for name in places):
-        found.add("embeddings")
-    effects = {name: effect for name, effect in (FOLDED | NOT_PLAIN | KEPT).items() if name in found}
-    if (init := values.get("init_lora_weights", True)) not in PLAIN_INITS:
-        effects["init_lora_weights"] = f"{init!r:.60} changes the base's weights at the start"
-    return effects | {key: f"{value!r:.60}" for key, value in unknown_fields(values).items()}
