@@ -36,7 +36,7 @@ from minilora.runs.plan import find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
 from minilora.runs.system import free_memory_bytes, peak_memory_bytes
 from minilora.training import token_loss, train_step
-from tests.models import CONFIGS, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
+from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.ranks import in_process
 from tests.runs import SETTINGS, words
 from tests.training import random_rows
@@ -164,6 +164,12 @@ def test_gradients_are_those_of_what_attach_makes_trainable(name):
     found = forecast(plan(model.config, lora))
     ml.attach(model, lora)
     assert found.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_weights_of_every_family_are_those_of_its_parameters(family):
+    config = tiny_config(family)
+    assert forecast(plan(config, ml.LoraConfig())).weights == sum(p.nbytes for p in build_model(config).parameters())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

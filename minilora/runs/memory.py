@@ -136,7 +136,8 @@ def _measure_step(plan: Plan, model: Llama) -> tuple[int, int]:
     A step runs through one block of each kind, whose share counts as often as there are such blocks.
     """
     kinds: dict[Any, list[nn.Module]] = {}
-    decoder, learns = model.model, model.model.embed_tokens.weight.requires_grad
+    decoder = model.model
+    learns = any(p.requires_grad for p in decoder.embed_tokens.parameters())
     for block, window in zip(decoder.layers, plan.config.windows, strict=True):
         kind = (learns, window, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
         kinds.setdefault(kind, []).append(block)
