@@ -35,16 +35,16 @@ from minilora.errors import ConfigError, FormatError, TrainingError
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
-DTYPES = {  # by their names in a safetensors file, in the order in which it holds their tensors
-    "I64": torch.int64,
+DTYPES = {  # by their names in a safetensors file
     "F64": torch.float64,
     "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
     "F16": torch.float16,
-    "I16": torch.int16,
+    "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -207,28 +207,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers requires.
+    """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers requires."""
+    from safetensors.torch import save_file
 
-    The bytes are those of the package safetensors, whose metadata would be in another order at each call.
-    """
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
-    places = {dtype: place for place, dtype in enumerate(kinds)}
-    names = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
-    end = 0
-    for name in names:
-        tensor, begin = tensors[name], end
-        end += tensor.nbytes
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    path.touch()
+    mode = path.stat().st_mode  # by the user's umask; save_file sets 0600
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                file.write(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy().data)
-    except OSError as error:  # a full disk, for example
-        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
+        save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # a full disk, for example
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    _sort_metadata(path)
+    path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, whose order changes from call to call of `save_file`."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 @contextmanager
