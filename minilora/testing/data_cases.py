@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,11 @@ def targets_of(labels: Array) -> Array:
     return np.concatenate([labels[..., 1:], np.full_like(labels[..., :1], IGNORED)], axis=-1)
 
 
+def slopes_of(z: Bounded, targets: Array) -> Bounded:
+    """Return softmax - onehot: z (N, V), targets (N) -> (N, V)."""
+    return (z - z.log_sum_exp().reshape(-1, 1)).exp() - np.eye(z.value.shape[1])[targets]
+
+
 @dataclass(frozen=True)
 class MaskedLogits:
     """Rows of logits (B, T, V) and labels (B, T): "x" is a token with a label, "." one without."""
@@ -35,26 +40,19 @@ class MaskedLogits:
     spread: float = 3.0  # standard deviation of the logits
     seed: int = 0
     dtype: str = "float64"
-    changes: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)  # of drawn arrays
-    arrays: dict[str, Array] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        rng, shape = np.random.default_rng(self.seed), (len(self.rows), len(self.rows[0]))
-        drawn = {
-            "logits": rounded(self.spread * rng.standard_normal((*shape, self.vocabulary)), self.dtype),
-            "tokens": rng.integers(0, self.vocabulary, shape),
-        }
-        self.arrays.update({**drawn, **self.changes})
 
     def __str__(self) -> str:
         return f"logits {self.logits.shape}, labels {' '.join(self.rows)} (x: a label, .: -100), {self.dtype}"
 
-    logits = property(lambda self: self.arrays["logits"])
-    tokens = property(lambda self: self.arrays["tokens"])
+    @cached_property
+    def _drawn(self) -> tuple[Array, Array]:
+        rng, shape = np.random.default_rng(self.seed), (len(self.rows), len(self.rows[0]))
+        logits = rounded(self.spread * rng.standard_normal((*shape, self.vocabulary)), self.dtype)
+        tokens = rng.integers(0, self.vocabulary, shape)
+        return logits, np.array(list(map(labels_of, self.rows, tokens)))
 
-    @property
-    def labels(self) -> Array:
-        return np.array([labels_of(row, tokens) for row, tokens in zip(self.rows, self.tokens, strict=True)])
+    logits = property(lambda self: self._drawn[0])
+    labels = property(lambda self: self._drawn[1])
 
     @property
     def is_predicted(self) -> Array:
@@ -72,21 +70,15 @@ class MaskedLogits:
     def gradient(self) -> Bounded:
         """dL/dlogits, exactly 0 where no label is predicted."""
         z, targets = self._predicted
-        slopes = (z - z.log_sum_exp().reshape(-1, 1)).exp() - np.eye(self.vocabulary)[targets]
         share = Bounded.exact(np.ones(1), self.dtype) / max(1, len(targets))
         error = np.zeros(self.logits.shape)
-        error[self.is_predicted] = (slopes * share).error
+        error[self.is_predicted] = (slopes_of(z, targets) * share).error
         return Bounded(masked_loss_gradient(self.logits, self.labels), error, self.dtype)
 
     @property
     def _predicted(self) -> tuple[Bounded, Array]:
         chosen = self.is_predicted
         return Bounded.exact(self.logits[chosen], self.dtype), targets_of(self.labels)[chosen]
-
-    def changed(self, rows: tuple[str, ...] | None = None, **arrays: Array) -> MaskedLogits:
-        """Return the case with other labels and arrays."""
-        same = {"logits": self.logits, "tokens": self.tokens}
-        return replace(self, rows=rows or self.rows, changes={**same, **arrays})
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ class MicroBatches:
         inputs = np.concatenate([x for x, _ in self._drawn[1]])[is_learned]
         x, W = Bounded.exact(inputs, self.dtype), Bounded.exact(self.W, self.dtype)
         z, n = x @ W.T, max(1, int(is_learned.sum()))
-        slopes = (z - z.log_sum_exp().reshape(-1, 1)).exp() - np.eye(self.vocabulary)[targets[is_learned]]
+        slopes = slopes_of(z, targets[is_learned])
         bound = (slopes / n * n / n).T @ x
         exact = accumulated_gradient(self.W, list(self.batches()))
         return Bounded(exact, bound.widened((slopes.T @ x) / n).error, self.dtype)

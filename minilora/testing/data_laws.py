@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.cases import rounded, tensor
+from minilora.testing.cases import tensor
 from minilora.testing.compare import Array, as_array
 from minilora.testing.data_cases import Groups, MaskedLogits, MicroBatches
 from minilora.testing.laws import Comparison, Law, NotApplicable, claim
+from minilora.testing.reference import IGNORED
 
 LossFn = Callable[[Tensor, Tensor], Any]
 
@@ -24,25 +25,29 @@ LossFn = Callable[[Tensor, Tensor], Any]
 
 
 def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    yield same(loss_fn, case, case, "the loss")
+    yield same(loss_fn, case, "the loss", case.logits, case.labels)
 
 
-def tensors(case: MaskedLogits) -> tuple[Tensor, Tensor]:
-    """Return logits and labels, which the implementation may change."""
-    return tensor(case.logits, case.dtype), tensor(case.labels, "int64")
+def same(loss_fn: LossFn, case: MaskedLogits, what: str, logits: Array, labels: Array) -> Comparison:
+    """Compare the loss of these logits and labels with that of the case."""
+    actual = loss_fn(tensor(logits, case.dtype), tensor(labels, "int64"))
+    return Comparison(what, actual, computed(case, actual).loss)
 
 
 def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
     """Return the case in float32 where the loss is: some cast logits to float32, whatever they are."""
-    if case.dtype != "float64" or str(getattr(result, "dtype", "")).removeprefix("torch.") != "float32":
-        return case
-    return replace(case.changed(logits=rounded(case.logits, "float32")), dtype="float32")
+    is_float32 = str(getattr(result, "dtype", "")).removeprefix("torch.") == "float32"
+    return replace(case, dtype="float32") if case.dtype == "float64" and is_float32 else case
 
 
 def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    logits, labels = tensors(case)
-    logits.requires_grad_()
-    result = loss_fn(logits.clone(), labels)
+    yield from gradient_at(loss_fn, case, case.logits)
+
+
+def gradient_at(loss_fn: LossFn, case: MaskedLogits, drawn: Array) -> Iterator[Comparison]:
+    """Compare the gradient of logits that are the case's where a label follows."""
+    logits = tensor(drawn, case.dtype).requires_grad_()
+    result = loss_fn(logits.clone(), tensor(case.labels, "int64"))
     if not isinstance(result, Tensor):
         raise NotApplicable("the loss is no tensor of PyTorch: it has no gradient")
     if not result.requires_grad:
@@ -63,44 +68,35 @@ def both(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
 
 
 def ends(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    logits = case.logits.copy()
+    logits, labels = case.logits.copy(), case.labels.copy()
     logits[:, -1] = other(case)[:, -1]
-    changed = case.changed(tuple(f"x{row[1:]}" for row in case.rows), logits=logits)
-    yield same(loss_fn, changed, case, "the loss with other last logits and first labels")
-
-
-def same(loss_fn: LossFn, changed: MaskedLogits, case: MaskedLogits, what: str) -> Comparison:
-    """Compare the loss of a changed case with the right one of the case itself."""
-    actual = loss_fn(*tensors(changed))
-    return Comparison(what, actual, computed(case, actual).loss)
+    labels[:, 0] = (labels[:, 0] + 1) % case.vocabulary
+    yield same(loss_fn, case, "the loss with other last logits and first labels", logits, labels)
 
 
 def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    changed = case.changed(logits=np.where(case.is_predicted[..., None], case.logits, other(case)))
-    yield same(loss_fn, changed, case, "the loss with other logits where no label follows")
+    logits = np.where(case.is_predicted[..., None], case.logits, other(case))
+    yield same(loss_fn, case, "the loss with other logits where no label follows", logits, case.labels)
     with suppress(NotApplicable):
-        yield from gradient(loss_fn, changed)
+        yield from gradient_at(loss_fn, case, logits)
 
 
 def other(case: MaskedLogits) -> Array:
     """Return logits that the case does not have."""
-    return replace(case, seed=case.seed + 1000, spread=10 * case.spread, changes={}).logits
+    return replace(case, seed=case.seed + 1000, spread=10 * case.spread).logits
 
 
 def padding(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    wide = replace(case, rows=tuple(f"{row}..." for row in case.rows), seed=case.seed + 1000, changes={})
-    arrays = {}
-    for name, own in case.arrays.items():
-        arrays[name] = wide.arrays[name].copy()
-        arrays[name][:, : own.shape[1]] = own
-    yield same(loss_fn, case.changed(wide.rows, **arrays), case, "the loss of padded rows")
-    turned = case.changed(case.rows[::-1], **{name: own[::-1].copy() for name, own in case.arrays.items()})
-    yield same(loss_fn, turned, case, "the loss of rows in another order")
+    logits = np.concatenate([case.logits, other(case)], axis=1)
+    labels = np.concatenate([case.labels, np.full_like(case.labels, IGNORED)], axis=1)
+    yield same(loss_fn, case, "the loss of padded rows", logits, labels)
+    turned = (case.logits[::-1].copy(), case.labels[::-1].copy())
+    yield same(loss_fn, case, "the loss of rows in another order", *turned)
 
 
 def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     try:
-        found = float(as_array(loss_fn(*tensors(case))))
+        found = float(as_array(loss_fn(tensor(case.logits, case.dtype), tensor(case.labels, "int64"))))
     except NotApplicable:
         raise
     except Exception:  # an error is as right as nan
