@@ -31,7 +31,7 @@ from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
 from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, merge
 from minilora.testing.lora_laws import linear_cases
-from minilora.testing.mistakes_layers import Wrong, lora, with_alpha
+from minilora.testing.mistakes_layers import Wrong, lora, rescaled
 from minilora.testing.strategies import METHODS, adapted_linears
 from tests.models import long, randn
 
@@ -259,7 +259,7 @@ def test_a_weight_that_changes_is_not_taken_for_dropout():
 
 
 def test_a_wrong_result_of_no_known_mistake_has_no_cause():
-    assert causes_of(laws("lora")["forward"], with_alpha(lambda alpha, r: alpha / 2)) == ()
+    assert causes_of(laws("lora")["forward"], rescaled(lambda self: 0.5)) == ()
 
 
 def test_misuse_is_told():

@@ -6,6 +6,7 @@ The threads and libraries in comments are those where a mistake was seen.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,14 +40,9 @@ def with_formula(make: Make, formula: Callable[[Any, Tensor], Tensor]) -> Make:
     return like(make, lambda *tensors, **options: Wrong(make(*tensors, **options), formula))
 
 
-def with_arguments(make: Make, change: Callable[..., tuple[Any, ...]]) -> Make:
-    """Return a maker that is given `change(W, b, …)` in place of (W, b, …)."""
-    return like(make, lambda *tensors, **options: make(*change(*tensors), **options))
-
-
-def without_option(make: Make, name: str) -> Make:
-    """Return a maker that ignores an option."""
-    return like(make, lambda *tensors, **options: make(*tensors, **{key: options[key] for key in {*options} - {name}}))
+def without_rslora(make: Make) -> Make:
+    """Return a maker that ignores `use_rslora`."""
+    return like(make, lambda *tensors, use_rslora=False, **options: make(*tensors, **options))
 
 
 def with_trained_weight(make: Make) -> Make:
@@ -59,11 +55,6 @@ def with_trained_weight(make: Make) -> Make:
         return layer
 
     return like(make, wrong)
-
-
-def with_alpha(change: Callable[[float, int], float]) -> Make:
-    """Return a maker of LoRA layers that takes `change(alpha, r)` for alpha."""
-    return with_arguments(LoRALayer, lambda W, b, A, B, alpha: (W, b, A, B, change(alpha, len(A))))
 
 
 # --- LoRA ---
@@ -82,6 +73,15 @@ def update(self: LoRALayer, x: Tensor, A: Tensor | None = None, B: Tensor | None
 
 def drop(self: LoRALayer, x: Tensor) -> Tensor:
     return F.dropout(x, self.p, self.training)
+
+
+def rescaled(factor: Callable[[LoRALayer], float]) -> Make:
+    """Return a maker of LoRA layers with `factor(layer)` times the right scale."""
+    return lora(lambda self, x: base(self, x) + factor(self) * update(self, drop(self, x)))
+
+
+def plus_bias(self: Any, y: Tensor) -> Tensor:
+    return y if self.b is None else y + self.b
 
 
 def behind_A(self: LoRALayer, x: Tensor) -> Tensor:
@@ -116,15 +116,15 @@ def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
 
 
 EITHER: Mapping[str, Make] = {
-    "the scale is α·r": with_alpha(lambda alpha, r: alpha * r * r),
-    "the scale is α: it is not divided by r": with_alpha(lambda alpha, r: alpha * r),  # Blaizzy/mlx-vlm#845
-    "the scale is missing": lambda W, b, A, B, alpha, dropout=0.0: LoRALayer(W, b, A, B, len(A), dropout),
-    "the update is missing": with_formula(LoRALayer, base),
+    "the scale is α·r": rescaled(lambda self: len(self.A) ** 2),
+    "the scale is α: it is not divided by r": rescaled(lambda self: len(self.A)),  # Blaizzy/mlx-vlm#845
+    "the scale is missing": rescaled(lambda self: 1 / self.scale),
+    "the update is missing": lora(base),
     "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
-    "the bias is missing": with_arguments(LoRALayer, lambda W, b, *rest: (W, None, *rest)),
-    "the bias is added twice": with_arguments(LoRALayer, lambda W, b, *rest: (W, b if b is None else 2 * b, *rest)),
+    "the bias is missing": lora(lambda self, x: F.linear(x, self.W) + update(self, drop(self, x))),
+    "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
-    "dropout is never applied": without_option(LoRALayer, "dropout"),  # meta-pytorch/torchtune#996
+    "dropout is never applied": lora(lambda self, x: base(self, x) + update(self, x)),  # meta-pytorch/torchtune#996
     "dropout is applied in evaluation mode": lora(  # karpathy/nanoGPT#240
         lambda self, x: base(self, x) + update(self, F.dropout(x, self.p))
     ),
@@ -141,11 +141,11 @@ EITHER: Mapping[str, Make] = {
 }
 LORA: Mapping[str, Make] = {
     **EITHER,
-    "the scale is α/√r, rsLoRA's": lambda W, b, A, B, alpha, dropout=0.0: LoRALayer(W, b, A, B, alpha, dropout, True),
+    "the scale is α/√r, rsLoRA's": rescaled(lambda self: math.sqrt(len(self.A))),
 }
 RSLORA: Mapping[str, Make] = {
     **EITHER,
-    "the scale is α/r in spite of use_rslora": without_option(LoRALayer, "use_rslora"),  # NVIDIA/TensorRT-LLM#1668
+    "the scale is α/r in spite of use_rslora": without_rslora(LoRALayer),  # NVIDIA/TensorRT-LLM#1668
 }
 
 # --- DoRA ---
@@ -161,10 +161,6 @@ def adapted(self: DoRALayer, scale: float | None = None) -> Tensor:
 def factor(self: DoRALayer) -> Tensor:
     """Return m / ‖W + s·B A‖."""
     return self.m / adapted(self).norm(dim=1).detach()
-
-
-def plus_bias(self: DoRALayer, y: Tensor) -> Tensor:
-    return y if self.b is None else y + self.b
 
 
 def with_factor(wrong: Callable[[DoRALayer], Tensor]) -> Make:
@@ -208,7 +204,7 @@ DORA: Mapping[str, Make] = {
     "the norm of the first call is kept": with_factor(norm_of_the_first_call),
     "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, self.lora(x))),
     "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
-    "the scale is α/r in spite of use_rslora": without_option(DoRALayer, "use_rslora"),
+    "the scale is α/r in spite of use_rslora": without_rslora(DoRALayer),
     "the base weight is trained": with_trained_weight(DoRALayer),
 }
 
