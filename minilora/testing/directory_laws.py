@@ -25,17 +25,13 @@ from torch import Tensor
 from minilora.testing.laws import Comparison, Law, NotApplicable, claim
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-FACTORS = {  # key -> the end of the tensor's name
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "embedding A": "lora_embedding_A",
-    "embedding B": "lora_embedding_B",
-    "B's bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-    "base weight": "base_layer.weight",
-    "base bias": "base_layer.bias",
-    "rows": "token_adapter.trainable_tokens_delta",
-}
+A, B = "lora_A.weight", "lora_B.weight"
+OF_EMBEDDINGS = {"lora_embedding_A": A, "lora_embedding_B": B}
+BIAS_OF_B = "lora_B.bias"
+MAGNITUDE = "lora_magnitude_vector"
+BASE_BIAS = "base_layer.bias"
+ROWS = "token_adapter.trainable_tokens_delta"
+PARTS = (A, B, *OF_EMBEDDINGS, BIAS_OF_B, MAGNITUDE, "base_layer.weight", BASE_BIAS, ROWS)  # ends of names
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
 SHOWN = 10  # problems of one law at most
@@ -51,36 +47,34 @@ class Adapter:
     tensors: dict[str, Tensor]
 
     @cached_property
+    def names(self) -> list[str]:
+        """The names of tensors, without the prefix."""
+        return [name.removeprefix(PREFIX) for name in self.tensors if name.startswith(PREFIX)]
+
+    @cached_property
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each adapted module, by its path and the key of `FACTORS`."""
+        """The tensors of each adapted module, by its path and one of `PARTS`; those of embeddings are A and B too."""
         found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            key = key_of(name)
-            if key is not None and name.startswith(PREFIX):
-                where = name.removeprefix(PREFIX).removesuffix(f".{FACTORS[key]}")
-                found.setdefault(where, {})[key] = tensor
+        for name in self.names:
+            end = part_of(name)
+            if end is not None:
+                own = found.setdefault(name.removesuffix(f".{end}"), {})
+                own[OF_EMBEDDINGS.get(end, end)] = self.tensors[PREFIX + name]
         return found
 
     @property
     def others(self) -> list[str]:
-        """The names, without the prefix, of tensors that are no part of an adapted module."""
-        names = (name.removeprefix(PREFIX) for name in self.tensors if name.startswith(PREFIX))
-        return [name for name in names if key_of(name) is None]
+        """The names of tensors that are no part of an adapted module."""
+        return [name for name in self.names if part_of(name) is None]
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B by path, where both are there."""
-        found = {}
-        for path, own in self.parts.items():
-            for kind in ("", "embedding "):
-                if f"{kind}A" in own and f"{kind}B" in own:
-                    found[path] = own[f"{kind}A"], own[f"{kind}B"]
-        return found
+        return {path: (own[A], own[B]) for path, own in self.parts.items() if {A, B} <= own.keys()}
 
     def listed(self, key: str) -> list[str]:
         """Return a list of names in the config, which may be null."""
-        value = self.config.get(key) or []
-        return [value] if isinstance(value, str) else list(value)
+        return self.config.get(key) or []
 
 
 def read(path: Path) -> Adapter:
@@ -91,9 +85,9 @@ def read(path: Path) -> Adapter:
     return Adapter(config, load_file(path / WEIGHTS))
 
 
-def key_of(name: str) -> str | None:
-    """Return the key of `FACTORS` that a tensor's name ends with."""
-    return next((key for key, end in FACTORS.items() if name.endswith(f".{end}")), None)
+def part_of(name: str) -> str | None:
+    """Return which of `PARTS` a tensor's name ends with."""
+    return next((end for end in PARTS if name.endswith(f".{end}")), None)
 
 
 def meant(name: str, entry: str) -> bool:
@@ -153,17 +147,14 @@ def names(adapter: Adapter) -> Problems:
         is_whole = any(meant(name, entry) for entry in adapter.listed("modules_to_save"))
         if ".lora_" in name or not (is_whole or name.endswith(is_saved)):
             found = f"{WEIGHTS}: {PREFIX}{name}: is nothing that {CONFIG} describes"
-            yield f"{found}; accepted are {', '.join(FACTORS.values())}, and modules_to_save"
+            yield f"{found}; accepted are {', '.join(PARTS)}, and modules_to_save"
 
 
 def pairs(adapter: Adapter) -> Problems:
-    needed = {"A": "B", "B": "A", "embedding A": "embedding B", "embedding B": "embedding A"}
-    needed |= dict.fromkeys(("B's bias", "magnitude", "base weight", "base bias"), "A")
     for where, own in adapter.parts.items():
-        for key in own:
-            other = needed.get(key)
-            if other is not None and other not in own and f"embedding {other}" not in own:
-                yield f"{stored(where, key)}: found no {FACTORS[other]} beside it, accepted are both"
+        if own.keys() != {ROWS} and not {A, B} <= own.keys():
+            found = f"{WEIGHTS}: {PREFIX}{where}: found {', '.join(own)} alone"
+            yield f"{found}, accepted are {A} and {B} and what stands beside them"
     if not adapter.parts and not adapter.others:
         yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors"
 
@@ -171,18 +162,18 @@ def pairs(adapter: Adapter) -> Problems:
 def shapes(adapter: Adapter) -> Problems:
     ranks = adapter.config.get("rank_pattern") or {}
     for where, (lora_A, lora_B) in adapter.factors.items():
-        A, B, key = tuple(lora_A.shape), tuple(lora_B.shape), first_match(ranks, where)
-        r, source = adapter.config["r"], "r is"
+        r, source, key = adapter.config["r"], "r is", first_match(ranks, where)
         if key is not None:
             r, source = ranks[key], f"rank_pattern[{key!r}], the first key that matches, is"
-        if len(A) != len(B) or len(A) < 2:
-            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, accepted are two matrices or kernels"
+        found = f"{WEIGHTS}: {PREFIX}{where}: found A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
+        if lora_A.dim() != lora_B.dim() or lora_A.dim() < 2:
+            yield f"{found}, accepted are two matrices or kernels"
             continue
-        is_stacked = bool(adapter.listed("target_parameters")) and A[0] == B[-1] and A[0] % r == 0  # r an expert
-        is_grouped = len(A) > 2 and r % B[1] == 0
-        if not is_stacked and (A[0] != r or (B[1] != r and not is_grouped)):
-            need = f"accepted are A ({r}, in) and B (out, {r}) since {source} {r}"
-            yield f"{WEIGHTS}: {PREFIX}{where}: found A {A} and B {B}, {need}"
+        of_A, of_B = len(lora_A), lora_B.shape[1]
+        is_stacked = adapter.listed("target_parameters") and of_A == of_B and of_A % r == 0  # r an expert
+        is_grouped = lora_A.dim() > 2 and r % of_B == 0
+        if not is_stacked and (of_A != r or (of_B != r and not is_grouped)):
+            yield f"{found}, accepted are A ({r}, in) and B (out, {r}) since {source} {r}"
 
 
 def patterns(adapter: Adapter) -> Problems:
@@ -194,31 +185,31 @@ def patterns(adapter: Adapter) -> Problems:
 
 
 def dora(adapter: Adapter) -> Problems:
-    return optional(adapter, "magnitude", "use_dora", lambda B: B[:1] if len(B) == 2 else (1, B[0], *B[2:]))
+    return optional(adapter, MAGNITUDE, "use_dora", lambda B: B[:1] if len(B) == 2 else (1, B[0], *B[2:]))
 
 
 def biases(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
-        if "base bias" in own and adapter.config.get("bias", "none") == "none":
-            found = f"{stored(where, 'base bias')}: found {tuple(own['base bias'].shape)}"
+        if BASE_BIAS in own and adapter.config.get("bias", "none") == "none":
+            found = f"{WEIGHTS}: {PREFIX}{where}.{BASE_BIAS}: found {tuple(own[BASE_BIAS].shape)}"
             yield f"{found}, accepted is none since bias is 'none'"
-    yield from optional(adapter, "B's bias", "lora_bias", lambda B: B[:1])
+    yield from optional(adapter, BIAS_OF_B, "lora_bias", lambda B: B[:1])
 
 
-def optional(adapter: Adapter, key: str, field: str, shape: Callable[[Shape], Shape]) -> Problems:
+def optional(adapter: Adapter, part: str, field: str, shape: Callable[[Shape], Shape]) -> Problems:
     """Yield the modules in which an optional tensor is missing, has a wrong shape, or is there without its field."""
     for where, (_, lora_B) in adapter.factors.items():
-        found = tuple(adapter.parts[where][key].shape) if key in adapter.parts[where] else None
+        own = adapter.parts[where]
+        found = tuple(own[part].shape) if part in own else None
         right = shape(tuple(lora_B.shape)) if adapter.config.get(field) else None
         if found != right:
             said = f"since {field} is {str(right is not None).lower()}"
-            yield f"{stored(where, key)}: found {found or 'none'}, accepted is {right or 'none'} {said}"
+            yield f"{WEIGHTS}: {PREFIX}{where}.{part}: found {found or 'none'}, accepted is {right or 'none'} {said}"
 
 
 def whole_modules(adapter: Adapter) -> Problems:
-    entries, known = adapter.listed("modules_to_save"), [*adapter.others]
-    known += [f"{where}.{FACTORS[key]}" for where, own in adapter.parts.items() for key in own]
-    lacking = [entry for entry in entries if not any(meant(name, entry) for name in known)]
+    entries = adapter.listed("modules_to_save")
+    lacking = [entry for entry in entries if not any(meant(name, entry) for name in adapter.names)]
     if set(HEADS) <= set(entries) and not set(HEADS) <= set(lacking):
         lacking = [entry for entry in lacking if entry not in HEADS]
     for entry in lacking:
@@ -227,7 +218,7 @@ def whole_modules(adapter: Adapter) -> Problems:
 
 def rows(adapter: Adapter) -> Problems:
     asked = adapter.config.get("trainable_token_indices") or {}
-    found = {where: len(own["rows"]) for where, own in adapter.parts.items() if "rows" in own}
+    found = {where: len(own[ROWS]) for where, own in adapter.parts.items() if ROWS in own}
     counts = map(len, asked.values()) if isinstance(asked, dict) else [len(asked)]
     if sorted(found.values()) != sorted(counts):
         need = f"accepted are as many rows in {WEIGHTS} as tokens; there are {found or 'none'}"
@@ -251,13 +242,8 @@ def targets(adapter: Adapter) -> Problems:
 
 
 def trained(adapter: Adapter) -> Problems:
-    if adapter.factors and not any(A.any() and B.any() for A, B in adapter.factors.values()):
+    if adapter.factors and not any(lora_A.any() and lora_B.any() for lora_A, lora_B in adapter.factors.values()):
         yield f"{WEIGHTS}: found A or B = 0 in every module, as before training, accepted is one where neither is 0"
-
-
-def stored(where: str, key: str) -> str:
-    """Return the name of a tensor, with that of its file."""
-    return f"{WEIGHTS}: {PREFIX}{where}.{FACTORS[key]}"
 
 
 def matching(adapter: Adapter) -> str:
