@@ -1,5 +1,7 @@
 """The laws of 4-bit weights: correct implementations pass, and planted mistakes fail by name."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,7 @@ from minilora.testing import (
     reference,
     strategies,
 )
-from minilora.testing.implementations import Linear4bit
-from minilora.testing.mistakes_nf4 import quantize_with
+from minilora.testing.implementations import Linear4bit, nf4_quantize
 from tests.models import either, matrix
 
 
@@ -80,8 +81,9 @@ def test_a_midpoint_that_is_two_units_off_fails(midpoint, to):
     bounds = nf4.midpoints(torch.tensor(nf4.LEVELS))
     for _ in range(2):
         bounds[midpoint] = torch.nextafter(bounds[midpoint], torch.tensor(to))
+    wrong = functools.partial(nf4_quantize, code=lambda x, levels: torch.bucketize(x, bounds))
     with pytest.raises(CheckFailure):
-        laws("nf4")["ties"].check((quantize_with(code=lambda x, levels: torch.bucketize(x, bounds)), dequantize))
+        laws("nf4")["ties"].check((wrong, dequantize))
 
 
 UNNAMED = {
@@ -140,9 +142,9 @@ def test_a_case_is_made_again_by_its_repr():
 
 def test_a_number_within_the_rounding_of_a_midpoint_may_get_either_level_and_others_only_one():
     case = NF4Weight(9, 96)
-    assert case.admissible.sum() == 9 * 96
-    assert NF4Weight(1, 64, kind="ties").admissible.sum(1).max() == 2
-    assert NF4Weight(1, 64, kind="tiny").admissible.all()
+    assert case.rounding.admissible.sum() == 9 * 96
+    assert NF4Weight(1, 64, kind="ties").rounding.admissible.sum(1).max() == 2
+    assert NF4Weight(1, 64, kind="tiny").rounding.admissible.all()
 
 
 def test_a_pair_in_the_wrong_order_has_a_wrong_form_and_no_other_cause():

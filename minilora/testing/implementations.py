@@ -1,6 +1,7 @@
 """Correct implementations in plain PyTorch, one of each kind that can be checked, as short as a user would write them.
 
-They share no code with the rest of minilora except two tables of levels. `catalogue` has them with mistakes.
+They share no code with the rest of minilora except two tables of levels. `catalogue` has them with mistakes, some of
+which replace an argument that has a default: the `scale` of a block, the `code` of a number, the `center` of absmaxes.
 
     N  rows    in, out  features    r  rank    B  batch    T  tokens    D  width    V  vocabulary
 
@@ -115,12 +116,12 @@ def blockwise(
     return codes.flatten()[: len(numbers)], scales
 
 
-def nf4_quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def nf4_quantize(W: Tensor, block_size: int, scale: Any = largest, code: Any = nearest) -> tuple[Tensor, Tensor]:
     """Quantize a weight to the nearest of the 16 levels of NF4, relative to the absmax of its block  [QLoRA §3].
 
     Shapes: W (out, in) -> packed (⌈n/2⌉) uint8, absmax (⌈n/block⌉) float32
     """
-    codes, absmax = blockwise(W.detach().float().flatten(), block_size, LEVELS)
+    codes, absmax = blockwise(W.detach().float().flatten(), block_size, LEVELS, scale, code)
     return pack(codes), absmax
 
 
@@ -141,15 +142,15 @@ def nf4_dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_s
     return (levels * absmax.repeat_interleave(block_size)[: len(levels)]).view(*shape)
 
 
-def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def double_quantize(absmax: Tensor, scale: Any = largest, center: Any = torch.mean) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize absmaxes to 8 bits.
 
     offset = mean,    scale = max |absmax - offset| of 256,    code = level nearest to (absmax - offset) / scale
 
     Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉), offset ()
     """
-    offset = absmax.mean()
-    codes, scales = blockwise(absmax - offset, 256, DYNAMIC_MAP)
+    offset = center(absmax)
+    codes, scales = blockwise(absmax - offset, 256, DYNAMIC_MAP, scale)
     return codes.to(torch.uint8), scales, offset
 
 

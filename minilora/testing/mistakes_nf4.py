@@ -7,6 +7,7 @@ those where a mistake was seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.testing.implementations import (
-    DYNAMIC_MAP,
-    LEVELS,
     Linear4bit,
-    blockwise,
     double_dequantize,
     double_quantize,
     nf4_dequantize,
     nf4_quantize,
-    pack,
     unpack,
 )
 from minilora.testing.mistakes_layers import with_formula, with_trained_weight
@@ -32,16 +29,6 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 # --- NF4 ---
 
 FP4_LEVELS = torch.tensor([s * level / 12 for s in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)])
-
-
-def quantize_with(**other: Any) -> Callable[..., Any]:
-    """Return `nf4_quantize` with another `scale` or another choice of the `code`: see `blockwise`."""
-
-    def quantize(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        codes, absmax = blockwise(W.detach().float().flatten(), block_size, LEVELS, **other)
-        return pack(codes.clamp(0, 15)), absmax
-
-    return quantize
 
 
 def exchanged(packed: Tensor) -> Tensor:
@@ -83,19 +70,22 @@ NF4: Mapping[str, Pair] = {
     "the two codes of a byte are exchanged": (quantize_low_half_first, dequantize_low_half_first),
     "dequantize takes the low half of a byte first": (nf4_quantize, dequantize_low_half_first),
     "the levels are those of FP4": (
-        quantize_with(code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1)),
+        partial(nf4_quantize, code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1)),
         dequantize_fp4,
     ),
     "codes are rounded down instead of to the nearest level": (
-        quantize_with(code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1),
+        partial(nf4_quantize, code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1),
         nf4_dequantize,
     ),
     "a tie gets the upper level": (
-        quantize_with(code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True)),
+        partial(
+            nf4_quantize,
+            code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True),
+        ),
         nf4_dequantize,
     ),
     "the absmax is the largest w instead of the largest |w|": (
-        quantize_with(scale=lambda blocks: blocks.amax(1)),
+        partial(nf4_quantize, scale=lambda blocks: blocks.amax(1)),
         nf4_dequantize,
     ),
     "each row is taken for ⌊in/block_size⌋ whole blocks": (  # bitsandbytes 0.50.2 on AVX512
@@ -113,16 +103,6 @@ NF4: Mapping[str, Pair] = {
 # --- double quantization ---
 
 
-def absmaxes_with(offset: Callable[[Tensor], Tensor] = torch.mean, **other: Any) -> Callable[..., Any]:
-    """Return `double_quantize` with another offset or another `scale`: see `blockwise`."""
-
-    def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, scales = blockwise(absmax - offset(absmax), 256, DYNAMIC_MAP, **other)
-        return codes.to(torch.uint8), scales, offset(absmax)
-
-    return quantize
-
-
 def quantize_absmax_in_place(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     result = double_quantize(absmax)
     absmax.sub_(absmax.mean())
@@ -131,7 +111,7 @@ def quantize_absmax_in_place(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 DOUBLE_QUANT: Mapping[str, Pair] = {
     "the offset is 0 instead of the mean": (
-        absmaxes_with(offset=lambda absmax: absmax.new_zeros(())),
+        partial(double_quantize, center=lambda absmax: absmax.new_zeros(())),
         double_dequantize,
     ),
     "the offset is not added": (
@@ -139,11 +119,11 @@ DOUBLE_QUANT: Mapping[str, Pair] = {
         lambda codes, scales, offset: double_dequantize(codes, scales, 0 * offset),
     ),
     "the scale is the largest absmax - offset, without its absolute value": (
-        absmaxes_with(scale=lambda blocks: blocks.amax(1)),
+        partial(double_quantize, scale=lambda blocks: blocks.amax(1)),
         double_dequantize,
     ),
     "one scale is used for all absmaxes": (
-        absmaxes_with(scale=lambda blocks: blocks.abs().max()[None]),
+        partial(double_quantize, scale=lambda blocks: blocks.abs().max()[None]),
         lambda codes, scales, offset: double_dequantize(codes, scales[:1].expand(-(-len(codes) // 256)), offset),
     ),
     "the absmaxes that were given are changed": (  # bitsandbytes-foundation/bitsandbytes#1863

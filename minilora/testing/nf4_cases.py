@@ -14,16 +14,68 @@ import torch
 
 from minilora.testing.cases import WeightKind, hard_weight, rounded
 from minilora.testing.compare import Array, Bounded
-from minilora.testing.reference import NF4_LEVELS, absmax_quantize, nf4_pack, nf4_quantize
-from minilora.testing.reference import absmax_levels as exact_absmax_levels
+from minilora.testing.reference import NF4_LEVELS, absmax_levels, absmax_quantize, nf4_pack, nf4_quantize
 
 LEVELS = np.array(NF4_LEVELS)
 MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
 TIES = MIDPOINTS[MIDPOINTS.astype(np.float32) == MIDPOINTS]  # those that float32 represents
-HALF_GAP = (LEVELS[1:] - LEVELS[:-1]).max() / 2  # 0.151904, between -1 and the next
+EXACT = Bounded.exact(absmax_levels(), "float32")
+# rounded six times: the width of a part of [0.1, 1], its multiple, an end, a midpoint, a power of ten and a product
+ABSMAX_LEVELS = replace(EXACT, error=EXACT.gamma(6) * abs(EXACT.value))
 NESTED = 256  # absmaxes that share a scale
 NORMAL = 2.0**-126  # below it, float32's 1/absmax can overflow, and numbers may be flushed to 0
 DrawnKind = WeightKind | Literal["zeros", "zero_block", "levels", "ties"]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Numbers in units of scales, rounded to the nearest level of a table: what is right, and what rounding may change.
+
+    n  numbers    k  levels
+    """
+
+    quotients: Bounded  # number / scale, (n)
+    scales: Bounded  # of each number, (n)
+    levels: Bounded  # rising, (k)
+    codes: Array  # those that are right, (n)
+
+    @cached_property
+    def admissible(self) -> Array:
+        """Return whether rounding may choose a code, the nearest or one nearly as near: (n, k)."""
+        distance = self.quotients.reshape(-1, 1) - self.levels
+        d = abs(distance.value)
+        return d - distance.error <= (d + distance.error).min(1, keepdims=True)
+
+    def certain(self, codes: Array) -> Array:
+        """Return codes, with the right one where rounding may have chosen another."""
+        if codes.shape != self.codes.shape:
+            return codes
+        inside = (codes >= 0) & (codes < len(self.levels.value))
+        may = self.admissible[np.arange(len(codes)), np.where(inside, codes, 0).astype(np.int64)] & inside
+        return np.where(may, self.codes, codes)
+
+    @property
+    def values(self) -> Bounded:
+        """Return level · scale for the right codes."""
+        return self.levels[self.codes] * self.scales
+
+    @property
+    def admissible_values(self) -> Bounded:
+        """Return level · scale, with a bound that holds for every admissible code."""
+        values, levels = self.values, self.levels.value
+        gaps = abs(np.where(self.admissible, levels - levels[self.codes][:, None], 0)).max(1)
+        return replace(values, error=values.error + gaps * self._largest_scales)
+
+    @property
+    def loss(self) -> Array:
+        """Return the largest error of the nearest level, half the widest gap, with that of rounding."""
+        levels = self.levels.value
+        widest = max(np.diff(levels).max() / 2, 1 + levels[0])  # of absmaxes there is no level of -1
+        return (widest + 2 * self.quotients.error) * self._largest_scales
+
+    @property
+    def _largest_scales(self) -> Array:
+        return abs(self.scales.value) + self.scales.error
 
 
 @dataclass(frozen=True)
@@ -68,7 +120,8 @@ class NF4Weight:
         count, bs = self.rows * self.columns, self.block_size
         flat = rng.choice(numbers.astype(np.float64), count)
         flat[::bs] = rng.choice([-1.0, 1.0], -(-count // bs))
-        return (flat * self.of_each(2.0 ** rng.integers(-4, 5, -(-count // bs)))).reshape(self.rows, self.columns)
+        powers = 2.0 ** rng.integers(-4, 5, -(-count // bs))
+        return (flat * powers[self.block]).reshape(self.rows, self.columns)
 
     @cached_property
     def _quantized(self) -> tuple[Array, Array]:
@@ -76,76 +129,49 @@ class NF4Weight:
 
     codes = property(lambda self: self._quantized[0])  # (n)
     absmax = property(lambda self: self._quantized[1])  # (b)
+    block = property(lambda self: np.arange(self.rows * self.columns) // self.block_size)  # of each weight, (n)
 
     @property
     def packed(self) -> Array:
         return np.frombuffer(nf4_pack(self.codes.tolist()), dtype=np.uint8)
-
-    def of_each(self, absmax: Array) -> Array:
-        """Return the absmax of each weight's block: (b) -> (n)."""
-        return np.repeat(absmax, self.block_size)[: self.rows * self.columns]
 
     @cached_property
     def stored_absmax(self) -> Bounded:
         """Return max |w|: exactly, but that one below the smallest normal number may be replaced by another such."""
         return Bounded(self.absmax, np.where(self.absmax < NORMAL, NORMAL, 0.0), "float32")
 
-    @property
-    def is_small(self) -> Array:
-        """Return which weights are in a block of zeros or denormals, for which any code is admissible: (n)."""
-        return self.of_each(self.absmax) < NORMAL
-
-    @property
-    def quotients(self) -> Bounded:
-        """Return w · (1/absmax), rounded once more, as midpoints of levels are rounded too: (n)."""
-        divisor = np.where(self.is_small, 1.0, self.of_each(self.absmax))
-        return Bounded.exact(self.W.reshape(-1), "float32") * (Bounded.exact(1.0, "float32") / divisor) * 1
-
     @cached_property
-    def admissible(self) -> Array:
-        """Return whether rounding may choose a code, the nearest or one nearly as near: (n, 16)."""
-        return self.is_small[:, None] | nearly_nearest(self.quotients.reshape(-1, 1) - LEVELS)
+    def rounding(self) -> Rounding:
+        """Return w · (1/absmax), rounded once more, as midpoints of levels are rounded too, and its levels.
+
+        In a block of zeros or denormals any code is admissible.
+        """
+        absmax = Bounded.exact(self.absmax[self.block], "float32")
+        is_normal = absmax.value >= NORMAL
+        divisor = np.where(is_normal, absmax.value, 1.0)
+        x = Bounded.exact(self.W.reshape(-1), "float32") * (Bounded.exact(1.0, "float32") / divisor) * 1
+        x = replace(x, error=np.where(is_normal, x.error, 2.0))
+        return Rounding(x, absmax, Bounded.exact(LEVELS, "float32"), self.codes)
 
     @property
     def approximated(self) -> Bounded:
-        """Return W with the bound of the error that quantization makes: half the widest gap, and roundings.
-
-        A denormal block may become 0.
-        """
-        share = np.where(self.is_small, 1.0, HALF_GAP + 2 * self.quotients.error)
-        error = (share * self.of_each(self.absmax)).reshape(self.W.shape)
-        return Bounded(self.W, error + self.values.error, "float32")
+        """Return W with the bound of the error that quantization makes."""
+        return Bounded(self.W, self.rounding.loss.reshape(self.W.shape) + self.values.error, "float32")
 
     @property
     def values(self) -> Bounded:
         """Return level · absmax for the codes that are right: (rows, columns)."""
-        return self.times(Bounded.exact(self.absmax, "float32"))
-
-    def times(self, absmax: Bounded) -> Bounded:
-        """Return level · absmax for given absmaxes (b)."""
-        each = Bounded(self.of_each(absmax.value), self.of_each(absmax.error), "float32")
-        return (each * LEVELS[self.codes]).reshape(self.rows, self.columns)
+        return self.rounding.values.reshape(self.rows, self.columns)
 
     def round_trip(self, absmax: Bounded) -> Bounded:
         """Return level · absmax for given absmaxes, with a bound that holds for every admissible code."""
-        values = self.times(absmax)
-        gaps = abs(np.where(self.admissible, LEVELS - LEVELS[self.codes][:, None], 0)).max(1)
-        spread = gaps * self.of_each(abs(absmax.value) + absmax.error)
-        return replace(values, error=values.error + spread.reshape(values.error.shape))
-
-
-def nearly_nearest(distance: Bounded) -> Array:
-    """Return which levels can be the nearest, given distances with bounds: (n, levels)."""
-    d = abs(distance.value)
-    return d - distance.error <= (d + distance.error).min(1, keepdims=True)
+        rounding = replace(self.rounding, scales=absmax[self.block])
+        return rounding.admissible_values.reshape(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
 class AbsmaxVector:
-    """Absmaxes (b) to be quantized to eight bits, and what is right for them.
-
-    Kinds: normal: those of blocks of normal numbers; constant; outlier: one is a thousand times larger.
-    """
+    """Absmaxes (b) to be quantized to eight bits, those of a weight, and what is right for them."""
 
     count: int = 5
     kind: Literal["normal", "constant", "outlier"] = "normal"
@@ -160,13 +186,7 @@ class AbsmaxVector:
     def absmax(self) -> Array:
         if self.of is not None:
             return self.of.absmax
-        rng = np.random.default_rng(self.seed)
-        drawn = abs(rng.standard_normal((self.count, 64))).max(1)
-        if self.kind == "constant":
-            drawn[:] = drawn[0]
-        if self.kind == "outlier":
-            drawn[rng.integers(self.count)] *= 1000
-        return rounded(drawn, "float32")
+        return abs(NF4Weight(self.count, 64, kind=self.kind, seed=self.seed).W).max(1)
 
     @property
     @lru_cache(maxsize=64)  # noqa: B019  # of equal cases, which several laws have
@@ -191,54 +211,31 @@ class AbsmaxVector:
         rounding = np.maximum.reduceat(self.rest.error, np.arange(0, self.count, NESTED))
         return Bounded(self._quantized[1], rounding, "float32")
 
-    @property
-    def of_each(self) -> Bounded:
-        """Return the scale of each absmax: (b)."""
-        return self.scales[np.arange(self.count) // NESTED]
-
     @cached_property
-    def quotients(self) -> Bounded:
+    def rounding(self) -> Rounding:
         """Return (absmax - offset) / scale, rounded to one of 65,536 places as by bitsandbytes on the CPU, or not."""
-        scales = self.of_each
+        scales = self.scales[np.arange(self.count) // NESTED]
         is_known = scales.value > 2 * scales.error  # or it is a rounding error
         x = self.rest / replace(scales, value=np.where(is_known, scales.value, 1.0))
         place = (x + 1) * 0.5 * 65535
         x = Bounded(place.value, place.error + 0.5, "float32") * (2 / 65535) - 1
-        return replace(x, error=np.where(is_known, x.error, 2.0))  # any place in [-1, 1]
-
-    @property
-    def admissible(self) -> Array:
-        """Return whether rounding may choose a code: (b, 256)."""
-        return nearly_nearest((self.quotients * 1).reshape(-1, 1) - absmax_levels())
+        x = replace(x, error=np.where(is_known, x.error, 2.0))  # any place in [-1, 1]
+        return Rounding(x * 1, scales, ABSMAX_LEVELS, self.codes)
 
     @property
     def values(self) -> Bounded:
         """Return level · scale + offset for the codes that are right: (b)."""
-        return absmax_levels()[self.codes] * self.of_each + self.offset
+        return self.rounding.values + self.offset
 
-    @cached_property
+    @property
     def dequantized(self) -> Bounded:
         """Return the absmaxes after both ways, with a bound that holds for every admissible code."""
-        levels, scales, values = absmax_levels().value, self.of_each, self.values
-        gaps = abs(np.where(self.admissible, levels - levels[self.codes][:, None], 0)).max(1)
-        return replace(values, error=values.error + gaps * (scales.value + scales.error))
+        return self.rounding.admissible_values + self.offset
 
     @property
     def approximated(self) -> Bounded:
-        """Return the absmaxes with the bound of the error that quantization makes: half the widest gap of levels."""
-        levels, scales = absmax_levels().value, self.of_each
-        widest = max(np.diff(levels).max() / 2, 1 + levels[0])  # there is no -1
-        share = widest + 2 * self.quotients.error
-        return Bounded(self.absmax, self.values.error + share * (scales.value + scales.error), "float32")
-
-
-def absmax_levels() -> Bounded:
-    """Return the 256 levels, with the bound of six roundings to float32.
-
-    Of the width of a part of [0.1, 1], its multiple, an end, a midpoint, a power of ten and a product.
-    """
-    levels = Bounded.exact(exact_absmax_levels(), "float32")
-    return replace(levels, error=levels.gamma(6) * abs(levels.value))
+        """Return the absmaxes with the bound of the error that quantization makes."""
+        return Bounded(self.absmax, self.rounding.loss + self.values.error, "float32")
 
 
 @dataclass(frozen=True)

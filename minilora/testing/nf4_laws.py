@@ -27,15 +27,6 @@ def as_codes(packed: Any, count: int) -> Array:
     return np.stack([flat >> 4 & 15, flat & 15], axis=1).reshape(-1)[:count]
 
 
-def certain(codes: Array, right: Array, admissible: Array) -> Array:
-    """Return the codes, with the right one where rounding may have chosen another."""
-    if codes.shape != right.shape:
-        return codes
-    inside = (codes >= 0) & (codes < admissible.shape[1])
-    may = admissible[np.arange(len(codes)), np.where(inside, codes, 0).astype(np.int64)] & inside
-    return np.where(may, right, codes)
-
-
 def form(what: str, array: Any, shape: tuple[int, ...], dtype: str) -> Comparison:
     """Compare the shape and the dtype of a result."""
     found, expected = (str(array.dtype).removeprefix("torch."), tuple(array.shape)), (dtype, shape)
@@ -63,7 +54,7 @@ def nearest(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Com
     packed, _ = quantized(pair, case)
     yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
     found = as_codes(packed, case.W.size)
-    yield Comparison("codes", found if is_exact else certain(found, case.codes, case.admissible), case.codes)
+    yield Comparison("codes", found if is_exact else case.rounding.certain(found), case.codes)
 
 
 def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
@@ -95,7 +86,7 @@ def error(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 def kept(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     weight = as_array(dequantized(pair, case, *quantized(pair, case)))
-    absmax = case.of_each(case.absmax).reshape(case.W.shape)
+    absmax = case.absmax[case.block].reshape(case.W.shape)
     for what, chosen in (("zeros", case.W == 0), ("the largest numbers of the blocks", abs(case.W) == absmax)):
         yield Comparison(what, np.where(chosen, weight, 0.0), np.where(chosen, case.W, 0.0))
 
@@ -156,7 +147,7 @@ def scales(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
 
 def nested_codes(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     codes, _, _, case = nested(pair, case)
-    yield Comparison("codes", certain(as_array(codes), case.codes, case.admissible), case.codes)
+    yield Comparison("codes", case.rounding.certain(as_array(codes)), case.codes)
 
 
 def nested_layout(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
