@@ -14,12 +14,12 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.config import FLAG_NAMES
 from minilora.cli import finetune as command
 from minilora.files import TensorFile, lock
 from minilora.models import checkpoint, template
 from minilora.runs import directory as run_directory
 from minilora.runs.checkpoints import checkpoints
+from minilora.runs.config import FLAG_NAMES
 from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general

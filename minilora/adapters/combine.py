@@ -94,7 +94,7 @@ def combine(
     Raises:
         ConfigError: there is not one finite weight for each adapter.
         TrainingError: an update to cut, or the result, is not finite.
-        ShapeError: the adapters of a module do not fit together.
+        ShapeError: the adapters of a module differ in rank, and "linear" cannot add them.
     """
     config = config or CombineConfig()
     if not any(adapters) or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
@@ -107,8 +107,11 @@ def combine(
                 lora_A, lora_B, scale = adapter[path]
                 dtype = widest(lora_A, lora_B)
                 parts.append(Factors(lora_A.detach().to(dtype), lora_B.detach().to(dtype), weight * scale))
-        _check_shapes(path, parts, config)
         if config.combination_type == "linear":
+            if len(ranks := {len(part.lora_A) for part in parts}) > 1:
+                raise ShapeError(
+                    f"{path}: 'linear' needs adapters of one rank, found {sorted(ranks)}; cat and svd take any"
+                )
             combined[path] = LowRank(_linear(parts))
         elif config.combination_type == "cat":
             combined[path] = LowRank(concatenate(parts))
@@ -118,15 +121,6 @@ def combine(
         if not combined[path].factors.lora_B.isfinite().all():
             raise TrainingError(f"{path}: with the weights {list(weights)} the result is not finite")
     return combined
-
-
-def _check_shapes(path: str, parts: Sequence[Factors], config: CombineConfig) -> None:
-    found = ", ".join(f"A {tuple(A.shape)} and B {tuple(B.shape)}" for A, B, _ in parts)
-    sizes = {(A.size(1), B.size(0)) for A, B, _ in parts}
-    if len(sizes) > 1 or any(A.size(0) != B.size(1) for A, B, _ in parts):
-        raise ShapeError(f"{path}: the adapters do not fit together: {found}")
-    if config.combination_type == "linear" and len({len(A) for A, _, _ in parts}) > 1:
-        raise ShapeError(f"{path}: 'linear' needs adapters of one rank, found {found}; cat and svd take any")
 
 
 def _linear(parts: Sequence[Factors]) -> Factors:

@@ -32,13 +32,7 @@ PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expres
 NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
 RANDOM_SVD_INIT = r"pissa_niter_(\d+)"  # and the number of its power iterations
-FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
 T = TypeVar("T")
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field."""
-    return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
 
 
 @answers(

@@ -25,7 +25,7 @@ def combine_adapters(
 
     Raises:
         ConfigError: an adapter has more than updates s·B A, which alone can be added.
-        ShapeError: adapters of one module do not fit together.
+        ShapeError: adapters of one module differ in rank, and "linear" cannot add them.
         TargetError: there is no such adapter, or one of the new name already.
     """
     check_types(combine_adapters, locals())

@@ -14,14 +14,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from minilora.adapters.layout import (
-    DETERMINISTIC_INITS,
-    WEIGHTS_FILE,
-    factor_name,
-    parse_tensor_name,
-    read_adapter,
-    write_adapter,
-)
+from minilora.adapters import layout
 from minilora.cli import Options
 from minilora.cli.flags import add_out, new_directory
 from minilora.errors import ConfigError, listed
@@ -47,24 +40,24 @@ def export_adapter(path: str | Path, out: Path) -> int:
 
     A is not rounded, and B once, to float32:  |ΔW′ - ΔW| ≤ 2⁻²⁴·|s|·|B| |A|, element by element.
     """
-    stored = read_adapter(fetch(path, "adapter"))
-    file = TensorFile(stored.path / WEIGHTS_FILE)
-    others = [name for name in file.shapes if parse_tensor_name(name)[1] not in ("lora_A", "lora_B", "weight")]
-    if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
+    stored = layout.read_adapter(fetch(path, "adapter"))
+    file = TensorFile(stored.path / layout.WEIGHTS_FILE)
+    others = [name for name in file.shapes if layout.parse_tensor_name(name)[1] not in ("lora_A", "lora_B", "weight")]
+    if (init := stored.values.get("init_lora_weights")) in layout.DETERMINISTIC_INITS:
         others.append(f"init_lora_weights {init!r}, so its numbers hold a part of the base's weights")
     if others:
         raise ConfigError(f"{stored.path} has no plain form; use `minilora merge`. It has{listed(others)}")
     config, tensors = stored.config(), {}
     rank = max(len(held["lora_A"]) for held in stored.tensors.values())
     for name in file.shapes:
-        where, key = parse_tensor_name(name)
+        where, key = layout.parse_tensor_name(name)
         tensor = stored.tensors[where][key]
         if key == "lora_A":
             tensor = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
         elif key == "lora_B":  # in float64, or s would be rounded too
             tensor = F.pad((config.scale(where) * tensor.double()).to(tensor.dtype), (0, rank - tensor.size(1)))
-        tensors[name if key == "weight" else factor_name(where, key, "lora_embedding_" in name)] = tensor
+        tensors[name if key == "weight" else layout.factor_name(where, key, "lora_embedding_" in name)] = tensor
     plain = {"r": rank, "lora_alpha": rank, "init_lora_weights": True, "use_rslora": False}
-    write_adapter(out, stored.values | plain | {"rank_pattern": {}, "alpha_pattern": {}}, tensors, file.metadata)
+    layout.write_adapter(out, stored.values | plain | {"rank_pattern": {}, "alpha_pattern": {}}, tensors, file.metadata)
     copy_prompt_files([stored.path], out)
     return rank

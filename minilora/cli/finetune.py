@@ -25,7 +25,7 @@ import torch
 
 from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters
-from minilora.adapters.config import FLAG_NAMES, LoraConfig, flag
+from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import SIGNALLED, Options, Parser, say
 from minilora.cli.elsewhere import nearest
@@ -42,7 +42,7 @@ from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
-from minilora.runs.config import DataConfig, RunConfig, Settings, TrainConfig
+from minilora.runs.config import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minilora.adapters.config import FLAG_NAMES, flag
 from minilora.cli import Parser
 from minilora.errors import ConfigError
 from minilora.files import holds_files, lock, publishing, read_json, read_text, remove
+from minilora.runs.config import FLAG_NAMES, flag
 
 T = TypeVar("T")
 

@@ -18,7 +18,6 @@ from typing import get_args
 
 from minilora.adapters.attach import describe_base
 from minilora.adapters.combine import CombineConfig
-from minilora.adapters.config import flag
 from minilora.adapters.files import load_adapter, save_adapter_files
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_adapters
@@ -31,6 +30,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
+from minilora.runs.config import flag
 from minilora.tools.merging import Merge, merge_directory, relative_error
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from minilora.adapters.config import FLAG_NAMES, LoraConfig
+from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, answers, check_types, document_fields, option
 from minilora.files import BUILTIN
 from minilora.models.bitsandbytes import QuantizeConfig
@@ -15,10 +15,16 @@ from minilora.models.hub import locate
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
+FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
 COUNTS = (
     *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps"),
     *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
 )
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field."""
+    return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
 
 
 @answers(eval_split="slice the data set: rows[n:] to learn from, rows[:n] for the held_out of ml.train")
