@@ -245,7 +245,7 @@ def read_values(directory: Path) -> dict[str, Any]:
     ]
     init = values.get("init_lora_weights", True)
     if init not in PLAIN_INITS and init not in DETERMINISTIC_INITS:
-        bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights in a way not repeated here")
+        bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights and cannot be repeated")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         names, kind = values.get(key) or (), dict if key.endswith("pattern") else list
         if not isinstance(names, kind | tuple) or len(names) > MAX_NAMES:
