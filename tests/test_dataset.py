@@ -150,8 +150,7 @@ def peak_of(compute):
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("minilora.runs.rows.CHUNK", 2**12)
+def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path):
     example = ml.Example([7] * 200, [IGNORE_INDEX] * 100 + [7] * 100, "rows.jsonl:1")
     peaks = []
     for count in (50, 500, 3_000):  # the first warms up

@@ -113,7 +113,7 @@ def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
 
 
 def test_data_are_the_data_files_at_the_top(hub):
-    for i, names in enumerate((["train.jsonl", "valid.jsonl"], ["rows.jsonl.gz"], ["a.json"])):
+    for i, names in enumerate((["train.jsonl", "valid.jsonl"], ["rows.jsonl"], ["a.json"])):
         rows, name = {name: name.encode() for name in names}, f"org/data{i}"
         hub.add(f"datasets/{name}", {**rows, **dict.fromkeys(("dataset_infos.json", "data/a.jsonl", "load.py"), b"no")})
         assert files_of(fetch(name, "dataset")) == rows

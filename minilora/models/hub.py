@@ -19,7 +19,7 @@ from minilora.errors import FormatError
 from minilora.files import ASSETS, BUILTIN, finish_commit
 
 Kind = Literal["model", "tokenizer", "adapter", "dataset"]
-DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+DATA_ENDINGS = (".jsonl", ".json")
 PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?!.*\.\.)(?![^@]*--)({PART}/{PART})(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
 PINNED = re.compile(rf"({PART}/{PART})@([0-9a-f]{{40}})", re.ASCII)

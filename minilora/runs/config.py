@@ -140,8 +140,7 @@ class RunConfig:
     model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] on the Hugging Face Hub")
     data: tuple[str, ...] = option(
         (BUILTIN,),
-        "rows: .jsonl or .json files, also .gz; a directory with train.jsonl and perhaps valid.jsonl and test.jsonl; "
-        "or a hub id",
+        "rows: .jsonl or .json files; a directory with train.jsonl and perhaps valid.jsonl and test.jsonl; or a hub id",
     )
     eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id, as for --data", "data")
     eval_split: float = option(

@@ -137,8 +137,8 @@ def _splits_of(name: str | Path) -> dict[str, Path]:
     if not found and len(files) == 1:
         return {"train": files[0]}
     if not found:
-        held = f"found {[file.name for file in files]}" if files else "found none"
-        raise DataError(f"{path}: need one data file (*.jsonl, *.json, *.gz), or train.jsonl and perhaps more; {held}")
+        held = [file.name for file in files]
+        raise DataError(f"{path}: need one data file (*.jsonl, *.json), or train.jsonl and perhaps more; found {held}")
     return found
 
 

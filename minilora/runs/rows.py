@@ -1,28 +1,23 @@
 """Data files as rows, each of which knows the line that it begins on.
 
-A file holds a JSON array of objects or one object a line, distinguished by its first character, and may be compressed
-(`.gz`). A byte order mark at its beginning is accepted; lines end in LF or CRLF.
+A file holds a JSON array of objects or one object a line, distinguished by its first character. A byte order mark at
+its beginning is accepted; lines end in LF or CRLF.
 """
 
 from __future__ import annotations
 
 import codecs
-import gzip
-import itertools
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from minilora.errors import DataError, FormatError
+from minilora.errors import DataError
 from minilora.files import JSON_VALUES, open_file
 from minilora.runs.formats import Row
 
 LINE_BYTES = 2**23  # of one row; a long book has 2 MB
-CHUNK = 2**20  # bytes that are read at a time
-UNPACKED, UNPACKED_TIMES = 2**20, 50  # bytes of a .gz file, and more for each compressed byte; text has 3 to 20
 LAYOUTS = "one JSON object a line, or one array of them"
 OPENING = re.compile(r"\s*(\[(?:\s*\])?)\s*")  # of an array, or all of an empty one
 SEPARATOR = re.compile(r"\s*(,|\]\s*\Z)\s*")  # after an element
@@ -34,45 +29,29 @@ def stream_rows(*paths: Path) -> Iterator[Row]:
     A file of one object a line is not held in memory, an array is.
     """
     for path in paths:
-        chunks = _read_chunks(path)
-        first = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
-        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path}: found UTF-16, need UTF-8")
-        content = itertools.chain([first], chunks)
-        is_array, is_empty = first.lstrip()[:1] == b"[", True
-        for row in _parse_array(b"".join(content), path) if is_array else _parse_lines(content, path):
-            is_empty = False
-            yield row
+        with open_file(path, is_named=True) as file:
+            if file.peek().startswith(codecs.BOM_UTF8):
+                file.read(len(codecs.BOM_UTF8))
+            begin = file.peek()
+            if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{path}: found UTF-16, need UTF-8")
+            parse = _parse_array if begin.lstrip().startswith(b"[") else _parse_lines
+            is_empty = True
+            for row in parse(file, path):
+                is_empty = False
+                yield row
         if is_empty:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
 
 
-def _read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file that the user named, decompressed if its name ends in `.gz`."""
-    with open_file(path, is_named=True) as file:
-        unpacked, total = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, 0
-        try:
-            while chunk := unpacked.read(CHUNK):
-                yield chunk
-                total += len(chunk)
-                if total > UNPACKED + UNPACKED_TIMES * file.tell():
-                    raise FormatError(f"{path}: more than {UNPACKED_TIMES} times as large as what it is packed into")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise FormatError(f"{path}: not gzip, or damaged ({error})") from error
-        except OSError as error:
-            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _parse_lines(chunks: Iterable[bytes], path: Path) -> Iterator[Row]:
-    number, line = 0, b""
-    for chunk in itertools.chain(chunks, [b"\n"]):
-        *lines, line = (line + chunk).split(b"\n")
-        for i, each in enumerate(lines, start=number + 1):
-            if each.strip():
-                yield _parse_line(each, f"{path}:{i}")
-        number += len(lines)
+def _parse_lines(file: IO[bytes], path: Path) -> Iterator[Row]:
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
         if len(line) > LINE_BYTES:
-            raise DataError(f"{path}:{number + 1}: the row has more than {LINE_BYTES:,} bytes")
+            raise DataError(f"{path}:{number}: the row has more than {LINE_BYTES:,} bytes")
+        if line.strip():
+            yield _parse_line(line, f"{path}:{number}")
 
 
 def _parse_line(line: bytes, source: str) -> Row:
@@ -84,10 +63,10 @@ def _parse_line(line: bytes, source: str) -> Row:
         return Row(source=source, problem=f"{_problem_of(error)}; need {LAYOUTS}")
 
 
-def _parse_array(content: bytes, path: Path) -> Iterator[Row]:
+def _parse_array(file: IO[bytes], path: Path) -> Iterator[Row]:
     decoder, line, counted, where = json.JSONDecoder(), 1, 0, str(path)
     try:
-        text = content.decode("utf-8")
+        text = file.read().decode("utf-8")
         separator = OPENING.match(text)
         assert separator is not None  # the first character is a bracket
         while separator[1] in "[,":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
@@ -182,22 +181,7 @@ def tensor_calls(root: Path) -> Iterator[Call]:
 
 
 def data_calls(root: Path) -> Iterator[Call]:
-    def packed(path: Path, piece: bytes, times: int, last: bytes = b"") -> Path:
-        with gzip.open(path, "wb", compresslevel=1) as file:
-            for _ in range(times):
-                file.write(piece)
-            file.write(last)
-        return path
-
     plain = root / "rows.jsonl"
-    zeros = packed(root / "zeros.jsonl.gz", bytes(10**7), 50)
-    lines = packed(root / "lines.jsonl.gz", b"\n" * 10**7, 50)
-    rows = packed(root / "packed.jsonl.gz", b'{"text":"a"}\n' * 10**6, 20)
-    array = packed(root / "array.json.gz", b"\n" * 10**7, 20, b"")
-    yield "data: gzip of zeros", partial(read_rows, zeros)
-    yield "data: gzip of newlines", partial(read_rows, lines)
-    yield "data: gzip of rows", partial(read_rows, rows)
-    yield "data: gzip of an array", partial(read_rows, array)
 
     def write_and_read(text: bytes, skips: bool = False) -> None:
         plain.write_bytes(text)

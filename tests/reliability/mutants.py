@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gzip
 import json
 import random
 import shutil
@@ -215,12 +214,10 @@ def data_mutants(root: Path, seeds: range) -> Iterator[Call]:
     for seed in seeds:
         draw = random.Random(f"data {seed}")
         rows = [changed_json(row, draw) if draw.random() < 0.3 else row for row in draw.choices(ROWS, k=4)]
-        ending = draw.choice((".jsonl", ".json", ".jsonl.gz"))
+        ending = draw.choice((".jsonl", ".json"))
         text = json.dumps(rows) if ending == ".json" else "\n".join(map(json.dumps, rows))
         content = text.encode()
         content = changed_bytes(content, draw) if draw.random() < 0.5 else content
-        content = gzip.compress(content, mtime=0) if ending.endswith(".gz") else content
-        content = changed_bytes(content, draw) if ending.endswith(".gz") and draw.random() < 0.5 else content
         config = ml.DataConfig(skip_bad_rows=draw.random() < 0.7, prompt_style="alpaca")
 
         def load(path: Path = root / f"rows{ending}", content: bytes = content, config: Any = config) -> None:
