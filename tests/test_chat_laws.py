@@ -33,7 +33,7 @@ def test_our_masks_pass(template, use_regex, tokenizer):
     chosen = tokenizer(use_regex=use_regex).with_template(template)
 
     def render(messages):
-        text, learned, _ = render_conversation(Conversation(messages), chosen, "assistant")
+        text, learned = render_conversation(Conversation(messages), chosen, "assistant")
         ids, spans = chosen.encode_spans(text, add_special_tokens=False)
         is_label = [label != IGNORE_INDEX for label in label_tokens(ids, spans, learned)]
         done, tokens = 0, []

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.cli.generate import encode_prompt
 from minilora.data import IGNORE_INDEX
-from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import answer_of, prompt_of
 from minilora.runs.formats import Row
 from tests.chat_templates import FAMILIES, GEMMA, GLM4, LLAMA3, MISTRAL, NEMOTRON, PARTS_ONLY, PHI3, QWEN3, R1
@@ -224,12 +223,6 @@ def test_a_template_that_writes_the_end_of_thoughts_itself_is_followed(tokenizer
     assert (asked[-8:], learned) == ("<think>\n", f"</think>the cat{CLOSE}\n")
     asked, learned = texts_of([QUESTION, answer("the cat")], tokenizer(template=QWEN3, eos=CLOSE))
     assert (asked[-10:], learned) == ("assistant\n", f"<think>\n\n</think>\n\nthe cat{CLOSE}\n")
-
-
-def test_rows_whose_answers_follow_other_text_than_the_template_writes_are_counted(tokenizer):
-    rows = [Row({"messages": conversation([("a", "b")], system)}) for system in (None, "Be brief.", "Be kind.")]
-    for template, moved in ((R1, 3), (MISTRAL, 2), (QWEN3, 0), (PHI3, 0)):
-        assert encode_rows(rows, tokenizer(template=template), ml.DataConfig()).moved == moved
 
 
 # --- where an answer ends ---

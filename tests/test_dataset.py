@@ -1,24 +1,23 @@
 """Rows as arrays: the same as encoded one by one, and lean."""
 
+import json
 import random
 import re
 import tracemalloc
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.runs import dataset, inputs
+from minilora.runs import encoders, inputs
 from minilora.runs.checkpoints import fingerprint
-from minilora.runs.dataset import Dataset, build_dataset
+from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, label_row
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row
 from minilora.runs.objective import check_examples
-from minilora.runs.rows import stream_rows
 from minilora.runs.sampler import plan_steps
 from tests.models import tiny_model
 from tests.runs import runner, write_rows
@@ -37,14 +36,14 @@ ROWS = [  # plain, a conversation, cut, without a label that is left, with a con
 ]
 
 
-def one_by_one(rows, encode, config):
+def one_by_one(rows, tokenizer, config):
     """The examples and counts as they follow from the rows one by one."""
     kept, bad, counts = [], [], dict.fromkeys(("truncated", "unlabelled", "quoted", "conversations"), 0)
     for row in rows:
         try:
             if row.problem:
                 raise ml.DataError(row.problem)
-            whole, names = encode(row)
+            whole, names = label_row(row, tokenizer, config)
         except ml.DataError as error:
             bad.append(f"{row.source}: {error}")
             continue
@@ -61,11 +60,11 @@ def one_by_one(rows, encode, config):
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
 def test_rows_and_counts_are_those_of_the_rows_encoded_one_by_one(tokenizer, train_on):
     config = ml.DataConfig(train_on=train_on, max_length=20, skip_bad_rows=True)
-    encode = partial(label_row, tokenizer=tokenizer(template=CHATML, eos=CLOSE), config=config)
+    chosen = tokenizer(template=CHATML, eos=CLOSE)
     rows = [Row(row, f"{'ab'[i % 2]}:{i}") for i, row in enumerate(ROWS * 2)]
     rows += [Row(problem="none", source="c:1"), Row(ROWS[0], "d"), Row(ROWS[0], "d:07")]
-    found = build_dataset(rows, encode, config)
-    kept, counts = one_by_one(rows, encode, config)
+    found = encode_rows(rows, chosen, config)
+    kept, counts = one_by_one(rows, chosen, config)
     assert list(found) == kept
     assert {name: getattr(found, name) for name in counts} == counts
     assert all(counts[name] for name in ("truncated", "bad", "quoted"))
@@ -150,19 +149,19 @@ def peak_of(compute):
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path):
-    example = ml.Example([7] * 200, [IGNORE_INDEX] * 100 + [7] * 100, "rows.jsonl:1")
+def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer):
+    row = json.dumps({"prompt": " cat" * 100, "completion": " cat" * 99}) + "\n"
     peaks = []
     for count in (50, 500, 3_000):  # the first warms up
         path = tmp_path / f"{len(peaks)}.jsonl"
-        path.write_text('{"prompt": "the", "completion": " cat"}\n' * count)
+        path.write_text(row * count)
 
         def start(path=path):
-            data = build_dataset(stream_rows(path), lambda row: (example, ()), ml.DataConfig())
+            data = ml.load_dataset(path, tokenizer())
             splits = inputs.hold_out({"train": data}, 0.1, ml.TrainConfig())
             steps = plan_steps(splits["train"].lengths, ml.TrainConfig(batch_size=2))
             fingerprint(splits["train"], splits["test"], ml.TrainConfig(), {})
-            assert splits["train"][steps[0][0][0]].tokens == example.tokens
+            assert len(splits["train"][steps[0][0][0]].tokens) == 200
 
         peaks.append(peak_of(start))
     assert peaks[2] - peaks[1] < 2_500 * 400, peaks  # tokens and labels of a row take 1,600 bytes, as arrays
@@ -175,5 +174,5 @@ def test_progress_is_shown_while_rows_are_encoded(directory, tmp_path, capsys, m
     run = runner(directory, capsys, monkeypatch)
     words = ("--model=model", "--data=rows.jsonl", "--general-data=none", "--dry-run", f"--out={tmp_path}")
     assert "encoding" not in run("finetune", *words).err
-    monkeypatch.setattr(dataset, "SHOWN", 20)
+    monkeypatch.setattr(encoders, "SHOWN", 20)
     assert run("finetune", *words).err.startswith("encoding rows.jsonl:20\n")

@@ -23,17 +23,17 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
     longest, limit = data.train.lengths.max(), trained_length(model.config)
     if longest > limit:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
-    if data.train.completions and data.tokenizer.template:
+    if data.tokenizer.template and not data.train.conversations:
         yield (
-            f"{data.train.completions} training rows are a plain prompt and completion, for which the model's chat "
-            "template is not used; write them as `messages` to use it"
+            "the training rows are plain text, for which the model's chat template is not used; write them as "
+            "`messages` to use it"
         )
     if 0 < len(data.test) < FEW_ROWS:
         yield (
             f"held-out rows: {len(data.test)}, too few for their loss or accuracy to say much; "
             "--eval-split or --eval-data gives more"
         )
-    if data.train.touching > data.train.completions / 2:
+    if data.train.touching > len(data.train) / 2:
         yield (
             f"{data.train.touching} training rows have no white space between prompt and completion; "
             "end the prompts, or begin the completions, with a space or a line end"
@@ -55,11 +55,6 @@ def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
         yield (
             f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
             "--allow-special makes them act"
-        )
-    if rows.moved:
-        yield (
-            f"in {rows.moved} {name} rows the chat template writes other text before an answer than where it asks for "
-            "one; the answer is learned after the text that asks for it"
         )
     if rows.bad:
         yield describe_skipped(f"{name} ", rows.bad)

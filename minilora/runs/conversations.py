@@ -41,14 +41,11 @@ def encode_question(conversation: Conversation, tokenizer: Tokenizer) -> list[in
     return tokenizer.encode(ask(quoted, tokenizer), add_special_tokens=False)
 
 
-def render_conversation(
-    conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn
-) -> tuple[str, list[Span], bool]:
+def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[str, list[Span]]:
     """Render a conversation up to its last answer; every answer that is learned follows what `ask` returns for it.
 
-    Returns the text, the spans of it that are trained on, and whether the template alone would write other text before
-    the last answer than where it asks for one. An answer ends with its turn, or where the template marks its end. An
-    answer before the first question is not learned, because nothing asks for it.
+    Returns the text, and the spans of it that are trained on. An answer ends with its turn, or where the template marks
+    its end. An answer before the first question is not learned, because nothing asks for it.
 
     Raises:
         DataError: there is no template; it leaves out what is said; or the answers cannot be found in its text.
@@ -60,7 +57,7 @@ def render_conversation(
         text = template.render(messages, tools=tools)
         check_context(text, conversation, tokenizer, is_question=False)
         check_answer(text, messages[last], last)
-        return text, [(0, len(text))], False
+        return text, [(0, len(text))]
     if last == 0:
         raise DataError("no message comes before the answer, so nothing asks for it; train_on all learns it")
     first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), last)
@@ -70,15 +67,14 @@ def render_conversation(
 
     asked = ask(Conversation(messages[:last], tools), tokenizer)
     text, marked = template.render_spans(conversation.messages, tools)
-    is_moved = not text.startswith(asked)
-    if is_moved:
+    if not text.startswith(asked):
         answer, marked = _answer_alone(conversation, template)
         text, marked = asked + answer, [(len(asked) + begin, len(asked) + end) for begin, end in marked]
     check_answer(text[len(asked) :], messages[last], last)
     learned = _marked_spans(marked, len(asked), len(text)) or [(len(asked), len(text))]
     for i in reversed(earlier):
         learned = [*_earlier_answer(text, marked, conversation, i, learned[0][0], tokenizer), *learned]
-    return text, learned, is_moved
+    return text, learned
 
 
 def _template_of(tokenizer: Tokenizer) -> ChatTemplate:

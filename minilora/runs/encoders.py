@@ -14,11 +14,17 @@ there, because it is always asked for its answer with the same tokens.
 from __future__ import annotations
 
 import json
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from minilora.data import Span, label_tokens
 from minilora.errors import ConfigError, DataError
@@ -26,19 +32,61 @@ from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.conversations import render_conversation
-from minilora.runs.dataset import Dataset, Example, build_dataset
+from minilora.runs.dataset import INT32, ROW, Dataset, Example
 from minilora.runs.formats import PromptCompletion, Row, parse_row
+
+BAD_ROWS = 50_000  # that are skipped and kept with their reasons
+SHOWN = 10_000  # rows from one line on the progress to the next
 
 
 def encode_rows(
     rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig, show: Callable[[str], None] | None = None
 ) -> Dataset:
-    """Tokenize and label every row; `show` is called with lines on the progress.
+    """Tokenize and label rows, cut them to the maximum length, and drop those without a label.
+
+    The arrays lie in temporary files. `show` is called with lines on the progress.
 
     Raises:
-        DataError: as for `build_dataset`.
+        DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
     """
-    return build_dataset(rows, partial(label_row, tokenizer=tokenizer, config=config), config, show)
+    counts, bad, sources, first = Counter[str](), list[str](), list[str](), ""
+    places, begin = array("q"), 0
+    with TemporaryFile() as tokens, TemporaryFile() as labels:
+        for number, row in enumerate(rows, start=1):
+            first = first or row.source
+            if show and number % SHOWN == 0:
+                show(f"encoding {row.source}")
+            try:
+                if row.problem:
+                    raise DataError(row.problem)
+                whole, names = label_row(row, tokenizer, config)
+            except DataError as error:
+                bad.append(f"{row.source}: {error}")
+                if not config.skip_bad_rows or len(bad) > BAD_ROWS:
+                    raise DataError(bad[-1]) from error
+                continue
+            counts.update(names)
+            cut = replace(whole, tokens=whole.tokens[: config.max_length], labels=whole.labels[: config.max_length])
+            length, lost = len(cut.tokens), whole.labelled - cut.labelled
+            counts.update(truncated=int(length < len(whole.tokens)), unlabelled=int(not cut.labelled))
+            if cut.labelled:
+                places.extend((begin, length, cut.labelled, lost, max(cut.tokens), len(sources)))
+                begin += length
+                sources.append(row.source)
+                tokens.write(np.array(cut.tokens, INT32).tobytes())
+                labels.write(np.array(cut.labels, INT32).tobytes())
+        if not begin:
+            total, limit = counts["unlabelled"] + len(bad), config.max_length
+            skipped = f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else ""
+            raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
+        values: dict[str, Any] = {"tokens": _mapped(tokens), "labels": _mapped(labels), **counts}
+    return Dataset(**values, rows=np.frombuffer(places, ROW), sources=sources, bad=tuple(bad))
+
+
+def _mapped(file: IO[bytes]) -> NDArray[np.int32]:
+    """Return the numbers of a file, which are read when they are used."""
+    file.flush()
+    return np.asarray(np.memmap(file, INT32, "r"))
 
 
 def label_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Example, list[str]]:
@@ -53,15 +101,12 @@ def label_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Examp
         counts += ["quoted"] if quoted != parsed else []
         parsed = quoted
     if isinstance(parsed, PromptCompletion):
-        if parsed.prompt:
-            counts.append("completions")
-            if not (parsed.prompt[-1].isspace() or parsed.completion[:1].isspace()):
-                counts.append("touching")
+        if parsed.prompt and not (parsed.prompt[-1].isspace() or parsed.completion[:1].isspace()):
+            counts.append("touching")
         tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
     else:
         counts.append("conversations")
-        text, learned, is_moved = render_conversation(parsed, tokenizer, config.train_on)
-        counts += ["moved"] if is_moved else []
+        text, learned = render_conversation(parsed, tokenizer, config.train_on)
         tokens, labels = _encode_conversation(text, learned, tokenizer)
     example = Example(tokens, labels, row.source)
     if not example.labelled:

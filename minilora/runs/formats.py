@@ -22,18 +22,9 @@ from minilora.errors import DataError, in_recipe
 from minilora.runs.config import DataConfig
 
 Fields = dict[str, Any]
-Turn = tuple[str, Fields]  # the field that a message was read from, for errors, and the message
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
-# role -> the roles that may follow; "" is before the first message
-NEXT_ROLES = {
-    "": ("system", "developer", "user", "assistant"),
-    "system": ("user", "assistant"),
-    "developer": ("user", "assistant"),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant", "user"),
-}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in NEXT_ROLES if role}}
+ROLES = ("assistant", "developer", "system", "tool", "user")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
 EMPTY = "it is empty, so there is nothing to learn"
 
 
@@ -65,15 +56,18 @@ class Conversation:
 def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
     """Recognise the format of a row and check its fields."""
     _check_unicode(fields, "")
-    if config.text_field is not None:
-        _check_no_system("", config)
-        return PromptCompletion("", check_text(fields.get(config.text_field), config.text_field, is_target=True))
-    parsed = _format_of(fields)(fields)
-    own = _optional_text(fields, "system")
-    if isinstance(parsed, PromptCompletion):
-        _check_no_system(own, config)
-        return parsed
-    return _as_conversation(parsed, own, _tools(fields), config)
+    if config.text_field is None:
+        parsed, own = _format_of(fields)(fields), _optional_text(fields, "system")
+    else:
+        text = check_text(fields.get(config.text_field), config.text_field, is_target=True)
+        parsed, own = PromptCompletion("", text), ""
+    if isinstance(parsed, list):
+        return _as_conversation(parsed, own, _tools(fields), config)
+    if system := own or config.system:
+        raise DataError(
+            f"system: found {system!r:.60}, but plain text has no place for a system prompt; an empty one leaves it out"
+        )
+    return parsed
 
 
 def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
@@ -83,12 +77,11 @@ def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conve
         fields = {**fields, "output": "…"}
     if "prompt" in fields:
         fields = {**fields, "completion": [answer] if isinstance(fields["prompt"], list) else "…"}
-    for key in ("messages", "conversations", "prompt"):
+    for key in ("messages", "conversations"):
         if isinstance(turns := fields.get(key), list):
             last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-            if last.get("role", last.get("from")) in ("assistant", "gpt"):
-                turns = turns[:-1]
-            fields = {**fields, key: turns if key == "prompt" else [*turns, answer]}
+            has_answer = last.get("role", last.get("from")) in ("assistant", "gpt")
+            fields = {**fields, key: [*(turns[:-1] if has_answer else turns), answer]}
     parsed = parse_row(fields, config)
     if isinstance(parsed, PromptCompletion):
         return PromptCompletion(parsed.prompt, "")
@@ -106,61 +99,43 @@ def _format_of(fields: Fields) -> Format:
     raise DataError(f"keys {sorted(fields)} are of no known shape; known are {known}{preference}")
 
 
-def _check_no_system(own: str, config: DataConfig) -> None:
-    """Raise a DataError if there is a system prompt, in the row or for all rows, for plain text."""
-    if own or config.system:
-        remedy = "" if own else "; it was given, or recorded with the adapter: an empty system prompt leaves it out"
-        raise DataError(
-            f"system: found {own or config.system!r:.60}, but plain text has no place for a system prompt{remedy}"
-        )
-
-
-def _as_conversation(turns: list[Turn], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
-    """Put the system prompt, the row's `own` or that of all rows, before the turns, and check their order."""
-    (first, message), system = turns[0], own or config.system
-    has_system = message["role"] in ("system", "developer")
+def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
+    """Put the system prompt, the row's `own` or that of all rows, before the messages."""
+    has_system = messages[0]["role"] in ("system", "developer")
     if own and has_system:
-        raise DataError(f"system: found {own!r:.60}, but {first} is a system prompt too; need one")
+        raise DataError(f"system: found {own!r:.60}, but the first message is a system prompt too; need one")
+    system = own or config.system
     if system and not has_system:
-        turns = [("system", {"role": "system", "content": system}), *turns]
-    before = ""
-    for where, message in turns:
-        role = message["role"]
-        if role not in NEXT_ROLES[before]:
-            after = f"after {before!r}" if before else "first"
-            accepted = " or ".join(map(repr, NEXT_ROLES[before]))
-            raise DataError(f"{where}: found role {role!r} {after}, where {accepted} is accepted")
-        before = role
-    messages = [message for _, message in turns]
+        messages = [{"role": "system", "content": system}, *messages]
     if all(message["role"] != "assistant" for message in messages):
-        raise DataError(f"{first.partition('[')[0]}: no message has role 'assistant': nothing to learn")
+        raise DataError("no message has role 'assistant': nothing to learn")
     return Conversation(messages, tools)
 
 
-# --- the formats; each returns plain text or the checked turns of a conversation ---
+# --- the formats; each returns plain text or the checked messages of a conversation ---
 
 
-def _from_messages(fields: Fields, key: str = "messages") -> list[Turn]:
-    return [(where, _check_message(message, where)) for where, message in _entries(fields, key)]
+def _from_messages(fields: Fields, key: str = "messages") -> list[Fields]:
+    return [_check_message(message, where) for where, message in _entries(fields, key)]
 
 
-def _from_sharegpt(fields: Fields) -> list[Turn]:
+def _from_sharegpt(fields: Fields) -> list[Fields]:
     """Convert entries with `from` and `value`; in some files they have the keys of messages already."""
-    turns = []
+    messages = []
     for where, entry in _entries(fields, "conversations"):
         if "from" not in entry and "role" in entry:
-            turns.append((where, _check_message(entry, where)))
+            messages.append(_check_message(entry, where))
             continue
         speaker = entry.get("from")
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise DataError(f"{where}.from: found {speaker!r:.60}, accepted are {sorted(SHAREGPT_ROLES)}")
         role = SHAREGPT_ROLES[speaker]
         content = check_text(entry.get("value"), f"{where}.value", is_target=role == "assistant")
-        turns.append((where, {"role": role, "content": content}))
-    return turns
+        messages.append({"role": role, "content": content})
+    return messages
 
 
-def _from_alpaca(fields: Fields) -> list[Turn]:
+def _from_alpaca(fields: Fields) -> list[Fields]:
     """Convert Alpaca's fields to messages; the question keeps `instruction` and `input` for templates that use them."""
     if fields.get("history"):
         raise DataError("history: earlier turns are read from `messages` or `conversations` alone")
@@ -168,19 +143,19 @@ def _from_alpaca(fields: Fields) -> list[Turn]:
     question = f"{instruction}\n\n{extra}" if extra else instruction
     asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
     answered = {"role": "assistant", "content": check_text(fields["output"], "output", is_target=True)}
-    return [("instruction", asked), ("output", answered)]
+    return [asked, answered]
 
 
-def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[Turn]:
+def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[Fields]:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
     if not isinstance(prompt, list):
         return PromptCompletion(check_text(prompt, "prompt"), check_text(completion, "completion", is_target=True))
-    turns = [*_from_messages(fields, "prompt"), *_from_messages(fields, "completion")]
+    messages = [*_from_messages(fields, "prompt"), *_from_messages(fields, "completion")]
     if len(completion) != 1 or completion[0]["role"] != "assistant":
         raise DataError("completion: need one message of role 'assistant'; more are for `messages`")
-    return turns
+    return messages
 
 
 def _from_text(fields: Fields) -> PromptCompletion:
@@ -189,7 +164,7 @@ def _from_text(fields: Fields) -> PromptCompletion:
     return PromptCompletion("", check_text(fields["text"], "text", is_target=True))
 
 
-Format = Callable[[Fields], PromptCompletion | list[Turn]]
+Format = Callable[[Fields], PromptCompletion | list[Fields]]
 FORMATS: dict[tuple[str, ...], Format] = {  # the fields that a format is recognised by, the first that fits
     ("messages",): _from_messages,
     ("conversations",): _from_sharegpt,
@@ -202,7 +177,8 @@ FORMATS: dict[tuple[str, ...], Format] = {  # the fields that a format is recogn
 # --- what they share ---
 
 
-def _entries(fields: Fields, key: str) -> Iterator[Turn]:
+def _entries(fields: Fields, key: str) -> Iterator[tuple[str, Fields]]:
+    """Yield the objects of a list, each after its name for errors."""
     values = fields[key]
     if not isinstance(values, list) or not values:
         raise DataError(f"{key}: found {values!r:.60}, need a list of messages")
@@ -215,8 +191,8 @@ def _entries(fields: Fields, key: str) -> Iterator[Turn]:
 def _check_message(message: Fields, where: str) -> Fields:
     """Return a message after checking the types of its fields."""
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if not isinstance(role, str) or role not in NEXT_ROLES or not role:
-        raise DataError(f"{where}.role: found {role!r:.60}, accepted are {sorted(filter(None, NEXT_ROLES))}")
+    if role not in ROLES:
+        raise DataError(f"{where}.role: found {role!r:.60}, accepted are {list(ROLES)}")
     if "content" not in message and not calls:
         raise DataError(f"{where}.content: it is missing; found the keys {sorted(message)}")
     if isinstance(content, list):
