@@ -205,7 +205,6 @@ def test_an_answer_need_not_be_a_good_one(tokenizer):
         {"messages": [*asked, {"role": "assistant", "content": ""}]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 5}]},
         {"prompt": asked, "completion": []},
-        {"prompt": [*asked, {"role": "assistant"}]},
         {"prompt": "a", "chosen": 1},
         {"messages": asked, "weight": 1, "text": "b"},
     ):
