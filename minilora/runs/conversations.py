@@ -16,7 +16,7 @@ from minilora.errors import DataError
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import TrainOn
 from minilora.runs.formats import Conversation, Fields
-from minilora.runs.omissions import check_answer, check_calls, check_context, is_written, thoughts_of
+from minilora.runs.omissions import check_answer, check_context, check_messages, is_written, thoughts_of
 
 if TYPE_CHECKING:  # jinja2 is imported for models with a template alone
     from minilora.models.template import ChatTemplate, Tools
@@ -62,8 +62,10 @@ def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_
         raise DataError("no message comes before the answer, so nothing asks for it; train_on all learns it")
     first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), last)
     earlier = [i for i in earlier if i > first_question and train_on == "assistant"]
+    for i in (*earlier, last):
+        if messages[i].get("tool_calls"):
+            check_messages(Conversation(messages[: i + 1], tools), [i], tokenizer, is_question=False)
     conversation = Conversation(messages[: last + 1], tools)
-    check_calls(conversation, [*earlier, last], tokenizer)
 
     asked = ask(Conversation(messages[:last], tools), tokenizer)
     text, marked = template.render_spans(conversation.messages, tools)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -85,13 +85,10 @@ class Dataset(Sequence[Example]):
         return self.rows["labelled"]
 
 
-def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Return the number of tokens of each example."""
-    return examples.lengths if isinstance(examples, Dataset) else np.array([len(each.tokens) for each in examples], int)
-
-
-def sizes_of(examples: Sequence[Example]) -> NDArray[Any]:
-    """Return the numbers of tokens and of learned labels of each example, (rows, 2)."""
-    if isinstance(examples, Dataset):
-        return np.column_stack([examples.lengths, examples.labelled])
-    return np.array([(len(each.tokens), each.labelled) for each in examples], int).reshape(-1, 2)
+def lengths_of(rows: Sequence[Any]) -> NDArray[np.int64]:
+    """Return the number of `tokens` of each row, an object or a mapping; 0 if it has no such thing."""
+    if isinstance(rows, Dataset):
+        return rows.lengths
+    each = (rows[i] for i in range(len(rows)))
+    found = (row.get("tokens", ()) if isinstance(row, Mapping) else getattr(row, "tokens", ()) for row in each)
+    return np.array([len(tokens) for tokens in found], np.int64)

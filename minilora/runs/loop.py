@@ -16,14 +16,9 @@ from minilora.errors import DataError, TrainingError, check_types
 from minilora.models.shard import is_sharded
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
+from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.objective import (
-    Objective,
-    build_optimizer,
-    check_token_loss,
-    length_of,
-    rate_of_step,
-)
+from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
 from minilora.runs.sampler import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
 from minilora.runs.system import keep_memory, peak_memory_bytes, returned_memory
 from minilora.training import Loss, accumulate, parameters_of, update
@@ -223,7 +218,7 @@ def _step(job: _Job, step: int) -> Record:
     batches = job.batches(step)
     total, count = accumulate(model, optimizer, seeded(model, batches, config.seed), job.loss)
     world.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
-    own_tokens = sum(map(length_of, (row for batch in batches if batch.is_counted for row in batch.rows)))
+    own_tokens = lengths_of([row for batch in batches if batch.is_counted for row in batch.rows]).sum()
     count, tokens = map(int, world.sum_over_ranks(count, own_tokens))
     norms = torch.stack(update(optimizer, total, count, config.max_grad_norm))
     loss, grad_norm = norms.tolist()  # waits for the device, once a step

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from minilora.data import IGNORE_INDEX, collate
 from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.config import TrainConfig
-from minilora.runs.dataset import Dataset, Example
+from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.sampler import Rows, groups
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
@@ -58,9 +58,7 @@ class Objective:
         """Return the number of tokens of each row; 1 where a given loss makes no use of them."""
         if self.loss is not None and self.config.batch_tokens is None:
             return np.ones(len(dataset), np.int64)
-        if isinstance(dataset, Dataset):
-            return dataset.lengths
-        lengths = np.array([length_of(dataset[i]) for i in range(len(dataset))], np.int64)
+        lengths = lengths_of(dataset)
         if not lengths.all():
             raise DataError("batch_tokens counts the `tokens` of rows, which not all of these have")
         return lengths
@@ -114,11 +112,6 @@ def eval_groups(lengths: Sequence[int] | NDArray[Any]) -> Iterator[Rows]:
 def _is_count(value: Any) -> bool:
     is_number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
     return is_number and 0 <= float(value) < 2**63 and float(value) == int(value)
-
-
-def length_of(row: Any) -> int:
-    """Return the number of `tokens` of a row, an object or a mapping; 0 if it has no such thing."""
-    return len(row.get("tokens", ()) if isinstance(row, Mapping) else getattr(row, "tokens", ()))
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -19,22 +19,13 @@ def check_context(text: str, conversation: Conversation, tokenizer: Tokenizer, i
     Thoughts may be left out, and in a question what was answered earlier.
     """
     messages, tools = conversation.messages, conversation.tools
-    roles = [message["role"] for message in messages]
-    which = [i for i, role in enumerate(roles) if role != "assistant" or not is_question]
-    _check_messages(conversation, which, tokenizer, is_question)
+    which = [i for i, message in enumerate(messages) if message["role"] != "assistant" or not is_question]
+    check_messages(conversation, which, tokenizer, is_question)
     if tools and tokenizer.render(messages, is_question) == text:
         raise DataError(f"the chat template leaves out the tools{REMEDY}")
 
 
-def check_calls(conversation: Conversation, answers: Sequence[int], tokenizer: Tokenizer) -> None:
-    """Raise a DataError if the template leaves out a tool call of some answers, or what is said beside it."""
-    for i in answers:
-        if conversation.messages[i].get("tool_calls"):
-            through = Conversation(conversation.messages[: i + 1], conversation.tools)
-            _check_messages(through, [i], tokenizer, is_question=False)
-
-
-def _check_messages(conversation: Conversation, which: Sequence[int], tokenizer: Tokenizer, is_question: bool) -> None:
+def check_messages(conversation: Conversation, which: Sequence[int], tokenizer: Tokenizer, is_question: bool) -> None:
     """Raise a DataError if the template leaves out the content or a tool call of some messages.
 
     Marks are put in place of contents and of the names of functions, and have to be in the rendered text.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minilora.adapters.attach import attach
@@ -20,7 +21,6 @@ from minilora.models.shard import load_sharded
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import world
 from minilora.runs.config import Settings
-from minilora.runs.dataset import sizes_of
 from minilora.runs.inputs import Data
 from minilora.runs.memory import Forecast, Plan, choose_plan
 
@@ -54,7 +54,7 @@ def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: tor
         settings.quantization,
         resolve_dtype(dtype, base.config.source, device),
         device,
-        sizes_of(data.train),
+        np.column_stack([data.train.lengths, data.train.labelled]),
         ranks,
         "none" if is_full or ranks == 1 else settings.run.shard,
     )

@@ -45,14 +45,11 @@ class StepPlan:
         # where each step ends among the micro-batches, and each micro-batch in `rows`, after a 0
         self.bounds, self.ends = (np.concatenate([[0], numbers.cumsum()]) for numbers in (counts, sizes))
         self.ends = self.ends[: self.bounds[-1] + 1]
-        self.lengths, self.rows = lengths, rows[: self.ends[-1]]
+        self.rows = rows[: self.ends[-1]]
         self.tokens = np.add.reduceat(lengths[self.rows], self.ends[:-1])  # of each micro-batch
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
-
-    def __iter__(self) -> Iterator[list[Rows]]:
-        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> list[Rows]:
         return [self.batch(i) for i in range(self.bounds[:-1][index], self.bounds[1:][index])]
