@@ -20,7 +20,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,11 @@ def check_entry(entry: Entry) -> Iterable[Result]:
         is_directory = entry.kind == "adapter_directory"
         implementation = entry.implementation(folder) if is_directory else entry.implementation
         for name, law in laws(entry.kind).items():
-            begin, cases = (entry.peer, entry.kind, entry.what, name), [*filter(entry.only, law.cases())]
+            begin, cases = (entry.peer, entry.kind, entry.what, name), [*filter(entry.only, law.cases)]
             try:
                 if not cases:
                     raise NotApplicable("no case is one that it is made for")
-                yield Result(*begin, "passes", replace(law, cases=partial(iter, cases)).check(implementation).ratio)
+                yield Result(*begin, "passes", replace(law, cases=cases).check(implementation).ratio)
             except NotApplicable as reason:
                 yield Result(*begin, "does not apply", message=str(reason))
             except CheckFailure as failure:

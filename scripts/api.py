@@ -38,7 +38,7 @@ PARTS = {
 }
 
 
-CHECKS = [name for name in testing.__all__ if name.islower() and name != "strategies"]  # without classes of cases
+CHECKS = [name for name in testing.__all__ if name.islower()]  # without classes of cases
 
 
 def page() -> str:

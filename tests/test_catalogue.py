@@ -55,4 +55,4 @@ def refuses(law, mistake, case):
 
 @pytest.mark.parametrize("law", [law for law in laws().values() if law.kind in CATALOGUE], ids=lambda law: law.id)
 def test_a_law_refuses_a_mistake(law):
-    assert any(refuses(law, mistake, case) for mistake in CATALOGUE[law.kind].values() for case in law.cases())
+    assert any(refuses(law, mistake, case) for mistake in CATALOGUE[law.kind].values() for case in law.cases)

@@ -24,6 +24,7 @@ from minilora.testing import (
     reference,
 )
 from minilora.testing.compare import Bounded
+from minilora.testing.data_cases import padded
 from minilora.testing.data_laws import GROUPS
 from minilora.testing.implementations import accumulated_gradient, masked_loss
 from minilora.training import adamw, train_step
@@ -57,13 +58,12 @@ def test_the_loss_is_the_logarithm_of_a_product_of_probabilities():
 @pytest.mark.parametrize("groups", GROUPS)
 def test_the_gradient_of_a_step_is_the_slope_of_the_loss_of_all_its_rows(groups):
     case = MicroBatches(groups)
-    rows = sum(map(len, groups))
-    ((x, labels),) = case.batches((tuple(range(rows)),))
+    x, labels = padded([row for rows in case.rows for row in rows])
     for index in np.ndindex(case.W.shape):
         step = np.zeros(case.W.shape)
         step[index] = 1e-5
         ahead, behind = (reference.masked_loss(x @ (case.W + s * step).T, labels) for s in (1, -1))
-        found = reference.accumulated_gradient(case.W, list(case.batches()))[index]
+        found = reference.accumulated_gradient(case.W, list(map(padded, case.rows)))[index]
         assert_maths((ahead - behind) / 2e-5, Bounded(found, np.asarray(1e-8)))
 
 

@@ -18,7 +18,7 @@ from tests.models import matrix, randn
 def most_used(mistake, kind, dtype):
     """How much of a bound the outputs and gradients of a layer use, in the worst case."""
     compared = [laws(kind)[name].compare for name in ("forward", "gradients")]
-    cases = linear_cases("dora" if kind == "dora" else "lora", dtype, use_rslora=kind == "rslora")
+    cases = linear_cases("dora" if kind == "dora" else "lora", dtype, kind == "rslora")
     return max(each.verdict[0] for compare in compared for case in cases for each in compare(mistake, case))
 
 
@@ -39,7 +39,7 @@ def exceeds_tenfold(law, mistake, case):
 @pytest.mark.parametrize("kind", [kind for kind in CATALOGUE if kind not in ("lora", "rslora", "dora")])
 def test_a_mistake_exceeds_the_bound_of_a_law_tenfold(kind):
     for name, mistake in CATALOGUE[kind].items():
-        tried = ((law, case) for law in laws(kind).values() for case in law.cases())
+        tried = ((law, case) for law in laws(kind).values() for case in law.cases)
         assert any(exceeds_tenfold(law, mistake, case) for law, case in tried), name
 
 

@@ -82,9 +82,9 @@ def selftest(device: torch.device, dtype: str) -> Iterator[Row]:
 
 def in_dtype(law: Law, dtype: str) -> Law:
     """Return a law with its cases in a dtype, each of them once."""
-    cases = [replace(case, dtype=dtype) if hasattr(case, "dtype") else case for case in law.cases()]
+    cases = [replace(case, dtype=dtype) if hasattr(case, "dtype") else case for case in law.cases]
     distinct = {repr(case): case for case in cases}
-    return replace(law, cases=distinct.values)
+    return replace(law, cases=list(distinct.values()))
 
 
 def used(check: Callable[[], Report]) -> tuple[float, str]:

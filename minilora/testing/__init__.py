@@ -1,10 +1,7 @@
 """Check anybody's LoRA, DoRA, NF4, loss masking and adapter files: see `checks`.
 
-`strategies` draws hypothesis examples; it is imported when it is used, and nothing else needs the extra `testing`.
+The module `strategies` draws hypothesis examples; nothing else needs the extra `testing`.
 """
-
-import importlib
-from types import ModuleType
 
 from minilora.testing.cases import AdaptedLinear
 from minilora.testing.chat_laws import Chat
@@ -65,11 +62,4 @@ __all__ = [
     "laws",
     "on_numpy",
     "parametrize_laws",
-    "strategies",
 ]
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name != "strategies":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("minilora.testing.strategies")

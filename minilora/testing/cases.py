@@ -76,9 +76,9 @@ class AdaptedLinear:
     use_rslora: bool = False
     has_magnitude: bool = True  # of DoRA: drawn, or else the norm of W's rows
     changes: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)  # of drawn arrays
-    arrays: dict[str, Array] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def arrays(self) -> dict[str, Array]:
         rng = np.random.default_rng(self.seed)
         drawn = {
             "W": hard_weight(self.weight, rng, self.outer, self.inner),
@@ -89,9 +89,10 @@ class AdaptedLinear:
             "dy": rng.standard_normal((*self.lead, self.outer)),
             "magnitude": rng.uniform(0.5, 3, self.outer),
         }
-        self.arrays.update({name: rounded(array, self.dtype) for name, array in {**drawn, **self.changes}.items()})
+        arrays = {name: rounded(array, self.dtype) for name, array in {**drawn, **self.changes}.items()}
         if not self.has_magnitude:
-            self.arrays["magnitude"] = np.sqrt((self.W**2).sum(1))
+            arrays["magnitude"] = np.sqrt((arrays["W"] ** 2).sum(1))
+        return arrays
 
     def __str__(self) -> str:
         bias = "with" if self.has_bias else "no"
@@ -155,11 +156,15 @@ class AdaptedLinear:
             "A": scaled((dy @ B).T, x, s).widened((dy @ (B * s)).T @ x, scaled(B.T, dW, s)),
             "B": scaled(dy.T, x @ A.T, s).widened(dy.T @ (x @ (A * s).T), scaled(dW, A.T, s)),
         }
+        dx = np.einsum("no,oi->ni", self.dy_rows, self.merged.value)
         if self.method == "dora":
             bounds["magnitude"] = self._magnitude_gradient()
-        found = {
-            name: Bounded(exact, bounds[name].error, self.dtype) for name, exact in self._exact_gradients().items()
-        }
+            tensors = (self.W, self.A, self.B, self.scale, self.magnitude)
+            exact = [dx, *dora_gradients(self.rows, self.dy_rows, *tensors)]
+        else:
+            exact = [dx, *lora_gradients(self.rows, self.dy_rows, self.A, self.B, self.scale)]
+        named = zip(bounds.items(), exact, strict=True)
+        found = {name: Bounded(right, bound.error, self.dtype) for (name, bound), right in named}
         return found | {"x": found["x"].reshape(*self.x.shape)}
 
     def _magnitude_gradient(self) -> Bounded:
@@ -171,15 +176,6 @@ class AdaptedLinear:
             over_rows @ base + over_rows @ update, (dy.T @ x * self._own) @ over_inputs
         )
         return dm / self._own.row_norms()
-
-    def _exact_gradients(self) -> dict[str, Array]:
-        dx = np.einsum("no,oi->ni", self.dy_rows, self.merged.value)
-        if self.method == "dora":
-            tensors = (self.W, self.A, self.B, self.scale, self.magnitude)
-            dA, dB, dm = dora_gradients(self.rows, self.dy_rows, *tensors)
-            return {"x": dx, "A": dA, "B": dB, "magnitude": dm}
-        dA, dB = lora_gradients(self.rows, self.dy_rows, self.A, self.B, self.scale)
-        return {"x": dx, "A": dA, "B": dB}
 
     @property
     def _own(self) -> Bounded:

@@ -113,12 +113,14 @@ def marked(tokens: Sequence[str], flags: Sequence[bool]) -> str:
     return repr("".join(f"⟦{token}⟧" if flag else token for token, flag in pairs).replace("⟧⟦", ""))
 
 
-def chats(*conversations: Sequence[str], system: str = "") -> Iterator[Chat]:
-    """Yield conversations of a user's and an assistant's texts in turn."""
+def chats(*conversations: Sequence[str], system: str = "") -> list[Chat]:
+    """Return conversations of a user's and an assistant's texts in turn."""
     first = [("system", system)] if system else []
+    found = []
     for contents in conversations:
         turns = [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-        yield Chat((*first, *turns))
+        found.append(Chat((*first, *turns)))
+    return found
 
 
 STATEMENT = "learned are each reply of the assistant and the end token after it, and nothing else; no text is lost"
@@ -126,15 +128,14 @@ HELLO = ("Is it day?", "No, night.")
 LONGER = (*HELLO, "And now?", "Now, too.")
 SPACES = [f"{before}Yes.{after}" for before in ("", "  \n ") for after in ("", "  ", "\n\n")]
 CONVERSATIONS = {
-    "turns": (HELLO, LONGER, (*LONGER, "a", "b")),
-    "empty": (("Hi.", ""), (*HELLO, "Hi.", ""), ("Hi.", "", *HELLO)),
-    "repeats": (("yes", "yes"), ("no", "no no", "no", "no"), ("user", "assistant", "system", "user")),
-    "white_space": (*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
-    "unicode": (("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
+    "turns": chats(HELLO, LONGER, (*LONGER, "a", "b")),
+    "empty": chats(("Hi.", ""), (*HELLO, "Hi.", ""), ("Hi.", "", *HELLO)),
+    "repeats": chats(("yes", "yes"), ("no", "no no", "no", "no"), ("user", "assistant", "system", "user")),
+    "white_space": chats(*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
+    "unicode": chats(("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
+    "two_replies": [Chat((*Chat().turns, ("assistant", "No, night.")))],
+    "system": chats(HELLO, LONGER, system="Be brief."),
 }
-_law = functools.partial(Law, "chat_mask", statement=STATEMENT, compare=chat_mask, like=in_its_template)
-LAWS = (
-    *(_law(name, cases=functools.partial(chats, *conversations)) for name, conversations in CONVERSATIONS.items()),
-    _law("two_replies", cases=lambda: [Chat((*Chat().turns, ("assistant", "No, night.")))]),
-    _law("system", cases=functools.partial(chats, HELLO, LONGER, system="Be brief.")),
+LAWS = tuple(
+    Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()
 )

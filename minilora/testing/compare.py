@@ -152,22 +152,6 @@ class Bounded:
 # --- comparisons ---
 
 
-@dataclass(frozen=True)
-class Worst:
-    """The number that used most of its allowed error."""
-
-    ratio: float  # error / bound
-    index: tuple[int, ...]
-    actual: float
-    expected: float
-    bound: float
-
-    def __str__(self) -> str:
-        place = f"at {list(self.index)}: " if self.index else ""
-        allowed = f", allowed error {self.bound:.3g}, error/bound {self.ratio:.3g}" if self.bound > 0 else ""
-        return f"{place}found {self.actual:.17g}, expected {self.expected:.17g}{allowed}"
-
-
 def as_array(value: Any) -> Array:
     """Return a tensor or array of any library as numpy's float64."""
     if isinstance(value, torch.Tensor):
@@ -180,8 +164,8 @@ def as_array(value: Any) -> Array:
     return array
 
 
-def worst(actual: Any, expected: Any, bound: Any = None) -> Worst:
-    """Compare two arrays and return the number that is worst in relation to its bound.
+def worst(actual: Any, expected: Any, bound: Any = None) -> tuple[float, str]:
+    """Compare two arrays; return the largest ratio of an error to its bound, and what was found there.
 
     Args:
         actual: an array or tensor of any library.
@@ -197,47 +181,47 @@ def worst(actual: Any, expected: Any, bound: Any = None) -> Worst:
     assert actual.shape == expected.shape, f"the shape is {actual.shape}, expected {expected.shape}"
     allowed = np.broadcast_to(np.asarray(0.0 if bound is None else bound, dtype=np.float64), expected.shape)
     if not actual.size:
-        return Worst(0.0, (), 0.0, 0.0, 0.0)
+        return 0.0, "nothing to compare"
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         error = np.where(actual == expected, 0.0, abs(actual - expected))
         ratios = np.where((error == 0) | np.isposinf(allowed), 0.0, error / allowed)
     ratios = np.nan_to_num(ratios, nan=np.inf, posinf=np.inf)
     index = tuple(int(i) for i in np.unravel_index(ratios.argmax(), ratios.shape))
-    ratio, found, needed, most = (float(array[index]) for array in (ratios, actual, expected, allowed))
-    return Worst(ratio, index, found, needed, most)
+    place = f"at {list(index)}: " if index else ""
+    found = f"{place}found {actual[index]:.17g}, expected {expected[index]:.17g}"
+    if allowed[index] > 0:
+        found += f", allowed error {allowed[index]:.3g}, error/bound {ratios[index]:.3g}"
+    return float(ratios[index]), found
 
 
 def relative(actual: Any, expected: Any, allowed: float) -> float:
     """Return max |actual - expected| / (allowed · max |expected|); what is 0 must be 0."""
     expected = as_array(expected)
-    return worst(actual, expected, allowed * abs(expected).max(initial=0.0)).ratio
+    return worst(actual, expected, allowed * abs(expected).max(initial=0.0))[0]
 
 
-def worst_maths(actual: Any, expected: Any) -> Worst:
-    """Compare two float64 computations of one number: within the bound of a `Bounded`, or 1e-11 of the largest."""
+def worst_maths(actual: Any, expected: Any) -> tuple[float, str]:
+    """Return `worst` of two float64 computations of one number: see `assert_maths`."""
     bound = expected.error if isinstance(expected, Bounded) else MATHS * abs(as_array(expected)).max(initial=0.0)
     return worst(actual, expected, bound)
 
 
 def maths(actual: Any, expected: Any) -> float:
-    """Return how much of the allowed error two float64 computations of one number use."""
-    return worst_maths(actual, expected).ratio
+    """Return how much of the allowed error two float64 computations of one number use: see `assert_maths`."""
+    return worst_maths(actual, expected)[0]
 
 
 def precision(actual: torch.Tensor, plain: torch.Tensor, oracle: Any) -> float:
-    """Return how much of the allowed error a low-precision result uses.
-
-    Allowed is twice the error of plain PyTorch at that dtype, plus one unit in the last place, both to the oracle.
-    """
+    """Return how much of the allowed error a low-precision result uses: see `assert_precision`."""
     exact = as_array(oracle)
     ulp = torch.finfo(actual.dtype).eps * abs(exact).max()
-    return worst(actual, exact, 2 * abs(as_array(plain) - exact).max() + ulp).ratio
+    return worst(actual, exact, 2 * abs(as_array(plain) - exact).max() + ulp)[0]
 
 
 def assert_maths(actual: Any, expected: Any) -> None:
     """Check two computations of one number: within the bound of a `Bounded`, or 1e-11 of the largest in float64."""
-    found = worst_maths(actual, expected)
-    assert found.ratio <= 1, str(found)
+    used, found = worst_maths(actual, expected)
+    assert used <= 1, found
 
 
 def assert_precision(actual: torch.Tensor, plain: torch.Tensor, oracle: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +12,7 @@ from minilora.testing.cases import rounded
 from minilora.testing.compare import Array, Bounded
 from minilora.testing.reference import IGNORED, accumulated_gradient, masked_loss, masked_loss_gradient
 
-Groups = tuple[tuple[int, ...], ...]  # numbers of rows in micro-batches; () is as they are
+Row = tuple[Array, Array]  # x (T, D), labels (T)
 
 
 def labels_of(row: str, tokens: Array) -> Array:
@@ -81,6 +80,14 @@ class MaskedLogits:
         return Bounded.exact(self.logits[chosen], self.dtype), targets_of(self.labels)[chosen]
 
 
+def padded(rows: Sequence[Row]) -> tuple[Array, Array]:
+    """Return x (B, T, D) and labels (B, T) of rows; shorter ones are padded at their ends."""
+    length = max(len(labels) for _, labels in rows)
+    x = [np.pad(own, ((0, length - len(own)), (0, 0))) for own, _ in rows]
+    labels = [np.pad(own, (0, length - len(own)), constant_values=IGNORED) for _, own in rows]
+    return np.array(x), np.array(labels)
+
+
 @dataclass(frozen=True)
 class MicroBatches:
     """Micro-batches of rows of one length each, "x" a token with a label; x (B, T, D) gives logits = x Wᵀ, W (V, D)."""
@@ -96,38 +103,29 @@ class MicroBatches:
         return f"micro-batches {rows} (x: a label, .: -100), W {(self.vocabulary, self.width)}, {self.dtype}"
 
     @cached_property
-    def _drawn(self) -> tuple[Array, list[tuple[Array, Array]]]:
-        """W, and x (T, D) and labels (T) of each row."""
-        rng = np.random.default_rng(self.seed)
-        texts = [row for rows in self.groups for row in rows]
-        ends = np.cumsum([len(text) for text in texts])
-        W = rng.standard_normal((self.vocabulary, self.width))
-        x = rounded(rng.standard_normal((ends[-1], self.width)), self.dtype)
-        tokens = rng.integers(0, self.vocabulary, ends[-1])
-        labels = map(labels_of, texts, np.split(tokens, ends[:-1]))
-        return rounded(W, self.dtype), list(zip(np.split(x, ends[:-1]), labels, strict=True))
+    def W(self) -> Array:
+        return rounded(np.random.default_rng(self.seed).standard_normal((self.vocabulary, self.width)), self.dtype)
 
-    W = property(lambda self: self._drawn[0])
+    @cached_property
+    def rows(self) -> list[list[Row]]:
+        """The rows of each micro-batch."""
+        rng = np.random.default_rng(self.seed + 1000)
+        return [[self._drawn(rng, text) for text in texts] for texts in self.groups]
 
-    def batches(self, groups: Groups = ()) -> Iterator[tuple[Array, Array]]:
-        """Yield x (B, T, D) and labels (B, T) of micro-batches; shorter rows are padded at their ends."""
-        ends = itertools.accumulate(map(len, self.groups), initial=0)
-        for chosen in groups or itertools.starmap(range, itertools.pairwise(ends)):
-            rows = [self._drawn[1][i] for i in chosen]
-            length = max(len(labels) for _, labels in rows)
-            x = [np.pad(own, ((0, length - len(own)), (0, 0))) for own, _ in rows]
-            labels = [np.pad(own, (0, length - len(own)), constant_values=IGNORED) for _, own in rows]
-            yield np.array(x), np.array(labels)
+    def _drawn(self, rng: np.random.Generator, text: str) -> Row:
+        x = rounded(rng.standard_normal((len(text), self.width)), self.dtype)
+        return x, labels_of(text, rng.integers(0, self.vocabulary, len(text)))
 
     @cached_property
     def gradient(self) -> Bounded:
         """dL/dW = 1/N Σ (softmax - onehot) xᵀ, of sums divided at last or of means multiplied by their shares."""
-        targets = np.concatenate([targets_of(labels) for _, labels in self._drawn[1]])
+        every = [row for rows in self.rows for row in rows]
+        targets = np.concatenate([targets_of(labels) for _, labels in every])
         is_learned = targets != IGNORED
-        inputs = np.concatenate([x for x, _ in self._drawn[1]])[is_learned]
+        inputs = np.concatenate([x for x, _ in every])[is_learned]
         x, W = Bounded.exact(inputs, self.dtype), Bounded.exact(self.W, self.dtype)
         z, n = x @ W.T, max(1, int(is_learned.sum()))
         slopes = slopes_of(z, targets[is_learned])
         bound = (slopes / n * n / n).T @ x
-        exact = accumulated_gradient(self.W, list(self.batches()))
+        exact = accumulated_gradient(self.W, list(map(padded, self.rows)))
         return Bounded(exact, bound.widened((slopes.T @ x) / n).error, self.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from minilora.testing.cases import tensor
 from minilora.testing.compare import Array, as_array
-from minilora.testing.data_cases import Groups, MaskedLogits, MicroBatches
+from minilora.testing.data_cases import MaskedLogits, MicroBatches, Row, padded
 from minilora.testing.laws import Comparison, Law, NotApplicable, claim
 from minilora.testing.reference import IGNORED
 
@@ -112,55 +111,32 @@ StepFn = Callable[[Tensor, list[tuple[Tensor, Tensor]]], Any]
 
 def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
     W = tensor(case.W, case.dtype)
-    yield Comparison("dW", step_fn(W, micro_batches(case)), case.gradient)
+    yield Comparison("dW", step_fn(W, tensors(case, case.rows)), case.gradient)
     yield Comparison("W, which is only read", W, case.W)
 
 
 def regrouped(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
-    rows = range(sum(map(len, case.groups)))
+    rows = [row for own in case.rows for row in own]
     ways = {
-        "one batch": (tuple(rows),),
-        "a micro-batch for each row": tuple((row,) for row in rows),
-        "a micro-batch for each row, in reverse": tuple((row,) for row in reversed(rows)),
-        "a micro-batch of the first row, and the rest": ((0,), tuple(rows[1:])),
+        "one batch": [rows],
+        "a micro-batch for each row": [[row] for row in rows],
+        "a micro-batch for each row, in reverse": [[row] for row in reversed(rows)],
+        "a micro-batch of the first row, and the rest": [rows[:1], rows[1:]],
     }
     for what, groups in ways.items():
-        actual = step_fn(tensor(case.W, case.dtype), micro_batches(case, groups))
+        actual = step_fn(tensor(case.W, case.dtype), tensors(case, groups))
         yield Comparison(f"dW of {what}", actual, case.gradient)
 
 
-def micro_batches(case: MicroBatches, groups: Groups = ()) -> list[tuple[Tensor, Tensor]]:
-    return [(tensor(x, case.dtype), tensor(labels, "int64")) for x, labels in case.batches(groups)]
+def tensors(case: MicroBatches, groups: list[list[Row]]) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor(x, case.dtype), tensor(labels, "int64")) for x, labels in map(padded, groups)]
 
 
 # --- the tables ---
 
-ROWS = (  # from small to large
-    (".x",),
-    ("xx",),
-    (".xx",),
-    ("x.x",),
-    (".x.", "xxx"),
-    ("....xxx.", ".xx.x..."),
-    (".xxxxxxxxxxx", "..........x."),
-    ("..xxx.xx", ".x......", "xxxxxxxx", "......xx"),
-)
-SOME_ROWS = ((".x.", "x.x"), (".xx.", "..x.", "...."), ("....xxx.", ".xx.x..."))
-ONE_LABEL = tuple(("." * before + "x" + "." * after,) for before in (1, 2, 3) for after in (0, 1, 2))
-EMPTY_ROWS = ((".xx", "..."), ("....", ".xx.", "x..."))
-GROUPS = (
-    ((".x",), (".x",)),
-    ((".xx",), (".x.",)),
-    ((".x",), ("xxxx",), ("..x",)),
-    ((".xx", "..x"), (".x..", "xxxx")),
-    (("....xx..", ".x......"), ("xxxxxxxxxx",), ("..x", ".x."), (".x",)),
-)
-BOTH = ("float64", "float32")
 
-
-@functools.cache
 def logits_of(
-    all_rows: tuple[tuple[str, ...], ...], spread: float = 3.0, dtypes: tuple[str, ...] = BOTH
+    *all_rows: tuple[str, ...], spread: float = 3.0, dtypes: tuple[str, ...] = ("float64", "float32")
 ) -> list[MaskedLogits]:
     """Return a case of each of these rows in each dtype; the laws share them."""
     return [
@@ -170,52 +146,60 @@ def logits_of(
     ]
 
 
-@functools.cache
-def batches_of(all_groups: tuple[tuple[tuple[str, ...], ...], ...]) -> list[MicroBatches]:
+def batches_of(*all_groups: tuple[tuple[str, ...], ...]) -> list[MicroBatches]:
     """Return a case of each of these micro-batches in each dtype; the laws share them."""
     return [
         MicroBatches(groups, 2 + seed % 3, (4, 3, 9)[seed % 3], seed, dtype)
-        for dtype in BOTH
+        for dtype in ("float64", "float32")
         for seed, groups in enumerate(all_groups)
     ]
 
 
-_LOSS: list[tuple[Any, ...]] = [
-    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", loss, ROWS),
-    ("gradient", "dL/dlogits = (softmax - onehot)/N where a label follows, else exactly 0", gradient, ROWS),
-    ("shift", "the last logits and the first label of a row do not count", ends, SOME_ROWS),
-    ("masked", "logits in front of a label of -100 do not matter", unlabelled, SOME_ROWS),
-    ("padding", "neither padding nor the order of the rows matters", padding, SOME_ROWS),
-    ("one_label", "a single label, wherever it is, gives its own loss", both, ONE_LABEL),
-    ("empty_rows", "a row without labels beside others does not matter", both, EMPTY_ROWS),
-    ("unequal", "a label counts as much in a row of many labels as in one of few", both, ROWS[-2:]),
-    ("no_labels", "a batch without labels has the loss 0 or nan, or is an error", nothing, (("...",), ("x..", "..."))),
-    ("huge", "the loss of logits of 10⁴ is finite", both, ROWS[:5], 1e4),
-    ("16-bit", "the loss and its gradient in bfloat16 and float16", both, ROWS[:6], 3.0, ("bfloat16", "float16")),
-]
-_STEP: list[tuple[Any, ...]] = [
-    ("value", "dW = d/dW 1/N Σ of the losses of all micro-batches, N labels in all of them", accumulated, GROUPS),
-    ("split", "k micro-batches give the gradient of one batch, however rows are grouped", regrouped, GROUPS),
-    (
-        "single",
-        "a single micro-batch gives the gradient of its mean loss",
-        accumulated,
-        (((".x",),), ((".xx.", "...x"),)),
-    ),
-    (
-        "empty",
-        "a micro-batch without labels changes nothing",
-        accumulated,
-        (((".xx",), ("...",)), ((".x",), ("..",), ("xxx",))),
-    ),
-]
-LAWS = (
-    *(
-        Law("loss_masking", name, statement, functools.partial(logits_of, *inputs), compare)
-        for name, statement, compare, *inputs in _LOSS
-    ),
-    *(
-        Law("accumulation", name, statement, functools.partial(batches_of, *inputs), compare)
-        for name, statement, compare, *inputs in _STEP
-    ),
+_ROWS = (  # from small to large
+    (".x",),
+    ("xx",),
+    (".xx",),
+    ("x.x",),
+    (".x.", "xxx"),
+    ("....xxx.", ".xx.x..."),
+    (".xxxxxxxxxxx", "..........x."),
+    ("..xxx.xx", ".x......", "xxxxxxxx", "......xx"),
 )
+LOGITS = logits_of(*_ROWS)
+SOME = logits_of((".x.", "x.x"), (".xx.", "..x.", "...."), ("....xxx.", ".xx.x..."))
+ONE_LABEL = logits_of(*(("." * before + "x" + "." * after,) for before in (1, 2, 3) for after in (0, 1, 2)))
+EMPTY_ROWS = logits_of((".xx", "..."), ("....", ".xx.", "x..."))
+UNEQUAL = logits_of(*_ROWS[-2:])
+NO_LABELS = logits_of(("...",), ("x..", "..."))
+HUGE = logits_of(*_ROWS[:5], spread=1e4)
+LOW = logits_of(*_ROWS[:6], dtypes=("bfloat16", "float16"))
+GROUPS = (
+    ((".x",), (".x",)),
+    ((".xx",), (".x.",)),
+    ((".x",), ("xxxx",), ("..x",)),
+    ((".xx", "..x"), (".x..", "xxxx")),
+    (("....xx..", ".x......"), ("xxxxxxxxxx",), ("..x", ".x."), (".x",)),
+)
+BATCHES = batches_of(*GROUPS)
+SINGLE = batches_of(((".x",),), ((".xx.", "...x"),))
+EMPTY = batches_of(((".xx",), ("...",)), ((".x",), ("..",), ("xxx",)))
+_LOSS = (
+    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", LOGITS, loss),
+    ("gradient", "dL/dlogits = (softmax - onehot)/N where a label follows, else exactly 0", LOGITS, gradient),
+    ("shift", "the last logits and the first label of a row do not count", SOME, ends),
+    ("masked", "logits in front of a label of -100 do not matter", SOME, unlabelled),
+    ("padding", "neither padding nor the order of the rows matters", SOME, padding),
+    ("one_label", "a single label, wherever it is, gives its own loss", ONE_LABEL, both),
+    ("empty_rows", "a row without labels beside others does not matter", EMPTY_ROWS, both),
+    ("unequal", "a label counts as much in a row of many labels as in one of few", UNEQUAL, both),
+    ("no_labels", "a batch without labels has the loss 0 or nan, or is an error", NO_LABELS, nothing),
+    ("huge", "the loss of logits of 10⁴ is finite", HUGE, both),
+    ("16-bit", "the loss and its gradient in bfloat16 and float16", LOW, both),
+)
+_STEP = (
+    ("value", "dW = d/dW 1/N Σ of the losses of all micro-batches, N labels in all of them", BATCHES, accumulated),
+    ("split", "k micro-batches give the gradient of one batch, however rows are grouped", BATCHES, regrouped),
+    ("single", "a single micro-batch gives the gradient of its mean loss", SINGLE, accumulated),
+    ("empty", "a micro-batch without labels changes nothing", EMPTY, accumulated),
+)
+LAWS = (*(Law("loss_masking", *row) for row in _LOSS), *(Law("accumulation", *row) for row in _STEP))

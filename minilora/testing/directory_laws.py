@@ -307,7 +307,7 @@ def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problem
         found = list(problems(directory))
         yield claim(what, "\n  ".join(found[:SHOWN]))
 
-    return Law("adapter_directory", name, statement, lambda: [None], compare)
+    return Law("adapter_directory", name, statement, [None], compare)
 
 
 LAWS = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import unittest
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,13 +31,12 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
     Attributes:
         law: its id, such as "lora-gradients".
         case: the smallest case that fails.
-        found: what was wrong and the likely causes, without the name of the law and its statement.
         causes: mistakes of the catalogue that have the same result in most failing cases.
     """
 
-    def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = (), found: str = ""):
+    def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = ()):
         super().__init__(message)
-        self.law, self.case, self.causes, self.found = law, case, causes, found
+        self.law, self.case, self.causes = law, case, causes
 
 
 class NotApplicable(unittest.SkipTest):  # by which pytest skips a test
@@ -69,11 +68,10 @@ class Comparison:
         try:
             if isinstance(self.actual, Exception):
                 raise self.actual
-            found = worst(self.actual, self.expected)
+            return worst(self.actual, self.expected)
         except Exception as error:  # of the implementation, whatever it is, or a wrong shape
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             return float("inf"), f"{kind}{error}"
-        return found.ratio, str(found)
 
     def is_like(self, found: Any) -> bool:
         """Return whether another result or claim is the same, except for rounding: within the bound, or to float32."""
@@ -85,7 +83,7 @@ class Comparison:
         allowed = GRADIENT_PARITY * abs(ours).max(where=np.isfinite(ours), initial=0.0)
         if isinstance(self.expected, Bounded) and self.expected.error.shape == found.shape:
             allowed = allowed + 4 * self.expected.error
-        return worst(ours, theirs, allowed).ratio <= 1
+        return worst(ours, theirs, allowed)[0] <= 1
 
 
 def claim(what: str, problem: str) -> Comparison:
@@ -131,7 +129,7 @@ class Law:
     kind: str  # of what it is a law: "lora", "nf4", …
     name: str  # unique in its kind
     statement: str  # the law in words
-    cases: Callable[[], Iterable[Any]]  # from small to large; of what takes no input, such as files, None alone
+    cases: Sequence[Any]  # from small to large; of what takes no input, such as files, None alone
     compare: Callable[[Any, Any], Iterator[Comparison]]  # (implementation, case) -> comparisons
     like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
     known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
@@ -147,12 +145,12 @@ class Law:
             CheckFailure: it breaks the law, or a known deviation is no longer there.
             NotApplicable: the law is about something that the implementation does not have.
         """
-        cases = list(self.cases()) if case is None else [case]
+        cases = self.cases if case is None else [case]
         found = [(each, self.comparisons(implementation, each)) for each in cases]
         failing = [(each, own) for each, own in found if any(one.verdict[0] > 1 for one in own)]
         if failing:
             failure = self._failure(implementation, failing, len(cases))
-            if self.known and self.known in failure.found:
+            if self.known and self.known in str(failure):
                 return Report(self.id, f"known deviation: {self.known}", float("inf"), 1)
             raise failure
         if self.known:
@@ -179,25 +177,22 @@ class Law:
         first = next(each for each in comparisons if each.verdict[0] > 1)
         mistakes, some = CATALOGUE.get(self.kind, {}).items(), failing[:: 1 + len(failing) // TRIED]
         causes = tuple(name for name, mistake in mistakes if self._explains(mistake, implementation, some))
-        what, text = f"{first.what}: wrong", first.verdict[1]
-        has_case = case is not None
-        count = f" in {len(failing)} of {cases} cases" if has_case else ""
-        smallest = [f"  smallest failing case: {case}"] if has_case else []
-        lines = [
-            f"{self.id}: {what}{count}",
-            f"  law: {self.statement}",
-            *smallest,
-            f"  {text}",
-            *(f"  likely cause: {cause}" for cause in causes),
-        ]
-        if has_case:
-            lines += [
+        title, law = f"{self.id}: {first.what}: wrong", f"  law: {self.statement}"
+        found = [f"  {first.verdict[1]}", *(f"  likely cause: {cause}" for cause in causes)]
+        if case is None:
+            lines = [title, law, *found]
+        else:
+            lines = [
+                f"{title} in {len(failing)} of {cases} cases",
+                law,
+                f"  smallest failing case: {case}",
+                *found,
                 "  to repeat:",
                 f"    from minilora.testing import {type(case).__name__}, laws",
                 f"    case = {short_repr(case)}",
                 f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
             ]
-        failure = CheckFailure("\n".join(lines), self.id, case, causes, "\n".join([what, text, *causes]))
+        failure = CheckFailure("\n".join(lines), self.id, case, causes)
         failure.__cause__ = first.actual if isinstance(first.actual, Exception) else None
         return failure
 

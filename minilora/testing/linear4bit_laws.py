@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,45 +82,37 @@ def evaluation(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 
 # --- the table ---
 
-LINEARS = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64))  # lead, in, out
-RAGGED = (((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,), 70, 3), ((2,), 96, 4))  # in: no blocks
-LEADS = (((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))
-NESTED_LINEARS = (((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300))  # the last has two scales
 
-
-@functools.cache
 def linears(
-    sizes: tuple[Any, ...], dtypes: tuple[str, ...] = ("float32",), double_quant: bool = False
+    *sizes: tuple[tuple[int, ...], int, int], dtype: str = "float32", double_quant: bool = False
 ) -> list[QuantizedLinear]:
-    """Return cases of these sizes, each with and without a bias; the laws share them."""
+    """Return cases of these sizes (lead, in, out), each with and without a bias; the laws share them."""
     return [
         QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, double_quant=double_quant)
-        for dtype in dtypes
         for seed, (lead, inner, outer) in enumerate(sizes)
         for has_bias in (True, False)
     ]
 
 
+_SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64))
+LINEARS = linears(*_SIZES)
+LOW = linears(*_SIZES, dtype="bfloat16") + linears(*_SIZES, dtype="float16")
+LEADS = linears(((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))
+RAGGED = linears(((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,), 70, 3), ((2,), 96, 4))
+NESTED = linears(((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300), double_quant=True)  # at last two scales
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
-_LINEAR4BIT = (
+_DX = "dx = dy dequantize(quantize(W))"
+_LAWS = (
     ("weight", f"{_LINEAR}, for x = 1", LINEARS, weight),
     ("forward", _LINEAR, LINEARS, forward),
-    ("gradients", "dx = dy dequantize(quantize(W))", LINEARS, gradients),
+    ("gradients", _DX, LINEARS, gradients),
     ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", LEADS, forward),
-    ("shapes_dx", "dx = dy dequantize(quantize(W)), for such x", LEADS, gradients),
+    ("shapes_dx", f"{_DX}, for such x", LEADS, gradients),
     ("ragged", f"{_LINEAR}, where rows end within a block", RAGGED, weight),
-    ("ragged_dx", "dx = dy dequantize(quantize(W)), where rows end within a block", RAGGED, gradients),
+    ("ragged_dx", f"{_DX}, where rows end within a block", RAGGED, gradients),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, frozen),
     ("evaluation", "an evaluation leaves the output of training as it was", LINEARS, evaluation),
+    ("double_quant", f"{_LINEAR}, with absmaxes in eight bits", NESTED, weight),
+    ("16-bit", f"{_LINEAR}, in bfloat16 and float16", LOW, forward),
 )
-_double = functools.partial(linears, NESTED_LINEARS, double_quant=True)
-_low = functools.partial(linears, LINEARS, ("bfloat16", "float16"))
-
-LAWS = (
-    *(
-        Law("linear4bit", name, statement, functools.partial(linears, sizes), compare)
-        for name, statement, sizes, compare in _LINEAR4BIT
-    ),
-    Law("linear4bit", "double_quant", f"{_LINEAR}, with absmaxes in eight bits", _double, weight),
-    Law("linear4bit", "16-bit", f"{_LINEAR}, in bfloat16 and float16", _low, forward),
-)
+LAWS = tuple(Law("linear4bit", *row) for row in _LAWS)

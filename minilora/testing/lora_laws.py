@@ -236,14 +236,13 @@ def statistics(one: AdaptedLinear, p: float, y: Array) -> Iterator[Comparison]:
 
 
 @functools.cache
-def linear_cases(method: Method, *dtypes: str, use_rslora: bool = False) -> list[AdaptedLinear]:
+def linear_cases(method: Method, dtype: str, use_rslora: bool = False) -> list[AdaptedLinear]:
     """Return cases from small to large, each with and without a bias; the laws share them, and their right results."""
     scales = [SCALES[i % len(SCALES)] for i in range(len(SHAPES) + 1)]
     return [
         AdaptedLinear(
             method, lead, inner, outer, r, scales[seed + has_bias], has_bias, seed, dtype, use_rslora=use_rslora
         )
-        for dtype in dtypes
         for seed, (lead, inner, outer, r) in enumerate(SHAPES)
         for has_bias in (True, False)
     ]
@@ -253,31 +252,31 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     scale = "α/√r" if use_rslora else "α/r"
     equation = f"y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = {scale}"
     gradient = "dA = s·Bᵀ dW, dB = s·dW Aᵀ, dx = dy W' where dW = dyᵀ x"
+    wide, narrow = (linear_cases(method, dtype, use_rslora) for dtype in ("float64", "float32"))
+    low = linear_cases(method, "bfloat16", use_rslora) + linear_cases(method, "float16", use_rslora)
     extra = []
     if method == "dora":
         equation = "y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b, the norm being that of each row"
         gradient = "as LoRA's of dy·m/‖W + s·B A‖, with the norm held constant; dm = Σ dW·(W + s·B A)/‖W + s·B A‖"
         extra = [
-            ("start", "without a given magnitude m = ‖W‖, of each row", start_of_magnitude, ("float64",)),
-            ("rslora", "with use_rslora s = α/√r", with_rslora, ("float64",)),
+            Law(kind, "start", "without a given magnitude m = ‖W‖, of each row", wide, start_of_magnitude),
+            Law(kind, "rslora", "with use_rslora s = α/√r", wide, with_rslora),
         ]
-    table = [
-        ("forward", equation, forward, ("float64", "float32")),
-        ("shapes", "x (..., in) may have any sizes in front of its features", shapes, ("float64",)),
-        ("identity", "with B = 0 the layer is its base: y = x Wᵀ + b", identity, ("float64", "float32")),
-        ("merge", "the layer applies its merged weight", merge_of_layer, ("float64",)),
-        ("gradients", gradient, gradients, ("float64", "float32")),
-        ("scale", "twice the alpha is twice the scale", scaling, ("float64",)),
-        ("sums", "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂", ranks_add, ("float64",)),
-        ("frozen", "W, b and x keep their bits when A and B are trained", frozen, ("float64",)),
-        ("updates", "a change of B in place shows in the next output", follows, ("float64",)),
-        ("dropout", "dropout acts on x in front of A, only in training, and keeps the mean", dropout, ("float64",)),
-        ("16-bit", f"{equation}, in bfloat16 and float16", forward, ("bfloat16", "float16")),
-        *extra,
-    ]
+    sums = "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂"
+    dropped = "dropout acts on x in front of A, only in training, and keeps the mean"
     return [
-        Law(kind, name, statement, functools.partial(linear_cases, method, *dtypes, use_rslora=use_rslora), compare)
-        for name, statement, compare, dtypes in table
+        Law(kind, "forward", equation, wide + narrow, forward),
+        Law(kind, "shapes", "x (..., in) may have any sizes in front of its features", wide, shapes),
+        Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
+        Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
+        Law(kind, "gradients", gradient, wide + narrow, gradients),
+        Law(kind, "scale", "twice the alpha is twice the scale", wide, scaling),
+        Law(kind, "sums", sums, wide, ranks_add),
+        Law(kind, "frozen", "W, b and x keep their bits when A and B are trained", wide, frozen),
+        Law(kind, "updates", "a change of B in place shows in the next output", wide, follows),
+        Law(kind, "dropout", dropped, wide, dropout),
+        Law(kind, "16-bit", f"{equation}, in bfloat16 and float16", low, forward),
+        *extra,
     ]
 
 

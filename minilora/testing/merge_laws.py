@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,42 +47,25 @@ class AdapterSum:
 def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Comparison]:
     adapters = [(tensor(A), tensor(B), s) for A, B, s in case.adapters]
     result = add(list(adapters), case.weights)
-    for (A, B, _), given in zip(case.adapters, adapters, strict=True):
+    expected = slack = Bounded.exact(0.0)
+    for weight, (A, B, scale), given in zip(case.weights, case.adapters, adapters, strict=True):
         yield Comparison("A, which is only read", given[0], A)
         yield Comparison("B, which is only read", given[1], B)
+        product = Bounded.exact(B) @ Bounded.exact(A)
+        expected += product * (weight * scale)
+        slack += product * (4 * abs(weight * scale))  # √w in both factors
     if isinstance(result, tuple):
         A, B, scale = result
         result = scale * (B @ A)
-    parts = [
-        (w, s, Bounded.exact(A), Bounded.exact(B)) for w, (A, B, s) in zip(case.weights, case.adapters, strict=True)
-    ]
-    terms = [B @ A * (w * s) for w, s, A, B in parts]
-    expected = functools.reduce(Bounded.__add__, terms)
-    slack = functools.reduce(Bounded.__add__, [B @ A * (4 * abs(w * s)) for w, s, A, B in parts])  # √w in both factors
     yield Comparison("ΔW", result, expected.widened(slack))
 
 
-def sums() -> Iterator[AdapterSum]:
-    """Return cases of one, two and three adapters, of equal and of different ranks."""
-    for seed, ranks in enumerate(((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))):
-        yield AdapterSum(3, 4, ranks, seed)
-    yield AdapterSum(17, 9, (4, 8), 7)
-
-
+RANKS = ((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))  # of one, two and three adapters, equal and different
+SUMS = [AdapterSum(3, 4, ranks, seed) for seed, ranks in enumerate(RANKS)] + [AdapterSum(17, 9, (4, 8), 7)]
+LORA = linear_cases("lora", "float64") + linear_cases("lora", "float32")
+DORA = linear_cases("dora", "float64") + linear_cases("dora", "float32")
 LAWS = (
-    Law(
-        "merge",
-        "weight",
-        "W' = W + s·B A, and the inputs stay as they were",
-        functools.partial(linear_cases, "lora", "float64", "float32"),
-        merging,
-    ),
-    Law(
-        "merge_dora",
-        "weight",
-        "W' = m·(W + s·B A)/‖W + s·B A‖ by row",
-        functools.partial(linear_cases, "dora", "float64", "float32"),
-        merging,
-    ),
-    Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", sums, adapter_sum),
+    Law("merge", "weight", "W' = W + s·B A, and the inputs stay as they were", LORA, merging),
+    Law("merge_dora", "weight", "W' = m·(W + s·B A)/‖W + s·B A‖ by row", DORA, merging),
+    Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", SUMS, adapter_sum),
 )

@@ -6,7 +6,7 @@ n  weights, laid end to end    b  blocks, each with an absmax
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -198,9 +198,8 @@ class AbsmaxVector:
         """Return the mean, or the offset that is given."""
         if self.given is not None:
             return Bounded.exact(self.given, "float32")
-        absmax, ones = (Bounded.exact(each, "float32") for each in (self.absmax, np.ones(self.count)))
-        mean = absmax.reshape(1, -1) @ ones / self.count
-        return Bounded(np.asarray(self._quantized[2]), mean.error[0], "float32")
+        mean = Bounded.exact(self.absmax, "float32").total() / self.count
+        return replace(mean, value=np.asarray(self._quantized[2]))
 
     codes = property(lambda self: self._quantized[0])  # (b)
     rest = property(lambda self: Bounded.exact(self.absmax, "float32") - self.offset)
@@ -259,10 +258,6 @@ class QuantizedLinear:
         return NF4Weight(self.outer, self.inner, seed=self.seed, dtype=self.dtype)
 
     @cached_property
-    def absmaxes(self) -> AbsmaxVector:
-        return AbsmaxVector(len(self.weight.absmax), of=self.weight)
-
-    @cached_property
     def _drawn(self) -> tuple[Array, Array, Array]:
         rng = np.random.default_rng(self.seed + 1)
         shapes = ((self.outer,), (*self.lead, self.inner), (*self.lead, self.outer))
@@ -276,7 +271,9 @@ class QuantizedLinear:
     @cached_property
     def dense(self) -> Bounded:
         """Return dequantize(quantize(W)), rounded to float32 and then to the layer's dtype."""
-        absmax = self.absmaxes.dequantized if self.double_quant else Bounded.exact(self.weight.absmax, "float32")
+        absmax = Bounded.exact(self.weight.absmax, "float32")
+        if self.double_quant:
+            absmax = AbsmaxVector(len(absmax.value), of=self.weight).dequantized
         values = self.weight.round_trip(absmax)
         return values if self.dtype == "float32" else replace(values, dtype=self.dtype) * 1
 
@@ -301,7 +298,6 @@ SHAPES = (  # rows, columns: odd counts, rows that end within a block, as many b
 )
 
 
-@cache
 def weights(*kinds: DrawnKind, dtype: str = "float32") -> list[NF4Weight]:
     """Return cases of weights from small to large, with these kinds in turn; the laws share them."""
     return [NF4Weight(*shape, 64, kinds[seed % len(kinds)], seed, dtype) for seed, shape in enumerate(SHAPES)]

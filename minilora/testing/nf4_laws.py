@@ -188,53 +188,44 @@ def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
 # --- the table ---
 
 
-@functools.cache
-def absmaxes() -> list[AbsmaxVector]:
-    """Return cases with whole and with incomplete blocks of 256; the laws share them."""
-    normal = [AbsmaxVector(count, "normal", i) for i, count in enumerate((1, 2, 5, 64, 255, 256, 257, 600))]
-    return normal + [AbsmaxVector(count, kind, count) for kind in ("constant", "outlier") for count in (3, 300)]
-
-
-@functools.cache
-def larger_blocks() -> list[NF4Weight]:
-    """Return cases of larger blocks."""
-    shapes = ((1, 5), (7, 65), (9, 512))
-    return [NF4Weight(*shape, block_size, seed=shape[0]) for block_size in (128, 512, 4096) for shape in shapes]
-
-
-def small_floats() -> list[NF4Weight]:
-    return [case for dtype in ("bfloat16", "float16") for case in weights("normal", "outlier", dtype=dtype)]
-
-
-_plain = functools.partial(weights, "normal", "zero_block")
-_hard = functools.partial(weights, "outlier", "constant", "tiny", "huge_ratio", "rank_deficient", "zeros")
-_exact = functools.partial(weights, "levels")
+COUNTS = (1, 2, 5, 64, 255, 256, 257, 600)  # with whole and with incomplete blocks of 256
+ABSMAXES = [AbsmaxVector(count, "normal", seed) for seed, count in enumerate(COUNTS)]
+ABSMAXES += [AbsmaxVector(count, kind, count) for kind in ("constant", "outlier") for count in (3, 300)]
+LARGER = [
+    NF4Weight(rows, columns, block_size, seed=rows)
+    for block_size in (128, 512, 4096)
+    for rows, columns in ((1, 5), (7, 65), (9, 512))
+]
+PLAIN = weights("normal", "zero_block")
+HARD = weights("outlier", "constant", "tiny", "huge_ratio", "rank_deficient", "zeros")
+SURE = weights("levels")
+LOW = weights("normal", "outlier", dtype="bfloat16") + weights("normal", "outlier", dtype="float16")
 _CODE = "each code is that of the level nearest to w / absmax"
 _NF4 = (
-    ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", _plain, nearest),
+    ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", PLAIN, nearest),
     (
         "ties",
         "a number midway between two levels gets the lower one, its neighbours the nearest",
-        functools.partial(weights, "ties"),
+        weights("ties"),
         functools.partial(nearest, is_exact=True),
     ),
     (
         "absmax",
         "absmax = max |w| of each block, bit for bit; below the smallest normal number, within it",
-        _plain,
+        PLAIN,
         largest,
     ),
-    ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", _exact, layout),
-    ("values", "dequantize gives level · absmax, rounded once to float32", _plain, values),
-    ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", _plain, error),
-    ("kept", "zeros and the largest number of each block are kept exactly", _plain, kept),
-    ("idempotence", "a dequantized weight has the same codes and absmaxes", _plain, idempotence),
-    ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", _plain, powers),
-    ("hard", f"{_CODE}, for outliers, constants and small numbers; of denormals and zeros, any", _hard, all_of),
-    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", larger_blocks, all_of),
-    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", small_floats, all_of),
-    ("views", "a weight that is a transposed view has the codes of its copy", _exact, views),
-    ("inputs", "the inputs stay as they were", _plain, unchanged),
+    ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", SURE, layout),
+    ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, values),
+    ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", PLAIN, error),
+    ("kept", "zeros and the largest number of each block are kept exactly", PLAIN, kept),
+    ("idempotence", "a dequantized weight has the same codes and absmaxes", PLAIN, idempotence),
+    ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", PLAIN, powers),
+    ("hard", f"{_CODE}, for outliers, constants and small numbers; of denormals and zeros, any", HARD, all_of),
+    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, all_of),
+    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, all_of),
+    ("views", "a weight that is a transposed view has the codes of its copy", SURE, views),
+    ("inputs", "the inputs stay as they were", PLAIN, unchanged),
 )
 _DOUBLE_QUANT = (
     ("offset", "offset = mean of the absmaxes", offset),
@@ -247,5 +238,5 @@ _DOUBLE_QUANT = (
 )
 LAWS = (
     *(Law("nf4", *row) for row in _NF4),
-    *(Law("double_quant", name, statement, absmaxes, compare) for name, statement, compare in _DOUBLE_QUANT),
+    *(Law("double_quant", name, statement, ABSMAXES, compare) for name, statement, compare in _DOUBLE_QUANT),
 )

@@ -22,26 +22,23 @@ MASK_TOKENS = ("<|", "|>", "assistant", "user:", "</s>")  # words of templates, 
 @st.composite
 def adapted_linears(
     draw: DrawFn,
-    max_size: int = 9,
     max_rank: int = 8,
     methods: tuple[Method, ...] = ("lora",),
     dtypes: tuple[str, ...] = ("float64",),
     weights: tuple[WeightKind, ...] = ("normal",),
-    use_rslora: SearchStrategy[bool] = st.just(False),  # noqa: B008  # strategies are immutable
 ) -> AdaptedLinear:
     """Draw a linear layer with an adapter: sizes from 1, with and without a bias, a scale that is never 1."""
     return AdaptedLinear(
         method=draw(st.sampled_from(methods)),
         lead=tuple(draw(st.lists(st.integers(0, 3), max_size=2))),
-        inner=draw(st.integers(1, max_size)),
-        outer=draw(st.integers(1, max_size)),
+        inner=draw(st.integers(1, 9)),
+        outer=draw(st.integers(1, 9)),
         r=draw(st.integers(1, max_rank)),
         scale=draw(st.sampled_from(SCALES)),
         has_bias=draw(st.booleans()),
         seed=draw(seeds),
         dtype=draw(st.sampled_from(dtypes)),
         weight=draw(st.sampled_from(weights)),
-        use_rslora=draw(use_rslora),
     )
 
 
@@ -52,11 +49,11 @@ def nf4_weights() -> SearchStrategy[NF4Weight]:
 
 
 @st.composite
-def conversations(draw: DrawFn, max_turns: int = 4) -> list[dict[str, str]]:
+def conversations(draw: DrawFn) -> list[dict[str, str]]:
     """Draw messages: perhaps a system message, then turns of user and assistant, of any text."""
     text = st.text(max_size=20) | st.sampled_from(MASK_TOKENS)
     has_system: bool = draw(st.booleans())
     messages = [{"role": "system", "content": draw(text)}] if has_system else []
-    for _ in range(draw(st.integers(1, max_turns))):
+    for _ in range(draw(st.integers(1, 4))):
         messages += [{"role": "user", "content": draw(text)}, {"role": "assistant", "content": draw(text)}]
     return messages
