@@ -11,10 +11,19 @@ from minilora.runs.formats import Conversation
 from minilora.testing import Chat, CheckFailure, check_chat_mask, laws, strategies
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.implementations import END, render_chat
-from minilora.testing.mistakes_data import with_mask
 from tests.text import CHATML, DEFAULT_SYSTEM, MARKED
 
 MISTAKES = CATALOGUE["chat_mask"]
+
+
+def with_mask(change):
+    """Render with other labels."""
+
+    def render(messages):
+        tokens, flags = render_chat(messages)
+        return tokens, change(tokens, flags)
+
+    return render
 
 
 def bracketed(messages):

@@ -39,13 +39,9 @@ def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
     return replace(case, dtype="float32") if case.dtype == "float64" and is_float32 else case
 
 
-def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
-    yield from gradient_at(loss_fn, case, case.logits)
-
-
-def gradient_at(loss_fn: LossFn, case: MaskedLogits, drawn: Array) -> Iterator[Comparison]:
-    """Compare the gradient of logits that are the case's where a label follows."""
-    logits = tensor(drawn, case.dtype).requires_grad_()
+def gradient(loss_fn: LossFn, case: MaskedLogits, changed: Array | None = None) -> Iterator[Comparison]:
+    """Compare the gradient of the case's logits, or of logits that are changed where no label follows."""
+    logits = tensor(case.logits if changed is None else changed, case.dtype).requires_grad_()
     result = loss_fn(logits.clone(), tensor(case.labels, "int64"))
     if not isinstance(result, Tensor):
         raise NotApplicable("the loss is no tensor of PyTorch: it has no gradient")
@@ -77,7 +73,7 @@ def unlabelled(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     logits = np.where(case.is_predicted[..., None], case.logits, other(case))
     yield same(loss_fn, case, "the loss with other logits where no label follows", logits, case.labels)
     with suppress(NotApplicable):
-        yield from gradient_at(loss_fn, case, logits)
+        yield from gradient(loss_fn, case, logits)
 
 
 def other(case: MaskedLogits) -> Array:

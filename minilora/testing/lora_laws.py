@@ -52,7 +52,7 @@ class Built(NamedTuple):
             for own in (parameter, parameter.T) if parameter.ndim == 2 else (parameter,):
                 flat = own.detach().to(given)
                 if flat.numel() == given.numel() and torch.equal(flat.reshape(given.shape), given.detach()):
-                    return parameter if own is parameter else parameter.T
+                    return own
         return None
 
     def gradient(self, name: str, y: Tensor) -> Any:

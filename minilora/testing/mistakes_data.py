@@ -5,7 +5,7 @@ The threads in comments are those where a mistake was seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -102,42 +102,31 @@ def spans_of(mask: Sequence[bool]) -> Spans:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def with_mask(change: Callable[[Sequence[str], Sequence[bool]], Iterable[bool]]) -> Render:
-    """Return a rendering that labels `change(tokens, correct mask)`."""
+def with_spans(change: Callable[[Messages, Sequence[str], Spans], Spans]) -> Render:
+    """Return a rendering that labels `change(messages, tokens, correct spans)`."""
 
     def wrong(messages: Messages, render: Render = render_chat) -> Rendered:
         tokens, mask = render(messages)
-        return tokens, list(change(tokens, list(mask)))
+        spans = change(messages, tokens, spans_of(mask))
+        return tokens, [any(begin <= i < end for begin, end in spans) for i in range(len(tokens))]
 
     return wrong
 
 
-def with_spans(change: Callable[[Spans], Spans]) -> Render:
-    """Return a rendering that labels `change(correct spans)`."""
-
-    def changed(tokens: Sequence[str], mask: Sequence[bool]) -> list[bool]:
-        spans = change(spans_of(mask))
-        return [any(begin <= i < end for begin, end in spans) for i in range(len(tokens))]
-
-    return with_mask(changed)
-
-
-def found_by_its_text(tokens: Sequence[str], mask: Sequence[bool]) -> list[bool]:
-    found = [False] * len(mask)
-    for begin, end in spans_of(mask):
+def found_by_its_text(messages: Messages, tokens: Sequence[str], spans: Spans) -> Spans:
+    found = []
+    for begin, end in spans:
         length = end - begin - 1  # without the end token
-        first = next(i for i in range(begin + 1) if tokens[i : i + length] == tokens[begin : begin + length])
-        first = first if length else begin
-        found[first : first + length + 1] = [True] * (length + 1)
+        same = (i for i in range(begin + 1) if tokens[i : i + length] == tokens[begin : begin + length])
+        first = next(same) if length else begin
+        found.append((first, first + length + 1))
     return found
 
 
-def second_reply_lost(messages: Messages, render: Render = render_chat) -> Rendered:
-    tokens, mask = render(messages)
+def second_reply_lost(messages: Messages, tokens: Sequence[str], spans: Spans) -> Spans:
     roles = ["", *(message["role"] for message in messages)]
     previous = [before for before, role in pairwise(roles) if role == "assistant"]
-    lost = [span for span, before in zip(spans_of(mask), previous, strict=False) if before == "assistant"]
-    return tokens, [flag and not any(begin <= i < end for begin, end in lost) for i, flag in enumerate(mask)]
+    return [span for span, before in zip(spans, previous, strict=False) if before != "assistant"]
 
 
 def system_learned(messages: Messages, render: Render = render_chat) -> Rendered:
@@ -147,17 +136,21 @@ def system_learned(messages: Messages, render: Render = render_chat) -> Rendered
 
 
 CHAT_MASK: Mapping[str, Render] = {
-    "everything is learned": with_mask(lambda tokens, mask: [True] * len(mask)),
-    "only the last reply is learned": with_spans(lambda spans: spans[-1:]),
-    "the second of two replies in a row is not learned": second_reply_lost,  # huggingface/trl#3224
+    "everything is learned": with_spans(lambda messages, tokens, spans: [(0, len(tokens))]),
+    "only the last reply is learned": with_spans(lambda messages, tokens, spans: spans[-1:]),
+    "the second of two replies in a row is not learned": with_spans(second_reply_lost),  # huggingface/trl#3224
     "the end token after a reply is not learned": with_spans(  # verl-project/verl#535
-        lambda spans: [(begin, end - 1) for begin, end in spans]
+        lambda messages, tokens, spans: [(begin, end - 1) for begin, end in spans]
     ),
     "the end token of an empty reply is not learned": with_spans(
-        lambda spans: [(begin, end) for begin, end in spans if end > begin + 1]
+        lambda messages, tokens, spans: [(begin, end) for begin, end in spans if end > begin + 1]
     ),
-    "the token in front of a reply is learned": with_spans(lambda spans: [(begin - 1, end) for begin, end in spans]),
-    "the mask is one token late": with_mask(lambda tokens, mask: [False, *mask[:-1]]),  # zai-org/ChatGLM3#184
-    "a reply is found by its text, even in the question": with_mask(found_by_its_text),
+    "the token in front of a reply is learned": with_spans(
+        lambda messages, tokens, spans: [(begin - 1, end) for begin, end in spans]
+    ),
+    "the mask is one token late": with_spans(  # zai-org/ChatGLM3#184
+        lambda messages, tokens, spans: [(begin + 1, end + 1) for begin, end in spans]
+    ),
+    "a reply is found by its text, even in the question": with_spans(found_by_its_text),
     "the system message is learned": system_learned,
 }
