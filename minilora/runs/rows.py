@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from minilora.errors import DataError
+from minilora.errors import DataError, FormatError
 from minilora.files import JSON_VALUES, open_file
 from minilora.runs.formats import Row
 
@@ -29,19 +29,26 @@ def stream_rows(*paths: Path) -> Iterator[Row]:
     A file of one object a line is not held in memory, an array is.
     """
     for path in paths:
-        with open_file(path, is_named=True) as file:
-            if file.peek().startswith(codecs.BOM_UTF8):
-                file.read(len(codecs.BOM_UTF8))
-            begin = file.peek()
-            if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise DataError(f"{path}: found UTF-16, need UTF-8")
-            parse = _parse_array if begin.lstrip().startswith(b"[") else _parse_lines
-            is_empty = True
-            for row in parse(file, path):
+        is_empty = True
+        try:
+            for row in _parse(path):
                 is_empty = False
                 yield row
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
         if is_empty:
             raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
+
+
+def _parse(path: Path) -> Iterator[Row]:
+    with open_file(path, is_named=True) as file:
+        if file.peek().startswith(codecs.BOM_UTF8):
+            file.read(len(codecs.BOM_UTF8))
+        begin = file.peek()
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: found UTF-16, need UTF-8")
+        is_array = begin.lstrip().startswith(b"[")
+        yield from _parse_array(file, path) if is_array else _parse_lines(file, path)
 
 
 def _parse_lines(file: IO[bytes], path: Path) -> Iterator[Row]:
