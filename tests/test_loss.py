@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, attach, llama
+from minilora.errors import TrainingError
 from minilora.kernels import llama as loss
 from minilora.kernels.llama import head_chunk
 from minilora.llama import Documents
@@ -141,6 +142,21 @@ def test_a_loss_divided_by_n_divides_its_gradient_which_is_rounded_once(seed, n)
     (whole,) = torch.autograd.grad(llama.cross_entropy(hidden, labels, head), hidden)
     (share,) = torch.autograd.grad(llama.cross_entropy(hidden, labels, head) / n, hidden)
     assert torch.equal(share, (whole.float() * torch.tensor(1.0).div(n)).bfloat16())
+
+
+@of_kernels
+def test_a_head_that_computes_with_what_is_not_its_own_is_refused():
+    """Its gradient would lack a share without a word."""
+    hidden, labels, weight = randn(0, 4, 3).requires_grad_(), torch.tensor([1, 0, 2, 1]), randn(1, 5, 3)
+
+    class Head(nn.Module):
+        def forward(self, x):
+            return x @ weight.T
+
+    llama.cross_entropy(hidden, labels, Head()).backward()
+    weight.requires_grad_()
+    with pytest.raises(TrainingError, match=r"a trained tensor \(5, 3\) that is not one of its parameters"):
+        llama.cross_entropy(hidden, labels, Head())
 
 
 @of_kernels

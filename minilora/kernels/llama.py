@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora import llama
 from minilora.definition import kernel
+from minilora.errors import TrainingError
 from minilora.kernels.lora import tile_rows
 
 
@@ -80,7 +81,10 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """See `llama.cross_entropy`.
 
     The head sees `head_chunk` rows at a time, and the gradient of a chunk is computed while its logits exist. The head
-    is called as a module, so it may be adapted, tied or trained; what is trained of it must be its parameters.
+    is called as a module, so it may be adapted, tied or trained.
+
+    Raises:
+        TrainingError: the head uses a trained tensor that is not one of its parameters.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
@@ -110,6 +114,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 logits = head(leaf.clone())  # the head may change its input in place
+            if strays := {*_leaves(logits)} - {leaf, *trained}:
+                shape = tuple(strays.pop().shape)
+                raise TrainingError(f"the head uses a trained tensor {shape} that is not one of its parameters")
             dlogits = torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
             hidden_grad, *grads = torch.autograd.grad(
@@ -129,6 +136,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled = (upstream * grad.to(upstream.dtype) for grad in ctx.saved_tensors)
         hidden_grad, *trained_grads = (grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
         return hidden_grad, None, None, *trained_grads
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves of a tensor's autograd graph."""
+    nodes, seen = list[Any]([tensor.grad_fn]), set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [each for each, _ in node.next_functions]
+            if node.name() == "torch::autograd::AccumulateGrad":
+                yield node.variable
 
 
 def _chunks(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
