@@ -139,7 +139,12 @@ def save_checkpoint(
     for newer in checkpoints(folder):
         if step_of(newer) > state.step:  # damaged, or the run would have resumed from it
             remove(newer)
-    for old in checkpoints(folder)[:-keep]:
+    prune(folder, state.step, keep)
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints up to a step except for the newest `keep` of them."""
+    for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep]:
         remove(old)
     flush(folder)
 

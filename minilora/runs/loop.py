@@ -245,6 +245,8 @@ def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State
     if folder is None or newest is None:
         return checkpoints.State(run, total_steps=total), {}, damaged
     state, best = checkpoints.load_checkpoint(newest, job.model, job.optimizer, run, total)
+    if world.is_main_process():
+        checkpoints.prune(folder, state.step, job.config.save_total_limit)  # a crash may have left some
     return state, best, damaged
 
 
