@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from minilora.errors import in_recipe
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 _GONE = {  # names of earlier versions, and of PEFT and TRL, and what to use here
     "Meter": "use ml.ProgressBar",
     "PeftModel": "use ml.load_adapter",

@@ -121,6 +121,16 @@ def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score
     assert (scores["loss"] is None) == (share == 0)
 
 
+def test_a_run_of_another_version_is_resumed_by_that_version_alone(tmp_path, whole, refused):
+    """Its checkpoints may hold what this version would read as something else."""
+    shutil.copytree(whole, tmp_path / "old")
+    (tmp_path / "old" / "summary.json").unlink()
+    record = json.loads((whole / "run.json").read_text())
+    record["versions"]["minilora"] = "0.2.0"
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
+    refused(tmp_path / "old", f"minilora {ml.__version__} does not resume a run of 0.2.0; use another directory")
+
+
 def test_run_json_says_which_settings_versions_and_data_and_every_start(directory, whole):
     record = json.loads((whole / "run.json").read_text())
     assert list(record) == ["config", "versions", "data_sha256", "inputs_sha256", "starts"]

@@ -130,6 +130,11 @@ class RunDirectory:
         is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
             raise TrainingError(f"{self.path}: holds a run, which is not to be resumed; use another directory")
+        theirs, ours = record.get("versions", {}).get("minilora", "0"), importlib.metadata.version("minilora")
+        if not is_finished and theirs.split(".")[:2] != ours.split(".")[:2]:
+            raise TrainingError(
+                f"{self.path}: minilora {ours} does not resume a run of {theirs}; use another directory"
+            )
         free = checkpoints.bookkeeping(self._settings.training) | {*FREE, *HASHED}
         if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
             free.add("prompt_style")
