@@ -1,4 +1,4 @@
-"""minilora: LoRA fine-tuning you can read in an afternoon and trust in production-sized tests.
+"""minilora: LoRA fine-tuning whose core can be read in an afternoon.
 
 The public names are those of `minilora.public`. They, and PyTorch, are imported when the first one is used.
 """

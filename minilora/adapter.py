@@ -156,7 +156,7 @@ def attach_lora(
 
 
 def activate(model: nn.Module, name: str, trainable: bool) -> None:
-    """Activate one adapter alone and freeze everything else, or all but the adapter."""
+    """Activate one adapter alone and freeze everything, except the adapter if `trainable`."""
     model.requires_grad_(False)
     for layer in layers_of(model, name).values():
         for parameter in own_parameters(layer, name):
@@ -258,6 +258,8 @@ def load_lora(
     if config.get("alpha_pattern"):
         raise FormatError(f"{path}: alpha_pattern is for `ml.load_adapter`")
     keys = ("target_modules", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout")
+    if missing := [key for key in keys if key not in config]:
+        raise FormatError(f"{path}: it lacks {missing}")
     attach_lora(model, **{key: config[key] for key in keys}, name=name)
     tensors = lora_tensors(model, name)
     there = {(key, tuple(tensor.shape)) for key, tensor in stored.items()}

@@ -3,8 +3,8 @@
     text     the prompt and the completion, closed by the end token
     labels   labels[i] = tokens[i] where token i is learned, else IGNORE_INDEX, as in the prompt
 
-A token is learned if it shares a character with the completion. To count the tokens of the prompt
-would be wrong where one holds the end of the prompt and the beginning of the completion.
+A token is learned if it shares a character with the completion. Counting the prompt's tokens would
+fail where a token spans its end.
 
     N  tokens of a batch laid end to end    M  labels
 """
@@ -33,7 +33,7 @@ class Example:
 
 
 def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return prompt and completion, which Alpaca's rows get by its template, without preamble."""
+    """Return (prompt, completion); Alpaca's rows are put into its template, without preamble."""
     if "prompt" in row:
         return row["prompt"], row["completion"]
     context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""

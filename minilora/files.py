@@ -3,10 +3,11 @@
 Memory and time of reading may grow with the bytes of a file, but not with a number that it states: that is compared
 with what is there, or with a limit, before anything is allocated.
 
-All writing is `replacing`: under another name beside it, flushed to the disk (fsync), renamed. `publishing` replaces
-several files of a directory at once: it does this with the directory `.staged` in it, whose rename is the commit, and
-then moves the files to their places (`finish_commit`). A manifest holds size and SHA-256 of each file of a directory,
-or null for a file that must not be there. One process at a time writes a directory (`lock`).
+Checkpoints and results are written by `replacing`, which is atomic: written under another name beside it, flushed to
+the disk (fsync), renamed. `publishing` replaces several files of a directory at once: it does this with the directory
+`.staged` in it, whose rename is the commit, and then moves the files to their places (`finish_commit`). A manifest
+holds size and SHA-256 of each file of a directory, or null for a file that must not be there. One process at a time
+writes a directory (`lock`).
 """
 
 from __future__ import annotations

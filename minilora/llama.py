@@ -379,7 +379,7 @@ def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Lla
     found: dict[str, Tensor] = {}
     for file in files:
         found |= load_file(directory / Path(file).name)
-    # The parameters of a model have no tied head, nor has its file.
+    # A tied head is neither among the parameters nor in the file.
     if wrong := sorted(found.keys() ^ dict(model.named_parameters())):
         raise FormatError(f"{directory}: missing or unexpected tensors: {wrong[:5]}")
     model.load_state_dict(found, strict=False, assign=True)

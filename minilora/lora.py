@@ -82,7 +82,7 @@ def initial_factors(r: int, base: Linear, generator: torch.Generator) -> dict[st
 
 
 class AdapterWrapper(nn.Module, ABC):
-    """A module of a model with adapters by name; those in `active` act, in order (abstract)."""
+    """A wrapped module and its adapters by name; those in `active` apply, in order (abstract)."""
 
     def __init__(self, base: nn.Module, path: str):
         super().__init__()
@@ -107,7 +107,7 @@ class AdapterWrapper(nn.Module, ABC):
 
 
 class LoraLinear(AdapterWrapper):
-    """A frozen linear layer with adapters, which may be kept in a wider dtype than its weight."""
+    """A frozen linear layer and its adapters, whose dtype may be wider than that of the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute W x + b + s·B A x. A second adapter adds its own s·B A x; see `dora_forward`."""
@@ -203,7 +203,8 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
 
     c = ‖W + s·B A‖  [DoRA eq. 5, §4.3], in float32 at least, and above 0
 
-    One norm per output, as in the authors' code; the paper's columns are those of W as (in, out).
+    Else autograd would have to keep W + s·B A. One norm per output; the paper
+    has W as (in, out).
 
     Shapes: weight (out, in), lora_A (r, in), lora_B (out, r) -> (out)
     """

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from minilora.definition import definition
 from minilora.errors import TrainingError
 
-LEVELS = (  # as published; computed again, the last bits would differ from machine to machine
+LEVELS = (  # as published; recomputed, their last bits would vary
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),

@@ -1,4 +1,4 @@
-"""The README's tables: definitions to categories, over three seeds.
+"""The tables of docs/results.md: definitions to categories, over three seeds.
 
     python scripts/definitions.py                              the built-in model
     python scripts/definitions.py --model DIR --data minilora/builtin [more flags]

@@ -1,4 +1,4 @@
-"""The README's table of methods: SmolLM2 learns to sort definitions, by LoRA, its kin, and full fine-tuning.
+"""The table of methods in docs/results.md: SmolLM2 learns to sort definitions, by LoRA, its kin, and full fine-tuning.
 
     python scripts/methods.py DIR [--methods LoRA DoRA ...] [--log FILE]
     python scripts/methods.py DIR --cost

@@ -219,6 +219,17 @@ def test_the_page_of_adapters_writes_no_file_that_lacks_a_part(options, tmp_path
         adapter.save_lora(model, tmp_path)
 
 
+def test_the_page_of_adapters_names_what_a_config_lacks(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    adapter.attach_lora(model, ["q_proj"], 2, 4.0)
+    adapter.save_lora(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["use_rslora"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ml.FormatError, match=r"lacks \['use_rslora'\]"):
+        adapter.load_lora(tiny_model(dtype=torch.float32), tmp_path)
+
+
 @matrix(3, shard_bytes=(SHARD, SHARD_BYTES), tied=(False, True), dtype=(torch.float32, torch.bfloat16))
 def test_the_page_of_the_decoder_reads_a_llama_as_the_package_does(dtype, tied, shard_bytes, tmp_path):
     model = tiny_model(dtype=torch.float32, tie_word_embeddings=tied, rms_norm_eps=1e-6)

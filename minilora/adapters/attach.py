@@ -56,8 +56,8 @@ def attach(
 ) -> None:
     """Add a new adapter to the modules that `config` selects, activate it alone, and freeze everything else.
 
-    The new adapter changes nothing until it is trained, except with the start values False. DoRA adds a bias after its
-    factor, which is 1 then: there the last bit may differ.
+    The new adapter changes nothing until it is trained, unless `init_lora_weights` is False. With DoRA and a bias the
+    last bit may differ, since the bias is added after the scaling by m/‖W‖ = 1.
 
     Args:
         model: any module; its modules are replaced in place.

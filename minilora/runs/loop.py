@@ -83,7 +83,7 @@ def train(
             not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
             `batch_tokens` with rows without `tokens`.
         FormatError: the newest checkpoint holds other tensors than the run trains.
-        TrainingError: nothing is trainable, or an adapter that is not active; a loss or gradient is not finite;
+        TrainingError: nothing is trainable, or an inactive adapter is; a loss or gradient is not finite;
             a checkpoint belongs to another run; the model needs `loss`; `gradient_checkpointing` is "auto", which the
             command replaces; a rank does not answer.
     """
@@ -176,7 +176,7 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     while not (stopped or is_done()):
         before = time.monotonic()
         record = _step(job, state.step)
-        # What is kept between the gathered blocks of a sharded base would be holes that the next one does not fit into.
+        # Not with a sharded base: kept memory would fragment between its gathered blocks.
         if state.step == first and not any(map(is_sharded, model.parameters())):
             keep_memory()
         now = time.monotonic()
