@@ -133,7 +133,8 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
     assert isinstance(parse_row(row, DataConfig(text_field=text_field)), PromptCompletion)
     assert isinstance(parse_row(row, DataConfig(text_field=text_field, system="")), PromptCompletion)
     said = "system: found 'c', but plain text has no place for a system prompt"
-    with pytest.raises(ml.DataError, match=f"{said}; an empty one leaves it out"):
+    where = "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
+    with pytest.raises(ml.DataError, match=f"{said}; {where}"):
         parse_row(row, DataConfig(text_field=text_field, system="c"))
     if text_field is None:
         with pytest.raises(ml.DataError, match=said):

@@ -65,7 +65,8 @@ def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversa
         return _as_conversation(parsed, own, _tools(fields), config)
     if system := own or config.system:
         raise DataError(
-            f"system: found {system!r:.60}, but plain text has no place for a system prompt; an empty one leaves it out"
+            f"system: found {system!r:.60}, but plain text has no place for a system prompt; "
+            "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
         )
     return parsed
 
