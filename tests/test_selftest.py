@@ -7,9 +7,9 @@ import torch
 
 from minilora import lora
 from minilora.cli import main
-from minilora.cli.selftest import selftest
+from minilora.cli.selftest import kernel_checks
 from minilora.definition import WITH_KERNEL
-from minilora.testing import laws
+from minilora.testing import CheckFailure, laws
 from tests.models import long
 
 
@@ -36,7 +36,7 @@ def test_every_law_holds_on_this_machine(dtype, step, monkeypatch, capsys):
 def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypatch, capsys):
     own = lora.lora_linear
     monkeypatch.setattr(own, "kernel", lambda x, base, bias, A, B, scale: own.function(x, base, bias, A, B, 1.0))
-    monkeypatch.setattr("minilora.cli.selftest.kernel_calls", lambda device, dtype: {})
+    monkeypatch.setattr("minilora.cli.selftest.kernel_checks", lambda device, dtype: {})
     monkeypatch.setattr("minilora.cli.selftest.laws", lambda *kinds: {"forward": laws("lora")["forward"]})
     assert main(["selftest", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
@@ -46,10 +46,12 @@ def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypat
     assert float(row.split()[1]) <= 1
 
 
-def test_a_broken_kernel_that_no_other_law_has_is_told(monkeypatch):
+def test_a_broken_kernel_that_no_other_law_has_is_told():
     own = WITH_KERNEL["swiglu"]
-    monkeypatch.setattr(own, "kernel", lambda gate, up: own.function(up, gate))
-    monkeypatch.setattr("minilora.cli.selftest.implementations", lambda device: {"merge": None})
-    rows = {row.law: row for row in selftest(torch.device("cpu"), "float32")}
-    assert "times the allowed error" in rows["kernel-swiglu"].failure
-    assert not rows["kernel-rms_norm"].failure
+    checks = kernel_checks(torch.device("cpu"), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "kernel", lambda gate, up: own.function(up, gate))
+        with pytest.raises(CheckFailure, match=r"kernel-swiglu: .* times the allowed error"):
+            checks["kernel-swiglu"]()
+    for check in checks.values():
+        check()
