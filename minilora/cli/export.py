@@ -9,13 +9,12 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch.nn.functional as F
 
 from minilora.adapters import layout
-from minilora.cli import Options
+from minilora.cli import Options, Parser
 from minilora.cli.flags import add_out, new_directory
 from minilora.errors import ConfigError, listed
 from minilora.files import TensorFile
@@ -23,7 +22,7 @@ from minilora.models.hub import fetch
 from minilora.models.prompts import copy_prompt_files
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     parser.add_argument("--adapter", required=True, help="directory or hub id of the adapter")
     add_out(parser)
 
@@ -42,22 +41,20 @@ def export_adapter(path: str | Path, out: Path) -> int:
     """
     stored = layout.read_adapter(fetch(path, "adapter"))
     file = TensorFile(stored.path / layout.WEIGHTS_FILE)
-    others = [name for name in file.shapes if layout.parse_tensor_name(name)[1] not in ("lora_A", "lora_B", "weight")]
+    names = {name: layout.parse_tensor_name(name) for name in file.shapes}
+    others = [name for name, (_, key) in names.items() if key not in ("lora_A", "lora_B", "weight")]
     if (init := stored.values.get("init_lora_weights")) in layout.DETERMINISTIC_INITS:
         others.append(f"init_lora_weights {init!r}, so its numbers hold a part of the base's weights")
     if others:
         raise ConfigError(f"{stored.path} has no plain form; use `minilora merge`. It has{listed(others)}")
-    config, tensors = stored.config(), {}
-    rank = max(len(held["lora_A"]) for held in stored.tensors.values())
-    for name in file.shapes:
-        where, key = layout.parse_tensor_name(name)
-        tensor = stored.tensors[where][key]
-        if key == "lora_A":
-            tensor = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
-        elif key == "lora_B":  # in float64, or s would be rounded too
-            tensor = F.pad((config.scale(where) * tensor.double()).to(tensor.dtype), (0, rank - tensor.size(1)))
-        tensors[name if key == "weight" else layout.factor_name(where, key, "lora_embedding_" in name)] = tensor
-    plain = {"r": rank, "lora_alpha": rank, "init_lora_weights": True, "use_rslora": False}
-    layout.write_adapter(out, stored.values | plain | {"rank_pattern": {}, "alpha_pattern": {}}, tensors, file.metadata)
+    config = stored.config()
+    rank = max(map(config.rank, stored.tensors))
+    for where, held in stored.tensors.items():
+        scaled = config.scale(where) * held["lora_B"].double()  # in float64, or s would be rounded too
+        held["lora_A"] = F.pad(held["lora_A"], (0, 0, 0, rank - len(held["lora_A"])))
+        held["lora_B"] = F.pad(scaled.to(held["lora_B"].dtype), (0, rank - scaled.size(1)))
+    tensors = {name: stored.tensors[where][key] for name, (where, key) in names.items()}
+    plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    layout.write_adapter(out, stored.values | plain | {"init_lora_weights": True}, tensors, file.metadata)
     copy_prompt_files([stored.path], out)
     return rank
