@@ -102,24 +102,24 @@ def test_only_a_number_after_the_last_colon_is_a_weight_and_what_exists_under_th
     tmp_path, monkeypatch
 ):
     for text, name, weight in (
-        ("run", "run", None),
+        ("run", "run", 1.0),
         ("run:0.7", "run", 0.7),
         ("run:2", "run", 2.0),
         ("run:-.5", "run", -0.5),
         ("run:+1e-3", "run", 1e-3),
         ("org/name:0.5", "org/name", 0.5),
-        ("org/name@v1.0", "org/name@v1.0", None),
+        ("org/name@v1.0", "org/name@v1.0", 1.0),
         ("org/name@v1.0:0.5", "org/name@v1.0", 0.5),
-        (r"C:\adapters\run", r"C:\adapters\run", None),
+        (r"C:\adapters\run", r"C:\adapters\run", 1.0),
         (r"C:\adapters\run:0.5", r"C:\adapters\run", 0.5),
         ("./a:b:0.5", "./a:b", 0.5),
         ("run:inf", "run", math.inf),
-        *((text, text, None) for text in ("C:/7", "run:0,7", "run:1_0", "run:", ":0.5", "run:٣")),
+        *((text, text, 1.0) for text in ("C:/7", "run:0,7", "run:1_0", "run:", ":0.5", "run:٣")),
     ):
         assert split_weight(text) == (name, weight), text
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:0.7").mkdir()
-    assert split_weight("run:0.7") == ("run:0.7", None)
+    assert split_weight("run:0.7") == ("run:0.7", 1.0)
     assert split_weight("run:0.7:2") == ("run:0.7", 2.0)
 
 
@@ -127,7 +127,7 @@ def test_only_a_number_after_the_last_colon_is_a_weight_and_what_exists_under_th
 def test_a_merged_model_is_complete_and_has_the_weighted_sum_of_the_adapters(directory, run, tmp_path, words):
     run("merge", *(f"--adapter={word}" for word in words), f"--out={tmp_path}")
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (directory / "model").iterdir()}
-    weights = {name: 1.0 if weight is None else weight for name, weight in map(split_weight, words)}
+    weights = dict(map(split_weight, words))
     base, merged = (load_file(where / "model.safetensors") for where in (directory / "model", tmp_path))
     updates = {name: update(directory / name) for name in weights}
     assert base.keys() == merged.keys()

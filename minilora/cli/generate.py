@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,7 @@ from minilora.runs.inputs import read_eval_rows
 
 BATCH_SIZE = 8  # texts that are generated at a time
 Asked = tuple[Fields, list[int]]  # the fields that are printed, and the prompt's tokens
-Write = Callable[..., list[str]]  # `generate_text` with a model and its tokenizer
-Ways = Mapping[str, Callable[[], AbstractContextManager[None]]]  # "base" and "text", or "text" alone
+Write = Callable[..., list[str]]  # ("base" or "text", prompts, number of the first one, show) -> texts
 
 
 def add_flags(parser: Parser) -> None:
@@ -86,13 +85,17 @@ def run(options: Options) -> int:
     prompts = encode_prompts(rows, tokenizer, options)
     samples = [{"sample": n} for n in range(1, options["samples"] + 1)] if options["samples"] > 1 else [{}]
     asked = [(row.fields | sample, ids) for row, ids in zip(rows, prompts, strict=True) for sample in samples]
-    write = partial(generate_text, model, tokenizer)
-    ways: Ways = {"base": partial(disable_adapter, model)} if options["compare_base"] else {}
-    ways = {**ways, "text": nullcontext}
+    keys = ["base", "text"] if options["compare_base"] else ["text"]
+
+    def write(key: str, prompts: list[list[int]], first: int, show: Callable[[str], object] | None = None) -> list[str]:
+        with disable_adapter(model) if key == "base" else nullcontext():
+            seeded = replace(generation, seed=generation.seed + first)
+            return generate_text(model, tokenizer, prompts, seeded, show)
+
     if options["json"] or options["prompts"] is not None or len(rows) > 1:
-        _print_json(write, asked, generation, ways)
+        _print_json(write, asked, keys)
     else:
-        _print_text(write, asked, generation, ways, "".join(options["adapter"]))
+        _print_text(write, asked, keys, "".join(options["adapter"]))
     return 0
 
 
@@ -171,30 +174,28 @@ def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _print_json(write: Write, asked: Sequence[Asked], generation: GenerationConfig, ways: Ways) -> None:
-    """Print each row with its texts as a JSON object; the n-th has the seed `generation.seed` + n."""
+def _print_json(write: Write, asked: Sequence[Asked], keys: Sequence[str]) -> None:
+    """Print each row with its texts, by their keys, as a JSON object."""
     for begin in range(0, len(asked), BATCH_SIZE):
         part = asked[begin : begin + BATCH_SIZE]
         answers = [fields for fields, _ in part]
-        for key, way in ways.items():
-            with way():
-                texts = write([ids for _, ids in part], replace(generation, seed=generation.seed + begin))
+        for key in keys:
+            texts = write(key, [ids for _, ids in part], begin)
             answers = [{**answer, key: text} for answer, text in zip(answers, texts, strict=True)]
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
-def _print_text(write: Write, asked: Sequence[Asked], generation: GenerationConfig, ways: Ways, adapter: str) -> None:
+def _print_text(write: Write, asked: Sequence[Asked], keys: Sequence[str], adapter: str) -> None:
     """Print the texts of one prompt while they are generated, under titles if there are several."""
     for n, (fields, ids) in enumerate(asked):
-        for key, way in ways.items():
+        for key in keys:
             titles = [f"sample {fields['sample']} of {len(asked)}"] if len(asked) > 1 else []
-            titles += [adapter if key == "text" else key] if len(ways) > 1 else []
+            titles += [adapter if key == "text" else key] if len(keys) > 1 else []
             if titles:
                 print(f"--- {', '.join(titles)}")
             try:
-                with way():
-                    write([ids], replace(generation, seed=generation.seed + n), partial(print, end="", flush=True))
+                write(key, [ids], n, partial(print, end="", flush=True))
             except KeyboardInterrupt:
                 print()
                 raise

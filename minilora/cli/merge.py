@@ -52,14 +52,12 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    pairs = [split_weight(text) for text in options["adapter"]]
-    if not pairs:
+    if not options["adapter"]:
         raise ConfigError("there is nothing to merge: give --adapter")
-    names, given = zip(*pairs, strict=True)
+    names, weights = zip(*map(split_weight, options["adapter"]), strict=True)
     _note_prompts(names)
     options, config = {**options, "adapter": list(names)}, from_flags(CombineConfig, options)
-    weights = [1.0 if weight is None else weight for weight in given]
-    is_plain = config == CombineConfig() and all(weight is None for weight in given)
+    is_plain = config == CombineConfig() and all(weight == 1 for weight in weights)
     with new_directory(options["out"]) as out:
         if options["as_adapter"]:
             written = _write_adapter(options, weights, config, out)
@@ -69,14 +67,14 @@ def run(options: Options) -> int:
     return 0
 
 
-def split_weight(text: str) -> tuple[str, float | None]:
-    """Split the name of an adapter from the weight that follows it, if there is one.
+def split_weight(text: str) -> tuple[str, float]:
+    """Split the name of an adapter from the weight that follows it, 1 if there is none.
 
     >>> split_weight("org/name@v1:0.7"), split_weight("-"), split_weight("C:/adapters/a:-1"), split_weight("C:/7")
-    (('org/name@v1', 0.7), ('-', None), ('C:/adapters/a', -1.0), ('C:/7', None))
+    (('org/name@v1', 0.7), ('-', 1.0), ('C:/adapters/a', -1.0), ('C:/7', 1.0))
     """
     found = re.fullmatch(rf"(.+):({NUMBER})", text, re.ASCII)
-    return (text, None) if found is None or Path(text).exists() else (found[1], float(found[2]))
+    return (text, 1.0) if found is None or Path(text).exists() else (found[1], float(found[2]))
 
 
 def _note_prompts(names: Sequence[str]) -> None:
@@ -115,7 +113,7 @@ def _combine(found: Found, weights: Sequence[float], config: CombineConfig, out:
 def _write_model(options: Options, weights: Sequence[float], config: CombineConfig | None, out: Path) -> str:
     """Merge the adapters, with a config the adapter that they combine to, and describe the error and what was written.
 
-    With weights, what is merged already may be added to or subtracted.
+    With a config, what is merged already may be added to or subtracted.
     """
     target, found = options["target"], find(options)
     if config is None:
