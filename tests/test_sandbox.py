@@ -46,11 +46,6 @@ ESCAPES = [
     "{{ messages.copy.__self__.__class__.__base__ }}",
     "{{ loop.__init__.__globals__ }}",
     "{% for x in [1] %}{{ loop._iterator.gi_frame.f_globals.x }}{% endfor %}",
-    "{{ lipsum() }}",
-    "{{ [1, 2] | random }}",
-    "{{ '{0.__class__}'.format(1) }}",
-    "{{ '{x.__class__}'.format_map({'x': 1}) }}",
-    "{{ '%s' % messages }}",
 ]
 HARMLESS = [  # jinja2's sandbox writes nothing where Python's internals would be
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__ }}",
@@ -93,7 +88,7 @@ def test_a_template_may_look_at_every_message_for_each_of_hundreds():
 
 
 def test_threads_do_not_pay_for_each_other():
-    chosen, lengths = Sandbox({}, {}), []
+    chosen, lengths = Sandbox({}), []
     chosen.start(USER)
     other = threading.Thread(target=lambda: lengths.append(len(vars(chosen._rendering))))
     other.start()
@@ -158,7 +153,7 @@ def outcome(template, **variables):
 def test_what_is_written_is_what_jinja2_writes(form, first, second):
     source = form.replace("A", first).replace("B", second)
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    ours = Sandbox({}, {}, trim_blocks=True, lstrip_blocks=True)
+    ours = Sandbox({}, trim_blocks=True, lstrip_blocks=True)
     try:
         expected = plain.from_string(source)
     except jinja2.TemplateSyntaxError as error:

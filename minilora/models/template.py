@@ -181,9 +181,10 @@ def _sandbox(now: datetime | None) -> Sandbox:
     def strftime_now(form: str) -> str:
         return (now or datetime.now()).strftime(form)
 
-    functions = {"raise_exception": _raise, "strftime_now": strftime_now}
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [_Generation, loopcontrols]}
-    return Sandbox({"tojson": _to_json}, functions, **options)
+    extensions = [_Generation, loopcontrols]
+    sandbox = Sandbox({"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    sandbox.globals |= {"raise_exception": _raise, "strftime_now": strftime_now}
+    return sandbox
 
 
 def _to_json(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from minilora.errors import FormatError
 from minilora.files import parse_object
@@ -31,10 +30,6 @@ def untrimmed(source: str, where: str) -> str:
         FormatError: it is no JSON object; `where` is named.
     """
     data = parse_object(source, where, TOKENIZER_VALUES)
-    pending: list[Any] = [data.get("pre_tokenizer"), data.get("post_processor")]
-    while pending:  # processors may hold others
-        node = pending.pop()
-        if isinstance(node, dict) and "trim_offsets" in node:
-            node["trim_offsets"] = False
-        pending += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return json.dumps({**data, "truncation": None, "padding": None})
+    processors = {name: data.get(name) for name in ("pre_tokenizer", "post_processor")}
+    text = json.dumps(processors).replace('"trim_offsets": true', '"trim_offsets": false')
+    return json.dumps({**data, **json.loads(text), "truncation": None, "padding": None})

@@ -288,7 +288,7 @@ def tokenizer_calls(root: Path) -> Iterator[Call]:
         yield f"tokenizer.json: {name}", partial(_tokenizer, root, changes)
 
 
-LARGE = "{% set large = 'a' * 7000000 %}"
+LARGE = "{% set large = 'a' * 3000000 %}"
 
 
 def repeated(change: str, start: str = "'a'", turns: int = 99) -> str:
@@ -312,15 +312,11 @@ TEMPLATES = [  # beside those of test_sandbox.py
     "{{ 'a\\n' | indent(10**9, true) }}",
     "{{ ('\\t' * 10000).expandtabs(10**6) }}",
     "{{ [1] | tojson(indent='a' * 7000000) }}",
-    "{{ '%1000000000d' | format(1) }}",
     "{{ ('%1$s' | safe * 9000000) % messages }}",
-    "{{ ('a' * 10000).replace('', 'b' * 10000) }}",
-    "{{ ('b' * 10000).join('a' * 10000) }}",
-    "{{ ('a' * 10000).translate({97: 'b' * 5000}) }}",
     "{{ dict.fromkeys(range(9999), 'a' * 99999) | tojson }}",
     repeated("n.x ~ n.x"),
     repeated("n.x * 2 ** 1000", "1", 9999),
-    repeated("n.x + n.x", "[1]", 60),
+    repeated("n.x + n.x", turns=60),
     forever("a"),
     "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) | map('string') | map('center', 99999) %}{% endfor %}",
@@ -330,14 +326,11 @@ TEMPLATES = [  # beside those of test_sandbox.py
     "{% block a %}{{ self.a() }}{% endblock %}",
     "{% macro f() %}{% call f() %}{% endcall %}{{ caller() }}{% endmacro %}{% call f() %}{% endcall %}",
     LARGE + forever("{% if large == large ~ 'c' %}{% endif %}"),
-    LARGE + forever("{% set x = large.count('x') %}"),
-    "{{ ('ab ' * 2000000) | urlencode }}",
     "{{ ('<a>' * 2000000 | safe).striptags() }}",
     "{{ raise_exception('a' * 10**9) }}",
     LARGE + "{% set x %}{% for i in range(99999) %}{{ large }}{% endfor %}{% endset %}",
     LARGE + "{{ [large, large, large, large, large, large] }}",
     "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
-    "{% for i in range(99999) %}{{ none | _turn(0 - 99999) }}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ (('a' * 1000000) | upper).encode('utf-16').decode('utf-7') }}" * 90,
     "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
     "{{ 1" + " + 1" * 15_000 + " }}",
