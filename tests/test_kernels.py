@@ -111,16 +111,17 @@ def dora_norm(c):
 
 def quantize(c):
     c.leaf(c.size(24), c.size(150, 150), is_fixed=True)
-    block_size = c.of(32, 64, 128)
+    block_size = c.of(5, 32, 64, 128, 135)
     c.call = lambda function, weight: function(weight, block_size)
 
 
 def dequantize(c):
     shape = c.size(24), c.size(150, 150)
-    packed, absmax = nf4.quantize.function(randn(c.seed, *shape))
+    block_size = c.of(5, 64, 135)
+    packed, absmax = nf4.quantize.function(randn(c.seed, *shape), block_size)
     c.leaf(1, is_fixed=True)  # for its dtype
     levels = c.of(nf4.LEVELS, FP4_LEVELS)
-    c.call = lambda function, x: function(packed, absmax, shape, x.dtype, levels=levels)
+    c.call = lambda function, x: function(packed, absmax, shape, x.dtype, block_size, levels)
 
 
 def nf4_linear(c):

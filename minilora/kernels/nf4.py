@@ -29,7 +29,8 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
     if flat.is_meta:  # it has no numbers
         return packed, absmax
-    whole, tile = n // block_size * block_size, _tile(flat, block_size)
+    unit = math.lcm(2, block_size)
+    whole, tile = n // unit * unit, _tile(flat, unit)
     tables = _cell_tables(flat.device)
     for begin in range(0, whole, tile):
         end = min(begin + tile, whole)
@@ -40,8 +41,8 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
         x *= largest.clamp(min=nf4.SMALLEST).reciprocal_().unsqueeze(1)
         codes = _codes(x.view(-1).clamp_(-1, 1), *tables)
         torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[begin // 2 : end // 2])
-    if whole < n:  # an incomplete last block
-        packed[whole // 2 :], absmax[-1:] = nf4.quantize.function(flat[whole:], block_size)
+    if whole < n:  # the last blocks, of which one may be incomplete
+        packed[whole // 2 :], absmax[whole // block_size :] = nf4.quantize.function(flat[whole:], block_size)
     return packed, absmax
 
 
@@ -92,7 +93,8 @@ def dequantize(
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
-    whole, tile = n // block_size * block_size, _tile(weight, block_size)
+    unit = math.lcm(2, block_size)
+    whole, tile = n // unit * unit, _tile(weight, unit)
     table = PAIRS if levels == nf4.LEVELS else _pairs(levels)
     table = table.to(packed.device, non_blocking=True)
     half = min(tile, whole) // 2
@@ -106,15 +108,15 @@ def dequantize(
         w = pair.view(torch.float32).view(-1, block_size)
         w *= absmax[begin // block_size : end // block_size].unsqueeze(1)
         weight[begin:end] = w.view(-1)
-    if whole < n:  # an incomplete last block
-        rest = nf4.dequantize.function(packed[whole // 2 :], absmax[-1:], (n - whole,), dtype, block_size, levels)
-        weight[whole:] = rest
+    if whole < n:
+        rest, scales = packed[whole // 2 :], absmax[whole // block_size :]
+        weight[whole:] = nf4.dequantize.function(rest, scales, (n - whole,), dtype, block_size, levels)
     return weight.view(*shape)
 
 
-def _tile(flat: Tensor, block_size: int) -> int:
-    """Return the weights to work on at a time: whole blocks."""
-    return -(-tile_rows(flat) // block_size) * block_size
+def _tile(flat: Tensor, unit: int) -> int:
+    """Return the weights to work on at a time: a multiple of the unit, which is of whole blocks and whole bytes."""
+    return -(-tile_rows(flat) // unit) * unit
 
 
 @kernel(of=nf4.nf4_linear)
