@@ -12,6 +12,7 @@ from minilora.kernels import llama as loss
 from minilora.kernels.llama import head_chunk
 from minilora.llama import Documents
 from minilora.nf4 import NF4Linear
+from minilora.runs.sampler import set_dropout_step
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import document_lengths, fill_, of_kernels, randn, seeds, sizes, small_tiles, tiny_model, token_ids
 
@@ -85,6 +86,18 @@ def test_a_chunk_may_have_more_rows_than_the_vocabulary_has_tokens(seed, n, V):
         patch.setattr(loss, "head_chunk", lambda head: n)
         assert_maths(llama.cross_entropy(hidden, labels, head), llama.cross_entropy.function(hidden, labels, head))
         assert_gradients_of_full_logits((hidden, labels, head), [hidden, *head.parameters()])
+
+
+def test_dropout_of_a_head_has_a_mask_for_each_row():
+    """The mask follows from the seed, so chunks would share one."""
+    hidden, labels = randn(0, 9, 4).requires_grad_(), token_ids(0, 9, high=5)
+    model = nn.ModuleDict({"head": nn.Linear(4, 5).double()})
+    attach(model, LoraConfig(target_modules=("head",), lora_dropout=0.5), dtype=torch.float64)
+    fill_(model, 1)
+    set_dropout_step(model.train(), 0)
+    case = hidden, labels, model["head"]
+    assert_maths(llama.cross_entropy(*case), llama.cross_entropy.function(*case))
+    assert_gradients_of_full_logits(case, [hidden, *(p for p in model.parameters() if p.requires_grad)])
 
 
 # A token alone, or beside one that is equal, gives q and k rounding only.

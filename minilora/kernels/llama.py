@@ -81,11 +81,14 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """See `llama.cross_entropy`.
 
     The head sees `head_chunk` rows at a time, and the gradient of a chunk is computed while its logits exist. The head
-    is called as a module, so it may be adapted, tied or trained.
+    is called as a module, so it may be adapted, tied or trained. One with dropout sees all rows at once: its mask is a
+    function of the seed and the shape, so chunks would share one.
 
     Raises:
         TrainingError: the head uses a trained tensor that is not one of its parameters.
     """
+    if any(isinstance(module, nn.Dropout) and module.training and module.p for module in head.modules()):
+        return llama.cross_entropy.function(hidden, labels, head)
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)

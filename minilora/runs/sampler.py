@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from minilora.runs.config import TrainConfig
 Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
 MAX_STEPS = 1_000_000
-SEEDS = 1_000_003  # larger than the number of epochs: pairs of a seed and an epoch have different states
+SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds differ; the generator keeps 32 bits
 
 
 class MicroBatch(NamedTuple):
@@ -108,17 +108,13 @@ def groups(lengths: Sequence[int] | NDArray[Any], limit: int) -> Iterator[Rows]:
     return (list(range(begin, end)) for begin, end in pairwise([0, *ends]))
 
 
-class SeededDropout(nn.Module):
+class SeededDropout(nn.Dropout):
     """x ↦ x ∘ mask/(1-p),  mask ~ Bernoulli(1-p)  [Dropout §4], where the mask follows from the seed.
 
     No global random state is read or changed, so recomputing a layer or resuming a run draws the same mask.
     """
 
     seed: int
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -129,14 +125,16 @@ class SeededDropout(nn.Module):
 
 
 def hash_seed(key: str) -> int:
-    """Return 56 bits of a hash of the key."""
+    """Return 56 bits of a hash of the key, of which PyTorch's generator on a CPU keeps the lower 32."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
 
 
 def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
     """Let adapters draw the dropout masks of a step of a run; `train` calls it before each forward pass.
 
-    With the seed None they draw from PyTorch's random state, as after `attach`.
+    The mask of a layer follows from the seed, the step, the layer and the adapter. So a layer that is called several
+    times in a step, as the shared layers of ALBERT are, has the same mask each time. With the seed None adapters draw
+    from PyTorch's random state, as after `attach`.
     """
     check_types(set_dropout_step, locals())
     for layer in adapter_layers(model).values():
@@ -150,10 +148,11 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
                 adapter.dropout = dropout
 
 
-def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Iterator[MicroBatch]:
+def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Generator[MicroBatch, None, None]:
     """Yield the micro-batches, each with PyTorch's random state set from the seed, on the CPU and on CUDA.
 
-    So the dropout of another library's model is the same in a resumed run. The state is restored afterwards.
+    So the dropout of another library's model is the same in a resumed run. The state is restored when the generator
+    ends or is closed.
     """
     device = next(model.parameters()).device
     for batch in batches:
