@@ -207,6 +207,17 @@ def test_dropout_neither_reads_nor_moves_a_global_random_state():
     assert torch.equal(run(1), run(2))
 
 
+def test_a_loss_that_raises_leaves_the_random_state_of_pytorch_as_it_was():
+    def fail(model, rows):
+        torch.rand(1)
+        raise ValueError("no loss")
+
+    model, before = torch.nn.Linear(2, 2), torch.get_rng_state()
+    with pytest.raises(ValueError, match="no loss") as error:  # whose traceback keeps the frames of the run
+        ml.train(model, [1, 2], loss=fail)
+    assert torch.equal(torch.get_rng_state(), before), error.traceback
+
+
 def test_seed_step_layer_and_adapter_each_have_a_mask_of_their_own():
     model = small(lora_dropout=0.5, name="a")
     ml.attach(model, ml.LoraConfig(lora_dropout=0.5), name="b")
@@ -339,6 +350,24 @@ def test_with_any_optimizer_the_weights_stay_where_the_gradient_is_not_finite(is
     step = training.train_step(torch.nn.Module(), optimizer, [None], lambda *_: (factor * weight.sum(), 1))
     assert bool(step.grad_norm.isfinite()) == is_finite
     assert torch.equal(weight, torch.ones(3)) != is_finite
+
+
+@either
+def test_a_step_that_is_not_finite_does_not_stop_later_steps_of_the_optimizer():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = training.adamw([weight])
+    training.train_step(torch.nn.Module(), optimizer, [None], lambda *_: (math.nan * weight.sum(), 1))
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(3))
+
+
+@either
+def test_update_leaves_the_sum_of_losses_as_it_is():
+    weight, total = torch.nn.Parameter(torch.ones(3)), torch.tensor(6.0)
+    weight.grad = torch.ones(3)
+    assert training.update(training.adamw([weight]), total, 2, 1.0).loss == 3
+    assert total == 6
 
 
 @given(seeds, st.integers(1, 9), st.sampled_from([0.0, 0.5, 1e6]), st.sampled_from([torch.float32, torch.float64]))

@@ -21,14 +21,18 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
         return training.update.function(optimizer, total, count, max_grad_norm)
     parameters = parameters_of(optimizer)
     gradients = [parameter.grad for parameter in parameters]
-    torch._foreach_div_([*gradients, total], count)
+    torch._foreach_div_(gradients, count)
+    mean = total / count
     norm = training.total_norm(gradients)
-    is_finite = total.isfinite() & norm.isfinite()
+    is_finite = mean.isfinite() & norm.isfinite()
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm.where(is_finite, 0))  # 0: not at all
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    return Step(total, norm)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]  # or later steps would read it
+    return Step(mean, norm)
 
 
 @kernel(of=training.total_norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,8 @@ def _step(job: _Job, step: int) -> Record:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     batches = job.batches(step)
-    total, count = accumulate(model, optimizer, seeded(model, batches, config.seed), job.loss)
+    with closing(seeded(model, batches, config.seed)) as micro_batches:
+        total, count = accumulate(model, optimizer, micro_batches, job.loss)
     world.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
     own_tokens = lengths_of([row for batch in batches if batch.is_counted for row in batch.rows]).sum()
     count, tokens = map(int, world.sum_over_ranks(count, own_tokens))
