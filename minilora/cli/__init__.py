@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import FrameType
@@ -54,8 +53,7 @@ command and an example, `minilora --version` the version."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _end) if is_main else None
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with plain() if options.get("plain") else nullcontext():
@@ -76,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(error) or "stopped")
         return INTERRUPTED
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -83,7 +83,10 @@ def in_dtype(law: Law, dtype: str) -> Law:
 
 
 def implementations(device: torch.device) -> dict[str, Any]:
-    """Return what minilora has for each kind of law, on a device; inputs and results of layers are on the CPU."""
+    """Return what minilora has for each kind of law, on a device; inputs and results of layers are on the CPU.
+
+    The laws of merging are among those of layers, which have a `merged_weight`.
+    """
 
     def on_device(layer: nn.Module) -> Any:
         layer.to(device)
@@ -111,11 +114,6 @@ def implementations(device: torch.device) -> dict[str, Any]:
         layer.active = ("default",)
         return on_device(layer)
 
-    def merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
-        use_dora = magnitude is not None
-        layer = make_layer(W, None, A, B, scale * len(A), use_dora=use_dora, magnitude=magnitude)
-        return layer.merged_weight()
-
     def add(adapters: Any, weights: list[float]) -> Factors:
         parts = zip(adapters, weights, strict=True)
         return concatenate([Factors(A, B, weight * scale) for (A, B, scale), weight in parts])
@@ -125,7 +123,6 @@ def implementations(device: torch.device) -> dict[str, Any]:
 
     return {
         **dict.fromkeys(("lora", "rslora", "dora"), make_layer),
-        **dict.fromkeys(("merge", "merge_dora"), merge),
         "adapter_sum": add,
         "nf4": (
             lambda W, block_size: nf4.quantize(W.to(device), block_size),
