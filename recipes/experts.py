@@ -2,9 +2,9 @@
 
     W_e ← W_e + s·B_e A_e        for each expert e        [LoRA eq. 3]
 
-The experts of a layer are no linears that could be wrapped: their module computes with the tensor (E, out, in) itself.
-So it is called with the changed tensor in place of its own. All experts' factors are two matrices, as PEFT saves them:
-A (E·r, in), one expert after the other, and B (out, r·E), with the expert as the fastest index.
+The experts of a layer are not linear modules, so they cannot be wrapped: their module computes with the tensor
+(E, out, in) itself. So it is called with the changed tensor in place of its own. All experts' factors are two matrices,
+as PEFT saves them: A (E·r, in), one expert after the other, and B (out, r·E), with the expert as the fastest index.
 
     E  experts    r  rank    in, out  features    s  scale
 

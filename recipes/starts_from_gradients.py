@@ -24,16 +24,21 @@ GAMMA = 16  # γ of the stable scale
 
 
 def lora_ga(model: nn.Module, config: ml.LoraConfig, losses: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B of each linear that `config` adapts, by path; the model is frozen."""
-    ml.attach(model, config)
-    linears = {path: layer.base for path, layer in layers_of(model, "default").items()}
-    ml.detach(model)
-    trained, start = nn.ModuleList(linears.values()).requires_grad_(True), {}
+    """Return A and B of each linear that `config` adapts, by path; the model is frozen, and no adapter is active."""
+    ml.attach(model, config, "lora_ga")
+    linears = {path: layer.base for path, layer in layers_of(model, "lora_ga").items()}
+    ml.delete_adapter(model, "lora_ga")
+    trained = nn.ModuleList(linears.values()).requires_grad_(True)
     for loss in losses:
         loss.backward()
-    for path, linear in linears.items():
-        r, zeta = config.rank(path), linear.out_features**0.25 / GAMMA**0.5
-        U, _, Vh = torch.linalg.svd(linear.weight.grad.float(), full_matrices=False)
-        start[path] = zeta * Vh[:r], zeta * U[:, r : 2 * r]
+    gradients = {path: linear.weight.grad for path, linear in linears.items()}
     trained.requires_grad_(False).zero_grad()
+    start = {}
+    for path, G in gradients.items():
+        if G is None:
+            raise ml.TrainingError(f"{path}: no loss depends on its weight")
+        r = config.rank(path)
+        zeta = len(G) ** 0.25 / GAMMA**0.5
+        U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
+        start[path] = zeta * Vh[:r], zeta * U[:, r : 2 * r]
     return start

@@ -71,10 +71,10 @@ def corda(model: nn.Module, config: ml.LoraConfig, losses: Iterable[Tensor]) -> 
 
 
 def targets(model: nn.Module, config: ml.LoraConfig) -> dict[str, nn.Linear]:
-    """Return the linears that `config` adapts, by path; the model is frozen."""
-    ml.attach(model, config)
-    linears = {path: layer.base for path, layer in layers_of(model, "default").items()}
-    ml.detach(model)
+    """Return the linears that `config` adapts, by path; the model is frozen, and no adapter is active."""
+    ml.attach(model, config, "targets")
+    linears = {path: layer.base for path, layer in layers_of(model, "targets").items()}
+    ml.delete_adapter(model, "targets")
     return linears
 
 

@@ -1,4 +1,4 @@
-"""Combine adapters by signs or by chance: TIES and DARE, in which the updates of adapters interfere less than in a sum.
+"""Combine adapters by sign election or random dropping (TIES, DARE), with less interference than in a sum.
 
     ΔWᵢ = sᵢ·Bᵢ Aᵢ of adapter i,  wᵢ its weight,  d the density
     TIES  keep the d·n numbers of ΔWᵢ of largest size. Of each number, the mean of wᵢ·ΔWᵢ over the adapters
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import minilora as ml
 from minilora.adapter import layers_of
-from minilora.lora import lora_delta
+from minilora.lora import LoraAdapter, lora_delta
 
 
 @torch.no_grad()
@@ -44,9 +44,11 @@ def combine(
     for each, weight in weights.items():
         for path, layer in layers_of(model, each).items():
             adapter = layer.adapters[each]
-            if adapter.magnitude is not None or adapter.bias is not None or adapter.lora_bias is not None:
+            if not is_update(adapter):
                 raise ml.ConfigError(f"{each}: is more than the updates s·B A, so it cannot be combined")
             delta = lora_delta(adapter.lora_A, adapter.lora_B, adapter.scale)
+            if r > min(delta.shape):
+                raise ml.ConfigError(f"{path}: rank {r} is more than {min(delta.shape)}, that of a whole update")
             kept = drop(delta, density, generator) if dare else keep_largest(delta, density)
             updates.setdefault(path, []).append((kept, weight * kept))
     ml.attach(model, ml.LoraConfig(r=r, lora_alpha=r, target_modules=tuple(updates)), name)
@@ -56,6 +58,12 @@ def combine(
         root = S[:r].sqrt()
         layer.adapters[name].lora_A.copy_(root[:, None] * Vh[:r])
         layer.adapters[name].lora_B.copy_(U[:, :r] * root)
+
+
+def is_update(adapter: nn.Module) -> bool:
+    """Return whether an adapter is s·B A alone, without DoRA's m, biases or copies of modules."""
+    parts = ("magnitude", "bias", "lora_bias")
+    return isinstance(adapter, LoraAdapter) and all(getattr(adapter, part) is None for part in parts)
 
 
 def merge_by_sign(kept: Tensor, weighted: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """LoRA-GA as its paper defines it."""
 
+import pytest
 from hypothesis import given
 
+import minilora as ml
 from minilora.testing.compare import relative
 from recipes.starts_from_gradients import lora_ga
 from tests.models import examples, scales, seeds
@@ -11,6 +13,7 @@ from tests.recipes.test_starts_from_inputs import (
     Parallel,
     R,
     assert_changes_nothing_trains_and_is_saved_as_a_plain_one,
+    assert_other_adapters_are_kept_and_have_no_effect,
     best,
     config_of,
     data,
@@ -31,6 +34,17 @@ def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight
         zeta = len(G) ** 0.25 / 4
         assert relative(scale * (dB @ lora_A + lora_B @ dA), (scale * zeta) ** 2 * best(G, 2 * R), 100 * NEAR) < 1
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_other_adapters_are_kept_and_have_no_effect():
+    assert_other_adapters_are_kept_and_have_no_effect(lambda *arguments: (None, lora_ga(*arguments)))
+
+
+def test_a_linear_that_no_loss_depends_on_is_refused():
+    model = Parallel()
+    with pytest.raises(ml.TrainingError, match="narrow: no loss depends on its weight"):
+        lora_ga(model, config_of(), (model.wide(x).sum() for x in data()))
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(tmp_path):

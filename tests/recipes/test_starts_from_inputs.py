@@ -165,6 +165,22 @@ def assert_changes_nothing_trains_and_is_saved_as_a_plain_one(start_of, tmp_path
     assert relative(model(ids), trained, NEAR) < 1
 
 
+def assert_other_adapters_are_kept_and_have_no_effect(start_of):
+    """Those that the model has before `start_of` is called; see below."""
+    model, bare = Parallel(), Parallel()
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=LINEARS, init_lora_weights=False), "mine")
+    mine = dict(adapter_layers(model))
+    starts = [start_of(each, config_of(), each.losses(data()))[1] for each in (model, bare)]
+    assert adapter_layers(model) == mine
+    assert all(set(layer.adapters) == {"mine"} for layer in mine.values())
+    assert all(torch.equal(*pair) for path in LINEARS for pair in zip(*(start[path] for start in starts), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_adapters_are_kept_and_have_no_effect(kind):
+    assert_other_adapters_are_kept_and_have_no_effect(KINDS[kind])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(kind, tmp_path):
     assert_changes_nothing_trains_and_is_saved_as_a_plain_one(KINDS[kind], tmp_path)

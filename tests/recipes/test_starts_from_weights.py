@@ -56,6 +56,15 @@ def one_linear(weight, r, scale):
     return model, ml.LoraConfig(r=r, lora_alpha=r * scale, target_modules=("0",))
 
 
+@pytest.mark.parametrize("start_of", [olora, attach_loftq])
+def test_other_adapters_are_kept(start_of):
+    model, config = one_linear(randn(0, 20, 12), 4, 0.5)
+    ml.attach(model, config, "mine")
+    mine = model[0].adapters["mine"]
+    start_of(model, config)
+    assert model[0].adapters["mine"] is mine
+
+
 @given(seeds, sizes, sizes, sizes, scales)
 def test_olora_s_b_is_orthonormal_and_b_a_are_the_first_columns_and_what_they_explain(seed, inner, outer, r, scale):
     assume(r <= min(inner, outer))

@@ -106,6 +106,21 @@ def test_an_adapter_that_is_no_sum_of_updates_is_refused():
         combine(model, {"default": 1}, "new", r=2, density=0.5)
 
 
+def test_an_adapter_with_copied_modules_is_refused():
+    model = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 9))
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("0",), modules_to_save=("1",)))
+    with pytest.raises(ml.ConfigError, match="default: is more than the updates"):
+        combine(model, {"default": 1}, "new", r=2, density=0.5)
+
+
+def test_a_rank_above_that_of_a_weight_is_refused_and_nothing_is_attached():
+    model = adapted()
+    with pytest.raises(ml.ConfigError, match="0: rank 7 is more than 6"):
+        combine(model, {"a": 1, "b": 1}, "new", r=7, density=0.5)
+    assert {name for layer in adapter_layers(model).values() for name in layer.adapters} == set("abc")
+    assert model[1].active == ("c",)
+
+
 THEIR_TYPES = {
     "ties_svd": {},
     "magnitude_prune_svd": {"elect": False},
