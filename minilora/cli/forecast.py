@@ -37,25 +37,22 @@ such as logits; overhead: of libraries. 1 GB is 10^9 bytes.
 def dry_run_lines(plan: Plan) -> str:
     """Return what `--dry-run` prints: the forecast with each kind of gradient checkpointing, and what fits."""
     found = {way: forecast(plan.checkpointed(way)) for way in get_args(Checkpointing)}
-    lines = [f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}"]
-    lines += _table(found)
+    head = f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}"
     which = [way for way, each in found.items() if fits(plan, each)]
     free = free_memory_bytes(plan.device)
     room = "unknown" if free is None else f"{amount(free)} free"
-    return "\n".join([*lines, f"  {room}: fits with {', '.join(which) or 'none of them'}"])
+    return "\n".join([head, *_table(found), f"  {room}: fits with {', '.join(which) or 'none of them'}"])
 
 
 def check_memory(plan: Plan, found: Forecast) -> None:
     """Raise a `TrainingError` if a run does not fit into memory."""
     if not fits(plan, found):
-        smaller = "--method lora" if plan.lora is None else "--quantize nf4"
-        if plan.world > 1 and plan.lora is not None:
-            smaller += ", --shard base"
         raise TrainingError(
             f"the run needs {amount(found.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are free "
             f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
-            f"gradient is the same), --gradient-checkpointing block, {smaller} or a smaller --max-length; "
-            "--dry-run shows what each takes, and --force runs all the same"
+            "gradient is the same), --gradient-checkpointing block, --method lora, --quantize nf4, a smaller "
+            "--max-length, or --shard base with several ranks; --dry-run shows what each takes, and --force runs all "
+            "the same"
         )
 
 

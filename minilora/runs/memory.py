@@ -7,7 +7,6 @@ what ranks exchange and what libraries hold is estimated.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,7 +23,6 @@ from minilora.kernels.attention import OutlinedAttention
 from minilora.llama import Checkpointing, Llama, LlamaConfig, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import assign, build_on_meta
-from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs import world
 from minilora.runs.config import TrainConfig
@@ -56,12 +54,6 @@ class Plan:
         """Return the plan with another gradient checkpointing."""
         return replace(self, training=replace(self.training, gradient_checkpointing=way))
 
-    def batch(self) -> tuple[list[int], int]:
-        """Return the tokens of each row of the largest micro-batch, and its number of labelled tokens."""
-        steps = plan_steps(np.asarray(self.rows)[:, 0], self.training)
-        rows = np.asarray(self.rows)[steps.batch(int(steps.tokens.argmax()))]
-        return rows[:, 0].tolist(), int(rows[:, 1].sum())
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -88,10 +80,10 @@ def forecast(plan: Plan) -> Forecast:
     Raises:
         TargetError: the adapter's config names modules that the model does not have.
     """
-    model = build_base(plan)
+    model = _build_base(plan)
     base, layers = _tensor_bytes(model), model.model.layers
-    shards = plan.world if plan.shard == "base" else 1  # each has ⌈rows / shards⌉ rows of a parameter
-    blocks = [sum(-(-len(p) // shards) * p[0].nbytes for p in block.parameters()) for block in layers]
+    shards = plan.world if plan.shard == "base" else 1  # the first rank has the first of so many chunks of a parameter
+    blocks = [sum(torch.atleast_1d(p).chunk(shards)[0].nbytes for p in block.parameters()) for block in layers]
     weights = base - _tensor_bytes(layers) + sum(blocks)
     if plan.lora is None:
         model.requires_grad_(True)
@@ -109,20 +101,16 @@ def forecast(plan: Plan) -> Forecast:
     return Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
 
 
-def build_base(plan: Plan) -> Llama:
+def _build_base(plan: Plan) -> Llama:
     """Build the base model without storage, in the dtype of the computation, or with linears in four bits."""
     source, quantization = plan.config.source, plan.quantization
     model = build_on_meta(plan.config).to(plan.dtype).requires_grad_(False)
     if is_four_bit(source):
         quantization = QuantizeConfig("nf4", bool(source["quantization_config"].get("bnb_4bit_use_double_quant")))
     linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
-    packed: dict[Any, NF4Linear] = {}  # one of each shape, since to quantize without storage is slow too
     for path in quantization.chosen(list(linears)):
-        weight = linears[path].weight
-        if weight.shape not in packed:
-            packed[weight.shape] = NF4Linear.quantize(weight, None, quantization.double_quant)
-            avoid_scalars(packed[weight.shape])
-        assign(model, f"{path}.weight", copy.deepcopy(packed[weight.shape]))
+        packed = NF4Linear.quantize(linears[path].weight, None, quantization.double_quant)
+        assign(model, f"{path}.weight", packed)
     return model
 
 
@@ -144,14 +132,16 @@ def _measure_step(plan: Plan, model: Llama) -> tuple[int, int]:
         learns = learns or any(p.requires_grad for p in block.parameters())
     decoder.layers = nn.ModuleList(blocks[0] for blocks in kinds.values())
     set_dropout_step(model.to("meta").train(), 0)
-    known = [*model.parameters(), *model.buffers()]
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-        known.append(parameter.grad)
-    lengths, labelled = plan.batch()
+    rows = np.asarray(plan.rows)
+    steps = plan_steps(rows[:, 0], plan.training)
+    largest = rows[steps.batch(int(steps.tokens.argmax()))]
+    lengths, labelled = largest[:, 0].tolist(), int(largest[:, 1].sum())
     tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
     marks: list[int] = []  # bytes that live before each block, and after the last one
-    with Live(known) as live:
+    with Live([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)]) as live:
         for module in (*decoder.layers, decoder.norm):
             module.register_forward_pre_hook(lambda *_: marks.append(live.now))
         hidden = decoder(tokens, OutlinedAttention(plan.device, lengths), plan.training.gradient_checkpointing)
@@ -168,8 +158,7 @@ def _measure_step(plan: Plan, model: Llama) -> tuple[int, int]:
 def choose_plan(plan: Plan) -> tuple[Plan, Forecast]:
     """Replace "auto" of the gradient checkpointing by the fastest that fits, else by the leanest."""
     way = plan.training.gradient_checkpointing
-    ways: Sequence[Any] = get_args(Checkpointing) if way == "auto" else (way,)
-    for each in ways:
+    for each in get_args(Checkpointing) if way == "auto" else (way,):
         chosen = plan.checkpointed(each)
         found = forecast(chosen)
         if fits(chosen, found):
