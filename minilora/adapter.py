@@ -2,8 +2,7 @@
 
 A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `attach_lora`,
 `save_lora` and `load_lora` are for LoRA and DoRA with one rank on the linear layers of some names;
-what else PEFT has is in `minilora.adapters`. Saved adapters have PEFT's layout, with tensors named
-`base_model.model.<path>.lora_A.weight`.
+what else PEFT has is in `minilora.adapters`.
 """
 
 from __future__ import annotations
@@ -96,13 +95,13 @@ def add_adapter(layer: AdapterWrapper, name: str, adapter: nn.Module) -> None:
 
 
 def own_parameters(layer: AdapterWrapper, name: str) -> list[nn.Parameter]:
-    """Return the parameters of one adapter, without those that it shares with the base."""
+    """Return the parameters of one adapter, except those that it shares with the base."""
     shared = {id(parameter) for parameter in layer.base.parameters()}
     return [p for p in layer.adapters[name].parameters() if id(p) not in shared]
 
 
 def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """Replace the first module of each pair by the second, wherever it stands."""
+    """Replace the first module of each pair with the second, everywhere it is used."""
     places: dict[nn.Module | None, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():  # named_children() leaves out a second name
@@ -128,8 +127,8 @@ def attach_lora(
     Everything else is frozen. The arguments are those of PEFT's LoraConfig.
 
     Raises:
-        ConfigError, TargetError: r is below 1, no linear layer has one of the names, or the model
-            has an adapter of that name.
+        ConfigError, TargetError: r is below 1, no linear layer has one of the names, one has hooks,
+            or the name is taken.
     """
     if r < 1:
         raise ConfigError(f"r is {r}, need at least 1")
@@ -142,8 +141,9 @@ def attach_lora(
     if not target_modules or isinstance(target_modules, str) or set(target_modules) - names:
         raise TargetError(f"target_modules is {target_modules!r}, need a list from {sorted(names)}")
     chosen = {p: m for p, m in linears.items() if p.rpartition(".")[2] in target_modules}
+    if hooked := [p for p, m in chosen.items() if m._forward_hooks or m._forward_pre_hooks]:
+        raise TargetError(f"{hooked[0]}: has hooks, which an adapter would skip")
     new = {path: LoraLinear(base, path) for path, base in chosen.items() if path not in layers}
-    replace_modules(model, [(layer.base, layer) for layer in new.values()])
     layers |= new
     generator = torch.Generator().manual_seed(seed)
     scale = lora_scale(r, lora_alpha, use_rslora)
@@ -152,6 +152,7 @@ def attach_lora(
         if use_dora:  # m = ‖W‖
             tensors["magnitude"] = dora_norm(base.weight.cpu(), **tensors, scale=scale)
         add_adapter(layers[path], name, LoraAdapter(tensors, scale, lora_dropout))
+    replace_modules(model, [(layer.base, layer) for layer in new.values()])
     activate(model, name, trainable=True)
 
 
@@ -209,10 +210,10 @@ def merge(model: nn.Module) -> None:
 def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter of linear layers by their names in PEFT's file."""
     return {
-        f"{PREFIX}{path}.{PEFT_NAMES[key]}": getattr(layer.adapters[name], key)
+        f"{PREFIX}{path}.{PEFT_NAMES[key]}": tensor
         for path, layer in layers_of(model, name).items()
         for key in PEFT_NAMES
-        if getattr(layer.adapters[name], key) is not None
+        if (tensor := getattr(layer.adapters[name], key)) is not None
     }
 
 
@@ -223,11 +224,10 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
         TargetError: the adapter has something else, which `ml.save_adapter` writes.
     """
     layers = layers_of(model, name)
-    adapters = [layer.adapters[name] for layer in layers.values()]
+    adapters = [each.adapters[name] for each in layers.values() if type(each) is LoraLinear]
     plain = [a for a in adapters if type(a) is LoraAdapter and a.bias is a.lora_bias is None]
-    if len(plain) < len(adapters) or len({(len(a.lora_A), a.scale) for a in plain}) > 1:
-        need = "need linear layers of one rank and scale; see `ml.save_adapter`"
-        raise TargetError(f"{name}: {need}")
+    if len(plain) < len(layers) or len({(len(a.lora_A), a.scale) for a in plain}) > 1:
+        raise TargetError(f"{name}: need linear layers of one rank and scale; see ml.save_adapter")
     adapter = adapters[0]
     config = {
         "peft_type": "LORA",
@@ -262,8 +262,9 @@ def load_lora(
         raise FormatError(f"{path}: it lacks {missing}")
     attach_lora(model, **{key: config[key] for key in keys}, name=name)
     tensors = lora_tensors(model, name)
-    there = {(key, tuple(tensor.shape)) for key, tensor in stored.items()}
-    wanted = {(key, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    there, wanted = (
+        {(key, tuple(tensor.shape)) for key, tensor in each.items()} for each in (stored, tensors)
+    )
     if wrong := sorted(there ^ wanted)[:5]:
         raise FormatError(f"{path}: missing, unexpected or misshapen tensors: {wrong}")
     with torch.no_grad():

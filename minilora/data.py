@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int) -> Example:
     """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned."""
     prompt, completion = row_text(row)
     encoding = tokenizer.encode(prompt + completion)
-    learned = [(len(prompt), len(prompt) + len(completion))]
-    labels = label_tokens(encoding.ids, encoding.offsets, learned)
+    edges = [(0, 0), *encoding.offsets]  # some tokenizers trim spaces off
+    spans = [(min(before, begin), end) for (_, before), (begin, end) in pairwise(edges)]
+    labels = label_tokens(encoding.ids, spans, [(len(prompt), len(prompt + completion))])
     return Example([*encoding.ids, eos_id], [*labels, eos_id])
 
 

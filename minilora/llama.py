@@ -39,11 +39,11 @@ from minilora.errors import ConfigError, FormatError, ShapeError
 
 CosSin = tuple[Tensor, Tensor]
 BuildBlock = Callable[["LlamaConfig", int], nn.Module]  # the number is that of the layer
-Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again
+Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again, for memory
 
 
 def rope_frequencies(width: int, theta: float) -> Tensor:
-    """Compute how far each pair of the numbers of a head turns per position.
+    """Compute the angle by which each pair of a head's numbers rotates per position.
 
     f_i = θ^(-2i/R)  [RoPE eq. 15], (R/2)
     """
@@ -104,8 +104,9 @@ class LlamaConfig:
         """Read the `config.json` of a Llama."""
         scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if source.get("model_type") != "llama" or kind not in ("default", "llama3"):
-            raise ConfigError(f"need a Llama, found {source.get('model_type')!r} with {scaling}")
+        model, act = source.get("model_type"), source.get("hidden_act", "silu")
+        if model != "llama" or kind not in ("default", "llama3") or act not in ("silu", "swish"):
+            raise ConfigError(f"need a Llama with silu, found {model!r} with {act!r}, {scaling}")
         heads = source["num_attention_heads"]
         defaults = {
             "num_key_value_heads": heads,
@@ -306,11 +307,7 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, documents: Any, checkpointing: Checkpointing = "none"
     ) -> Tensor:
-        """Compute the hidden states (N, D) after the last norm, of tokens (N) in `Documents`.
-
-        `checkpointing` trades time for memory in training: the backward pass computes the MLPs
-        ("mlp") or whole blocks ("block") again.
-        """
+        """Compute the hidden states (N, D) after the last norm, of tokens (N) in `Documents`."""
         x = self.embed_tokens(tokens)
         cos, sin = self.config.rope.rotation(documents.spans, x.device)
         others = ((cos.to(x.dtype), sin.to(x.dtype)), documents, checkpointing)

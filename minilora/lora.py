@@ -71,7 +71,7 @@ def base_linear(x: Tensor, base: Linear, bias: Tensor | None) -> Tensor:
 
 
 def initial_factors(r: int, base: Linear, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw A ~ U(-1/√in, 1/√in) and set B = 0, so that a new adapter changes nothing.
+    """Draw A ~ U(-1/√in, 1/√in) and set B = 0.
 
     A must not be zero as well: the gradient of B is a product with A x.
     """
@@ -97,11 +97,11 @@ class AdapterWrapper(nn.Module, ABC):
         """Return a plain module that computes the same; the base is unchanged."""
 
     def __getattr__(self, name: str) -> Any:
-        """Forward unknown attributes, such as `out_features`, to the base."""
+        """Forward names that the class lacks, such as `out_features`, to the base."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name == "base" or hasattr(type(self), name):  # an error of a property
                 raise
             return getattr(self.base, name)
 
@@ -114,20 +114,21 @@ class LoraLinear(AdapterWrapper):
         if not self.active:
             return self.base(x)
         x = x.to(self.base.dtype) if isinstance(self.base, NF4Linear) else x
-        first, *others = adapters = self.active_adapters()
+        adapters = self.active_adapters()
         if any(adapter.magnitude is not None for adapter in adapters):
-            return self.dora_forward(x)
+            return self.dora_forward(x, adapters)
+        first, *others = adapters
         y = first(x, self.base, self.merged_bias())  # lora_linear
         for adapter in others:
             y = y + adapter.update(x)
         return y
 
-    def dora_forward(self, x: Tensor) -> Tensor:
+    def dora_forward(self, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
         """Compute y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖ for each adapter, from y = W x; then add b.
 
-        m does not scale b. As b is added last, a new adapter may change the last bit.
+        As b is added last, a new adapter may change the last bit.
         """
-        first, *others = self.active_adapters()
+        first, *others = adapters
         weight, bias = self.base.weight, self.merged_bias()
         y = first.rescale(first(x, self.base, None), weight)
         for adapter in others:
@@ -155,22 +156,19 @@ class LoraLinear(AdapterWrapper):
         return dense_linear(self.merged_weight(), self.merged_bias())
 
     # `nn.TransformerEncoderLayer` reads these in evaluation instead of calling the layer. Without
-    # them, or with the base's, it would leave the adapter out and say nothing.
+    # them, or with the base's, it would silently skip the adapter.
     weight = property(merged_weight)
     bias = property(merged_bias)
 
 
 class LoraAdapter(nn.Module):
-    """One adapter of one layer: A, B, their scale s and dropout.
-
-    It may also have DoRA's m (`magnitude`), a bias of B (`lora_bias`), one in place of b (`bias`).
-    """
+    """One adapter of one layer: A, B, their scale s and dropout."""
 
     lora_A: Tensor
     lora_B: Tensor
-    magnitude: Tensor | None
-    lora_bias: Tensor | None
-    bias: Tensor | None
+    magnitude: Tensor | None  # DoRA's m
+    lora_bias: Tensor | None  # of B
+    bias: Tensor | None  # in place of b
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: float, dropout: float = 0.0):
         super().__init__()

@@ -8,9 +8,9 @@ and with an exact 0  [QLoRA §3, app. E]. An absmax in float32 costs half a bit 
 weights. *Double quantization* stores the absmaxes, less their mean, in eight bits, with one float32
 scale per 256: 8/64 + 32/(64·256) = 0.127 bits a weight.
 
-QLoRA is LoRA on such a weight, stored in four bits and computed with in 16  [QLoRA eq. 5]. Bytes
-are those of bitsandbytes: the first of two weights is in the high half of a byte, blocks run over
-the rows laid end to end, and a number midway between two levels gets the lower one.
+QLoRA is LoRA on such a weight, stored in four bits; the computation is in 16  [QLoRA eq. 5].
+Bytes are those of bitsandbytes: the first of two weights is in the high half of a byte, blocks run
+over the rows laid end to end, and a number midway between two levels gets the lower one.
 
     in, out  features    n = out·in weights    b = ⌈n/64⌉ blocks
 
@@ -63,7 +63,7 @@ class Layout:
 
 
 def quantize_weight(weight: Tensor, double_quant: bool = True) -> Packed:
-    """Quantize a weight (out, in) to 4.127 bits a number, or 4.5 without double quantization."""
+    """Quantize a weight (out, in), and with `double_quant` its absmaxes too."""
     packed, absmax = quantize(weight)
     if not double_quant:
         return Packed(packed, absmax, None, None)
@@ -82,7 +82,7 @@ def dequantize_weight(parts: Packed, layout: Layout, dtype: torch.dtype) -> Tens
 def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
     """Round each number of a weight to the nearest level of its block.
 
-    absmax_b = max |w| over block b,    code = number of midpoints of levels below w · (1/absmax_b)
+    code = number of midpoints of levels below w · (1/absmax_b)
 
     As in bitsandbytes, an incomplete last block is divided by absmax; if n is odd, the code of 0
     fills the last byte.
@@ -119,7 +119,7 @@ def dequantize(
 ) -> Tensor:
     """Look up each number's level and multiply it by its block's absmax.
 
-    w = level[code] · absmax_b: one product in float32, rounded once to `dtype`
+    One product in float32, rounded once to `dtype`.
 
     Shapes: packed (⌈n/2⌉), absmax (b) -> shape
     Dtype: dtype

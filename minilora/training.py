@@ -94,7 +94,7 @@ def accumulate(
     count = 0
     for batch in batches:
         part, number = loss(model, batch)
-        part.backward()  # adds to the gradients
+        part.backward()
         total = total + part.detach().sum()
         count += number
     return total, count
@@ -125,7 +125,7 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:
-    """Return the parameters that an optimizer steps, of all its groups."""
+    """Return the parameters of all groups of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -302,3 +302,12 @@ def test_dora_keeps_no_weight_for_the_backward_pass(seed, scale, bits, dtype):
         layer(randn(seed + 50, 5, 40, dtype=dtype).requires_grad_())
     assert kept
     assert all(tensor.numel() < 24 * 40 for tensor in kept if tensor.data_ptr() not in held)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_an_error_of_a_merged_tensor_is_raised_and_the_base_s_is_not_returned(name):
+    layer = make_layer(0, 4, 3, [2], 1.0)
+    layer.active = ("adapter0",)
+    layer.adapters["adapter0"] = nn.Identity()
+    with pytest.raises(AttributeError, match=name):
+        getattr(layer, name)

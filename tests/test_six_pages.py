@@ -38,6 +38,7 @@ from tests.models import (
 from tests.test_structure import PAGES
 
 ROOT = Path(__file__).parents[1]
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 ALLOWED = ["minilora", *(f"minilora.{name}" for name in (*PAGES, "definition", "errors"))]
 ALONE = f"""
 import json, sys
@@ -95,11 +96,13 @@ def test_the_six_pages_alone_train_merge_and_save_what_the_package_reads(tmp_pat
     assert_parity(model(found["ids"]), found["adapted"])
 
 
-@pytest.mark.parametrize("keys", ["instruction", "prompt"])
-def test_the_page_of_data_reads_rows_as_the_package_does(keys, tmp_path):
+@matrix(3, keys=("instruction", "prompt"), trim_offsets=(False, True))
+def test_the_page_of_data_reads_rows_as_the_package_does(trim_offsets, keys, tmp_path):
     path, tokenizer = ROOT / "minilora" / "assets" / "data" / "train.jsonl", ml.load_tokenizer("minilora/builtin")
     raw = tokenizers.Tokenizer.from_file(str(ROOT / "minilora" / "assets" / "model" / "tokenizer.json"))
+    raw.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trim_offsets)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[::20]]
+    rows.insert(0, {"prompt": "a  ", "completion": "é \n  b \n"})
     if keys == "instruction":
         inputs = itertools.cycle([{}, {"input": ""}, {"input": "of which language?"}])
         rows = [{"instruction": row["prompt"], "output": row["completion"], **next(inputs)} for row in rows[:30]]
@@ -186,6 +189,8 @@ def test_what_the_pages_take_by_default_is_what_the_package_does(function, confi
         ("q_proj", {}, ml.TargetError),
         (["q_proj", "no_proj"], {}, ml.TargetError),
         (["v_proj", "k_proj"], {"name": "there"}, ml.TargetError),
+        (["q_proj"], {"name": "a.b"}, KeyError),
+        (["q_proj"], {"lora_dropout": 2.0}, ValueError),
     ],
 )
 def test_what_the_page_of_adapters_cannot_attach_is_refused_and_changes_nothing(targets, options, error):
@@ -195,6 +200,15 @@ def test_what_the_page_of_adapters_cannot_attach_is_refused_and_changes_nothing(
     with pytest.raises(error):
         adapter.attach_lora(model, targets, **options)
     assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_the_page_of_adapters_refuses_a_layer_whose_hooks_it_would_skip(register):
+    model = tiny_model(dtype=torch.float32)
+    getattr(model.get_submodule(Q_PROJ), register)(lambda *_: None)
+    with pytest.raises(ml.TargetError, match=rf"{Q_PROJ}: has hooks"):
+        adapter.attach_lora(model, ["q_proj"])
+    assert not adapter.adapter_layers(model)
 
 
 def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
@@ -208,13 +222,16 @@ def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
         adapter.load_lora(tiny_model(), tmp_path)
 
 
-OTHERS = [{"init_lora_weights": "pissa"}, {"lora_bias": True}, {"bias": "lora_only"}, {"modules_to_save": ["norm"]}]
+OTHERS = [
+    *({"init_lora_weights": "pissa"}, {"lora_bias": True}, {"bias": "lora_only"}, {"modules_to_save": ["norm"]}),
+    {"target_modules": ["embed_tokens", "q_proj"]},
+]
 
 
 @pytest.mark.parametrize("options", OTHERS)
 def test_the_page_of_adapters_writes_no_file_that_lacks_a_part(options, tmp_path):
     model = tiny_model(dtype=torch.float32, attention_bias=True)
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=["q_proj"], **options))
+    ml.attach(model, ml.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
     with pytest.raises(ml.TargetError, match=r"ml\.save_adapter"):
         adapter.save_lora(model, tmp_path)
 
@@ -256,8 +273,10 @@ def test_the_page_of_the_decoder_reads_a_config_as_the_package_does():
 
 def test_the_page_of_the_decoder_refuses_other_models_and_other_tensors(tmp_path):
     for wrong in ("mistral", "llama-linear"):
-        with pytest.raises(ml.ConfigError, match="need a Llama, found"):
+        with pytest.raises(ml.ConfigError, match="need a Llama with silu, found"):
             llama.LlamaConfig.from_dict({**SIZES, **FAMILIES[wrong]})
+    with pytest.raises(ml.ConfigError, match=r"need a Llama with silu, found .*gelu"):
+        llama.LlamaConfig.from_dict({**SIZES, **FAMILIES["llama"], "hidden_act": "gelu"})
     ml.save_model(tiny_model(dtype=torch.float32, rms_norm_eps=1e-6), tmp_path)
     name = "model.layers.1.mlp.up_proj.weight"
     for changes in ({name: None}, {"another": torch.ones(1)}):
