@@ -2,6 +2,8 @@
 
 import copy
 import random
+from collections import UserDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +226,7 @@ def test_rows_are_told_apart_by_what_is_in_them_and_not_by_where_they_lie(tmp_pa
     kinds = [
         *({"x": 1, "y": "a"}, {"x": 1, "y": "b"}, [1.0, None, True], np.float32(1.5), np.arange(3), np.arange(3) + 1),
         *(torch.arange(4), torch.arange(4).reshape(2, 2), torch.tensor(1.5), torch.tensor(1.5, dtype=torch.bfloat16)),
+        *(UserDict(x=torch.arange(2)), UserDict(x=torch.arange(2) + 1)),  # as transformers' BatchEncoding
     ]
     prints = [[fingerprint([same], (), config, {}) for same in (row, copy.deepcopy(row))] for row in kinds]
     assert all(first == second for first, second in prints)
@@ -231,6 +234,14 @@ def test_rows_are_told_apart_by_what_is_in_them_and_not_by_where_they_lie(tmp_pa
 
 
 # --- refusing ---
+
+
+def test_rows_that_a_resumed_run_could_not_tell_apart_are_refused_where_checkpoints_are_written(tmp_path):
+    rows = [(x, SimpleNamespace(label=label), weight) for x, label, weight in points(1, 10)]
+    given = lambda model, rows: loss(model, [(x, kind.label, weight) for x, kind, weight in rows])  # noqa: E731
+    assert run(rows=rows, given=given)[1].finished
+    with pytest.raises(ml.DataError, match="a row holds a SimpleNamespace"):
+        run(tmp_path, rows=rows, given=given)
 
 
 def test_a_budget_of_tokens_needs_rows_that_have_them():

@@ -1,6 +1,8 @@
 import itertools
 import json
 import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,10 +94,17 @@ def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have
     run(tmp_path / "never", save_steps=0)
     assert saved(tmp_path / "never") == [STEPS]
     seconds = itertools.count(step=200)
-    monkeypatch.setattr(loop.time, "monotonic", lambda: next(seconds))  # read about three times a step
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(seconds))  # read about three times a step
     run(tmp_path / "slow", **single)
     assert len(saved(tmp_path / "slow")) > 10
     assert contents(tmp_path / "slow", 21) == contents(tmp_path / "long", 21)
+
+
+def test_a_step_may_be_shorter_than_a_tick_of_the_monotonic_clock(tmp_path, monkeypatch):
+    clocks = SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)  # on some systems a tick is 15 ms
+    monkeypatch.setattr(loop, "time", clocks)
+    run(tmp_path)
+    assert saved(tmp_path)
 
 
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):

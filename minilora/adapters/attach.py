@@ -77,11 +77,12 @@ def attach(
     check_types(attach, locals())
     if config.task_type is None and isinstance(model, Llama):
         config = replace(config, task_type="CAUSAL_LM")
-    modules, generator = base_modules(model), torch.Generator().manual_seed(seed)
+    modules = base_modules(model)
     paths = find_targets(modules, config, head_path(model))
     start = start or {}
     if unknown := sorted(start.keys() - set(paths)):
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
+    generator = torch.Generator().manual_seed(seed)
     factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
     specs = build_specs(modules, config, factors, input_embedding(model))
     specs = {path: spec.copied(dtype) for path, spec in specs.items()}
@@ -100,7 +101,8 @@ def inject_adapter(
     Raises:
         TargetError: the model has an adapter of that name, the name cannot be used, or a spec cannot act.
     """
-    layers, modules = adapter_layers(model), base_modules(model)
+    layers = adapter_layers(model)
+    modules = base_modules(model)
     if not name or "." in name or name in dir(nn.ModuleDict()):
         raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
     if any(name in layer.adapters for layer in layers.values()):
@@ -129,7 +131,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     check_types(set_adapter, locals())
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    for layer in require_layers(model, *wanted) if len(wanted) > 1 else ():
+    for layer in require_layers(model, *wanted):
         if len(conflicting := _conflicting_adapters(layer, wanted)) > 1:
             raise TargetError(f"{layer.path}: {conflicting} train the same parameter, and only one can be active")
     adapter.set_adapter(model, *wanted)
@@ -223,7 +225,7 @@ def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
     """Return the wrappers; raise an error if one has hooks, which a merge would lose, or the base is divided."""
     layers = require_layers(model)
     if any(map(is_sharded, model.parameters())):
-        raise ConfigError("the base is divided among ranks, and a merge needs it whole: save the adapter, load both")
+        raise ConfigError("the base is divided among ranks. Save the adapter, then merge it into an unsharded model")
     if hooked := [layer.path for layer in layers if has_hooks(layer)]:
         raise TargetError(f"{hooked[0]}: has hooks, which would be lost where it is merged; remove them")
     return layers

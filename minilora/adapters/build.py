@@ -55,9 +55,11 @@ class AdapterSpec(NamedTuple):
 
 def build_adapter(layer: LowRankWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraAdapter:
     """Build an adapter of these tensors for a wrapper; DoRA's m, if it is not given, is ‖W + s·B A‖."""
-    kind, scale = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter, config.scale(layer.path)
+    kind = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter
+    scale = config.scale(layer.path)
     if config.use_dora and "magnitude" not in tensors:
-        new, weight = kind(tensors, scale), as_matrix(layer.base, whole_weight(layer.base))
+        new = kind(tensors, scale)
+        weight = as_matrix(layer.base, whole_weight(layer.base))
         lora_A, lora_B = (factor.detach().to(weight.device) for factor in (new.lora_A, new.lora_B))
         norm = torch.ones(len(lora_B)) if weight.is_meta else dora_norm(weight, lora_A, lora_B, scale)
         tensors = {**tensors, "magnitude": norm.to(lora_A.dtype)}
@@ -104,7 +106,10 @@ def low_rank_spec(
     module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator, start: Sequence[Tensor] | None = None
 ) -> AdapterSpec:
     """Return the spec of a new low-rank adapter of one module; `start` are A and B that are given."""
-    kind, init, r, scale = kind_of(module), config.init_lora_weights, config.rank(path), config.scale(path)
+    kind = kind_of(module)
+    init = config.init_lora_weights
+    r = config.rank(path)
+    scale = config.scale(path)
     assert kind is not None
     shape_A, shape_B = factor_shapes(module, r)
     is_part_of_weight = isinstance(init, str) and init.startswith("pissa")
@@ -189,9 +194,13 @@ def _with_biases(
     modules: Mapping[str, Any], specs: Mapping[str, AdapterSpec], config: LoraConfig
 ) -> dict[str, AdapterSpec]:
     """Add trained biases to the specs, of adapted layers or of all modules; each starts as the model's."""
-    found, copies = dict(specs), [path for path, spec in specs.items() if spec.kind is ModulesToSave]
-    for path, module in modules.items() if config.bias != "none" else ():
-        bias, spec = module._parameters.get("bias"), specs.get(path)
+    if config.bias == "none":
+        return dict(specs)
+    found = dict(specs)
+    copies = [path for path, spec in specs.items() if spec.kind is ModulesToSave]
+    for path, module in modules.items():
+        bias = module._parameters.get("bias")
+        spec = specs.get(path)
         if bias is None:
             continue
         if spec and spec.kind is TrainableTokens and config.bias == "all":

@@ -118,7 +118,8 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
 
 def check_settings(settings: Settings, base: Base) -> None:
     """Check that the library for the metrics is there, and what is trained against what the run starts from."""
-    report, is_full = settings.run.report, settings.is_full
+    report = settings.run.report
+    is_full = settings.is_full
     if report != "none" and find_spec(report) is None:
         raise ConfigError(f"--report {report} needs the package {report}: pip install {report}")
     if is_full and (settings.quantization.quantize != "none" or is_four_bit(base.config.source)):
@@ -220,8 +221,12 @@ def _choose_threads(run: Run, model: Llama) -> None:
 
 def _describe(run: Run, model: Llama, config: Path | None) -> None:
     """Say what the run begins with."""
-    weight, count, data = model.model.embed_tokens.weight, count_parameters(model), run.data
-    training, stored, reason = run.plan.training, stored_dtype(run.base.config.source), ""
+    weight = model.model.embed_tokens.weight
+    count = count_parameters(model)
+    data = run.data
+    training = run.plan.training
+    stored = stored_dtype(run.base.config.source)
+    reason = ""
     if run.settings.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
         reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(

@@ -261,7 +261,7 @@ def _check_names(
 def _check_packed(
     directory: Path, source: Mapping[str, Any], packed: Mapping[str, Sequence[str]], config: QuantizeConfig
 ) -> None:
-    """Check that packed weights are as config.json says and, unless the config is "none", not to be made otherwise."""
+    """Check that packed weights agree with config.json and with the requested quantization."""
     if is_four_bit(source) != bool(packed):
         raise FormatError(
             f"{directory}: config.json and the tensors disagree: quantization_config is "

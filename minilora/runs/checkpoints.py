@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter_files
-from minilora.errors import FormatError, TrainingError, fits
+from minilora.errors import DataError, FormatError, TrainingError, fits
 from minilora.files import (
     TensorFile,
     flush,
@@ -235,6 +235,9 @@ def fingerprint(
     """Return a hash of the settings, of the configs of trained adapters, and of the rows (see `_as_json`).
 
     Of a `Dataset` it is one of its arrays, and of where in them each row lies.
+
+    Raises:
+        DataError: a row holds an object whose content is unknown.
     """
     idle = bookkeeping(config) | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
@@ -250,7 +253,7 @@ def fingerprint(
 
 
 def _as_json(value: Any) -> Any:
-    """Return an array as its numbers, a data class as its fields, and any other object as the name of its type."""
+    """Return an array as its numbers, and a data class or a mapping as its fields."""
     if isinstance(value, Example):
         return [value.tokens, value.labels]  # and not where they came from
     if isinstance(value, Tensor):
@@ -260,4 +263,9 @@ def _as_json(value: Any) -> Any:
         return value.tolist()
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise DataError(
+        f"a row holds a {type(value).__qualname__}, whose content cannot be compared with that of another start or "
+        "process of the run: give numbers, text, tensors, arrays, lists, mappings or data classes"
+    )

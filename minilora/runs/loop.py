@@ -62,12 +62,13 @@ def train(
     whole model in float32, as adapters are. No other thread may use the model meanwhile.
 
     Where torch.distributed is initialized, its ranks share the work: each calls `train` with the same model and all
-    rows, and computes some of the micro-batches of each step. The first rank writes the checkpoints. A model in
-    `DistributedDataParallel` or FSDP is one of any module, for which `loss` is given.
+    rows, and computes some of the micro-batches of each step. The first rank writes the checkpoints. A model wrapped
+    in DDP or FSDP needs `loss`, like any other module.
 
     Args:
         model: a `Llama`; with `loss`, any module.
-        dataset: what `load_dataset` returns; with `loss`, rows of any kind.
+        dataset: what `load_dataset` returns; with `loss`, rows of any kind. With checkpoints or several ranks their
+            content is compared, so rows consist of numbers, text, tensors, arrays, lists, mappings and data classes.
         config: by default `TrainConfig()`.
         on_step: called with a record after each step and each evaluation; if it returns True, on any rank, the run
             stops there, with a checkpoint.
@@ -81,8 +82,8 @@ def train(
 
     Raises:
         DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
-            not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
-            `batch_tokens` with rows without `tokens`.
+            not have; the loss counts nothing; there are no held-out rows to choose the best weights with;
+            `batch_tokens` with rows without `tokens`; or rows cannot be compared.
         FormatError: the newest checkpoint holds other tensors than the run trains.
         TrainingError: nothing is trainable, or an inactive adapter is; a loss or gradient is not finite;
             a checkpoint belongs to another run; the model needs `loss`; `gradient_checkpointing` is "auto", which the
@@ -104,9 +105,10 @@ def train(
     objective = Objective(config, loss)
     steps = plan_steps(objective.lengths(dataset), config)
     job = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
-    folder, run = None if checkpoint_dir is None else Path(checkpoint_dir), ""
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if folder is not None and any(map(is_sharded, parameters_of(job.optimizer))):
         raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
+    run = ""
     if folder is not None or world.size() > 1:
         run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
     if len({*world.all_gather(repr((config, len(dataset), len(held_out), run)))}) > 1:
@@ -127,7 +129,7 @@ class _Schedule:
         self.eval_steps = config.eval_steps
         self.is_timed = config.save_steps is None
         self.save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
-        self.saved = time.monotonic()
+        self.saved = time.perf_counter()
 
     def evaluates(self, step: int) -> bool:
         """Return whether an evaluation follows a step."""
@@ -135,7 +137,7 @@ class _Schedule:
 
     def saves(self, step: int) -> bool:
         """Return whether a checkpoint follows a step: every `save_steps`, or late on any rank."""
-        is_late = self.is_timed and world.any_rank(time.monotonic() - self.saved >= SAVE_SECONDS)
+        is_late = self.is_timed and world.any_rank(time.perf_counter() - self.saved >= SAVE_SECONDS)
         return is_late or (self.save_steps > 0 and step % self.save_steps == 0)
 
 
@@ -164,23 +166,27 @@ class _Job:
 
 def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
     """Make all steps that are left after the newest checkpoint of a run with that fingerprint; see `train`."""
-    model, config, total = job.model, job.config, len(job.steps)
+    model = job.model
+    config = job.config
+    total = len(job.steps)
     state, best, damaged = _resume(job, run, folder)
     _share_state(model)
-    schedule, first = _Schedule(config, total), state.step
-    started, patience = time.monotonic() - state.seconds, config.early_stopping or math.inf
+    schedule = _Schedule(config, total)
+    first = state.step
+    patience = config.early_stopping or math.inf
     stopped = False
+    started = time.perf_counter() - state.seconds
 
     def is_done() -> bool:
         return state.step == total or state.stale >= patience
 
     while not (stopped or is_done()):
-        before = time.monotonic()
+        before = time.perf_counter()
         record = _step(job, state.step)
         # Not with a sharded base: kept memory would fragment between its gathered blocks.
         if state.step == first and not any(map(is_sharded, model.parameters())):
             keep_memory()
-        now = time.monotonic()
+        now = time.perf_counter()
         state.step += 1
         state.tokens += record["tokens"]
         state.seconds = now - started
@@ -197,13 +203,14 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
             if folder is not None and world.is_main_process():
                 checkpoints.save_checkpoint(folder, model, job.optimizer, state, best, config.save_total_limit)
             world.barrier()  # torchrun ends all ranks when one has ended
-            schedule.saved = time.monotonic()
+            schedule.saved = time.perf_counter()
     model.eval()
-    finished, kept = is_done(), state.step
+    finished = is_done()
+    kept = state.step
     if finished and best:
         checkpoints.restore(model, best)
         kept = state.best_step
-    return TrainResult(state.step, total, state.tokens, time.monotonic() - started, finished, kept, damaged)
+    return TrainResult(state.step, total, state.tokens, time.perf_counter() - started, finished, kept, damaged)
 
 
 def _step(job: _Job, step: int) -> Record:
