@@ -128,6 +128,8 @@ answers = st.lists(tokens, min_size=1, max_size=3).map(tuple)
 @example([(1,), (2,), (3,)], 1, 0, 30)  # one token: the prompt alone is run
 @example([(1, 2), (1, 3), (2, 1)], 2, 0, 7)  # stems are shared
 @example([(1, 2, 3), (2, 3), (3, 1, 3)], 0, 0, 4096)  # endings are shared
+@example([(1, 2), (3, 4), (5, 6), (1, 7), (3, 8)], 0, 3, 4096)  # no ending is shared
+@example([(1, 2), (3, 4), (5, 6)], 0, 1, 4096)
 @example([(1,), (1, 2), (1, 2, 3)], 1, 0, 4096)  # one begins another: their closing tokens decide
 def test_the_chosen_answer_is_the_likeliest_of_the_choices_computed_one_by_one(answers, closing, seed, budget):
     choices = [(*answer, *CLOSING[:closing]) for answer in answers]

@@ -71,6 +71,8 @@ def test_a_run_that_chooses_by_evaluations_does_not_choose_by_the_rows_it_is_jud
     (tmp_path / "test.jsonl").rename(tmp_path / "valid.jsonl")
     assert sizes(load(tmp_path, directory, training, eval_split=0.2)) == (8, 4, 2)
     assert sizes(load(directory / "rows.jsonl", directory, training, eval_split=0.9)) == (1, 2, 20)
+    few = write_rows(tmp_path / "few.jsonl", 3)
+    assert sizes(load(few, directory, training, eval_split=0.9)) == (1, 1, 1)  # a row stays to train on
     with pytest.raises(ml.DataError, match="need held-out rows"):
         load(directory / "rows.jsonl", directory, training, eval_split=0)
 
