@@ -113,4 +113,6 @@ def test_a_finished_run_names_its_model_as_what_to_start_from_and_no_run_changes
 def test_a_run_that_does_not_fit_is_told_that_an_adapter_takes_less(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minilora.runs.memory.free_memory_bytes", lambda device: 1234)
     assert finetune(directory, tmp_path / "out", batch_size=1, force=None) == 1
-    assert "--method lora" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--gradient-checkpointing block, --method lora, a smaller --max-length" in error
+    assert "--quantize" not in error

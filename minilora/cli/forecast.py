@@ -47,12 +47,12 @@ def dry_run_lines(plan: Plan) -> str:
 def check_memory(plan: Plan, found: Forecast) -> None:
     """Raise a `TrainingError` if a run does not fit into memory."""
     if not fits(plan, found):
+        smaller = "--method lora" if plan.lora is None else "--quantize nf4"
         raise TrainingError(
             f"the run needs {amount(found.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are free "
             f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
-            "gradient is the same), --gradient-checkpointing block, --method lora, --quantize nf4, a smaller "
-            "--max-length, or --shard base with several ranks; --dry-run shows what each takes, and --force runs all "
-            "the same"
+            f"gradient is the same), --gradient-checkpointing block, {smaller}, a smaller --max-length, or --shard "
+            "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
         )
 
 
