@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minilora.adapters.config import LoraConfig, is_target, matches, select_saved, select_targets
 from minilora.adapters.copies import ModulesToSave, TrainableTokens
-from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
+from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
 from minilora.adapters.layers import (
     InitSubtractedAdapter,
     LoraConv1D,
@@ -122,14 +122,14 @@ def low_rank_spec(
             raise ShapeError(f"{path}: start has {found}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
     elif isinstance(init, str) and next(module.parameters()).is_meta:  # no numbers to make the values from
-        lora_A, lora_B = initial_factors(True, shape_A, shape_B, generator)
+        lora_A, lora_B = drawn_factors(True, shape_A, shape_B, generator)
     elif is_part_of_weight:
         weight = as_matrix(module, whole_weight(module))
         lora_A, lora_B = factors_from_weight(str(init), weight, r, scale, generator)
     elif kind is LoraEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
     else:
-        lora_A, lora_B = initial_factors(init, shape_A, shape_B, generator)
+        lora_A, lora_B = drawn_factors(init, shape_A, shape_B, generator)
     tensors = {"lora_A": lora_A, "lora_B": lora_B}
     if is_part_of_weight:
         tensors |= {"start_A": lora_A, "start_B": lora_B}

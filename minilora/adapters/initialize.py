@@ -32,12 +32,12 @@ from minilora.errors import ConfigError, TrainingError
 OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
 
 
-def initial_factors(
+def drawn_factors(
     kind: bool | str, shape_A: Sequence[int], shape_B: Sequence[int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    True:         A ~ U(-1/√in, 1/√in), PyTorch's own start of a layer ([He] with slope √5); B = 0
+    True:         A ~ U(-1/√in, 1/√in), B = 0, as `lora.initial_factors`; PyTorch's start of a layer ([He], slope √5)
     "gaussian":   A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
     "orthogonal": B A = 0 with neither of them 0 (`_orthogonal_factors`)
     False:        A and B both as PyTorch starts them, for tests

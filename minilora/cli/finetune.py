@@ -156,10 +156,10 @@ def run(options: Options) -> int:
             check_memory(plan, memory)
         directory.claim(run)
         if earlier.is_finished:
-            further = "model further, give --model" if settings.is_full else "adapter further, add --adapter"
+            how = "model further, give --model" if settings.is_full else "adapter further, add --adapter"
             say(
                 f"{directory.path}: holds this run, which is finished, so nothing is left to do; give another --out; "
-                f"to train its {further} {directory.path}"
+                f"to train its {how} {directory.path}"
             )
             return 0
         model = load_base(plan, base, device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.adapters.initialize import embedding_factors, factors_from_weight, initial_factors
+from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
 from minilora.lora import lora_scale
 from minilora.testing.compare import assert_parity
 from tests.models import fill_
@@ -45,7 +45,7 @@ def test_the_same_numbers_are_drawn():
         layer = theirs_model(True, ["wide"]).base_model.model.wide
         torch.manual_seed(7)
         layer.reset_lora_parameters("default", kind)
-        lora_A, lora_B = initial_factors(kind, (R, 12), (20, R), torch.Generator().manual_seed(7))
+        lora_A, lora_B = drawn_factors(kind, (R, 12), (20, R), torch.Generator().manual_seed(7))
         assert_parity(lora_A, layer.lora_A["default"].weight)
         assert torch.equal(lora_B, layer.lora_B["default"].weight)
     layer = theirs_model(True, ["lookup"]).base_model.model.lookup
@@ -60,7 +60,7 @@ def test_orthogonal_factors_have_their_sizes_and_their_product_is_zero_there_too
     torch.manual_seed(7)
     big = peft.get_peft_model(nn.Sequential(nn.Linear(3000, 2000)), theirs_config("orthogonal", ["0"]))
     theirs = theirs_factors(big, "0")
-    ours = initial_factors("orthogonal", (R, 3000), (2000, R), torch.Generator().manual_seed(7))
+    ours = drawn_factors("orthogonal", (R, 3000), (2000, R), torch.Generator().manual_seed(7))
     for our, their in zip(ours, theirs, strict=True):
         assert our.shape == their.shape
         assert abs(our.square().mean() / their.square().mean() - 1) < 12 * math.sqrt(4 / our.numel())
