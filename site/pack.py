@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.combine import Factors, best_factors
-from minilora.files import ASSETS
+from minilora.files import ASSETS, replacing
 from minilora.lora import lora_delta
 from minilora.runs.evaluate import find_choices
 
@@ -42,8 +43,10 @@ def train() -> Path:
         if path.is_file():
             digest.update(path.read_bytes())
     run = ROOT / ".cache" / "explore" / digest.hexdigest()[:16]
-    if not (run / "summary.json").is_file():
-        subprocess.run([sys.executable, "-m", "minilora", "finetune", "--out", str(run)], check=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{run.parent}.lock"):
+        if not (run / "summary.json").is_file():
+            subprocess.run([sys.executable, "-m", "minilora", "finetune", "--out", str(run)], check=True)
     return run
 
 
@@ -117,7 +120,8 @@ def main() -> None:
             for path, each in factors.items()
         },
     }
-    OUT.write_text(f"const PACKED = {json.dumps(content)};\n", encoding="utf-8")
+    with replacing(OUT) as partial:
+        partial.write_text(f"const PACKED = {json.dumps(content)};\n", encoding="utf-8")
     print(f"{OUT.relative_to(ROOT)}: {OUT.stat().st_size / 1e6:.2f} MB")
 
 
