@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Collection
 from contextlib import ExitStack, closing, nullcontext
@@ -51,7 +50,6 @@ from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.memory import Forecast
 from minilora.runs.plan import Base, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
-from minilora.runs.system import choose_threads
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
@@ -164,7 +162,6 @@ def run(options: Options) -> int:
             return 0
         model = load_base(plan, base, device)
         attach_adapter(model, plan, base)
-        _choose_threads(run, model)
         directory.start(run, model)
         _describe(run, model, options["config"])
         bar = stack.enter_context(closing(ProgressBar("held-out" if data.valid is data.test else "validation")))
@@ -203,20 +200,6 @@ def _dry_run(run: Run, memory: Forecast, force: bool) -> int:
     if not force:
         check_memory(run.plan, memory)
     return 0
-
-
-def _choose_threads(run: Run, model: Llama) -> None:
-    """Set the faster number of threads. A resumed run keeps its first one, since another one may round differently."""
-    if world.size() > 1:
-        return
-    if run.earlier.starts:
-        first = run.earlier.starts[0]
-        if first.get("ranks", 1) == 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(first["threads"])
-        return
-    available = torch.get_num_threads()
-    if threads := choose_threads(model, run.data.train, run.plan.training):
-        say(f"using {threads} of {available} threads (measured as faster); OMP_NUM_THREADS chooses another number")
 
 
 def _describe(run: Run, model: Llama, config: Path | None) -> None:

@@ -177,11 +177,11 @@ def read_run_record(path: Path) -> dict[str, Any]:
     try:
         first = record["starts"][0]
         datetime.fromisoformat(first["time"]).astimezone()
-        is_whole = isinstance(first["dtype"], str) and 0 < first["threads"] < 2**31
+        is_whole = isinstance(first["dtype"], str)
         is_whole &= all(isinstance(record[key], dict) for key in ("config", "data_sha256", "inputs_sha256"))
     except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         is_whole = False
     if not is_whole:
-        need = "config, starts (with time, dtype and threads), data_sha256 and inputs_sha256"
+        need = "config, starts (with time and dtype), data_sha256 and inputs_sha256"
         raise FormatError(f"{path}: need {need}; use another directory")
     return record

@@ -1,11 +1,8 @@
-"""The machine that a run computes on: memory that is used, free and kept, and the number of threads.
+"""The memory of the machine that a run computes on: what is used, free and kept.
 
 A step frees the memory that it allocated, and the next one allocates it again. The C library returns it to the system,
 which zeroes it before it is used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps its freed
 memory where there is room (`keep_memory`).
-
-At the end of each matrix product the threads wait for the slowest one. Where products are tiny, or other programs keep
-the cores busy, one thread is often faster than all of them (`choose_threads`).
 """
 
 from __future__ import annotations
@@ -14,18 +11,11 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import torch
-from torch import nn
-
-from minilora.runs.config import TrainConfig
-from minilora.runs.objective import Objective, check_token_loss
-from minilora.runs.sampler import groups, set_dropout_step
 
 LINUX = Path("/")  # where /proc and /sys are
 
@@ -131,50 +121,3 @@ def _call_libc(name: str, *arguments: int) -> None:
     """Call a function of glibc; without glibc this does nothing."""
     with suppress(AttributeError, OSError, TypeError):  # no such function, no such library, Windows
         getattr(ctypes.CDLL(None), name)(*arguments)
-
-
-MAX_PARAMETERS = 200_000_000  # a larger model has large products, for which all threads are faster
-MAX_TOKENS = 256  # of the rows that are timed
-MAX_SECONDS = 2.0  # of all rounds together, after which no further one follows
-ROUNDS = 10
-
-
-def choose_threads(model: nn.Module, dataset: Sequence[Any], config: TrainConfig) -> int | None:
-    """Set the number of threads to one or to all: the one whose slowest step with a few rows is the faster.
-
-    Beside other programs, several threads are fast in most steps, and many times slower where one has to wait its turn.
-    Return the number, or None where nothing is measured: with OMP_NUM_THREADS set, with one thread, on another device,
-    or for a large model.
-    """
-    threads, device = torch.get_num_threads(), next(model.parameters()).device
-    is_small = sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS
-    if "OMP_NUM_THREADS" in os.environ or threads == 1 or device.type != "cpu" or not is_small:
-        return None
-    check_token_loss(model, dataset)
-    objective, was_training = Objective(config), model.training
-    rows = [dataset[row] for row in next(groups(objective.lengths(dataset), MAX_TOKENS))]
-
-    def seconds(number: int) -> float:
-        torch.set_num_threads(number)
-        began = perf_counter()
-        objective(model, rows)[0].backward()
-        return perf_counter() - began
-
-    slowest = {1: 0.0, threads: 0.0}
-    model.train()
-    set_dropout_step(model, config.seed, 0)
-    try:
-        seconds(1)  # not counted: the first step also prepares the kernels
-        began = perf_counter()
-        for _ in range(ROUNDS):
-            for number in slowest:
-                slowest[number] = max(slowest[number], seconds(number))
-            if perf_counter() - began > MAX_SECONDS:
-                break
-    finally:
-        set_dropout_step(model, None)
-        model.train(was_training)
-        model.zero_grad()
-    found = min(slowest, key=slowest.__getitem__)
-    torch.set_num_threads(found)
-    return found
