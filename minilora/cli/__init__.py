@@ -13,15 +13,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
 import minilora
-from minilora.cli.elsewhere import nearest
 from minilora.definition import plain
-from minilora.errors import MiniloraError, check_utf8, in_recipe, printable
+from minilora.errors import MiniloraError, check_utf8, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line; those of data classes are None if they are not given
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -40,7 +39,6 @@ COMMANDS = {
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
-GONE = {"extract": in_recipe("extract"), "verify": "use 'inspect', which also compares files with their hashes"}
 OVERVIEW = """\
 usage: minilora COMMAND [flags]
 
@@ -96,9 +94,8 @@ def parse(words: Sequence[str]) -> Options:
         print(version if command == "--version" else OVERVIEW.format(commands=commands))
         raise SystemExit(0)
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-        say(f"minilora: {command!r} is no command; {GONE.get(command, advice)}")
+        advice = nearest(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
+        say(f"minilora: {command} is no command; {advice}")
         raise SystemExit(2)
     if command == "finetune" and not {"-h", "--help"}.isdisjoint(words):
         command_parser(command, is_short=True).print_help()
@@ -108,9 +105,17 @@ def parse(words: Sequence[str]) -> Options:
     if unknown:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
-            parser.error(f"{name} is unknown{nearest(name, vars(options))}")
+            flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
+            advice = nearest(name, flags) or f"see `{parser.prog} --help`"
+            parser.error(f"{name} is unknown; {advice}")
         parser.error(f"unexpected argument {name!r}; quote a value that has spaces, and join a list with commas")
     return {**vars(options), "command": command}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ask for the known name that is most like an unknown one; empty if none is alike."""
+    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.7)
+    return f"did you mean {found[0]}?" if found else ""
 
 
 class Parser(argparse.ArgumentParser):

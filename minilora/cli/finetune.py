@@ -26,8 +26,7 @@ from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import check_language_task, read_adapter
-from minilora.cli import SIGNALLED, Options, Parser, say
-from minilora.cli.elsewhere import nearest
+from minilora.cli import SIGNALLED, Options, Parser, nearest, say
 from minilora.cli.flags import add_fields, from_flags, read_config
 from minilora.cli.forecast import check_memory, dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
@@ -88,7 +87,8 @@ def read_settings(options: Options) -> Settings:
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
     for key in file:
         if key.replace("-", "_") not in known:
-            raise ConfigError(f"{options['config']}: key {key!r} is unknown{nearest(key, known)}")
+            advice = nearest(key, known) or "the keys are the flags of `minilora finetune --help-all`"
+            raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
     file = {name.replace("-", "_"): value for name, value in file.items()}
     given = {name: value for source in (file, options) for name, value in source.items() if value is not None}
     named = {"model", "data"} & {*given, *(["model"] if given.get("adapter") else [])}

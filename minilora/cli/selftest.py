@@ -27,7 +27,7 @@ from minilora.definition import plain
 from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
 from minilora.models.checkpoint import pick_device
 from minilora.testing.checks import check_kernel, laws
-from minilora.testing.laws import CheckFailure, Law, Report
+from minilora.testing.laws import CheckFailure, Report
 
 Check = Callable[[], Report]
 LENGTHS = [5, 1, 9]  # of the documents of one call of attention
@@ -71,15 +71,10 @@ def law_checks(device: torch.device, dtype: str) -> dict[str, Check]:
         # absmaxes are float32, and powers of two may be denormal
         is_float32 = law.kind in ("nf4", "double_quant") or (law.kind == "linear4bit" and dtype == "float64")
         own = "float32" if is_float32 else dtype
+        cases = [replace(case, dtype=own) if hasattr(case, "dtype") else case for case in law.cases]
         name = law.id if own == dtype else f"{law.id} ({own})"
-        checks[name] = partial(in_dtype(law, own).check, tried[law.kind])
+        checks[name] = partial(replace(law, cases=list(dict.fromkeys(cases))).check, tried[law.kind])
     return checks
-
-
-def in_dtype(law: Law, dtype: str) -> Law:
-    """Return a law with its cases in a dtype, each of them once."""
-    cases = [replace(case, dtype=dtype) if hasattr(case, "dtype") else case for case in law.cases]
-    return replace(law, cases=list(dict.fromkeys(cases)))
 
 
 def implementations(device: torch.device) -> dict[str, Any]:
@@ -94,23 +89,14 @@ def implementations(device: torch.device) -> dict[str, Any]:
         layer.register_forward_hook(lambda _, inputs, y: y.cpu())
         return layer
 
-    def make_layer(
-        W: Tensor,
-        b: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        magnitude: Tensor | None = None,
-    ) -> Any:
+    def make_layer(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float, **options: Any) -> Any:
         tensors = {"lora_A": A, "lora_B": B}
-        if use_dora:
-            tensors["magnitude"] = W.norm(dim=1) if magnitude is None else magnitude
+        if "use_dora" in options:
+            tensors["magnitude"] = options.get("magnitude", W.norm(dim=1))
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        scale = lora_scale(len(A), alpha, options.get("use_rslora", False))
         layer = LoraLinear(dense_linear(W, b), "layer")
-        add_adapter(layer, "default", LoraAdapter(copies, lora_scale(len(A), alpha, use_rslora), dropout))
+        add_adapter(layer, "default", LoraAdapter(copies, scale, options.get("dropout", 0.0)))
         layer.active = ("default",)
         return on_device(layer)
 
@@ -149,16 +135,12 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> dict[str, Check]:
         return llama.cross_entropy(hidden, labels.to(hidden.device), head)
 
     calls: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-        "rms_norm": (partial(llama.rms_norm, eps=1e-6), [drawn(N, D), drawn(D)]),
-        "swiglu": (llama.swiglu, [drawn(N, D), drawn(N, D)]),
-        "causal_attention": (
+        "kernel-rms_norm": (partial(llama.rms_norm, eps=1e-6), [drawn(N, D), drawn(D)]),
+        "kernel-swiglu": (llama.swiglu, [drawn(N, D), drawn(N, D)]),
+        "kernel-causal_attention": (
             lambda q, k, v: llama.causal_attention(q, k, v, LENGTHS, LENGTHS),
             [drawn(N, 4, 8), drawn(N, 2, 8), drawn(N, 2, 8)],
         ),
-        "cross_entropy": (loss, [drawn(N, D), drawn(V, D)]),
+        "kernel-cross_entropy": (loss, [drawn(N, D), drawn(V, D)]),
     }
-    checks: dict[str, Check] = {}
-    for name, (call, tensors) in calls.items():
-        row = f"kernel-{name}"
-        checks[row] = partial(check_kernel, call, plain()(call), tensors, row)
-    return checks
+    return {name: partial(check_kernel, call, plain()(call), tensors, name) for name, (call, tensors) in calls.items()}
