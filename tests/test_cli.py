@@ -24,7 +24,7 @@ from minilora import cli
 from minilora.adapters.config import INITS
 from minilora.cli import evaluate, finetune
 from minilora.cli.flags import FLAG_NAMES, from_flags
-from minilora.files import ASSETS
+from minilora.files import ASSETS, BUILTIN
 from minilora.runs import inputs
 from minilora.runs.config import RunConfig
 from minilora.runs.encoders import encode_rows
@@ -327,15 +327,23 @@ def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_th
     assert table[3].startswith("general text: loss ")
 
 
-def test_the_settings_of_the_builtin_example_are_for_it_alone_and_a_model_has_data():
+def test_the_settings_of_the_builtin_example_are_for_it_alone_and_data_of_ones_own_need_a_model(capsys):
     def settings(*words):
         return finetune.read_settings(cli.parse(["finetune", *words]))
 
-    assert settings("--data=data", "--model", "m").training == ml.TrainConfig()
-    assert settings().training != ml.TrainConfig()
-    for words in (["--data=data"], ["--model=model"], ["--model", "model", "--out", "data"]):
-        with pytest.raises(ml.ConfigError, match="go together"):
-            settings(*words)
+    example = settings()
+    assert example.training != ml.TrainConfig()
+    for words in (["--data", BUILTIN], ["--model", BUILTIN], ["--model", BUILTIN, "--data", BUILTIN]):
+        assert settings(*words) == example
+    told = "there is no --data: the built-in rows are learned"
+    assert told not in capsys.readouterr().err
+    for words in (["--data=data", "--model", "m"], ["--data", BUILTIN, "--model=m"]):
+        assert settings(*words).training == ml.TrainConfig()
+    assert told not in capsys.readouterr().err
+    assert settings("--model=m") == settings("--data", BUILTIN, "--model=m")
+    assert told in capsys.readouterr().err
+    with pytest.raises(ml.ConfigError, match="--data needs --model"):
+        settings("--data=data")
 
 
 # --- eval ---

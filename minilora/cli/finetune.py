@@ -80,7 +80,7 @@ def read_settings(options: Options) -> Settings:
     """Return the settings that flags give, else --config, else the adapter to continue, or else the built-in example.
 
     Raises:
-        ConfigError: a model without data, or data without a model; an unknown key of --config.
+        ConfigError: data without a model; an unknown key of --config.
     """
     file = {} if options["config"] is None else read_config(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # where run.json has them
@@ -91,13 +91,13 @@ def read_settings(options: Options) -> Settings:
             raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
     file = {name.replace("-", "_"): value for name, value in file.items()}
     given = {name: value for source in (file, options) for name, value in source.items() if value is not None}
-    named = {"model", "data"} & {*given, *(["model"] if given.get("adapter") else [])}
-    if len(named) == 1:
-        lacking = "--data" if "model" in named else "--model"
-        raise ConfigError(
-            f"--model and --data go together: give {lacking} too; {lacking} {BUILTIN} is the built-in one"
-        )
-    others = {} if named else read_json(ASSETS / "finetune.json")
+    has_data = given.get("data") not in (None, BUILTIN, [BUILTIN])
+    has_model = given.get("model", given.get("adapter")) not in (None, BUILTIN)
+    if has_data and given.keys().isdisjoint({"model", "adapter"}):
+        raise ConfigError(f"--data needs --model, the model to train; --model {BUILTIN} is the built-in one")
+    others = {} if has_data or has_model else read_json(ASSETS / "finetune.json")
+    if has_model and "data" not in given:
+        say("there is no --data: the built-in rows are learned")
     if given.get("adapter"):
         others = _settings_of(given["adapter"], given.get("model"))
     return Settings(*(from_flags(config, given, others) for config in CONFIGS))
