@@ -90,8 +90,6 @@ def torchao_dequantize(packed: Tensor, absmax: Tensor, shape: Sequence[int], blo
 
 
 def _torchao() -> Any:
-    try:
-        from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
-    except ImportError:  # before 0.15
-        from torchao.dtypes import nf4tensor as nf4_tensor
+    from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+
     return nf4_tensor

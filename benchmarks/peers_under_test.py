@@ -78,14 +78,11 @@ def state_of(peer: str) -> str:
 
 def check_here(peers: Sequence[str]) -> dict[str, Any]:
     """Check those of the peers that this interpreter can import."""
-    from minilora.testing.checks import LAWS
-
-    kinds = {law.kind for law in LAWS}
     warnings.simplefilter("ignore")
     states = {peer: state_of(peer) for peer in peers}
-    entries = [entry for entry in PEERS if states.get(entry.peer, "(")[0] != "(" and entry.kind in kinds]
+    entries = [entry for entry in PEERS if states.get(entry.peer, "(")[0] != "("]
     results = [asdict(result) for entry in entries for result in check_entry(entry)]
-    return {"states": states, "results": results, "kinds": sorted(kinds), "python": _versions()}
+    return {"states": states, "results": results, "python": _versions()}
 
 
 def _versions() -> str:
@@ -140,17 +137,16 @@ def page(runs: list[dict[str, Any]]) -> str:
     states |= {peer: state for run in reversed(runs) for peer, state in run["states"].items() if state[0] != "("}
     results = [Result(**each) for run in runs for each in run["results"]]
     versions = "; ".join(dict.fromkeys(run["python"] for run in runs))
-    kinds = [kind for kind in KINDS if kind in runs[0]["kinds"]]
     parts = [HEAD.format(versions=versions, machine=f"{platform.system()} {platform.machine()}")]
-    parts += ["## Summary", *_summary(states, results, kinds), "## What fails", *_failures(results)]
+    parts += ["## Summary", *_summary(states, results), "## What fails", *_failures(results)]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(states: dict[str, str], results: list[Result], kinds: list[str]) -> list[str]:
-    rows = [["peer", "version", *kinds]]
+def _summary(states: dict[str, str], results: list[Result]) -> list[str]:
+    rows = [["peer", "version", *KINDS]]
     for peer, state in states.items():
         if state[0] != "(":
-            own = [[each for each in results if (each.peer, each.kind) == (peer, kind)] for kind in kinds]
+            own = [[each for each in results if (each.peer, each.kind) == (peer, kind)] for kind in KINDS]
             rows.append([peer, state, *map(_cell, own)])
     missing = [f"- {peer}: not installed {state}" for peer, state in states.items() if state[0] == "("]
     return [_table(rows), *(["\n".join(missing)] if missing else [])]

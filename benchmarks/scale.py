@@ -65,9 +65,8 @@ class Case:
         """Return the command."""
         given = {"model": folder / "model", "data": folder / "rows.jsonl", "out": out, "device": "cpu"}
         given |= {"dtype": self.dtype, "quantize": self.quantize, "general-data": "none"}
-        given |= {"gradient-checkpointing": "block"}
         given |= {"text-field": "text", "max-length": TOKENS, "batch-size": 1, "eval-split": 0, "save-steps": 0}
-        given |= {"gradient-accumulation-steps": MICRO_BATCHES, "max-steps": STEPS}
+        given |= {"gradient-checkpointing": "block", "gradient-accumulation-steps": MICRO_BATCHES, "max-steps": STEPS}
         given |= {"shard": self.shard} if self.shard != "none" else {}
         return ["finetune", *(word for name, value in given.items() for word in (f"--{name}", f"{value}"))]
 

@@ -9,7 +9,6 @@ refused. The table goes into docs/scale.md, between the marks of its dtype.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ from benchmarks.scale import launch, write
 from benchmarks.work import Row, Training
 
 SCRIPTS = Path(__file__).parent / "scale_scripts"
-HEAD = ("script", "processes × threads", "tokens/s", "over the first", "peak of each process", "of all", "lines")
+HEAD = ("script", "processes × threads", "tokens/s", "over the first", "peak of each process", "of all")
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,6 @@ class Side:
     @property
     def path(self) -> Path:
         return SCRIPTS / f"{self.script}.py"
-
-    @property
-    def lines(self) -> int:
-        """Lines of code of the script, without its docstring, blank lines and comments."""
-        text = self.path.read_text(encoding="utf-8")
-        code = text.splitlines()[ast.parse(text).body[0].end_lineno :]
-        return sum(bool(line.strip()) and not line.strip().startswith("#") for line in code)
 
 
 SIDES = (
@@ -98,7 +90,7 @@ def row(side: Side, turns_of_it: Sequence[Turn], first: Sequence[Turn], tokens: 
     rate = tokens / statistics.median(second for each in turns_of_it for second in each.seconds)
     ratios = results.spread([own / other for own, other in zip(rates, firsts, strict=True)])
     memory = (", ".join(f"{peak:.2f}" for peak in peaks) + " GB", f"{sum(peaks):.2f} GB")
-    return [side.script, f"{side.processes} × {side.threads}", f"{rate:,.0f}", ratios, *memory, f"{side.lines}"]
+    return [side.script, f"{side.processes} × {side.threads}", f"{rate:,.0f}", ratios, *memory]
 
 
 def measured(folder: Path, dtype: str, rounds: int) -> tuple[dict[Side, list[Turn]], dict[Side, str]]:

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,25 +94,11 @@ def test_the_table_of_the_page_is_that_of_the_script():
     assert f"<!-- fits -->\n{table}\n<!-- /fits -->" in PAGE.read_text(encoding="utf-8")
 
 
-def test_the_scripts_of_the_page_are_shell_and_give_flags_that_there_are():
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    known = flags_of("finetune")
-    assert len(blocks) == 6
-    for block in blocks:
-        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
-        command = block.partition("-m minilora finetune")[2]
-        assert {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", command)} <= known
-
-
-def test_the_manifest_of_the_page_is_yaml_and_gives_flags_that_there_are():
-    yaml = pytest.importorskip("yaml")
-    manifest = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
-    pod = manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert {each["name"] for each in pod["volumes"]} == {each["name"] for each in container["volumeMounts"]}
-    words = container["command"][container["command"].index("finetune") :]
-    cli.parse(words)
-    policy, ranks = manifest["spec"]["elasticPolicy"], container["resources"]["limits"]["nvidia.com/gpu"]
-    assert policy["minReplicas"] == policy["maxReplicas"]
-    assert f"--nproc-per-node={ranks}" in container["command"]
-    assert f"--gradient-accumulation-steps={ranks * policy['maxReplicas']}" in words
+def test_the_scripts_of_the_page_are_shell_and_they_and_its_manifest_give_flags_that_there_are():
+    blocks = re.findall(r"```(bash|yaml)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert Counter(language for language, _ in blocks) == {"bash": 6, "yaml": 1}
+    for language, block in blocks:
+        if language == "bash":
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        command = re.split(r"\bfinetune\b", block)[1]
+        assert {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", command)} <= flags_of("finetune")
