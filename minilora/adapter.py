@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora.errors import ConfigError, FormatError, TargetError, check_types
+from minilora.errors import ConfigError, FormatError, TargetError
 from minilora.lora import (
     AdapterWrapper,
     LoraAdapter,
@@ -159,26 +159,28 @@ def attach_lora(
 def activate(model: nn.Module, name: str, trainable: bool) -> None:
     """Activate one adapter alone and freeze everything, except the adapter if `trainable`."""
     model.requires_grad_(False)
-    for layer in layers_of(model, name).values():
-        for parameter in own_parameters(layer, name):
-            parameter.requires_grad_(trainable)
-    set_adapter(model, name)
+    set_adapter(model, name, trainable=trainable)
 
 
-def set_adapter(model: nn.Module, *names: str) -> None:
-    """Activate these adapters and no others. Which parameters are trainable does not change."""
-    for layer in require_layers(model, *names):
+def set_adapter(model: nn.Module, *names: str, trainable: bool | None = None) -> None:
+    """Activate these adapters and no others, trainable if any adapter was; others are frozen."""
+    layers = require_layers(model, *names)
+    own = [(key, p) for each in layers for key in each.adapters for p in own_parameters(each, key)]
+    if trainable is None:
+        trainable = any(p.requires_grad for _, p in own)
+    for key, parameter in own if names else ():
+        parameter.requires_grad_(trainable and key in names)
+    for layer in layers:
         layer.active = tuple(name for name in names if name in layer.adapters)
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Compute as the base model does inside the block.
+    """Compute as the base does inside the block.
 
     Raises:
         TargetError: the model has no adapter.
     """
-    check_types(disable_adapter, locals())
     before = [(layer, layer.active) for layer in require_layers(model)]
     try:
         for layer, _ in before:
@@ -191,7 +193,6 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def detach(model: nn.Module) -> None:
     """Remove all adapters and put the base modules back, bit for bit as they were."""
-    check_types(detach, locals())
     replace_modules(model, [(layer, layer.base) for layer in require_layers(model)])
 
 
@@ -262,10 +263,8 @@ def load_lora(
         raise FormatError(f"{path}: it lacks {missing}")
     attach_lora(model, **{key: config[key] for key in keys}, name=name)
     tensors = lora_tensors(model, name)
-    there, wanted = (
-        {(key, tuple(tensor.shape)) for key, tensor in each.items()} for each in (stored, tensors)
-    )
-    if wrong := sorted(there ^ wanted)[:5]:
+    found, wanted = ({(key, t.shape) for key, t in each.items()} for each in (stored, tensors))
+    if wrong := sorted(found ^ wanted)[:5]:
         raise FormatError(f"{path}: missing, unexpected or misshapen tensors: {wrong}")
     with torch.no_grad():
         for key, parameter in tensors.items():

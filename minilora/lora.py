@@ -107,28 +107,25 @@ class AdapterWrapper(nn.Module, ABC):
 
 
 class LoraLinear(AdapterWrapper):
-    """A frozen linear layer and its adapters, whose dtype may be wider than that of the weight."""
+    """A frozen linear layer and its adapters, whose dtype may be wider than the weight's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute W x + b + s·B A x. A second adapter adds its own s·B A x; see `dora_forward`."""
+        """Compute W x + b + s·B A x. Other adapters add theirs; see `dora_forward`."""
         if not self.active:
             return self.base(x)
         x = x.to(self.base.dtype) if isinstance(self.base, NF4Linear) else x
-        adapters = self.active_adapters()
-        if any(adapter.magnitude is not None for adapter in adapters):
-            return self.dora_forward(x, adapters)
-        first, *others = adapters
+        first, *others = self.active_adapters()
+        if any(each.magnitude is not None for each in (first, *others)):
+            return self.dora_forward(x)
         y = first(x, self.base, self.merged_bias())  # lora_linear
-        for adapter in others:
-            y = y + adapter.update(x)
-        return y
+        return sum((each.update(x) for each in others), start=y)
 
-    def dora_forward(self, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
+    def dora_forward(self, x: Tensor) -> Tensor:
         """Compute y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖ for each adapter, from y = W x; then add b.
 
         As b is added last, a new adapter may change the last bit.
         """
-        first, *others = adapters
+        first, *others = self.active_adapters()
         weight, bias = self.base.weight, self.merged_bias()
         y = first.rescale(first(x, self.base, None), weight)
         for adapter in others:

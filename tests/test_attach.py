@@ -202,6 +202,34 @@ def test_only_the_new_adapter_is_trainable_and_only_it_gets_gradients():
     }
 
 
+def trained_names(model):
+    """The adapters of which something is trainable, and the base as None."""
+    parts = [name.partition(".adapters.")[2].split(".") for name, p in model.named_parameters() if p.requires_grad]
+    return {part[0] or None for part in parts}
+
+
+@pytest.mark.parametrize(
+    ("is_trained", "trainable", "expected"),
+    [(True, None, True), (False, None, False), (True, False, False), (False, True, True)],
+)
+def test_the_adapters_that_are_set_are_trained_alone_if_one_was_before_or_as_is_asked(is_trained, trainable, expected):
+    """Each with all that it has, also what is trained in full."""
+    model = tiny_model(WHOLE, num_hidden_layers=1)
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), trainable_token_indices=(1, 2)), "first")
+    ml.attach(model, ml.LoraConfig(target_modules=("v_proj",), modules_to_save=("norm",)), "second")
+    ml.set_adapter(model, "first", trainable=True)
+    count = ml.count_parameters(model).trainable
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj", "v_proj")), "third")
+    ml.set_adapter(model, "third", trainable=is_trained)
+    assert trained_names(model) == ({"third"} if is_trained else set())
+    ml.set_adapter(model, "first", trainable)
+    assert ml.count_parameters(model).trainable == (count if expected else 0)
+    ml.set_adapter(model, ["first", "second"], trainable)
+    assert trained_names(model) == ({"first", "second"} if expected else set())
+    ml.set_adapter(model, [])
+    assert trained_names(model) == ({"first", "second"} if expected else set())
+
+
 def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}

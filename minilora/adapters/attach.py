@@ -123,8 +123,14 @@ def inject_adapter(
     activate(model, name, trainable)
 
 
-def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Activate these adapters and no others. Which parameters are trainable does not change.
+def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool | None = None) -> None:
+    """Activate these adapters and no others.
+
+    Args:
+        model: the model, which has the adapters.
+        names: one name or several, in the order in which the adapters act; none for the base.
+        trainable: whether these are trained; all other adapters are frozen. By default they are if an adapter of the
+            model was trainable before. Without a name nothing is frozen.
 
     Raises:
         TargetError: there is no such adapter, or two of them train the same parameter.
@@ -134,7 +140,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     for layer in require_layers(model, *wanted):
         if len(conflicting := _conflicting_adapters(layer, wanted)) > 1:
             raise TargetError(f"{layer.path}: {conflicting} train the same parameter, and only one can be active")
-    adapter.set_adapter(model, *wanted)
+    adapter.set_adapter(model, *wanted, trainable=trainable)
 
 
 def _conflicting_adapters(layer: AdapterWrapper, names: Sequence[str]) -> list[str]:
