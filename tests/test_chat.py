@@ -224,8 +224,8 @@ def enter(monkeypatch, *entered, prompt):
     monkeypatch.setattr("builtins.input", read)
 
 
-def test_on_a_terminal_there_is_a_prompt_ctrl_c_drops_the_line_and_ctrl_d_ends(run, monkeypatch):
-    enter(monkeypatch, "/help", KeyboardInterrupt(), "/reset", EOFError(), prompt="\n> ")
+def test_on_a_terminal_there_is_a_prompt_and_ctrl_d_ends(run, monkeypatch):
+    enter(monkeypatch, "/help", "/reset", EOFError(), prompt="\n> ")
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     out, err = run("chat", "--model=chat")
@@ -233,7 +233,7 @@ def test_on_a_terminal_there_is_a_prompt_ctrl_c_drops_the_line_and_ctrl_d_ends(r
     assert (out, err) == ("\n", f"{title}\n{CHAT_HELP}\nstarted a new conversation\n")
 
 
-def test_elsewhere_ctrl_c_between_the_lines_ends_it_and_input_that_is_not_utf_8(run, monkeypatch):
+def test_ctrl_c_between_the_lines_ends_it_and_input_that_is_not_utf_8(run, monkeypatch):
     type_in(monkeypatch, b"a\xff\n")
     assert "can't decode byte 0xff" in run("chat", "--model=chat", status=1).err
     enter(monkeypatch, "/reset", KeyboardInterrupt(), prompt="")

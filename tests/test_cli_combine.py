@@ -205,8 +205,6 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_
     for words, phrase in (
         (["--adapter=dora:0.5"], "adapter0: cannot be combined with other adapters, or weighed: "),
         (["--adapter=a", "--adapter=dora", "--as-adapter"], "adapter1: cannot be combined"),
-        (["--adapter=a", "--as-adapter", "--target=original"], "--target: without effect on --as-adapter"),
-        (["--adapter=a", "--as-adapter", "--dtype=float32", "--device=cpu"], "--dtype, --device: without"),
         (["--adapter=a:0,5"], "a:0,5: no such directory"),
         *((["--adapter=a", f"--combination-type={kind}"], in_recipe("ties_and_dare")) for kind in ("ties", "dare_svd")),
         (["--as-adapter"], "there is nothing to merge: give --adapter"),

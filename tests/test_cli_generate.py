@@ -250,18 +250,13 @@ def test_rows_keep_their_fields_and_messages_are_a_conversation_without_the_last
 
 
 @pytest.mark.parametrize("size", [*long(1, 99), 3])
-def test_samples_have_seeds_of_their_own_and_the_batch_size_changes_nothing(directory, command, size, monkeypatch):
+def test_prompts_have_seeds_of_their_own_and_the_batch_size_changes_nothing(directory, command, size, monkeypatch):
     monkeypatch.setattr("minilora.cli.generate.BATCH_SIZE", size)
-    sampled = ("--temperature=1.5", "--seed=4", "--samples=2")
-    found = rows_of(command("--prompt=the cat", "--prompt=the sea", *sampled))
-    asked = [("the cat", 1), ("the cat", 2), ("the sea", 1), ("the sea", 2)]
+    asked = ["the cat", "the cat", "the sea", "the sea"]
+    found = rows_of(command(*(f"--prompt={text}" for text in asked), "--temperature=1.5", "--seed=4"))
     assert found == [
-        {"prompt": text, "sample": sample, "text": written(directory, text, temperature=1.5, seed=4 + i)}
-        for i, (text, sample) in enumerate(asked)
+        {"prompt": text, "text": written(directory, text, temperature=1.5, seed=4 + i)} for i, text in enumerate(asked)
     ]
-    one, other = (row["text"] for row in found[:2])  # of one prompt they stand under their numbers
-    shown = command("--prompt=the cat", *sampled)
-    assert shown == f"--- sample 1 of 2\n{one}\n--- sample 2 of 2\n{other}\n"
 
 
 # --- beside the base model ---
@@ -275,8 +270,6 @@ def test_the_base_model_is_found_by_the_adapter_and_its_text_stands_above_that_o
     assert command(*words, model=None) == ours + "\n"
     shown = command(*words, "--compare-base", model=None)
     assert shown == f"--- base\n{base}\n--- {adapter}\n{ours}\n"
-    numbered = command(*words, "--compare-base", "--samples=2", "--temperature=1e-9", model=None)
-    assert numbered.startswith(f"--- sample 1 of 2, base\n{base}\n--- sample 1 of 2, {adapter}\n{ours}\n---")
     row = {"prompt": "the sea", "base": base, "text": ours}
     assert rows_of(command(*words, "--compare-base", "--json")) == [row]
 
@@ -287,7 +280,6 @@ def test_the_base_model_is_found_by_the_adapter_and_its_text_stands_above_that_o
 def test_what_cannot_work_is_told_in_one_line(refused):
     for words, phrase in (
         (["--prompt="], "--prompt: the prompt is empty"),
-        (["--prompt=a", "--samples=0"], "samples is 0, need at least 1"),
         (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
         (["--prompt=a", "--system=b"], "--prompt: system: found 'b', but plain text has no place"),
         (["--prompt=a", "--system=b", "--raw"], "--prompt: system: found 'b', but plain text has no place"),

@@ -145,12 +145,9 @@ class Chat:
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """Yield the lines of the user until Ctrl-D. On a terminal, where there is a prompt, Ctrl-C drops a line."""
+    """Yield the lines of the user until Ctrl-D."""
     while True:
         try:
             yield input(prompt)
         except EOFError:
             return print(end="\n" if prompt else "")
-        except KeyboardInterrupt:
-            if not prompt:
-                raise

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from minilora.adapter import disable_adapter
-from minilora.cli import Options, Parser, say
+from minilora.cli import Options, Parser
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
@@ -29,11 +29,10 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
 from minilora.runs.conversations import encode_question
 from minilora.runs.encoders import use_prompt_style
-from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
+from minilora.runs.formats import PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
 
 BATCH_SIZE = 8  # texts that are generated at a time
-Asked = tuple[Fields, list[int]]  # the fields that are printed, and the prompt's tokens
 Write = Callable[..., list[str]]  # ("base" or "text", prompts, number of the first one, show) -> texts
 
 
@@ -62,13 +61,12 @@ def add_flags(parser: Parser) -> None:
     )
     add_generation_flags(parser, max_new_tokens=64)
     add = parser.group("output").add_argument
-    add("--samples", type=int, default=1, metavar="N", help="number of texts to generate for each prompt (default: 1)")
     add("--compare-base", action="store_true", help="also generate without the adapter, and print that text first")
     add(
         "--json",
         action="store_true",
-        help="print a JSON object per line, as --prompts and several --prompt always do: the prompt's row and `text`; "
-        "with --samples also `sample`, from 1, and with --compare-base `base`",
+        help="print a JSON object per line, as --prompts and several --prompt always do: the prompt's row, `text` and "
+        "with --compare-base `base`",
     )
 
 
@@ -76,15 +74,9 @@ def run(options: Options) -> int:
     generation = from_flags(GenerationConfig, options)
     if options["compare_base"] and not options["adapter"]:
         raise ConfigError("--compare-base needs --adapter")
-    if options["samples"] < 1:
-        raise ConfigError(f"samples is {options['samples']}, need at least 1")
-    if options["samples"] > 1 and generation.temperature == 0:
-        say("at temperature 0 all samples of a prompt are the same; use a --temperature above 0")
     rows = read_prompts(options)
     model, tokenizer = load(options)
     prompts = encode_prompts(rows, tokenizer, options)
-    samples = [{"sample": n} for n in range(1, options["samples"] + 1)] if options["samples"] > 1 else [{}]
-    asked = [(row.fields | sample, ids) for row, ids in zip(rows, prompts, strict=True) for sample in samples]
     keys = ["base", "text"] if options["compare_base"] else ["text"]
 
     def write(key: str, prompts: list[list[int]], first: int, show: Callable[[str], object] | None = None) -> list[str]:
@@ -93,9 +85,9 @@ def run(options: Options) -> int:
             return generate_text(model, tokenizer, prompts, seeded, show)
 
     if options["json"] or options["prompts"] is not None or len(rows) > 1:
-        _print_json(write, asked, keys)
+        _print_json(write, rows, prompts, keys)
     else:
-        _print_text(write, asked, keys, "".join(options["adapter"]))
+        _print_text(write, prompts, keys, "".join(options["adapter"]))
     return 0
 
 
@@ -174,29 +166,25 @@ def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _print_json(write: Write, asked: Sequence[Asked], keys: Sequence[str]) -> None:
+def _print_json(write: Write, rows: Sequence[Row], prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
     """Print each row with its texts, by their keys, as a JSON object."""
-    for begin in range(0, len(asked), BATCH_SIZE):
-        part = asked[begin : begin + BATCH_SIZE]
-        answers = [fields for fields, _ in part]
+    for begin in range(0, len(rows), BATCH_SIZE):
+        answers = [row.fields for row in rows[begin : begin + BATCH_SIZE]]
         for key in keys:
-            texts = write(key, [ids for _, ids in part], begin)
+            texts = write(key, prompts[begin : begin + BATCH_SIZE], begin)
             answers = [{**answer, key: text} for answer, text in zip(answers, texts, strict=True)]
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
-def _print_text(write: Write, asked: Sequence[Asked], keys: Sequence[str], adapter: str) -> None:
-    """Print the texts of one prompt while they are generated, under titles if there are several."""
-    for n, (fields, ids) in enumerate(asked):
-        for key in keys:
-            titles = [f"sample {fields['sample']} of {len(asked)}"] if len(asked) > 1 else []
-            titles += [adapter if key == "text" else key] if len(keys) > 1 else []
-            if titles:
-                print(f"--- {', '.join(titles)}")
-            try:
-                write(key, [ids], n, partial(print, end="", flush=True))
-            except KeyboardInterrupt:
-                print()
-                raise
+def _print_text(write: Write, prompts: Sequence[list[int]], keys: Sequence[str], adapter: str) -> None:
+    """Print the texts of one prompt while they are generated, under titles if there are two."""
+    for key in keys:
+        if len(keys) > 1:
+            print(f"--- {adapter if key == 'text' else key}")
+        try:
+            write(key, prompts, 0, partial(print, end="", flush=True))
+        except KeyboardInterrupt:
             print()
+            raise
+        print()

@@ -30,11 +30,9 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, pick_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
-from minilora.runs.config import flag
 from minilora.tools.merging import Merge, merge_directory, relative_error
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
-UNUSED_FOR_ADAPTERS = {"target": None, "dtype": "auto", "device": "auto"}
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
 
 
@@ -89,8 +87,6 @@ def _note_prompts(names: Sequence[str]) -> None:
 
 def _write_adapter(options: Options, weights: Sequence[float], config: CombineConfig, out: Path) -> str:
     """Write the adapters as one, and describe what was written."""
-    if idle := [name for name, value in UNUSED_FOR_ADAPTERS.items() if options[name] != value]:
-        raise ConfigError(f"{', '.join(map(flag, idle))}: without effect on --as-adapter, which computes no weights")
     found = find(options)
     rank = _combine(found, weights, config, out)
     copy_prompt_files(found.adapters, out)
