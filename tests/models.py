@@ -66,6 +66,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 16,
         "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, **LONG},
     },
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
 }
 
 

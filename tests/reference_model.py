@@ -10,6 +10,7 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [L31]   llama-models, models/llama3/model.py, apply_scaling
 [Long]  Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens
 [GLU]   Shazeer 2020, GLU Variants Improve Transformer
+[GELU]  Hendrycks & Gimpel 2016, Gaussian Error Linear Units
 [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
 [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
 """
@@ -90,6 +91,15 @@ def causal_attention(
     return output
 
 
+def geglu(gate: Array, up: Array) -> Array:
+    """y = gate/2 · (1 + tanh(√(2/π) (gate + 0.044715 gate³))) · up, number by number  [GELU §2; GLU §2].
+
+    Shapes: gate (..., F), up (..., F) -> (..., F)
+    """
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return gate / 2 * (1 + np.tanh(inner)) * up
+
+
 # --- rotary position embedding ---
 
 
@@ -155,8 +165,9 @@ def decoder_logits(
 ) -> Array:
     """The logits of one document by a decoder of the Llama family.
 
-    The tensors' names say which family it is: biases, `q_norm`, `qkv_proj` and `gate_up_proj` are used where they are,
-    and the head is the embedding where there is no `lm_head.weight`.
+    The tensors' names say which family it is: biases, norms, convolutions, `qkv_proj` and `gate_up_proj` are used where
+    they are, and the head is the embedding where there is no `lm_head.weight`. Only multipliers and what Gemma computes
+    with the same names follow from the config.json.
 
     Args:
         tensors: what a checkpoint holds, name -> array.
@@ -168,20 +179,43 @@ def decoder_logits(
     Shapes: tokens (N) -> (N, V)
     """
     cos, sin = rope_table(config.rope, len(tokens)) if rotation is None else rotation
-    embedding = tensors["model.embed_tokens.weight"]
-    x = np.array([embedding[token] for token in tokens], dtype=np.float64)
+    source, embedding = config.source, tensors["model.embed_tokens.weight"]
+    is_gemma = source["model_type"] == "gemma3_text"
+    embedded = math.sqrt(config.hidden_size) if is_gemma else source.get("embedding_multiplier", 1.0)
+    x = np.array([embedded * embedding[token] for token in tokens], dtype=np.float64)
+
+    def norm(held: Mapping[str, Array], name: str, x: Array) -> Array:
+        """The norm of that name, if there is one."""
+        weight = held.get(f"{name}.weight")
+        return x if weight is None else rms_norm(x, is_gemma + weight, config.rms_norm_eps)
+
     for layer in range(config.num_hidden_layers):
         part = {
             name.removeprefix(f"model.layers.{layer}."): tensor
             for name, tensor in tensors.items()
             if name.startswith(f"model.layers.{layer}.")
         }
-        normed = rms_norm(x, part["input_layernorm.weight"], config.rms_norm_eps)
-        x = x + _attention(part, config, layer, normed, cos, sin)
-        normed = rms_norm(x, part["post_attention_layernorm.weight"], config.rms_norm_eps)
-        x = x + _mlp(part, normed)
-    x = rms_norm(x, tensors["model.norm.weight"], config.rms_norm_eps)
-    return _linear(x, tensors.get("lm_head.weight", embedding))
+        has_norms_after = "post_feedforward_layernorm.weight" in part
+        own = (cos, sin) if cos.ndim == 2 else (cos[config.windows[layer] is None], sin[config.windows[layer] is None])
+        y = norm(part, "operator_norm", norm(part, "input_layernorm", x))
+        y = _convolution(part, y) if "conv.conv.weight" in part else _attention(part, config, layer, y, *own)
+        if has_norms_after:
+            y = norm(part, "post_attention_layernorm", y)
+        x = x + source.get("residual_multiplier", 1.0) * y
+        before = "pre_feedforward_layernorm" if has_norms_after else "post_attention_layernorm"
+        y = _mlp(part, norm(part, "ffn_norm", norm(part, before, x)), is_gemma)
+        y = norm(part, "post_feedforward_layernorm", y)
+        x = x + source.get("residual_multiplier", 1.0) * y
+    x = norm(tensors, "model.embedding_norm", norm(tensors, "model.norm", x))
+    return _linear(x, tensors.get("lm_head.weight", embedding)) / source.get("logits_scaling", 1.0)
+
+
+def _convolution(part: Mapping[str, Array], x: Array) -> Array:
+    """out(c · Σⱼ wⱼ · (b · x)[i - j]), where b, c and x are thirds of one projection  [LFM2 Technical Report §2]."""
+    b, c, rows = np.split(_project(part, "conv.in_proj", x), 3, axis=1)
+    rows, weight = b * rows, part["conv.conv.weight"][:, 0, ::-1].T
+    mixed = np.array([sum(weight[j] * rows[i - j] for j in range(min(i + 1, len(weight)))) for i in range(len(rows))])
+    return _project(part, "conv.out_proj", c * (mixed + part.get("conv.conv.bias", 0.0)))
 
 
 def _attention(part: Mapping[str, Array], config: Any, layer: int, x: Array, cos: Array, sin: Array) -> Array:
@@ -191,14 +225,23 @@ def _attention(part: Mapping[str, Array], config: Any, layer: int, x: Array, cos
         flat = [joint[:, : H * E], joint[:, H * E : (H + K) * E], joint[:, (H + K) * E :]]
     else:
         flat = [_project(part, f"self_attn.{name}_proj", x) for name in "qkv"]
+    is_gemma = config.source["model_type"] == "gemma3_text"
+    for name in ("q_norm", "q_layernorm"):
+        if (weight := part.get(f"self_attn.{name}.weight")) is not None:
+            width = len(weight)  # of a head, or of all of them
+            others = part[f"self_attn.k{name[1:]}.weight"]
+            flat[0] = rms_norm(flat[0].reshape(-1, width), is_gemma + weight, config.rms_norm_eps)
+            flat[1] = rms_norm(flat[1].reshape(-1, len(others)), is_gemma + others, config.rms_norm_eps)
     q, k, v = (projected.reshape(len(x), -1, E) for projected in flat)
-    if "self_attn.q_norm.weight" in part:
-        q = rms_norm(q, part["self_attn.q_norm.weight"], config.rms_norm_eps)
-        k = rms_norm(k, part["self_attn.k_norm.weight"], config.rms_norm_eps)
+    if is_gemma:
+        q = q * math.sqrt(E / config.source.get("query_pre_attn_scalar", 256))
+    if config.source["model_type"] == "granite":
+        q = q * math.sqrt(E) * config.source.get("attention_multiplier", 1.0)
     if _is_rotated(config.source, layer):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     heads = causal_attention(q, k, v, [len(x)], [len(x)], config.windows[layer])
-    return _project(part, "self_attn.o_proj", heads.reshape(len(x), H * E))
+    name = "o_proj" if "self_attn.o_proj.weight" in part else "out_proj"
+    return _project(part, f"self_attn.{name}", heads.reshape(len(x), H * E))
 
 
 def _is_rotated(source: Mapping[str, Any], layer: int) -> bool:
@@ -209,13 +252,17 @@ def _is_rotated(source: Mapping[str, Any], layer: int) -> bool:
     return bool(listed[layer]) if listed is not None else (layer + 1) % interval > 0
 
 
-def _mlp(part: Mapping[str, Array], x: Array) -> Array:
+def _mlp(part: Mapping[str, Array], x: Array, is_gemma: bool) -> Array:
+    if "feed_forward.w1.weight" in part:
+        return _project(
+            part, "feed_forward.w2", swiglu(_project(part, "feed_forward.w1", x), _project(part, "feed_forward.w3", x))
+        )
     if "mlp.gate_up_proj.weight" in part:
         joint = _project(part, "mlp.gate_up_proj", x)
         gate, up = joint[:, : joint.shape[1] // 2], joint[:, joint.shape[1] // 2 :]
     else:
         gate, up = _project(part, "mlp.gate_proj", x), _project(part, "mlp.up_proj", x)
-    return _project(part, "mlp.down_proj", swiglu(gate, up))
+    return _project(part, "mlp.down_proj", geglu(gate, up) if is_gemma else swiglu(gate, up))
 
 
 def _project(part: Mapping[str, Array], name: str, x: Array) -> Array:

@@ -27,13 +27,15 @@ _NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
 _BART = "q_proj k_proj v_proj out_proj fc1 fc2"
 
 TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules are called as in transformers 5
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3"), _of(_LLAMA)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2"), _of(_LLAMA)),
+    **dict.fromkeys(("qwen2", "qwen3", "smollm3"), _of(_LLAMA)),
     **dict.fromkeys(("bert", "roberta"), _of(_BERT)),
     **dict.fromkeys(("bloom", "falcon", "gpt_neox"), _of(_NEOX)),
     **dict.fromkeys(("opt", "whisper"), _of(_BART)),
     "distilbert": _of("q_lin k_lin v_lin out_lin lin1 lin2"),
     "gpt2": _of("c_attn c_proj c_fc"),
     "gptj": _of("q_proj k_proj v_proj out_proj fc_in fc_out"),
+    "lfm2": _of("q_proj k_proj v_proj out_proj in_proj w1 w2 w3"),
     "mamba": _of("in_proj", leave="x_proj dt_proj out_proj"),
     "mixtral": _of(_ATTENTION),
     "phi": _of("q_proj k_proj v_proj dense fc1 fc2"),

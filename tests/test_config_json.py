@@ -63,6 +63,7 @@ DEFAULTS = {
     "qwen3": {"num_key_value_heads": 32, "trained_length": 32768, "head_dim": 128},
     "smollm3": {"num_key_value_heads": 4, "trained_length": 32768, "theta": 2e6, "tie_word_embeddings": True},
     "phi3": {"num_key_value_heads": 32, "trained_length": 4096, "rms_norm_eps": 1e-5},
+    "olmo2": {"num_key_value_heads": 32, "trained_length": 2048, "rms_norm_eps": 1e-5},
 }
 COMMON = {
     "head_dim": 2,
@@ -108,6 +109,7 @@ def test_biases_are_read_where_the_family_has_them():
         "qwen3": (True, True, False),
         "smollm3": (True, True, True),
         "phi3": (False, False, False),
+        "olmo2": (True, True, False),
     }
 
 

@@ -11,6 +11,7 @@ from minilora.files import read_json
 from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.family import Family, attention_biases, equal_windows
+from minilora.models.olmo2 import OLMO2
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.rotary import FLOAT, build_rope, is_positive
@@ -43,6 +44,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen3": QWEN3,
     "smollm3": SMOLLM3,
     "phi3": PHI3,
+    "olmo2": OLMO2,
 }
 COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,

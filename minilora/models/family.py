@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from minilora.errors import ConfigError
-from minilora.llama import BuildBlock, llama_block
+from minilora.llama import BuildBlock, Checkpointing, CosSin, llama_block
 
 Values = Mapping[str, Any]  # of a config.json, with the family's defaults for missing keys
 
@@ -27,6 +30,22 @@ class Family:
     defaults: Values
     fields: Callable[[Values], dict[str, Any]]
     build_block: BuildBlock = llama_block
+
+
+class ResidualBlock(nn.Module):
+    """A block of two branches that a family defines: x ← x + attention_branch(x), x ← x + mlp_branch(x) (abstract)."""
+
+    def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
+        x = x + self.attention_branch(x, rotation, documents)
+        if checkpointing == "mlp":
+            return x + checkpoint(self.mlp_branch, x, use_reentrant=False)
+        return x + self.mlp_branch(x)
+
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+        raise NotImplementedError
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 def attention_biases(values: Values) -> dict[str, Any]:

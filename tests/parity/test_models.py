@@ -1,5 +1,7 @@
 """Ours and transformers' decoders: the same logits, the same files, the same text, drawn or greedy."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ import minilora as ml
 from minilora.models.config import FAMILIES as TYPES
 from minilora.models.config import parse_config
 from minilora.models.generate import probabilities
-from minilora.testing.compare import assert_parity
+from minilora.testing.compare import assert_maths, assert_parity, assert_precision
 from tests.models import FAMILIES, randn, seeds, tiny_model, token_ids
 from tests.test_config_json import MINIMAL, meaning
 
@@ -30,18 +32,49 @@ def theirs_model(ours):
     return theirs
 
 
+def in_float64(ours):
+    """transformers' model in float64, whose norms, too, compute in it."""
+    theirs = theirs_model(ours).double()
+    theirs.load_state_dict(ours.state_dict())
+    for norm in (each for each in theirs.modules() if type(each).__name__.endswith("RMSNorm")):
+        is_gemma, eps = "Gemma" in type(norm).__name__, getattr(norm, "variance_epsilon", None) or norm.eps
+        norm.forward = partial(rms_norm, norm, is_gemma, eps)
+    return theirs
+
+
+def rms_norm(norm, is_gemma, eps, x):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (is_gemma + norm.weight)
+
+
+SHAPES = (
+    {},
+    {"hidden_size": 12, "intermediate_size": 9, "num_attention_heads": 2, "num_key_value_heads": 1},
+    {"hidden_size": 36, "intermediate_size": 17, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 83},
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @families
 @torch.no_grad()
-def test_logits_are_equal_at_every_length_and_of_padded_rows(family):
-    ours = tiny_model(family, dtype=torch.float32)
-    theirs = theirs_model(ours)
+def test_logits_are_equal_at_every_length_and_of_padded_rows(family, shape):
+    ours = tiny_model(family, **shape)
+    theirs = in_float64(ours)
     for length in (1, 10, 30):
         tokens = token_ids(length, 2, length)
-        assert_parity(ours(tokens), theirs(input_ids=tokens).logits)
+        assert_maths(ours(tokens), theirs(input_ids=tokens).logits)
     tokens, lengths = token_ids(0, 2, 9), [9, 4]
     mask = torch.arange(9) < torch.tensor(lengths).unsqueeze(1)
     padded = theirs(input_ids=tokens, attention_mask=mask.long()).logits
-    assert_parity(ours(tokens, lengths)[mask], padded[mask])
+    assert_maths(ours(tokens, lengths)[mask], padded[mask])
+
+
+@families
+@torch.no_grad()
+def test_in_bfloat16_logits_are_as_exact_as_theirs(family):
+    ours = tiny_model(family)
+    exact = ours(TOKENS)
+    theirs = theirs_model(ours).bfloat16()(input_ids=TOKENS).logits
+    assert_precision(ours.bfloat16()(TOKENS), theirs, exact)
 
 
 @families

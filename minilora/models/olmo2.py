@@ -1,0 +1,49 @@
+"""OLMo 2: a Llama that normalizes what a branch of the residual stream puts out, not what it takes in.
+
+    x ← x + rms_norm(attention(x)),  x ← x + rms_norm(mlp(x))        [OLMo Team 2024, 2 OLMo 2 Furious, §2]
+    q ← rotate(rms_norm(q)),  k ← rotate(rms_norm(k))                before q and k are divided into heads
+
+So `post_attention_layernorm` belongs to attention here; in a Llama it is the norm before the MLP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from minilora.llama import MLP, Attention, CosSin, LlamaConfig, RMSNorm
+from minilora.models.family import Family, ResidualBlock, attention_biases
+
+
+class Olmo2Attention(Attention):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__(config, layer)
+        self.q_norm = RMSNorm(config.num_attention_heads * config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.num_key_value_heads * config.head_dim, config.rms_norm_eps)
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        rows = (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x))
+        return [each.unflatten(-1, (-1, self.head_dim)) for each in rows]
+
+
+class Olmo2Block(ResidualBlock):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = Olmo2Attention(config, layer)
+        self.mlp = MLP(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+        return self.post_attention_layernorm(self.self_attn(x, rotation, documents))
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return self.post_feedforward_layernorm(self.mlp(x))
+
+
+def build_block(config: LlamaConfig, layer: int) -> nn.Module:
+    return Olmo2Block(config, layer)
+
+
+OLMO2 = Family("Olmo2", {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}, attention_biases, build_block)
