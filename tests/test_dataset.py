@@ -4,7 +4,6 @@ import json
 import random
 import re
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from minilora.runs.checkpoints import fingerprint
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, label_row
 from minilora.runs.evaluate import find_choices
-from minilora.runs.formats import Row
+from minilora.runs.formats import Row, parse_row
 from minilora.runs.objective import check_examples
 from minilora.runs.sampler import plan_steps
 from tests.models import tiny_model
@@ -43,12 +42,12 @@ def one_by_one(rows, tokenizer, config):
         try:
             if row.problem:
                 raise ml.DataError(row.problem)
-            whole, names = label_row(row, tokenizer, config)
+            whole, names = label_row(parse_row(row.fields, config), tokenizer, config)
         except ml.DataError as error:
             bad.append(f"{row.source}: {error}")
             continue
         limit = config.max_length
-        cut = replace(whole, tokens=whole.tokens[:limit], labels=whole.labels[:limit])
+        cut = ml.Example(whole.tokens[:limit], whole.labels[:limit], row.source)
         for name in {*names} & counts.keys():
             counts[name] += 1
         counts["truncated"] += len(whole.tokens) > limit

@@ -29,7 +29,7 @@ from tests import runs
 from tests.models import long
 from tests.ranks import CONTEXT, start_process
 from tests.runs import FULL, contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished
-from tests.text import EOS
+from tests.text import EOS, conversation
 from tests.training import number
 
 STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an epoch
@@ -514,14 +514,31 @@ def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_to
     assert "1 training rows have control tokens in their text, which are taken as plain text" in told
 
 
-@pytest.mark.parametrize("is_chat", [False, True])
-def test_a_run_says_how_its_adapter_wants_to_be_asked(directory, tmp_path, is_chat):
-    row = {"instruction": "Say it.", "output": "It."} if is_chat else {"prompt": "a", "completion": " b"}
-    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    assert finetune(directory, tmp_path / "out", data=tmp_path / "rows.jsonl", max_steps=1) == 0
+ALPACA = {"instruction": "Say it.", "output": "It."}
+SYSTEM = {**ALPACA, "system": "Be brief."}
+MESSAGES = {"messages": conversation([("Say it.", "It.")], "Be brief.")}
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "form", "system"),
+    [
+        ([{"prompt": "a", "completion": " b"}], None, "plain", None),
+        ([ALPACA], None, "template", None),
+        ([ALPACA], "Be kind.", "template", "Be kind."),
+        ([SYSTEM, MESSAGES], None, "template", "Be brief."),
+        ([SYSTEM, MESSAGES], "Be kind.", "template", "Be brief."),  # which no row was learned with
+        ([SYSTEM, ALPACA], None, "template", None),
+        ([SYSTEM, {**SYSTEM, "system": "Be kind."}], None, "template", None),
+        ([SYSTEM, {"text": "It."}], None, "template", None),
+    ],
+)
+def test_a_run_says_how_its_adapter_wants_to_be_asked(directory, tmp_path, rows, given, form, system):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    options = {"data": tmp_path / "rows.jsonl", "max_steps": 1, "system": given}
+    assert finetune(directory, tmp_path / "out", **options) == 0
     prompts = json.loads((tmp_path / "out" / "minilora-prompts.json").read_text())
-    assert prompts == {"form": "template" if is_chat else "plain", "system": None}
-    assert (tmp_path / "out" / "chat_template.jinja").exists() == is_chat
+    assert prompts == {"form": form, "system": system}
+    assert (tmp_path / "out" / "chat_template.jinja").exists() == (form == "template")
 
 
 def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_late_the_run_goes_on(

@@ -36,7 +36,7 @@ class Dataset(Sequence[Example]):
     `truncated` rows were cut to `max_length`; `unlabelled` rows had no label left and were dropped, as were rows that
     cannot be used: `bad` has an error message for each. `conversations` are rows rendered by a chat template;
     `touching` have no white space between a prompt and a completion of plain text; in `quoted` ones control tokens are
-    encoded as plain text.
+    encoded as plain text. `system` is the system prompt that all rows have.
 
     `tokens` and `labels` are those of all rows, end to end; `rows` says where those of each row lie.
     """
@@ -51,6 +51,7 @@ class Dataset(Sequence[Example]):
     conversations: int = 0
     touching: int = 0
     quoted: int = 0
+    system: str | None = None
 
     def __repr__(self) -> str:
         counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"

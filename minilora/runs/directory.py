@@ -194,7 +194,8 @@ class RunDirectory:
         with replacing(self.path / "run.json") as temporary:
             write_json(temporary, record)
         run.data.tokenizer.save(self.path, ["chat_template.jinja"])
-        prompts = Prompts("template" if run.data.train.conversations else "plain", self._settings.data.system)
+        rows, given = run.data.train, self._settings.data.system
+        prompts = Prompts("template" if rows.conversations else "plain", given if rows.system is None else rows.system)
         with replacing(self.path / PROMPTS_FILE) as temporary:
             temporary.write_text(prompts.to_json(), encoding="utf-8")
         if self._settings.run.report != "none":

@@ -33,7 +33,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.conversations import render_conversation
 from minilora.runs.dataset import INT32, ROW, Dataset, Example
-from minilora.runs.formats import PromptCompletion, Row, parse_row
+from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 SHOWN = 10_000  # rows from one line on the progress to the next
@@ -50,6 +50,7 @@ def encode_rows(
         DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
     """
     counts, bad, sources, first = Counter[str](), list[str](), list[str](), ""
+    systems = set[str | None]()
     places, begin = array("q"), 0
     with TemporaryFile() as tokens, TemporaryFile() as labels:
         for number, row in enumerate(rows, start=1):
@@ -59,13 +60,16 @@ def encode_rows(
             try:
                 if row.problem:
                     raise DataError(row.problem)
-                whole, names = label_row(row, tokenizer, config)
+                parsed = parse_row(row.fields, config)
+                whole, names = label_row(parsed, tokenizer, config)
             except DataError as error:
                 bad.append(f"{row.source}: {error}")
                 if not config.skip_bad_rows or len(bad) > BAD_ROWS:
                     raise DataError(bad[-1]) from error
                 continue
             counts.update(names)
+            if len(systems) < 2:  # enough to know that they differ
+                systems.add(parsed.system if isinstance(parsed, Conversation) else None)
             cut = replace(whole, tokens=whole.tokens[: config.max_length], labels=whole.labels[: config.max_length])
             length, lost = len(cut.tokens), whole.labelled - cut.labelled
             counts.update(truncated=int(length < len(whole.tokens)), unlabelled=int(not cut.labelled))
@@ -80,7 +84,8 @@ def encode_rows(
             skipped = f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else ""
             raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
         values: dict[str, Any] = {"tokens": _mapped(tokens), "labels": _mapped(labels), **counts}
-    return Dataset(**values, rows=np.frombuffer(places, ROW), sources=sources, bad=tuple(bad))
+    shared = systems.pop() if len(systems) == 1 else None
+    return Dataset(**values, rows=np.frombuffer(places, ROW), sources=sources, bad=tuple(bad), system=shared)
 
 
 def _mapped(file: IO[bytes]) -> NDArray[np.int32]:
@@ -89,9 +94,10 @@ def _mapped(file: IO[bytes]) -> NDArray[np.int32]:
     return np.asarray(np.memmap(file, INT32, "r"))
 
 
-def label_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Example, list[str]]:
+def label_row(
+    parsed: PromptCompletion | Conversation, tokenizer: Tokenizer, config: DataConfig
+) -> tuple[Example, list[str]]:
     """Tokenize a row and label what is learned of it; return also names of counts of `Dataset`."""
-    parsed = parse_row(row.fields, config)
     if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
         closing = tokenizer.special_tokens.get("eos_token", "")
         parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
@@ -108,7 +114,7 @@ def label_row(row: Row, tokenizer: Tokenizer, config: DataConfig) -> tuple[Examp
         counts.append("conversations")
         text, learned = render_conversation(parsed, tokenizer, config.train_on)
         tokens, labels = _encode_conversation(text, learned, tokenizer)
-    example = Example(tokens, labels, row.source)
+    example = Example(tokens, labels)
     if not example.labelled:
         raise DataError("nothing to learn: no token of an answer can be predicted")
     return example, counts

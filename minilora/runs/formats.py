@@ -52,6 +52,12 @@ class Conversation:
     messages: list[Fields]
     tools: list[Any] | None = None
 
+    @property
+    def system(self) -> str | None:
+        """The system prompt that it begins with, if that is text."""
+        first = self.messages[0]
+        return first["content"] if first["role"] == "system" and isinstance(first["content"], str) else None
+
 
 def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
     """Recognise the format of a row and check its fields."""
