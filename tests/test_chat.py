@@ -14,6 +14,7 @@ from tests.runs import interrupt_generation, type_in, write_chat_models
 from tests.text import CHATML, CLOSE, OPEN
 
 NEW = 6
+CUT = f"cut after {NEW} tokens; --max-new-tokens allows more\n"
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,15 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def chat(run, monkeypatch):
-    """Say lines to the chat model; what came on standard output and on standard error. It must succeed."""
+    """Say lines to the chat model; what came on standard output and on standard error. It must succeed.
+
+    Standard error is without the lines about replies that were cut: all are that are not stopped.
+    """
 
     def say(*lines, flags=(), end="\n", model="chat"):
         type_in(monkeypatch, end.join(lines) + end)
-        return run("chat", f"--model={model}", f"--max-new-tokens={NEW}", *flags)
+        found = run("chat", f"--model={model}", f"--max-new-tokens={NEW}", *flags)
+        return found._replace(err=found.err.replace(CUT, ""))
 
     return say
 
@@ -72,6 +77,11 @@ def test_each_reply_is_sampled_with_the_next_seed(directory, chat):
     talk, said = Talk(directory, temperature=1.5), ("the cat", "sat", "sat")
     replies = [talk.say(text, seed=7 + i) for i, text in enumerate(said)]
     assert chat(*said, flags=("--temperature=1.5", "--seed=7")).out == lines_of(*replies)
+
+
+def test_a_reply_that_was_cut_says_so(run, monkeypatch):
+    type_in(monkeypatch, "the cat\n")
+    assert run("chat", "--model=chat", f"--max-new-tokens={NEW}").err == CUT
 
 
 def test_a_message_cannot_forge_a_turn(directory, chat):

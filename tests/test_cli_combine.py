@@ -253,14 +253,14 @@ def test_an_adapter_is_not_applied_to_the_model_that_it_is_merged_into(directory
 
 
 def test_a_model_that_is_not_the_one_an_adapter_records_is_spoken_of(directory, tmp_path, capsys, monkeypatch):
-    said, asked = runner(directory, capsys, monkeypatch), ["generate", "--adapter=a", "--prompt=a"]
+    said, asked = runner(directory, capsys, monkeypatch), ["generate", "--adapter=a", "--prompt=a", "--json"]
     note = f"a: was trained on the model {str(directory / 'model')!r}; this one is 'tuned'\n"
     assert said(*asked, "--model=tuned").err == note
     assert note in said("merge", "--adapter=a", "--model=tuned", f"--out={tmp_path / 'out'}").err
     for model in ("model", directory / "model", directory / "a" / ".." / "model"):
         assert said(*asked, f"--model={model}").err == ""
     edit(shutil.copytree("a", tmp_path / "silent"), base_model_name_or_path=None)
-    assert said("generate", f"--adapter={tmp_path / 'silent'}", "--prompt=a", "--model=tuned").err == ""
+    assert said("generate", f"--adapter={tmp_path / 'silent'}", "--prompt=a", "--json", "--model=tuned").err == ""
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit_where_one_is_recorded():

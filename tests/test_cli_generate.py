@@ -30,14 +30,19 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def command(directory, capsys, monkeypatch):
-    """Run the command among the models, with a text on standard input; what it prints. It must succeed, quietly."""
+    """Run the command among the models, with a text on standard input; what it prints.
+
+    It must succeed, and say nothing except, for each text of a JSON object or not, that it was cut if it was.
+    """
     run = runner(directory, capsys, monkeypatch)
 
-    def generate(*words, stdin="", model="model", max_new_tokens=8):
+    def generate(*words, stdin="", model="model", max_new_tokens=8, cut=None):
         type_in(monkeypatch, stdin)
         base = [f"--model={model}"] if model else []
         out, err = run("generate", *base, f"--max-new-tokens={max_new_tokens}", *words)
-        assert err == ""
+        note = f"cut after {max_new_tokens} tokens; --max-new-tokens allows more\n"
+        assert err == note * err.count("\n")
+        assert cut in (None, err.count("\n"))
         return out
 
     return generate
@@ -72,7 +77,9 @@ def user(text):
 
 
 def rows_of(output):
-    return [json.loads(line) for line in output.splitlines()]
+    """The objects that were printed, each without its reasons to finish."""
+    rows = [json.loads(line) for line in output.splitlines()]
+    return [{key: value for key, value in row.items() if not key.endswith("finish_reason")} for row in rows]
 
 
 # --- one prompt ---
@@ -101,11 +108,14 @@ def test_standard_input_is_one_prompt_without_its_last_line_end(directory, comma
 def test_text_is_printed_piece_by_piece_as_it_is_written(directory, monkeypatch, command):
     text, seen = written(directory, "the cat"), []
     monkeypatch.setattr(ml.models.generate, "_next_logits", watched(ml.models.generate._next_logits, seen))
-    monkeypatch.setattr("builtins.print", lambda piece="", **options: seen.append((piece, options.get("flush"))))
+    monkeypatch.setattr("builtins.print", lambda piece="", **options: seen.append((piece, options == PIECE)))
     command("--prompt=the cat")
     shown = [i for i, event in enumerate(seen) if event and event[1]]
     assert "".join(seen[i][0] for i in shown) == text
     assert None in seen[shown[0] : shown[-1]]  # the model in between
+
+
+PIECE = {"end": "", "flush": True}
 
 
 def watched(function, seen):
@@ -122,7 +132,18 @@ def test_every_token_that_ends_a_text_does(directory, command, tmp_path):
     shutil.copytree(directory / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [new[3], new[5]]}))
     expected = tokenizer.decode(new[: new.index(new[3])])
-    assert command("--prompt=the cat", model=tmp_path / "model") == expected + "\n"
+    assert command("--prompt=the cat", model=tmp_path / "model", cut=0) == expected + "\n"
+
+
+def test_a_text_that_was_cut_says_so(directory, command):
+    text = written(directory, "the cat")
+    for words, reason in (((), "length"), ((f"--stop={text[3:]}",), "stop"), ((f"--stop={text}!",), "length")):
+        command("--prompt=the cat", *words, cut=int(reason == "length"))
+        assert json.loads(command("--prompt=the cat", *words, "--json", cut=0))["finish_reason"] == reason
+    flags = (f"--adapter={directory / 'model-adapter'}", "--compare-base", f"--stop={text[3:]}")
+    command("--prompt=the cat", *flags, cut=1)
+    row = json.loads(command("--prompt=the cat", *flags, "--json"))
+    assert (row["base_finish_reason"], row["finish_reason"]) == ("stop", "length")
 
 
 def test_a_stop_string_ends_the_text_before_it(directory, command, monkeypatch):

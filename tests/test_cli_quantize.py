@@ -70,7 +70,7 @@ def test_an_adapter_says_how_its_base_was_held_and_one_that_does_not_says_nothin
     assert {name: base_quantization(directory / name) for name in held} == held
     silent = with_metadata(directory / "quantized", tmp_path / "silent", {})
     assert base_quantization(silent) is None
-    assert run("generate", "--adapter", silent, "--prompt=the cat").err == ""
+    assert run("generate", "--adapter", silent, "--prompt=the cat", "--json").err == ""
 
 
 # --- the base is held as in training, and what is otherwise is said ---
@@ -106,7 +106,7 @@ def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(run, adapter)
     ],
 )
 @pytest.mark.parametrize(
-    "command", [["generate", "--prompt=a", "--max-new-tokens=1"], *long(["eval", "--data=rows.jsonl"])]
+    "command", [["generate", "--prompt=a", "--json", "--max-new-tokens=1"], *long(["eval", "--data=rows.jsonl"])]
 )
 def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, run, command, words, said):
     adapter = words[0].partition("=")[2]
@@ -149,7 +149,9 @@ def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
     model = ml.load_model(directory / "model", quantize="nf4")
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)
     ml.save_model(model, tmp_path / "head", ml.load_tokenizer(directory / "model"))
-    said = run("generate", f"--model={tmp_path / 'head'}", "--adapter=quantized", "--prompt=a").err.splitlines()
+    said = run(
+        "generate", f"--model={tmp_path / 'head'}", "--adapter=quantized", "--prompt=a", "--json"
+    ).err.splitlines()
     assert said[0] == "the base model is nf4 (the head too) with double quantization"
 
 

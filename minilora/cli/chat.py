@@ -19,7 +19,7 @@ from minilora.adapters.layout import tokenizer_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
+from minilora.cli.write import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, MiniloraError
 from minilora.models.config import trained_length
 from minilora.models.hub import fetch
@@ -114,9 +114,12 @@ class Chat:
             print(piece, end="", flush=True)
 
         generation = replace(self._generation, seed=self._generation.seed + self.replies)
+        written: list[Written] = []
         with suppress(KeyboardInterrupt):
-            generate_text(self.model, tokenizer, [ids], generation, show)
+            written = generate_text(self.model, tokenizer, [ids], generation, show)
         print(flush=True)
+        for each in written:
+            say_cut(each, generation.max_new_tokens)
         self.replies += 1
         if pieces:
             self.turns = [*turns, {"role": "assistant", "content": "".join(pieces)}]

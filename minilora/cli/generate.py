@@ -22,18 +22,18 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import GenerationConfig, add_generation_flags, generate_text
+from minilora.cli.write import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.config import DataConfig
 from minilora.runs.conversations import encode_question
 from minilora.runs.encoders import use_prompt_style
-from minilora.runs.formats import PromptCompletion, Row, parse_prompt
+from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
 
 BATCH_SIZE = 8  # texts that are generated at a time
-Write = Callable[..., list[str]]  # ("base" or "text", prompts, number of the first one, show) -> texts
+Write = Callable[..., list[Written]]  # ("base" or "text", prompts, number of the first one, show) -> texts
 
 
 def add_flags(parser: Parser) -> None:
@@ -65,8 +65,8 @@ def add_flags(parser: Parser) -> None:
     add(
         "--json",
         action="store_true",
-        help="print a JSON object per line, as --prompts and several --prompt always do: the prompt's row, `text` and "
-        "with --compare-base `base`",
+        help="print a JSON object per line, as --prompts and several --prompt always do: the prompt's row, `text`, "
+        "`finish_reason` (stop, or length if it was cut), and with --compare-base `base` and `base_finish_reason`",
     )
 
 
@@ -79,7 +79,9 @@ def run(options: Options) -> int:
     prompts = encode_prompts(rows, tokenizer, options)
     keys = ["base", "text"] if options["compare_base"] else ["text"]
 
-    def write(key: str, prompts: list[list[int]], first: int, show: Callable[[str], object] | None = None) -> list[str]:
+    def write(
+        key: str, prompts: list[list[int]], first: int, show: Callable[[str], object] | None = None
+    ) -> list[Written]:
         with disable_adapter(model) if key == "base" else nullcontext():
             seeded = replace(generation, seed=generation.seed + first)
             return generate_text(model, tokenizer, prompts, seeded, show)
@@ -87,7 +89,7 @@ def run(options: Options) -> int:
     if options["json"] or options["prompts"] is not None or len(rows) > 1:
         _print_json(write, rows, prompts, keys)
     else:
-        _print_text(write, prompts, keys, "".join(options["adapter"]))
+        _print_text(write, prompts, keys, "".join(options["adapter"]), generation.max_new_tokens)
     return 0
 
 
@@ -171,20 +173,27 @@ def _print_json(write: Write, rows: Sequence[Row], prompts: Sequence[list[int]],
     for begin in range(0, len(rows), BATCH_SIZE):
         answers = [row.fields for row in rows[begin : begin + BATCH_SIZE]]
         for key in keys:
-            texts = write(key, prompts[begin : begin + BATCH_SIZE], begin)
-            answers = [{**answer, key: text} for answer, text in zip(answers, texts, strict=True)]
+            written = write(key, prompts[begin : begin + BATCH_SIZE], begin)
+            answers = [answer | as_fields(key, each) for answer, each in zip(answers, written, strict=True)]
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
-def _print_text(write: Write, prompts: Sequence[list[int]], keys: Sequence[str], adapter: str) -> None:
+def as_fields(key: str, written: Written) -> Fields:
+    """Return a text as fields of a row, under its key."""
+    reason = "finish_reason" if key == "text" else f"{key}_finish_reason"
+    return {key: written.text, reason: written.finish_reason}
+
+
+def _print_text(write: Write, prompts: Sequence[list[int]], keys: Sequence[str], adapter: str, limit: int) -> None:
     """Print the texts of one prompt while they are generated, under titles if there are two."""
     for key in keys:
         if len(keys) > 1:
             print(f"--- {adapter if key == 'text' else key}")
         try:
-            write(key, prompts, 0, partial(print, end="", flush=True))
+            (written,) = write(key, prompts, 0, partial(print, end="", flush=True))
         except KeyboardInterrupt:
             print()
             raise
-        print()
+        print(flush=True)
+        say_cut(written, limit)

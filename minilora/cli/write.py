@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import final
+from typing import Literal, NamedTuple, final
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
-from minilora.cli import Parser
+from minilora.cli import Parser, say
 from minilora.cli.flags import add_fields
 from minilora.errors import ConfigError, option
 from minilora.llama import Llama
@@ -80,6 +80,13 @@ class TextStream:
                 self._show(decoded[begin:end])
 
 
+class Written(NamedTuple):
+    """What a model has written after a prompt: the text, and whether it ended or was cut at the maximum length."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """Settings of text generation, which `minilora.generate` checks."""
@@ -108,20 +115,31 @@ def generate_text(
     prompts: Sequence[list[int]],
     generation: GenerationConfig,
     show: Callable[[str], object] | None = None,
-) -> list[str]:
-    """Return the text that the model generates after each prompt. `show` is called with each settled piece."""
+) -> list[Written]:
+    """Return what the model writes after each prompt. `show` is called with each settled piece of a text."""
     settings = asdict(generation)
     stops = settings.pop("stop")
     streams = [TextStream(tokenizer, stops, show) for _ in prompts]
     with merged_if_faster(model, generation.max_new_tokens):
-        generate(
+        written = generate(
             model,
             prompts,
             stop_ids=tokenizer.stop_ids,
             on_token=lambda row, token: streams[row].add(token),
             **settings,
         )
-    return [stream.finish() for stream in streams]
+    texts = [stream.finish() for stream in streams]
+    are_cut = [
+        len(tokens) == generation.max_new_tokens and not stream.is_stopped
+        for tokens, stream in zip(written, streams, strict=True)
+    ]
+    return [Written(text, "length" if is_cut else "stop") for text, is_cut in zip(texts, are_cut, strict=True)]
+
+
+def say_cut(written: Written, limit: int) -> None:
+    """Say that a text was cut, if it was."""
+    if written.finish_reason == "length":
+        say(f"cut after {limit} tokens; --max-new-tokens allows more")
 
 
 def merged_if_faster(model: Llama, tokens: int) -> AbstractContextManager[None]:
