@@ -148,23 +148,6 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
 
 
 @pytest.mark.parametrize(
-    ("dtype", "key_lengths", "window", "kernel"),
-    [
-        (torch.bfloat16, [2048], None, block_attention),
-        (torch.float32, [512], None, block_attention),
-        (torch.float32, [512, 2048], None, block_attention),
-        (torch.float32, [2049], None, fused_attention),
-        (torch.float32, [20, 511], None, fused_attention),
-        (torch.float32, [20, 4096], None, fused_attention),
-        (torch.float32, [20, 4096], 512, block_attention),
-        (torch.float32, [20, 4096], 8192, fused_attention),
-    ],
-)
-def test_the_kernel_follows_from_dtype_and_size(dtype, key_lengths, window, kernel):
-    assert select_kernel(torch.empty(0, 9, 64, dtype=dtype), key_lengths, key_lengths, window) is kernel
-
-
-@pytest.mark.parametrize(
     ("version", "dtype", "width", "capability", "window", "kernel"),
     [
         ("2.13.0", torch.bfloat16, 64, (8, 0), None, varlen_attention),

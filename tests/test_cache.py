@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.models.generate import KVCache, decode_attention
-from minilora.testing.compare import assert_maths, assert_precision
-from tests import reference_model
+from minilora.testing.compare import assert_precision
 from tests.models import allocated, long, randn, seeds, sizes, tiny_config
 
 CPU = torch.device("cpu")
@@ -31,31 +30,6 @@ def add(cache, lengths, seed, window):
     """What the cache answers to so many new tokens of each document."""
     cache.begin(lengths)
     return cache.attend(*rows(lengths, seed), window)
-
-
-@st.composite
-def calls(draw):
-    """What each call brings of each document, often one token, sometimes none."""
-    documents = draw(st.integers(1, 4))
-    news = st.lists(st.sampled_from([0, 1, 1, 1, 2, 9]), min_size=documents, max_size=documents).filter(any)
-    return draw(st.lists(news, min_size=1, max_size=5))
-
-
-@given(seeds, calls(), st.sampled_from([None, 1, WINDOW, 99]))
-def test_the_answer_is_causal_attention_over_all_that_was_given(seed, calls, window):
-    config = tiny_config("mistral", sliding_window=window)
-    cache = KVCache(config, len(calls[0]), 64, CPU)
-    past = [[torch.empty(0, 2, E, dtype=torch.float64)] * 2 for _ in calls[0]]
-    for n, lengths in enumerate(calls):
-        q, k, v = rows(lengths, seed + 10 * n)
-        new = zip(k.split(lengths), v.split(lengths), strict=True)
-        past = [[torch.cat(pair) for pair in zip(*each, strict=True)] for each in zip(past, new, strict=True)]
-        asking = [(length, *each) for length, each in zip(lengths, past, strict=True) if length]
-        keys, values = (torch.cat([each[i] for each in asking]) for i in (1, 2))
-        spans = [length for length, *_ in asking], [len(each[1]) for each in asking]
-        expected = reference_model.causal_attention(q.numpy(), keys.numpy(), values.numpy(), *spans, window)
-        assert_maths(add(cache, lengths, seed + 10 * n, window), expected)
-        assert cache.lengths == [len(keys) for keys, _ in past]
 
 
 @given(seeds, st.lists(st.integers(1, 20), min_size=1, max_size=4))

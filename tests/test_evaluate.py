@@ -233,11 +233,3 @@ def test_progress_counts_the_rows_that_are_done_up_to_all_of_them(function):
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     assert len(told) > 1
     assert told[-1] == (7, 7)
-
-
-@pytest.mark.parametrize(("choices", "passes"), [(None, ["loss"]), ([(1,), (2,)], ["loss", "accuracy"])])
-def test_each_pass_of_an_evaluation_has_its_name(choices, passes):
-    told = []
-    rows = [row((token,), (1,)) for token in range(3, 8)]
-    evaluate.evaluate(adapted(), rows, choices, lambda name: lambda done, total: told.append((name, done, total)))
-    assert [each for each in told if each[1] == each[2]] == [(name, 5, 5) for name in passes]

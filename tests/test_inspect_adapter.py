@@ -3,22 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given
-from hypothesis import strategies as st
+from hypothesis import example, given
 from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapter import adapter_layers, own_parameters
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from minilora.cli.export import export_adapter
-from minilora.files import read_json
-from minilora.testing.compare import PARITY, assert_maths, assert_parity, relative
+from minilora.adapters.layout import WEIGHTS_FILE, read_adapter
+from minilora.testing.compare import assert_maths, assert_parity
 from minilora.tools.inspect import adapter_facts, update_norm
 from tests.files import edit, save_file, saved, write_base
-from tests.models import examples, randn, scales, seeds, sizes
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IDS = torch.arange(12).view(2, 6)
+from tests.models import randn, scales, seeds, sizes
 
 
 def assert_number(found, expected, check=assert_maths):
@@ -121,58 +115,3 @@ def test_problems_are_what_reading_says_and_then_no_norm_is_given(tmp_path, case
         refusal = str(error)
     assert all(problem in refusal for problem in facts["problems"])
     assert is_seen == bool(refusal) == bool(facts["problems"]) == (not facts["modules"])
-
-
-# --- plain readers ---
-
-
-def plain_logits(base, directory):
-    """Of the model that a reader makes which knows A and B of linears and embeddings, r and lora_alpha alone."""
-    values, tensors = read_json(directory / CONFIG_FILE), load_file(directory / WEIGHTS_FILE)
-    model, scale = ml.load_model(base), values["lora_alpha"] / values["r"]
-    with torch.no_grad():
-        for name, A in tensors.items():
-            where, factor, _ = name.removeprefix("base_model.model.").partition(".lora_")
-            if factor and ("lora_A.weight" in name or "lora_embedding_A" in name):
-                weight = model.get_submodule(where).weight
-                delta = scale * tensors[name.replace("_A", "_B")] @ A
-                weight += delta if delta.shape == weight.shape else delta.T
-        return model(IDS)
-
-
-configs = st.fixed_dictionaries(
-    {"target_modules": st.lists(st.sampled_from([*LINEARS, "embed_tokens"]), min_size=1, max_size=3, unique=True)},
-    optional={
-        "use_rslora": st.just(True),
-        "use_dora": st.just(True),
-        "bias": st.sampled_from(["lora_only", "all"]),
-        "lora_bias": st.just(True),
-        "modules_to_save": st.sampled_from([("lm_head",), ("norm",), ("input_layernorm",)]),
-        "trainable_token_indices": st.just((3, 5)),
-        "rank_pattern": st.just(5),
-        "alpha_pattern": st.sampled_from([9, 4.5]),
-    },
-)
-
-
-PLAIN = {"target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
-
-
-@examples(0.6)
-@given(configs)
-@example({"target_modules": ["up_proj", "embed_tokens"]})
-@example({"target_modules": ["up_proj"], "use_rslora": True, "rank_pattern": 5, "alpha_pattern": 4.5})
-def test_a_plain_reader_is_right_after_export(tmp_path_factory, base, config):
-    first, plain = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("plain")
-    config |= {key: {config["target_modules"][0]: config[key]} for key in config if key.endswith("_pattern")}
-    try:
-        model = write(first, ml.load_model(base), **config)
-    except ml.MiniloraError:
-        assume(False)
-    if config.keys() <= PLAIN:
-        export_adapter(first, plain)
-        assert relative(plain_logits(base, plain), model(IDS), PARITY) <= 1
-    else:
-        assert relative(plain_logits(base, first), model(IDS), PARITY) > 1
-        with pytest.raises(ml.ConfigError, match="no plain form"):
-            export_adapter(first, plain)

@@ -19,7 +19,7 @@ from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.objective import rate_of_step
 from minilora.testing.compare import assert_maths, assert_parity
 from tests import models
-from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model, token_ids
+from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model
 from tests.training import (
     adapted,
     assert_same_gradient,
@@ -243,37 +243,6 @@ def test_no_two_micro_batches_of_a_run_share_a_mask(accumulation, seed):
     config = ml.TrainConfig(batch_size=2, gradient_accumulation_steps=accumulation, epochs=2, seed=seed)
     ml.train(model, random_rows(11, 7), config)
     assert len(keys) == len(set(keys)) == 8
-
-
-class GivenDropout(torch.nn.Module):
-    """Dropout with a mask for all tokens of a batch, of which each call takes the part of its own tokens."""
-
-    def __init__(self, mask, p):
-        super().__init__()
-        self.rest, self.p = mask, p
-
-    def forward(self, x):
-        mask, self.rest = self.rest.split([len(x), len(self.rest) - len(x)])
-        return x * mask / (1 - self.p)
-
-
-@few
-@given(seeds, st.lists(st.integers(2, 9), min_size=2, max_size=5), st.integers(1, 4))
-def test_in_a_loop_of_one_s_own_micro_batches_with_dropout_give_the_gradient_of_the_batch(seed, lengths, size):
-    def gradient(size):
-        model = small(lora_dropout=0.5).train()
-        for i, layer in enumerate(adapter_layers(model).values()):
-            mask = randn(seed + i, sum(lengths), layer.in_features) > 0
-            layer.adapters["default"].dropout = GivenDropout(mask, 0.5)
-        ids, labels = token_ids(seed, len(lengths), max(lengths)), sum(lengths) - len(lengths)
-        for rows, counts in zip(ids.split(size), torch.tensor(lengths).split(size), strict=True):
-            logs = model(rows, counts.tolist()).log_softmax(-1)
-            pairs = [(row, i) for row, n in enumerate(counts.tolist()) for i in range(1, n)]
-            loss = -sum(logs[row, i - 1, rows[row, i]] for row, i in pairs)
-            (loss / labels).backward()
-        return gradients(model)
-
-    assert_same_gradient(gradient(min(size, len(lengths) - 1)), gradient(len(lengths)))
 
 
 # --- stopping ---

@@ -79,15 +79,6 @@ def test_cross_entropy_gives_hidden_and_head_the_gradients_of_the_full_logits(ki
         assert_gradients_of_full_logits(case, [hidden, *trained], upstream)
 
 
-@given(seeds, st.integers(1, 60), st.integers(2, 9))
-def test_a_chunk_may_have_more_rows_than_the_vocabulary_has_tokens(seed, n, V):
-    hidden, labels, head = randn(seed, n, 4).requires_grad_(), token_ids(seed, n, high=V), make_head("bias", seed, 4, V)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "head_chunk", lambda head: n)
-        assert_maths(llama.cross_entropy(hidden, labels, head), llama.cross_entropy.function(hidden, labels, head))
-        assert_gradients_of_full_logits((hidden, labels, head), [hidden, *head.parameters()])
-
-
 def test_dropout_of_a_head_has_a_mask_for_each_row():
     """The mask follows from the seed, so chunks would share one."""
     hidden, labels = randn(0, 9, 4).requires_grad_(), token_ids(0, 9, high=5)

@@ -21,9 +21,8 @@ from minilora.nf4 import (
     quantize_weight,
 )
 from minilora.testing import reference
-from minilora.testing.compare import assert_parity
 from tests.golden.make_quantized import FILE, SMALL
-from tests.models import default_dtype, either, randn, randomize_adapters_, seeds
+from tests.models import default_dtype, either, randn, seeds
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 150))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -220,21 +219,3 @@ def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_sto
     assert layer.bias.dtype == layer.weight.dtype == y.dtype == dtype
     y.sum().backward()
     assert x.grad.dtype == torch.float32
-
-
-@pytest.mark.filterwarnings("ignore")  # of the compiler itself
-@pytest.mark.long
-def test_compiling_changes_nothing():
-    torch.compiler.reset()
-    layer = make_linear((48, 96), 7, dtype=torch.float32)
-    model = torch.nn.Sequential(layer)
-    ml.attach(model, ml.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
-    randomize_adapters_(model)
-    x = torch.linspace(-1, 1, 5 * 96).view(5, 96).requires_grad_()
-    results = []
-    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-    for run in (model, torch.compile(model, backend="aot_eager")):
-        y = run(x)
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        assert_parity(compiled, eager)

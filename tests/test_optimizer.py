@@ -10,7 +10,7 @@ import minilora as ml
 from minilora.runs.objective import EMBEDDING_RATE, build_optimizer, rate_factors, rate_of_step
 from minilora.testing.compare import assert_maths
 from tests.models import examples, seeds, tiny_model
-from tests.training import adapted, copy_checkpoint, random_rows, trained
+from tests.training import adapted, random_rows, trained
 
 RATE = 0.01
 
@@ -45,16 +45,6 @@ def test_the_schedule_keeps_the_ratio(scheduler):
         hook.remove()
     expected = [rate_of_step(step, 6, ml.TrainConfig(learning_rate=RATE, **config)) for step in range(6)]
     assert rates == [[rate, 8 * rate] for rate in expected]  # A; B and magnitudes, which are one while nothing decays
-
-
-def test_a_run_that_goes_on_keeps_the_ratio(tmp_path):
-    config = {"loraplus_lr_ratio": 8, "batch_size": 1, "save_steps": 1}
-    whole = run(random_rows(2, 5), tmp_path / "whole", save_total_limit=9, **config)
-    copy_checkpoint(tmp_path / "whole", 3, tmp_path / "half")
-    found = run(random_rows(2, 5), tmp_path / "half", **config)
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
-    with pytest.raises(ml.TrainingError, match="other data or settings"):
-        run(random_rows(2, 5), tmp_path / "half", **{**config, "loraplus_lr_ratio": 4})
 
 
 def test_an_adapted_embedding_has_a_small_rate_of_its_own_and_without_a_ratio_all_else_the_rate_itself():

@@ -1,13 +1,11 @@
 """The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import floats
@@ -32,7 +30,7 @@ from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
 from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, merge
 from minilora.testing.lora_laws import linear_cases
-from minilora.testing.mistakes_layers import Wrong, lora, rescaled
+from minilora.testing.mistakes_layers import lora, rescaled
 from minilora.testing.strategies import METHODS, adapted_linears
 from tests.models import long, randn
 
@@ -160,42 +158,6 @@ def test_an_exponential_may_be_a_power_of_two(v):
     assert worst(power, Bounded.exact(v, "float32").exp())[0] <= 1
 
 
-def merging_in_evaluation(W, b, A, B, alpha):
-    """Return a layer that forms its merged weight when it is first asked, as a cache does."""
-    layer, weights = LoRALayer(W, b, A, B, alpha), []
-
-    def forward(self, x):
-        if not self.training:
-            weights.append((W + alpha / len(A) * layer.B @ layer.A).detach())
-        return F.linear(x, weights[0], b) if not self.training else layer(x)
-
-    return Wrong(layer, forward)
-
-
-def with_bias_scaled(W, b, A, B, alpha, magnitude):
-    layer = DoRALayer(W, None, A, B, alpha, magnitude=magnitude)
-    factor = layer.m / torch.linalg.vector_norm(W + alpha / len(A) * B.detach() @ A.detach(), dim=1)
-    return Wrong(layer, lambda self, x: self(x) + (0 if b is None else b * factor))
-
-
-@pytest.mark.parametrize(
-    ("kind", "law", "implementation", "cause"),
-    [
-        ("lora", "updates", merging_in_evaluation, "the weight merged in the first evaluation is kept"),
-        ("dora", "forward", with_bias_scaled, "the bias is scaled by m/‖W + s·B A‖"),
-        ("merge", "weight", lambda W, A, B, s: W + torch.einsum("or,ri->oi", B, A), "the scale is missing"),
-        (
-            "loss_masking",
-            "gradient",
-            lambda z, y: F.cross_entropy(z[:, :-1].mT, y[:, 1:], reduction="none").sum() / y.numel(),
-            "the sum is divided by all positions",
-        ),
-    ],
-)
-def test_a_mistake_is_named_however_it_is_written(kind, law, implementation, cause):
-    assert causes_of(laws(kind)[law], implementation) == (cause,)
-
-
 class Holder(nn.Module):
     """A layer that keeps what it is given, as attributes that are no parameters."""
 
@@ -271,9 +233,3 @@ def test_misuse_is_told():
         check(LoRALayer)
     for kind in {law.kind for law in laws().values()}:
         assert kind in laws.__doc__
-
-
-def test_only_the_strategies_import_hypothesis():
-    imports = {path.stem: re.findall(r"^(?:from|import) .*", path.read_text(), re.M) for path in FOLDER.glob("*.py")}
-    assert {name for name, lines in imports.items() if "hypothesis" in str(lines)} == {"strategies"}
-    assert not any("testing.strategies" in str(lines) for lines in imports.values())

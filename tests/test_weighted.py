@@ -13,7 +13,7 @@ from minilora.adapters.weighted import combine_adapters, config_of
 from minilora.testing.compare import assert_maths
 from tests.adapters import many_kinds
 from tests.files import edit, write_adapter
-from tests.models import four_bit, randn, seeds, tiny_model
+from tests.models import randn, seeds
 
 weights = st.sampled_from([-1.0, 0.3, 0.7, 2.0])
 starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa"])
@@ -53,19 +53,6 @@ def test_the_new_adapter_makes_of_every_kind_of_weight_the_weighted_sum(seed, fi
     add(model, "second", seed + 50, target_modules=["0", "1", "2"], rank_pattern={"1": 3}, alpha_pattern={"0": 5})
     assert combine_adapters(model, {"first": first, "second": second}, "sum").keys() == set("0123")
     assert_is_the_sum(model, "sum", {"first": first, "second": second})
-
-
-@pytest.mark.parametrize("base", [lambda model: model, four_bit])
-def test_a_model_with_the_sum_computes_what_it_computes_with_adapters_of_those_scales(base):
-    model = base(tiny_model())
-    add(model, "first", r=3, lora_alpha=6)
-    add(model, "second", 2, r=2, lora_alpha=7, target_modules=["q_proj", "down_proj"])
-    add(model, "halved", 2, r=2, lora_alpha=3.5, target_modules=["q_proj", "down_proj"])
-    combine_adapters(model, {"first": 1, "second": 0.5}, "sum")
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    found = model(ids)
-    ml.set_adapter(model, ["first", "halved"])
-    assert_maths(found, model(ids))
 
 
 def test_the_sum_acts_frozen_and_the_others_are_as_they_were():
