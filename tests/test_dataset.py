@@ -12,7 +12,7 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.runs import encoders, inputs
 from minilora.runs.checkpoints import fingerprint
-from minilora.runs.dataset import Dataset
+from minilora.runs.dataset import Dataset, repeated_prompts
 from minilora.runs.encoders import encode_rows, label_row
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row, parse_row
@@ -134,6 +134,17 @@ def test_there_are_no_choices_where_a_row_has_no_prompt():
     few = [row([1], 5), row([1, 2], 6)] * 5
     assert find_choices(few) == [(5,), (6,)]
     assert find_choices([*few, row([], 5)]) is None
+
+
+def test_held_out_rows_whose_prompt_is_trained_on_are_counted_and_rows_without_a_prompt_are_compared_whole(tokenizer):
+    def rows(*texts):
+        fields = [dict(zip(("prompt", "completion"), text.split(";"), strict=True)) for text in texts]
+        return encode_rows([Row(each) for each in fields], tokenizer(post="bos"), ml.DataConfig())
+
+    training = rows("the cat; sat", "the sea; is", ";the town", "the; end")
+    held_out = rows("the cat; ate", "the cat; sat", "the town; is", ";the town", ";the", "the sea; is", "; end")
+    assert repeated_prompts(held_out, training) == 4
+    assert repeated_prompts(training[:1], training[1:]) == repeated_prompts(Dataset(), training) == 0
 
 
 # --- memory ---

@@ -10,7 +10,7 @@ from minilora.cli.load import base_notes
 from minilora.llama import Llama
 from minilora.models.config import trained_length
 from minilora.runs import world
-from minilora.runs.dataset import Dataset
+from minilora.runs.dataset import Dataset, repeated_prompts
 from minilora.runs.directory import Run
 
 FEW_ROWS = 10
@@ -44,11 +44,13 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             "gives each its part"
         )
     for name, rows in data.splits.items():
-        yield from _row_notes(name, rows)
+        yield from _row_notes(name, rows, data.train)
 
 
-def _row_notes(name: str, rows: Dataset) -> Iterator[str]:
-    """Yield how many rows of a split were cut, quote control tokens, or were skipped."""
+def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
+    """Yield how many rows of a split were cut, quote control tokens, were skipped, or are asked what is trained on."""
+    if rows is not training and (repeated := repeated_prompts(rows, training)):
+        yield f"{repeated} of {len(rows)} {name} rows have the prompt of a training row: they are not new to the model"
     if rows.truncated:
         yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
     if rows.quoted:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -84,6 +85,21 @@ class Dataset(Sequence[Example]):
     def labelled(self) -> NDArray[np.int64]:
         """The number of labels of each row that are learned."""
         return self.rows["labelled"]
+
+
+def repeated_prompts(held_out: Dataset, training: Dataset) -> int:
+    """Return the number of held-out rows that begin with the prompt of a training row, or equal one that has none."""
+    counts = Counter(_prompts(held_out))
+    repeated = {prompt for prompt in _prompts(training) if prompt in counts}
+    return sum(counts[prompt] for prompt in repeated)
+
+
+def _prompts(rows: Dataset) -> Iterator[bytes]:
+    """Yield the prompt of each row, or the whole row if at most one token, as BOS is, comes before the first label."""
+    for begin, length, *_ in rows.rows.tolist():
+        is_label = rows.labels[begin : begin + length] != data.IGNORE_INDEX
+        first = int(is_label.argmax())
+        yield rows.tokens[begin : begin + (first if first > 1 else length)].tobytes()
 
 
 def lengths_of(rows: Sequence[Any]) -> NDArray[np.int64]:
