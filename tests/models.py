@@ -42,6 +42,12 @@ LONG = {"short_factor": [1.1, 1.3, 1.2], "long_factor": [2.0, 3.0, 4.0]}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+MULTIPLIERS = {  # of Granite
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.5,
+}
 EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
 
 # Every family, and every switch of each, as the keys of its config.json. Documents in tests are up to 30 tokens long.
@@ -67,6 +73,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, **LONG},
     },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "granite": {"model_type": "granite", **MULTIPLIERS, **BIASES, "tie_word_embeddings": True},
 }
 
 
@@ -99,8 +106,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, and scaled rotations.
-MOST_DIFFERENT = ("llama-bias-tied-wide-heads", "llama-dynamic", "qwen3", "smollm3-window", "phi3-longrope")
+# Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations, and
+# multipliers.
+MOST_DIFFERENT = ("llama-bias-tied-wide-heads", "llama-dynamic", "qwen3", "smollm3-window", "phi3-longrope", "granite")
 
 
 def by_family(*names: str) -> pytest.MarkDecorator:

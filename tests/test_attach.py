@@ -338,7 +338,7 @@ def test_merging_a_tied_head_keeps_the_embedding_and_the_tie_if_its_adapter_does
 def test_a_merge_that_unties_a_head_says_so_in_the_config_that_transformers_saves():
     """Otherwise the head would be tied again when the merged model is loaded."""
     model = tiny_model(WHOLE)
-    model.config, model.save_pretrained = SimpleNamespace(tie_word_embeddings=True), lambda path: None
+    model.config, model.save_pretrained = SimpleNamespace(tie_word_embeddings=True, source={}), lambda path: None
     ml.attach(model, ml.LoraConfig(r=2, target_modules=("lm_head",), init_lora_weights=False))
     ml.merge(model)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
@@ -351,6 +351,11 @@ def test_a_bias_of_b_is_not_for_embeddings():
     with pytest.raises(ml.ConfigError, match="embed_tokens: lora_bias is not for embeddings"):
         ml.attach(model, ml.LoraConfig(r=2, target_modules=("embed_tokens",), lora_bias=True))
     same_state(model, before)
+
+
+def test_a_bias_of_b_is_not_for_a_head_whose_logits_are_divided():
+    with pytest.raises(ml.TargetError, match="lm_head: logits_scaling divides its input"):
+        ml.attach(tiny_model("granite"), ml.LoraConfig(r=2, target_modules=("lm_head",), lora_bias=True))
 
 
 @given(seeds, scales, bases, st.booleans(), st.booleans())

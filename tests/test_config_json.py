@@ -64,6 +64,7 @@ DEFAULTS = {
     "smollm3": {"num_key_value_heads": 4, "trained_length": 32768, "theta": 2e6, "tie_word_embeddings": True},
     "phi3": {"num_key_value_heads": 32, "trained_length": 4096, "rms_norm_eps": 1e-5},
     "olmo2": {"num_key_value_heads": 32, "trained_length": 2048, "rms_norm_eps": 1e-5},
+    "granite": {"num_key_value_heads": 32, "trained_length": 2048},
 }
 COMMON = {
     "head_dim": 2,
@@ -110,6 +111,7 @@ def test_biases_are_read_where_the_family_has_them():
         "smollm3": (True, True, True),
         "phi3": (False, False, False),
         "olmo2": (True, True, False),
+        "granite": (True, True, True),
     }
 
 

@@ -21,6 +21,7 @@ from minilora.adapters.layers import (
     factor_shapes,
 )
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
+from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, LoraLinear, dora_norm
 from minilora.models.shard import whole, whole_weight
 from minilora.nf4 import NF4Linear
@@ -221,8 +222,11 @@ def check_specs(
     model = modules[""]
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
         raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
+    divides = isinstance(model, Llama) and "logits_scaling" in model.config.source
     for path, spec in specs.items():
         module = modules[path]
+        if divides and path == "lm_head" and "lora_bias" in spec.tensors:
+            raise TargetError(f"{path}: logits_scaling divides its input, not the bias that lora_bias adds; exclude it")
         is_own = has_hooks(module) or "forward" in module.__dict__
         if is_own and issubclass(spec.kind, LowRankWrapper) and spec.kind is not LoraEmbedding:
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")

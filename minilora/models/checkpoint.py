@@ -288,7 +288,7 @@ def _weights(model: nn.Module) -> dict[str, Weight]:
 
 def build_model(config: llama.LlamaConfig) -> Llama:
     """Build a model of any of the families, with weights that are to be loaded or drawn."""
-    return Llama(config, FAMILIES[config.source["model_type"]].build_block)
+    return FAMILIES[config.source["model_type"]].build_model(config)
 
 
 def build_on_meta(config: llama.LlamaConfig) -> Llama:

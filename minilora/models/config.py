@@ -10,7 +10,8 @@ from minilora.errors import ConfigError, in_recipe
 from minilora.files import read_json
 from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
-from minilora.models.family import Family, attention_biases, equal_windows
+from minilora.models.family import Family, all_biases, equal_windows
+from minilora.models.granite import GRANITE, MULTIPLIERS
 from minilora.models.olmo2 import OLMO2
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
@@ -26,12 +27,12 @@ LARGEST = {  # whole numbers above 0, and the largest that is accepted: weights 
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), 2**31 - 1),
     **dict.fromkeys(("max_window_layers", "no_rope_layer_interval"), 2**31 - 1),
 }
+HIGHEST = {  # numbers above 0, and the largest that is accepted
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", *MULTIPLIERS), FLOAT),
+    "partial_rotary_factor": 1.0,
+}
 
-LLAMA = Family(
-    "Llama",
-    {"max_position_embeddings": 2048},
-    lambda values: {"mlp_bias": bool(values.get("mlp_bias")), **attention_biases(values)},
-)
+LLAMA = Family("Llama", {"max_position_embeddings": 2048}, all_biases)
 MISTRAL = Family(
     "Mistral",
     {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "smollm3": SMOLLM3,
     "phi3": PHI3,
     "olmo2": OLMO2,
+    "granite": GRANITE,
 }
 COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -124,8 +126,8 @@ def _check(values: Mapping[str, Any]) -> None:
         is_right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
         if not is_right and (value is not None or key in REQUIRED):
             bad.append(f"{key}: found {value!r:.80}, need a whole number from {least} to {most}")
-    for key, highest in (("rms_norm_eps", FLOAT), ("rope_theta", FLOAT), ("partial_rotary_factor", 1.0)):
-        if not is_positive(values[key]) or values[key] > highest:
+    for key, highest in HIGHEST.items():
+        if values.get(key) is not None and (not is_positive(values[key]) or values[key] > highest):
             bad.append(f"{key}: found {values[key]!r:.80}, need a number above 0 and at most {highest:g}")
     for key, kind in (("rope_scaling", Mapping), ("layer_types", list), ("no_rope_layers", list)):
         if values.get(key) is not None and not isinstance(values[key], kind):

@@ -1,4 +1,4 @@
-"""What a family of models is, beside the Llama of `minilora.llama`: a reader of its config.json, and its block."""
+"""What a family of models is, beside the Llama of `minilora.llama`: a reader of its config.json, and its blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minilora.errors import ConfigError
-from minilora.llama import BuildBlock, Checkpointing, CosSin, llama_block
+from minilora.llama import Checkpointing, CosSin, Llama, LlamaConfig
 
 Values = Mapping[str, Any]  # of a config.json, with the family's defaults for missing keys
 
@@ -23,13 +23,13 @@ class Family:
         name: the prefix of the names of transformers' classes.
         defaults: the values that transformers gives to missing keys.
         fields: (values) -> the fields of a `LlamaConfig` that are not copied from config.json, by name.
-        build_block: builds a block; in the family's own file if its structure differs from Llama's.
+        build_model: builds the model; in the family's own file if its structure differs from Llama's.
     """
 
     name: str
     defaults: Values
     fields: Callable[[Values], dict[str, Any]]
-    build_block: BuildBlock = llama_block
+    build_model: Callable[[LlamaConfig], Llama] = Llama
 
 
 class ResidualBlock(nn.Module):
@@ -52,6 +52,11 @@ def attention_biases(values: Values) -> dict[str, Any]:
     """Return the fields for `attention_bias`: q, k, v and o have biases, or none of them has."""
     has_bias = bool(values.get("attention_bias"))
     return {"qkv_bias": has_bias, "o_bias": has_bias}
+
+
+def all_biases(values: Values) -> dict[str, Any]:
+    """Return the fields for `attention_bias` and `mlp_bias`."""
+    return {"mlp_bias": bool(values.get("mlp_bias")), **attention_biases(values)}
 
 
 def equal_windows(values: Values) -> dict[str, Any]:

@@ -8,11 +8,12 @@ So `post_attention_layernorm` belongs to attention here; in a Llama it is the no
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from minilora.llama import MLP, Attention, CosSin, LlamaConfig, RMSNorm
+from minilora.llama import MLP, Attention, CosSin, Llama, LlamaConfig, RMSNorm
 from minilora.models.family import Family, ResidualBlock, attention_biases
 
 
@@ -42,8 +43,9 @@ class Olmo2Block(ResidualBlock):
         return self.post_feedforward_layernorm(self.mlp(x))
 
 
-def build_block(config: LlamaConfig, layer: int) -> nn.Module:
-    return Olmo2Block(config, layer)
-
-
-OLMO2 = Family("Olmo2", {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}, attention_biases, build_block)
+OLMO2 = Family(
+    "Olmo2",
+    {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    attention_biases,
+    partial(Llama, build_block=Olmo2Block),
+)

@@ -6,11 +6,12 @@ LongRoPE was called "su" or "yarn".
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import Block, CosSin, LlamaConfig, rotate, swiglu
+from minilora.llama import Block, CosSin, Llama, LlamaConfig, rotate, swiglu
 from minilora.models.family import Family, Values, equal_windows
 from minilora.models.rotary import build_rope
 
@@ -58,5 +59,5 @@ PHI3 = Family(
     "Phi3",
     {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     fields,
-    build_block,
+    partial(Llama, build_block=build_block),
 )

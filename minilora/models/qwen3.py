@@ -8,11 +8,12 @@ names, have a window if `use_sliding_window` says so; here biases are read from 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig, RMSNorm, rotate
+from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig, RMSNorm, rotate
 from minilora.models.family import Family, Values, attention_biases, some_windows
 
 
@@ -47,5 +48,5 @@ QWEN3 = Family(
     "Qwen3",
     {**DEFAULTS, "head_dim": 128},
     lambda values: attention_biases(values) | windows(values),
-    build_block,
+    partial(Llama, build_block=build_block),
 )

@@ -7,13 +7,14 @@ the layers that do not rotate.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.llama import MLP, Attention, Block, CosSin, LlamaConfig
-from minilora.models.family import Family, Values, attention_biases, some_windows
+from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig
+from minilora.models.family import Family, Values, all_biases, some_windows
 
 
 class UnrotatedAttention(Attention):
@@ -46,8 +47,7 @@ def rotated_layers(values: Values) -> list[bool]:
 
 def fields(values: Values) -> dict[str, Any]:
     slides = [bool(values.get("use_sliding_window")) and not rotated for rotated in rotated_layers(values)]
-    has_bias = bool(values.get("mlp_bias"))
-    return {"mlp_bias": has_bias, **attention_biases(values), **some_windows(values, slides)}
+    return {**all_biases(values), **some_windows(values, slides)}
 
 
 SMOLLM3 = Family(
@@ -59,5 +59,5 @@ SMOLLM3 = Family(
         "tie_word_embeddings": True,
     },
     fields,
-    build_block,
+    partial(Llama, build_block=build_block),
 )

@@ -1,0 +1,77 @@
+"""Granite: a Llama with four multipliers, by which one learning rate fits every width  [Yang et al. 2022, µTransfer].
+
+    x = e · embedding(token)                                        embedding_multiplier
+    softmax(a · q kᵀ) v  in place of  softmax(q kᵀ/√E) v            attention_multiplier
+    x ← x + r · attention(norm(x)),  x ← x + r · mlp(norm(x))       residual_multiplier
+    logits = head(norm(x)) / s                                      logits_scaling
+
+The decoder and its kernels know none of them: the first block multiplies the embedding, a · √E is a factor of q, and
+the last norm divides by s, since the head is linear; so the loss and generation see the same logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from minilora.llama import MLP, Attention, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm
+from minilora.models.family import Family, ResidualBlock, all_biases
+
+
+class GraniteAttention(Attention):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__(config, layer)
+        self.query_scale = multiplier(config, "attention_multiplier") * math.sqrt(config.head_dim)
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().heads(x)
+        return [self.query_scale * q, k, v]
+
+
+class GraniteBlock(ResidualBlock):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = GraniteAttention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.residual_multiplier = multiplier(config, "residual_multiplier")
+        self.input_scale = multiplier(config, "embedding_multiplier") if layer == 0 else 1.0
+
+    def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
+        if self.input_scale != 1:
+            x = self.input_scale * x
+        return super().forward(x, rotation, documents, checkpointing)
+
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+        return self.residual_multiplier * self.self_attn(self.input_layernorm(x), rotation, documents)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return self.residual_multiplier * self.mlp(self.post_attention_layernorm(x))
+
+
+class DividedNorm(RMSNorm):
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config.hidden_size, config.rms_norm_eps)
+        self.divisor = multiplier(config, "logits_scaling")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.divisor
+
+
+def multiplier(config: LlamaConfig, name: str) -> float:
+    return config.source.get(name) or 1.0
+
+
+def build_model(config: LlamaConfig) -> Llama:
+    model = Llama(config, GraniteBlock)
+    model.model.norm = DividedNorm(config)
+    return model
+
+
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+GRANITE = Family(
+    "Granite", {"max_position_embeddings": 2048, **dict.fromkeys(MULTIPLIERS, 1.0)}, all_biases, build_model
+)
