@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
+from minilora.models import generate as generation
 from minilora.models.generate import generate
 from minilora.runs import evaluate, objective
 from minilora.runs.encoders import encode_rows
@@ -214,6 +215,30 @@ def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokeniz
         assert evaluate.exact_match(model, rows, tokenizer, lambda *done: shown.append(done)) == sum(right) / len(rows)
     assert shown[-1] == (5, 5)
     assert len(shown) == -(-5 // batch_size)
+
+
+@few
+@given(seeds, st.sampled_from([1, 2, 8]))
+def test_each_answer_is_computed_up_to_its_own_limit_and_no_further(tokenizer, seed, batch_size):
+    """One long answer in a batch does not make the others long."""
+    tokenizer, draw, computed = copy.copy(tokenizer()), random.Random(seed), []
+    model = tiny_model(vocab_size=400, num_hidden_layers=1)
+    prompts = [[draw.randrange(4, 400) for _ in range(draw.randint(1, 3))] for _ in range(5)]
+    limits = [draw.randint(1, 9) for _ in prompts]
+    tokenizer.stop_ids = {greedy(model, prompts[0], (), 3)[2]}
+    next_logits = generation._next_logits
+
+    def counted(model, feed, cache):
+        computed.extend(document for document in feed if document)
+        return next_logits(model, feed, cache)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "BATCH_SIZE", batch_size)
+        patch.setattr(generation, "_next_logits", counted)
+        found = evaluate.write_answers(model, tokenizer, prompts, limits)
+    pairs = list(zip(prompts, limits, strict=True))
+    assert found == [greedy(model, prompt, tokenizer.stop_ids, limit) for prompt, limit in pairs]
+    assert len(computed) == sum(min(len(text) + 1, limit) for text, limit in zip(found, limits, strict=True))
 
 
 @pytest.mark.parametrize("is_training", [True, False])

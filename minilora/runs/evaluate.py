@@ -215,17 +215,42 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
     for example in examples:
         if (prompt := prompt_of(example)) == added[: len(prompt)]:
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
-    correct = 0
-    for begin in range(0, len(examples), BATCH_SIZE):
-        part = examples[begin : begin + BATCH_SIZE]
-        answers = [list(takewhile(lambda token: token not in tokenizer.stop_ids, answer_of(each))) for each in part]
-        room = max(map(len, answers)) + 1
-        written = generate(model, map(prompt_of, part), max_new_tokens=room, stop_ids=tokenizer.stop_ids)
-        for answer, text in zip(answers, written, strict=True):
-            own = text[: len(answer) + 1]  # what it would be alone
-            correct += tokenizer.decode(own).strip() == tokenizer.decode(answer).strip()
-        progress(begin + len(part), len(examples))
-    return correct / len(examples)
+    answers = [list(takewhile(lambda token: token not in tokenizer.stop_ids, answer_of(each))) for each in examples]
+    limits = [len(answer) + 1 for answer in answers]
+    written = write_answers(model, tokenizer, [prompt_of(each) for each in examples], limits, progress)
+    pairs = zip(map(tokenizer.decode, written), map(tokenizer.decode, answers), strict=True)
+    return sum(text.strip() == answer.strip() for text, answer in pairs) / len(examples)
+
+
+def write_answers(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    progress: Progress = _ignore,
+) -> list[list[int]]:
+    """Return what the model writes after each prompt, greedily, and each at most as many tokens as its limit."""
+    order = sorted(range(len(prompts)), key=lambda i: limits[i])  # so that the texts of a batch are about as long
+    written: dict[int, list[int]] = {}
+    for begin in range(0, len(order), BATCH_SIZE):
+        batch = order[begin : begin + BATCH_SIZE]
+        left = [limits[i] for i in batch]
+        texts = generate(
+            model,
+            [prompts[i] for i in batch],
+            max_new_tokens=left[-1],
+            stop_ids=tokenizer.stop_ids,
+            on_token=partial(_is_last, left),
+        )
+        written |= zip(batch, texts, strict=True)
+        progress(begin + len(batch), len(prompts))
+    return [written[i] for i in range(len(prompts))]
+
+
+def _is_last(left: list[int], row: int, token: int) -> bool:
+    """Count a token of a row, and return whether none is left to it."""
+    left[row] -= 1
+    return left[row] == 0
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
