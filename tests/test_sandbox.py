@@ -88,7 +88,7 @@ def test_a_template_may_look_at_every_message_for_each_of_hundreds():
 
 
 def test_threads_do_not_pay_for_each_other():
-    chosen, lengths = Sandbox({}), []
+    chosen, lengths = Sandbox(), []
     chosen.start(USER)
     other = threading.Thread(target=lambda: lengths.append(len(vars(chosen._rendering))))
     other.start()
@@ -153,13 +153,13 @@ def outcome(template, **variables):
 def test_what_is_written_is_what_jinja2_writes(form, first, second):
     source = form.replace("A", first).replace("B", second)
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    ours = Sandbox({}, trim_blocks=True, lstrip_blocks=True)
+    ours = Sandbox(trim_blocks=True, lstrip_blocks=True)
     try:
         expected = plain.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         with pytest.raises(type(error)):
-            ours.template(source)
+            ours.from_string(source)
         return
     ours.start(USER)
-    found = outcome(ours.template(source))
+    found = outcome(ours.from_string(source))
     assert found == outcome(expected) or found is SecurityError

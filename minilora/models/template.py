@@ -50,7 +50,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._sandbox = _sandbox(now)
         try:
-            self._template = self._sandbox.template(source)
+            self._template = self._sandbox.from_string(source)
         except Exception as error:  # also Python's compiler has limits
             raise FormatError(f"chat template: {_reason(error)}") from error
 
@@ -182,7 +182,8 @@ def _sandbox(now: datetime | None) -> Sandbox:
         return (now or datetime.now()).strftime(form)
 
     extensions = [_Generation, loopcontrols]
-    sandbox = Sandbox({"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    sandbox.filters["tojson"] = _to_json
     sandbox.globals |= {"raise_exception": _raise, "strftime_now": strftime_now}
     return sandbox
 
