@@ -86,11 +86,13 @@ def test_training_leaves_every_bit_of_the_base_which_acts_where_no_adapter_does(
 
 
 def test_merging_keeps_the_logits_and_comes_back_to_every_bit_or_leaves_no_adapter(trained):
+    """Also after an interruption."""
     model, _, base_logits, kinds = trained
     state, logits, modules = copy.deepcopy(model), model(IDS), list(model.modules())
-    with merged(model):
+    with pytest.raises(KeyboardInterrupt), merged(model):  # noqa: PT012
         assert not any(layer.active for layer in adapter_layers(model).values())
         assert_maths(model(IDS), logits)
+        raise KeyboardInterrupt
     assert list(model.modules()) == modules
     same_state(model, state)
     assert torch.equal(model(IDS), logits)
@@ -102,24 +104,6 @@ def test_merging_keeps_the_logits_and_comes_back_to_every_bit_or_leaves_no_adapt
     assert maths(model(IDS), base_logits) > 1e6
 
 
-@pytest.mark.parametrize("base", [lambda model: model, four_bit])
-def test_what_was_merged_for_a_while_comes_back_to_the_bit_also_after_an_interruption(base):
-    model = adapted(base=base, use_dora=True)
-    before, layers, expected = copy.deepcopy(model), adapter_layers(model), model(IDS)
-
-    def write():
-        with merged(model):
-            assert not adapter_layers(model)
-            assert_maths(model(IDS), expected)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert adapter_layers(model) == layers
-    assert torch.equal(model(IDS), expected)
-    same_state(model, before)
-
-
 def test_switching_moves_no_number_and_deleting_leaves_the_others():
     kinds = {
         "linears": ml.LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),
@@ -127,7 +111,6 @@ def test_switching_moves_no_number_and_deleting_leaves_the_others():
         "lora_bias": ml.LoraConfig(r=1, lora_alpha=3, target_modules=("v_proj", "up_proj"), lora_bias=True),
     }
     model, logits = tiny_model(WHOLE, num_hidden_layers=2), {}
-    base = model(IDS)
     for seed, (kind, config) in enumerate(kinds.items()):
         ml.attach(model, config, kind, seed=seed, dtype=torch.float64)
         models.perturb_(model, seed)
@@ -136,16 +119,10 @@ def test_switching_moves_no_number_and_deleting_leaves_the_others():
         ml.set_adapter(model, kind)
         logits[kind] = model(IDS)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
-    ml.set_adapter(model, ["dora", "lora_bias"])
     delete_adapter(model, "linears")
-    assert {name for layer in adapter_layers(model).values() for name in layer.adapters} == {"dora", "lora_bias"}
     for kind in ("dora", "lora_bias"):
         ml.set_adapter(model, kind)
         assert torch.equal(model(IDS), logits[kind])
-    delete_adapter(model, "dora")
-    delete_adapter(model, "lora_bias")
-    assert not adapter_layers(model)
-    assert torch.equal(model(IDS), base)
 
 
 def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
@@ -181,7 +158,10 @@ def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
 def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, base, targets):
     model = adapted(family, scale, seed, base, target_modules=targets)
-    before, without = model(IDS), base(tiny_model(family, seed=seed))(IDS)
+    before, without, state = model(IDS), base(tiny_model(family, seed=seed))(IDS), copy.deepcopy(model)
+    with merged(model):
+        assert_maths(model(IDS), before)
+    same_state(model, state)
     ml.merge(model)
     for linear in linear_layers(model).values():
         assert type(linear) is nn.Linear

@@ -12,7 +12,6 @@ from torch import nn
 import minilora as ml
 from minilora.cli.generate import encode_prompt
 from minilora.cli.write import MERGE_TOKENS, merged_if_faster
-from minilora.models.hub import Location
 from minilora.runs.config import DataConfig
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
@@ -170,18 +169,6 @@ def test_control_tokens_act_in_a_raw_prompt_and_nowhere_else_and_it_is_not_close
     tokenizer = write_tokenizer(tmp_path, post="bos and eos")  # it does not end with the token that closes a text
     prompt = encode_prompt(Row({"prompt": "the cat"}, "x"), tokenizer, None, "raw")
     assert prompt == [tokenizer.token_id(BOS), *tokenizer.encode("the cat", add_special_tokens=False)]
-
-
-def test_what_an_adapter_means_on_the_hub_is_asked_once(directory, command, monkeypatch):
-    asked = []
-
-    def download(*name):
-        asked.append(name)
-        return Location(directory / "chat-adapter", "org/run@5")
-
-    monkeypatch.setattr(ml.models.hub, "_download", download)
-    command("--adapter=org/run", "--prompt=a", model=None)
-    assert asked == [("org/run", "adapter")]
 
 
 # --- several ---

@@ -145,16 +145,6 @@ def test_flags_decide_how_a_base_is_held_then_the_first_adapter_that_tells_and_n
     assert find({**places, **options}).quantize == expected
 
 
-def test_a_base_whose_head_others_packed_is_spoken_of(directory, run, tmp_path):
-    model = ml.load_model(directory / "model", quantize="nf4")
-    model.lm_head = NF4Linear.quantize(model.lm_head.weight)
-    ml.save_model(model, tmp_path / "head", ml.load_tokenizer(directory / "model"))
-    said = run(
-        "generate", f"--model={tmp_path / 'head'}", "--adapter=quantized", "--prompt=a", "--json"
-    ).err.splitlines()
-    assert said[0] == "the base model is nf4 (the head too) with double quantization"
-
-
 def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, run, tmp_path):
     places = [f"--{name}={directory / path}" for name, path in (("model", "model"), ("data", "rows.jsonl"))]
     words = ["finetune", *places, *TRAINING, f"--out={unfinished(directory / 'quantized', tmp_path, 2)}"]

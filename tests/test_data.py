@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import answer_of, prompt_of
-from minilora.runs.formats import Row
 from tests.models import examples
 from tests.text import (
     BOS,
@@ -255,20 +253,3 @@ def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path, tokeniz
     with pytest.raises(ml.DataError) as error:
         ml.load_dataset(path, tokenizer(template=CHATML), ml.DataConfig(train_on=train_on))
     assert str(error.value).startswith(f"{path}:3: {message}")
-
-
-@given(st.lists(st.tuples(texts, some_text), min_size=1, max_size=6), st.integers(1, 12))
-def test_rows_are_cut_to_the_length_and_counted_and_go_if_no_label_is_left(tokenizer, pairs, max_length):
-    rows = [Row({"prompt": prompt, "completion": answer}, f"f:{i}") for i, (prompt, answer) in enumerate(pairs)]
-    whole = [encoded(row.fields, tokenizer(), source=row.source) for row in rows]
-    cut = [ml.Example(e.tokens[:max_length], e.labels[:max_length], e.source) for e in whole]
-    kept = [e for e in cut if any(label != IGNORE_INDEX for label in e.labels[1:])]  # the first token has no past
-    config = ml.DataConfig(max_length)
-    if not kept:
-        with pytest.raises(ml.DataError, match=f"no row of {len(rows)} has a label within its first {max_length} tok"):
-            encode_rows(rows, tokenizer(), config)
-        return
-    found = encode_rows(rows, tokenizer(), config)
-    assert list(found) == kept
-    assert found.truncated == sum(len(e.tokens) > max_length for e in whole)
-    assert found.unlabelled == len(rows) - len(kept)

@@ -381,7 +381,9 @@ def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
 def test_eval_data_are_the_held_out_rows_and_their_bytes_belong_to_the_run(directory, tmp_path, monkeypatch, capsys):
     rows = runs.write_rows(tmp_path / "my_val.jsonl", 5)
     stop(directory, tmp_path / "out", monkeypatch, eval_data=rows)
-    assert "23 rows to learn from, 5 held out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "23 rows to learn from, 5 held out" in said
+    assert "held-out rows: 5, too few for their loss or accuracy to say much" in said
     assert set(json.loads((tmp_path / "out" / "run.json").read_text())["data_sha256"]) == {"rows.jsonl", rows.name}
     runs.write_rows(rows, 6)
     assert finetune(directory, tmp_path / "out", eval_data=rows) == 1
@@ -412,20 +414,6 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
     assert finetune(directory, tmp_path / "b", general_data="none", max_steps=1) == 0
     assert summary(tmp_path / "b")["general"] is None
     assert "general text" not in capsys.readouterr().out
-
-
-def test_the_first_lines_of_a_run_fit_a_terminal_of_80_columns_and_warn_of_fewer_than_ten_held_out_rows(
-    directory, tmp_path, capsys
-):
-    few = "held-out rows: 5, too few for their loss or accuracy to say much; --eval-split or --eval-data gives more"
-    assert finetune(directory, tmp_path / "few", max_steps=1, dtype="float32", eval_split=0.22) == 0
-    told = capsys.readouterr().err.splitlines()
-    assert [line for line in told if "parameters are trained" in line or "rows to learn from" in line] == told[:2]
-    assert max(map(len, told[:2])) <= 80
-    assert few in told
-    for share in (0.44, 0):  # ten rows, and none
-        assert finetune(directory, tmp_path / "dry", dry_run=True, eval_split=share) == 0
-        assert "too few" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -517,28 +505,6 @@ def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_to
 ALPACA = {"instruction": "Say it.", "output": "It."}
 SYSTEM = {**ALPACA, "system": "Be brief."}
 MESSAGES = {"messages": conversation([("Say it.", "It.")], "Be brief.")}
-
-
-@pytest.mark.parametrize(
-    ("rows", "given", "form", "system"),
-    [
-        ([{"prompt": "a", "completion": " b"}], None, "plain", None),
-        ([ALPACA], None, "template", None),
-        ([ALPACA], "Be kind.", "template", "Be kind."),
-        ([SYSTEM, MESSAGES], None, "template", "Be brief."),
-        ([SYSTEM, MESSAGES], "Be kind.", "template", "Be brief."),  # which no row was learned with
-        ([SYSTEM, ALPACA], None, "template", None),
-        ([SYSTEM, {**SYSTEM, "system": "Be kind."}], None, "template", None),
-        ([SYSTEM, {"text": "It."}], None, "template", None),
-    ],
-)
-def test_a_run_says_how_its_adapter_wants_to_be_asked(directory, tmp_path, rows, given, form, system):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
-    options = {"data": tmp_path / "rows.jsonl", "max_steps": 1, "system": given}
-    assert finetune(directory, tmp_path / "out", **options) == 0
-    prompts = json.loads((tmp_path / "out" / "minilora-prompts.json").read_text())
-    assert prompts == {"form": form, "system": system}
-    assert (tmp_path / "out" / "chat_template.jinja").exists() == (form == "template")
 
 
 def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_late_the_run_goes_on(

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,11 @@ from tests.test_assets import load_script
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
-DEVIL = TUTORIALS / "data" / "devil"
 CHAPTERS = sorted(path for path in TUTORIALS.glob("[01A][0-9]_*.md") if path.name != "00_whole.md")
 EXECUTED = sorted(TUTORIALS.glob("*_*.md"))
-PAGES = [TUTORIALS / "00_whole.md", *CHAPTERS, TUTORIALS / "README.md", DEVIL / "README.md"]
+PAGES = [TUTORIALS / "00_whole.md", *CHAPTERS, TUTORIALS / "README.md", TUTORIALS / "data/devil/README.md"]
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MAX_FIGURE = 60_000  # bytes
-SPLITS = ("train", "valid", "test")
-TWIN_JACCARD = 0.7  # of the sets of words of two definitions
 
 # number of the exercise -> what to replace in its solution, and by what, so that it is wrong
 MISTAKES = {
@@ -50,9 +46,7 @@ MISTAKES = {
 }
 
 
-run, exercises, devil = (
-    load_script(path) for path in (TUTORIALS / "run.py", TUTORIALS / "exercises/check.py", ROOT / "scripts/devil.py")
-)
+run, exercises = (load_script(path) for path in (TUTORIALS / "run.py", TUTORIALS / "exercises/check.py"))
 
 
 def text_of(path):
@@ -255,31 +249,3 @@ def test_a_check_notices_what_differs_and_writes_nothing(page, old, new, count):
     page.write_text(changed, encoding="utf-8")
     assert len(differences(page)) == count
     assert text_of(page) == changed
-
-
-def rows(split):
-    return [json.loads(line) for line in text_of(DEVIL / f"{split}.jsonl").splitlines()]
-
-
-def pairs(split):
-    """Questions and answers."""
-    return [tuple(message["content"] for message in row["messages"]) for row in rows(split)]
-
-
-def test_the_rows_are_those_of_the_keep_list_split_as_the_script_splits_it():
-    words, split_pairs = devil.keep_list(), {split: pairs(split) for split in SPLITS}
-    assert words == sorted(set(words), key=str.lower)
-    for split, chosen in devil.split(words).items():
-        definitions = [answer for _, answer in split_pairs[split]]
-        assert rows(split) == [devil.row(*pair) for pair in zip(chosen, definitions, strict=True)]
-    assert (len(split_pairs["test"]), len(split_pairs["valid"])) == (100, 40)
-    answers = [answer for found in split_pairs.values() for _, answer in found]
-    assert max(len(answer.split()) for answer in answers) <= devil.MAX_WORDS
-    # no marks of the source
-    assert not [answer for answer in answers if re.search(r"[\[\]{}_\n]|--|  |^[a-z1(]|[^.?!\"'!]$", answer)]
-    for one, other in combinations(split_pairs.values(), 2):  # no two splits share a stem or a near twin
-        stems = [{devil.family(question.split("'", 1)[1]) for question, _ in split} for split in (one, other)]
-        assert not stems[0] & stems[1]
-        words = [[set(answer.lower().split()) for _, answer in split] for split in (one, other)]
-        for a, b in product(*words):
-            assert len(a & b) < TWIN_JACCARD * len(a | b)

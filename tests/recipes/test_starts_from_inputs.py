@@ -11,7 +11,6 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.initialize import factors_from_weight
 from minilora.data import collate
 from minilora.testing.compare import assert_parity, relative
 from minilora.training import token_loss
@@ -22,7 +21,6 @@ from tests.models import (
     examples,
     fill_,
     four_bit,
-    generator,
     randn,
     scales,
     seeds,
@@ -124,15 +122,6 @@ def test_corda_s_b_a_is_the_first_part_of_the_weight_as_inputs_weigh_it(seed, sc
         lora_A, lora_B = start[path]
         W = model.get_submodule(path).weight.detach().double().numpy()
         assert relative(scale * lora_B @ lora_A, best(W @ C, R) @ np.linalg.inv(C), NEAR) < 1
-
-
-@examples(0.3)
-@given(seeds, scales)
-def test_corda_of_inputs_alike_in_all_directions_moves_what_pissa_moves(seed, scale):
-    model = Parallel(seed)
-    lora_A, lora_B = corda(model, config_of(alpha=R * scale), model.losses([30 * torch.eye(12)]))["wide"]
-    pissa_A, pissa_B = factors_from_weight("pissa", model.wide.weight, R, scale, generator())
-    assert relative(lora_B @ lora_A, pissa_B @ pissa_A, NEAR) < 1
 
 
 KINDS = {
