@@ -129,7 +129,6 @@ def parameters_of(optimizer: Optimizer) -> list[Any]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-@definition
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Compute the norm of all numbers of some tensors, √Σ x², from the norms of chunks."""
     chunks = [chunk for tensor in tensors for chunk in tensor.flatten().split(NORM_CHUNK)]

@@ -176,15 +176,8 @@ def cross_entropy(c):
     c.call = call
 
 
-def total_norm(c):
-    """Of tensors that are whole; those that FSDP divides are in test_shard.py."""
-    for _ in range(c.of(1, 3)):
-        c.leaf(*c.rows(), c.size(40), is_fixed=True)
-    c.call = lambda function, *leaves: function(leaves)
-
-
 DIFFERENTIABLE = [lora_linear, nf4_linear, rms_norm, causal_attention, swiglu, cross_entropy]
-EXACT = [quantize, dequantize, total_norm]
+EXACT = [quantize, dequantize]
 TABLE = {case.__name__: case for case in (*DIFFERENTIABLE, *EXACT, dora_norm)}
 each = pytest.mark.parametrize("name", TABLE)
 each_differentiable = pytest.mark.parametrize("name", [case.__name__ for case in DIFFERENTIABLE])

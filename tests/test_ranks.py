@@ -118,7 +118,7 @@ def test_an_evaluation_is_shared_and_scores_all_rows():
 
 
 def foreign(kind):
-    """Train a model of one's own: replicated by nobody, by its owner's DDP, or sharded by its owner's FSDP."""
+    """Train a model of one's own: replicated by nobody or by its owner's DDP, or divided by its owner's FSDP."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     model.load_state_dict({name: torch.linspace(-1, 1, p.numel()).view_as(p) for name, p in model.named_parameters()})
     if kind == "ddp":
@@ -139,10 +139,12 @@ def foreign(kind):
 
 
 def foreign_all():
-    return [foreign(kind) for kind in ("plain", "ddp", "fsdp")]
+    with pytest.raises(ml.TrainingError, match="divided among the processes"):
+        foreign("fsdp")
+    return [foreign(kind) for kind in ("plain", "ddp")]
 
 
-def test_a_model_that_its_owner_replicates_or_shards_trains_through_loss():
+def test_a_model_that_its_owner_replicates_trains_through_loss_and_a_divided_one_is_refused():
     expected = foreign("plain")
     for found in on_ranks(2, foreign_all):
         for each in found:

@@ -28,11 +28,11 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import SIGNALLED, Options, Parser, nearest, say
 from minilora.cli.flags import add_fields, from_flags, read_config
-from minilora.cli.forecast import check_memory, dry_run_lines
+from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
 from minilora.cli.preview import preview
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, TrainingError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
@@ -46,9 +46,10 @@ from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import Forecast
+from minilora.runs.memory import Forecast, Plan, amount, fits
 from minilora.runs.plan import Base, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
+from minilora.runs.system import free_memory_bytes
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
@@ -123,6 +124,7 @@ def check_settings(settings: Settings, base: Base) -> None:
     if is_full and (settings.quantization.quantize != "none" or is_four_bit(base.config.source)):
         raise ConfigError("--method full: weights in four bits cannot be trained; --method lora trains an adapter")
     for directory in base.adapters:
+        check_not_merged(base.location, [directory])
         own = read_adapter(directory).config()
         check_language_task(directory, own)
         bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if settings.run.add_tokens else [])]
@@ -131,6 +133,18 @@ def check_settings(settings: Settings, base: Base) -> None:
                 bad.append(f"{flag(name)} {value!r:.80} (it has {it_has!r:.80})")
         if bad:
             raise ConfigError(f"--adapter {directory}: leave out what it decides itself: {', '.join(bad)}")
+
+
+def check_memory(plan: Plan, found: Forecast) -> None:
+    """Raise a `TrainingError` if a run does not fit into memory."""
+    if not fits(plan, found):
+        smaller = "--method lora" if plan.lora is None else "--quantize nf4"
+        raise TrainingError(
+            f"the run needs {amount(found.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are free "
+            f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
+            f"gradient is the same), --gradient-checkpointing block, {smaller}, a smaller --max-length, or --shard "
+            "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
+        )
 
 
 def run(options: Options) -> int:
@@ -142,7 +156,6 @@ def run(options: Options) -> int:
         directory = stack.enter_context(closing(RunDirectory(settings)))
         base = find_base(settings)
         check_settings(settings, base)
-        check_not_merged(base.location, base.adapters)
         earlier = Earlier(settings.dtype) if is_dry else directory.open(base)
         with closing(ProgressBar()) as bar:
             data = read_data(settings, base.adapters, earlier.began, bar.show)  # a chat template may write the date

@@ -10,7 +10,6 @@ import torch
 
 from minilora.adapters.config import LoraConfig
 from minilora.cli import Options
-from minilora.errors import TrainingError
 from minilora.llama import Checkpointing, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
@@ -42,18 +41,6 @@ def dry_run_lines(plan: Plan) -> str:
     free = free_memory_bytes(plan.device)
     room = "unknown" if free is None else f"{amount(free)} free"
     return "\n".join([head, *_table(found), f"  {room}: fits with {', '.join(which) or 'none of them'}"])
-
-
-def check_memory(plan: Plan, found: Forecast) -> None:
-    """Raise a `TrainingError` if a run does not fit into memory."""
-    if not fits(plan, found):
-        smaller = "--method lora" if plan.lora is None else "--quantize nf4"
-        raise TrainingError(
-            f"the run needs {amount(found.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are free "
-            f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
-            f"gradient is the same), --gradient-checkpointing block, {smaller}, a smaller --max-length, or --shard "
-            "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
-        )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -33,12 +30,3 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     finally:
         del optimizer.found_inf  # type: ignore[attr-defined]  # or later steps would read it
     return Step(mean, norm)
-
-
-@kernel(of=training.total_norm)
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Compute the norm of tensors that FSDP has divided among processes, of which each holds only its rows."""
-    if not all(hasattr(tensor, "full_tensor") for tensor in tensors):
-        return training.total_norm.function(tensors)
-    norm: Any = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor()

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import DataError, TrainingError, check_types
-from minilora.models.shard import is_sharded
 from minilora.runs import checkpoints, world
 from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import lengths_of
@@ -63,7 +62,7 @@ def train(
 
     Where torch.distributed is initialized, its ranks share the work: each calls `train` with the same model and all
     rows, and computes some of the micro-batches of each step. The first rank writes the checkpoints. A model wrapped
-    in DDP or FSDP needs `loss`, like any other module.
+    in DDP needs `loss`, like any other module.
 
     Args:
         model: a `Llama`; with `loss`, any module.
@@ -85,9 +84,9 @@ def train(
             not have; the loss counts nothing; there are no held-out rows to choose the best weights with;
             `batch_tokens` with rows without `tokens`; or rows cannot be compared.
         FormatError: the newest checkpoint holds other tensors than the run trains.
-        TrainingError: nothing is trainable, or an inactive adapter is; a loss or gradient is not finite;
-            a checkpoint belongs to another run; the model needs `loss`; `gradient_checkpointing` is "auto", which the
-            command replaces; a rank does not answer.
+        TrainingError: nothing is trainable, or an inactive adapter is; FSDP has divided what is trained; a loss or
+            gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
+            `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer.
     """
     check_types(train, locals())
     if not torch.is_grad_enabled():
@@ -106,8 +105,8 @@ def train(
     steps = plan_steps(objective.lengths(dataset), config)
     job = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if folder is not None and any(map(is_sharded, parameters_of(job.optimizer))):
-        raise TrainingError("checkpoint_dir: what is trained is sharded by FSDP; write checkpoints in on_step")
+    if world.any_sharded(parameters_of(job.optimizer)):
+        raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
     run = ""
     if folder is not None or world.size() > 1:
         run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
@@ -170,7 +169,7 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     config = job.config
     total = len(job.steps)
     state, best, damaged = _resume(job, run, folder)
-    _share_state(model)
+    world.broadcast_(checkpoints.trained_tensors(model).values())
     schedule = _Schedule(config, total)
     first = state.step
     patience = config.early_stopping or math.inf
@@ -184,7 +183,7 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
         before = time.perf_counter()
         record = _step(job, state.step)
         # Not with a sharded base: kept memory would fragment between its gathered blocks.
-        if state.step == first and not any(map(is_sharded, model.parameters())):
+        if state.step == first and not world.any_sharded(model.parameters()):
             keep_memory()
         now = time.perf_counter()
         state.step += 1
@@ -199,7 +198,7 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
             evaluation = {"step": state.step, "eval_loss": eval_loss, "best_step": state.best_step}
             stopped |= world.any_rank(bool(on_step(evaluation)))
         if schedule.saves(state.step) or stopped or is_done():  # done: what follows training may fail
-            _share_state(model)
+            world.broadcast_(checkpoints.trained_tensors(model).values())
             if folder is not None and world.is_main_process():
                 checkpoints.save_checkpoint(folder, model, job.optimizer, state, best, config.save_total_limit)
             world.barrier()  # torchrun ends all ranks when one has ended
@@ -257,8 +256,3 @@ def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State
     if world.is_main_process():
         checkpoints.prune(folder, state.step, job.config.save_total_limit)  # a crash may have left some
     return state, best, damaged
-
-
-def _share_state(model: nn.Module) -> None:
-    """Give all ranks what the first one trains, and its buffers, as those of a batch norm."""
-    world.broadcast_(tensor for tensor in checkpoints.trained_tensors(model).values() if not is_sharded(tensor))

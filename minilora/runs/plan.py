@@ -65,7 +65,8 @@ def load_base(plan: Plan, base: Base, device: torch.device | str) -> Llama:
     """Load the base model, quantized as it is read, with rows for new tokens; "meta" gives it no storage."""
     load = load_model if plan.shard == "none" or device == "meta" else load_sharded
     model = load(base.location.name, plan.dtype, device, plan.quantization)
-    resize_token_embeddings(model, plan.config.vocab_size)
+    if plan.config.vocab_size > model.config.vocab_size:
+        resize_token_embeddings(model, plan.config.vocab_size)
     return model
 
 

@@ -88,20 +88,14 @@ def split_for_rank(items: Sequence[T]) -> list[tuple[T, bool]]:
 
 
 def all_reduce_(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the ranks: all travel in one buffer, in float32 or wider.
-
-    A tensor that is sharded is a gradient that FSDP has averaged over the ranks, so it is only multiplied by N.
-    """
+    """Replace each tensor by its sum over the ranks: all travel in one buffer, in float32 or wider."""
     if size() == 1:
         return
-    for sharded in filter(is_sharded, tensors):
-        sharded.mul_(size())
-    own = [tensor for tensor in tensors if not is_sharded(tensor)]
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in own) else torch.float32
-    buffer = torch.cat([tensor.reshape(-1).to(wide) for tensor in own])
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    buffer = torch.cat([tensor.reshape(-1).to(wide) for tensor in tensors])
     with _connection_errors():
         dist.all_reduce(buffer)
-    for tensor, part in zip(own, buffer.split([tensor.numel() for tensor in own]), strict=True):
+    for tensor, part in zip(tensors, buffer.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -150,6 +144,11 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors if size() > 1 else ():
         with _connection_errors():
             dist.broadcast(tensor.detach(), 0)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether a rank holds only a part of one of the tensors."""
+    return size() > 1 and any(map(is_sharded, tensors))
 
 
 def barrier() -> None:
