@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, tokenizer_of, vocabulary_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
+from minilora.cli.notes import base_notes
 from minilora.errors import ConfigError, FormatError
 from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig, describe_in_words, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import load_model, pick_device
-from minilora.models.hub import Location, fetch, locate, unpinned
+from minilora.models.hub import Location, fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
 
@@ -109,31 +110,6 @@ def recorded_quantization(base: Path, adapters: Sequence[Path]) -> dict[str, Any
     if recorded.get("quantize") == "fp4" or is_four_bit(read_json(base / "config.json")):
         return {}
     return {field.name: recorded[field.name] for field in fields(QuantizeConfig) if field.name in recorded}
-
-
-def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how the base is quantized, by `describe_base`, and which adapters were trained on another base."""
-    if quantization["quantize"] != "none":
-        yield f"the base model is {describe_in_words(quantization)}"
-    for path in adapters:
-        recorded = base_model_of(path)
-        if recorded and not _is_named(base, recorded):
-            yield f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}"
-        trained = base_quantization(path) or {}
-        if any(quantization.get(key) != value for key, value in trained.items()):
-            words = describe_in_words(trained)
-            yield f"{path}: was trained on a base that is {words}; this one is {describe_in_words(quantization)}"
-
-
-def _is_named(base: Location, recorded: str) -> bool:
-    """Return whether a name that an adapter records means this model: a branch or no revision means any commit."""
-    repository, commit = unpinned(base.name)
-    is_any_commit = commit is not None and unpinned(recorded)[1] is None
-    return (
-        recorded == base.name
-        or Path(recorded).resolve() == base.path.resolve()
-        or (is_any_commit and recorded.partition("@")[0] == repository)
-    )
 
 
 def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:

@@ -1,19 +1,50 @@
-"""What is unusual about a run: notes that finetune prints before it trains."""
+"""What is unusual about a base and its adapters, or about a run: notes that commands print before they work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from minilora.adapters.attach import describe_base
+from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped
-from minilora.cli.load import base_notes
 from minilora.llama import Llama
+from minilora.models.bitsandbytes import describe_in_words
 from minilora.models.config import trained_length
+from minilora.models.hub import Location, unpinned
 from minilora.runs import world
 from minilora.runs.dataset import Dataset, repeated_prompts
-from minilora.runs.directory import Run
+
+if TYPE_CHECKING:  # of finetune alone
+    from minilora.runs.directory import Run
 
 FEW_ROWS = 10
+
+
+def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how the base is quantized, by `describe_base`, and which adapters were trained on another base."""
+    if quantization["quantize"] != "none":
+        yield f"the base model is {describe_in_words(quantization)}"
+    for path in adapters:
+        recorded = base_model_of(path)
+        if recorded and not _is_named(base, recorded):
+            yield f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}"
+        trained = base_quantization(path) or {}
+        if any(quantization.get(key) != value for key, value in trained.items()):
+            words = describe_in_words(trained)
+            yield f"{path}: was trained on a base that is {words}; this one is {describe_in_words(quantization)}"
+
+
+def _is_named(base: Location, recorded: str) -> bool:
+    """Return whether a name that an adapter records means this model: a branch or no revision means any commit."""
+    repository, commit = unpinned(base.name)
+    is_any_commit = commit is not None and unpinned(recorded)[1] is None
+    return (
+        recorded == base.name
+        or Path(recorded).resolve() == base.path.resolve()
+        or (is_any_commit and recorded.partition("@")[0] == repository)
+    )
 
 
 def run_notes(run: Run, model: Llama) -> Iterator[str]:
