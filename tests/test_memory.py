@@ -242,8 +242,8 @@ def test_a_dry_run_tells_each_term_by_checkpointing_and_what_fits(directory, tmp
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_path, capsys, monkeypatch):
-    for module in (memory, pages):
-        monkeypatch.setattr(module, "free_memory_bytes", lambda device: 1234)
+    for module in ("runs.memory", "cli.finetune", "cli.forecast"):
+        monkeypatch.setattr(f"minilora.{module}.free_memory_bytes", lambda device: 1234)
     assert finetune(directory, tmp_path / "out", batch_size=20) != 0
     assert not (tmp_path / "out").exists()
     error, (wanted, found) = capsys.readouterr().err, planned(directory, tmp_path / "out", batch_size=20)
