@@ -27,6 +27,7 @@ def lora_ga(model: nn.Module, config: ml.LoraConfig, losses: Iterable[Tensor]) -
     """Return A and B of each linear that `config` adapts, by path; the model is frozen, and no adapter is active."""
     ml.attach(model, config, "lora_ga")
     linears = {path: layer.base for path, layer in layers_of(model, "lora_ga").items()}
+    ml.set_adapter(model, [])  # an adapter that the model has would act otherwise
     ml.delete_adapter(model, "lora_ga")
     trained = nn.ModuleList(linears.values()).requires_grad_(True)
     for loss in losses:

@@ -74,6 +74,7 @@ def targets(model: nn.Module, config: ml.LoraConfig) -> dict[str, nn.Linear]:
     """Return the linears that `config` adapts, by path; the model is frozen, and no adapter is active."""
     ml.attach(model, config, "targets")
     linears = {path: layer.base for path, layer in layers_of(model, "targets").items()}
+    ml.set_adapter(model, [])  # an adapter that the model has would act otherwise
     ml.delete_adapter(model, "targets")
     return linears
 

@@ -128,10 +128,11 @@ def test_switching_moves_no_number_and_deleting_leaves_the_others():
 def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
     model, before, *_ = trained
     logits = model(IDS)
+    names = trained_names(model)
     ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="other", dtype=torch.float64)
-    delete_adapter(model, "other")
-    ml.set_adapter(model, "default")
+    delete_adapter(model, "other")  # so the one that is left acts and learns
     assert torch.equal(model(IDS), logits)
+    assert trained_names(model) == names
     delete_adapter(model, "default")
     same_state(model, before)
     assert not adapter_layers(model)
@@ -175,17 +176,19 @@ def test_only_the_new_adapter_is_trainable_and_only_it_gets_gradients():
     model = adapted(target_modules=("q_proj", "down_proj"))
     ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="second")
     model(IDS).sum().backward()
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == {
+    assert trained_names(model) == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained_names(model) == {
         f"model.layers.{i}.self_attn.q_proj.adapters.second.lora_{letter}" for i in range(4) for letter in "AB"
     }
 
 
 def trained_names(model):
-    """The adapters of which something is trainable, and the base as None."""
-    parts = [name.partition(".adapters.")[2].split(".") for name, p in model.named_parameters() if p.requires_grad]
-    return {part[0] or None for part in parts}
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_adapters(model):
+    """Those of which something is trainable, and the base as an empty name."""
+    return {name.partition(".adapters.")[2].partition(".")[0] for name in trained_names(model)}
 
 
 @pytest.mark.parametrize(
@@ -201,13 +204,13 @@ def test_the_adapters_that_are_set_are_trained_alone_if_one_was_before_or_as_is_
     count = ml.count_parameters(model).trainable
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj", "v_proj")), "third")
     ml.set_adapter(model, "third", trainable=is_trained)
-    assert trained_names(model) == ({"third"} if is_trained else set())
+    assert trained_adapters(model) == ({"third"} if is_trained else set())
     ml.set_adapter(model, "first", trainable)
     assert ml.count_parameters(model).trainable == (count if expected else 0)
     ml.set_adapter(model, ["first", "second"], trainable)
-    assert trained_names(model) == ({"first", "second"} if expected else set())
+    assert trained_adapters(model) == ({"first", "second"} if expected else set())
     ml.set_adapter(model, [])
-    assert trained_names(model) == ({"first", "second"} if expected else set())
+    assert trained_adapters(model) == ({"first", "second"} if expected else set())
 
 
 def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():

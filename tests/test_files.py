@@ -17,6 +17,7 @@ from tests.models import (
     FAMILIES,
     WHOLE,
     examples,
+    randomize_adapters_,
     scales,
     seeds,
     tiny_model,
@@ -187,14 +188,39 @@ def test_a_loaded_adapter_is_active_and_frozen_unless_it_is_to_be_trained(tmp_pa
     assert all(layer.active == ("second",) for layer in adapter_layers(model).values())
 
 
-def test_a_bfloat16_file_becomes_float32_on_a_bfloat16_base(tmp_path):
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_dropout_of_a_loaded_adapter_acts_only_if_it_is_to_be_trained(is_trained, tmp_path):
+    """Whatever mode the model is in: one that is built is in training mode."""
+    saved(tmp_path, lora_dropout=0.5)
+    model = small_model().train()
+    with pytest.raises(ml.TargetError):
+        ml.load_adapter(model, tmp_path)
+    assert model.training
+    model = tiny_model(dtype=torch.float32).train()
+    ml.load_adapter(model, tmp_path, trainable=is_trained)
+    assert torch.equal(model(IDS), model(IDS)) != is_trained
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_bfloat16_file_becomes_float32_on_a_bfloat16_base_or_what_is_asked(dtype, tmp_path):
     model = saved(tmp_path)
     write_changed(tmp_path, lambda name, tensor: (name, tensor.bfloat16()))
     other = tiny_model(dtype=torch.bfloat16)
-    ml.load_adapter(other, tmp_path)
+    ml.load_adapter(other, tmp_path, dtype=dtype)
     theirs, ours = (adapter_layers(m)["model.layers.0.mlp.up_proj"].adapters["default"].lora_A for m in (model, other))
-    assert ours.dtype == torch.float32
-    assert torch.equal(ours, theirs.bfloat16().float())
+    assert ours.dtype == (dtype or torch.float32)
+    assert torch.equal(ours, theirs.bfloat16().to(ours.dtype))
+
+
+@pytest.mark.parametrize("case", ["LoRA", "rsLoRA with patterns", "PiSSA by DoRA", "the embedding adapted"])
+def test_a_scale_that_was_set_is_the_one_that_is_saved(case, tmp_path):
+    model = with_adapter(case)
+    randomize_adapters_(model)
+    for i, layer in enumerate(adapter_layers(model).values()):
+        layer.adapters["default"].scale *= 1 + i % 3
+    ml.save_adapter(model, tmp_path)
+    again = loaded(tmp_path, WHOLE, num_hidden_layers=2)
+    assert relative(again(IDS), model(IDS), PARITY) < 1
 
 
 def test_names_with_the_adapter_s_own_name_in_them_load(tmp_path):

@@ -17,6 +17,7 @@ from minilora.adapter import (
     add_adapter,
     base_modules,
     layers_of,
+    own_parameters,
     replace_modules,
     require_layers,
     walk,
@@ -55,6 +56,8 @@ def attach(
     start: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Add a new adapter to the modules that `config` selects, activate it alone, and freeze everything else.
+
+    An adapter that the model has is frozen too; `set_adapter` with both names lets both act and learn.
 
     The new adapter changes nothing until it is trained, unless `init_lora_weights` is False. With DoRA and a bias the
     last bit may differ, since the bias is added after the scaling by m/‖W‖ = 1.
@@ -172,15 +175,22 @@ def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove one adapter; modules that have no other adapter are put back.
 
+    If it was the only active one, the first of those that are left acts, as in PEFT, and is trainable if this one was.
+
     Raises:
         TargetError: the model has no adapter of that name.
     """
     check_types(delete_adapter, locals())
     layers = layers_of(model, name).values()
+    acted = any(name in layer.active for layer in layers)
+    was_trained = any(p.requires_grad for layer in layers for p in own_parameters(layer, name))
     for layer in layers:
         del layer.adapters[name]
         layer.active = tuple(each for each in layer.active if each != name)
     replace_modules(model, ((layer, layer.base) for layer in layers if not layer.adapters))
+    left = adapter_layers(model).values()
+    if acted and left and not any(layer.active for layer in left):
+        adapter.set_adapter(model, next(iter(next(iter(left)).adapters)), trainable=was_trained)
 
 
 def merge(model: nn.Module) -> None:

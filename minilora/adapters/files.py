@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ from minilora.adapters.layout import (
 from minilora.errors import FormatError, TargetError, check_types, listed
 from minilora.files import publishing
 from minilora.llama import Llama
-from minilora.lora import AdapterWrapper
+from minilora.lora import AdapterWrapper, LoraAdapter
 from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.models.shard import whole_weight
@@ -89,16 +89,24 @@ def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:
     return {end: tensor for end, tensor in held.items() if tensor is not None}
 
 
-def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
+def load_adapter(
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Read an adapter that PEFT or `save_adapter` wrote, attach it to the model and activate it.
 
-    Everything else is frozen, other adapters too, and the loaded adapter unless it is `trainable`.
+    Everything else is frozen, other adapters too. Unless the adapter is `trainable`, it is frozen as well, and the
+    model is put into evaluation mode, so that no dropout acts.
 
     Args:
         model: the base model.
         path: the adapter's directory, or a repository of the hub, "org/name" or "org/name@revision".
         name: the adapter's name in the model.
         trainable: whether the adapter will be trained.
+        dtype: of the adapter's parameters; by default the file's, float32 at least.
 
     Raises:
         FormatError: a file of the adapter is missing or malformed, or the config asks for something that is not
@@ -115,7 +123,12 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
     embedding = next((where for where, held in stored.tensors.items() if "rows" in held), input_embedding(model))
     specs = build_specs(modules, config, _blank_specs(stored, modules, config), embedding)
-    inject_adapter(model, config, name, _filled(specs, stored, modules, config), trainable)
+    specs = _filled(specs, stored, modules, config)
+    if dtype is not None:
+        specs = {where: spec.copied(dtype) for where, spec in specs.items()}
+    inject_adapter(model, config, name, specs, trainable)
+    if not trainable:
+        model.eval()
 
 
 def _blank_specs(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, AdapterSpec]:
@@ -203,11 +216,11 @@ def _is_weight_of(module: Any, copy: Tensor) -> bool:
 def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
     """Return what the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
     low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, LowRankWrapper)}
-    started = {where for where, layer in low_rank.items() if isinstance(layer.adapters[name], InitSubtractedAdapter)}
-    times = 2 if started else 1
+    adapters = {where: layer.adapters[name] for where, layer in low_rank.items()}
+    times = 2 if any(isinstance(adapter, InitSubtractedAdapter) for adapter in adapters.values()) else 1
     growth = math.sqrt(times) if config.use_rslora else times
-    ranks = {each: config.rank(each) * (times if each in started else 1) for each in low_rank}
-    alphas = {each: config.alpha(each) * (growth if each in started else 1) for each in low_rank}
+    ranks = {where: len(adapter.lora_A) for where, adapter in adapters.items()}
+    alphas = {where: _alpha(config, where, adapter) for where, adapter in adapters.items()}
     copies = [where for where, layer in layers.items() if isinstance(layer, ModulesToSave)]
     whole = [where for where in copies if peft_tensors(layers[where], name).keys() != {"bias"}]
     return {
@@ -215,16 +228,23 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         "target_modules": shortest_names(list(low_rank), modules),
         "r": times * config.r,
         "lora_alpha": growth * config.lora_alpha,
-        "rank_pattern": _pattern(None if started else config.rank_pattern, ranks, times * config.r),
-        "alpha_pattern": _pattern(None if started else config.alpha_pattern, alphas, growth * config.lora_alpha),
+        "rank_pattern": _pattern(config.rank_pattern, config.rank, ranks, times * config.r),
+        "alpha_pattern": _pattern(config.alpha_pattern, config.alpha, alphas, growth * config.lora_alpha),
         "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in low_rank.values()),
         "modules_to_save": shortest_names(whole, modules, as_text=True) or None,  # as PEFT compares them
     }
 
 
-def _pattern(pattern: Mapping[str, T] | None, values: Mapping[str, T], default: T) -> dict[str, T]:
+def _alpha(config: LoraConfig, where: str, adapter: LoraAdapter) -> float:
+    """Return the α that gives, with the adapter's rank, the scale that it has now, which a user may have set."""
+    growth = len(adapter.lora_A) / config.rank(where)
+    factor = adapter.scale / config.scale(where) * (math.sqrt(growth) if config.use_rslora else growth)
+    return config.alpha(where) if factor == 1 else factor * config.alpha(where)
+
+
+def _pattern(pattern: Mapping[str, T], meant: Callable[[str], T], values: Mapping[str, T], default: T) -> dict[str, T]:
     """Return a pattern whose keys are names, as `load_adapter` requires: the given one, or one key for each module."""
-    if pattern is not None and all(map(is_name, pattern)):
+    if all(map(is_name, pattern)) and all(meant(where) == value for where, value in values.items()):
         return dict(pattern)
     return {f"^{where}": value for where, value in values.items() if value != default}
 
