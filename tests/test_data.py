@@ -51,16 +51,6 @@ def test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_la
     assert learned(found) == [*expected[:-1], True]
 
 
-def test_a_token_that_spans_the_seam_is_learned_whole(tokenizer):
-    chosen = tokenizer(use_regex=False)
-    whole = encoded({"prompt": "the ca", "completion": "t sat"}, chosen)
-    alone = chosen.encode("the ca")
-    assert whole.tokens[: len(alone)] != alone  # so counting the prompt's own tokens would be wrong
-    before = chosen.decode(prompt_of(whole))
-    assert before != "the ca"
-    assert "the ca".startswith(before)
-
-
 def test_a_completion_that_brings_its_closing_token_gets_no_second_one(tokenizer):
     bare, closed = (encoded({"prompt": "the", "completion": text}, tokenizer()) for text in (" cat", " cat" + EOS))
     assert bare == closed

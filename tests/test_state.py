@@ -311,6 +311,18 @@ def test_whatever_is_trained_a_resumed_run_ends_in_the_same_bytes_and_all_else_k
 # --- damaged checkpoints ---
 
 
+def test_a_weight_that_is_not_finite_is_in_no_checkpoint(tmp_path):
+    model = fresh()
+
+    def spoil(record):
+        if record["step"] == 2:
+            next(p for name, p in model.named_parameters() if name.endswith("lora_A")).data[0, 0] = torch.nan
+
+    with pytest.raises(ml.TrainingError, match=r"not written, because .*q_proj\.lora_A\.weight has numbers"):
+        run(tmp_path, model, on_step=spoil)
+    assert saved(tmp_path) == [1]
+
+
 @pytest.mark.parametrize("spoil", [lambda t: t.flatten()[:1], lambda t: t.int(), lambda t: t.t()])
 def test_moments_that_do_not_fit_are_refused_by_name(whole, tmp_path, spoil):
     path = copy_checkpoint(whole, 2, tmp_path) / "optimizer.safetensors"

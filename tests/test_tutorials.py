@@ -1,6 +1,6 @@
 """The tutorials come out as they stand, their form is kept, and their exercises can be failed."""
 
-import json
+import importlib.util
 import os
 import re
 import shlex
@@ -14,7 +14,6 @@ import pytest
 
 import minilora as ml
 from minilora.cli import parse
-from tests.test_assets import load_script
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
@@ -44,6 +43,15 @@ MISTAKES = {
     "10": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
     "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
 }
+
+
+def load_script(path):
+    """A file that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where data classes look for their module
+    spec.loader.exec_module(module)
+    return module
 
 
 run, exercises = (load_script(path) for path in (TUTORIALS / "run.py", TUTORIALS / "exercises/check.py"))
@@ -217,15 +225,6 @@ def differences(page):
     chapter = run.Chapter(page, check=True)
     chapter.run()
     return chapter.differences
-
-
-def test_a_run_writes_outputs_and_figures_and_nothing_else(page):
-    text = text_of(page)
-    assert "```python\nx = 2\nprint('x is', x)\n```\n\n```text\nx is 2\n```\n\n```sh\n" in text
-    assert "```\n\n```text\ntook 12.3 s\n```\n\n<details>\n" in text
-    assert re.search(r"^\*Reads in 1 min, runs in \d+ s on 2 CPU cores\.\*$", text, re.MULTILINE)
-    assert re.sub(r"```text\n.*?```\n\n", "", text, flags=re.DOTALL) == run.COST.sub(run.COST.search(text)[0], PAGE)
-    assert json.loads(run.stored(page.parent / "figures/line.svg")) == [[0, 1, 1, 2, 2, 4.5]]
 
 
 @pytest.mark.parametrize(
