@@ -148,7 +148,7 @@ def attach_lora(
     generator = torch.Generator().manual_seed(seed)
     scale = lora_scale(r, lora_alpha, use_rslora)
     for path, base in chosen.items():
-        tensors = initial_factors(r, base, generator)
+        tensors = initial_factors(r, base.in_features, base.out_features, generator)
         if use_dora:  # m = ‖W‖
             tensors["magnitude"] = dora_norm(base.weight.cpu(), **tensors, scale=scale)
         add_adapter(layers[path], name, LoraAdapter(tensors, scale, lora_dropout))

@@ -70,14 +70,16 @@ def base_linear(x: Tensor, base: Linear, bias: Tensor | None) -> Tensor:
     return F.linear(x, base.weight, bias)
 
 
-def initial_factors(r: int, base: Linear, generator: torch.Generator) -> dict[str, Tensor]:
+def initial_factors(
+    r: int, inner: int, outer: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Draw A ~ U(-1/√in, 1/√in) and set B = 0.
 
     A must not be zero as well: the gradient of B is a product with A x.
     """
-    bound = base.in_features**-0.5
-    A = torch.zeros(r, base.in_features, dtype=torch.float32)
-    B = torch.zeros(base.out_features, r, dtype=torch.float32)
+    bound = inner**-0.5
+    A = torch.zeros(r, inner, dtype=torch.float32)
+    B = torch.zeros(outer, r, dtype=torch.float32)
     return {"lora_A": A.uniform_(-bound, bound, generator=generator), "lora_B": B}
 
 

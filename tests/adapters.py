@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from minilora import LoraConfig
 from minilora.adapter import add_adapter
-from minilora.adapters.build import build_adapter
-from minilora.adapters.layers import LoraConv1D, LoraEmbedding, LowRankWrapper, factor_shapes
+from minilora.adapters.build import build_adapter, factor_shapes
+from minilora.adapters.layers import LoraConv1D, LoraEmbedding, LowRankWrapper
 from minilora.lora import LoraLinear
 from minilora.nf4 import NF4Linear
 from minilora.testing import reference

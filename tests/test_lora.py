@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig
-from minilora.adapters.layers import factor_shapes
+from minilora.adapters.build import factor_shapes
 from minilora.lora import LoraLinear, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
 from minilora.nf4 import NF4Linear
 from minilora.runs.sampler import SeededDropout, hash_seed

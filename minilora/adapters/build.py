@@ -18,11 +18,10 @@ from minilora.adapters.layers import (
     LoraEmbedding,
     LowRankWrapper,
     as_matrix,
-    factor_shapes,
 )
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
-from minilora.lora import AdapterWrapper, LoraAdapter, LoraLinear, dora_norm
+from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm, initial_factors
 from minilora.models.shard import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
@@ -103,6 +102,14 @@ def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | Non
     return select_targets(linears, config, head, embeddings)
 
 
+def factor_shapes(module: Any, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of A (r, in) and B (out, r) for a module."""
+    if isinstance(module, Linear):
+        return (r, module.in_features), (module.out_features, r)
+    inner, outer = module.weight.shape
+    return (r, inner), (outer, r)
+
+
 def low_rank_spec(
     module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator, start: Sequence[Tensor] | None = None
 ) -> AdapterSpec:
@@ -123,12 +130,14 @@ def low_rank_spec(
             raise ShapeError(f"{path}: start has {found}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
     elif isinstance(init, str) and next(module.parameters()).is_meta:  # no numbers to make the values from
-        lora_A, lora_B = drawn_factors(True, shape_A, shape_B, generator)
+        lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
     elif is_part_of_weight:
         weight = as_matrix(module, whole_weight(module))
         lora_A, lora_B = factors_from_weight(str(init), weight, r, scale, generator)
     elif kind is LoraEmbedding:
         lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
+    elif init is True:
+        lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
     else:
         lora_A, lora_B = drawn_factors(init, shape_A, shape_B, generator)
     tensors = {"lora_A": lora_A, "lora_B": lora_B}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
 from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter, input_embedding
-from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, kind_of
+from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, factor_shapes, kind_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import factors_from_weight
@@ -25,7 +25,6 @@ from minilora.adapters.layers import (
     LoraEmbedding,
     LowRankWrapper,
     as_matrix,
-    factor_shapes,
 )
 from minilora.adapters.layout import (
     BASE_METADATA,

@@ -37,10 +37,11 @@ def drawn_factors(
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    True:         A ~ U(-1/√in, 1/√in), B = 0, as `lora.initial_factors`; PyTorch's start of a layer ([He], slope √5)
+    True is the start of the page, `lora.initial_factors`. The other kinds:
+
     "gaussian":   A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
     "orthogonal": B A = 0 with neither of them 0 (`_orthogonal_factors`)
-    False:        A and B both as PyTorch starts them, for tests
+    False:        A and B both ~ U(-1/√in, 1/√in), as PyTorch starts a layer ([He], slope √5), for tests
 
     Shapes: shape_A (r, in), shape_B (out, r) -> shape_A, shape_B
     Raises:
@@ -51,10 +52,9 @@ def drawn_factors(
         return _orthogonal_factors(r, inner, out, generator)
     if kind == "gaussian":
         return _zeros(shape_A).normal_(0, 1 / shape_A[0], generator=generator), _zeros(shape_B)
-    if not isinstance(kind, bool):
+    if kind is not False:
         raise ConfigError(f"init_lora_weights is {kind!r}, accepted are True, False, 'gaussian' and 'orthogonal'")
-    lora_A = _uniform(shape_A, generator)
-    return lora_A, _zeros(shape_B) if kind else _uniform(shape_B, generator)
+    return _uniform(shape_A, generator), _uniform(shape_B, generator)
 
 
 def embedding_factors(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +30,6 @@ def shallow_copy(module: nn.Module, own: Mapping[str, Tensor | None]) -> nn.Modu
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """Return the weight of a module as W (out, in)."""
     return weight if isinstance(module, Linear) else weight.T
-
-
-def factor_shapes(module: Any, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of A (r, in) and B (out, r) for a module."""
-    if isinstance(module, Linear):
-        return (r, module.in_features), (module.out_features, r)
-    inner, outer = module.weight.shape
-    return (r, inner), (outer, r)
 
 
 class LoraConv1D(AdapterWrapper):
