@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ from minilora.errors import ConfigError, DataError, FormatError, check_types
 from minilora.files import parse_object, read_text
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
-from minilora.models.tokenizer_json import no_panic, untrimmed
 
 TOKENIZER_BYTES = 2**27  # of a tokenizer.json; that of 262,144 tokens has 33 MB
+TOKENIZER_VALUES = 10**7  # in a tokenizer.json; that of 262,144 tokens has 2.4 million
 
 if TYPE_CHECKING:
     from minilora.models.template import Message, Tools
@@ -68,8 +69,8 @@ class Tokenizer:
         from minilora.models.control_tokens import ControlTokens
 
         self._texts, self._now = texts, now
-        source = untrimmed(texts["tokenizer.json"], str(self._path))
-        with no_panic(str(self._path)):
+        source = _untrimmed(texts["tokenizer.json"], str(self._path))
+        with _no_panic(str(self._path)):
             self._backend = tokenizers.Tokenizer.from_str(source)
             self._control = ControlTokens(source, self._backend)
         config, older, generation, model = (
@@ -110,7 +111,7 @@ class Tokenizer:
             return self
         if bad := [t for t in tokens if self.token_id(t) is not None or tokens.count(t) > 1 or not t]:
             raise ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
-        with no_panic(str(self._path)):
+        with _no_panic(str(self._path)):
             backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
             backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
             return self.with_files({"tokenizer.json": backend.to_str(pretty=True)})
@@ -135,7 +136,7 @@ class Tokenizer:
 
     def quote(self, value: Any) -> Any:
         """Return text or messages whose control tokens `encode` and `encode_spans` take as plain text."""
-        with no_panic(str(self._path)):
+        with _no_panic(str(self._path)):
             return self._control.quote(value)
 
     def encode_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
@@ -146,7 +147,7 @@ class Tokenizer:
         """
         if found := re.search("[\ud800-\udfff]", text):
             raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
-        with no_panic(str(self._path)):
+        with _no_panic(str(self._path)):
             encoding, origin = self._control.encode(text, add_special_tokens)
         spans, previous = [], 0
         for (begin, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
@@ -158,7 +159,7 @@ class Tokenizer:
         return encoding.ids, spans
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        with no_panic(str(self._path)):
+        with _no_panic(str(self._path)):
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
@@ -195,3 +196,26 @@ def _default_template(value: Any) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
+
+
+@contextmanager
+def _no_panic(where: str) -> Iterator[None]:
+    """Raise a `FormatError` for what the package raises: an `Exception` itself, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise FormatError(f"{where}: {error}") from error
+
+
+def _untrimmed(source: str, where: str) -> str:
+    """Return a tokenizer.json without truncation and padding, and whose offsets keep white space; ids do not change.
+
+    Raises:
+        FormatError: it is no JSON object; `where` is named.
+    """
+    data = parse_object(source, where, TOKENIZER_VALUES)
+    processors = {name: data.get(name) for name in ("pre_tokenizer", "post_processor")}
+    text = json.dumps(processors).replace('"trim_offsets": true', '"trim_offsets": false')
+    return json.dumps({**data, **json.loads(text), "truncation": None, "padding": None})
