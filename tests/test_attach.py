@@ -306,6 +306,20 @@ def test_subclasses_of_linear_are_not_targets():
         ml.attach(nn.ModuleDict({"proj": Doubled(3, 3)}), ml.LoraConfig())
 
 
+def test_all_linear_says_which_linears_it_leaves_out_and_names_do_not():
+    """Of PyTorch's layer it adapts two: attention reads its own weights, and calls no linear."""
+
+    def encoder():
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
+
+    model = encoder()
+    with pytest.warns(UserWarning, match=r"leaves out 2 of class MultiheadAttention, such as 'layers\.0\.self_attn'"):
+        ml.attach(model, ml.LoraConfig(r=2))
+    assert {path.rpartition(".")[2] for path in adapter_layers(model)} == {"linear1", "linear2"}
+    for config in (ml.LoraConfig(modules_to_save=("self_attn",)), ml.LoraConfig(target_modules=("linear1",))):
+        ml.attach(encoder(), config)
+
+
 @pytest.mark.parametrize("is_active", [True, False])
 def test_merging_a_tied_head_keeps_the_embedding_and_the_tie_if_its_adapter_does_not_act(is_active):
     model = adapted("qwen2", target_modules=("lm_head",))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.config import LoraConfig, is_target, matches, select_saved, select_targets
+from minilora.adapters.config import (
+    LoraConfig,
+    is_all_linear,
+    is_excluded,
+    is_target,
+    matches,
+    select_saved,
+    select_targets,
+)
 from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
 from minilora.adapters.layers import (
@@ -92,14 +101,31 @@ def is_called(path: str, modules: Mapping[str, Any]) -> bool:
 
 
 def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | None) -> list[str]:
-    """Return the paths of the modules that get a low-rank adapter (see `select_targets`)."""
+    """Return the paths of the modules that get a low-rank adapter (see `select_targets`).
+
+    Warn of linears that "all-linear" leaves out, since an adapter could not replace them: subclasses, which may compute
+    anything, those whose weights are read instead of being called, and the matrices in `nn.MultiheadAttention`.
+    """
     kinds = adaptable(modules)
     for path, module in modules.items():
         if isinstance(module, CONVOLUTIONS) and is_called(path, modules) and is_target(path, config):
             raise TargetError(f"{path}: is a convolution; {in_recipe('convolutions')}")
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
     embeddings = [path for path, kind in kinds.items() if kind not in LINEARS]
-    return select_targets(linears, config, head, embeddings)
+    chosen = select_targets(linears, config, head, embeddings)
+    if is_all_linear(config):
+        _warn_of_others(modules, {*kinds, head}, config)
+    return chosen
+
+
+def _warn_of_others(modules: Mapping[str, Any], known: Collection[str | None], config: LoraConfig) -> None:
+    attentions = [path for path, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
+    parts = {f"{path}.out_proj" for path in attentions}
+    linears = [path for path, module in modules.items() if isinstance(module, nn.Linear) and path not in parts]
+    left = [path for path in attentions + linears if path not in known and not is_excluded(path, config)]
+    for name, count in Counter(type(modules[path]).__name__ for path in left).items():
+        first = next(path for path in left if type(modules[path]).__name__ == name)
+        warnings.warn(f"all-linear leaves out {count} of class {name}, such as {first!r}", stacklevel=4)
 
 
 def factor_shapes(module: Any, r: int) -> tuple[tuple[int, int], tuple[int, int]]:

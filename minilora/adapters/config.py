@@ -166,8 +166,8 @@ def select_targets(
             `rank_pattern` or `alpha_pattern` matches nothing; the message lists what there is.
     """
     paths = [*linears, *embeddings]
-    if _is_all_linear(config):
-        chosen = [path for path in linears if path != head and not _is_excluded(path, config)]
+    if is_all_linear(config):
+        chosen = [path for path in linears if path != head and not is_excluded(path, config)]
     else:
         chosen = [path for path in paths if is_target(path, config)]
     problems = _problems(paths, chosen, config)
@@ -196,7 +196,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
 
 def is_target(path: str, config: LoraConfig) -> bool:
     """Return whether `target_modules` and the fields that limit it select this path."""
-    return matches(config.target_modules, path) and _is_in_layers(path, config) and not _is_excluded(path, config)
+    return matches(config.target_modules, path) and _is_in_layers(path, config) and not is_excluded(path, config)
 
 
 def matches(entries: str | Sequence[str], path: str) -> bool:
@@ -211,7 +211,7 @@ def _problems(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -
     found = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
-        if not (name == "target_modules" and _is_all_linear(config)):
+        if not (name == "target_modules" and is_all_linear(config)):
             found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
     for number in config.layers_to_transform or ():
         alone = replace(config, layers_to_transform=(number,))
@@ -238,7 +238,8 @@ def _endings(paths: Sequence[str]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
 
 
-def _is_excluded(path: str, config: LoraConfig) -> bool:
+def is_excluded(path: str, config: LoraConfig) -> bool:
+    """Return whether `exclude_modules` names a path, or it is trained in full."""
     return matches(config.exclude_modules, path) or _is_saved(path, config)
 
 
@@ -251,7 +252,8 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
     return HEADS.get(config.task_type or "", ())
 
 
-def _is_all_linear(config: LoraConfig) -> bool:
+def is_all_linear(config: LoraConfig) -> bool:
+    """Return whether `target_modules` is "all-linear"."""
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
