@@ -42,6 +42,13 @@ LONG = {"short_factor": [1.1, 1.3, 1.2], "long_factor": [2.0, 3.0, 4.0]}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+QUERY = {"query_pre_attn_scalar": 3, "head_dim": 8}  # of Gemma 3, as are its rotations
+BY_KIND = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0},
+    }
+}
 MULTIPLIERS = {  # of Granite
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.3,
@@ -74,6 +81,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "granite": {"model_type": "granite", **MULTIPLIERS, **BIASES, "tie_word_embeddings": True},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": EVERY_OTHER, **QUERY, **BY_KIND},
 }
 
 
@@ -106,9 +114,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations, and
-# multipliers.
-MOST_DIFFERENT = ("llama-bias-tied-wide-heads", "llama-dynamic", "qwen3", "smollm3-window", "phi3-longrope", "granite")
+# Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations,
+# multipliers, and norms after both branches.
+MOST_DIFFERENT = (
+    "llama-bias-tied-wide-heads",
+    "llama-dynamic",
+    "qwen3",
+    "smollm3-window",
+    "phi3-longrope",
+    "granite",
+    "gemma3",
+)
 
 
 def by_family(*names: str) -> pytest.MarkDecorator:

@@ -196,7 +196,8 @@ def decoder_logits(
             if name.startswith(f"model.layers.{layer}.")
         }
         has_norms_after = "post_feedforward_layernorm.weight" in part
-        own = (cos, sin) if cos.ndim == 2 else (cos[config.windows[layer] is None], sin[config.windows[layer] is None])
+        kind = int(config.windows[layer] is None)
+        own = (cos, sin) if cos.ndim == 2 else (cos[kind], sin[kind])
         y = norm(part, "operator_norm", norm(part, "input_layernorm", x))
         y = _convolution(part, y) if "conv.conv.weight" in part else _attention(part, config, layer, y, *own)
         if has_norms_after:

@@ -11,6 +11,7 @@ from minilora.files import read_json
 from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.family import Family, all_biases, equal_windows
+from minilora.models.gemma3 import GEMMA3
 from minilora.models.granite import GRANITE, MULTIPLIERS
 from minilora.models.olmo2 import OLMO2
 from minilora.models.phi3 import PHI3
@@ -25,12 +26,14 @@ LARGEST = {  # whole numbers above 0, and the largest that is accepted: weights 
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
     "num_hidden_layers": 160,  # Llama 3.1 405B has 126
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), 2**31 - 1),
-    **dict.fromkeys(("max_window_layers", "no_rope_layer_interval"), 2**31 - 1),
+    **dict.fromkeys(("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"), 2**31 - 1),
 }
 HIGHEST = {  # numbers above 0, and the largest that is accepted
-    **dict.fromkeys(("rms_norm_eps", "rope_theta", *MULTIPLIERS), FLOAT),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq"), FLOAT),
+    **dict.fromkeys(("query_pre_attn_scalar", *MULTIPLIERS), FLOAT),
     "partial_rotary_factor": 1.0,
 }
+UNKNOWN = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 LLAMA = Family("Llama", {"max_position_embeddings": 2048}, all_biases)
 MISTRAL = Family(
@@ -47,6 +50,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "phi3": PHI3,
     "olmo2": OLMO2,
     "granite": GRANITE,
+    "gemma3_text": GEMMA3,
 }
 COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -76,8 +80,9 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         raise ConfigError(f"architectures {architectures!r:.80}: is a classifier; {in_recipe('classify_texts')}")
     family = FAMILIES[name]
     values = COMMON | dict(family.defaults)
-    values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
-    _check(values)
+    values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON.keys() | HIGHEST.keys()}
+    values |= {ours: values[theirs] for theirs, ours in family.names.items() if values.get(theirs) is not None}
+    _check(values, family)
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
@@ -118,26 +123,32 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
     return {**source, "rope_scaling": scaling, **given}
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def _check(values: Mapping[str, Any], family: Family) -> None:
     """Raise a `ConfigError` that names every key with an impossible value."""
-    bad = []
+    bad = {}
     for key, most in LARGEST.items():
         value, least = values.get(key), 0 if key == "max_window_layers" else 1  # 0: every layer has a window
         is_right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
         if not is_right and (value is not None or key in REQUIRED):
-            bad.append(f"{key}: found {value!r:.80}, need a whole number from {least} to {most}")
+            bad[key] = f"found {value!r:.80}, need a whole number from {least} to {most}"
     for key, highest in HIGHEST.items():
         if values.get(key) is not None and (not is_positive(values[key]) or values[key] > highest):
-            bad.append(f"{key}: found {values[key]!r:.80}, need a number above 0 and at most {highest:g}")
+            bad[key] = f"found {values[key]!r:.80}, need a number above 0 and at most {highest:g}"
     for key, kind in (("rope_scaling", Mapping), ("layer_types", list), ("no_rope_layers", list)):
         if values.get(key) is not None and not isinstance(values[key], kind):
-            bad.append(f"{key}: found {values[key]!r:.80}, need a JSON {'list' if kind is list else 'object'}")
+            bad[key] = f"found {values[key]!r:.80}, need a JSON {'list' if kind is list else 'object'}"
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
         if not isinstance(values.get(key) or False, bool):
-            bad.append(f"{key}: found {values[key]!r:.80}, need true or false")
-    if values["hidden_act"] not in ("silu", "swish"):
-        bad.append(f"hidden_act: found {values['hidden_act']!r:.80}, supported is 'silu'")
+            bad[key] = f"found {values[key]!r:.80}, need true or false"
+    for key in UNKNOWN:
+        if values.get(key):
+            bad[key] = f"found {values[key]!r:.80}, which none of the families has"
+    act = family.defaults.get("hidden_act", "silu")
+    if values["hidden_act"] not in (act, "swish" if act == "silu" else act):
+        bad["hidden_act"] = f"found {values['hidden_act']!r:.80}, supported is {act!r}"
     if values.get("quantization_config") is not None and not is_four_bit(values):
-        bad.append("quantization_config: of quantized checkpoints only bitsandbytes' 4-bit ones can be read")
+        bad["quantization_config"] = "of quantized checkpoints only bitsandbytes' 4-bit ones can be read"
     if bad:
-        raise ConfigError("config.json cannot be used:\n  " + "\n  ".join(bad))
+        own = {ours: theirs for theirs, ours in family.names.items() if theirs in values}
+        lines = [f"{own.get(key, key)}: {message}" for key, message in bad.items()]
+        raise ConfigError("config.json cannot be used:\n  " + "\n  ".join(lines))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ class Family:
         defaults: the values that transformers gives to missing keys.
         fields: (values) -> the fields of a `LlamaConfig` that are not copied from config.json, by name.
         build_model: builds the model; in the family's own file if its structure differs from Llama's.
+        names: keys that only this family's config.json has, with the usual names of what they say.
     """
 
     name: str
     defaults: Values
     fields: Callable[[Values], dict[str, Any]]
     build_model: Callable[[LlamaConfig], Llama] = Llama
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class ResidualBlock(nn.Module):

@@ -85,6 +85,46 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
     return Rope(tuple(frequencies.tolist()))
 
 
+@dataclass(frozen=True)
+class RopeByWindow:
+    """Two rotations in place of a `llama.Rope`: of layers with a window, and of the others."""
+
+    ropes: tuple[Rope, Rope]
+
+    def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
+        """Compute cos and sin of both rotations, (2, N, R/2) each."""
+        (cos, sin), (other_cos, other_sin) = (rope.rotation(spans, device) for rope in self.ropes)
+        return torch.stack((cos, other_cos)), torch.stack((sin, other_sin))
+
+
+def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
+    """Build the rotations of the two kinds of layers that `rope_parameters` names.
+
+    Older configs have `rope_local_base_freq` for one, `rope_theta` and `rope_scaling` for the other.
+
+    Raises:
+        ConfigError: as in `build_rope`; or there is no window, or a rotation depends on the length of the document.
+    """
+    if values.get("sliding_window") is None:
+        raise ConfigError("sliding_window: found None, need a whole number: some layers have a window")
+    thetas = {"sliding_attention": "rope_local_base_freq", "full_attention": "rope_theta"}
+    scaling = values["rope_scaling"]
+    by_kind = scaling if thetas.keys() & scaling.keys() else {"full_attention": scaling}
+    if by_kind is not scaling and values.get("rope_parameters"):
+        raise ConfigError(f"rope_parameters: found {scaling!r:.80}, need an object for each of {list(thetas)}")
+    ropes = []
+    for kind, key in thetas.items():
+        given = by_kind.get(kind) or {}
+        theta = given.get("rope_theta") or values.get(key) or 10_000.0 if isinstance(given, Mapping) else None
+        if not is_positive(theta):
+            raise ConfigError(f"{kind}: found {given!r:.80}, need a JSON object whose rope_theta is above 0")
+        rope = build_rope({**values, "rope_scaling": given, "rope_theta": theta}, width)
+        if not isinstance(rope, Rope) or given.get("partial_rotary_factor", 1) != 1:
+            raise ConfigError(f"{kind}: found {given!r:.80}, which is not supported beside another rotation")
+        ropes.append(rope)
+    return RopeByWindow((ropes[0], ropes[1]))
+
+
 def dynamic_frequencies(width: int, theta: float, factor: float, max_length: int, length: int) -> Tensor:
     """Compute the frequencies of a document of n tokens with a larger base, beyond L = `max_length`.
 

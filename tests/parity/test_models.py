@@ -33,9 +33,12 @@ def theirs_model(ours):
 
 
 def in_float64(ours):
-    """transformers' model in float64, whose norms, too, compute in it."""
+    """transformers' model in float64, in which its norms and the scale of its embedding are computed too."""
     theirs = theirs_model(ours).double()
     theirs.load_state_dict(ours.state_dict())
+    for name, scale in theirs.named_buffers():
+        if name.endswith("embed_scale"):
+            scale.fill_(ours.config.hidden_size**0.5)
     for norm in (each for each in theirs.modules() if type(each).__name__.endswith("RMSNorm")):
         is_gemma, eps = "Gemma" in type(norm).__name__, getattr(norm, "variance_epsilon", None) or norm.eps
         norm.forward = partial(rms_norm, norm, is_gemma, eps)
