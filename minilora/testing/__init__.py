@@ -13,6 +13,7 @@ from minilora.testing.checks import (
     check_chat_mask,
     check_dora_linear,
     check_double_quant,
+    check_generation,
     check_gradients,
     check_kernel,
     check_linear4bit,
@@ -20,6 +21,7 @@ from minilora.testing.checks import (
     check_loss_masking,
     check_merge,
     check_nf4,
+    check_packing,
     laws,
     on_numpy,
     parametrize_laws,
@@ -29,6 +31,8 @@ from minilora.testing.data_cases import MaskedLogits, MicroBatches
 from minilora.testing.laws import CheckFailure, NotApplicable
 from minilora.testing.merge_laws import AdapterSum
 from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
+from minilora.testing.sequence_laws import Lengths
+from minilora.testing.step_laws import check_trains_everything
 
 __all__ = [
     "AbsmaxVector",
@@ -37,6 +41,7 @@ __all__ = [
     "Bounded",
     "Chat",
     "CheckFailure",
+    "Lengths",
     "MaskedLogits",
     "MicroBatches",
     "NF4Weight",
@@ -52,6 +57,7 @@ __all__ = [
     "check_chat_mask",
     "check_dora_linear",
     "check_double_quant",
+    "check_generation",
     "check_gradients",
     "check_kernel",
     "check_linear4bit",
@@ -59,6 +65,8 @@ __all__ = [
     "check_loss_masking",
     "check_merge",
     "check_nf4",
+    "check_packing",
+    "check_trains_everything",
     "laws",
     "on_numpy",
     "parametrize_laws",

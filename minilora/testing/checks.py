@@ -34,9 +34,20 @@ from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
+from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
+from minilora.testing.sequence_laws import Decoder, Packed
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-LAWS = (*LORA_LAWS, *MERGE_LAWS, *NF4_LAWS, *LINEAR4BIT_LAWS, *DATA_LAWS, *CHAT_LAWS, *DIRECTORY_LAWS)
+LAWS = (
+    *LORA_LAWS,
+    *MERGE_LAWS,
+    *NF4_LAWS,
+    *LINEAR4BIT_LAWS,
+    *DATA_LAWS,
+    *CHAT_LAWS,
+    *SEQUENCE_LAWS,
+    *DIRECTORY_LAWS,
+)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
@@ -52,6 +63,8 @@ def laws(*kinds: str) -> dict[str, Law]:
         loss_masking           loss_fn, as `check_loss_masking`
         accumulation           step_fn, as `check_accumulation`
         chat_mask              render, as `check_chat_mask`
+        packing                the tuple of what `check_packing` takes
+        generation             the tuple of what `check_generation` takes
         adapter_directory      a path, as `check_adapter_directory`
 
     Raises:
@@ -206,6 +219,35 @@ def check_chat_mask(render: Callable[..., Any]) -> list[Report]:
             the contents too, by which the contents are found. A template may strip white space around a content.
     """
     return check(render, "chat_mask")
+
+
+def check_packing(
+    run: Callable[[list[list[int]]], Any], vocabulary: int, parameters: Sequence[Tensor] = ()
+) -> list[Report]:
+    """Check that documents in one batch, end to end or padded, do not see each other.
+
+    Args:
+        run: documents, a list of token lists of unequal lengths -> for each document its logits (T, V) or its losses
+            (T - 1), of one forward pass over all; or one number, the mean loss of all Σ (T - 1) predictions. Called
+            with one document, it gives what the model gives for this document by itself. Dropout is off.
+        vocabulary: tokens are drawn below it.
+        parameters: tensors of PyTorch whose gradients are compared too.
+    """
+    return check(Packed(run, vocabulary, tuple(parameters)), "packing")
+
+
+def check_generation(
+    generate: Callable[[list[list[int]], int], Any], logits: Callable[[list[int]], Any], vocabulary: int
+) -> list[Report]:
+    """Check greedy decoding with a cache, of prompts of unequal lengths together, against recomputation.
+
+    Args:
+        generate: (prompts, a list of token lists, and a number) -> that many new tokens of each prompt, the likeliest
+            at each step; no token ends an answer.
+        logits: tokens -> the logits (T, V) of the same model, all computed anew.
+        vocabulary: tokens are drawn below it.
+    """
+    return check(Decoder(generate, logits, vocabulary), "generation")
 
 
 def check_adapter_directory(path: str | Path) -> list[Report]:

@@ -6,7 +6,8 @@ The threads in comments are those where a mistake was seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,4 +154,25 @@ CHAT_MASK: Mapping[str, Render] = {
     ),
     "a reply is found by its text, even in the question": with_spans(found_by_its_text),
     "the system message is learned": system_learned,
+}
+
+# --- documents in one batch: `run` is what is checked, right for one document ---
+
+Run = Callable[[list[list[int]]], Any]
+
+
+def one_sequence(run: Run, documents: Sequence[Sequence[int]]) -> Any:
+    """Return the results of documents that are taken for one."""
+    whole = run([[token for document in documents for token in document]])
+    if not isinstance(whole, list | tuple):
+        return whole
+    ends = accumulate(len(document) for document in documents)
+    return [whole[0][end - len(document) : end] for document, end in zip(documents, ends, strict=True)]
+
+
+PACKING: Mapping[str, Callable[[Run, Sequence[Sequence[int]]], Any]] = {
+    "the documents are taken for one: attention and positions go on": one_sequence,
+    "the results are those of the documents in another order": lambda run, documents: [
+        run([list(document)])[0] for document in sorted(documents, key=len)
+    ],
 }

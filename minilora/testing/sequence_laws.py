@@ -1,0 +1,165 @@
+"""Laws of documents that share a batch, and of generation with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from minilora.testing.compare import Bounded, as_array
+from minilora.testing.laws import Comparison, Law, NotApplicable, claim
+
+ALLOWED = {"float64": 1e-10, "float32": 1e-4, "float16": 2.0**-7, "bfloat16": 2.0**-4}  # of the largest number
+Tokens = list[int]
+
+
+class Packed(NamedTuple):
+    """What `check_packing` takes: see there."""
+
+    run: Callable[[list[Tokens]], Any]
+    vocabulary: int
+    parameters: Sequence[torch.Tensor] = ()
+
+
+class Decoder(NamedTuple):
+    """What `check_generation` takes: see there."""
+
+    generate: Callable[[list[Tokens], int], Sequence[Sequence[int]]]
+    logits: Callable[[Tokens], Any]
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token sequences of these lengths, drawn from a seed."""
+
+    lengths: tuple[int, ...] = (3, 2)
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"sequences of {', '.join(map(str, self.lengths))} tokens"
+
+    def tokens(self, vocabulary: int) -> list[Tokens]:
+        rng = np.random.default_rng(self.seed)
+        return [rng.integers(0, vocabulary, length).tolist() for length in self.lengths]
+
+
+def allowed(result: Any) -> float:
+    """Return the allowed error of a result beside the largest number, by its dtype."""
+    return ALLOWED.get(str(getattr(result, "dtype", "float64")).removeprefix("torch."), ALLOWED["float32"])
+
+
+def near(right: Any, result: Any) -> Bounded:
+    """Return a result that another one has to equal, except for rounding in its dtype."""
+    value = as_array(right)
+    return Bounded(value, np.full(value.shape, allowed(result) * abs(value).max(initial=1.0)))
+
+
+# --- documents in one batch ---
+
+
+def results(packed: Packed, documents: list[Tokens]) -> list[Any]:
+    """Return the result of each document, or of one number, the mean loss, the sum of the losses."""
+    found = packed.run([list(document) for document in documents])
+    if isinstance(found, list | tuple):
+        assert len(found) == len(documents), f"found {len(found)} results for {len(documents)} documents"
+        return list(found)
+    predictions = sum(len(document) - 1 for document in documents)
+    return [found * predictions if predictions else torch.zeros(())]  # the mean of nothing may be NaN
+
+
+def compared(packed: Packed, documents: list[Tokens], right: list[Any], what: str) -> Iterator[Comparison]:
+    """Compare the results of documents in one batch with those of the documents by themselves."""
+    found = results(packed, documents)
+    if len(found) == len(right):
+        for i, (ours, alone) in enumerate(zip(found, right, strict=True)):
+            yield Comparison(f"document {i} {what}", ours, near(alone, ours))
+    else:
+        total = sum(as_array(alone) for alone in right)
+        yield Comparison(f"the sum of the losses {what}", found[0], near(total, found[0]))
+
+
+def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
+    documents = case.tokens(packed.vocabulary)
+    right = [results(packed, [document])[0] for document in documents]
+    yield from compared(packed, documents, right, "beside the others")
+    yield from compared(packed, documents[::-1], right[::-1], "in reverse order")
+
+
+def neighbours(packed: Packed, case: Lengths) -> Iterator[Comparison]:
+    documents = case.tokens(packed.vocabulary)
+    others = Lengths(case.lengths, case.seed + 1000).tokens(packed.vocabulary)
+    before = results(packed, documents)
+    if len(before) != len(documents):
+        raise NotApplicable("the result is one number for all documents")
+    for i, own in enumerate(before):
+        changed = [document if j == i else others[j] for j, document in enumerate(documents)]
+        yield Comparison(f"document {i} beside other tokens", results(packed, changed)[i], near(own, own))
+
+
+def gradients(packed: Packed, case: Lengths) -> Iterator[Comparison]:
+    if not packed.parameters:
+        raise NotApplicable("no parameters were given")
+    documents = case.tokens(packed.vocabulary)
+    together = slopes(packed, documents)
+    alone = [slopes(packed, [document]) for document in documents]
+    for i, found in enumerate(together):
+        yield Comparison(f"the gradient of parameter {i}", found, near(sum(own[i] for own in alone), found))
+
+
+def slopes(packed: Packed, documents: list[Tokens]) -> list[torch.Tensor]:
+    """Return the gradients of the sum of the results, each number of which is weighted by its place."""
+    total = torch.zeros(())
+    for result in results(packed, documents):
+        weight = torch.arange(1, result.numel() + 1, device=result.device, dtype=result.dtype).reshape(result.shape)
+        total = total.to(result) + (result * weight.cos()).sum()
+    if not total.requires_grad:  # of a single token
+        return [torch.zeros_like(parameter) for parameter in packed.parameters]
+    found = torch.autograd.grad(total, packed.parameters, allow_unused=True)
+    pairs = zip(found, packed.parameters, strict=True)
+    return [torch.zeros_like(parameter) if own is None else own for own, parameter in pairs]
+
+
+def in_its_model(packed: Packed, mistake: Callable[..., Any], case: Lengths) -> Packed:
+    """Return a mistake of the catalogue, made with the model that an implementation runs."""
+    return packed._replace(run=lambda documents: mistake(packed.run, documents))
+
+
+# --- generation ---
+
+
+def greedy(decoder: Decoder, case: Lengths) -> Iterator[Comparison]:
+    prompts = case.tokens(decoder.vocabulary)
+    for what, chosen in (("", prompts), (" in reverse order", prompts[::-1]), (" by itself", prompts[:1])):
+        answers = decoder.generate([list(prompt) for prompt in chosen], NEW)
+        counts = f"found {len(answers)} answers to {len(chosen)} prompts"
+        yield claim(f"the answers{what}", "" if len(answers) == len(chosen) else counts)
+        for i, (prompt, answer) in enumerate(zip(chosen, answers, strict=False)):
+            yield claim(f"the answer to prompt {i}{what}", unlikely(decoder, prompt, [int(each) for each in answer]))
+
+
+def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens) -> str:
+    """Say which token of an answer has not the largest logit of a model that computes all tokens anew; or ""."""
+    if len(answer) != NEW:
+        return f"found {len(answer)} tokens; accepted are {NEW}"
+    found = decoder.logits(prompt + answer[:-1])
+    rows = as_array(found)[len(prompt) - 1 :]
+    for i, (token, row) in enumerate(zip(answer, rows, strict=True)):
+        if not row[token] >= row.max() - allowed(found) * abs(row).max():
+            return f"token {i} is {token}, of logit {row[token]:.6g}; accepted is {row.argmax()}, of {row.max():.6g}"
+    return ""
+
+
+NEW = 6  # tokens to generate
+_LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (9, 2, 17), (33, 1, 8, 20))
+CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
+SEVERAL = CASES[1:]
+LAWS = (
+    Law("packing", "alone", "each document has the result that it has by itself", SEVERAL, by_itself, in_its_model),
+    Law("packing", "neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours, in_its_model),
+    Law("packing", "gradients", "gradients are the sums of the documents' own", SEVERAL, gradients, in_its_model),
+    Law("generation", "greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy),
+)

@@ -1,0 +1,148 @@
+"""The laws of documents in one batch and of generation with a cache: the right pass, planted mistakes are refused."""
+
+from itertools import chain
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import minilora as ml
+from minilora.llama import Documents
+from minilora.testing import CheckFailure, check_generation, check_packing
+from minilora.testing.sequence_laws import Packed
+from tests.models import tiny_model
+
+VOCABULARY, WIDTH = 23, 8
+
+
+class Tiny(nn.Module):
+    """One layer of attention, in float64; `faults` are mistakes to make."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding, self.q, self.k, self.v = (
+            nn.Parameter(torch.randn(rows, WIDTH, dtype=torch.float64, generator=generator))
+            for rows in (VOCABULARY, WIDTH, WIDTH, WIDTH)
+        )
+
+    def logits(self, documents, *faults):
+        lengths = torch.tensor([len(document) for document in documents])
+        row = torch.arange(len(documents)).repeat_interleave(lengths)
+        position = torch.cat([torch.arange(n) for n in lengths])
+        if "positions go on" in faults:
+            position = torch.arange(len(row))
+        x = self.embedding[torch.tensor([*chain(*documents)])] + torch.sin(
+            position[:, None] * torch.arange(1, WIDTH + 1)
+        )
+        sees = torch.ones(len(row), len(row)).tril().bool()
+        if "attention looks across" not in faults:
+            sees &= row[:, None] == row
+        if "the first token of a neighbour is seen" in faults:
+            sees |= (torch.arange(len(row)) == 0) & (row[:, None] == 1)
+        scores = (x @ self.q) @ (x @ self.k).T
+        if "keys have no gradient beside others" in faults and len(documents) > 1:
+            scores = (x @ self.q) @ (x @ self.k).T.detach()
+        mixed = scores.masked_fill(~sees, -torch.inf).softmax(-1) @ (x @ self.v)
+        return list((mixed @ self.embedding.T).split(lengths.tolist()))
+
+    def losses(self, documents, *faults):
+        pairs = zip(self.logits(documents, *faults), documents, strict=True)
+        return [cross_entropy(z[:-1], torch.tensor(own)[1:], reduction="none") for z, own in pairs]
+
+    def mean(self, documents, *faults):
+        if "the next document is predicted" in faults:
+            joined = [*chain(*documents)]
+            return cross_entropy(torch.cat(self.logits(documents))[:-1], torch.tensor(joined[1:]))
+        losses = self.losses(documents, *faults)
+        if "it is the mean of means" in faults:
+            return torch.stack([own.mean() for own in losses if len(own)]).mean()
+        return torch.cat(losses).mean()
+
+
+MODEL = Tiny()
+PARAMETERS = tuple(MODEL.parameters())
+PACKED = Packed(MODEL.logits, VOCABULARY, PARAMETERS)
+
+
+@pytest.mark.parametrize("run", [MODEL.logits, MODEL.losses, MODEL.mean])
+def test_documents_that_do_not_see_each_other_pass(run):
+    reports = check_packing(run, VOCABULARY, PARAMETERS)
+    assert sum(report.checked for report in reports) == (2 if run == MODEL.mean else 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "fault"),
+    [
+        (MODEL.logits, "positions go on"),
+        (MODEL.losses, "attention looks across"),
+        (MODEL.logits, "the first token of a neighbour is seen"),
+        (MODEL.logits, "keys have no gradient beside others"),
+        (MODEL.mean, "attention looks across"),
+        (MODEL.mean, "the next document is predicted"),
+        (MODEL.mean, "it is the mean of means"),
+    ],
+)
+def test_a_document_that_is_another_beside_others_is_refused(run, fault):
+    with pytest.raises(CheckFailure, match="packing"):
+        check_packing(lambda documents: run(documents, fault), VOCABULARY, PARAMETERS)
+
+
+def test_documents_that_are_taken_for_one_are_named():
+    with pytest.raises(CheckFailure, match="likely cause: the documents are taken for one"):
+        check_packing(
+            lambda documents: MODEL.logits(documents, "positions go on", "attention looks across"), VOCABULARY
+        )
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model(dtype=torch.float64)
+
+
+def test_our_documents_and_our_cache_pass(llama):
+    def run(documents):
+        lengths = [len(document) for document in documents]
+        hidden = llama.model(torch.tensor([*chain(*documents)]), Documents(lengths))
+        return list(llama.get_output_embeddings()(hidden).split(lengths))
+
+    def recomputed(tokens):
+        with torch.no_grad():
+            return llama(torch.tensor([tokens]))[0]
+
+    size = llama.config.vocab_size
+    check_packing(run, size, [p for p in llama.parameters() if p.requires_grad])
+    check_generation(lambda prompts, n: ml.generate(llama, prompts, max_new_tokens=n), recomputed, size)
+
+
+def decode(prompts, new, fault):
+    """Greedy decoding that computes all anew, with a mistake."""
+    answers = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(new):
+            seen = tokens[-8:] if fault == "the cache is too short" else tokens
+            if fault == "padding is seen" and prompt != max(prompts, key=len):
+                seen = [0] * (len(max(prompts, key=len)) - len(prompt)) + tokens
+            tokens.append(int(MODEL.logits([seen])[0][-1].argmax()))
+        answers.append(tokens[len(prompt) :])
+    if fault == "an answer ends early":
+        answers = [answer[:-1] for answer in answers]
+    if fault == "the answers are sorted":
+        answers = sorted(answers)
+    return answers
+
+
+def test_greedy_decoding_passes():
+    check_generation(lambda prompts, n: decode(prompts, n, ""), lambda tokens: MODEL.logits([tokens])[0], VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "fault", ["the cache is too short", "padding is seen", "an answer ends early", "the answers are sorted"]
+)
+def test_decoding_that_is_not_that_of_the_model_is_refused(fault):
+    with pytest.raises(CheckFailure, match="generation-greedy"):
+        check_generation(
+            lambda prompts, n: decode(prompts, n, fault), lambda tokens: MODEL.logits([tokens])[0], VOCABULARY
+        )
