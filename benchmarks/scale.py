@@ -65,7 +65,7 @@ class Case:
         """Return the command."""
         given = {"model": folder / "model", "data": folder / "rows.jsonl", "out": out, "device": "cpu"}
         given |= {"dtype": self.dtype, "quantize": self.quantize, "general-data": "none"}
-        given |= {"text-field": "text", "max-length": TOKENS, "batch-size": 1, "eval-split": 0, "save-steps": 0}
+        given |= {"train-on": "all", "max-length": TOKENS, "batch-size": 1, "eval-split": 0, "save-steps": 0}
         given |= {"gradient-checkpointing": "block", "gradient-accumulation-steps": MICRO_BATCHES, "max-steps": STEPS}
         given |= {"shard": self.shard} if self.shard != "none" else {}
         return ["finetune", *(word for name, value in given.items() for word in (f"--{name}", f"{value}"))]
@@ -117,7 +117,7 @@ def check() -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_model(MODEL, folder / "model")
-        text = json.dumps({"text": "word " * 8 * TOKENS})
+        text = json.dumps({"prompt": "word", "completion": " word" * 8 * TOKENS})
         (folder / "rows.jsonl").write_text(f"{text}\n" * MICRO_BATCHES * STEPS, encoding="utf-8")
         for case in CASES:
             for N in PROCESSES:

@@ -13,8 +13,9 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 SYSTEM = {"role": "system", "content": "c"}
 KNOWN = "messages; conversations; instruction and output; prompt and completion; text"
 KINDS = "; need one JSON object a line, or one array of them"
+TABLE = "; need CSV in UTF-8, quoted as Excel writes it"
 FILES = {  # content, and how the message goes on
-    "empty.jsonl": ("", f": there are no rows{KINDS}"),
+    "empty.jsonl": ("", ": there are no rows"),
     "bad-utf-8.jsonl": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}\n', f":2: byte 0xe9 at 15 is not UTF-8{KINDS}"),
     "bad-utf-8-array.json": (b'[{"prompt": "a", "completion": "b"},\n {"prompt": "caf\xe9"}]\n', ": byte 0xe9 at 53"),
     "utf-16.jsonl": (GOOD.encode("utf-16"), ": found UTF-16, need UTF-8"),
@@ -41,6 +42,23 @@ FILES = {  # content, and how the message goes on
         '{"prompt": "a\\ud800", "completion": "b"}\n',
         ":1: prompt: found U+D800, which is not a character",
     ),
+    "header-alone.csv": ("prompt,completion\n\n,\n", ": there are no rows"),
+    "no-header.csv": ("a,b\nc,d\n", ":2: keys ['a', 'b'] are of no known shape"),
+    "columns-of-one-name.csv": ("prompt,prompt\na,b\n", ":1: the first row has to name the columns, each once; found"),
+    "too-many-cells.csv": (
+        'prompt,completion\n\n"a\nb",c\nd,e,f\n',
+        ":5: found 3 cells, need 2, as in the first row; quote text with commas",
+    ),
+    "too-few-cells.tsv": ("prompt\tcompletion\na\tb\nc d\n", ":3: found 1 cells, need 2"),
+    "unclosed-quote.csv": (f'prompt,completion\na,b\n"c,d\n{"e,f" * 99}', f":3: unexpected end of data{TABLE}"),
+    "text-after-a-quote.tsv": ('prompt\tcompletion\n"a" b\tc\n', ":2: '\t' expected after '\"'"),
+    "nul.csv": ("prompt,completion\na,b\0\n", f":2: found NUL{TABLE}"),
+    "utf-16.csv": ("prompt,completion\na,b\n".encode("utf-16"), ": found UTF-16, need UTF-8"),
+    "latin-1.CSV": ("prompt,completion\na,b\nc,caf\xe9\n".encode("latin-1"), f":3: byte 0xe9 at 5 is not UTF-8{TABLE}"),
+    "long-cell.csv": (f"prompt,completion\na,{'b' * 10**6}", ":2: field larger than field limit"),
+    "cells-without-end.csv": ("prompt,completion\n" + '"\n",' * 2**22, ":2: the row has more than 8,388,608 bytes"),
+    "latin-1.txt": (b"caf\xe9", ": byte 3 is not UTF-8"),
+    "empty.txt": ("", ": text: it is empty"),
     "noncharacter.jsonl": ('{"prompt": "a\\ufdd0", "completion": "b"}\n', ":1: prompt: found U+FDD0"),
 }
 

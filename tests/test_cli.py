@@ -10,6 +10,7 @@ import shutil
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from itertools import islice
 from threading import Thread
 
@@ -100,6 +101,7 @@ VALUES = {
     float: positive,
     str: st.text("ab /.", min_size=1),
     tuple[str, ...]: several,
+    Mapping[str, str]: st.dictionaries(names, st.text("ab, /.=", min_size=1), min_size=1),
     type(None): st.none(),
 }
 
@@ -168,6 +170,8 @@ def test_every_flag_has_the_help_and_the_default_of_its_field():
 def test_r_is_spelled_lora_r_a_start_is_true_or_a_name_and_names_in_a_file_are_read_as_on_the_command_line(tmp_path):
     assert value_of(ml.LoraConfig, ["--lora-r", "5"]) == value_of(ml.LoraConfig, ["--lora_r=5"]) == ml.LoraConfig(r=5)
     assert "r" not in flags_of("finetune")
+    columns = {"prompt": "a question", "completion": "answer"}
+    assert value_of(ml.DataConfig, ["--columns=prompt=a question, completion=answer"]) == ml.DataConfig(columns=columns)
     for text, value in (("true", True), ("True", True), ("gaussian", "gaussian")):
         assert value_of(ml.LoraConfig, ["--init-lora-weights", text]) == ml.LoraConfig(init_lora_weights=value)
     path = tmp_path / "config.toml"
@@ -180,6 +184,7 @@ def test_r_is_spelled_lora_r_a_start_is_true_or_a_name_and_names_in_a_file_are_r
 def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
     for words, phrase in (
         # a value that the flag does not take
+        (["finetune", "--columns", "question"], "found 'question', need name=column, joined with commas"),
         (["finetune", "--batch-size", "2.5"], "argument --batch-size: "),
         (["finetune", "--rank-pattern", "{"], "found '{', need numbers joined with commas, or a JSON object"),
         (["finetune", "--layers-to-transform", "x"], "found 'x', need numbers joined with commas, or a JSON object"),
@@ -191,6 +196,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; see `minilora finetune --help`\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),
+        (["finetune", "--text_field=body"], "--text-field is unknown; use --columns text=FIELD\n"),
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
         (["finetune", "--target-modules", "q_proj", "v_proj"], "unexpected argument 'v_proj'; quote a value that has"),
@@ -310,7 +316,9 @@ def test_the_run_json_of_a_run_makes_the_same_adapter_and_rows_that_were_cut_are
 def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_their_own(tmp_path, capsys, monkeypatch):
     for name in ("stream_rows", "read_eval_rows"):  # the first rows of each file will do
         read = getattr(inputs, name)
-        monkeypatch.setattr(inputs, name, lambda *paths, read=read: list(islice(read(*paths), 48)))
+        monkeypatch.setattr(
+            inputs, name, lambda *paths, read=read, **options: list(islice(read(*paths, **options), 48))
+        )
     run = runner(tmp_path, capsys, monkeypatch)
     table = run("finetune", "--force", "--max-steps", "3").out.splitlines()
     out = tmp_path / "minilora-run"

@@ -234,6 +234,8 @@ def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_lin
     assert rows_of(command("--prompt=the cat", "--json")) == rows[:1]
     (tmp_path / "prompts.txt").write_bytes("\ufeffthe cat\r\n\n  \nthe sea".encode())
     assert rows_of(command("--prompts", tmp_path / "prompts.txt")) == rows
+    (tmp_path / "prompts.csv").write_text("id,q\n1,the cat\n2,the sea\n")
+    assert rows_of(command("--prompts", tmp_path / "prompts.csv", "--columns=prompt=q")) == rows
     (tmp_path / "prompts.txt").write_text("naïve 漢字")
     assert command("--prompts", tmp_path / "prompts.txt").startswith('{"prompt": "naïve 漢字", "text": ')
 

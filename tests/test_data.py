@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
+from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import answer_of, prompt_of
+from minilora.runs.formats import Row
 from tests.models import examples
 from tests.text import (
     BOS,
@@ -223,7 +225,7 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
     [
         (
             {"text": "a", "label": "b"},
-            "text, label: text_field text learns the text alone; classes: it is a recipe",
+            "text, label: columns text=text learns the text alone, prompt=text,completion=label the label; classes: it",
         ),
         (
             {"tokens": ["a"], "labels": ["b"]},
@@ -243,3 +245,16 @@ def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path, tokeniz
     with pytest.raises(ml.DataError) as error:
         ml.load_dataset(path, tokenizer(template=CHATML), ml.DataConfig(train_on=train_on))
     assert str(error.value).startswith(f"{path}:3: {message}")
+
+
+@given(tokenizer_options, some_text, st.integers(2, 12))
+def test_of_a_document_each_token_but_the_first_is_predicted_once_in_pieces_of_the_length(
+    tokenizer, options, text, size
+):
+    chosen, row = tokenizer(**options), Row({"text": text}, "a.txt")
+    whole = encoded(row.fields, chosen, max_length=10**6)
+    found = encode_rows([row], chosen, ml.DataConfig(size))
+    assert all(1 < len(piece.tokens) <= size and piece.source == "a.txt" for piece in found)
+    assert [whole.tokens[0], *(token for piece in found for token in piece.tokens[1:])] == whole.tokens
+    assert [whole.labels[0], *(label for piece in found for label in piece.labels[1:])] == whole.labels
+    assert (found.truncated, found.unlabelled, found.rows["lost"].max()) == (0, 0, 0)

@@ -1,6 +1,7 @@
 """Every format of a conversation gives the same tokens and labels, and a prompt style writes what it promises."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -100,18 +101,10 @@ def test_alpaca_asks_with_instruction_and_input(instruction, extra):
 
 
 @given(some_text, train_on)
-def test_text_is_learned_whole_by_its_name_or_by_the_name_of_its_field(tokenizer, text, train_on):
+def test_text_is_learned_whole(tokenizer, text, train_on):
     chosen = tokenizer(post="bos")
     expected = encoded({"prompt": "", "completion": text}, chosen)
     assert encoded({"text": text, "id": 1}, chosen, train_on) == expected
-    row = {"body": text, "text": "c", "messages": [], "system": 5}
-    assert encoded(row, chosen, train_on, text_field="body") == expected
-
-
-@pytest.mark.parametrize("fields", [{}, {"body": 5}, {"body": ""}])
-def test_a_row_without_the_text_field_is_refused(tokenizer, fields):
-    with pytest.raises(ml.DataError, match=r"body: (found (None|5), need text|it is empty)"):
-        encoded(fields, tokenizer(), text_field="body")
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
@@ -127,18 +120,31 @@ def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     assert parse_row({"messages": asked}, DataConfig()).messages == asked
 
 
-@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"body": "a"}])
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
 def test_plain_text_has_no_place_for_a_system_prompt(row):
-    text_field = "body" if "body" in row else None
-    assert isinstance(parse_row(row, DataConfig(text_field=text_field)), PromptCompletion)
-    assert isinstance(parse_row(row, DataConfig(text_field=text_field, system="")), PromptCompletion)
+    assert isinstance(parse_row(row, DataConfig()), PromptCompletion)
+    assert isinstance(parse_row(row, DataConfig(system="")), PromptCompletion)
     said = "system: found 'c', but plain text has no place for a system prompt"
     where = "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
     with pytest.raises(ml.DataError, match=f"{said}; {where}"):
-        parse_row(row, DataConfig(text_field=text_field, system="c"))
-    if text_field is None:
-        with pytest.raises(ml.DataError, match=said):
-            parse_row({**row, "system": "c"}, DataConfig())
+        parse_row(row, DataConfig(system="c"))
+    with pytest.raises(ml.DataError, match=said):
+        parse_row({**row, "system": "c"}, DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("keys", "columns"),
+    [
+        (["answer", "question"], "instruction=question,output=answer, or prompt=question,completion=answer"),
+        (["input", "output"], "instruction=input,output=output, or prompt=input,completion=output"),
+        (["context", "instruction", "response"], "instruction=instruction,input=context,output=response, or "),
+        (["a", "b"], "instruction=QUESTION,output=ANSWER, or prompt=QUESTION,completion=ANSWER for plain text"),
+    ],
+)
+def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, columns):
+    with pytest.raises(ml.DataError, match=re.escape(f"keys {keys} are of no known shape; known are ")) as error:
+        parse_row(dict.fromkeys(keys, "a"), DataConfig())
+    assert f"; columns renames them: {columns}" in str(error.value)
 
 
 def test_what_is_read_is_not_changed():

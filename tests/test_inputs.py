@@ -89,7 +89,7 @@ def test_several_files_are_joined_and_each_is_named_with_its_digest(directory, t
 
 def test_of_general_text_every_token_is_predicted_whatever_is_learned_of_the_rows(directory):
     tokenizer = ml.load_tokenizer(directory / "model")
-    reading = ml.DataConfig(train_on="completion", system="Be brief.", text_field="body")
+    reading = ml.DataConfig(train_on="completion", system="Be brief.", columns={"text": "body"})
     rows = [json.loads(line)["text"] for line in (ASSETS / "data" / "general.jsonl").read_text().splitlines()]
     found = load_general(BUILTIN, tokenizer, reading)
     assert [example.tokens for example in found] == [[*tokenizer.encode(row), tokenizer.eos_id] for row in rows]

@@ -1,8 +1,11 @@
+import csv
+import io
 import json
 import os
+import textwrap
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import minilora as ml
@@ -10,7 +13,7 @@ from minilora.files import ASSETS, BUILTIN
 from minilora.runs.formats import Row
 from minilora.runs.inputs import find_files, find_splits
 from minilora.runs.rows import stream_rows
-from tests.text import texts
+from tests.text import conversation, texts
 
 
 def as_lines(rows, draw):
@@ -52,6 +55,53 @@ def test_an_array_and_one_object_a_line_are_told_apart_by_content_and_each_row_k
     assert list(stream_rows(path)) == [Row(row, f"{path}:{line}") for row, line in zip(rows, lines, strict=True)]
 
 
+@given(
+    st.lists(st.lists(texts.filter(bool), min_size=3, max_size=3), min_size=1, max_size=5),
+    st.sampled_from([("a.csv", ","), ("a.CSV", ";"), ("a.tsv", "\t")]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    st.sampled_from(["utf-8", "utf-8-sig"]),
+)
+def test_csv_and_tsv_are_read_back_as_written_and_each_row_knows_its_first_line(
+    tmp_path_factory, rows, layout, quoting, encoding
+):
+    assume("\0" not in "".join(map("".join, rows)))
+    (name, separator), names, buffer, lines = layout, ["a", "b, or c", ""], io.StringIO(newline=""), []
+    names = names if separator == "," else ["a", "b", ""]
+    writer = csv.writer(buffer, delimiter=separator, quoting=quoting)
+    writer.writerow(names)
+    for row in rows:
+        buffer.write("\r\n")
+        lines.append(buffer.getvalue().count("\n") + 1)
+        writer.writerow(row)
+    path = tmp_path_factory.mktemp("rows") / name
+    path.write_bytes(buffer.getvalue().encode(encoding))
+    expected = [Row(dict(zip(names, row, strict=True)), f"{path}:{n}") for row, n in zip(rows, lines, strict=True)]
+    assert list(stream_rows(path)) == expected
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_columns_name_the_fields_of_any_format_and_leave_out_the_others(tmp_path, name):
+    lines = {"a.csv": "q,a,id\nb,c,1\n", "a.jsonl": '{"q": "b", "a": "c", "id": 1}\n{"q": "b"}\n[1]\n'}
+    (path := tmp_path / name).write_text(lines[name])
+    first, *others = stream_rows(path, columns={"prompt": "q", "completion": "a"})
+    assert first == Row({"prompt": "b", "completion": "c"}, first.source)
+    problems = ["there is no column 'a'; found ['q']", "found [1], need a JSON object"] if name == "a.jsonl" else []
+    assert [row.problem[: len(problem)] for row, problem in zip(others, problems, strict=True)] == problems
+
+
+def test_parquet_is_refused_with_the_two_lines_that_convert_it(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    rows = [{"messages": conversation([(f"é {i}", "b")]), "id": i} for i in range(3)]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ml.DataError, match="is Parquet, which is not read; these lines of Python") as error:
+        list(stream_rows(*find_files(tmp_path)["train"]))
+    _, *lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    exec(textwrap.dedent("\n".join(lines)))
+    assert [row.fields for row in stream_rows(*find_files(tmp_path)["train"])] == rows
+
+
 def touch(directory, *names):
     for name in names:
         (directory / name).parent.mkdir(exist_ok=True)
@@ -74,6 +124,20 @@ def test_a_directory_has_a_file_for_each_split(tmp_path, ending, valid):
     )
     (tmp_path / "test.jsonl").mkdir()
     assert find_splits(tmp_path) == {split: [tmp_path / name] for split, name in names.items()}
+
+
+def test_all_documents_of_a_directory_without_other_data_are_trained_on_except_held_out_ones(tmp_path):
+    touch(tmp_path, "b.txt", "a.txt", ".c.txt", "c.md")
+    assert find_splits(tmp_path) == {"train": [tmp_path / "a.txt", tmp_path / "b.txt"]}
+    touch(tmp_path, "train.txt", "test.txt")
+    assert find_splits(tmp_path) == {"train": [tmp_path / "train.txt"], "test": [tmp_path / "test.txt"]}
+    touch(tmp_path, "rows.csv")
+    assert find_splits(tmp_path) == {"train": [tmp_path / "rows.csv"]}
+
+
+def test_a_document_is_one_row_in_lines_that_end_as_python_has_them(tmp_path):
+    (path := tmp_path / "a.txt").write_bytes("\ufeff1\r\n\r\n2 é\n".encode())
+    assert list(stream_rows(path)) == [Row({"text": "1\n\n2 é\n"}, str(path))]
 
 
 def test_a_lone_file_is_the_training_split_by_itself_or_in_a_directory(tmp_path):

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import hashlib
 import json
@@ -166,6 +167,31 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bytes_without_gaps_or_rep
     for key in ("before", "after", "steps", "tokens"):
         assert summary(tmp_path)[key] == summary(whole)[key]
     assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
+
+
+def test_a_run_on_a_table_resumes_to_the_bytes_of_one_on_json_and_is_evaluated_by_its_columns(
+    directory, whole, tmp_path, monkeypatch, capsys
+):
+    rows = [json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines()]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, ["completion", "id", "prompt"])
+        table.writerow({"prompt": "a question", "completion": "answer", "id": "id"})
+        table.writerows(row | {"id": 1} for row in rows)
+    options = {"data": tmp_path / "rows.csv", "columns": "prompt=a question,completion=answer"}
+    stop(directory, tmp_path / "out", monkeypatch, **options)
+    assert finetune(directory, tmp_path / "out", **options) == 0
+    assert_resumed(tmp_path / "out", whole, 3)
+    capsys.readouterr()
+    found = []
+    for words in ([tmp_path / "rows.csv"], [directory / "rows.jsonl", "--columns=prompt=prompt,completion=completion"]):
+        assert cli.main(["eval", f"--adapter={tmp_path / 'out'}", "--data", *map(str, words)]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    (tmp_path / "out" / "summary.json").unlink()
+    with (tmp_path / "rows.csv").open("a") as file:
+        file.write("yes,1,the sea?\r\n")
+    assert finetune(directory, tmp_path / "out", **options) == 1
+    assert "the data changed since the run began: rows.csv" in capsys.readouterr().err
 
 
 def test_a_second_signal_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(

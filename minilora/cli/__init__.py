@@ -39,6 +39,7 @@ COMMANDS = {
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
+RENAMED = {"--text-field": "use --columns text=FIELD"}
 OVERVIEW = """\
 usage: minilora COMMAND [flags]
 
@@ -106,7 +107,7 @@ def parse(words: Sequence[str]) -> Options:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
             flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
-            advice = nearest(name, flags) or f"see `{parser.prog} --help`"
+            advice = RENAMED.get(name) or nearest(name, flags) or f"see `{parser.prog} --help`"
             parser.error(f"{name} is unknown; {advice}")
         parser.error(f"unexpected argument {name!r}; quote a value that has spaces, and join a list with commas")
     return {**vars(options), "command": command}

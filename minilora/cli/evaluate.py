@@ -48,7 +48,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: Options) -> int:
     config = from_flags(DataConfig, options, _trained_config(options["adapter"]))
-    rows = read_eval_rows(options["data"])
+    rows = read_eval_rows(options["data"], config.columns)
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)

@@ -131,6 +131,8 @@ def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
     """Return the function that converts the text of a flag to a value of one of these types."""
     if bool in kinds:
         return _bool_or_text
+    if Mapping[str, str] in kinds:
+        return _pairs
     if tuple[str, ...] in kinds:
         return _names_or_pattern if str in kinds else _names
     if len(kinds) == 1 and kinds[0] in (str, int, float):
@@ -155,6 +157,16 @@ def _names_or_pattern(text: str) -> str | tuple[str, ...]:
     """Return `q_proj,v_proj` as a list of names, and text with other characters, such as `all-linear`, as it is."""
     is_list = all(character.isalnum() or character in "_., " for character in text)
     return _names(text) if is_list else text
+
+
+def _pairs(text: str) -> Any:
+    """Return `prompt=question,completion=answer`, or a JSON object, as a dictionary."""
+    if text.startswith("{"):
+        return _numbers_or_object(text)
+    pairs = [name.partition("=") for name in _names(text)]
+    if not all(name and value for name, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"found {text!r:.80}, need name=column, joined with commas")
+    return {name: value for name, _, value in pairs}
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -14,13 +14,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
-from minilora.cli.flags import from_flags
+from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, DataError
@@ -52,6 +52,7 @@ def add_flags(parser: Parser) -> None:
         help="a file of prompts: .txt with one a line, otherwise rows as in training, whose answers are ignored; a row "
         "with only a `prompt` is treated like --prompt",
     )
+    add_fields(parser, DataConfig, "prompts", but={field.name for field in fields(DataConfig)} - {"columns"})
     group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
     group.add_argument(
         "--raw",
@@ -108,7 +109,7 @@ def read_prompts(options: Options) -> list[Row]:
     if file is None:
         return [Row({"prompt": sys.stdin.read().removesuffix("\n")}, "standard input")]
     if not file.endswith(".txt"):
-        return read_eval_rows(file)
+        return read_eval_rows(file, options["columns"])
     lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
     rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:

@@ -19,7 +19,7 @@ from minilora.errors import FormatError
 from minilora.files import ASSETS, BUILTIN, finish_commit
 
 Kind = Literal["model", "tokenizer", "adapter", "dataset"]
-DATA_ENDINGS = (".jsonl", ".json")
+DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?!.*\.\.)(?![^@]*--)({PART}/{PART})(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
 PINNED = re.compile(rf"({PART}/{PART})@([0-9a-f]{{40}})", re.ASCII)
@@ -103,7 +103,12 @@ def _download(name: str, kind: Kind) -> Location:
     path = Path(directory)
     if not any(found for pattern in NEEDED[kind] for found in path.glob(pattern)):
         accepted = " or ".join(NEEDED[kind])
-        raise FormatError(f"{name}: the repository has no {accepted} at its top; other formats are not read")
+        other = "other formats are not read"
+        if kind == "dataset":
+            other = (
+                f'in Python, datasets.load_dataset("{repository}", split="train").to_json("rows.jsonl") converts others'
+            )
+        raise FormatError(f"{name}: the repository has no {accepted} at its top; {other}")
     return Location(path, f"{repository}@{path.name}")
 
 

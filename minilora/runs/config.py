@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -27,7 +28,10 @@ def flag(name: str) -> str:
     return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
 
 
-@answers(eval_split="slice the data set: rows[n:] to learn from, rows[:n] for the held_out of ml.train")
+@answers(
+    eval_split="slice the data set: rows[n:] to learn from, rows[:n] for the held_out of ml.train",
+    text_field='use columns={"text": …}',
+)
 @document_fields
 @dataclass(frozen=True)
 class DataConfig:
@@ -45,7 +49,9 @@ class DataConfig:
         "auto: the model's chat template, and for instruction rows without one, alpaca",
     )
     system: str | None = option(None, "system prompt of conversations that have none")
-    text_field: str | None = option(None, "learn the text in this field of every row, and nothing else")
+    columns: Mapping[str, str] | None = option(
+        None, "names of fields in the files, as in prompt=question,completion=answer; other fields are left out"
+    )
     allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
     skip_bad_rows: bool = option(False, "skip rows that cannot be used, and report them")
 
@@ -140,7 +146,8 @@ class RunConfig:
     model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] on the Hugging Face Hub")
     data: tuple[str, ...] = option(
         (BUILTIN,),
-        "rows: .jsonl or .json files; a directory with train.jsonl and perhaps valid.jsonl and test.jsonl; or a hub id",
+        "rows: .jsonl, .json, .csv or .tsv files, or .txt documents; a directory of documents, or with train.jsonl and "
+        "perhaps valid.jsonl and test.jsonl; or a hub id",
     )
     eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id, as for --data", "data")
     eval_split: float = option(

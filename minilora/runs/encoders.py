@@ -44,6 +44,8 @@ def encode_rows(
 ) -> Dataset:
     """Tokenize and label rows, cut them to the maximum length, and drop those without a label.
 
+    Text without a prompt is a document, which is cut into pieces.
+
     The arrays lie in temporary files. `show` is called with lines on the progress.
 
     Raises:
@@ -70,15 +72,19 @@ def encode_rows(
             counts.update(names)
             if len(systems) < 2:  # enough to know that they differ
                 systems.add(parsed.system if isinstance(parsed, Conversation) else None)
-            cut = replace(whole, tokens=whole.tokens[: config.max_length], labels=whole.labels[: config.max_length])
-            length, lost = len(cut.tokens), whole.labelled - cut.labelled
-            counts.update(truncated=int(length < len(whole.tokens)), unlabelled=int(not cut.labelled))
-            if cut.labelled:
-                places.extend((begin, length, cut.labelled, lost, max(cut.tokens), len(sources)))
+            pieces = _pieces(whole, config.max_length, isinstance(parsed, PromptCompletion) and not parsed.prompt)
+            lost = whole.labelled - sum(piece.labelled for piece in pieces)
+            counts["truncated"] += len(pieces) == 1 and len(pieces[0].tokens) < len(whole.tokens)
+            for piece in pieces:
+                if not piece.labelled:
+                    counts["unlabelled"] += 1
+                    continue
+                length = len(piece.tokens)
+                places.extend((begin, length, piece.labelled, lost, max(piece.tokens), len(sources)))
                 begin += length
                 sources.append(row.source)
-                tokens.write(np.array(cut.tokens, INT32).tobytes())
-                labels.write(np.array(cut.labels, INT32).tobytes())
+                tokens.write(np.array(piece.tokens, INT32).tobytes())
+                labels.write(np.array(piece.labels, INT32).tobytes())
         if not begin:
             total, limit = counts["unlabelled"] + len(bad), config.max_length
             skipped = f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else ""
@@ -86,6 +92,16 @@ def encode_rows(
         values: dict[str, Any] = {"tokens": _mapped(tokens), "labels": _mapped(labels), **counts}
     shared = systems.pop() if len(systems) == 1 else None
     return Dataset(**values, rows=np.frombuffer(places, ROW), sources=sources, bad=tuple(bad), system=shared)
+
+
+def _pieces(whole: Example, limit: int, is_document: bool) -> list[Example]:
+    """Cut a row to `limit` tokens, or a document into pieces, in which each of its tokens but the first is predicted.
+
+    A piece begins with the last token of the one before.
+    """
+    step = max(1, limit - 1) if is_document else len(whole.tokens)
+    begins = range(0, len(whole.tokens) - 1, step)
+    return [Example(whole.tokens[i : i + limit], whole.labels[i : i + limit]) for i in begins]
 
 
 def _mapped(file: IO[bytes]) -> NDArray[np.int32]:

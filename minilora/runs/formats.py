@@ -25,6 +25,7 @@ Fields = dict[str, Any]
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
 ROLES = ("assistant", "developer", "system", "tool", "user")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+PAIRS = (("question", "answer"), ("input", "output"), ("instruction", "response"))  # frequent names of other formats
 EMPTY = "it is empty, so there is nothing to learn"
 
 
@@ -62,11 +63,7 @@ class Conversation:
 def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
     """Recognise the format of a row and check its fields."""
     _check_unicode(fields, "")
-    if config.text_field is None:
-        parsed, own = _format_of(fields)(fields), _optional_text(fields, "system")
-    else:
-        text = check_text(fields.get(config.text_field), config.text_field, is_target=True)
-        parsed, own = PromptCompletion("", text), ""
+    parsed, own = _format_of(fields)(fields), _optional_text(fields, "system")
     if isinstance(parsed, list):
         return _as_conversation(parsed, own, _tools(fields), config)
     if system := own or config.system:
@@ -102,8 +99,13 @@ def _format_of(fields: Fields) -> Format:
     if "tokens" in fields and "labels" in fields:
         raise DataError(f"tokens, labels: classes of words: {in_recipe('classify_tokens')}")
     known = "; ".join(" and ".join(keys) for keys in FORMATS)
-    preference = "; pairs of preferred and rejected answers are for other methods" if "chosen" in fields else ""
-    raise DataError(f"keys {sorted(fields)} are of no known shape; known are {known}{preference}")
+    preference = "pairs of preferred and rejected answers are for other methods; " if "chosen" in fields else ""
+    asked, answer = next((pair for pair in PAIRS if fields.keys() >= {*pair}), ("QUESTION", "ANSWER"))
+    context = next((f",input={name}" for name in ("input", "context") if name in fields.keys() - {asked}), "")
+    raise DataError(
+        f"keys {sorted(fields)} are of no known shape; known are {known}; {preference}columns renames them: "
+        f"instruction={asked}{context},output={answer}, or prompt={asked},completion={answer} for plain text"
+    )
 
 
 def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
@@ -167,7 +169,10 @@ def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[Fields]:
 
 def _from_text(fields: Fields) -> PromptCompletion:
     if "label" in fields:
-        raise DataError(f"text, label: text_field text learns the text alone; classes: {in_recipe('classify_texts')}")
+        raise DataError(
+            "text, label: columns text=text learns the text alone, prompt=text,completion=label the label; "
+            f"classes: {in_recipe('classify_texts')}"
+        )
     return PromptCompletion("", check_text(fields["text"], "text", is_target=True))
 
 

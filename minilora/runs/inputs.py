@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from minilora.adapters.layout import tokenizer_of
@@ -34,8 +35,8 @@ def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = 
     """
     check_types(load_dataset, locals())
     config, paths = config or DataConfig(), find_files(path)["train"]
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths))
-    return encode_rows(stream_rows(*paths), tokenizer, config)
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths, columns=config.columns))
+    return encode_rows(stream_rows(*paths, columns=config.columns), tokenizer, config)
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def read_data(
     files = find_files(run.data, run.eval_data)
     tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)
     tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*files["train"]))
-    encoded = {split: encode_rows(stream_rows(*paths), tokenizer, config, show) for split, paths in files.items()}
+    rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
+    encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
     return Data(tokenizer, **splits, choices=find_choices(splits["test"]), files=_hash_files(files), general=general)
@@ -110,41 +112,43 @@ def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Pat
 def find_splits(names: Names) -> dict[str, list[Path]]:
     """Return the files of a data set by split.
 
-    The splits of a directory are its files `train`, `valid` (or `validation`, `val`) and `test`. A file by itself, or
-    the only one of a directory, is "train". Several names are joined.
+    The splits of a directory are its files `train`, `valid` (or `validation`, `val`) and `test`. A file by itself, the
+    only one of a directory, or all its documents are "train". Several names are joined.
     """
     found: dict[str, list[Path]] = {}
     for name in [names] if isinstance(names, str | Path) else names:
-        for split, path in _splits_of(name).items():
-            found.setdefault(split, []).append(path)
+        for split, paths in _splits_of(name).items():
+            found.setdefault(split, []).extend(paths)
     return found
 
 
-def _splits_of(name: str | Path) -> dict[str, Path]:
-    path, found = fetch(name, "dataset"), dict[str, Path]()
+def _splits_of(name: str | Path) -> dict[str, list[Path]]:
+    path, found = fetch(name, "dataset"), dict[str, list[Path]]()
     if not path.is_dir():
-        return {"train": path}
-    named = (file for file in path.iterdir() if file.name.endswith(DATA_ENDINGS) and file.name[0] != ".")
-    files = sorted(file for file in named if file.is_file())
-    for file in files:
+        return {"train": [path]}
+    named = [file for file in sorted(path.iterdir()) if file.name[0] != "." and file.is_file()]
+    files = [file for file in named if file.name.endswith(DATA_ENDINGS)]
+    documents = [file for file in named if file.suffix in (".txt", ".parquet") and not files]
+    for file in (*files, *documents):
         check_link(file)
         check_utf8("a file's name", file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
             if split in found:
-                raise DataError(f"{path}: {found[split].name} and {file.name} are both the {split} split; remove one")
-            found[split] = file
-    if not found and len(files) == 1:
-        return {"train": files[0]}
+                both = f"{found[split][0].name} and {file.name}"
+                raise DataError(f"{path}: {both} are both the {split} split; remove one")
+            found[split] = [file]
+    if not found and (documents or len(files) == 1):
+        return {"train": documents or files}
     if not found:
-        held = [file.name for file in files]
-        raise DataError(f"{path}: need one data file (*.jsonl, *.json), or train.jsonl and perhaps more; found {held}")
+        need = f"one data file (*{', *'.join(DATA_ENDINGS)}), documents (*.txt), or train.jsonl and perhaps more"
+        raise DataError(f"{path}: need {need}; found {[file.name for file in named[:9]]}")
     return found
 
 
-def read_eval_rows(names: Names) -> list[Row]:
+def read_eval_rows(names: Names, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Read the rows of the test split, else of the validation split, else of the training split."""
-    return list(stream_rows(*_files_to_evaluate(names)))
+    return list(stream_rows(*_files_to_evaluate(names), columns=columns))
 
 
 def _files_to_evaluate(names: Names) -> list[Path]:
@@ -184,8 +188,8 @@ def load_general(name: str, tokenizer: Tokenizer, config: DataConfig) -> Dataset
     """Read and tokenize general text, with a label on every token; "none" is an empty data set."""
     if name == "none":
         return Dataset()
-    rows = read_eval_rows(ASSETS / "data" / "general.jsonl" if name == BUILTIN else name)
-    return encode_rows(rows, tokenizer, replace(config, train_on="all", system=None, text_field="text"))
+    rows = read_eval_rows(ASSETS / "data" / "general.jsonl" if name == BUILTIN else name, {"text": "text"})
+    return encode_rows(rows, tokenizer, replace(config, train_on="all", system=None))
 
 
 def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:

@@ -1,57 +1,125 @@
 """Data files as rows, each of which knows the line that it begins on.
 
-A file holds a JSON array of objects or one object a line, distinguished by its first character. A byte order mark at
-its beginning is accepted; lines end in LF or CRLF.
+    .csv, .tsv      a row a line, or several with quotes, as Python's `csv` reads them; the first row names the columns
+    .txt            a document, which is one row
+    other endings   an array of JSON objects, or one object a line; the first character says which
+
+Files are in UTF-8. A byte order mark at the beginning is accepted; lines end in LF or CRLF.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from minilora.errors import DataError, FormatError
-from minilora.files import JSON_VALUES, open_file
+from minilora.files import JSON_VALUES, open_file, read_text
 from minilora.runs.formats import Row
 
 LINE_BYTES = 2**23  # of one row; a long book has 2 MB
 LAYOUTS = "one JSON object a line, or one array of them"
+TABLE = "CSV in UTF-8, quoted as Excel writes it"
+PARQUET = """is Parquet, which is not read; these lines of Python convert it:
+  import pandas
+  pandas.read_parquet({!r}).to_json({!r}, orient="records", lines=True)"""
 OPENING = re.compile(r"\s*(\[(?:\s*\])?)\s*")  # of an array, or all of an empty one
 SEPARATOR = re.compile(r"\s*(,|\]\s*\Z)\s*")  # after an element
 
 
-def stream_rows(*paths: Path) -> Iterator[Row]:
-    """Yield the rows of files. A row that is not a JSON object has a `problem`; the caller refuses or skips it.
+def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """Yield the rows of files. A row that cannot be read has a `problem`; the caller refuses or skips it.
 
-    A file of one object a line is not held in memory, an array is.
+    Documents and arrays of JSON are held in memory, other files are not.
+
+    Args:
+        paths: of the files.
+        columns: the fields of a row, and what they are called in the files; None: all, as they are called there.
     """
     for path in paths:
         is_empty = True
         try:
             for row in _parse(path):
                 is_empty = False
-                yield row
+                yield row if columns is None else _select(row, columns)
         except OSError as error:
             raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
         if is_empty:
-            raise DataError(f"{path}: there are no rows; need {LAYOUTS}")
+            raise DataError(f"{path}: there are no rows")
+
+
+def _select(row: Row, columns: Mapping[str, str]) -> Row:
+    if missing := sorted({*columns.values()} - row.fields.keys()):
+        return replace(row, problem=row.problem or f"there is no column {missing[0]!r}; found {sorted(row.fields)}")
+    return replace(row, fields={name: row.fields[column] for name, column in columns.items()})
 
 
 def _parse(path: Path) -> Iterator[Row]:
+    kind = path.suffix.lower()
+    if kind == ".txt":
+        yield Row({"text": read_text(path, LINE_BYTES, is_named=True).removeprefix("\ufeff")}, str(path))
+        return
     with open_file(path, is_named=True) as file:
         if file.peek().startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         begin = file.peek()
         if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{path}: found UTF-16, need UTF-8")
-        is_array = begin.lstrip().startswith(b"[")
-        yield from _parse_array(file, path) if is_array else _parse_lines(file, path)
+        if begin.startswith(b"PAR1"):
+            raise DataError(f"{path}: {PARQUET.format(str(path), str(path.with_suffix('.jsonl')))}")
+        if kind in (".csv", ".tsv"):
+            yield from _parse_table(file, path)
+        elif begin.lstrip().startswith(b"["):
+            yield from _parse_array(file, path)
+        else:
+            yield from _parse_lines(file, path)
 
 
-def _parse_lines(file: IO[bytes], path: Path) -> Iterator[Row]:
+def _parse_table(file: BufferedReader, path: Path) -> Iterator[Row]:
+    """Yield the rows of CSV or TSV; where commas are decimal points, Excel separates cells by semicolons."""
+    header = file.peek().partition(b"\n")[0]
+    separator = ";" if header.count(b";") > header.count(b",") else ","
+    size, begin, names = 0, 1, list[str]()  # of the row: its bytes so far, and its first line
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        while line := file.readline(LINE_BYTES + 1):
+            size += len(line)
+            if size > LINE_BYTES:
+                raise csv.Error(f"the row has more than {LINE_BYTES:,} bytes")
+            if b"\0" in line:
+                raise csv.Error("found NUL")
+            yield line.decode("utf-8")
+
+    reader = csv.reader(lines(), delimiter="\t" if path.suffix.lower() == ".tsv" else separator, strict=True)
+    try:
+        for cells in reader:
+            source = f"{path}:{begin}"
+            begin = reader.line_num + 1
+            size = 0
+            filled = [cell for cell in cells if cell]
+            if not filled:
+                continue
+            if not names:
+                names = cells
+                if len({*filled}) < len(filled):
+                    raise DataError(f"{source}: the first row has to name the columns, each once; found {cells}")
+            elif len(cells) == len(names):
+                yield Row(dict(zip(names, cells, strict=True)), source)
+            else:
+                problem = f"found {len(cells)} cells, need {len(names)}, as in the first row; quote text with commas"
+                yield Row(source=source, problem=problem)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}:{begin}: {_problem_of(error)}; need {TABLE}") from error
+
+
+def _parse_lines(file: BufferedReader, path: Path) -> Iterator[Row]:
     number = 0
     while line := file.readline(LINE_BYTES + 1):
         number += 1
@@ -70,7 +138,7 @@ def _parse_line(line: bytes, source: str) -> Row:
         return Row(source=source, problem=f"{_problem_of(error)}; need {LAYOUTS}")
 
 
-def _parse_array(file: IO[bytes], path: Path) -> Iterator[Row]:
+def _parse_array(file: BufferedReader, path: Path) -> Iterator[Row]:
     decoder, line, counted, where = json.JSONDecoder(), 1, 0, str(path)
     try:
         text = file.read().decode("utf-8")
@@ -97,7 +165,9 @@ def _as_row(value: Any, source: str) -> Row:
     return Row(value, source)
 
 
-def _problem_of(error: ValueError | RecursionError) -> str:
+def _problem_of(error: Exception) -> str:
+    if isinstance(error, csv.Error):
+        return str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
