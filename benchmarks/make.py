@@ -12,7 +12,8 @@ from benchmarks.ours import train_config
 from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of, labelled
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
-from minilora.runs.memory import Plan, forecast
+from minilora.runs.memory import forecast
+from minilora.runs.plan import Plan
 from minilora.runs.sampler import plan_steps
 
 
@@ -55,4 +56,5 @@ def forecast_bytes(task: Task) -> int:
     rows = [(len(tokens), labelled([(tokens, labels)])) for tokens, labels in task.rows]
     lora, dtype = adapter_config(work.method == "dora"), getattr(torch, work.dtype)
     config_json = parse_config(config_of(task.model))
-    return forecast(Plan(config_json, lora, config, quantization, dtype, torch.device(task.device), rows)).peak
+    plan = Plan(config_json, lora, config, quantization, dtype, torch.device(task.device), rows)
+    return forecast(plan)[config.gradient_checkpointing].peak

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -31,7 +31,8 @@ from benchmarks.work import LLAMA_1B
 from minilora.cli.forecast import default_plan
 from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
-from minilora.runs.memory import Plan, Shard, amount, forecast
+from minilora.runs.memory import amount, forecast
+from minilora.runs.plan import Plan, Shard
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 KEYS = (
@@ -99,8 +100,8 @@ def fits() -> Iterator[list[str]]:
         config = known_config(size)
         for method in ("LoRA", "QLoRA"):
             for shard in get_args(Shard):
-                plan = default_plan(config, method, torch.device("meta"), N, shard)  # any GPU
-                found = forecast(plan.checkpointed("block"))
+                plan = default_plan(config, method, torch.device("meta"))  # any GPU
+                found = forecast(replace(plan, world=N, shard=shard))["block"]
                 trained = found.adapters + found.gradients + found.moments
                 terms = (found.weights, trained, found.activations, found.working + found.overhead, found.peak)
                 yield [
@@ -124,7 +125,7 @@ def check() -> Iterator[list[str]]:
                 run = folder / f"{case.name} {case.shard} {N}"
                 launch(N, ["-m", "minilora", *case.words(folder, run)])
                 peak = json.loads((run / "summary.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
-                memory = forecast(case.plan(N)).peak
+                memory = forecast(case.plan(N))["block"].peak
                 of_memory = (amount(peak), amount(memory), f"{memory / peak:.2f}")
                 yield [case.name, case.shard, f"{N}", *of_memory, f"{step_seconds(run):.2f}"]
 

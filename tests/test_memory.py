@@ -30,9 +30,9 @@ from minilora.runs import system as host
 from minilora.runs.config import RunConfig, Settings, TrainConfig
 from minilora.runs.inputs import read_data
 from minilora.runs.live import Live
-from minilora.runs.memory import Plan, amount, choose_plan, forecast
+from minilora.runs.memory import amount, choose_plan
 from minilora.runs.objective import build_optimizer
-from minilora.runs.plan import find_base, plan_run
+from minilora.runs.plan import Plan, find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
 from minilora.runs.system import free_memory_bytes, peak_memory_bytes
 from minilora.training import token_loss, train_step
@@ -50,6 +50,10 @@ def plan(config, lora=None, lengths=(7, 5, 9), labelled=11, quantize="none", dty
     rows = [(lengths[0], labelled), *((n, 0) for n in lengths[1:])]
     training = TrainConfig(batch_size=len(rows), **training)
     return Plan(config, lora, training, QuantizeConfig(quantize), dtype, CPU, rows)
+
+
+def forecast(plan):
+    return memory.forecast(plan)[plan.training.gradient_checkpointing]
 
 
 # --- tensors ---
@@ -199,7 +203,8 @@ def test_auto_is_the_fastest_way_that_fits(way, monkeypatch):
     free = peaks[WAYS.index(way)]
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
     chosen, found = choose_plan(auto)
-    assert (chosen.training.gradient_checkpointing, found.peak) == (way, free)
+    assert chosen.training.gradient_checkpointing == way
+    assert [each.peak for each in found.values()] == peaks
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: None)
     assert choose_plan(auto)[0].training.gradient_checkpointing == "none"
 
@@ -216,11 +221,11 @@ def finetune(directory, out, *flags, **changes):
 
 
 def planned(directory, out, **training):
-    """The plan of that command, and its forecast."""
+    """The plan of that command, and its forecasts."""
     where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), out=str(out), device="cpu")
     settings = Settings(replace(where, general_data="none"), training=TrainConfig(**training))
     base = find_base(settings)
-    return plan_run(settings, base, read_data(settings, base.adapters, datetime.now()), "auto", CPU)
+    return choose_plan(plan_run(settings, base, read_data(settings, base.adapters, datetime.now()), "auto", CPU))
 
 
 def cells(row):
@@ -229,8 +234,7 @@ def cells(row):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_dry_run_tells_each_term_by_checkpointing_and_what_fits(directory, tmp_path, capsys, monkeypatch, way):
-    wanted, _ = planned(directory, tmp_path / "out")
-    found = {each: forecast(wanted.checkpointed(each)) for each in WAYS}
+    _, found = planned(directory, tmp_path / "out")
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: found[way].peak)
     assert finetune(directory, tmp_path / "out", "--dry-run", "--force") == 0
     page = capsys.readouterr().out
@@ -247,7 +251,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_pa
     assert finetune(directory, tmp_path / "out", batch_size=20) != 0
     assert not (tmp_path / "out").exists()
     error, (wanted, found) = capsys.readouterr().err, planned(directory, tmp_path / "out", batch_size=20)
-    assert f"needs {amount(found.peak)} of memory, and 1.2 kB are free" in error
+    assert f"needs {amount(found['none'].peak)} of memory, and 1.2 kB are free" in error
     for flag, changed in {
         "--batch-size": replace(wanted, training=replace(wanted.training, batch_size=10)),
         "--gradient-checkpointing block": wanted.checkpointed("block"),
@@ -255,7 +259,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_pa
         "--max-length": replace(wanted, rows=[(1, 1)] * len(wanted.rows)),
     }.items():
         assert flag in error
-        assert forecast(changed).peak < found.peak
+        assert forecast(changed).peak < found["none"].peak
     assert "--force" in error
     assert finetune(directory, tmp_path / "out", "--dry-run", batch_size=20) != 0
     assert capsys.readouterr().err.endswith(error)
@@ -265,14 +269,14 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_pa
     ("free", "flags", "runs"), [(1, ["--force"], True), (None, [], True), (-1, [], False), (0, [], True)]
 )
 def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, monkeypatch, free, flags, runs):
-    needed = planned(directory, tmp_path / "out", max_steps=1)[1].peak
+    needed = planned(directory, tmp_path / "out", max_steps=1)[1]["none"].peak
     free = needed + free if free in (0, -1) else free
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
     assert (finetune(directory, tmp_path / "out", *flags, max_steps=1) == 0) == runs
 
 
 def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
-    needed = planned(directory, tmp_path / "out", max_steps=1, gradient_checkpointing="mlp")[1].peak
+    needed = planned(directory, tmp_path / "out", max_steps=1)[1]["mlp"].peak
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: needed)
     for flags in (["--dry-run"], []):
         assert finetune(directory, tmp_path / "out", *flags, max_steps=1, gradient_checkpointing="auto") == 0
@@ -291,7 +295,8 @@ def test_a_config_json_is_enough_for_a_page(tmp_path, capsys):
     settings, table = capsys.readouterr().out.split("\n\n")
     assert "4 rows of 1,024 tokens" in settings
     assert max(map(len, table.splitlines())) <= 120
-    for row, (method, way) in zip(table.splitlines()[1:], pages.METHODS, strict=True):
+    shown = [(method, way) for method, ways in pages.METHODS.items() for way in ways]
+    for row, (method, way) in zip(table.splitlines()[1:], shown, strict=True):
         found = forecast(pages.default_plan(parse_config(source), method, CPU).checkpointed(way))
         name = method if way == "none" else f"{method}, {way}"
         assert cells(row) == [name, *(amount(value) for value in (*vars(found).values(), found.peak))]

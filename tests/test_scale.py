@@ -1,6 +1,5 @@
 """What one of several ranks holds, against the tensors of a model; the pages and scripts of many processes."""
 
-import json
 import re
 import subprocess
 from collections import Counter
@@ -13,15 +12,13 @@ import torch
 import minilora as ml
 from benchmarks import results
 from benchmarks import scale as script
-from minilora import cli
-from minilora.cli import forecast as pages
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.config import parse_config
 from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
+from minilora.runs import memory
 from minilora.runs.config import TrainConfig
-from minilora.runs.memory import Plan, amount, forecast
-from tests.models import WHOLE, four_bit, tiny_config, tiny_model
+from minilora.runs.plan import Plan
+from tests.models import four_bit, tiny_config, tiny_model
 from tests.runs import flags_of
 
 CPU = torch.device("cpu")
@@ -32,6 +29,10 @@ T, M = 33, 11  # tokens of a document, and labelled ones
 def plan(config, lora, quantize="none", dtype=torch.float32, world=1, shard="none"):
     quantization = QuantizeConfig("none" if quantize == "none" else "nf4", quantize == "double")
     return Plan(config, lora, TrainConfig(batch_size=1), quantization, dtype, CPU, [(T, M)], world=world, shard=shard)
+
+
+def forecast(plan):
+    return memory.forecast(plan)["none"]
 
 
 def model_of(quantize, dtype=torch.bfloat16):
@@ -71,21 +72,6 @@ def test_a_sharded_base_adds_two_gathered_blocks_and_changes_nothing_else_but_it
 
 
 # --- the pages ---
-
-
-@pytest.mark.parametrize("shard", ["none", "base"])
-def test_inspect_shows_the_terms_of_a_rank(tmp_path, capsys, shard):
-    source = {key: value for key, value in tiny_config(WHOLE).source.items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(source))
-    assert cli.main(["inspect", str(tmp_path), "--memory", "--world", "4", "--shard", shard]) == 0
-    page = capsys.readouterr().out
-    assert f"of one of 4 ranks with --shard {shard}\n" in page
-    for method in ("full fine-tune", "LoRA"):
-        planned = pages.default_plan(parse_config(source), method, pages.pick_device("auto"), 4, shard)
-        assert planned.training.gradient_accumulation_steps == 4  # a batch a rank
-        found = forecast(planned)
-        row = next(line for line in page.splitlines() if line.startswith(f"  {method}  "))
-        assert re.split(r"  +", row.strip())[1:] == [amount(value) for value in (*vars(found).values(), found.peak)]
 
 
 def test_the_table_of_the_page_is_that_of_the_script():

@@ -46,8 +46,8 @@ from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import Forecast, Plan, amount, fits
-from minilora.runs.plan import Base, attach_adapter, find_base, load_base, plan_run
+from minilora.runs.memory import Forecasts, amount, choose_plan, fits
+from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
 from minilora.runs.system import free_memory_bytes
 
@@ -135,13 +135,14 @@ def check_settings(settings: Settings, base: Base) -> None:
             raise ConfigError(f"--adapter {directory}: leave out what it decides itself: {', '.join(bad)}")
 
 
-def check_memory(plan: Plan, found: Forecast) -> None:
+def check_memory(plan: Plan, found: Forecasts) -> None:
     """Raise a `TrainingError` if a run does not fit into memory."""
-    if not fits(plan, found):
+    chosen = found[plan.training.gradient_checkpointing]
+    if not fits(plan, chosen):
         smaller = "--method lora" if plan.lora is None else "--quantize nf4"
         raise TrainingError(
-            f"the run needs {amount(found.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are free "
-            f"on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
+            f"the run needs {amount(chosen.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are "
+            f"free on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
             f"gradient is the same), --gradient-checkpointing block, {smaller}, a smaller --max-length, or --shard "
             "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
         )
@@ -159,7 +160,7 @@ def run(options: Options) -> int:
         earlier = Earlier(settings.dtype) if is_dry else directory.open(base)
         with closing(ProgressBar()) as bar:
             data = read_data(settings, base.adapters, earlier.began, bar.show)  # a chat template may write the date
-        plan, memory = plan_run(settings, base, data, earlier.dtype, device)
+        plan, memory = choose_plan(plan_run(settings, base, data, earlier.dtype, device))
         run = Run(settings, base, earlier, data, plan)
         if is_dry:
             return _dry_run(run, memory, options["force"])
@@ -202,14 +203,14 @@ class Measured(NamedTuple):
     samples: list[dict[str, str]]
 
 
-def _dry_run(run: Run, memory: Forecast, force: bool) -> int:
+def _dry_run(run: Run, memory: Forecasts, force: bool) -> int:
     """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
     model = load_base(run.plan, run.base, "meta")
     attach_adapter(model, run.plan, run.base)
     for note in run_notes(run, model):
         say(note)
     print(preview(run.data, run.plan.training, count_parameters(model)))
-    print(dry_run_lines(run.plan))
+    print(dry_run_lines(run.plan, memory))
     if not force:
         check_memory(run.plan, memory)
     return 0

@@ -22,7 +22,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from minilora.adapters.layout import PEFT_DEFAULTS
-from minilora.cli import Options, forecast
+from minilora.cli import Options
+from minilora.cli.forecast import memory_page
 from minilora.errors import printable
 from minilora.files import TensorEntry
 from minilora.tools.inspect import inspect_path
@@ -34,12 +35,12 @@ LIST_WIDTH = 100  # characters of a list that are shown
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
-    forecast.add_flags(parser)
+    parser.add_argument("--memory", action="store_true", help="show how much memory fine-tuning takes, by config.json")
 
 
 def run(options: Options) -> int:
     if options["memory"]:
-        print(forecast.memory_page(options))
+        print(memory_page(options["path"]))
         return 0
     found = inspect_path(options["path"])
     print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))

@@ -40,8 +40,7 @@ from minilora.runs.config import Settings
 from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult
-from minilora.runs.memory import Plan
-from minilora.runs.plan import Base
+from minilora.runs.plan import Base, Plan
 from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
 from minilora.runs.system import peak_memory_bytes
 from minilora.runs.tracking import Tracker

@@ -1,4 +1,4 @@
-"""Forecast how much memory a run takes, and choose and check what fits.
+"""Forecast how much memory a run takes, and choose what fits.
 
 The model is built on the device "meta", which has no storage, with its adapter. Weights, gradients and moments are the
 sizes of its parameters. A step with one block of each kind runs there, and what lives is counted (`runs/live.py`). Only
@@ -7,52 +7,30 @@ what ranks exchange and what libraries hold is estimated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from minilora.adapters.attach import attach
-from minilora.adapters.config import LoraConfig
 from minilora.kernels.attention import OutlinedAttention
-from minilora.llama import Checkpointing, Llama, LlamaConfig, cross_entropy
+from minilora.llama import Checkpointing, Llama, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import assign, build_on_meta
 from minilora.nf4 import NF4Linear
 from minilora.runs import world
-from minilora.runs.config import TrainConfig
 from minilora.runs.live import Live
+from minilora.runs.plan import Plan
 from minilora.runs.sampler import plan_steps, set_dropout_step
 from minilora.runs.system import free_memory_bytes
 
 # What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 200_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
-Shard = Literal["none", "base"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run's properties that its memory depends on."""
-
-    config: LlamaConfig
-    lora: LoraConfig | None  # None trains all weights
-    training: TrainConfig
-    quantization: QuantizeConfig
-    dtype: torch.dtype
-    device: torch.device
-    rows: Sequence[tuple[int, int]] | NDArray[Any]  # tokens and labelled tokens of each training row, (rows, 2)
-    world: int = 1  # number of ranks; the forecast is that of one
-    shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
-
-    def checkpointed(self, way: Checkpointing) -> Plan:
-        """Return the plan with another gradient checkpointing."""
-        return replace(self, training=replace(self.training, gradient_checkpointing=way))
 
 
 @dataclass(frozen=True)
@@ -74,8 +52,11 @@ class Forecast:
         return sum(vars(self).values())
 
 
-def forecast(plan: Plan) -> Forecast:
-    """Forecast the memory of a plan, whose gradient checkpointing is not "auto".
+Forecasts = Mapping[str, Forecast]
+
+
+def forecast(plan: Plan) -> Forecasts:
+    """Forecast the memory of one rank of a run, with each kind of gradient checkpointing.
 
     Raises:
         TargetError: the adapter's config names modules that the model does not have.
@@ -93,12 +74,19 @@ def forecast(plan: Plan) -> Forecast:
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     best = gradients if plan.training.keep == "best" else 0
     adapters = _tensor_bytes(model) - base + best
-    kept, working = _measure_step(plan, model)
     sent = gradients if plan.world > 1 else 0  # the buffer in which the ranks' gradients are added
     gathered = 2 * shards * max(blocks) if shards > 1 else 0
-    working = max(working, sent - kept) + gathered
-    overhead = int(FRAGMENTS * (kept + working)) + (LIBRARIES if plan.device.type == "cpu" else 0)
-    return Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
+    libraries = LIBRARIES if plan.device.type == "cpu" else 0
+    set_dropout_step(model.to("meta").train(), 0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    found: dict[str, Forecast] = {}
+    for way in get_args(Checkpointing):
+        kept, most = _measure_step(plan, model, way)
+        working = max(most, sent - kept) + gathered
+        overhead = int(FRAGMENTS * (kept + working)) + libraries
+        found[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
+    return found
 
 
 def _build_base(plan: Plan) -> Llama:
@@ -118,52 +106,49 @@ def _tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _measure_step(plan: Plan, model: Llama) -> tuple[int, int]:
+def _measure_step(plan: Plan, model: Llama, way: Checkpointing) -> tuple[int, int]:
     """Return what autograd saves of the largest micro-batch, and the most that lives besides.
 
     A step runs through one block of each kind, whose share counts as often as there are such blocks.
     """
+    decoder, blocks = model.model, model.model.layers
     kinds: dict[Any, list[nn.Module]] = {}
-    decoder = model.model
     learns = any(p.requires_grad for p in decoder.embed_tokens.parameters())
-    for block, window in zip(decoder.layers, plan.config.windows, strict=True):
+    for block, window in zip(blocks, plan.config.windows, strict=True):
         kind = (learns, window, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
         kinds.setdefault(kind, []).append(block)
         learns = learns or any(p.requires_grad for p in block.parameters())
-    decoder.layers = nn.ModuleList(blocks[0] for blocks in kinds.values())
-    set_dropout_step(model.to("meta").train(), 0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
+    decoder.layers = nn.ModuleList(alike[0] for alike in kinds.values())
     rows = np.asarray(plan.rows)
     steps = plan_steps(rows[:, 0], plan.training)
-    largest = rows[steps.batch(int(steps.tokens.argmax()))]
-    lengths, labelled = largest[:, 0].tolist(), int(largest[:, 1].sum())
+    lengths, labelled = rows[steps.batch(int(steps.tokens.argmax()))].T.tolist()
     tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
+    targets = tokens[: sum(labelled)]
     marks: list[int] = []  # bytes that live before each block, and after the last one
-    with Live([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)]) as live:
-        for module in (*decoder.layers, decoder.norm):
-            module.register_forward_pre_hook(lambda *_: marks.append(live.now))
-        hidden = decoder(tokens, OutlinedAttention(plan.device, lengths), plan.training.gradient_checkpointing)
-        hidden = hidden.index_select(0, tokens[:labelled])
-        loss = cross_entropy(hidden, tokens[:labelled], model.get_output_embeddings())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with Live([*model.parameters(), *model.buffers(), *gradients]) as live:
+        modules = (*decoder.layers, decoder.norm)
+        hooks = [module.register_forward_pre_hook(lambda *_: marks.append(live.now)) for module in modules]
+        hidden = decoder(tokens, OutlinedAttention(plan.device, lengths), way).index_select(0, targets)
+        loss = cross_entropy(hidden, targets, model.get_output_embeddings())
         del hidden
         kept = live.now
+        for hook in hooks:  # a block that is recomputed runs once more
+            hook.remove()
         loss.backward()
-    saved = zip(kinds.values(), pairwise(marks), strict=False)  # a block that is recomputed adds further marks
-    more = sum((len(blocks) - 1) * (after - before) for blocks, (before, after) in saved)
+    decoder.layers = blocks
+    saved = zip(kinds.values(), pairwise(marks), strict=True)
+    more = sum((len(alike) - 1) * (after - before) for alike, (before, after) in saved)
     return kept + more, live.most - kept
 
 
-def choose_plan(plan: Plan) -> tuple[Plan, Forecast]:
+def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
     """Replace "auto" of the gradient checkpointing by the fastest that fits, else by the leanest."""
-    way = plan.training.gradient_checkpointing
-    for each in get_args(Checkpointing) if way == "auto" else (way,):
-        chosen = plan.checkpointed(each)
-        found = forecast(chosen)
-        if fits(chosen, found):
-            break
-    return chosen, found
+    found = forecast(plan)
+    if plan.training.gradient_checkpointing == "auto":
+        ways = [way for way in get_args(Checkpointing) if fits(plan, found[way])]
+        plan = plan.checkpointed(ways[0] if ways else "block")
+    return plan, found
 
 
 def fits(plan: Plan, found: Forecast) -> bool:

@@ -1,28 +1,32 @@
-"""From what a run is asked for to what it does: its base model, its adapter, and what fits into memory."""
+"""From what a run is asked for to what it does: its base model and its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter
 from minilora.errors import ConfigError
-from minilora.llama import Llama, LlamaConfig
+from minilora.llama import Checkpointing, Llama, LlamaConfig
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, resolve_dtype
 from minilora.models.config import read_config
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import world
-from minilora.runs.config import Settings
+from minilora.runs.config import Settings, TrainConfig
 from minilora.runs.inputs import Data
-from minilora.runs.memory import Forecast, Plan, choose_plan
+
+Shard = Literal["none", "base"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,25 @@ class Base:
     config: LlamaConfig
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run does."""
+
+    config: LlamaConfig
+    lora: LoraConfig | None  # None trains all weights
+    training: TrainConfig
+    quantization: QuantizeConfig
+    dtype: torch.dtype
+    device: torch.device
+    rows: Sequence[tuple[int, int]] | NDArray[Any]  # tokens and labelled tokens of each training row, (rows, 2)
+    world: int = 1  # number of ranks
+    shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
+
+    def checkpointed(self, way: Checkpointing) -> Plan:
+        """Return the plan with another gradient checkpointing."""
+        return replace(self, training=replace(self.training, gradient_checkpointing=way))
+
+
 def find_base(settings: Settings) -> Base:
     """Find the model and the adapter that the settings name."""
     location = locate(settings.run.model, "model")
@@ -41,13 +64,13 @@ def find_base(settings: Settings) -> Base:
     return Base(location, adapters, read_config(location.path))
 
 
-def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> tuple[Plan, Forecast]:
-    """Return what a run does, and its memory: "auto" for gradient checkpointing becomes what fits."""
+def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> Plan:
+    """Return what a run is asked to do; its gradient checkpointing may be "auto"."""
     is_full, ranks = settings.is_full, world.size()
     ids = map(data.tokenizer.token_id, settings.run.add_tokens)
     new_tokens = [token for token in ids if token is not None]
     needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else settings.lora.vocabulary
-    asked = Plan(
+    return Plan(
         replace(base.config, vocab_size=max(base.config.vocab_size, needed)),
         None if is_full else _with_tokens(settings.lora, new_tokens),
         settings.training,
@@ -58,7 +81,6 @@ def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: tor
         ranks,
         "none" if is_full or ranks == 1 else settings.run.shard,
     )
-    return choose_plan(asked)
 
 
 def load_base(plan: Plan, base: Base, device: torch.device | str) -> Llama:

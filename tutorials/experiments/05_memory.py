@@ -17,7 +17,8 @@ import torch
 from record import write_record
 
 import minilora as ml
-from minilora.runs.memory import Plan, forecast
+from minilora.runs.memory import forecast
+from minilora.runs.plan import Plan
 
 OUT = Path(__file__).with_suffix(".json")
 WAYS = {  # dtype, quantize, checkpointing
@@ -49,7 +50,7 @@ def measure(way: str) -> dict[str, Any]:
     )
     records: list[dict[str, Any]] = []
     ml.train(model, rows, training, on_step=records.append)
-    found = forecast(plan)
+    found = forecast(plan)[checkpointing]
     return {"way": way, **vars(found), "forecast": found.peak, "measured": records[-1]["peak_memory_bytes"]}
 
 
