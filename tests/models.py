@@ -102,6 +102,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "only norms": {"target_modules": (), "modules_to_save": ("norm",)},
     "rows of tokens": {"trainable_token_indices": (7, 2, 40)},
     "rows of tokens by name": {"trainable_token_indices": {"embed_tokens": (3,)}, "target_modules": ("v_proj",)},
+    "rows of a tied head": {"trainable_token_indices": {"embed_tokens": (3, 5), "lm_head": (3, 5)}},
+    "other rows of a tied head": {"trainable_token_indices": {"embed_tokens": (3,), "lm_head": (7, 2)}},
     "only rows of tokens": {"target_modules": (), "trainable_token_indices": (7, 2)},
     "the embedding adapted": {"target_modules": ("embed_tokens", "q_proj")},
     "the embedding adapted by DoRA": {"target_modules": ("embed_tokens",), "use_dora": True},

@@ -118,6 +118,7 @@ KINDS = {
     "copies": {"modules_to_save": ("norm", "o_proj")},
     "head": {"modules_to_save": ("lm_head",)},
     "rows": {"trainable_token_indices": (3, 60)},
+    "rows of the head": {"trainable_token_indices": {"embed_tokens": (3,), "lm_head": (3, 60)}},
     "embedding": {"target_modules": ("embed_tokens", "up_proj")},
     "both ends": {"target_modules": ("embed_tokens", "lm_head")},
 }

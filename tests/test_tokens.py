@@ -11,8 +11,8 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import TrainableTokens
 from minilora.llama import Documents
-from minilora.testing.compare import assert_maths
-from tests.models import WHOLE, allocated, randn, seeds, tiny_model, token_ids, train_a_little
+from minilora.testing.compare import assert_maths, maths
+from tests.models import WHOLE, allocated, perturb_, randn, seeds, tiny_model, token_ids, train_a_little
 
 IDS = token_ids(3, 2, 7)
 ROWS = (7, 2, 40)
@@ -89,6 +89,65 @@ def test_a_head_of_its_own_does_not_read_them():
     assert torch.equal(model.lm_head(randn(0, 3, 24)), before.lm_head(randn(0, 3, 24)))
 
 
+@pytest.mark.parametrize("family", ["llama", WHOLE])
+@pytest.mark.parametrize("ids", [{"lm_head": (4, 1)}, {"embed_tokens": (3,), "lm_head": (4, 1)}])
+def test_rows_of_the_head_are_its_own_where_it_is_not_tied_or_they_are_others(family, ids):
+    model = with_rows(ids, family)
+    for path, layer in adapter_layers(model).items():
+        layer.adapters["default"].rows.data.copy_(randn(len(path), len(ids[path.rpartition(".")[2]]), 24))
+    plain = base_model(family)
+    embedding, head = plain.model.embed_tokens.weight, plain.lm_head.weight
+    plain.lm_head.weight = nn.Parameter(written_out(head, ids["lm_head"], model.lm_head.adapters["default"].rows))
+    if "embed_tokens" in ids:
+        plain.model.embed_tokens.weight = nn.Parameter(written_out(embedding, (3,), rows(model)))
+    assert_maths(model(IDS), plain(IDS))
+    ml.merge(model)
+    assert_maths(model(IDS), plain(IDS))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def scaled_embedding(scale, dtype=torch.float64):
+    """Like transformers': BART's has a number, Gemma's a buffer."""
+
+    class BartScaledWordEmbedding(nn.Embedding):
+        embed_scale = scale
+
+        def forward(self, x):
+            factor = scale.to(self.weight.dtype) if isinstance(scale, torch.Tensor) else scale
+            return super().forward(x) * factor
+
+    BartScaledWordEmbedding.__module__ = "transformers.models.bart.modeling_bart"
+    model = nn.ModuleDict({"embed": BartScaledWordEmbedding(61, 6, padding_idx=1), "head": nn.Linear(6, 61)}).to(dtype)
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+@pytest.mark.parametrize("scale", [7.3, torch.tensor(0.3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ("embed",)},
+        {"target_modules": ("embed",), "use_dora": True},
+        {"target_modules": (), "trainable_token_indices": {"embed": (*IDS[0, :2].tolist(), 1)}},
+    ],
+)
+def test_a_scaled_embedding_is_adapted_as_the_weight_that_it_scales(scale, dtype, config):
+    model = scaled_embedding(scale, dtype)
+    before, head = model["embed"](IDS), model["head"](randn(0, 3, 6, dtype=dtype))
+    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=14, **config), dtype=dtype)
+    if dtype == torch.bfloat16:
+        assert torch.equal(model["embed"](IDS), before) or "use_dora" in config
+        return
+    perturb_(model)
+    y, x = model["embed"](IDS), randn(0, 3, 6)
+    assert_maths(y, F.embedding(IDS, model["embed"].weight) * scale)
+    assert maths(y, before) > 1e6
+    assert torch.equal(model["head"](x), head) == bool(config["target_modules"])
+    ml.merge(model)
+    assert_maths(model["embed"](IDS), y)
+
+
 def test_rows_begin_as_those_of_the_embedding_in_float32_and_are_all_that_is_trained():
     model = with_rows(dtype=torch.bfloat16, own=torch.float32)
     before = base_model(dtype=torch.bfloat16)
@@ -152,7 +211,8 @@ def test_tokens_that_there_are_not_are_refused_and_a_trained_bias_beside_a_tied_
     for ids, said in (
         ((3, 61), r"\[61\] are not below 61, the rows of model\.embed_tokens"),
         ((3, 3), "ids from 0, each once"),
-        ({"wte": (3,)}, "no embedding is called 'wte'"),
+        ({"wte": (3,)}, "'wte' is no module's name; need an embedding or a linear head"),
+        ({"norm": (3,)}, r"'norm' is the name of \['RMSNorm'\], whose rows cannot be trained"),
     ):
         with pytest.raises((ml.TargetError, ml.ConfigError), match=said):
             with_rows(ids)

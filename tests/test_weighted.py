@@ -68,6 +68,22 @@ def test_the_sum_acts_frozen_and_the_others_are_as_they_were():
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+def test_a_module_that_one_adapter_has_trained_in_full_is_carried_over_as_it_is(tmp_path):
+    model = many_kinds()
+    add(model, "first", 1, target_modules=["1"], modules_to_save=["3"])
+    add(model, "second", 2, target_modules=["1", "2"])
+    combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
+    trained, copy = (adapter_layers(model)["3"].adapters[name].weight for name in ("first", "sum"))
+    assert torch.equal(copy, trained)
+    assert copy.data_ptr() != trained.data_ptr()
+    ids = torch.arange(9)
+    expected = model(ids)
+    ml.save_adapter(model, tmp_path, "sum")
+    loaded = many_kinds()
+    ml.load_adapter(loaded, tmp_path)
+    assert_maths(loaded(ids), expected)
+
+
 def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
     ranks = {"q": 2, "block.q": 5, "block.block.q": 3}
     cuts = {path: LowRank(Factors(randn(0, r, 3), randn(0, 3, r))) for path, r in ranks.items()}
@@ -86,7 +102,7 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
             {"other": 0.3},
             "sum",
         ),
-        (ConfigError, r"more: cannot be combined .* \['3'\]", {"first": 0.7, "more": 0.3}, "sum"),
+        (ConfigError, r"3: several of \['more', 'again'\] have trained it in full", {"more": 0.3, "again": 1.0}, "sum"),
         *(
             (ConfigError, rf"{name}: cannot be combined .* \['{path}'\]", {name: 1.0}, "sum")
             for name, path in (("dora", "1"), ("biased", "1"), ("with bias", "1"), ("rows", "0"))
@@ -96,7 +112,8 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
 def test_what_cannot_be_combined_is_refused_and_changes_nothing(error, said, weights, name):
     model = many_kinds()
     add(model, "first", target_modules=["2"])
-    add(model, "more", target_modules=["1"], modules_to_save=["3"])
+    for each in ("more", "again"):
+        add(model, each, target_modules=["1"], modules_to_save=["3"])
     add(model, "dora", target_modules=["1"], use_dora=True)
     add(model, "biased", target_modules=["1"], lora_bias=True)
     add(model, "with bias", target_modules=["1"], bias="lora_only")

@@ -34,7 +34,7 @@ from minilora.adapters.build import (
     low_rank_spec,
 )
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import ModulesToSave, TrainableTokens
+from minilora.adapters.copies import ModulesToSave, TrainableTokens, unties
 from minilora.adapters.layers import LowRankWrapper
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.llama import Llama
@@ -210,10 +210,11 @@ def merge(model: nn.Module) -> None:
     for path, each in base_modules(model).items():
         if (own := each._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
-    tied = [path for paths in sharing.values() if len(paths) > 1 for path in paths]
+    adapted = {layer.path: layer for layer in layers}
+    for paths in sharing.values():
+        if _scales_if_tied(model) and unties(adapted.get(path) for path in paths):
+            raise TargetError(f"{paths[0]}: a merge would untie its weight, which changes what the model computes")
     for layer in layers:
-        if layer.active and layer.path in tied and _scales_if_tied(model) and not isinstance(layer, TrainableTokens):
-            raise TargetError(f"{layer.path}: a merge would untie its weight, which changes what the model computes")
         if layer.active and not _is_finite(layer.merged()):
             what = "merged, it has numbers that are not finite; nothing was merged"
             raise TrainingError(f"{layer.path}: {what}")

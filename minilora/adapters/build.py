@@ -27,6 +27,7 @@ from minilora.adapters.layers import (
     LoraEmbedding,
     LowRankWrapper,
     as_matrix,
+    is_embedding,
 )
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
@@ -83,7 +84,7 @@ def kind_of(module: nn.Module | None) -> type[LowRankWrapper] | None:
         return None
     if type(module) is nn.Linear:
         return LoraLinear
-    if type(module) is nn.Embedding:
+    if isinstance(module, nn.Embedding) and is_embedding(module):
         return LoraEmbedding if module.max_norm is None else None  # which changes the weight in each call
     return FOREIGN.get((type(module).__module__, type(module).__name__))
 
@@ -198,7 +199,10 @@ def build_specs(
 
 
 def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, AdapterSpec]:
-    """Return the specs of trained rows, which start as the embedding's; modules tied to it share them."""
+    """Return the specs of trained rows, which start as those of the weight.
+
+    Modules that are tied to an embedding share its rows, as in PEFT, except those that are given others.
+    """
     wanted = config.trainable_token_indices
     if wanted is None:
         return {}
@@ -206,24 +210,36 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
         if embedding is None:
             raise TargetError("trainable_token_indices: the model does not say which its embedding is; name the module")
         wanted = {embedding: wanted}
-    embeddings = [path for path, module in modules.items() if type(module) is nn.Embedding]
     own: dict[str, AdapterSpec] = {}
-    shared: dict[str, AdapterSpec] = {}
+    tokens: dict[str, Sequence[int]] = {}
     for entry, ids in wanted.items():
-        paths = [path for path in embeddings if matches((entry,), path)]
+        named = [path for path in modules if path and matches((entry,), path)]
+        paths = [path for path in named if _has_rows(modules[path])]
         if not paths:
-            raise TargetError(f"trainable_token_indices: no embedding is called {entry!r}")
+            kinds = sorted({type(modules[path]).__name__ for path in named})
+            found = f"is the name of {kinds}, whose rows cannot be trained" if named else "is no module's name"
+            raise TargetError(f"trainable_token_indices: {entry!r} {found}; need an embedding or a linear head")
         for path in paths:
             weight = modules[path].weight
             if bad := [token for token in ids if token >= len(weight)]:
                 there = f"{len(weight)}, the rows of {path}, which has none for {len(bad)} tokens"
                 raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
             rows = weight.detach()[list(ids)]
+            tokens[path] = ids
             own[path] = AdapterSpec(TrainableTokens, {"ids": torch.tensor(ids, device="cpu"), "rows": rows})
-            for other, module in modules.items():
-                if type(module) in (nn.Linear, nn.Embedding) and other != path and module.weight is weight:
-                    shared[other] = AdapterSpec(TrainableTokens, {}, tied_to=path)
-    return own | {path: spec for path, spec in shared.items() if path not in own}  # in the order that they are added in
+    shared: dict[str, AdapterSpec] = {}
+    for path in filter(lambda path: is_embedding(modules[path]), own):
+        for other, module in modules.items():
+            is_tied = other != path and _has_rows(module) and module.weight is modules[path].weight
+            is_head_of_same = type(module) is nn.Linear and tokens.get(other) == tokens[path]
+            if is_tied and (other not in own or is_head_of_same):
+                shared[other] = AdapterSpec(TrainableTokens, {}, tied_to=path)
+    # In the order that they are added in: the owners come first.
+    return {path: spec for path, spec in own.items() if path not in shared} | shared
+
+
+def _has_rows(module: Any) -> bool:
+    return is_embedding(module) or type(module) is nn.Linear
 
 
 def _with_biases(

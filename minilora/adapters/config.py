@@ -42,6 +42,7 @@ T = TypeVar("T")
     inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
     fan_in_fan_out="it follows from the layer's class; leave it out",
     target_parameters=in_recipe("experts"),
+    ensure_weight_tying="trained token rows of a tied head are the embedding's; modules in full are a copy each",
 )
 @document_fields
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ Each adapter has its own copy; the base stays unchanged and is used where no ada
 
 Rows (`trainable_token_indices`), such as those of new tokens, are kept apart, so that the vocabulary is neither copied
 nor given a gradient. An output head that is tied to the embedding computes the logits of these tokens with the same
-rows.
+rows, unless rows of its own are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora.adapter import add_adapter
-from minilora.adapters.layers import shallow_copy
+from minilora.adapters.layers import embedding_scale, shallow_copy
 from minilora.lora import AdapterWrapper
 
 
@@ -69,6 +69,16 @@ class ModulesToSave(AdapterWrapper):
         return {key: attrgetter(key)(copy).to(attrgetter(key)(base).dtype) for key in self.own[name]}
 
 
+def is_whole(layer: AdapterWrapper, name: str) -> bool:
+    """Return whether an adapter trains a module in full, not only its bias."""
+    return isinstance(layer, ModulesToSave) and layer.own[name] != {"bias"}
+
+
+def unties(layers: Iterable[AdapterWrapper | None]) -> bool:
+    """Return whether merging makes different weights of modules that share one; None is a module without adapters."""
+    return len({tuple(id(layer.adapters[name]) for name in layer.active) if layer else () for layer in layers}) > 1
+
+
 class Rows(nn.Module):
     """The trained rows of one adapter, and the tokens that they belong to.
 
@@ -89,7 +99,7 @@ class Rows(nn.Module):
 
 
 class TrainableTokens(AdapterWrapper):
-    """An embedding, or a module tied to it, in whose weight each adapter replaces some rows (final)."""
+    """An embedding or an output head in whose weight each adapter replaces some rows (final)."""
 
     def __init__(self, base: nn.Module, path: str):
         super().__init__(base, path)
@@ -116,7 +126,8 @@ class TrainableTokens(AdapterWrapper):
                 y = y.index_copy(-1, adapter.ids, F.linear(x, adapter.rows.to(x.dtype), bias))
             else:
                 has_row, row = adapter.of(x)
-                y = torch.where(has_row.unsqueeze(-1), F.embedding(row, adapter.rows).to(y.dtype), y)
+                rows = F.embedding(row, adapter.rows).to(y.dtype) * embedding_scale(self.base, y.dtype)
+                y = torch.where(has_row.unsqueeze(-1), rows, y)
         return y
 
     @property

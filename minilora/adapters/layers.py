@@ -32,6 +32,22 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight if isinstance(module, Linear) else weight.T
 
 
+def is_embedding(module: nn.Module | None) -> bool:
+    """Return whether a module looks up rows of its weight: PyTorch's, or transformers' that scale them, such as BART's.
+
+    Other subclasses may compute anything.
+    """
+    kind = type(module)
+    is_scaled = kind.__module__.startswith("transformers.") and kind.__name__.endswith("ScaledWordEmbedding")
+    return kind is nn.Embedding or is_scaled
+
+
+def embedding_scale(module: nn.Module, dtype: torch.dtype) -> Tensor | float:
+    """Return the factor of the rows that an embedding looks up."""
+    scale: Tensor | float = getattr(module, "embed_scale", 1.0)
+    return scale.to(dtype) if isinstance(scale, Tensor) else scale
+
+
 class LoraConv1D(AdapterWrapper):
     """transformers' Conv1D, a linear layer that stores Wᵀ (final)."""
 
@@ -70,7 +86,8 @@ class LoraEmbedding(AdapterWrapper):
         for adapter in (self.adapters[name] for name in self.active):
             h = F.embedding(x, adapter.lora_A.T, self.base.padding_idx)
             h = adapter.scale * h * adapter.dropout(torch.ones_like(h[..., :1]))
-            y = adapter.rescale(y + F.linear(h, adapter.lora_B).to(y.dtype), self.base.weight.T)
+            update = F.linear(h, adapter.lora_B).to(y.dtype) * embedding_scale(self.base, y.dtype)
+            y = adapter.rescale(y + update, self.base.weight.T)
         return y
 
     def merged(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from minilora.adapters.attach import config_of_adapter, inject_adapter
 from minilora.adapters.build import AdapterSpec
 from minilora.adapters.combine import CombineConfig, Factors, LowRank, combine
 from minilora.adapters.config import LoraConfig, Task
+from minilora.adapters.copies import ModulesToSave, is_whole
 from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
 
@@ -21,23 +23,31 @@ def combine_adapters(
 ) -> dict[str, LowRank]:
     """Combine several adapters, each with a weight, into a new one, and activate it; the others stay as they are.
 
-    The new adapter is frozen. Return the new factors and what an SVD has cut off, by path.
+    The new adapter is frozen. A module that one of them has trained in full is carried over as it is, whatever the
+    weight. Return the new factors and what an SVD has cut off, by path.
 
     Raises:
-        ConfigError: an adapter has more than updates s·B A, which alone can be added.
+        ConfigError: an adapter has more than updates s·B A, which alone can be added, or two have one module in full.
         ShapeError: adapters of one module differ in rank, and "linear" cannot add them.
         TargetError: there is no such adapter, or one of the new name already.
     """
     check_types(combine_adapters, locals())
     held = {each: layers_of(model, each) for each in weights}
     task = config_of_adapter(model, next(iter(weights))).task_type if weights else None
+    saved: dict[str, AdapterSpec] = {}
+    for each, layers in held.items():
+        for path in [path for path, layer in layers.items() if is_whole(layer, each)]:
+            if path in saved:
+                raise ConfigError(f"{path}: several of {list(weights)} have trained it in full, and only one can act")
+            tensors = layers.pop(path).peft_tensors(each)
+            saved[path] = AdapterSpec(ModulesToSave, {key: t.detach().clone() for key, t in tensors.items()})
     adapters = [{path: layer.adapters[each] for path, layer in layers.items()} for each, layers in held.items()]
     for each, parts in zip(held, adapters, strict=True):
         if others := [path for path, adapter in parts.items() if not _is_update(adapter)]:
             raise ConfigError(
                 f"{each}: cannot be combined with other adapters, or weighed: it has more than updates s·B A, which "
-                "alone can be added, such as DoRA's m, biases, modules and rows that are trained in full, or a part of "
-                f"weights that are not loaded: {others[:5]}"
+                "alone can be added, such as DoRA's m, trained biases and rows, or a part of weights that are not "
+                f"loaded: {others[:5]}"
             )
     factors = [{path: Factors(a.lora_A, a.lora_B, a.scale) for path, a in parts.items()} for parts in adapters]
     cuts = combine(factors, list(weights.values()), config)
@@ -45,7 +55,8 @@ def combine_adapters(
     specs = {}
     for path, cut in cuts.items():
         specs[path] = AdapterSpec(kinds[path], {"lora_A": cut.factors.lora_A, "lora_B": cut.factors.lora_B})
-    inject_adapter(model, config_of(cuts, task), name, specs, trainable=False)
+    combined = replace(config_of(cuts, task), modules_to_save=tuple(saved))
+    inject_adapter(model, combined, name, specs | saved, trainable=False)
     return cuts
 
 

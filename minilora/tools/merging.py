@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import describe_base, set_adapter
-from minilora.adapters.copies import ModulesToSave
+from minilora.adapters.copies import ModulesToSave, unties
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import (
@@ -195,8 +195,7 @@ def _needed_modules(adapter: Path) -> set[str]:
 def _unties(merge: Merge, layers: Mapping[str, AdapterWrapper]) -> bool:
     """Return whether merging turns a tied embedding and head into two weights."""
     ends = (layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING))
-    is_adapted = any(isinstance(end, LowRankWrapper | ModulesToSave) for end in ends)
-    return merge.config.tie_word_embeddings and is_adapted
+    return merge.config.tie_word_embeddings and unties(ends)
 
 
 def _pairs(merge: Merge, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:

@@ -21,6 +21,7 @@ from tests.parity.theirs import theirs_loaded
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 IDS = token_ids(3, 2, 7)
 # In float32 ours is our decoder, whose roundings are others; in float64 it is theirs, which rounds to float32 inside.
@@ -35,6 +36,8 @@ PATTERNS = (  # names and ends, overlapping, in both orders; sorted, as PEFT wri
 )
 EXPRESSIONS = ({r"layers\.\d+\.self_attn\.q_proj": 2, "^model.layers.0.self_attn.q_proj": 4, "self_attn.q_proj": 1},)
 NAMES = st.lists(st.sampled_from(["k_proj", "o_proj", "up_proj", "down_proj"]), max_size=2, unique=True)
+ROWS = (None, [3, 1], {"embed_tokens": [7, 60, 2]})
+ROWS_OF_HEAD = tuple({"embed_tokens": [3, 1], "lm_head": ids} for ids in ([3, 1], [1, 60, 2]))
 SAVED = (None, None, ["gate_proj"], ["gate_proj", "model.norm"], ["lm_head", "gate_proj"], ["embed_tokens"])
 
 
@@ -104,7 +107,7 @@ def families(draw, patterns, moved):
         "bias": some("none", "all", "lora_only"),
         "lora_bias": kind == "lora_bias",
         "modules_to_save": saved or None,
-        "trainable_token_indices": some(None, [3, 1], {"embed_tokens": [7, 60, 2]}) if has_rows else None,
+        "trainable_token_indices": some(*ROWS, *ROWS_OF_HEAD) if has_rows else None,
     }
     return fields, draw(st.booleans()), torch.float32 if init in MOVED else some(torch.float32, torch.float64)
 
@@ -114,6 +117,8 @@ def merges_there(fields, is_tied):
     has no place for B's bias where the base has none.
     """
     touched = {*fields["target_modules"], *(fields["modules_to_save"] or ())} & {"embed_tokens", "lm_head"}
+    if fields["trainable_token_indices"] == ROWS_OF_HEAD[1]:
+        touched.add("embed_tokens")
     return not (is_tied and touched) and not (fields["lora_bias"] and "lm_head" in touched)
 
 
@@ -150,6 +155,29 @@ def test_what_peft_saves_we_compute_with(tmp_path_factory, family, seed):
     ml.merge(ours)
     assert_parity(logits(ours), logits(theirs), ALLOWED[dtype])
     assert_parity(logits(theirs_loading(again, theirs_of(is_tied, dtype))), logits(theirs), ALLOWED[dtype])
+
+
+def scaled(kind):
+    """A small model of transformers that scales its embeddings."""
+    sizes = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 1}
+    if kind == "bart":
+        ends = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 9, "decoder_ffn_dim": 9}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "scale_embedding": True, "d_model": 24}
+        config = transformers.BartConfig(**sizes, **ends, **heads, forced_eos_token_id=None)
+        return transformers.BartForConditionalGeneration(config).eval()
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "intermediate_size": 9}
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **heads, hidden_size=24)).eval()
+
+
+@pytest.mark.parametrize("kind", ["bart", "gemma3"])
+@pytest.mark.parametrize("fields", [{"trainable_token_indices": IDS[0, :3].tolist()}, {}])
+def test_scaled_embeddings_of_transformers_compute_what_peft_computes(kind, fields, tmp_path):
+    base, targets = scaled(kind), ["q_proj"] if fields else ["embed_tokens", "q_proj"]
+    theirs = theirs_attached(copy.deepcopy(base), r=3, lora_alpha=21, target_modules=targets, **fields).eval()
+    perturb_(theirs)
+    theirs.save_pretrained(tmp_path)
+    ml.load_adapter(base, tmp_path)
+    assert_parity(logits(base), logits(theirs))
 
 
 BIASED = {"target_modules": ["q_proj"], "bias": "lora_only"}
