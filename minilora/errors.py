@@ -120,7 +120,8 @@ def answers(**advice: str) -> Callable[[C], C]:
 
 def fits(value: object, hint: Any) -> bool:
     """Return whether a value is of the annotated type: any collection for a tuple, a whole number for a float."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    parts = typing.get_args(hint)
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):

@@ -22,12 +22,12 @@ from minilora.models.checkpoint import load_model, save_model
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
-from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.inputs import load_dataset
 from minilora.runs.loop import TrainResult, train
 from minilora.runs.reports import ProgressBar
 from minilora.runs.sampler import set_dropout_step
+from minilora.runs.settings import DataConfig, TrainConfig
 from minilora.runs.tracking import Tracker
 
 __all__ = [

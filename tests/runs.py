@@ -17,9 +17,9 @@ from minilora import cli
 from minilora.files import MANIFEST
 from minilora.models import generate
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.config import RunConfig, Settings
 from minilora.runs.inputs import read_data
 from minilora.runs.reports import ProgressBar
+from minilora.runs.settings import RunConfig, Settings
 from tests.files import write_adapter
 from tests.models import tiny_model
 from tests.text import CHATML, CLOSE, write_tokenizer

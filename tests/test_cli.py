@@ -27,11 +27,11 @@ from minilora.cli import evaluate, finetune
 from minilora.cli.flags import FLAG_NAMES, from_flags
 from minilora.files import ASSETS, BUILTIN
 from minilora.runs import inputs
-from minilora.runs.config import RunConfig
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.reports import ProgressBar
 from minilora.runs.rows import stream_rows
+from minilora.runs.settings import RunConfig
 from tests.files import edit, write_adapter
 from tests.models import long, tiny_model
 from tests.runs import CLASSES, QUICK, contents, everything, flags_of, runner, write_rows

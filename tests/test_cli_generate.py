@@ -12,10 +12,10 @@ from torch import nn
 import minilora as ml
 from minilora.cli.generate import encode_prompt
 from minilora.cli.write import MERGE_TOKENS, merged_if_faster
-from minilora.runs.config import DataConfig
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.formats import Row
+from minilora.runs.settings import DataConfig
 from tests.models import four_bit, long, tiny_model
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns

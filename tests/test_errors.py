@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.errors import fits
-from minilora.runs.config import RunConfig
+from minilora.runs.settings import RunConfig
 
 CONFIGS = (ml.LoraConfig, ml.CombineConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig, RunConfig)
 FUNCTIONS = [f for f in (getattr(ml, name) for name in ml.__all__) if inspect.isfunction(f)]

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.config import DataConfig
 from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
+from minilora.runs.settings import DataConfig
 from tests.text import BOS, CHATML, CLOSE, EOS, OPEN, assert_learned, conversation, encoded, some_text, write_tokenizer
 
 PARTS = CHATML.replace(

@@ -11,7 +11,7 @@ import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.files import ASSETS, BUILTIN, MANIFEST
 from minilora.models.hub import Location, fetch, locate, unpinned
-from minilora.runs.config import RunConfig
+from minilora.runs.settings import RunConfig
 from tests.files import write_adapter
 from tests.hub import commit_of, serving
 from tests.models import tiny_model, token_ids

@@ -14,9 +14,9 @@ import minilora as ml
 from minilora import training
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX
-from minilora.runs.config import COUNTS, RunConfig
 from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.objective import rate_of_step
+from minilora.runs.settings import COUNTS, RunConfig
 from minilora.testing.compare import assert_maths, assert_parity
 from tests import models
 from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model

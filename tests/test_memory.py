@@ -27,13 +27,13 @@ from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.runs import memory
 from minilora.runs import system as host
-from minilora.runs.config import RunConfig, Settings, TrainConfig
 from minilora.runs.inputs import read_data
 from minilora.runs.live import Live
 from minilora.runs.memory import amount, choose_plan
 from minilora.runs.objective import build_optimizer
 from minilora.runs.plan import Plan, find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
+from minilora.runs.settings import RunConfig, Settings, TrainConfig
 from minilora.runs.system import free_memory_bytes, peak_memory_bytes
 from minilora.training import token_loss, train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model

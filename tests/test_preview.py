@@ -6,10 +6,10 @@ import pytest
 import minilora as ml
 from minilora.cli.preview import marked
 from minilora.data import IGNORE_INDEX
-from minilora.runs.config import DataConfig
 from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row
 from minilora.runs.sampler import plan_steps
+from minilora.runs.settings import DataConfig
 from tests.models import tiny_model
 from tests.runs import runner
 from tests.text import CHATML, CLOSE, OPEN, write_tokenizer

@@ -20,11 +20,11 @@ from minilora.files import TensorFile, lock
 from minilora.models import checkpoint, template
 from minilora.runs import directory as run_directory
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.config import FLAG_NAMES
 from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general
 from minilora.runs.reports import beginning, ending
+from minilora.runs.settings import FLAG_NAMES
 from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import long

@@ -16,8 +16,8 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.shard import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs import memory
-from minilora.runs.config import TrainConfig
 from minilora.runs.plan import Plan
+from minilora.runs.settings import TrainConfig
 from tests.models import four_bit, tiny_config, tiny_model
 from tests.runs import flags_of
 

@@ -34,7 +34,7 @@ IMPORTS = [  # Python, and how what it prints begins
     (TRAINING, "needless: []"),
     ("from minilora import *\nprint([name for name in dir() if name[:2] != '__'])", str(public.__all__)),
     (TRAIN.format("import minilora.runs.loop"), "True <function train"),
-    (TRAIN.format("from minilora.runs import config"), "True <function train"),
+    (TRAIN.format("from minilora.runs import settings"), "True <function train"),
     (TRAIN.format("import minilora.cli"), "True <function train"),
     (TRAIN.format("minilora.DataConfig"), "True <function train"),
     (NAME.format("llama.Llama"), "<class 'minilora.llama.Llama'>"),

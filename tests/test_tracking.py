@@ -5,8 +5,8 @@ import pytest
 
 import minilora as ml
 from minilora.cli.finetune import check_settings
-from minilora.runs.config import RunConfig, Settings
 from minilora.runs.plan import find_base
+from minilora.runs.settings import RunConfig, Settings
 from tests import runs
 
 LIBRARIES = ("tensorboard", "trackio", "wandb")

@@ -23,12 +23,12 @@ from minilora.files import read_json
 from minilora.llama import Llama
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.config import DataConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import BATCH_SIZE, Progress, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import read_eval_rows
 from minilora.runs.reports import ProgressBar, without_nan
+from minilora.runs.settings import DataConfig
 
 
 def add_flags(parser: Parser) -> None:

@@ -40,7 +40,6 @@ from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
-from minilora.runs.config import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
@@ -49,6 +48,7 @@ from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.memory import Forecasts, amount, choose_plan, fits
 from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar, beginning, ending
+from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 from minilora.runs.system import free_memory_bytes
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all

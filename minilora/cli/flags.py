@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from minilora.cli import Parser
 from minilora.errors import ConfigError
 from minilora.files import holds_files, lock, publishing, read_json, read_text, remove
-from minilora.runs.config import FLAG_NAMES, flag
+from minilora.runs.settings import FLAG_NAMES, flag
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import pick_device
 from minilora.models.config import read_config
 from minilora.models.hub import fetch
-from minilora.runs.config import DataConfig, TrainConfig
 from minilora.runs.memory import Forecast, Forecasts, amount, fits, forecast
 from minilora.runs.plan import Plan
+from minilora.runs.settings import DataConfig, TrainConfig
 from minilora.runs.system import free_memory_bytes
 
 METHODS: dict[str, tuple[Checkpointing, ...]] = {

@@ -26,11 +26,11 @@ from minilora.cli.write import GenerationConfig, Written, add_generation_flags, 
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.config import DataConfig
 from minilora.runs.conversations import encode_question
 from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
 from minilora.runs.inputs import read_eval_rows
+from minilora.runs.settings import DataConfig
 
 BATCH_SIZE = 8  # texts that are generated at a time
 Write = Callable[..., list[Written]]  # ("base" or "text", prompts, number of the first one, show) -> texts

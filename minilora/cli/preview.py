@@ -10,11 +10,11 @@ import numpy as np
 from minilora.adapters.attach import ParameterCount
 from minilora.data import IGNORE_INDEX
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.inputs import Data
 from minilora.runs.reports import visible
 from minilora.runs.sampler import plan_steps
+from minilora.runs.settings import TrainConfig
 
 ROWS = 3
 MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is learned: on a terminal, elsewhere

@@ -88,7 +88,9 @@ def block_attention(
     Neighbouring documents of equal length are computed as a batch. Only the scores of one block exist at a time, so
     memory grows with the length of a document, not with its square.
     """
-    heads, key_heads, outputs = q.size(1), k.size(1), []
+    heads = q.size(1)
+    key_heads = k.size(1)
+    outputs = []
     groups = _equal_neighbours(lengths, key_lengths, max(1, MAX_BATCH // key_heads))
     queries = q.split([count * n for n, _, count in groups])
     keys, values = (x.split([count * m for _, m, count in groups]) for x in (k, v))
@@ -113,7 +115,8 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: int, window: int | None) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.group, ctx.window = group, window
+        ctx.group = group
+        ctx.window = window
         o = torch.empty_like(q)
         for rows, seen in _blocks(q, k, group, window):
             o[:, rows] = _probabilities(q[:, rows], k[:, seen], group, window) @ v[:, seen]
@@ -123,8 +126,10 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        scale, wide = q.size(-1) ** -0.5, torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        scale = q.size(-1) ** -0.5
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
         for rows, seen in _blocks(q, k, ctx.group, ctx.window):
             P = _probabilities(q[:, rows], k[:, seen], ctx.group, ctx.window)
             dv[:, seen] += P.mT @ do[:, rows]
@@ -165,9 +170,10 @@ def _blocks(q: Tensor, k: Tensor, group: int, window: int | None) -> Iterator[tu
     [(134, 0, 77), (268, 0, 144), (400, 45, 210)]
     """
     n, m = q.size(1) // group, k.size(1)
+    past = m - n
     size = -(-n // max(1, round(n / query_block_size(q.dtype))))
     for first in range(0, n, size):
-        last, past = min(first + size, n), m - n
+        last = min(first + size, n)
         begin = 0 if window is None else max(0, past + first - window + 1)
         yield slice(first * group, last * group), slice(begin, past + last)
 
@@ -259,7 +265,8 @@ class OutlinedAttention:
     """
 
     def __init__(self, device: torch.device, lengths: Sequence[int]):
-        self.device, self.lengths = device, lengths
+        self.device = device
+        self.lengths = lengths
         self.spans = [range(length) for length in lengths]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -143,7 +143,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the leaves of a tensor's autograd graph."""
-    nodes, seen = list[Any]([tensor.grad_fn]), set[Any]()
+    nodes: list[Any] = [tensor.grad_fn]
+    seen = set[Any]()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
@@ -163,7 +164,8 @@ def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tens
     With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0. It works
     on a few rows at a time, so that p, which is wider than the logits, stays in the cache.
     """
-    loss_sum, tile = torch.zeros((), dtype=_wide(logits.dtype), device=logits.device), tile_rows(logits)
+    loss_sum = torch.zeros((), dtype=_wide(logits.dtype), device=logits.device)
+    tile = tile_rows(logits)
     for rows in (slice(first, first + tile) for first in range(0, logits.size(0), tile)):
         z, target = logits[rows], labels[rows].unsqueeze(-1)
         p = torch.softmax(z, dim=-1, dtype=loss_sum.dtype)

@@ -69,7 +69,8 @@ class _LoraLinear(torch.autograd.Function):
         _, needs_dW, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
         kept = x if needs_dW or needs_dA else None, u if needs_dB else None
         ctx.save_for_backward(*kept, lora_A, lora_B, *(parts if layout else (weight,)))
-        ctx.scale, ctx.layout = scale, layout
+        ctx.scale = scale
+        ctx.layout = layout
         # Under autocast, u has another dtype than x.
         return F.linear(x, weight, bias).addmm_(u, lora_B.to(u.dtype).T)
 
@@ -99,7 +100,8 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     cancels where the norm is small.
     """
     wide = lora.widest(weight, lora_A)
-    lora_A, size = lora_A.to(wide), tile_rows(weight)
+    lora_A = lora_A.to(wide)
+    size = tile_rows(weight)
     with torch.no_grad(), no_autocast(weight.device.type):
         pairs = zip(weight.split(size), lora_B.to(wide).split(size), strict=True)
         sums = (torch.addmm(w.to(wide), b, lora_A, alpha=scale) for w, b in pairs)

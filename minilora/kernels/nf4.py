@@ -30,7 +30,8 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
     if flat.is_meta:  # it has no numbers
         return packed, absmax
     unit = math.lcm(2, block_size)
-    whole, tile = n // unit * unit, _tile(flat, unit)
+    whole = n // unit * unit
+    tile = _tile(flat, unit)
     tables = _cell_tables(flat.device)
     for begin in range(0, whole, tile):
         end = min(begin + tile, whole)
@@ -94,7 +95,8 @@ def dequantize(
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
     unit = math.lcm(2, block_size)
-    whole, tile = n // unit * unit, _tile(weight, unit)
+    whole = n // unit * unit
+    tile = _tile(weight, unit)
     table = PAIRS if levels == nf4.LEVELS else _pairs(levels)
     table = table.to(packed.device, non_blocking=True)
     half = min(tile, whole) // 2

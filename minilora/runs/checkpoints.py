@@ -46,9 +46,9 @@ from minilora.files import (
     write_tensors,
 )
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
-from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.objective import trained_parameters
+from minilora.runs.settings import TrainConfig
 
 
 @dataclass
@@ -67,7 +67,9 @@ class State:
     def note(self, loss: float) -> bool:
         """Record an evaluation at this step; return whether its loss is the lowest. One that is not finite never is."""
         if loss < (math.inf if self.best_loss is None else self.best_loss):
-            self.best_step, self.best_loss, self.stale = self.step, loss, 0
+            self.best_step = self.step
+            self.best_loss = loss
+            self.stale = 0
         else:
             self.stale += 1
         return self.stale == 0
@@ -152,7 +154,8 @@ def prune(folder: Path, step: int, keep: int) -> None:
 def read_state(directory: Path) -> State:
     """Read the state of a checkpoint."""
     path = directory / "state.json"
-    values, hints = read_json(path), get_type_hints(State)
+    values = read_json(path)
+    hints = get_type_hints(State)
     if bad := [name for name, hint in hints.items() if name not in values or not fits(values[name], hint)]:
         raise FormatError(f"{path}: {bad[0]} " + (f"is {values[bad[0]]!r}" if bad[0] in values else "is not there"))
     state = State(**{name: values[name] for name in hints})
@@ -175,7 +178,8 @@ def load_checkpoint(
     if state.total_steps != total_steps:
         raise TrainingError(f"{directory}: written by a run of {state.total_steps} steps, and this has {total_steps}")
     own = trained_tensors(model)
-    trained, best = _read(TensorFile(directory / "trained.safetensors"), own), dict[str, Tensor]()
+    trained = _read(TensorFile(directory / "trained.safetensors"), own)
+    best: dict[str, Tensor] = {}
     if (directory / "best.safetensors").is_file():
         found = _read(TensorFile(directory / "best.safetensors"), own)
         best = {name: tensor.clone() for name, tensor in found.items()}

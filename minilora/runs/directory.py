@@ -36,19 +36,20 @@ from minilora.models.checkpoint import MODEL_FILES, save_model_files
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs import checkpoints, world
-from minilora.runs.config import Settings
 from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.plan import Base, Plan
 from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
+from minilora.runs.settings import Settings
 from minilora.runs.system import peak_memory_bytes
 from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed
-PIECES, PIECE = 64, 2**16  # number and size of the parts that are hashed of a larger file
+PIECES = 64  # of a larger file that are hashed
+PIECE = 2**16  # bytes of one
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -119,7 +120,8 @@ class RunDirectory:
     def _read_earlier(self) -> Earlier:
         if not holds_files(self.path):
             return Earlier(self._settings.dtype)
-        path, now = self.path / "run.json", self._settings.by_flag
+        path = self.path / "run.json"
+        now = self._settings.by_flag
         if not path.is_file():
             raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
         self._lock = lock(self.path)
@@ -129,7 +131,8 @@ class RunDirectory:
         is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
             raise TrainingError(f"{self.path}: holds a run, which is not to be resumed; use another directory")
-        theirs, ours = record.get("versions", {}).get("minilora", "0"), importlib.metadata.version("minilora")
+        theirs = record.get("versions", {}).get("minilora", "0")
+        ours = importlib.metadata.version("minilora")
         if not is_finished and theirs.split(".")[:2] != ours.split(".")[:2]:
             raise TrainingError(
                 f"{self.path}: minilora {ours} does not resume a run of {theirs}; use another directory"
@@ -193,8 +196,9 @@ class RunDirectory:
         with replacing(self.path / "run.json") as temporary:
             write_json(temporary, record)
         run.data.tokenizer.save(self.path, ["chat_template.jinja"])
-        rows, given = run.data.train, self._settings.data.system
-        prompts = Prompts("template" if rows.conversations else "plain", given if rows.system is None else rows.system)
+        rows = run.data.train
+        system = self._settings.data.system if rows.system is None else rows.system
+        prompts = Prompts("template" if rows.conversations else "plain", system)
         with replacing(self.path / PROMPTS_FILE) as temporary:
             temporary.write_text(prompts.to_json(), encoding="utf-8")
         if self._settings.run.report != "none":

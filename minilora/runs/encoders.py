@@ -30,10 +30,10 @@ from minilora.data import Span, label_tokens
 from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.config import DataConfig, TrainOn
 from minilora.runs.conversations import render_conversation
 from minilora.runs.dataset import INT32, ROW, Dataset, Example
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
+from minilora.runs.settings import DataConfig, TrainOn
 
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 SHOWN = 10_000  # rows from one line on the progress to the next

@@ -22,10 +22,10 @@ from minilora.llama import Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import world
-from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.sampler import Rows
+from minilora.runs.settings import TrainConfig
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.errors import DataError, in_recipe
-from minilora.runs.config import DataConfig
+from minilora.runs.settings import DataConfig
 
 Fields = dict[str, Any]
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool

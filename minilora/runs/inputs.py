@@ -15,12 +15,12 @@ from minilora.errors import DataError, check_types, check_utf8
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.config import DataConfig, Settings, TrainConfig
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, find_choices
 from minilora.runs.formats import Row
 from minilora.runs.rows import stream_rows
+from minilora.runs.settings import DataConfig, Settings, TrainConfig
 
 Names = str | Path | Sequence[str | Path]  # of files, directories and repositories of the hub
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from minilora.errors import DataError, TrainingError, check_types
 from minilora.runs import checkpoints, world
-from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
 from minilora.runs.sampler import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
+from minilora.runs.settings import TrainConfig
 from minilora.runs.system import keep_memory, peak_memory_bytes, returned_memory
 from minilora.training import Loss, accumulate, parameters_of, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
-SAVES, SAVE_SECONDS = 10, 600  # checkpoints in a run, and the longest time between two, unless `save_steps` is given
+# Unless `save_steps` is given:
+SAVES = 10  # checkpoints in a run
+SAVE_SECONDS = 600  # the longest time between two
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,9 @@ def _step(job: _Job, step: int) -> Record:
     Raises:
         TrainingError: the loss or the gradient is not finite.
     """
-    model, config, optimizer = job.model, job.config, job.optimizer
+    model = job.model
+    config = job.config
+    optimizer = job.optimizer
     rate = rate_of_step(step, len(job.steps), config)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]

@@ -23,9 +23,9 @@ from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, collate
 from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.llama import Decoder
-from minilora.runs.config import TrainConfig
 from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.sampler import Rows, groups
+from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
@@ -96,7 +96,8 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
     for example in examples:
         if not isinstance(example, Example):
             raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
-        T, found = len(example.tokens), len(example.labels)
+        T = len(example.tokens)
+        found = len(example.labels)
         if found != T:
             raise DataError(f"{example.source!r} has {found} labels for {T} tokens; need one for each")
         learned = [label for label in example.labels if label != IGNORE_INDEX]

@@ -23,8 +23,8 @@ from minilora.models.hub import Location, fetch, locate
 from minilora.models.shard import load_sharded
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import world
-from minilora.runs.config import Settings, TrainConfig
 from minilora.runs.inputs import Data
+from minilora.runs.settings import Settings, TrainConfig
 
 Shard = Literal["none", "base"]
 

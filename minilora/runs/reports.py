@@ -160,7 +160,8 @@ def without_nan(value: Any) -> Any:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the objects in a metrics.jsonl. A last line that was cut off by a crash is left out."""
-    lines, records = read_text(path, RECORDS_BYTES).splitlines(keepends=True), []
+    lines = read_text(path, RECORDS_BYTES).splitlines(keepends=True)
+    records = []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     for number, line in enumerate(lines, start=1):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minilora.adapter import adapter_layers
 from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
-from minilora.runs.config import TrainConfig
+from minilora.runs.settings import TrainConfig
 
 Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch

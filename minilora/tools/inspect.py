@@ -27,8 +27,8 @@ from minilora.models.checkpoint import load_model
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.checkpoints import checkpoints
-from minilora.runs.config import Settings
 from minilora.runs.reports import read_records
+from minilora.runs.settings import Settings
 
 
 def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
