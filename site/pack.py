@@ -100,7 +100,8 @@ def pack(tensor: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 def main() -> None:
     """Write the script."""
-    _, factors = load_adapted(train())
+    run = train()
+    _, factors = load_adapted(run)
     base = ml.load_model("minilora/builtin")
     tokenizer = ml.load_tokenizer("minilora/builtin")
     choices = find_choices(ml.load_dataset(ASSETS / "data" / "train.jsonl", tokenizer)) or []
@@ -122,7 +123,7 @@ def main() -> None:
     }
     with replacing(OUT) as partial:
         partial.write_text(f"const PACKED = {json.dumps(content)};\n", encoding="utf-8")
-    print(f"{OUT.relative_to(ROOT)}: {OUT.stat().st_size / 1e6:.2f} MB")
+    print(f"{OUT.relative_to(ROOT)}: {OUT.stat().st_size / 1e6:.2f} MB, with the adapter of {run}")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE
 from minilora.files import MANIFEST
 from tests.models import randomize_adapters_, tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def smollm2():
+    """The directory of SmolLM2, which is made once: processes that ask for it at once wait for each other."""
+    directory = ROOT / ".cache" / "smollm2"
+    directory.parent.mkdir(exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            subprocess.run([sys.executable, ROOT / "scripts" / "smollm2.py", directory], check=True)
+    return directory
 
 
 def saved(directory, family="llama", seed=0, **config):

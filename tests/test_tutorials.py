@@ -14,6 +14,7 @@ import pytest
 
 import minilora as ml
 from minilora.cli import parse
+from tests.files import smollm2
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
@@ -85,9 +86,7 @@ def test_a_chapter_comes_out_as_it_stands(chapter):
 @pytest.mark.long
 @pytest.mark.parametrize("chapter", by_name(path for path in EXECUTED if is_slow(path)))
 def test_a_slow_chapter_comes_out_as_it_stands(chapter):
-    directory = ROOT / ".cache" / "smollm2"
-    if not directory.exists():
-        subprocess.run([sys.executable, ROOT / "scripts" / "smollm2.py", directory], check=True)
+    smollm2()
     test_a_chapter_comes_out_as_it_stands(chapter)
 
 

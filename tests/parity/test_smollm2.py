@@ -6,8 +6,6 @@ The model is made once by `scripts/smollm2.py` and kept in `.cache/`; its weight
 import copy
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from minilora.runs.formats import Row
 from minilora.runs.inputs import find_splits
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity, relative
 from minilora.training import token_loss
+from tests import files
 from tests.models import randomize_adapters_
 
 pytestmark = pytest.mark.real
@@ -42,10 +41,7 @@ def _all_threads():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    directory = ROOT / ".cache" / "smollm2"
-    if not directory.exists():
-        subprocess.run([sys.executable, ROOT / "scripts" / "smollm2.py", directory], check=True)
-    return directory
+    return files.smollm2()
 
 
 @pytest.fixture(scope="session")

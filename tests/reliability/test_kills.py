@@ -208,7 +208,11 @@ def test_of_two_commands_that_start_at_once_in_one_directory_one_is_refused(dire
         time.sleep(i * seed * 0.003)
         processes.append(start(words, path))
     statuses = [wait(process) for process in processes]
-    assert sorted(statuses) == [0, 1]
-    refused = errors[statuses.index(1)].read_text()
-    assert any(words in refused for words in ("is at work there", "has written there meanwhile", "holds", "finished"))
+    said = [path.read_text() for path in errors]
+    if any("nothing is left to do" in each for each in said):  # on busy cores one may begin when the other has ended
+        assert statuses == [0, 0]
+    else:
+        assert sorted(statuses) == [0, 1]
+        refused = said[statuses.index(1)]
+        assert any(words in refused for words in ("is at work there", "has written there meanwhile", "holds"))
     assert not leftovers(tmp_path)

@@ -40,35 +40,15 @@ ROLES = {"slider", "textbox", "combobox", "radio", "checkbox", "button", "link",
 @pytest.fixture(scope="module")
 def packed():
     """The directory of the adapter that the page's script holds."""
-    subprocess.run(
-        [sys.executable, str(ROOT / "site" / "pack.py")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    return max((ROOT / ".cache" / "explore").iterdir(), key=lambda run: run.stat().st_mtime)
+    command, environment = [sys.executable, str(ROOT / "site" / "pack.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return Path(done.stdout.rstrip("\n").rpartition("the adapter of ")[2])
 
 
 @pytest.fixture
-def open_page(browser, packed):
-    """Open a page from the disk; at the end, it must not have complained or asked for anything else."""
-    contexts, faults = [], []
-
-    def open_page(name="index.html", width=1400, scheme="light"):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: faults.append(message.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: faults.append(request.url) if not is_local(request.url) else None)
-        page.on("requestfailed", lambda request: faults.append(f"missing: {request.url}"))
-        page.goto((EXPLORE / name).as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert faults == []
-
-
-def is_local(url):
-    return url.startswith(("file:", "data:"))
+def open_page(open_page, packed):
+    """The same for a page of the explorer."""
+    return lambda name="index.html", *size: open_page(EXPLORE / name, *size)
 
 
 def prompts(number):
