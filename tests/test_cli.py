@@ -199,7 +199,8 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--text_field=body"], "--text-field is unknown; use --columns text=FIELD\n"),
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
-        (["finetune", "--target-modules", "q_proj", "v_proj"], "unexpected argument 'v_proj'; quote a value that has"),
+        (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj'; a list is joined with commas"),
+        (["finetune", "--use-dora", "True"], "a switch (--x or --no-x) has no value"),
         (["generate", "--prompt=a", "--prompts=b"], "not allowed with"),
         (["inspect"], "minilora inspect: the following arguments are required: PATH"),
         (["eval"], "minilora eval: the following arguments are required: --data"),

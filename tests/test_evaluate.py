@@ -170,6 +170,11 @@ def test_a_row_that_is_cut_in_its_answer_is_no_choice_and_counts_for_no_accuracy
     assert len(choices) == 2
     assert evaluate.find_choices(encoded[1]) == choices
     assert choice_accuracy(model, encoded[1], choices) == choice_accuracy(model, encoded[0], choices)
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.stop_ids = {*range(400)} - {*tokenizer.encode(" yes")}  # so the model writes nothing
+    assert evaluate.exact_match(model, encoded[1], tokenizer) == evaluate.exact_match(model, encoded[0], tokenizer) > 0
+    with pytest.raises(ml.DataError, match="all are cut"):
+        evaluate.exact_match(model, encoded[1][9:], tokenizer)
 
 
 # --- exact match ---

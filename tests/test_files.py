@@ -316,6 +316,12 @@ def test_a_missing_file_is_told_by_name(tmp_path, name):
         loaded(tmp_path)
 
 
+def test_a_model_is_no_adapter_whose_files_have_changed(tmp_path):
+    ml.save_model(tiny_model(), tmp_path)
+    with pytest.raises(ml.FormatError, match=rf"{CONFIG_FILE}: cannot be read"):
+        loaded(tmp_path)
+
+
 def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):
     with pytest.raises(ml.TargetError, match="the model has no adapter"):
         ml.save_adapter(tiny_model(), tmp_path / "none")

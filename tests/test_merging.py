@@ -154,6 +154,9 @@ def test_a_bias_that_the_model_has_no_place_for_is_refused_by_name(things):
     ml.save_adapter(model, things / "bias")
     with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj: the adapters add \['bias'\]"):
         merge(things, adapter="bias")
+    ml.merge(model)
+    with pytest.raises(ConfigError, match=r"up_proj\.bias'.*lora_bias adds biases"):
+        ml.save_model(model, things / "out")
     assert not holds_files(things / "out")
 
 

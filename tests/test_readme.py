@@ -45,7 +45,9 @@ def directory(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("directory")
 @pytest.mark.parametrize(("page", "block"), PYTHON)
 def test_the_python_of_the_pages_runs(page, block):
-    exec(compile(block, page, "exec"), {})
+    exec(compile(block, page, "exec"), names := {})
+    if "encode_chat" in block:  # the model is asked as it was trained
+        assert names["tokenizer"].decode(names["prompt"], skip_special_tokens=False).endswith("assistant\n")
     if '"merged"' in block:
         merged = ml.load_model("merged")
         assert ml.count_parameters(merged) == ml.count_parameters(ml.load_model(MODEL))

@@ -118,7 +118,7 @@ def read_adapter(directory: Path) -> Stored:
         FormatError: one is missing or malformed, has a setting that is not supported, or is not as the manifest says,
             if there is one.
     """
-    if (directory / MANIFEST).is_file():
+    if (directory / MANIFEST).is_file() and (directory / CONFIG_FILE).exists():  # or it is that of a model
         verify(directory, (CONFIG_FILE, WEIGHTS_FILE))
     values, file = read_values(directory), TensorFile(directory / WEIGHTS_FILE)
     tensors: dict[str, dict[str, Tensor]] = {}

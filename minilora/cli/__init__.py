@@ -109,7 +109,8 @@ def parse(words: Sequence[str]) -> Options:
             flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
             advice = RENAMED.get(name) or nearest(name, flags) or f"see `{parser.prog} --help`"
             parser.error(f"{name} is unknown; {advice}")
-        parser.error(f"unexpected argument {name!r}; quote a value that has spaces, and join a list with commas")
+        forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
+        parser.error(f"unexpected argument {name!r}; {forms}")
     return {**vars(options), "command": command}
 
 

@@ -168,7 +168,10 @@ def save_model_files(
     own = _weights(model)
     bare = build_on_meta(model.config)
     if unknown := sorted(set(own) - set(bare.state_dict())):
-        raise ConfigError(f"the model holds {unknown[:3]}: merge or detach adapters before saving the model")
+        raise ConfigError(
+            f"the model holds {unknown[:3]}, which its config.json has no place for: merge or detach adapters before "
+            "saving the model; one with lora_bias adds biases, so save the adapter alone"
+        )
     embedding = model.model.embed_tokens.weight
     source = model.config.source
     source = {"architectures": [f"{FAMILIES[source['model_type']].name}ForCausalLM"], **source}

@@ -210,7 +210,12 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
 
 
 def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer, progress: Progress = _ignore) -> float:
-    """Return the share of examples whose answer the model generates, greedily, except for white space at its ends."""
+    """Return the share of examples whose answer the model generates, greedily, except for white space at its ends.
+
+    Examples whose answer was cut do not count.
+    """
+    if not (examples := _uncut(examples)):
+        raise DataError("exact match needs whole answers, and all are cut; a larger max_length cuts fewer")
     added = tokenizer.encode("")  # around every text, such as BOS, which is no prompt
     for example in examples:
         if (prompt := prompt_of(example)) == added[: len(prompt)]:
