@@ -65,6 +65,55 @@ def test_numpy_layers_are_checked_too():
         check_lora_linear(on_numpy(lambda W, b, A, B, alpha: make_layer(W, b, A, B, alpha * len(A) ** 2)))
 
 
+def plain(W, b, A, B, alpha, most_ranks=10**6, most_features=10**6):
+    """A layer that leaves out what is beyond a rank or a number of features of its update."""
+    A, B = A[:most_ranks], B[:, :most_ranks]
+    used = A.shape[1] if A.shape[1] <= most_features else most_features
+    return lambda x: x @ W.T + alpha / len(A) * (x[..., :used] @ A[:, :used].T) @ B.T + (0 if b is None else b)
+
+
+@pytest.mark.parametrize("wrong", [{"most_ranks": 32}, {"most_features": 128}])
+def test_what_is_wrong_in_wide_layers_alone_is_refused(wrong):
+    check_lora_linear(plain)
+    with pytest.raises(CheckFailure, match="lora-forward"):
+        check_lora_linear(lambda *tensors: plain(*tensors, **wrong))
+
+
+def test_sizes_of_ones_own_are_tried_as_well_and_only_of_layers():
+    def wrong_from_200_features_on(*tensors):
+        return plain(*tensors, most_features=200)
+
+    check_lora_linear(wrong_from_200_features_on)
+    with pytest.raises(CheckFailure, match=r"W \(8, 256\)"):
+        check_lora_linear(wrong_from_200_features_on, sizes=[(256, 8, 2)])
+    with pytest.raises(ValueError, match="sizes: laws of 'nf4' have no sizes"):
+        check(merge, "nf4", sizes=[(256, 8, 2)])
+
+
+class Stale(nn.Module):
+    """A layer that copies the weight when it is made, to where no state_dict has it."""
+
+    def __init__(self, W, b, A, B, alpha):
+        super().__init__()
+        self.copied, self.b, self.A, self.B, self.scale = [W.clone()], b, A, B, alpha / len(A)
+
+    def forward(self, x):
+        y = x @ self.copied[0].T + self.scale * x @ self.A.T @ self.B.T
+        return y if self.b is None else y + self.b
+
+
+def test_a_layer_that_hides_a_copy_of_the_weight_is_refused():
+    class Transposed(Stale):
+        def __init__(self, *tensors):
+            super().__init__(*tensors)
+            self.weight = nn.Parameter(self.copied.pop().T.contiguous(), requires_grad=False)
+            self.copied = [self.weight.T]
+
+    check_lora_linear(Transposed)
+    with pytest.raises(CheckFailure, match="y after W was doubled in place as well: wrong"):
+        check_lora_linear(Stale)
+
+
 def test_a_failure_names_the_place_the_bound_the_smallest_case_the_cause_and_how_to_repeat_it():
     broken = LORA["the scale is α·r"]
     with pytest.raises(CheckFailure) as caught:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.testing.cases import AdaptedLinear
 from minilora.testing.chat_laws import LAWS as CHAT_LAWS
 from minilora.testing.compare import GRADIENT_PARITY, maths, precision, relative
 from minilora.testing.data_laws import LAWS as DATA_LAWS
@@ -97,7 +98,7 @@ def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any
     return pytest.mark.parametrize("law", tried, ids=list(chosen))
 
 
-def check(implementation: Any, *kinds: str) -> list[Report]:
+def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, int, int]] = ()) -> list[Report]:
     """Check an implementation against all laws of these kinds, and return what each found.
 
     The report of a law about an option that the implementation does not take has `checked` False.
@@ -105,15 +106,18 @@ def check(implementation: Any, *kinds: str) -> list[Report]:
     Args:
         implementation: what the kinds take: see `laws`.
         kinds: one or more.
+        sizes: (in, out, r) of layers to be tried as well, where the laws are those of adapted layers.
 
     Raises:
         CheckFailure: the first law that is broken; likewise in every check below.
-        ValueError: no kind, or an unknown one.
+        ValueError: no kind, or an unknown one; `sizes` of what has no layers.
     """
     if not kinds:
         raise ValueError("name the kinds of laws to check, such as 'lora': see `laws`")
     reports = []
     for law in laws(*kinds).values():
+        if sizes:
+            law = replace(law, cases=[*law.cases, *sized(law, sizes)])
         try:
             reports.append(law.check(implementation))
         except NotApplicable as reason:
@@ -121,7 +125,17 @@ def check(implementation: Any, *kinds: str) -> list[Report]:
     return reports
 
 
-def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) -> list[Report]:
+def sized(law: Law, sizes: Sequence[tuple[int, int, int]]) -> list[AdaptedLinear]:
+    """Return cases of these sizes, (in, out, r), like the largest of a law."""
+    largest = law.cases[-1]
+    if not isinstance(largest, AdaptedLinear):
+        raise ValueError(f"sizes: laws of {law.kind!r} have no sizes (in, out, r)")
+    return [replace(largest, inner=inner, outer=outer, r=r) for inner, outer, r in sizes]
+
+
+def check_lora_linear(
+    make_layer: Callable[..., Any], use_rslora: bool = False, sizes: Sequence[tuple[int, int, int]] = ()
+) -> list[Report]:
     """Check a LoRA linear layer: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, s = α/r, or α/√r for rsLoRA  [LoRA eq. 3].
 
     Args:
@@ -129,19 +143,21 @@ def check_lora_linear(make_layer: Callable[..., Any], use_rslora: bool = False) 
             takes `dropout` or `use_rslora` too, those are passed. It may hold A and B, or parameters equal to them
             or to their transposes. Gradients are taken in evaluation mode.
         use_rslora: check the scale of rsLoRA.
+        sizes: (in, out, r) to be tried beside those that always are, up to 144 features and rank 40.
     """
-    return check(make_layer, "rslora" if use_rslora else "lora")
+    return check(make_layer, "rslora" if use_rslora else "lora", sizes=sizes)
 
 
-def check_dora_linear(make_layer: Callable[..., Any]) -> list[Report]:
+def check_dora_linear(make_layer: Callable[..., Any], sizes: Sequence[tuple[int, int, int]] = ()) -> list[Report]:
     """Check a DoRA linear layer: y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b  [DoRA eq. 5].
 
     Gradients are those with the norm held constant  [DoRA §4.3].
 
     Args:
         make_layer: as for `check_lora_linear`. `magnitude` (out) is passed if it takes one; otherwise it is ‖W‖.
+        sizes: as for `check_lora_linear`.
     """
-    return check(make_layer, "dora")
+    return check(make_layer, "dora", sizes=sizes)
 
 
 def check_gradients(make_layer: Callable[..., Any], kind: str = "lora") -> Report:

@@ -94,7 +94,7 @@ def linears(
     ]
 
 
-_SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64))
+_SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64), ((5,), 192, 136))
 LINEARS = linears(*_SIZES)
 LOW = linears(*_SIZES, dtype="bfloat16") + linears(*_SIZES, dtype="float16")
 LEADS = linears(((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))

@@ -28,6 +28,7 @@ SHAPES = (  # lead, in, out, r: from small to large; square ones, in which excha
     ((4,), 7, 9, 4),
     ((9,), 33, 17, 5),
     ((2, 3), 40, 24, 8),
+    ((5,), 136, 144, 40),
 )
 LEADS = ((), (0,), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away
@@ -65,6 +66,12 @@ class Built(NamedTuple):
             return torch.zeros_like(self.given[name])
         gradient = leaf.grad if leaf is tensor else leaf.grad.T
         return gradient.reshape(self.given[name].shape)
+
+
+def held(layer: Any) -> list[Tensor]:
+    """Return the matrices among the parameters and buffers of a layer."""
+    tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, torch.nn.Module) else []
+    return [each for each in tensors if each.ndim == 2]
 
 
 def leaves(y: Tensor) -> list[Tensor]:
@@ -201,6 +208,12 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         raise AssertionError("no parameter of the layer holds B")
     B.data.mul_(2)
     yield output(built.layer, case.changed(B=2 * case.B), "y after B was doubled in place")
+    if case.method == "lora":  # DoRA's start of m depends on W
+        given = built.given["W"]
+        own = [each for each in held(built.layer) if torch.equal(each, given) or torch.equal(each.T, given)]
+        for W in {each.data_ptr(): each for each in (given, *own)}.values():
+            W.data.mul_(2)
+        yield output(built.layer, case.changed(W=2 * case.W, B=2 * case.B), "y after W was doubled in place as well")
 
 
 def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:

@@ -61,7 +61,10 @@ def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Compariso
 
 
 RANKS = ((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))  # of one, two and three adapters, equal and different
-SUMS = [AdapterSum(3, 4, ranks, seed) for seed, ranks in enumerate(RANKS)] + [AdapterSum(17, 9, (4, 8), 7)]
+SUMS = [AdapterSum(3, 4, ranks, seed) for seed, ranks in enumerate(RANKS)] + [
+    AdapterSum(17, 9, (4, 8), 7),
+    AdapterSum(136, 144, (32, 40), 8),
+]
 LORA = linear_cases("lora", "float64") + linear_cases("lora", "float32")
 DORA = linear_cases("dora", "float64") + linear_cases("dora", "float32")
 LAWS = (

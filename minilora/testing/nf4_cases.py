@@ -294,7 +294,7 @@ class QuantizedLinear:
 
 SHAPES = (  # rows, columns: odd counts, rows that end within a block, as many blocks as rows or as columns
     *((1, 1), (1, 2), (1, 3), (1, 64), (2, 64), (1, 65), (5, 7), (3, 60), (60, 3), (4, 96), (3, 70), (130, 1)),
-    *((16, 16), (3, 128), (7, 65), (9, 96)),
+    *((16, 16), (3, 128), (7, 65), (9, 96), (132, 136)),
 )
 
 
