@@ -443,33 +443,96 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_an_evaluation_and_at_the_end_base_and_adapter_answer_the_first_held_out_prompts(
-    capsys, directory, tmp_path, method
+def test_at_the_end_base_and_result_answer_all_held_out_rows_and_the_terminal_shows_three(
+    capsys, directory, tmp_path, monkeypatch, method
 ):
-    changes, count = ({"samples": None}, 2) if method == "lora" else ({**FULL, "samples": 1}, 1)  # two by default
-    assert finetune(directory, tmp_path, **{**changes, "max_steps": 3, "eval_steps": 3, "learning_rate": 0.1}) == 0
+    monkeypatch.setenv("COLUMNS", "50")
+    changes = {**(FULL if method == "full" else {}), "samples": 1, "max_steps": 3, "learning_rate": 0.1}
+    assert finetune(directory, tmp_path, **changes) == 0
     told, data = capsys.readouterr().err, inputs(directory, eval_split=0.2)
-    models = {"base": ml.load_model(directory / "model")}
-    if method == "full":
-        models["model"] = ml.load_model(tmp_path)
-    else:
-        models["adapter"] = ml.load_model(directory / "model")
-        ml.load_adapter(models["adapter"], tmp_path)
-    prompts, decode = [prompt_of(example) for example in data.test[:count]], data.tokenizer.decode
-    texts = {}
-    for name, model in models.items():
-        texts[name] = [decode(ids) for ids in ml.generate(model, prompts, 48, stop_ids=data.tokenizer.stop_ids)]
-    base, (made, learned) = texts["base"], [*texts.items()][1]
-    assert base != learned
-    (record,) = (record for record in metrics(tmp_path) if "eval_loss" in record)
-    pairs = zip(map(decode, prompts), learned, strict=True)
+    lines = (directory / "rows.jsonl").read_text().splitlines()
+    base, result = (
+        ml.load_model(directory / "model"),
+        ml.load_model(tmp_path if method == "full" else directory / "model"),
+    )
+    if method == "lora":
+        ml.load_adapter(result, tmp_path)
+    expected, shown = [], []
+    for example in data.test:
+        row = json.loads(lines[int(example.source.rpartition(":")[2]) - 1])
+        row["wanted"], limit = row["completion"], 2 * example.labelled + 16
+        for key, prefix, model in (("base", "base_", base), ("text", "", result)):
+            (ids,) = ml.generate(model, [prompt_of(example)], limit, stop_ids=data.tokenizer.stop_ids)
+            reason = "length" if len(ids) == limit else "stop"
+            row |= {key: data.tokenizer.decode(ids), f"{prefix}finish_reason": reason}
+        expected.append(row)
+        shown.append(ending(row["prompt"], 50))
+        for name, key in (("wanted", "wanted"), ("base", "base"), ("model" if method == "full" else "adapter", "text")):
+            shown.append(f"  {name:<8}-> {beginning(row[key], 37)}")
+    assert [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()] == expected
+    assert len(expected) == 4
+    assert any(row["base"] != row["text"] for row in expected)
+    assert told.splitlines()[-12:] == shown[:12]
+
+
+def test_held_out_rows_of_every_form_are_answered_as_generate_answers_them(capsys, tmp_path):
+    """Also rows that share a line, or come after one that cannot be used; plain text asks nothing."""
+    runs.write_chat_models(tmp_path)
+    user, answer = {"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat"}
+    rows = [
+        {"messages": [user, answer, user, {**answer, "content": "by the sea"}]},
+        {"prompt": 1},
+        {"instruction": "the sea?", "input": "a town", "output": "yes"},
+        {"text": "the cat sat"},
+        {"prompt": [user], "completion": [answer], "id": 7},
+        {"prompt": "the town?", "completion": " no"},
+        {"messages": [user, answer, user]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changes = {"data": runs.write_rows(tmp_path / "train.jsonl", 4), "eval_data": tmp_path / "rows.json"}
+    changes |= {"model": tmp_path / "chat", "samples": 1, "max_steps": 1, "skip_bad_rows": True, "system": ""}
+    assert finetune(tmp_path, tmp_path / "out", **changes) == 0
+    file = tmp_path / "out" / "held_out.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = [rows[i] for i in (0, 2, 4, 5)]
+    assert [{key: row[key] for key in fields} for row, fields in zip(found, asked, strict=True)] == asked
+    assert [row["wanted"] for row in found] == ["by the sea", "yes", "sat", " no"]
+    assert "a town" in found[1]["prompt"]
+    capsys.readouterr()
+    words = [f"--adapter={tmp_path / 'out'}", f"--prompts={file}", "--compare-base", "--max-new-tokens=64"]
+    assert cli.main(["generate", *words]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, other in zip(found, again, strict=True):
+        for key, reason in (("base", "base_finish_reason"), ("text", "finish_reason")):
+            assert other[key].startswith(row[key].rstrip("\ufffd"))
+            assert row[reason] == "length" or row[key] == other[key]
+
+
+def test_without_samples_no_row_is_answered(directory, tmp_path, capsys):
+    changes = {"samples": None, "max_steps": 3, "eval_steps": 3}
+    assert finetune(directory, tmp_path / "two", **changes) == 0  # by default two at each evaluation
+    told, data = capsys.readouterr().err, inputs(directory, eval_split=0.2)
+    model = ml.load_model(directory / "model")
+    ml.load_adapter(model, tmp_path / "two")
+    prompts, decode = [prompt_of(example) for example in data.test[:2]], data.tokenizer.decode
+    texts = [decode(ids) for ids in ml.generate(model, prompts, 48, stop_ids=data.tokenizer.stop_ids)]
+    (record,) = (record for record in metrics(tmp_path / "two") if "eval_loss" in record)
+    pairs = list(zip(map(decode, prompts), texts, strict=True))
     assert record["samples"] == [{"prompt": prompt, "text": text} for prompt, text in pairs]
-    expected = ""
-    for i, prompt in enumerate(prompts):
-        expected += f"{ending(decode(prompt), 60)}\n"
-        expected += "".join(f"  {name:<8}-> {beginning(texts[name][i])}\n" for name in ("base", made))
-    assert told.endswith(expected)
-    assert f"  {ending(decode(prompts[0]))} -> {beginning(learned[0])}" in told
+    assert f"  {ending(pairs[0][0])} -> {beginning(texts[0])}" in told
+    assert finetune(directory, tmp_path / "none", **{**changes, "samples": 0}) == 0
+    assert " -> " not in capsys.readouterr().err
+    assert not (tmp_path / "none" / "held_out.jsonl").exists()
+
+
+def test_held_out_rows_have_the_names_that_their_columns_are_given(directory, tmp_path):
+    rows = "question,answer\n" + "the cat?, yes\n" * 8
+    (tmp_path / "rows.csv").write_text(rows)
+    columns = {"columns": "prompt=question,completion=answer", "data": tmp_path / "rows.csv"}
+    assert finetune(directory, tmp_path / "out", **columns, samples=1, max_steps=1) == 0
+    (line,) = (tmp_path / "out" / "held_out.jsonl").read_text().splitlines()
+    fields = json.loads(line)
+    assert (fields["prompt"], fields["completion"], fields["wanted"]) == ("the cat?", " yes", " yes")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

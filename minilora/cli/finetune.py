@@ -11,14 +11,15 @@ Example:
 
 from __future__ import annotations
 
+import shutil
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import SIGNALLED, Options, Parser, nearest, say
 from minilora.cli.flags import add_fields, from_flags, read_config
 from minilora.cli.forecast import dry_run_lines
+from minilora.cli.held_out import answer_held_out
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
 from minilora.cli.preview import preview
@@ -40,9 +42,9 @@ from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
-from minilora.runs.dataset import Dataset
 from minilora.runs.directory import Earlier, Run, RunDirectory
 from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
+from minilora.runs.formats import Fields
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.memory import Forecasts, amount, choose_plan, fits
@@ -55,6 +57,7 @@ MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
     *("learning_rate", "batch_size", "epochs", "max_steps"),
 )
+SHOWN = 3  # answers to held-out rows
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",
     QuantizeConfig: "quantization",
@@ -180,27 +183,22 @@ def run(options: Options) -> int:
         _describe(run, model, options["config"])
         bar = stack.enter_context(closing(ProgressBar("held-out" if data.valid is data.test else "validation")))
         with nullcontext() if settings.is_full else disable_adapter(model):
-            before = _measure(run, model, bar, "base model")
+            before = evaluate(model, data.test, data.choices, partial(bar.rows, "measuring the base model"))
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
             return _stop(result, bar)
-        after = _measure(run, model, bar, run.made)
+        after = evaluate(model, data.test, data.choices, partial(bar.rows, f"measuring the {run.made}"))
+        reference = load_base(plan, base, device) if settings.is_full and (data.general or data.held_out) else None
         forgetting = None
         if data.general:
-            reference = load_base(plan, base, device) if settings.is_full else None
             forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"), reference)
+        answers = answer_held_out(run, model, reference, partial(bar.rows, "answering held-out rows"))
         bar.close()
-        directory.finish(run, model, result, before.scores, after.scores, forgetting)
+        directory.finish(run, model, result, before, after, forgetting, answers)
         _report(run, result, before, after, forgetting)
+        _show_answers(answers, run.made)
         print(f"{run.made} written to {directory.path}")
         return 0
-
-
-class Measured(NamedTuple):
-    """What a model does with the held-out rows."""
-
-    scores: Scores
-    samples: list[dict[str, str]]
 
 
 def _dry_run(run: Run, memory: Forecasts, force: bool) -> int:
@@ -249,7 +247,8 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
 
     def on_step(record: Record) -> bool:
         if "eval_loss" in record:
-            record = {**record, "samples": _samples(run, model, run.data.valid)}
+            prompts = run.data.valid[: run.settings.run.samples]
+            record = {**record, "samples": write_samples(model, run.data.tokenizer, prompts)}
         stops = bar(record)
         directory.log(record)
         return stops
@@ -271,27 +270,16 @@ def _stop(result: TrainResult, bar: ProgressBar) -> int:
     return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
 
 
-def _measure(run: Run, model: Llama, bar: ProgressBar, name: str) -> Measured:
-    """Evaluate a model on the held-out rows, and let it answer the first of them."""
-    scores = evaluate(model, run.data.test, run.data.choices, partial(bar.rows, f"measuring the {name}"))
-    return Measured(scores, _samples(run, model, run.data.test))
-
-
-def _samples(run: Run, model: Llama, rows: Dataset) -> list[dict[str, str]]:
-    """Return the first held-out prompts with the model's answers."""
-    return write_samples(model, run.data.tokenizer, rows[: run.settings.run.samples])
-
-
-def _report(run: Run, result: TrainResult, before: Measured, after: Measured, forgetting: Forgetting | None) -> None:
-    """Print what the run has changed: a table, and some answers before and after."""
+def _report(run: Run, result: TrainResult, before: Scores, after: Scores, forgetting: Forgetting | None) -> None:
+    """Print what the run has changed, as a table."""
     made = run.made
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    has_accuracy = after.scores.accuracy is not None
+    has_accuracy = after.accuracy is not None
     lines = [f"{'':<10}{'held-out loss':>15}" + (f"{'accuracy':>12}" if has_accuracy else "")]
-    for name, scores in {"base": before.scores, made: after.scores}.items():
+    for name, scores in {"base": before, made: after}.items():
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if forgetting:
@@ -300,7 +288,14 @@ def _report(run: Run, result: TrainResult, before: Measured, after: Measured, fo
         )
     lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
-    for old, new in zip(before.samples, after.samples, strict=True):
-        answers = {"base": old, made: new}.items()
-        shown = [f"  {name:<8}-> {beginning(sample['text'])}" for name, sample in answers]
-        say("\n".join([ending(old["prompt"], 60), *shown]))
+
+
+def _show_answers(answers: Sequence[Fields], made: str) -> None:
+    """Show the first of the answers to held-out rows, each in one line of the terminal."""
+    width = shutil.get_terminal_size().columns
+    for row in answers[:SHOWN]:
+        lines = [ending(str(row["prompt"]), width)]
+        for name, key in (("wanted", "wanted"), ("base", "base"), (made, "text")):
+            title = f"  {name:<8}-> "
+            lines.append(title + beginning(str(row[key]), width - len(title)))
+        say("\n".join(lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
@@ -81,10 +81,10 @@ class TextStream:
 
 
 class Written(NamedTuple):
-    """What a model has written after a prompt: the text, and whether it ended or was cut at the maximum length."""
+    """What a model has written after a prompt."""
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: str  # "stop", or "length" if the text was cut
 
 
 @dataclass(frozen=True)

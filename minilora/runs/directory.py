@@ -4,6 +4,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     config.json  model….safetensors                  the whole model
     metrics.jsonl                                    a JSON object a step
     summary.json                                     before, after, totals
+    held_out.jsonl                                   held-out rows, with the answers of base and result
     run.json                                         the resolved configuration, versions, data, every start
     minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
     checkpoints/                                     from which the run can be resumed
@@ -17,7 +18,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -219,9 +220,19 @@ class RunDirectory:
                 self._tracker(line)
 
     def finish(
-        self, run: Run, model: Llama, result: TrainResult, before: Scores, after: Scores, forgetting: Forgetting | None
+        self,
+        run: Run,
+        model: Llama,
+        result: TrainResult,
+        before: Scores,
+        after: Scores,
+        forgetting: Forgetting | None,
+        answers: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Save the model or adapter, the tokenizer and the summary, which marks the run as finished, all at once."""
+        """Save the model or adapter, the tokenizer, the answers to held-out rows and the summary, all at once.
+
+        The summary marks the run as finished.
+        """
         if not world.is_main_process():
             return
         summary = {
@@ -242,6 +253,9 @@ class RunDirectory:
                 save_adapter_files(model, directory)
             run.data.tokenizer.save(directory)
             copy_prompt_files([self.path], directory)
+            if answers:
+                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
+                (directory / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
             write_json(directory / "summary.json", without_nan(summary))
 
     def close(self) -> None:

@@ -57,6 +57,7 @@ def encode_rows(
     with TemporaryFile() as tokens, TemporaryFile() as labels:
         for number, row in enumerate(rows, start=1):
             first = first or row.source
+            sources.append(row.source)
             if show and number % SHOWN == 0:
                 show(f"encoding {row.source}")
             try:
@@ -80,9 +81,8 @@ def encode_rows(
                     counts["unlabelled"] += 1
                     continue
                 length = len(piece.tokens)
-                places.extend((begin, length, piece.labelled, lost, max(piece.tokens), len(sources)))
+                places.extend((begin, length, piece.labelled, lost, max(piece.tokens), number - 1))
                 begin += length
-                sources.append(row.source)
                 tokens.write(np.array(piece.tokens, INT32).tobytes())
                 labels.write(np.array(piece.labels, INT32).tobytes())
         if not begin:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -50,6 +50,7 @@ class Data:
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = field(default_factory=Dataset)
+    held_out: Sequence[Row] = ()  # the rows of `test` as they were read, if the run answers them
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -84,7 +85,25 @@ def read_data(
     encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
-    return Data(tokenizer, **splits, choices=find_choices(splits["test"]), files=_hash_files(files), general=general)
+    held_out: list[Row] = []
+    if run.samples and splits["test"]:  # which shares its tokens with the split that it is from
+        source = next(split for split in files if encoded[split].tokens is splits["test"].tokens)
+        held_out = _select(rows[source](), splits["test"].rows["source"].tolist())
+    return Data(
+        tokenizer,
+        **splits,
+        choices=find_choices(splits["test"]),
+        files=_hash_files(files),
+        general=general,
+        held_out=held_out,
+    )
+
+
+def _select(rows: Iterable[Row], indices: Sequence[int]) -> list[Row]:
+    """Return the rows at these indices."""
+    wanted = set(indices)
+    found = {i: row for i, row in enumerate(rows) if i in wanted}
+    return [found[i] for i in indices]
 
 
 def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Path]]:

@@ -180,7 +180,7 @@ class RunConfig:
         "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", WATCHING
     )
     samples: int = option(
-        2, "held-out prompts to answer at each evaluation and, by base and result, at the end", WATCHING
+        2, "held-out prompts to answer at each evaluation; 0: none, and none at the end for held_out.jsonl", WATCHING
     )
 
     def __post_init__(self) -> None:
