@@ -49,6 +49,7 @@ BY_KIND = {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0},
     }
 }
+CONVOLUTIONS = {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8}  # of LFM2
 MULTIPLIERS = {  # of Granite
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.3,
@@ -82,6 +83,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "granite": {"model_type": "granite", **MULTIPLIERS, **BIASES, "tie_word_embeddings": True},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": EVERY_OTHER, **QUERY, **BY_KIND},
+    "lfm2": {"model_type": "lfm2", **CONVOLUTIONS, "conv_L_cache": 3},
 }
 
 
@@ -117,7 +119,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 # Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations,
-# multipliers, and norms after both branches.
+# multipliers, norms after both branches, and convolutions.
 MOST_DIFFERENT = (
     "llama-bias-tied-wide-heads",
     "llama-dynamic",

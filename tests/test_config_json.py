@@ -71,6 +71,25 @@ def test_gemma3_has_a_rotation_for_layers_with_a_window_and_another_for_the_rest
             rotations(**keys)
 
 
+def test_lfm2_convolves_where_it_does_not_attend_and_has_the_width_that_its_block_asks_for():
+    assert tiny_config("lfm2").windows == (3, None, 3, None)
+    assert tiny_config("lfm2", full_attn_idxs=None).windows == (None,) * 4
+    types = ["conv", "conv", "full_attention", "conv"]
+    assert tiny_config("lfm2", layer_types=types, conv_L_cache=5).windows == (5, 5, None, 5)
+    for keys, width in (
+        ({}, 32),  # 2/3 of 40, as a multiple of 8
+        ({"block_multiple_of": None}, 256),
+        ({"block_ffn_dim_multiplier": 2.5}, 72),
+        ({"block_ff_dim": 60}, 40),
+        ({"block_auto_adjust_ff_dim": False}, 40),
+    ):
+        assert tiny_config("lfm2", **keys).intermediate_size == width
+    config = tiny_config("lfm2", norm_eps=0.1, tie_embedding=False, tie_word_embeddings=True)
+    assert (config.rms_norm_eps, config.tie_word_embeddings) == (0.1, False)
+    with pytest.raises(ConfigError, match="\n  norm_eps: found -1"):
+        tiny_config("lfm2", norm_eps=-1)
+
+
 def test_gemma3_slides_but_in_every_so_many_layers_or_as_its_layer_types_say():
     assert tiny_config("gemma3").windows == (4, None, 4, None)
     assert tiny_config("gemma3", layer_types=None, sliding_window_pattern=3).windows == (4, 4, None, 4)
@@ -98,6 +117,13 @@ DEFAULTS = {
         "trained_length": 131072,
         "windows": (4096, 4096, 4096, 4096, 4096, None) * 5,
         "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+    "lfm2": {
+        "num_key_value_heads": 8,
+        "trained_length": 128_000,
+        "theta": 1e6,
+        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     },
 }
@@ -152,6 +178,7 @@ def test_biases_are_read_where_the_family_has_them():
         "olmo2": (True, True, False),
         "granite": (True, True, True),
         "gemma3_text": (True, True, False),
+        "lfm2": (False, False, False),
     }
 
 

@@ -38,7 +38,7 @@ MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 NOT_COPIED = {  # of a config.json: what is written anew, and names of code to download and run
-    *("dtype", "torch_dtype", "quantization_config"),
+    *("dtype", "torch_dtype", "quantization_config", "tie_embedding"),
     *("auto_map", "custom_pipelines", "_attn_implementation_internal"),
 }
 

@@ -13,6 +13,7 @@ from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.family import Family, all_biases, equal_windows
 from minilora.models.gemma3 import GEMMA3
 from minilora.models.granite import GRANITE, MULTIPLIERS
+from minilora.models.lfm2 import LFM2
 from minilora.models.olmo2 import OLMO2
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
@@ -21,7 +22,7 @@ from minilora.models.smollm3 import SMOLLM3
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LARGEST = {  # whole numbers above 0, and the largest that is accepted: weights may not say that it is too large
-    **dict.fromkeys(("vocab_size", "intermediate_size"), 2**24),
+    **dict.fromkeys(("vocab_size", "intermediate_size", "block_multiple_of"), 2**24),
     **dict.fromkeys(("hidden_size", "head_dim"), 2**18),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
     "num_hidden_layers": 160,  # Llama 3.1 405B has 126
@@ -33,6 +34,10 @@ HIGHEST = {  # numbers above 0, and the largest that is accepted
     **dict.fromkeys(("query_pre_attn_scalar", *MULTIPLIERS), FLOAT),
     "partial_rotary_factor": 1.0,
 }
+SWITCHES = (
+    *("tie_word_embeddings", "use_sliding_window", "block_auto_adjust_ff_dim"),
+    *("attention_bias", "mlp_bias", "conv_bias"),
+)
 UNKNOWN = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 LLAMA = Family("Llama", {"max_position_embeddings": 2048}, all_biases)
@@ -51,6 +56,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "olmo2": OLMO2,
     "granite": GRANITE,
     "gemma3_text": GEMMA3,
+    "lfm2": LFM2,
 }
 COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -134,10 +140,15 @@ def _check(values: Mapping[str, Any], family: Family) -> None:
     for key, highest in HIGHEST.items():
         if values.get(key) is not None and (not is_positive(values[key]) or values[key] > highest):
             bad[key] = f"found {values[key]!r:.80}, need a number above 0 and at most {highest:g}"
-    for key, kind in (("rope_scaling", Mapping), ("layer_types", list), ("no_rope_layers", list)):
+    for key, kind in (
+        ("rope_scaling", Mapping),
+        ("layer_types", list),
+        ("no_rope_layers", list),
+        ("full_attn_idxs", list),
+    ):
         if values.get(key) is not None and not isinstance(values[key], kind):
             bad[key] = f"found {values[key]!r:.80}, need a JSON {'list' if kind is list else 'object'}"
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+    for key in SWITCHES:
         if not isinstance(values.get(key) or False, bool):
             bad[key] = f"found {values[key]!r:.80}, need true or false"
     for key in UNKNOWN:

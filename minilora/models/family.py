@@ -68,10 +68,10 @@ def equal_windows(values: Values) -> dict[str, Any]:
     return {"windows": (values.get("sliding_window"),) * values["num_hidden_layers"]}
 
 
-def some_windows(values: Values, slides: Sequence[bool]) -> dict[str, Any]:
-    """Return the field for a window in some layers: those of `layer_types` or, without it, of `slides`."""
+def some_windows(values: Values, slides: Sequence[bool], kind: str = "sliding_attention") -> dict[str, Any]:
+    """Return the field for a window in some layers: those of a kind in `layer_types` or, without it, of `slides`."""
     if (types := values.get("layer_types")) is not None:
-        slides = [kind == "sliding_attention" for kind in types]
+        slides = [each == kind for each in types]
     if len(slides) != values["num_hidden_layers"]:
         raise ConfigError(f"layer_types has {len(slides)} entries; the model has {values['num_hidden_layers']} layers")
     return {"windows": tuple(values.get("sliding_window") if slide else None for slide in slides)}

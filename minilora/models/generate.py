@@ -51,6 +51,7 @@ class KVCache:
     Attributes:
         lengths: the number of cached tokens of each document.
         layers: the keys and the values of each layer that attends, (B, K, capacity, E).
+        inputs: the last inputs of each layer that convolves, (B, count, D).
 
     Args:
         config: the model's configuration.
@@ -61,6 +62,7 @@ class KVCache:
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, device: torch.device):
         self.lengths = [0] * documents
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self.inputs: list[Tensor] = []
         self._capacity, self._device = capacity, device
         self._windows, self._rope = set(config.windows), config.rope
 
@@ -76,7 +78,7 @@ class KVCache:
         What all layers share is computed here. The layers then call `attend` in order.
         """
         spans = [range(before, before + new) for before, new in zip(self.lengths, lengths, strict=True)]
-        self._new, self._layer = list(lengths), 0
+        self._new, self._layer, self._convolution = list(lengths), 0, 0
         self.lengths = [span.stop for span in spans]
         places = [(document, position) for document, span in enumerate(spans) for position in span]
         self._documents, self._positions = torch.tensor(places, device=self._device).unbind(1)
@@ -107,6 +109,25 @@ class KVCache:
                 end += new
                 parts.append(causal_attention(q[end - new : end], k, v, [new], [total - first], window))
         return torch.cat(parts)
+
+    def extend(self, x: Tensor, count: int) -> list[Tensor]:
+        """Divide the next convolution's new inputs into documents, each after its `count` last ones; keep the new last.
+
+        Before the first token of a document they are 0.
+
+        Shapes: x (N, D) -> (count + new, D) for each document
+        """
+        if self._convolution == len(self.inputs):
+            self.inputs.append(x.new_zeros(len(self.lengths), count, x.size(1)))
+        held = self.inputs[self._convolution]
+        self._convolution += 1
+        extended = []
+        for document, new in enumerate(x.split(self._new)):
+            if self.spans[document].start == 0:
+                held[document] = 0
+            extended.append(torch.cat((held[document], new)))
+            held[document] = extended[-1][len(new) :]
+        return extended
 
     def _common_view(self, window: int | None) -> tuple[slice, Tensor | None]:
         """Return the keys that one query of each document sees, and a mask if one sees less than all of them.

@@ -1,0 +1,44 @@
+"""A short causal convolution of each channel, gated before and after, for blocks that do not attend.
+
+    b, c, x = W_in x;   u = b ∘ x;   y_t = Σ_j w_j ∘ u_(t-j), j < L;   out = W_out (c ∘ y)
+
+It never looks across documents that lie end to end: before the first token of a document u is 0, and before the first
+of those that follow in generation it is what the cache has kept.
+
+    N  tokens laid end to end    D  channels    L  tokens that a channel sees
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.llama import LlamaConfig
+from minilora.models.generate import KVCache
+
+
+class ShortConvolution(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        D, L, bias = config.hidden_size, config.windows[layer], bool(config.source.get("conv_bias"))
+        assert L is not None
+        self.in_proj = nn.Linear(D, 3 * D, bias)
+        self.conv = nn.Conv1d(D, D, L, groups=D, bias=bias)
+        self.out_proj = nn.Linear(D, D, bias)
+
+    def forward(self, x: Tensor, rotation: Any, documents: Any) -> Tensor:
+        """Compute what attention would in its place, without a rotation: (N, D) -> (N, D)."""
+        b, c, x = self.in_proj(x).chunk(3, dim=-1)
+        before = self.conv.kernel_size[0] - 1
+        lengths = [len(span) for span in documents.spans]
+        if isinstance(documents, KVCache):
+            parts = documents.extend(b * x, before)
+        else:
+            parts = [F.pad(part, (0, 0, before, 0)) for part in (b * x).split(lengths)]
+        y = self.conv(torch.cat(parts).T[None])[0].T
+        sizes = [size for n in lengths for size in (n, before)]  # `before` rows between documents mix two of them
+        y = torch.cat(y.split(sizes[:-1])[::2])
+        return self.out_proj(c * y)
