@@ -27,7 +27,6 @@ from minilora.adapters.layers import (
     LoraEmbedding,
     LowRankWrapper,
     as_matrix,
-    is_embedding,
 )
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
@@ -74,6 +73,16 @@ def build_adapter(layer: LowRankWrapper, config: LoraConfig, tensors: Mapping[st
         norm = torch.ones(len(lora_B)) if weight.is_meta else dora_norm(weight, lora_A, lora_B, scale)
         tensors = {**tensors, "magnitude": norm.to(lora_A.dtype)}
     return kind(tensors, scale, config.lora_dropout)
+
+
+def is_embedding(module: nn.Module | None) -> bool:
+    """Return whether a module looks up rows of its weight: PyTorch's, or transformers' that scale them, such as BART's.
+
+    Other subclasses may compute anything.
+    """
+    kind = type(module)
+    is_scaled = kind.__module__.startswith("transformers.") and kind.__name__.endswith("ScaledWordEmbedding")
+    return kind is nn.Embedding or is_scaled
 
 
 def kind_of(module: nn.Module | None) -> type[LowRankWrapper] | None:

@@ -41,6 +41,10 @@ class ModulesToSave(AdapterWrapper):
         self.own[name] = {*tensors}
         add_adapter(self, name, shallow_copy(self.base, tensors))
 
+    def is_whole(self, name: str) -> bool:
+        """Return whether an adapter trains the module in full, not only its bias."""
+        return self.own[name] != {"bias"}
+
     def __getattr__(self, name: str) -> Any:
         """Forward unknown attributes to the module that acts."""
         try:
@@ -67,11 +71,6 @@ class ModulesToSave(AdapterWrapper):
     def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
         base, copy = self.base, self.adapters[name]
         return {key: attrgetter(key)(copy).to(attrgetter(key)(base).dtype) for key in self.own[name]}
-
-
-def is_whole(layer: AdapterWrapper, name: str) -> bool:
-    """Return whether an adapter trains a module in full, not only its bias."""
-    return isinstance(layer, ModulesToSave) and layer.own[name] != {"bias"}
 
 
 def unties(layers: Iterable[AdapterWrapper | None]) -> bool:

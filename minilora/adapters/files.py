@@ -17,7 +17,7 @@ from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
 from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter, input_embedding
 from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, factor_shapes, kind_of
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import ModulesToSave, TrainableTokens, is_whole
+from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import (
     InitSubtractedAdapter,
@@ -220,7 +220,7 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
     growth = math.sqrt(times) if config.use_rslora else times
     ranks = {where: len(adapter.lora_A) for where, adapter in adapters.items()}
     alphas = {where: _alpha(config, where, adapter) for where, adapter in adapters.items()}
-    whole = [where for where, layer in layers.items() if is_whole(layer, name)]
+    whole = [where for where, layer in layers.items() if isinstance(layer, ModulesToSave) and layer.is_whole(name)]
     return {
         **fields_of(config),
         "target_modules": shortest_names(list(low_rank), modules),

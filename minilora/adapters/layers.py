@@ -32,16 +32,6 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight if isinstance(module, Linear) else weight.T
 
 
-def is_embedding(module: nn.Module | None) -> bool:
-    """Return whether a module looks up rows of its weight: PyTorch's, or transformers' that scale them, such as BART's.
-
-    Other subclasses may compute anything.
-    """
-    kind = type(module)
-    is_scaled = kind.__module__.startswith("transformers.") and kind.__name__.endswith("ScaledWordEmbedding")
-    return kind is nn.Embedding or is_scaled
-
-
 def embedding_scale(module: nn.Module, dtype: torch.dtype) -> Tensor | float:
     """Return the factor of the rows that an embedding looks up."""
     scale: Tensor | float = getattr(module, "embed_scale", 1.0)

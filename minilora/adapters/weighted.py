@@ -13,7 +13,7 @@ from minilora.adapters.attach import config_of_adapter, inject_adapter
 from minilora.adapters.build import AdapterSpec
 from minilora.adapters.combine import CombineConfig, Factors, LowRank, combine
 from minilora.adapters.config import LoraConfig, Task
-from minilora.adapters.copies import ModulesToSave, is_whole
+from minilora.adapters.copies import ModulesToSave
 from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
 
@@ -36,7 +36,8 @@ def combine_adapters(
     task = config_of_adapter(model, next(iter(weights))).task_type if weights else None
     saved: dict[str, AdapterSpec] = {}
     for each, layers in held.items():
-        for path in [path for path, layer in layers.items() if is_whole(layer, each)]:
+        copies = {path: layer for path, layer in layers.items() if isinstance(layer, ModulesToSave)}
+        for path in [path for path, layer in copies.items() if layer.is_whole(each)]:
             if path in saved:
                 raise ConfigError(f"{path}: several of {list(weights)} have trained it in full, and only one can act")
             tensors = layers.pop(path).peft_tensors(each)
