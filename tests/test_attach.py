@@ -437,16 +437,6 @@ def test_what_is_not_there_is_an_error_that_says_what_is_and_so_is_a_name_that_c
         ml.merge(model)
 
 
-def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
-    def drawn(seed):
-        model = tiny_model()
-        ml.attach(model, ml.LoraConfig(), seed=seed)
-        return torch.cat([layer.adapters["default"].lora_A.flatten() for layer in adapter_layers(model).values()])
-
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
-
-
 def test_a_place_with_hooks_is_not_merged():
     model = adapted()
     path, layer = next(iter(adapter_layers(model).items()))

@@ -205,17 +205,6 @@ def test_what_a_model_draws_follows_from_the_seed_and_moves_no_global_state():
     assert len(set(masks)) > 3
 
 
-def test_an_adapter_on_any_module_is_written_as_one(tmp_path):
-    model = Network()
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=("first", "last")))
-    run(tmp_path, model, on_step=stop_after(2))
-    loaded = Network()
-    ml.load_adapter(loaded, tmp_path / "step-000002")
-    loaded.norm.load_state_dict(model.norm.state_dict())
-    x = randn(0, 4, 6, dtype=torch.float32)
-    assert torch.equal(loaded.eval()(x), model(x))
-
-
 def test_rows_are_told_apart_by_what_is_in_them_and_not_by_where_they_lie(tmp_path):
     run(tmp_path, on_step=stop_after(2))
     other = points(1, 10)

@@ -232,25 +232,6 @@ def test_the_backward_pass_computes_again_what_checkpointing_names(checkpointing
     assert runs == {"self_attn": attention, "mlp": mlp}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
-@pytest.mark.parametrize(
-    ("checkpointing", "backend"),
-    [("block", "eager"), *models.long(*((mode, "aot_eager") for mode in ("none", "mlp", "block")))],
-)
-def test_the_trunk_is_compiled_as_one_graph_which_changes_nothing(checkpointing, backend):
-    """By default only captured as a graph: the compiler takes long, also for one layer."""
-    torch.compiler.reset()
-    model = tiny_model("mistral", dtype=torch.float32, num_hidden_layers=1)
-    compiled, parameters = torch.compile(model.model, backend=backend, fullgraph=True), [*model.model.parameters()]
-    for lengths in ([13, 7], [6, 6, 9])[: 1 if backend == "eager" else 2]:
-        results = []
-        for trunk in (model.model, compiled):
-            hidden = trunk(token_ids(0, sum(lengths)), Documents(lengths), checkpointing)
-            results.append([hidden, *torch.autograd.grad(hidden.square().sum(), parameters)])
-        for eager, ours in zip(*results, strict=True):
-            assert_parity(ours, eager)
-
-
 def test_a_tied_head_is_the_embedding():
     model = tiny_model("qwen2")
     assert model.lm_head.weight is model.model.embed_tokens.weight

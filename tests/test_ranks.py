@@ -64,40 +64,6 @@ def test_ranks_learn_what_one_process_learns(count, config):
         assert all(torch.equal(other[2], several[2]) for other in rest), kind
 
 
-def exchanged():
-    """What the functions of `world` give on this rank."""
-    k = world.rank()
-    tensors = [torch.full((2, 3), k + 1.0), torch.tensor(10.0 + k), torch.full((3,), 2.0, dtype=torch.bfloat16)]
-    world.all_reduce_(tensors)
-    dealt = {n: world.split_for_rank(list(range(n))) for n in range(6)}
-    return (
-        [t.tolist() for t in tensors],
-        world.sum_over_ranks(k, 2**53 - 2),
-        world.all_gather(k),
-        dealt,
-    )
-
-
-def test_ranks_exchange_sums_and_values_and_share_work():
-    for k, (sums, totals, gathered, dealt) in enumerate(on_ranks(2, exchanged)):
-        assert sums == [[[3.0] * 3] * 2, 21.0, [4.0] * 3]
-        assert (totals, gathered) == ([1, 2**54 - 4], [0, 1])
-        assert dealt[4] == [(k, True), (k + 2, True)]
-        assert dealt[3] == [(k, True), (2, k == 0)]
-        assert dealt[0] == []
-        for n, share in dealt.items():
-            assert [item for item, counts in share if counts] == list(range(n))[k::2]
-
-
-def test_one_process_is_one_rank():
-    x = torch.ones(2)
-    world.all_reduce_([x])
-    assert x.tolist() == [1, 1]
-    assert (world.size(), world.rank(), world.is_main_process()) == (1, 0, True)
-    assert world.sum_over_ranks(1, 2) == [1, 2]
-    assert world.split_for_rank([1, 2]) == [(1, True), (2, True)]
-
-
 def scores():
     """All measures of an evaluation whose rows make several forward passes."""
     draw, answers = random_rows(1, 9), [(7,), (9, 3), (9, 4)]

@@ -45,13 +45,6 @@ def whole(tmp_path_factory):
     return directory, *run(directory, save_steps=1, save_total_limit=99)
 
 
-def test_the_adapter_of_the_lowest_held_out_loss_is_kept(watched, whole):
-    (losses, snapshots), (_, model, result) = watched, whole
-    best = losses.index(min(losses))
-    assert (result.kept, result.steps) == (best + 1, best + 4)
-    assert torch.equal(weights(model), snapshots[best])
-
-
 def test_of_evaluations_now_and_then_the_best_of_those_is_kept(watched):
     losses, snapshots = watched
     evaluated = [3, 7, 9]  # after steps 4 and 8, and at the end
