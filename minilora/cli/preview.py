@@ -29,10 +29,11 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
     steps = plan_steps(data.train.lengths, config)
-    rows_seen, tokens, labels = len(steps.rows), steps.tokens.sum(), data.train.labelled[steps.rows].sum()
+    seen = data.train.rows[np.concatenate([batch for step in steps for batch in step])]
+    tokens, labels = seen["length"].sum(), seen["labelled"].sum()
     at_most = "at most " if config.early_stopping else ""
     totals = [
-        f"the run: {at_most}{len(steps):,} steps, {rows_seen:,} rows, {tokens:,} tokens, {labels:,} of them learned",
+        f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]

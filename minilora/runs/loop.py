@@ -18,7 +18,7 @@ from minilora.runs import checkpoints, world
 from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
-from minilora.runs.sampler import MicroBatch, StepPlan, plan_steps, seeded, set_dropout_step
+from minilora.runs.sampler import MicroBatch, Step, plan_steps, seeded, set_dropout_step
 from minilora.runs.settings import TrainConfig
 from minilora.runs.system import keep_memory, peak_memory_bytes, returned_memory
 from minilora.training import Loss, accumulate, parameters_of, update
@@ -150,14 +150,14 @@ class _Job:
     optimizer: torch.optim.Optimizer
     objective: Objective
     dataset: Sequence[Any]
-    steps: StepPlan
+    steps: list[Step]
     config: TrainConfig
 
     def batches(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of a step that this rank computes."""
         first = step * self.config.gradient_accumulation_steps
         dealt = world.split_for_rank(list(enumerate(self.steps[step], first)))
-        return [MicroBatch(n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt]
+        return [MicroBatch(n, [self.dataset[row] for row in rows.tolist()], counts) for (n, rows), counts in dealt]
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Return the sum of the losses of a micro-batch, and how many there are: 0 of one that does not count."""

@@ -120,8 +120,8 @@ def _measure_step(plan: Plan, model: Llama, way: Checkpointing) -> tuple[int, in
         learns = learns or any(p.requires_grad for p in block.parameters())
     decoder.layers = nn.ModuleList(alike[0] for alike in kinds.values())
     rows = np.asarray(plan.rows)
-    steps = plan_steps(rows[:, 0], plan.training)
-    lengths, labelled = rows[steps.batch(int(steps.tokens.argmax()))].T.tolist()
+    micro_batches = (batch for step in plan_steps(rows[:, 0], plan.training) for batch in step)
+    lengths, labelled = rows[max(micro_batches, key=lambda batch: rows[batch, 0].sum())].T.tolist()
     tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
     targets = tokens[: sum(labelled)]
     marks: list[int] = []  # bytes that live before each block, and after the last one

@@ -25,6 +25,7 @@ from minilora.runs.settings import TrainConfig
 
 Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
+Step = list[NDArray[np.int32]]  # those of each micro-batch, as arrays: in lists, each row would take a hundred bytes
 MAX_STEPS = 1_000_000
 SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds differ; the generator keeps 32 bits
 
@@ -37,29 +38,7 @@ class MicroBatch(NamedTuple):
     is_counted: bool  # or else another rank has it as well
 
 
-class StepPlan:
-    """The micro-batches of every step of a run, as arrays: as lists, each row would take a hundred bytes."""
-
-    def __init__(self, lengths: Numbers, rows: NDArray[np.int32], sizes: Numbers, counts: Numbers):
-        """Take the number of rows of each micro-batch, and the number of micro-batches of each step."""
-        # where each step ends among the micro-batches, and each micro-batch in `rows`, after a 0
-        self.bounds, self.ends = (np.concatenate([[0], numbers.cumsum()]) for numbers in (counts, sizes))
-        self.ends = self.ends[: self.bounds[-1] + 1]
-        self.rows = rows[: self.ends[-1]]
-        self.tokens = np.add.reduceat(lengths[self.rows], self.ends[:-1])  # of each micro-batch
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def __getitem__(self, index: int) -> list[Rows]:
-        return [self.batch(i) for i in range(self.bounds[:-1][index], self.bounds[1:][index])]
-
-    def batch(self, index: int) -> Rows:
-        """Return the rows of a micro-batch, counted without gaps over all steps."""
-        return self.rows[self.ends[index] : self.ends[index + 1]].tolist()
-
-
-def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> StepPlan:
+def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> list[Step]:
     """Return the micro-batches of every step of a run.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
@@ -69,28 +48,25 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> St
         ConfigError: there are more than `MAX_STEPS` steps.
     """
     lengths, accumulated = np.asarray(lengths, np.int64), config.gradient_accumulation_steps
-    rows, sizes, counts, total = [], [], [], 0
-    max_steps = config.max_steps
+    steps, max_steps = list[Step](), config.max_steps
     epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(config.seed * SEEDS + epoch)
-        order = torch.randperm(len(lengths), generator=generator).numpy()
+        order = torch.randperm(len(lengths), generator=generator).numpy().astype(np.int32)
         if config.batch_tokens is None:
-            ends = np.minimum(np.arange(0, len(order), config.batch_size) + config.batch_size, len(order))
+            ends = np.arange(config.batch_size, len(order), config.batch_size)
         else:
-            ends = group_ends(lengths[order], config.batch_tokens)
-        whole = math.ceil(len(ends) / accumulated)
+            ends = group_ends(lengths[order], config.batch_tokens)[:-1]
+        micro_batches = np.split(order, ends)
+        whole = math.ceil(len(micro_batches) / accumulated)
         if (max_steps or epochs * whole) > MAX_STEPS:
             raise ConfigError(f"max_steps {max_steps}, epochs {config.epochs}: need at most {MAX_STEPS:,} steps")
         share = round(min(1.0, epochs - epoch) * whole, 9)  # 1.1 - 1 is a little more than 0.1
-        steps = max(1 - total, math.ceil(share)) if max_steps is None else min(whole, max_steps - total)
-        rows.append(order.astype(np.int32))
-        sizes.append(np.diff(ends, prepend=0))
-        counts.append(np.minimum(accumulated, len(ends) - accumulated * np.arange(steps)))
-        total += steps
-        if total == max_steps:
+        count = max(1 - len(steps), math.ceil(share)) if max_steps is None else min(whole, max_steps - len(steps))
+        steps += [micro_batches[i : i + accumulated] for i in range(0, count * accumulated, accumulated)]
+        if len(steps) == max_steps:
             break
-    return StepPlan(lengths, *(np.concatenate(parts) for parts in (rows, sizes, counts)))
+    return steps
 
 
 def group_ends(lengths: Numbers, limit: int) -> Numbers:
