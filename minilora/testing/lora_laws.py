@@ -50,7 +50,8 @@ class Built(NamedTuple):
         if any(leaf is given for leaf in found):
             return given
         for parameter in [*found, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]:
-            for own in (parameter, parameter.T) if parameter.ndim == 2 else (parameter,):
+            both = (parameter, parameter.T) if parameter.ndim == 2 else (parameter,)
+            for own in sorted(both, key=lambda each: each.shape != given.shape):
                 flat = own.detach().to(given)
                 if flat.numel() == given.numel() and torch.equal(flat.reshape(given.shape), given.detach()):
                     return own
