@@ -25,7 +25,7 @@ from minilora import cli
 from minilora.adapters.config import INITS
 from minilora.cli import evaluate, finetune
 from minilora.cli.flags import FLAG_NAMES, from_flags
-from minilora.files import ASSETS, BUILTIN
+from minilora.files import ASSETS, BUILTIN, sha256_of
 from minilora.runs import inputs
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
@@ -398,6 +398,25 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
         expected = held_out_loss(model, encode_rows(rows, tokenizer, ml.DataConfig(**reading)))
         found = json.loads(run("eval", "--model=model", f"--adapter={tmp_path}", "--data=data", *flags).out)
         assert found["value"] == expected
+
+
+def test_eval_says_which_data_were_trained_on(directory, run, tmp_path):
+    write_adapter(ml.load_model(directory / "model"), tmp_path / "adapter", r=2)
+    hashes = {"rows.jsonl": sha256_of(directory / "many.jsonl")}
+    hashes |= {f"{split}.jsonl": sha256_of(directory / "data" / f"{split}.jsonl") for split in ("train", "test")}
+    hashes["questions.jsonl"] = sha256_of(write_rows(tmp_path / "asked.jsonl", 3))
+    record = {"config": {"eval_data": "there/questions.jsonl"}, "data_sha256": hashes}
+    shutil.copytree(directory / "model", tmp_path / "model")
+    for made, flag in (("adapter", "--adapter"), ("model", "--model")):
+        for change, trained in (
+            ({}, ("many.jsonl", "data/train.jsonl")),
+            ({"data_sha256": [1]}, ()),
+            ({"config": 1}, ()),
+        ):
+            (tmp_path / made / "run.json").write_text(json.dumps(record | change))
+            for file in ("many.jsonl", "data/train.jsonl", "data", tmp_path / "asked.jsonl"):
+                note = f"{file}: was trained on; rows that were not are in held_out.jsonl of the run\n"
+                assert run("eval", f"{flag}={tmp_path / made}", f"--data={file}").err == note * (file in trained)
 
 
 # --- errors ---

@@ -473,6 +473,11 @@ def test_at_the_end_base_and_result_answer_all_held_out_rows_and_the_terminal_sh
     assert len(expected) == 4
     assert any(row["base"] != row["text"] for row in expected)
     assert told.splitlines()[-12:] == shown[:12]
+    made = f"--model={tmp_path}" if method == "full" else f"--adapter={tmp_path}"
+    assert cli.main(["eval", made, f"--data={tmp_path / 'held_out.jsonl'}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 4
+    assert_parity(number(found["value"]), number(summary(tmp_path)["after"]["loss"]))
 
 
 def test_held_out_rows_of_every_form_are_answered_as_generate_answers_them(capsys, tmp_path):
@@ -533,6 +538,7 @@ def test_held_out_rows_have_the_names_that_their_columns_are_given(directory, tm
     (line,) = (tmp_path / "out" / "held_out.jsonl").read_text().splitlines()
     fields = json.loads(line)
     assert (fields["prompt"], fields["completion"], fields["wanted"]) == ("the cat?", " yes", " yes")
+    assert cli.main(["eval", f"--adapter={tmp_path / 'out'}", f"--data={tmp_path / 'out' / 'held_out.jsonl'}"]) == 0
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

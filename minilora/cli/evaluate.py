@@ -9,9 +9,10 @@ Example:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from minilora.cli import Options, Parser, describe_skipped, say
@@ -19,15 +20,16 @@ from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import merged_if_faster
 from minilora.errors import ConfigError
-from minilora.files import read_json
+from minilora.files import read_json, sha256_of
 from minilora.llama import Llama
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
 from minilora.runs.evaluate import BATCH_SIZE, Progress, choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.runs.inputs import read_eval_rows
+from minilora.runs.inputs import HELD_OUT, files_to_evaluate
 from minilora.runs.reports import ProgressBar, without_nan
+from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig
 
 
@@ -47,8 +49,12 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    config = from_flags(DataConfig, options, _trained_config(options["adapter"]))
-    rows = read_eval_rows(options["data"], config.columns)
+    record = _run_record(options)
+    config = from_flags(DataConfig, options, _trained_config(record))
+    files = files_to_evaluate(options["data"])
+    for file in _trained_on(record, files):
+        say(f"{file}: was trained on; rows that were not are in held_out.jsonl of the run")
+    rows = list(stream_rows(*files, columns=config.columns))
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
@@ -62,12 +68,30 @@ def run(options: Options) -> int:
     return 0
 
 
-def _trained_config(adapters: Sequence[str]) -> dict[str, Any]:
-    """Return how the rows of an adapter's training were read; how it is asked is in files of its own."""
-    paths = [fetch(name, "adapter") / "run.json" for name in adapters]
-    config = next((read_json(path).get("config") for path in paths if path.exists()), None)
+def _run_record(options: Options) -> dict[str, Any]:
+    """Return what run.json says about the run that made the adapter, or the model; empty if there is none."""
+    directories = [fetch(name, "adapter") for name in options["adapter"]]
+    if options["model"] and not directories:
+        directories = [Path(options["model"])]
+    paths = (directory / "run.json" for directory in directories)
+    record = next((read_json(path) for path in paths if path.exists()), {})
+    return record if isinstance(record.get("config"), dict) else {}
+
+
+def _trained_config(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the rows of a run were read; how its model is asked is in files of its own."""
     names = {field.name for field in fields(DataConfig)} - {"prompt_style", "system"}
-    return {name: config.get(name) for name in names} if isinstance(config, dict) else {}
+    return {name: record["config"].get(name) for name in names} if record else {}
+
+
+def _trained_on(record: Mapping[str, Any], files: Sequence[Path]) -> list[Path]:
+    """Return which files hold what a run was trained on: those with a recorded hash, except of held-out rows."""
+    hashes = record.get("data_sha256")
+    if not isinstance(hashes, dict):
+        return []
+    own = Path(str(record["config"].get("eval_data"))).name
+    trained = [hashes[name] for name in hashes if Path(name).name != own and not HELD_OUT.search(Path(name).name)]
+    return [file for file in files if sha256_of(file) in trained]
 
 
 def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Options, progress: Progress) -> float:

@@ -122,7 +122,7 @@ def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Pat
     if eval_data is not None:
         if "test" in files:
             raise DataError(f"{eval_data}: the data have a test split already, {files['test'][0]}; leave eval_data out")
-        files["test"] = _files_to_evaluate(eval_data)
+        files["test"] = files_to_evaluate(eval_data)
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in data and in eval_data; rows that are trained on are not held out")
     return files
@@ -166,11 +166,12 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
 
 
 def read_eval_rows(names: Names, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Read the rows of the test split, else of the validation split, else of the training split."""
-    return list(stream_rows(*_files_to_evaluate(names), columns=columns))
+    """Read the rows of `files_to_evaluate`."""
+    return list(stream_rows(*files_to_evaluate(names), columns=columns))
 
 
-def _files_to_evaluate(names: Names) -> list[Path]:
+def files_to_evaluate(names: Names) -> list[Path]:
+    """Return the files of the test split, else of the validation split, else of the training split."""
     files = find_splits(names)
     return next(files[split] for split in ("test", "valid", "train") if split in files)
 

@@ -55,7 +55,10 @@ def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Itera
 
 
 def _select(row: Row, columns: Mapping[str, str]) -> Row:
-    if missing := sorted({*columns.values()} - row.fields.keys()):
+    missing = sorted({*columns.values()} - row.fields.keys())
+    if missing and row.fields.keys() >= columns.keys():
+        return row  # has the names already, as in a run's held_out.jsonl
+    if missing:
         return replace(row, problem=row.problem or f"there is no column {missing[0]!r}; found {sorted(row.fields)}")
     return replace(row, fields={name: row.fields[column] for name, column in columns.items()})
 
