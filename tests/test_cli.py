@@ -197,6 +197,11 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--lr", "1"], "--lr is unknown; see `minilora finetune --help`\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),
         (["finetune", "--text_field=body"], "--text-field is unknown; use --columns text=FIELD\n"),
+        (["finetune", "--recompute", "mlp"], "--recompute is unknown; it is called --gradient-checkpointing\n"),
+        (
+            ["finetune", "--target_parameters=a"],
+            "--target-parameters is unknown; it is a recipe: see recipes/experts.py",
+        ),
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
         (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj'; a list is joined with commas"),

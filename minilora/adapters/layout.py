@@ -219,11 +219,6 @@ def parse_tensor_name(name: str) -> tuple[str, str]:
     return (found["path"], str(found.lastgroup)) if found else ("", name)
 
 
-def factor_name(where: str, factor: str, is_embedding: bool) -> str:
-    """Return PEFT's name of A or B of a module."""
-    return f"{PREFIX}{where}." + (factor.replace("_", "_embedding_") if is_embedding else f"{factor}.weight")
-
-
 def fields_of(config: LoraConfig) -> dict[str, Any]:
     """Return the fields to write for an adapter that leaves the base's weights as they are."""
     values = {name: getattr(config, name) for name in READ_FIELDS}

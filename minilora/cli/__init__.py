@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import MiniloraError, check_utf8, printable
+from minilora.errors import MiniloraError, check_utf8, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line; those of data classes are None if they are not given
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -39,7 +39,11 @@ COMMANDS = {
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
-RENAMED = {"--text-field": "use --columns text=FIELD"}
+RENAMED = {
+    "--recompute": "it is called --gradient-checkpointing",
+    "--target-parameters": in_recipe("experts"),
+    "--text-field": "use --columns text=FIELD",
+}
 OVERVIEW = """\
 usage: minilora COMMAND [flags]
 
