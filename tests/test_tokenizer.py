@@ -10,7 +10,8 @@ from tokenizers import models, pre_tokenizers
 
 import minilora as ml
 from minilora import DataError, FormatError
-from tests.text import BOS, CLOSE, EOS, SPECIAL, write_tokenizer
+from tests.chat_templates import GEMMA
+from tests.text import BOS, CHATML, CLOSE, EOS, SPECIAL, write_tokenizer
 
 
 def write(directory, **files):
@@ -141,6 +142,19 @@ def test_every_token_that_any_file_names_stops_and_one_closes(directory, generat
     tokenizer = ml.load_tokenizer(write(directory, **{name: file for name, file in files.items() if file is not None}))
     assert tokenizer.stop_ids == stops
     assert tokenizer.eos_id == closes
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, [EOS, CLOSE]),
+        ("{% for m in messages %}{{ m.content[0].text }}\n<|im_end|>{% endfor %}", [EOS, CLOSE]),
+        (GEMMA, [EOS]),  # which ends an answer with what is no token here
+        ("{{ raise_exception('no') }}", [EOS]),
+    ],
+)
+def test_what_a_template_ends_an_answer_with_stops_also_if_no_file_names_it(tokenizer, template, ends):
+    assert tokenizer(template=template).stop_ids == {*map(SPECIAL.index, ends)}
 
 
 HI = [{"role": "user", "content": "hi"}]

@@ -116,6 +116,12 @@ class ChatTemplate:
         followed = self._probe(content, "user", "assistant", "user")
         return answered == asked and followed != "" and not followed.startswith(answered)
 
+    @functools.cached_property
+    def turn_end(self) -> str:
+        """What the template writes after an answer, without white space before it."""
+        content = str if self._takes_text else _as_parts
+        return self._probe(content, "user", "assistant").rpartition(PROBE)[2].lstrip()
+
     def _probe(self, content: Callable[[str], Any], *roles: str, add_generation_prompt: bool = False) -> str:
         """Return the text of some messages, after a system prompt if the template demands one; "" if it refuses."""
         messages = [{"role": role, "content": content(PROBE)} for role in roles]

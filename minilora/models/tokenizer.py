@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,19 @@ class Tokenizer:
         stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
         named = self.token_id(self.special_tokens.get("eos_token"))
         self.eos_id = named if named is not None else next(iter(stops), None)
-        self.stop_ids = {*stops, *_ids(self.eos_id)}
+        self._stops = {*stops, *_ids(self.eos_id)}
         self.prompts = Prompts.parse(texts.get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
         self.template = None
         if template := texts.get("chat_template.jinja", _default_template(config.get("chat_template"))):
             from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
 
             self.template = ChatTemplate(template, self.special_tokens, now)
+
+    @cached_property
+    def stop_ids(self) -> set[int]:
+        """Those that the files name, and the one that the template ends an answer with, which some do not name."""
+        ids = self.encode(self.template.turn_end, add_special_tokens=False)[:1] if self.template else []
+        return self._stops.union(self._backend.get_added_tokens_decoder().keys() & ids)
 
     def with_files(self, texts: Mapping[str, str], now: datetime | None = None) -> Tokenizer:
         """Return the same tokenizer with other files, which it is saved with; its chat template takes `now` as date."""
