@@ -33,7 +33,7 @@ from minilora.cli.forecast import dry_run_lines
 from minilora.cli.held_out import answer_held_out
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
 from minilora.cli.notes import run_notes
-from minilora.cli.preview import preview
+from minilora.cli.preview import duration, preview
 from minilora.errors import ConfigError, TrainingError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
@@ -76,7 +76,8 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
     parser.add_argument(
         "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, without training")
+    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps, memory and time, and end")
+    parser.add_argument("--no-timing", action="store_true", help="with --dry-run: read no weights to time two steps")
     parser.add_argument("--force", action="store_true", help="train even if memory is forecast to be too small")
 
 
@@ -166,7 +167,7 @@ def run(options: Options) -> int:
         plan, memory = choose_plan(plan_run(settings, base, data, earlier.dtype, device))
         run = Run(settings, base, earlier, data, plan)
         if is_dry:
-            return _dry_run(run, memory, options["force"])
+            return _dry_run(run, memory, options)
         if not options["force"]:
             check_memory(plan, memory)
         directory.claim(run)
@@ -201,16 +202,20 @@ def run(options: Options) -> int:
         return 0
 
 
-def _dry_run(run: Run, memory: Forecasts, force: bool) -> int:
-    """Show what the run would learn, with a model that has no storage, and how much memory it would take."""
+def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
+    """Show what the run would learn, with a model that has no storage, and what memory and time it would take."""
     model = load_base(run.plan, run.base, "meta")
     attach_adapter(model, run.plan, run.base)
     for note in run_notes(run, model):
         say(note)
     print(preview(run.data, run.plan.training, count_parameters(model)))
     print(dry_run_lines(run.plan, memory))
-    if not force:
+    if not options["force"]:
         check_memory(run.plan, memory)
+    if not options["no_timing"]:
+        model = load_base(run.plan, run.base, run.plan.device)
+        attach_adapter(model, run.plan, run.base)
+        print(duration(model, run.data.train, run.plan.training))
     return 0
 
 

@@ -1,17 +1,20 @@
-"""What a run would learn: the first rows with what is learned of them, and the steps."""
+"""What a run would learn: the first rows with what is learned of them, the steps, and how long they take."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 
 from minilora.adapters.attach import ParameterCount
 from minilora.data import IGNORE_INDEX
+from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.inputs import Data
+from minilora.runs.loop import Record, train
 from minilora.runs.reports import visible
 from minilora.runs.sampler import plan_steps
 from minilora.runs.settings import TrainConfig
@@ -39,6 +42,25 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]
     table += [_lengths(name, examples) for name, examples in data.splits.items()]
     return "\n".join([*rows, "", *table, "", *totals])
+
+
+def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
+    """Train two steps, the first of which warms up, and return what `--dry-run` prints about the time of all.
+
+    The model is changed. A step takes the time that its tokens take at the rate of the second step.
+    """
+    records: list[Record] = []
+    first = replace(config, max_steps=2, eval_steps=None, early_stopping=None, keep="last")
+    train(model, rows, first, records.append)
+    steps = plan_steps(rows.lengths, config)
+    seconds = steps.tokens.sum() / records[-1]["tokens_per_second"]
+    if seconds < 90:
+        total = f"{seconds:.0f} seconds"
+    elif seconds < 90 * 60:
+        total = f"{seconds / 60:.0f} minutes"
+    else:
+        total = f"{seconds / 3600:.1f} hours"
+    return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total}, without evaluations"
 
 
 def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
