@@ -53,7 +53,8 @@ def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
     first = replace(config, max_steps=2, eval_steps=None, early_stopping=None, keep="last")
     train(model, rows, first, records.append)
     steps = plan_steps(rows.lengths, config)
-    seconds = steps.tokens.sum() / records[-1]["tokens_per_second"]
+    tokens = rows.lengths[np.concatenate([batch for step in steps for batch in step])].sum()
+    seconds = tokens / records[-1]["tokens_per_second"]
     if seconds < 90:
         total = f"{seconds:.0f} seconds"
     elif seconds < 90 * 60:
