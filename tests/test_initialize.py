@@ -111,10 +111,8 @@ def test_a_new_adapter_of_an_embedding_has_a_zero_and_b_normal():
 @pytest.mark.parametrize(
     ("make", "arguments", "said"),
     [
-        (drawn_factors, ("nonsense", (2, 3), (4, 2)), "'nonsense', accepted are True, False"),
         (drawn_factors, ("orthogonal", (3, 8), (8, 3)), "even rank; found 3"),
         (embedding_factors, ("gaussian", 4, 3, 2), "'gaussian', for an embedding"),
-        (factors_from_weight, ("pissa_niter_", randn(0, 3, 4), 2, 2.0), "'pissa_niter_', accepted are 'pissa'"),
     ],
 )
 def test_start_values_that_there_are_not_are_refused(make, arguments, said):

@@ -133,9 +133,9 @@ def _warn_of_others(modules: Mapping[str, Any], known: Collection[str | None], c
     parts = {f"{path}.out_proj" for path in attentions}
     linears = [path for path, module in modules.items() if isinstance(module, nn.Linear) and path not in parts]
     left = [path for path in attentions + linears if path not in known and not is_excluded(path, config)]
-    for name, count in Counter(type(modules[path]).__name__ for path in left).items():
-        first = next(path for path in left if type(modules[path]).__name__ == name)
-        warnings.warn(f"all-linear leaves out {count} of class {name}, such as {first!r}", stacklevel=4)
+    if left:
+        kinds = dict(Counter(type(modules[path]).__name__ for path in left))
+        warnings.warn(f"all-linear leaves out {kinds}, such as {left[0]!r}", stacklevel=4)
 
 
 def factor_shapes(module: Any, r: int) -> tuple[tuple[int, int], tuple[int, int]]:

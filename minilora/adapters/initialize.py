@@ -20,13 +20,11 @@ So nothing changes at the start. W_res is never formed: the layer computes W x +
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from minilora.adapters.config import RANDOM_SVD_INIT
 from minilora.errors import ConfigError, TrainingError
 
 OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
@@ -45,15 +43,13 @@ def drawn_factors(
 
     Shapes: shape_A (r, in), shape_B (out, r) -> shape_A, shape_B
     Raises:
-        ConfigError: another kind, or orthogonal factors of an odd rank.
+        ConfigError: orthogonal factors of an odd rank.
     """
     if kind == "orthogonal":
         (r, inner), (out, _) = shape_A, shape_B
         return _orthogonal_factors(r, inner, out, generator)
     if kind == "gaussian":
         return _zeros(shape_A).normal_(0, 1 / shape_A[0], generator=generator), _zeros(shape_B)
-    if kind is not False:
-        raise ConfigError(f"init_lora_weights is {kind!r}, accepted are True, False, 'gaussian' and 'orthogonal'")
     return _uniform(shape_A, generator), _uniform(shape_B, generator)
 
 
@@ -113,7 +109,7 @@ def factors_from_weight(
     Shapes: weight (out, in) -> (r, in), (out, r)
     Dtype: float32, or the weight's if it is wider
     Raises:
-        ConfigError: another kind, or W has no rank of r.
+        ConfigError: W has no rank of r.
         TrainingError: W is not finite.
     """
     out, inner = weight.shape
@@ -128,10 +124,8 @@ def factors_from_weight(
         return _own(R[:r]), _own(Q[:, :r])
     if kind == "pissa":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    elif found := re.fullmatch(RANDOM_SVD_INIT, kind):
-        U, S, Vh = randomized_svd(W, r, int(found[1]), generator)
     else:
-        raise ConfigError(f"init_lora_weights is {kind!r}, accepted are 'pissa', 'pissa_niter_N' and 'olora'")
+        U, S, Vh = randomized_svd(W, r, int(kind.removeprefix("pissa_niter_")), generator)
     root = (S[:r] / scale).sqrt()
     return _own(root.unsqueeze(1) * Vh[:r]), _own(U[:, :r] * root)
 
