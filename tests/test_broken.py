@@ -56,7 +56,7 @@ FILES = {  # content, and how the message goes on
     "utf-16.csv": ("prompt,completion\na,b\n".encode("utf-16"), ": found UTF-16, need UTF-8"),
     "latin-1.CSV": ("prompt,completion\na,b\nc,caf\xe9\n".encode("latin-1"), f":3: byte 0xe9 at 5 is not UTF-8{TABLE}"),
     "long-cell.csv": (f"prompt,completion\na,{'b' * 10**6}", ":2: field larger than field limit"),
-    "cells-without-end.csv": ("prompt,completion\n" + '"\n",' * 2**22, ":2: the row has more than 8,388,608 bytes"),
+    "cells-without-end.csv": ("prompt,completion\n" + '"\n",' * 2**22, ":2: the row has more than 2,097,152 bytes"),
     "latin-1.txt": (b"caf\xe9", ": byte 3 is not UTF-8"),
     "empty.txt": ("", ": text: it is empty"),
     "noncharacter.jsonl": ('{"prompt": "a\\ufdd0", "completion": "b"}\n', ":1: prompt: found U+FDD0"),

@@ -227,10 +227,6 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
             {"text": "a", "label": "b"},
             "text, label: columns text=text learns the text alone, prompt=text,completion=label the label; classes: it",
         ),
-        (
-            {"tokens": ["a"], "labels": ["b"]},
-            "tokens, labels: classes of words: it is a recipe: see recipes/classify_tokens.py",
-        ),
         ({"messages": conversation([("a\udfff", "b")])}, "messages[0].content: found U+DFFF"),
         ({"messages": conversation([("a", "")])}, "messages[1].content: it is empty"),
         (

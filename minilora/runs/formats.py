@@ -96,14 +96,11 @@ def _format_of(fields: Fields) -> Format:
     for keys, read in FORMATS.items():
         if fields.keys() >= {*keys}:
             return read
-    if "tokens" in fields and "labels" in fields:
-        raise DataError(f"tokens, labels: classes of words: {in_recipe('classify_tokens')}")
     known = "; ".join(" and ".join(keys) for keys in FORMATS)
-    preference = "pairs of preferred and rejected answers are for other methods; " if "chosen" in fields else ""
     asked, answer = next((pair for pair in PAIRS if fields.keys() >= {*pair}), ("QUESTION", "ANSWER"))
     context = next((f",input={name}" for name in ("input", "context") if name in fields.keys() - {asked}), "")
     raise DataError(
-        f"keys {sorted(fields)} are of no known shape; known are {known}; {preference}columns renames them: "
+        f"keys {sorted(fields)} are of no known shape; known are {known}; columns renames them: "
         f"instruction={asked}{context},output={answer}, or prompt={asked},completion={answer} for plain text"
     )
 

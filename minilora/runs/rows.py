@@ -24,6 +24,7 @@ from minilora.files import JSON_VALUES, open_file, read_text
 from minilora.runs.formats import Row
 
 LINE_BYTES = 2**23  # of one row; a long book has 2 MB
+TABLE_BYTES = 2**21  # of a row of CSV, in which a cell has at most 131,072 characters and takes 8 bytes or more
 LAYOUTS = "one JSON object a line, or one array of them"
 TABLE = "CSV in UTF-8, quoted as Excel writes it"
 PARQUET = """is Parquet, which is not read; these lines of Python convert it:
@@ -59,7 +60,8 @@ def _select(row: Row, columns: Mapping[str, str]) -> Row:
     if missing and row.fields.keys() >= columns.keys():
         return row  # has the names already, as in a run's held_out.jsonl
     if missing:
-        return replace(row, problem=row.problem or f"there is no column {missing[0]!r}; found {sorted(row.fields)}")
+        found = f"found {sorted(row.fields)!s:.200}"
+        return replace(row, problem=row.problem or f"there is no column {missing[0]!r}; {found}")
     return replace(row, fields={name: row.fields[column] for name, column in columns.items()})
 
 
@@ -92,10 +94,10 @@ def _parse_table(file: BufferedReader, path: Path) -> Iterator[Row]:
 
     def lines() -> Iterator[str]:
         nonlocal size
-        while line := file.readline(LINE_BYTES + 1):
+        while line := file.readline(TABLE_BYTES + 1):
             size += len(line)
-            if size > LINE_BYTES:
-                raise csv.Error(f"the row has more than {LINE_BYTES:,} bytes")
+            if size > TABLE_BYTES:
+                raise csv.Error(f"the row has more than {TABLE_BYTES:,} bytes")
             if b"\0" in line:
                 raise csv.Error("found NUL")
             yield line.decode("utf-8")
@@ -112,7 +114,7 @@ def _parse_table(file: BufferedReader, path: Path) -> Iterator[Row]:
             if not names:
                 names = cells
                 if len({*filled}) < len(filled):
-                    raise DataError(f"{source}: the first row has to name the columns, each once; found {cells}")
+                    raise DataError(f"{source}: the first row has to name the columns, each once; found {cells!s:.80}")
             elif len(cells) == len(names):
                 yield Row(dict(zip(names, cells, strict=True)), source)
             else:

@@ -41,7 +41,7 @@ class DataConfig:
         ConfigError: values of the wrong type, all of them in one message; or a value that cannot work.
     """
 
-    max_length: int = option(1024, "maximum tokens of a row; longer rows are cut")
+    max_length: int = option(1024, "maximum tokens of a row; longer rows are cut, those of `text` into pieces")
     train_on: TrainOn = option("completion", "labels: the last answer, every assistant turn, or all tokens")
     prompt_style: str = option(
         "auto",

@@ -181,17 +181,23 @@ def tensor_calls(root: Path) -> Iterator[Call]:
 
 
 def data_calls(root: Path) -> Iterator[Call]:
-    plain = root / "rows.jsonl"
-
-    def write_and_read(text: bytes, skips: bool = False) -> None:
-        plain.write_bytes(text)
-        ml.load_dataset(plain, Tokenizer(MODEL), ml.DataConfig(skip_bad_rows=skips))
+    def write_and_read(text: bytes, skips: bool = False, name: str = "rows.jsonl") -> None:
+        (root / name).write_bytes(text)
+        ml.load_dataset(root / name, Tokenizer(MODEL), ml.DataConfig(skip_bad_rows=skips))
 
     yield "data: a line of 9 MB", partial(write_and_read, b'{"text": "' + b"a" * 9_000_000 + b'"}')
     yield "data: bad rows", partial(write_and_read, b"[]\n" * 400_000, True)
     yield "data: bad rows in an array", partial(write_and_read, b"[" + b"1," * 400_000 + b"1]", True)
     yield "data: a row of lists", partial(write_and_read, b'{"a":[' + b"[]," * 2_500_000 + b"1]}")
     yield "data: texts that are empty", partial(write_and_read, b'{"text":""}\n' * 100_000, True)
+    for name, text in {
+        "cells without end": b"prompt,completion\n" + b'"\n",' * 20_000_000,
+        "a row of 2,000,000 cells": b"prompt,completion\n" + b"," * 2_000_000 + b"a",
+        "2,000,000 columns": b"," * 2_000_000 + b"prompt,completion\na,b\n",
+        "400,000 bad rows": b"prompt,completion\n" + b"a\n" * 400_000,
+    }.items():
+        yield f"data: CSV: {name}", partial(write_and_read, text, True, "rows.csv")
+    yield "data: a document of 9 MB", partial(write_and_read, b"a" * 9_000_000, False, "book.txt")
     yield "data: deep", partial(write_and_read, b'{"a":' * 100_000)
     yield "data: digits", partial(write_and_read, b'{"a": ' + b"9" * 10**6 + b"}")
 
