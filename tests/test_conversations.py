@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.cli.generate import encode_prompt
 from minilora.data import IGNORE_INDEX
+from minilora.runs.encoders import encode_prompt
 from minilora.runs.evaluate import answer_of, prompt_of
 from minilora.runs.formats import Row
 from tests.chat_templates import FAMILIES, GEMMA, GLM4, LLAMA3, MISTRAL, NEMOTRON, PARTS_ONLY, PHI3, QWEN3, R1

@@ -22,13 +22,12 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
+from minilora.cli.write import GenerationConfig, Written, add_generation_flags, as_fields, generate_text, say_cut
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.conversations import encode_question
-from minilora.runs.encoders import use_prompt_style
-from minilora.runs.formats import Fields, PromptCompletion, Row, parse_prompt
+from minilora.runs.encoders import encode_prompt, use_prompt_style
+from minilora.runs.formats import Row
 from minilora.runs.inputs import read_eval_rows
 from minilora.runs.settings import DataConfig
 
@@ -128,47 +127,6 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) 
     return [encode_prompt(row, tokenizer, system, form) for row in rows]
 
 
-def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str) -> list[int]:
-    """Return the token ids of a row's prompt, the same that training has before the answer.
-
-    Args:
-        row: the row, whose answer is ignored.
-        tokenizer: with the chat template.
-        system: the system prompt of conversations that have none.
-        form: "template" makes a `prompt` that is text and has no `completion` a user's message, if there is a template;
-            "plain" does not; "raw" does not, and control tokens in the text act as such.
-
-    Raises:
-        DataError: the row has no prompt, or one that cannot be encoded.
-    """
-    try:
-        if row.problem:
-            raise DataError(row.problem)
-        fields, text = row.fields, row.fields.get("prompt")
-        if isinstance(text, str) and form == "template" and tokenizer.template and fields.get("completion") is None:
-            fields = {**fields, "prompt": [{"role": "user", "content": text}]}
-        parsed = parse_prompt(fields, DataConfig(system=system))
-        if isinstance(parsed, PromptCompletion):
-            ids = _encode_text(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
-        elif form == "raw":
-            raise DataError("a conversation needs the chat template, which --raw leaves out")
-        else:
-            ids = encode_question(parsed, tokenizer)
-        if not ids:
-            raise DataError("the prompt is empty")
-    except DataError as error:
-        raise DataError(f"{row.source}: {error}") from error
-    return ids
-
-
-def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of a text, without those that the tokenizer adds at its end."""
-    ids, spans = tokenizer.encode_spans(text)
-    while len(ids) > 1 and spans[len(ids) - 1][0] == spans[len(ids) - 1][1]:
-        ids.pop()
-    return ids
-
-
 def _print_json(write: Write, rows: Sequence[Row], prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
     """Print each row with its texts, by their keys, as a JSON object."""
     for begin in range(0, len(rows), BATCH_SIZE):
@@ -178,12 +136,6 @@ def _print_json(write: Write, rows: Sequence[Row], prompts: Sequence[list[int]],
             answers = [answer | as_fields(key, each) for answer, each in zip(answers, written, strict=True)]
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
-
-
-def as_fields(key: str, written: Written) -> Fields:
-    """Return a text as fields of a row, under its key."""
-    reason = "finish_reason" if key == "text" else f"{key}_finish_reason"
-    return {key: written.text, reason: written.finish_reason}
 
 
 def _print_text(write: Write, prompts: Sequence[list[int]], keys: Sequence[str], adapter: str, limit: int) -> None:

@@ -12,10 +12,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from minilora.adapter import disable_adapter
-from minilora.cli.generate import as_fields, encode_prompt
-from minilora.cli.write import Written, merged_if_faster
+from minilora.cli.write import Written, as_fields, merged_if_faster
 from minilora.llama import Llama
 from minilora.runs.directory import Run
+from minilora.runs.encoders import encode_prompt
 from minilora.runs.evaluate import BATCH_SIZE, Progress, write_answers
 from minilora.runs.formats import Fields, PromptCompletion, Row, parse_row
 from minilora.runs.settings import DataConfig

@@ -1,4 +1,4 @@
-"""Tokenize rows, and label the tokens that are trained on.
+"""Tokenize rows, and label the tokens that are trained on; tokenize what a row asks.
 
     rows.stream_rows                    a line of a file as fields
     formats.parse_row                   prompt and completion, or a conversation
@@ -30,9 +30,9 @@ from minilora.data import Span, label_tokens
 from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.conversations import render_conversation
+from minilora.runs.conversations import encode_question, render_conversation
 from minilora.runs.dataset import INT32, ROW, Dataset, Example
-from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
+from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row
 from minilora.runs.settings import DataConfig, TrainOn
 
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
@@ -159,6 +159,47 @@ def _encode_text(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: Train
             tokens, labels = [*tokens, tokenizer.eos_id], [*labels, tokenizer.eos_id]
         labels[-1] = tokenizer.eos_id
     return tokens, labels
+
+
+def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str) -> list[int]:
+    """Return the token ids of a row's prompt, the same that training has before the answer.
+
+    Args:
+        row: the row, whose answer is ignored.
+        tokenizer: with the chat template.
+        system: the system prompt of conversations that have none.
+        form: "template" makes a `prompt` that is text and has no `completion` a user's message, if there is a template;
+            "plain" does not; "raw" does not, and control tokens in the text act as such.
+
+    Raises:
+        DataError: the row has no prompt, or one that cannot be encoded.
+    """
+    try:
+        if row.problem:
+            raise DataError(row.problem)
+        fields, text = row.fields, row.fields.get("prompt")
+        if isinstance(text, str) and form == "template" and tokenizer.template and fields.get("completion") is None:
+            fields = {**fields, "prompt": [{"role": "user", "content": text}]}
+        parsed = parse_prompt(fields, DataConfig(system=system))
+        if isinstance(parsed, PromptCompletion):
+            ids = _encode_start(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
+        elif form == "raw":
+            raise DataError("a conversation needs the chat template, which a raw prompt leaves out")
+        else:
+            ids = encode_question(parsed, tokenizer)
+        if not ids:
+            raise DataError("the prompt is empty")
+    except DataError as error:
+        raise DataError(f"{row.source}: {error}") from error
+    return ids
+
+
+def _encode_start(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a text, without those that the tokenizer adds at its end."""
+    ids, spans = tokenizer.encode_spans(text)
+    while len(ids) > 1 and spans[len(ids) - 1][0] == spans[len(ids) - 1][1]:
+        ids.pop()
+    return ids
 
 
 def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ()) -> Tokenizer:
