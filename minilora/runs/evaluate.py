@@ -30,7 +30,6 @@ from minilora.runs.settings import TrainConfig
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
-BATCH_SIZE = 8  # prompts that are answered at a time
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
@@ -237,8 +236,8 @@ def write_answers(
     """Return what the model writes after each prompt, greedily, and each at most as many tokens as its limit."""
     order = sorted(range(len(prompts)), key=lambda i: limits[i])  # so that the texts of a batch are about as long
     written: dict[int, list[int]] = {}
-    for begin in range(0, len(order), BATCH_SIZE):
-        batch = order[begin : begin + BATCH_SIZE]
+    for places in eval_groups([len(prompts[i]) + limits[i] for i in order]):
+        batch = [order[place] for place in places]
         left = [limits[i] for i in batch]
         texts = generate(
             model,
@@ -248,7 +247,7 @@ def write_answers(
             on_token=partial(_is_last, left),
         )
         written |= zip(batch, texts, strict=True)
-        progress(begin + len(batch), len(prompts))
+        progress(len(written), len(prompts))
     return [written[i] for i in range(len(prompts))]
 
 
@@ -261,9 +260,7 @@ def _is_last(left: list[int], row: int, token: int) -> bool:
 def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
     """Return the prompts of some examples, and what the model generates for each, greedily."""
     prompts = [prompt for example in examples if (prompt := prompt_of(example))]
-    if not prompts:
-        return []
-    written = generate(model, prompts, SAMPLE_TOKENS, stop_ids=tokenizer.stop_ids)
+    written = write_answers(model, tokenizer, prompts, [SAMPLE_TOKENS] * len(prompts))
     pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
     return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
