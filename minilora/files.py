@@ -178,24 +178,18 @@ class TensorFile:
         return torch.empty(0, dtype=torch.uint8, device="cpu").set_(content).view(dtype).view(self.shapes[name])
 
 
-def shard_names(index_path: Path) -> dict[str, str]:
-    """Return the `weight_map` of a `*.safetensors.index.json`: tensor name -> file name."""
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise FormatError(f"{index_path}: key 'weight_map' is missing or not an object")
-    for name in weight_map.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
-            raise FormatError(f"{index_path}: {name!r} is not a plain file name")
-    return weight_map
-
-
 def tensor_files(directory: Path) -> dict[str, TensorFile]:
     """Return for each tensor of a model directory the file that holds it."""
     index = directory / INDEX
     if not index.is_file():
         file = TensorFile(directory / "model.safetensors")
         return dict.fromkeys(file.shapes, file)
-    weight_map = shard_names(index)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{index}: key 'weight_map' is missing or not an object")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+            raise FormatError(f"{index}: {name!r} is not a plain file name")
     shards = {name: TensorFile(directory / name) for name in sorted(set(weight_map.values()))}
     if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
         raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
@@ -256,18 +250,12 @@ def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[s
 
     Files that match `obsolete` are removed unless they are replaced; the manifest also lists the files `beside`.
     """
-    is_new = not directory.exists()
-    try:
-        with replacing(directory / STAGED) as temporary:  # no rename onto files of another process
-            temporary.mkdir()
-            yield temporary
-            finish_commit(directory)
-            removed = sorted({path.name for pattern in obsolete for path in directory.glob(pattern)})
-            write_manifest(temporary, removed, [directory / name for name in beside])
-    except BaseException:
-        if is_new and directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
-        raise
+    with replacing(directory / STAGED) as temporary:  # no rename onto files of another process
+        temporary.mkdir()
+        yield temporary
+        finish_commit(directory)
+        removed = sorted({path.name for pattern in obsolete for path in directory.glob(pattern)})
+        write_manifest(temporary, removed, [directory / name for name in beside])
     finish_commit(directory)
 
 

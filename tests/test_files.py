@@ -322,7 +322,7 @@ def test_a_model_is_no_adapter_whose_files_have_changed(tmp_path):
         loaded(tmp_path)
 
 
-def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):
+def test_what_cannot_be_saved_leaves_no_file_behind(tmp_path):
     with pytest.raises(ml.TargetError, match="the model has no adapter"):
         ml.save_adapter(tiny_model(), tmp_path / "none")
     model = with_adapter("LoRA")
@@ -333,7 +333,7 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):
     model.lm_head.weight.data[0] = torch.inf
     with pytest.raises(ml.TrainingError, match="not finite"):
         ml.save_model(model, tmp_path / "model")
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def renamed(old, new):

@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from minilora import FormatError, TrainingError, files
 from minilora.files import (
+    INDEX,
     MANIFEST,
     STAGED,
     TensorFile,
@@ -28,7 +29,7 @@ from minilora.files import (
     read_json,
     read_text,
     replacing,
-    shard_names,
+    tensor_files,
     write_json,
     write_tensors,
 )
@@ -133,16 +134,19 @@ def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, posit
         assert str(path) in str(error)  # noqa: PT017 - either is right
 
 
-def test_a_shard_that_is_no_plain_file_name_is_refused_and_an_index_without_a_map(path):
+def test_a_shard_that_is_no_plain_file_name_is_refused_and_an_index_without_a_map(tmp_path):
+    path = tmp_path / INDEX
     for name in ("", ".", "..", "/etc/passwd", "../a", "a/b", "..\\a", "C:a", "a\0b", 3, None, ["model.safetensors"]):
         write_json(path, {"weight_map": {"a": "model.safetensors", "b": name}})
-        assert f"{name!r} is not a plain file name" in refuses(shard_names, path)
+        assert f"{name!r} is not a plain file name" in refuses(lambda path: tensor_files(path.parent), path)
     for value in (None, [], "model.safetensors", 3):
         write_json(path, {"weight_map": value})
-        assert "weight_map" in refuses(shard_names, path)
+        assert "weight_map" in refuses(lambda path: tensor_files(path.parent), path)
     names = {"a": "model-00001-of-00002.safetensors", "b": "..model", "c": "mod el.é"}
     write_json(path, {"weight_map": names})
-    assert shard_names(path) == names
+    for tensor, name in names.items():
+        write_tensors(tmp_path / name, {tensor: torch.ones(3)})
+    assert {tensor: file.path.name for tensor, file in tensor_files(tmp_path).items()} == names
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(path):
