@@ -191,13 +191,13 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(saved):
 
 
 def test_a_stored_tensor_that_follows_from_the_config_is_passed_over(tmp_path):
-    for family, more in [
-        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}),  # of old files
-        ("qwen2", {"lm_head.weight": torch.zeros(61, 24)}),  # is tied
-    ]:
+    for family, name in [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("qwen2", "lm_head.weight")]:
         before = ml.load_model(write_base(tmp_path / family, family))
-        change(tmp_path / family, more)
+        change(tmp_path / family, {name: before.model.embed_tokens.weight})
         same_state(ml.load_model(tmp_path / family), before)
+    change(tmp_path / "qwen2", {"lm_head.weight": torch.zeros(61, 24)})  # which transformers does not tie
+    with pytest.raises(FormatError, match="set tie_word_embeddings to false"):
+        ml.load_model(tmp_path / "qwen2")
 
 
 def test_weights_that_are_no_plain_floating_point_numbers_are_refused_and_dtypes_that_are_not_supported(saved):

@@ -110,6 +110,13 @@ def stored_weights(
     _check_names(directory, model, files, packed)
     config = QuantizeConfig.of(quantize)
     _check_packed(directory, model.config.source, packed, config)
+    if model.config.tie_word_embeddings and HEAD in files:
+        head, embedding = (files[name].read(name) for name in (HEAD, EMBEDDING))
+        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            raise FormatError(
+                f"{directory}: {HEAD} is not the embedding, and config.json says that they are tied; for a model with "
+                "this head, as transformers reads it, set tie_word_embeddings to false there, or remove the tensor"
+            )
     chosen = set() if packed else config.chosen(list(_linears(model)))
     for name, _ in model.named_parameters():
         if name in packed:
