@@ -317,7 +317,7 @@ def test_messages_need_a_template_standard_input_is_utf_8_and_a_terminal_is_not_
 ):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [user("a")]}))
     assert "rows.jsonl:1: the model has no chat template" in refused("--prompts", tmp_path / "rows.jsonl")
-    assert "--raw leaves out" in refused("--prompts", tmp_path / "rows.jsonl", "--raw", model="chat")
+    assert "a raw prompt leaves out" in refused("--prompts", tmp_path / "rows.jsonl", "--raw", model="chat")
     type_in(monkeypatch, b"a\xff")
     assert "can't decode byte 0xff" in refused()
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
