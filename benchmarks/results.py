@@ -223,23 +223,19 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def facts(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Where and when all lines were measured."""
+def facts(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Where, when and how all lines were measured."""
     dates, states = sorted(line["date"] for line in lines), dict[str, list[str]]()
     for line in lines:
         states.setdefault(line["source"], []).append(line["work"])
     most = max(states, key=lambda state: len(set(states[state])))
     others = (f"of {', '.join(dict.fromkeys(works))} {state}" for state, works in states.items() if state != most)
-    return {
+    numbers = {"warm_up": WARM_UP, "steps": STEPS, "repeats": REPEATS, "rank": RANK, "alpha": ALPHA}
+    return numbers | {
         "dates": f"{dates[0][:10]} to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else dates[0][:10],
         "machine": lines[0]["machine"],
         "versions": lines[0]["versions"],
         "states": "; ".join([most, *others]),
-        "warm_up": f"{WARM_UP}",
-        "steps": f"{STEPS}",
-        "repeats": f"{REPEATS}",
-        "rank": f"{RANK}",
-        "alpha": f"{ALPHA}",
     }
 
 
