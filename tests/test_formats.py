@@ -138,7 +138,7 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
         (["answer", "question"], "instruction=question,output=answer, or prompt=question,completion=answer"),
         (["input", "output"], "instruction=input,output=output, or prompt=input,completion=output"),
         (["context", "instruction", "response"], "instruction=instruction,input=context,output=response, or "),
-        (["a", "b"], "instruction=QUESTION,output=ANSWER, or prompt=QUESTION,completion=ANSWER for plain text"),
+        (["a", "b"], "instruction=QUESTION,output=ANSWER, or prompt=QUESTION,completion=ANSWER for plain text; of CSV"),
     ],
 )
 def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, columns):

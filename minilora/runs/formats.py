@@ -101,7 +101,8 @@ def _format_of(fields: Fields) -> Format:
     context = next((f",input={name}" for name in ("input", "context") if name in fields.keys() - {asked}), "")
     raise DataError(
         f"keys {sorted(fields)} are of no known shape; known are {known}; columns renames them: "
-        f"instruction={asked}{context},output={answer}, or prompt={asked},completion={answer} for plain text"
+        f"instruction={asked}{context},output={answer}, or prompt={asked},completion={answer} for plain text; "
+        "of CSV the first row names them"
     )
 
 
