@@ -1,5 +1,6 @@
 """The laws of label masks: right masks pass, and each mistake is found and named."""
 
+import json
 import re
 
 import pytest
@@ -51,7 +52,7 @@ def test_our_masks_pass(template, use_regex, tokenizer):
             done = max(done, end)
         return tokens, is_label
 
-    assert len(check_chat_mask(render)) == 7
+    assert len(check_chat_mask(render)) == 8
 
 
 @pytest.mark.parametrize("cause", MISTAKES)
@@ -107,3 +108,67 @@ def test_each_law_of_masks_finds_what_breaks_it(mistake):
     law, render, said = WRONG_TEXTS[mistake]
     with pytest.raises(CheckFailure, match=said):
         laws("chat_mask")[law].check(render)
+
+
+def with_tools(messages, drops="", learns=("assistant",), reasons=True):
+    """Render calls and results of tools; the reasoning of earlier turns is dropped."""
+    tokens, flags = [], []
+    for i, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] == "assistant" and (not reasons or i + 1 < len(messages)):
+            content = content.rpartition("</think>")[2].lstrip("\n")
+        parts = [content, *(json.dumps(call["function"]) for call in message.get("tool_calls", []))]
+        words = [*re.findall(r"\w+|\W", " ".join(parts)), "[/]"]
+        if message["role"] != drops:
+            tokens += [f"[{message['role']}]", *words]
+            flags += [False] + [message["role"] in learns] * len(words)
+    return tokens, flags
+
+
+@pytest.mark.parametrize("reasons", [True, False])
+def test_calls_of_tools_and_reasoning_that_is_kept_or_dropped_pass(reasons):
+    reports = check_chat_mask(lambda messages: with_tools(messages, reasons=reasons), has_tools=True)
+    assert {report.law for report in reports} >= {"chat_mask-reasoning", "chat_tools-calls"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"drops": "tool"}, "the word Qd: wrong"),
+        ({"learns": ("assistant", "tool")}, "the word Qd: wrong"),
+        ({"learns": ("tool",)}, "the word Qc: wrong"),
+    ],
+)
+def test_a_result_that_is_lost_or_learned_and_a_call_that_is_not_learned_are_refused(wrong, said):
+    with pytest.raises(CheckFailure, match=said):
+        laws("chat_tools")["calls"].check(lambda messages: with_tools(messages, **wrong))
+
+
+def test_a_call_that_the_template_leaves_out_and_reasoning_that_is_not_learned_are_refused():
+    without = lambda messages: with_tools([{**each, "tool_calls": []} for each in messages])  # noqa: E731
+    with pytest.raises(CheckFailure, match="the word Qc: wrong"):
+        laws("chat_tools")["calls"].check(without)
+
+    def unlearned(messages):
+        tokens, flags = with_tools(messages)
+        return tokens, [flag and token != "Qe" for token, flag in zip(tokens, flags, strict=True)]
+
+    with pytest.raises(CheckFailure, match="the word Qe: wrong"):
+        check_chat_mask(unlearned)
+
+
+def opens_next(messages, is_learned=True):
+    """Render as GLM does: the token of the user's turn ends the reply before it."""
+    tokens, flags, stops = [], [], False
+    for message in [*messages, {"role": "user", "content": ""}]:
+        words = re.findall(r"\S+|\s+", message["content"])
+        tokens += [f"<|{message['role']}|>", *words]
+        flags += [stops and is_learned, *[message["role"] == "assistant"] * len(words)]
+        stops = message["role"] == "assistant"
+    return tokens, flags
+
+
+def test_a_stop_token_that_opens_the_next_turn_passes_and_is_demanded():
+    check_chat_mask(opens_next)
+    with pytest.raises(CheckFailure, match="the end token after a reply is not learned"):
+        check_chat_mask(lambda messages: opens_next(messages, is_learned=False))

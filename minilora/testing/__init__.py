@@ -4,7 +4,7 @@ The module `strategies` draws hypothesis examples; nothing else needs the extra 
 """
 
 from minilora.testing.cases import AdaptedLinear
-from minilora.testing.chat_laws import Chat
+from minilora.testing.chat_laws import Chat, MarkedWords
 from minilora.testing.checks import (
     check,
     check_accumulation,
@@ -42,6 +42,7 @@ __all__ = [
     "Chat",
     "CheckFailure",
     "Lengths",
+    "MarkedWords",
     "MaskedLogits",
     "MicroBatches",
     "NF4Weight",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,24 @@ class Chat:
         return [{"role": role, "content": content} for role, content in self.turns]
 
 
-Render = Callable[[list[dict[str, str]]], tuple[Sequence[str], Sequence[bool]]]
+@dataclass(frozen=True)
+class MarkedWords:
+    """A conversation of any messages, in which words that occur once are to be learned, or read alone.
+
+    A word of `optional` may be left out by the template, as the reasoning of earlier turns is; if it is there, it is
+    learned.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    learned: tuple[str, ...]
+    read: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(str(message) for message in self.messages)
+
+
+Render = Callable[[list[dict[str, Any]]], tuple[Sequence[str], Sequence[bool]]]
 
 
 def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
@@ -46,6 +64,23 @@ def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
         yield claim("the end tokens", "" if closings == replies else unclosed)
         shown = f"learned are    {marked(tokens, flags)}\n  accepted are   {marked(tokens, right)}"
         yield claim("the labelled text", "" if right == [bool(flag) for flag in flags] else shown)
+
+
+def marked_words(render: Render, case: MarkedWords) -> Iterator[Comparison]:
+    tokens, flags = render(copy.deepcopy(list(case.messages)))
+    text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens])
+    begins = ends - [len(token) for token in tokens]
+    for word in (*case.learned, *case.read, *case.optional):
+        begin, end = text.find(word), text.find(word) + len(word)
+        if begin < 0:
+            lost = "" if word in case.optional else f"found {text!r}; accepted is a text with {word!r}"
+            yield claim(f"the word {word}", lost)
+            continue
+        is_learned = np.array(flags, dtype=bool)[(begins < end) & (ends > begin)]
+        is_right = is_learned.any() == is_learned.all() == (word not in case.read)
+        wanted = "read alone" if word in case.read else "learned"
+        shown = f"found {marked(tokens, flags)}; accepted is that {word!r} is {wanted}"
+        yield claim(f"the word {word}", "" if is_right else shown)
 
 
 def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]]:
@@ -136,6 +171,32 @@ CONVERSATIONS = {
     "two_replies": [Chat((*Chat().turns, ("assistant", "No, night.")))],
     "system": chats(HELLO, LONGER, system="Be brief."),
 }
-LAWS = tuple(
-    Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()
+REASONING = MarkedWords(
+    (
+        {"role": "user", "content": "Is it Qa?"},
+        {"role": "assistant", "content": "<think>\nQb\n</think>\n\nNo, Qc."},
+        {"role": "user", "content": "And Qd?"},
+        {"role": "assistant", "content": "<think>\nQe\n</think>\n\nQf, too."},
+    ),
+    learned=("Qc", "Qf"),
+    read=("Qa", "Qd"),
+    optional=("Qb", "Qe"),
+)
+CALL = {"id": "call00001", "type": "function", "function": {"name": "Qb", "arguments": {"city": "Qc"}}}
+TOOLS = MarkedWords(
+    (
+        {"role": "user", "content": "Is it warm in Qa?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "Qd degrees", "tool_call_id": "call00001", "name": "Qb"},
+        {"role": "assistant", "content": "Qe, it is."},
+    ),
+    learned=("Qc", "Qe"),  # the name of the function may stand in the tool's result as well
+    read=("Qa", "Qd"),
+)
+THINKING = "replies are learned where they hold reasoning, which a template may drop; questions are not"
+CALLING = "calls of tools and the replies are learned, questions and results of tools are not; no text is lost"
+LAWS = (
+    *(Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()),
+    Law("chat_mask", "reasoning", THINKING, [REASONING], marked_words),
+    Law("chat_tools", "calls", CALLING, [TOOLS], marked_words),
 )

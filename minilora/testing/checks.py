@@ -63,7 +63,7 @@ def laws(*kinds: str) -> dict[str, Law]:
         linear4bit             make_layer, as `check_linear4bit`
         loss_masking           loss_fn, as `check_loss_masking`
         accumulation           step_fn, as `check_accumulation`
-        chat_mask              render, as `check_chat_mask`
+        chat_mask, chat_tools  render, as `check_chat_mask`
         packing                the tuple of what `check_packing` takes
         generation             the tuple of what `check_generation` takes
         adapter_directory      a path, as `check_adapter_directory`
@@ -226,15 +226,16 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
     return check(step_fn, "accumulation")
 
 
-def check_chat_mask(render: Callable[..., Any]) -> list[Report]:
+def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list[Report]:
     """Check what of a conversation is learned: each reply of the assistant, the end token after it, and nothing else.
 
     Args:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the
             rendered text when they are joined, and whether each is learned. It is called with other words in place of
             the contents too, by which the contents are found. A template may strip white space around a content.
+        has_tools: check calls of tools and their results as well: messages with "tool_calls", and of the role "tool".
     """
-    return check(render, "chat_mask")
+    return check(render, "chat_mask", *(["chat_tools"] if has_tools else []))
 
 
 def check_packing(
