@@ -123,8 +123,6 @@ class Chat:
         self.replies += 1
         if pieces:
             self.turns = [*turns, {"role": "assistant", "content": "".join(pieces)}]
-        else:
-            say("there was no reply, so the message was dropped")
 
     def obey(self, command: str) -> None:
         """Run a command that begins with a slash."""

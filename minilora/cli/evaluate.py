@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    record = _run_record(options)
-    config = from_flags(DataConfig, options, _trained_config(record))
+    trained, hashes = _run_record(options)
+    config = from_flags(DataConfig, options, {**trained, "prompt_style": None, "system": None})  # which have own files
     files = files_to_evaluate(options["data"])
-    for file in _trained_on(record, files):
+    for file in _trained_on(trained, hashes, files):
         say(f"{file}: was trained on; rows that were not are in held_out.jsonl of the run")
     rows = list(stream_rows(*files, columns=config.columns))
     model, tokenizer = load(options)
@@ -68,29 +68,21 @@ def run(options: Options) -> int:
     return 0
 
 
-def _run_record(options: Options) -> dict[str, Any]:
-    """Return what run.json says about the run that made the adapter, or the model; empty if there is none."""
+def _run_record(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings and the hashes of the data of the run that made the adapter, or the model; empty if none."""
     directories = [fetch(name, "adapter") for name in options["adapter"]]
     if options["model"] and not directories:
         directories = [Path(options["model"])]
     paths = (directory / "run.json" for directory in directories)
     record = next((read_json(path) for path in paths if path.exists()), {})
-    return record if isinstance(record.get("config"), dict) else {}
+    config, hashes = record.get("config"), record.get("data_sha256")
+    return (config if isinstance(config, dict) else {}), (hashes if isinstance(hashes, dict) else {})
 
 
-def _trained_config(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how the rows of a run were read; how its model is asked is in files of its own."""
-    names = {field.name for field in fields(DataConfig)} - {"prompt_style", "system"}
-    return {name: record["config"].get(name) for name in names} if record else {}
-
-
-def _trained_on(record: Mapping[str, Any], files: Sequence[Path]) -> list[Path]:
+def _trained_on(config: Mapping[str, Any], hashes: Mapping[str, Any], files: Sequence[Path]) -> list[Path]:
     """Return which files hold what a run was trained on: those with a recorded hash, except of held-out rows."""
-    hashes = record.get("data_sha256")
-    if not isinstance(hashes, dict):
-        return []
-    own = Path(str(record["config"].get("eval_data"))).name
-    trained = [hashes[name] for name in hashes if Path(name).name != own and not HELD_OUT.search(Path(name).name)]
+    held_out = Path(str(config.get("eval_data"))).name
+    trained = [hashes[name] for name in hashes if Path(name).name != held_out and not HELD_OUT.search(Path(name).name)]
     return [file for file in files if sha256_of(file) in trained]
 
 

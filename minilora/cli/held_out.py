@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from minilora.adapter import disable_adapter
-from minilora.cli.write import BATCH_SIZE, Written, as_fields, merged_if_faster
+from minilora.cli.write import Written, as_fields
 from minilora.llama import Llama
 from minilora.runs.directory import Run
 from minilora.runs.encoders import encode_prompt
@@ -37,11 +37,9 @@ def answer_held_out(run: Run, model: Llama, base: Llama | None, progress: Callab
             rows.append({"prompt": tokenizer.decode(prompts[-1]), **row.fields, "wanted": wanted})
     if not rows:
         return []
-    as_base = nullcontext() if base else disable_adapter(model)
-    is_whole = run.plan.shard == "none"  # weights of which each process has a part are not merged
-    as_result = merged_if_faster(model, sum(limits) // BATCH_SIZE) if is_whole else nullcontext()
-    for key, asked, context in (("base", base or model, as_base), ("text", model, as_result)):
-        with context:
+    for key, asked in (("base", base or model), ("text", model)):
+        without_adapter = key == "base" and base is None
+        with disable_adapter(model) if without_adapter else nullcontext():
             written = write_answers(asked, tokenizer, prompts, limits, progress(key))
         for fields, tokens, limit in zip(rows, written, limits, strict=True):
             reason = "length" if len(tokens) == limit else "stop"
