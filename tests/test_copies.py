@@ -111,6 +111,23 @@ def test_a_head_that_was_tied_is_its_own_after_merging_only_if_its_copy_was_trai
     assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_tied_modules_are_trained_as_one_and_stay_tied_after_merging_if_it_is_asked(name):
+    model, plain = with_copies(name, ensure_weight_tying=True, own=torch.float64), base_model()
+    assert ml.count_parameters(model).trainable == 61 * 24
+    model(IDS).square().sum().backward()
+    plain(IDS).square().sum().backward()
+    (trained,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert_maths(trained.grad, plain.lm_head.weight.grad)
+    trained.data.add_(trained.grad)
+    logits = model(IDS)
+    ml.merge(model)
+    assert_maths(model(IDS), logits)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(ml.TargetError, match="ensure_weight_tying: no module of modules_to_save shares its weight"):
+        with_copies("norm", ensure_weight_tying=True)
+
+
 def test_all_biases_are_trained_once_each_and_no_weight():
     model = base_model()
     biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}

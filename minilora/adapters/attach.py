@@ -114,12 +114,13 @@ def inject_adapter(
     new = {path: spec.kind(modules[path], path) for path, spec in specs.items() if path not in layers}
     replace_modules(model, ((modules[path], layer) for path, layer in new.items()))
     layers |= new
-    for path, spec in specs.items():
+    for path, spec in sorted(specs.items(), key=lambda item: item[1].tied_to is not None):  # owners first
         layer = layers[path]
+        owner = layers[spec.tied_to] if spec.tied_to else None
         if isinstance(layer, ModulesToSave):
-            layer.add_copy(name, spec.tensors)
+            layer.add_copy(name, spec.tensors, owner)
         elif isinstance(layer, TrainableTokens):
-            layer.add_rows(name, spec.tensors, layers[spec.tied_to] if spec.tied_to else None)
+            layer.add_rows(name, spec.tensors, owner)
         elif isinstance(layer, LowRankWrapper):
             add_adapter(layer, name, build_adapter(layer, config, spec.tensors))
         layer.adapters[name].lora_config = config  # see `config_of_adapter`

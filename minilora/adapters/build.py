@@ -48,7 +48,7 @@ class AdapterSpec(NamedTuple):
     Attributes:
         kind: the class of the wrapper around the module.
         tensors: the tensors that the wrapper or `build_adapter` takes.
-        tied_to: the path of the embedding whose trained rows the module shares.
+        tied_to: the path of the module whose trained rows or weight it shares.
     """
 
     kind: type[AdapterWrapper]
@@ -193,18 +193,31 @@ def build_specs(
         TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
     """
     full = {}
-    for path in select_saved([path for path in modules if path], config):
+    saved = select_saved([path for path in modules if path], config)
+    tied = _tied_modules(modules, saved) if config.ensure_weight_tying else {}
+    if config.ensure_weight_tying and not tied and config.trainable_token_indices is None:
+        raise TargetError("ensure_weight_tying: no module of modules_to_save shares its weight with another")
+    for path in dict.fromkeys((*saved, *tied, *tied.values())):
         held = {name: whole(parameter) for name, parameter in modules[path].named_parameters()}
         if not held or not all(parameter.is_floating_point() for parameter in held.values()):
             what = "packed weights, which cannot be trained" if held else "no parameters"
             raise TargetError(f"modules_to_save: {path} has {what}")
         if type(modules[path]).forward is nn.Module.forward:
             raise TargetError(f"modules_to_save: {path} is a container, which has no forward; name what it holds")
-        full[path] = AdapterSpec(ModulesToSave, held)
+        full[path] = AdapterSpec(ModulesToSave, held, tied.get(path))
     rows = _token_specs(modules, config, embedding)
     if twice := sorted(path for path, count in Counter([*factors, *full, *rows]).items() if count > 1):
         raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
     return _with_biases(modules, {**factors, **full, **rows}, config)
+
+
+def _tied_modules(modules: Mapping[str, Any], saved: Sequence[str]) -> dict[str, str]:
+    """Return the modules that share a weight with one that is trained in full, and the first that has it."""
+    tied: dict[str, str] = {}
+    for weight in [modules[path]._parameters.get("weight") for path in saved]:
+        first, *others = [path for path, module in modules.items() if module._parameters.get("weight") is weight]
+        tied |= {path: first for path in others if weight is not None}
+    return tied
 
 
 def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, AdapterSpec]:
@@ -243,8 +256,7 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
             is_head_of_same = type(module) is nn.Linear and tokens.get(other) == tokens[path]
             if is_tied and (other not in own or is_head_of_same):
                 shared[other] = AdapterSpec(TrainableTokens, {}, tied_to=path)
-    # In the order that they are added in: the owners come first.
-    return {path: spec for path, spec in own.items() if path not in shared} | shared
+    return own | shared
 
 
 def _has_rows(module: Any) -> bool:

@@ -42,7 +42,6 @@ T = TypeVar("T")
     inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
     fan_in_fan_out="it follows from the layer's class; leave it out",
     target_parameters=in_recipe("experts"),
-    ensure_weight_tying="trained token rows of a tied head are the embedding's; modules in full are a copy each",
 )
 @document_fields
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class LoraConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(
         None, "tokens whose embeddings are trained: ids, or JSON of module names and ids"
     )
+    ensure_weight_tying: bool = option(False, "modules in full that share a weight share the trained one, as when tied")
     task_type: Task | None = option(
         None, "what the model is for; a head that its name implies, such as a classifier's, is trained in full"
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.adapter import add_adapter
+from minilora.adapter import add_adapter, own_parameters
 from minilora.adapters.layers import embedding_scale, shallow_copy
 from minilora.lora import AdapterWrapper
 
@@ -35,11 +35,17 @@ class ModulesToSave(AdapterWrapper):
         # FSDP replaces parameters by plain tensors meanwhile, so they are looked up by their names.
         self._names = {key for key, _ in base.named_parameters()}
         self.own: dict[str, set[str]] = {}  # of these, those that each adapter trains
+        self.tied: set[str] = set()  # the adapters whose weight is that of another wrapper
 
-    def add_copy(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add an adapter that trains these parameters."""
+    def add_copy(self, name: str, tensors: Mapping[str, Tensor], owner: AdapterWrapper | None) -> None:
+        """Add an adapter that trains these parameters; its weight is that of the owner, if it is tied to one."""
         self.own[name] = {*tensors}
-        add_adapter(self, name, shallow_copy(self.base, tensors))
+        copy: Any = shallow_copy(self.base, tensors)
+        self.tied.discard(name)
+        if owner is not None:
+            copy.weight = owner.adapters[name].weight
+            self.tied.add(name)
+        add_adapter(self, name, copy)
 
     def is_whole(self, name: str) -> bool:
         """Return whether an adapter trains the module in full, not only its bias."""
@@ -55,7 +61,8 @@ class ModulesToSave(AdapterWrapper):
             return getattr(self.adapters[self.active[-1]] if self.active else self.base, name)
 
     def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        return {key: p for key, p in self.adapters[name].named_parameters() if key in self.own[name]}
+        own = {key: p for key, p in self.adapters[name].named_parameters() if key in self.own[name]}
+        return own | ({"weight": own["weight"].detach().clone()} if name in self.tied else {})  # files share no memory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the active copy, or the base."""
@@ -75,7 +82,8 @@ class ModulesToSave(AdapterWrapper):
 
 def unties(layers: Iterable[AdapterWrapper | None]) -> bool:
     """Return whether merging makes different weights of modules that share one; None is a module without adapters."""
-    return len({tuple(id(layer.adapters[name]) for name in layer.active) if layer else () for layer in layers}) > 1
+    acting = [[p for name in layer.active for p in own_parameters(layer, name)] if layer else [] for layer in layers]
+    return len({tuple(map(id, parameters)) for parameters in acting}) > 1
 
 
 class Rows(nn.Module):

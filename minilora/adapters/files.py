@@ -196,6 +196,10 @@ def _filled(
             start = factors_from_weight(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
         filled[path] = spec._replace(tensors=tensors)
+    tied = {path: spec for path, spec in filled.items() if spec.kind is ModulesToSave and spec.tied_to}
+    for path, spec in tied.items():
+        if not torch.equal(spec.tensors["weight"], filled[str(spec.tied_to)].tensors["weight"]):
+            raise FormatError(f"{stored.path}: ensure_weight_tying: {path} and {spec.tied_to} have other weights")
     return filled
 
 

@@ -157,6 +157,19 @@ def test_what_peft_saves_we_compute_with(tmp_path_factory, family, seed):
     assert_parity(logits(theirs_loading(again, theirs_of(is_tied, dtype))), logits(theirs), ALLOWED[dtype])
 
 
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_modules_in_full_stay_tied_in_files_both_ways(names, tmp_path):
+    fields = {"target_modules": ["q_proj"], "modules_to_save": names, "ensure_weight_tying": True}
+    theirs = theirs_attached(theirs_of(is_tied=True), r=3, lora_alpha=21, **fields).eval()
+    perturb_(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = loaded(tmp_path / "theirs", ours_of(is_tied=True))
+    assert_parity(logits(ours), logits(theirs))
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    ml.save_adapter(ours, tmp_path / "ours")
+    assert_parity(logits(theirs_loading(tmp_path / "ours", theirs_of(is_tied=True))), logits(ours))
+
+
 def scaled(kind):
     """A small model of transformers that scales its embeddings."""
     sizes = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 1}
@@ -277,7 +290,6 @@ def test_names_that_contain_the_adapter_s_own_are_read_as_in_peft(name, fields, 
 
 OF_OTHER_KINDS = {
     "alora_invocation_tokens": [1, 2],
-    "ensure_weight_tying": True,
     "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
     "peft_type": "ADALORA",
     "qalora_group_size": 8,
