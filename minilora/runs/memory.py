@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from minilora.adapters.attach import attach
@@ -80,9 +81,12 @@ def forecast(plan: Plan) -> Forecasts:
     set_dropout_step(model.to("meta").train(), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    rows = np.asarray(plan.rows)
+    micro_batches = (batch for step in plan_steps(rows[:, 0], plan.training) for batch in step)
+    largest = rows[max(micro_batches, key=lambda batch: rows[batch, 0].sum())]
     found: dict[str, Forecast] = {}
     for way in get_args(Checkpointing):
-        kept, most = _measure_step(plan, model, way)
+        kept, most = _measure_step(plan, model, largest, way)
         working = max(most, sent - kept) + gathered
         overhead = int(FRAGMENTS * (kept + working)) + libraries
         found[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
@@ -106,10 +110,10 @@ def _tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _measure_step(plan: Plan, model: Llama, way: Checkpointing) -> tuple[int, int]:
-    """Return what autograd saves of the largest micro-batch, and the most that lives besides.
+def _measure_step(plan: Plan, model: Llama, largest: NDArray[Any], way: Checkpointing) -> tuple[int, int]:
+    """Return what autograd saves of a micro-batch, and the most that lives besides.
 
-    A step runs through one block of each kind, whose share counts as often as there are such blocks.
+    `largest` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share counts as often as there are such blocks.
     """
     decoder, blocks = model.model, model.model.layers
     kinds: dict[Any, list[nn.Module]] = {}
@@ -119,9 +123,7 @@ def _measure_step(plan: Plan, model: Llama, way: Checkpointing) -> tuple[int, in
         kinds.setdefault(kind, []).append(block)
         learns = learns or any(p.requires_grad for p in block.parameters())
     decoder.layers = nn.ModuleList(alike[0] for alike in kinds.values())
-    rows = np.asarray(plan.rows)
-    micro_batches = (batch for step in plan_steps(rows[:, 0], plan.training) for batch in step)
-    lengths, labelled = rows[max(micro_batches, key=lambda batch: rows[batch, 0].sum())].T.tolist()
+    lengths, labelled = largest.T.tolist()
     tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
     targets = tokens[: sum(labelled)]
     marks: list[int] = []  # bytes that live before each block, and after the last one
