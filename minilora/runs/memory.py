@@ -113,7 +113,8 @@ def _tensor_bytes(module: nn.Module) -> int:
 def _measure_step(plan: Plan, model: Llama, largest: NDArray[Any], way: Checkpointing) -> tuple[int, int]:
     """Return what autograd saves of a micro-batch, and the most that lives besides.
 
-    `largest` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share counts as often as there are such blocks.
+    `largest` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share
+    counts as often as there are such blocks.
     """
     decoder, blocks = model.model, model.model.layers
     kinds: dict[Any, list[nn.Module]] = {}
