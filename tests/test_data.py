@@ -58,6 +58,14 @@ def test_a_completion_that_brings_its_closing_token_gets_no_second_one(tokenizer
     assert bare == closed
 
 
+def test_another_token_that_the_tokenizer_puts_at_the_end_gives_way_to_the_one_that_ends_an_answer(tmp_path):
+    chosen = write_tokenizer(tmp_path, post="bos and eos", eos=CLOSE)
+    assert chosen.encode("the")[-1] == chosen.token_id(EOS)
+    found = encoded({"prompt": "the", "completion": " cat"}, chosen)
+    assert found.tokens == [*chosen.encode("the cat")[:-1], chosen.token_id(CLOSE)]
+    assert answer_of(found)[-1] == chosen.token_id(CLOSE)
+
+
 def test_without_an_end_token_nothing_is_appended(tmp_path):
     chosen = write_tokenizer(tmp_path, eos=None)
     assert encoded({"prompt": "the", "completion": " cat"}, chosen).tokens == chosen.encode("the cat")

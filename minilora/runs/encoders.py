@@ -150,9 +150,14 @@ def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenize
 
 
 def _encode_text(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
-    """Tokenize prompt and completion as one text and append the end token, which is always labelled."""
+    """Tokenize prompt and completion as one text and append the end token, which is always labelled.
+
+    It takes the place of what the tokenizer adds at the end of a text.
+    """
     prompt, text = parsed.prompt, parsed.prompt + parsed.completion
     tokens, spans = tokenizer.encode_spans(text)
+    if tokenizer.eos_id is not None:
+        _drop_added_end(tokens, spans)
     labels = label_tokens(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
     if tokenizer.eos_id is not None:
         if tokens[-1:] != [tokenizer.eos_id]:
@@ -197,9 +202,15 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
 def _encode_start(text: str, tokenizer: Tokenizer) -> list[int]:
     """Return the token ids of a text, without those that the tokenizer adds at its end."""
     ids, spans = tokenizer.encode_spans(text)
-    while len(ids) > 1 and spans[len(ids) - 1][0] == spans[len(ids) - 1][1]:
-        ids.pop()
+    _drop_added_end(ids, spans)
     return ids
+
+
+def _drop_added_end(ids: list[int], spans: list[Span]) -> None:
+    """Remove the tokens that a tokenizer adds at the end of a text, which have no characters; one token stays."""
+    while len(ids) > 1 and spans[-1][0] == spans[-1][1]:
+        ids.pop()
+        spans.pop()
 
 
 def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ()) -> Tokenizer:
