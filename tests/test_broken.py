@@ -26,17 +26,14 @@ FILES = {  # content, and how the message goes on
     ),
     "deep.jsonl": (f'{GOOD}\n{{"prompt": {"[" * 100_000}', f":2: nested too deeply{KINDS}"),
     "single-quotes.jsonl": ("{'prompt': 'a', 'completion': 'b'}\n", ":1: not JSON"),
-    "missing-comma.json": (
-        f"[{GOOD}\n {GOOD}]\n",
-        ":1: not JSON: need a comma or the closing bracket at column 36",
-    ),
+    "missing-comma.json": (f"[{GOOD}\n {GOOD}]\n", ":2: not JSON: Expecting ',' delimiter at column 2"),
     "bad-element.json": (
         f'[{GOOD},\n {{"prompt": "a",\n  "completion": b}}]\n',
         ":3: not JSON: Expecting value at column 17",
     ),
-    "unclosed.json": (f"[{GOOD},\n {GOOD}\n", ":2: not JSON"),
-    "second-array.json": (f"[{GOOD}]\n[{GOOD}]\n", ":1: not JSON"),
-    "numbers.json": ("[1, 2]\n", ":1: found 1, need a JSON object"),
+    "unclosed.json": (f"[{GOOD},\n {GOOD}\n", ":3: not JSON"),
+    "second-array.json": (f"[{GOOD}]\n[{GOOD}]\n", ":2: not JSON"),
+    "numbers.json": ("[1, 2]\n", "[0]: found 1, need a JSON object"),
     "huge-number.jsonl": (f'{{"prompt": "a", "completion": "b", "id": {"9" * 5000}}}\n', ":1: a number"),
     "surrogate.jsonl": (
         '{"prompt": "a\\ud800", "completion": "b"}\n',

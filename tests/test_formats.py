@@ -243,7 +243,7 @@ def test_each_row_is_recognised_by_itself_in_any_number_of_files(tokenizer, tmp_
     found = ml.load_dataset([lines, array], chosen)
     assert [example.source for example in found] == [
         *(f"{lines}:{line}" for line in range(1, 5)),
-        *(f"{array}:{line}" for line in range(1, len(rows) - 3)),
+        *(f"{array}[{i}]" for i in range(len(rows) - 4)),
     ]
     assert {tuple(example.labels) for example in found[:-1]} == {tuple(found[0].labels)}
     assert found[len(rows) - 1].tokens == [*chosen.encode("ab"), chosen.eos_id]

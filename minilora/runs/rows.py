@@ -1,4 +1,4 @@
-"""Data files as rows, each of which knows the line that it begins on.
+"""Data files as rows, each of which knows where it is from: FILE:LINE, or FILE[INDEX] in an array of JSON.
 
     .csv, .tsv      a row a line, or several with quotes, as Python's `csv` reads them; the first row names the columns
     .txt            a document, which is one row
@@ -12,7 +12,6 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from io import BufferedReader
@@ -30,8 +29,6 @@ TABLE = "CSV in UTF-8, quoted as Excel writes it"
 PARQUET = """is Parquet, which is not read; these lines of Python convert it:
   import pandas
   pandas.read_parquet({!r}).to_json({!r}, orient="records", lines=True)"""
-OPENING = re.compile(r"\s*(\[(?:\s*\])?)\s*")  # of an array, or all of an empty one
-SEPARATOR = re.compile(r"\s*(,|\]\s*\Z)\s*")  # after an element
 
 
 def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
@@ -144,24 +141,13 @@ def _parse_line(line: bytes, source: str) -> Row:
 
 
 def _parse_array(file: BufferedReader, path: Path) -> Iterator[Row]:
-    decoder, line, counted, where = json.JSONDecoder(), 1, 0, str(path)
     try:
-        text = file.read().decode("utf-8")
-        separator = OPENING.match(text)
-        assert separator is not None  # the first character is a bracket
-        while separator[1] in "[,":
-            begin = separator.end()
-            line += text.count("\n", counted, begin)
-            counted, where = begin, f"{path}:{line}"
-            value, end = decoder.raw_decode(text, begin)
-            yield _as_row(value, where)
-            separator = SEPARATOR.match(text, end)
-            if separator is None:
-                raise json.JSONDecodeError("need a comma or the closing bracket", text, end)
+        values = json.loads(file.read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            where = f"{path}:{error.lineno}"
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         raise DataError(f"{where}: {_problem_of(error)}") from error
+    for i, value in enumerate(values):
+        yield _as_row(value, f"{path}[{i}]")
 
 
 def _as_row(value: Any, source: str) -> Row:
