@@ -105,9 +105,34 @@ def test_a_weight_that_is_tied_to_a_trained_one_is_named():
     )
 
 
+def test_weight_decay_alone_is_no_training():
+    model = model_of(first=Experts())
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+
+    refused(r"0\.experts\.1\.weight: changed by weight decay or momentum alone; its gradient was", model, step)
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass_passes():
+    model = model_of()
+
+    def descend(parameter):
+        parameter.data -= 0.1 * parameter.grad
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(descend)
+    check_trains_everything(model, lambda: model(X).square().sum().backward())
+
+
 def test_a_base_that_is_written_to_and_numbers_that_are_not_finite_are_named():
     model = model_of()
     model[0].requires_grad_(False)
+    model[1].register_parameter("tied", model[0].weight)  # which is not why it changes
     step = stepper(model)
 
     def merging():

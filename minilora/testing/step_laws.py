@@ -57,6 +57,9 @@ def check_trains_everything(
             problems.append(f"{name}: not finite after the step")
         elif name in meant and np.array_equal(old, new):
             problems.append(f"{name}: unchanged; {why_unchanged(model, name, gradients)}")
+        elif name in meant and gradients.get(name) is False:
+            reason = why_unchanged(model, name, gradients)
+            problems.append(f"{name}: changed by weight decay or momentum alone; {reason}")
         elif name not in meant and not np.array_equal(old, new, equal_nan=True):
             problems.append(f"{name}: changed; {why_changed(model, name)}")
     if problems:
@@ -93,7 +96,8 @@ def watched(model: nn.Module | Read) -> Iterator[dict[str, bool]]:
         if parameter.requires_grad and parameter.is_leaf:
 
             def note(own: torch.Tensor, name: str = name) -> None:
-                seen[name] = seen.get(name, False) or bool(own.grad is not None and own.grad.any())
+                # None where an optimizer steps in the backward pass
+                seen[name] = seen.get(name, False) or own.grad is None or bool(own.grad.any())
 
             handles.append(parameter.register_post_accumulate_grad_hook(note))
     try:
@@ -129,7 +133,7 @@ def why_changed(model: nn.Module | Read, name: str) -> str:
     if parameter is None:
         return "it is not meant to be trained"
     others = [other for other, each in named(model).items() if each is parameter and other != name]
-    if others:
+    if others and parameter.requires_grad:
         return f"it is tied: one tensor with {others[0]}"
     if parameter.requires_grad:
         return "it requires a gradient, though it is not named as trained"
