@@ -9,7 +9,7 @@ import torch
 
 import minilora as ml
 from benchmarks.ours import train_config
-from benchmarks.work import ALPHA, RANK, TARGETS, Row, Task, Training, config_of, labelled
+from benchmarks.work import ALPHA, RANK, Row, Task, Training, config_of, labelled
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.runs.memory import forecast
@@ -28,8 +28,8 @@ def random_model(config: dict[str, Any], directory: Path) -> None:
 
 
 def adapter_config(dora: bool) -> ml.LoraConfig:
-    """On all seven linears of a block."""
-    return ml.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, use_dora=dora)
+    """On all linears of a block."""
+    return ml.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=dora)
 
 
 def adapter(model: Path, directory: Path, dora: bool) -> None:

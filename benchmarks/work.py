@@ -21,7 +21,6 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 RANK, ALPHA = 16, 32
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 1.0
 WARM_UP, STEPS = 2, 5
 REPEATS = 7  # of what is done at once
