@@ -24,18 +24,23 @@ _GONE = {  # names of earlier versions, and of PEFT and TRL, and what to use her
 }
 
 if TYPE_CHECKING:
-    from minilora.public import *  # noqa: F403 - its `__all__` names them
+    from minilora.public import *  # noqa: F403
 else:
 
+    def _public():
+        names = vars(importlib.import_module("minilora.public"))
+        return {name: value for name, value in sorted(names.items()) if not name.startswith("_")}
+
     def __getattr__(name):
-        if not name.startswith("__") and importlib.util.find_spec(f"minilora.{name}"):
-            return importlib.import_module(f"minilora.{name}")
-        if not name.startswith("__") or name == "__all__":
-            public = importlib.import_module("minilora.public")
-            if name == "__all__" or name in public.__all__:
-                return getattr(public, name)
+        if name == "__all__":
+            return [*_public()]
+        if not name.startswith("__"):
+            if importlib.util.find_spec(f"minilora.{name}"):
+                return importlib.import_module(f"minilora.{name}")
+            if name in (public := _public()):
+                return public[name]
         advice = f"; {_GONE[name]}" if name in _GONE else ""
         raise AttributeError(f"module 'minilora' has no attribute {name!r}{advice}")
 
     def __dir__():
-        return sorted({*globals(), *importlib.import_module("minilora.public").__all__})
+        return sorted({*globals(), *_public()})

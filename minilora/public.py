@@ -1,73 +1,42 @@
 """The public names of `minilora`. Importing this module registers the kernels."""
 
-import minilora.kernels  # noqa: F401
-from minilora.adapter import detach, disable_adapter
-from minilora.adapters.attach import (
-    attach,
-    count_parameters,
-    delete_adapter,
-    find_target_modules,
-    merge,
-    merged,
-    set_adapter,
-)
-from minilora.adapters.combine import CombineConfig
-from minilora.adapters.config import LoraConfig
-from minilora.adapters.files import load_adapter, save_adapter
-from minilora.adapters.weighted import combine_adapters
-from minilora.definition import plain
-from minilora.errors import ConfigError, DataError, FormatError, MiniloraError, ShapeError, TargetError, TrainingError
-from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.checkpoint import load_model, save_model
-from minilora.models.generate import generate
-from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.models.vocabulary import resize_token_embeddings
-from minilora.runs.dataset import Dataset, Example
-from minilora.runs.inputs import load_dataset
-from minilora.runs.loop import TrainResult, train
-from minilora.runs.reports import ProgressBar
-from minilora.runs.sampler import set_dropout_step
-from minilora.runs.settings import DataConfig, TrainConfig
-from minilora.runs.tracking import Tracker
-
-__all__ = [
-    "CombineConfig",
-    "ConfigError",
-    "DataConfig",
-    "DataError",
-    "Dataset",
-    "Example",
-    "FormatError",
-    "LoraConfig",
-    "MiniloraError",
-    "ProgressBar",
-    "QuantizeConfig",
-    "ShapeError",
-    "TargetError",
-    "Tokenizer",
-    "Tracker",
-    "TrainConfig",
-    "TrainResult",
-    "TrainingError",
-    "attach",
-    "combine_adapters",
-    "count_parameters",
-    "delete_adapter",
-    "detach",
-    "disable_adapter",
-    "find_target_modules",
-    "generate",
-    "load_adapter",
-    "load_dataset",
-    "load_model",
-    "load_tokenizer",
-    "merge",
-    "merged",
-    "plain",
-    "resize_token_embeddings",
-    "save_adapter",
-    "save_model",
-    "set_adapter",
-    "set_dropout_step",
-    "train",
-]
+from minilora import kernels as _kernels  # noqa: F401
+from minilora.adapter import detach as detach
+from minilora.adapter import disable_adapter as disable_adapter
+from minilora.adapters.attach import attach as attach
+from minilora.adapters.attach import count_parameters as count_parameters
+from minilora.adapters.attach import delete_adapter as delete_adapter
+from minilora.adapters.attach import find_target_modules as find_target_modules
+from minilora.adapters.attach import merge as merge
+from minilora.adapters.attach import merged as merged
+from minilora.adapters.attach import set_adapter as set_adapter
+from minilora.adapters.combine import CombineConfig as CombineConfig
+from minilora.adapters.config import LoraConfig as LoraConfig
+from minilora.adapters.files import load_adapter as load_adapter
+from minilora.adapters.files import save_adapter as save_adapter
+from minilora.adapters.weighted import combine_adapters as combine_adapters
+from minilora.definition import plain as plain
+from minilora.errors import ConfigError as ConfigError
+from minilora.errors import DataError as DataError
+from minilora.errors import FormatError as FormatError
+from minilora.errors import MiniloraError as MiniloraError
+from minilora.errors import ShapeError as ShapeError
+from minilora.errors import TargetError as TargetError
+from minilora.errors import TrainingError as TrainingError
+from minilora.models.bitsandbytes import QuantizeConfig as QuantizeConfig
+from minilora.models.checkpoint import load_model as load_model
+from minilora.models.checkpoint import save_model as save_model
+from minilora.models.generate import generate as generate
+from minilora.models.tokenizer import Tokenizer as Tokenizer
+from minilora.models.tokenizer import load_tokenizer as load_tokenizer
+from minilora.models.vocabulary import resize_token_embeddings as resize_token_embeddings
+from minilora.runs.dataset import Dataset as Dataset
+from minilora.runs.dataset import Example as Example
+from minilora.runs.inputs import load_dataset as load_dataset
+from minilora.runs.loop import TrainResult as TrainResult
+from minilora.runs.loop import train as train
+from minilora.runs.reports import ProgressBar as ProgressBar
+from minilora.runs.sampler import set_dropout_step as set_dropout_step
+from minilora.runs.settings import DataConfig as DataConfig
+from minilora.runs.settings import TrainConfig as TrainConfig
+from minilora.runs.tracking import Tracker as Tracker

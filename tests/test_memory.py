@@ -28,8 +28,7 @@ from minilora.models.config import parse_config
 from minilora.runs import memory
 from minilora.runs import system as host
 from minilora.runs.inputs import read_data
-from minilora.runs.live import Live
-from minilora.runs.memory import amount, choose_plan
+from minilora.runs.memory import Live, amount, choose_plan
 from minilora.runs.objective import build_optimizer
 from minilora.runs.plan import Plan, find_base, plan_run
 from minilora.runs.sampler import set_dropout_step

@@ -32,7 +32,7 @@ NAME = "import minilora\nprint(minilora.{})"
 AGAIN = "import importlib, sys, minilora\nminilora.train\n{}\nprint(minilora.train)"
 IMPORTS = [  # Python, and how what it prints begins
     (TRAINING, "needless: []"),
-    ("from minilora import *\nprint([name for name in dir() if name[:2] != '__'])", str(public.__all__)),
+    ("from minilora import *\nprint([name for name in dir() if name[:2] != '__'])", str(ml.__all__)),
     (TRAIN.format("import minilora.runs.loop"), "True <function train"),
     (TRAIN.format("from minilora.runs import settings"), "True <function train"),
     (TRAIN.format("import minilora.cli"), "True <function train"),
@@ -79,8 +79,8 @@ def test_every_command_has_a_help_page_with_an_example(name, capsys):
 
 
 def test_every_public_name_is_what_its_module_has():
-    assert set(public.__all__) <= set(dir(ml))
-    for name in public.__all__:
+    assert set(ml.__all__) <= set(dir(ml))
+    for name in ml.__all__:
         assert getattr(ml, name) is getattr(public, name)
 
 
@@ -99,7 +99,7 @@ def test_another_name_is_an_attribute_error_that_names_ours_if_it_is_of_another_
         with pytest.raises(AttributeError, match=f"no attribute '{name}'; {re.escape(advice)}$"):
             getattr(ml, name)
         for ours, command in re.findall(r"use (?:ml\.(\w+)|`minilora (\w+)`)", advice):
-            assert ours in public.__all__ or command in COMMANDS
+            assert ours in ml.__all__ or command in COMMANDS
 
 
 def test_what_they_make_can_be_copied_and_pickled():

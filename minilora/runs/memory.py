@@ -1,13 +1,15 @@
 """Forecast how much memory a run takes, and choose what fits.
 
-The model is built on the device "meta", which has no storage, with its adapter. Weights, gradients and moments are the
-sizes of its parameters. A step with one block of each kind runs there, and what lives is counted (`runs/live.py`). Only
-what ranks exchange and what libraries hold is estimated.
+The model is built on the device "meta", with its adapter. There a tensor has a shape and no numbers, and the code that
+a run will execute allocates and frees what it would on another device. Weights, gradients and moments are the sizes of
+parameters. A step with one block of each kind runs there, and what lives is counted, so no formula has to follow the
+code. Only what ranks exchange and what libraries hold is estimated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -15,7 +17,9 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.attach import attach
 from minilora.kernels.attention import OutlinedAttention
@@ -24,7 +28,6 @@ from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import assign, build_on_meta
 from minilora.nf4 import NF4Linear
 from minilora.runs import world
-from minilora.runs.live import Live
 from minilora.runs.plan import Plan
 from minilora.runs.sampler import plan_steps, set_dropout_step
 from minilora.runs.system import free_memory_bytes
@@ -108,6 +111,34 @@ def _build_base(plan: Plan) -> Llama:
 
 def _tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made, and that still live, except those of `known` storages."""
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.most = 0
+        self.storages = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count its results that are no views of tensors that were there."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return result
+
+    def _hold(self, storage: UntypedStorage) -> None:
+        if storage._cdata not in self.storages:
+            self.storages.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
+
+    def _let_go(self, place: int, size: int) -> None:
+        self.storages.remove(place)
+        self.now -= size
 
 
 def _measure_step(plan: Plan, model: Llama, largest: NDArray[Any], way: Checkpointing) -> tuple[int, int]:
