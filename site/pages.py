@@ -31,7 +31,8 @@ def collect(app: Sphinx, config: Config) -> None:
     texts |= {Path(name): (ROOT / name).read_text(encoding="utf-8") for name in (*SINGLE, START)}
     texts |= {Path("minilora", f"{name}.py"): side_by_side.page(name) for name in side_by_side.PAGES}
     for path in list(texts):
-        text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", texts[path])
+        text = texts[path].replace("> [!IMPORTANT]\n", "")  # known to GitHub alone; the box stays
+        text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", text)
         texts[path] = CODE_OR_LINK.sub(lambda link, page=path: _link(link, page, texts), text)
     for path, text in texts.items():
         target = app.srcdir / _place(path)

@@ -91,7 +91,7 @@ def _block(block: str) -> str:
         title, *rest = re.split(r"(?<=:)\s+", block, maxsplit=1)
         return f"*{title}* {' '.join(rest)}"
     if all(line.startswith("    ") for line in lines):
-        if not any(IS_EQUATION.search(line) for line in lines):
+        if lines[0].endswith(":") or not any(IS_EQUATION.search(line) for line in lines):  # code, or a list
             return "\n".join(["```text", *(line[4:] for line in lines), "```"])
         rows = [re.split(r"\s{2,}", line.strip()) for line in lines]
         return "\n\n".join(
@@ -105,8 +105,11 @@ def _block(block: str) -> str:
 
 def latex(equation: str) -> str:
     """Translate an equation in Unicode into LaTeX."""
-    equation = re.sub(r"√(\w+|\([^)]*\))", r"\\sqrt{\1}", equation)
-    word = re.compile(r"(?<!\\)\b[A-Za-z][A-Za-z_]+\b")
+    equation = re.sub(r"√(\w+|\((?:[^()]|\([^()]*\))*\))", r"\\sqrt{\1}", equation)
+    equation = re.sub(r"\^\(([^)]*)\)", r"^{\1}", equation)
+    # LaTeX keeps no space, so those beside a word are written as one.
+    equation = re.sub(r"(?<=[A-Za-z]{2}) (?=[\w|⌊])|(?<=[\w|\])⌉]) (?=[A-Za-z]{2})", r"\\ ", equation)
+    word = re.compile(r"(?<!\\)\b(?![A-Za-z]_)[A-Za-z]\w+", re.ASCII)
     equation = word.sub(lambda found: rf"\mathrm{{{found[0]}}}".replace("_", r"\_"), equation)
     return "".join(SYMBOLS.get(character, character) for character in equation)
 

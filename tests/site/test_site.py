@@ -101,11 +101,20 @@ def test_the_pages_hold_every_line_of_the_code(site, open_page):
                 assert line in shown, f"{name}.py: {line}"
 
 
-def test_the_print_version_is_one_page(tmp_path):
-    folder = build("singlehtml", tmp_path)
-    text = (folder / "index.html").read_text(encoding="utf-8")
-    assert "A LoRA layer in 30 lines" in text
-    assert "Did it forget?" in text
+def test_equations_keep_their_words_apart_and_code_stays_code(site, open_page):
+    page = open_page(site / "minilora" / "llama.py.html")
+    assert any("in\u00a0float32\u00a0at\u00a0least" in each for each in page.locator("math").all_text_contents())
+    page.goto((site / "minilora" / "training.py.html").as_uri())
+    assert "for step, rows in enumerate(steps):\n    optimizer" in "".join(page.locator("pre").all_text_contents())
+
+
+def test_the_print_version_is_one_page_without_controls_and_with_what_is_folded(tmp_path, open_page):
+    page = open_page(build("singlehtml", tmp_path) / "index.html")
+    page.emulate_media(media="print")
+    assert {"1. A LoRA layer in 30 lines", "10. Did it forget?"} <= set(page.locator("h2").all_inner_texts())
+    assert not page.get_by_text("Skip to content").is_visible()
+    assert page.locator("details:not([open]) pre").first.evaluate("element => element.checkVisibility()")
+    assert not page.get_by_text("[!IMPORTANT]").count()
 
 
 def test_chapters_hold_the_explorables_and_the_site_holds_the_explorer(site, open_page):
