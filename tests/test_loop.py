@@ -166,6 +166,8 @@ def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_a
     for name in ("kept", "trained"):
         ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6), name=name)
     ml.set_adapter(model, ["kept", "trained"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".trained." in name)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = {name for name in before if ".trained.lora_" in name}
     learned = set()
