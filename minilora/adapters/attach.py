@@ -39,12 +39,9 @@ from minilora.adapters.layers import LowRankWrapper
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, Linear
-from minilora.models.bitsandbytes import describe
+from minilora.models.bitsandbytes import describe, is_finite
 from minilora.models.shard import is_sharded
 from minilora.nf4 import NF4Linear
-
-# Models of transformers that scale the input of a tied head; later versions of T5 have a setting for that.
-SCALED_IF_TIED = ("longt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
 
 
 def attach(
@@ -212,13 +209,16 @@ def merge(model: nn.Module) -> None:
         if (own := each._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
     adapted = {layer.path: layer for layer in layers}
-    for paths in sharing.values():
-        if _scales_if_tied(model) and unties(adapted.get(path) for path in paths):
-            raise TargetError(f"{paths[0]}: a merge would untie its weight, which changes what the model computes")
+    config = getattr(model, "config", None)
+    # Of the encoder-decoders without this setting some scale the input of the head if it is tied.
+    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "scale_decoder_outputs"):
+        for paths in sharing.values():
+            if unties(adapted.get(path) for path in paths):
+                raise TargetError(
+                    f"{paths[0]}: a merge would untie its weight, which may change what the model computes"
+                )
     for layer in layers:
-        if layer.active and not _is_finite(layer.merged()):
-            what = "merged, it has numbers that are not finite; nothing was merged"
-            raise TrainingError(f"{layer.path}: {what}")
+        _merged_module(layer)
     adapter.merge(model)
     for first, *others in sharing.values():
         weight: Any = model.get_submodule(first).weight
@@ -230,13 +230,12 @@ def merge(model: nn.Module) -> None:
                 model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _scales_if_tied(model: Any) -> bool:
-    config = getattr(model, "config", None)
-    return getattr(config, "model_type", None) in SCALED_IF_TIED and not hasattr(config, "scale_decoder_outputs")
-
-
-def _is_finite(module: nn.Module) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+def _merged_module(layer: AdapterWrapper) -> nn.Module:
+    """Return what replaces a wrapper, or raise a TrainingError if it has numbers that are not finite."""
+    module = layer.merged() if layer.active else layer.base
+    if layer.active and not all(map(is_finite, module.parameters())):
+        raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
+    return module
 
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
@@ -262,12 +261,8 @@ def merged(model: nn.Module) -> Iterator[None]:
         TrainingError: a merged weight is not finite.
     """
     check_types(merged, locals())
-    replaced = list[tuple[nn.Module, nn.Module]]()
-    for layer in _mergeable_layers(model):  # inactive ones too, or they could be activated
-        module = layer.merged() if layer.active else layer.base
-        if layer.active and not _is_finite(module):
-            raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
-        replaced.append((module, layer))
+    layers = _mergeable_layers(model)  # inactive ones too, or they could be activated
+    replaced = [(_merged_module(layer), layer) for layer in layers]
     try:
         replace_modules(model, ((layer, module) for module, layer in replaced))
         yield

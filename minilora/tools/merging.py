@@ -54,7 +54,7 @@ from minilora.models.checkpoint import (
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
-from minilora.nf4 import NF4Linear, Packed, dequantize_weight, quantize, quantize_absmax
+from minilora.nf4 import NF4Linear, dequantize_weight
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Merge:
         resize_token_embeddings(model, self.rows)
         return model.to(self.weight_dtype)
 
-    def weights(self, quantize: QuantizeConfig, has_head: bool) -> Iterator[tuple[str, Weight]]:
-        """Read names and weights, one at a time; with `has_head`, also the weight of a tied head, by the head's name.
+    def weights(self, quantize: QuantizeConfig) -> Iterator[tuple[str, Weight]]:
+        """Read names and weights, one at a time; the weight of a tied head comes a second time, by the head's name.
 
         Raises:
             FormatError, ConfigError: as in `load_model`.
@@ -108,7 +108,7 @@ class Merge:
             if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
                 weight = grown(weight, self.rows)
             yield name, weight
-            if name == EMBEDDING and has_head and self.config.tie_word_embeddings:
+            if name == EMBEDDING and self.config.tie_word_embeddings:
                 yield HEAD, weight
 
 
@@ -138,12 +138,15 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     layers = _load_adapters(merge)
     target = _target_of(merge, describe_base(quantized)["quantize"])
     model = quantized if target == "requantized" else merge.dense_model()
-    unties = _unties(merge, layers)
-    if unties:
+    ends = [layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING)]
+    is_tied = merge.config.tie_word_embeddings
+    if is_tied and unties(ends):
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+        is_tied = False
     squares: list[tuple[float, float]] = []
-    weights = _merged_weights(_pairs(merge, target, unties), layers, target, squares)
-    save_model_files(model, out, tokenizer, SHARD_BYTES, weights)
+    weights = _merged_weights(_pairs(merge, target), layers, target, squares)
+    written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
+    save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
 
 
@@ -171,7 +174,7 @@ def _load_adapters(merge: Merge) -> dict[str, AdapterWrapper]:
     model = merge.dense_model()
     names = [f"adapter{i}" for i in range(len(merge.adapters))]
     if needed := {f"{path}.weight" for adapter in merge.adapters for path in _needed_modules(adapter)}:
-        for name, weight in merge.weights(merge.quantize, has_head=True):
+        for name, weight in merge.weights(merge.quantize):
             if name in needed:
                 assign(model, name, weight)
     for name, path in zip(names, merge.adapters, strict=True):
@@ -192,20 +195,14 @@ def _needed_modules(adapter: Path) -> set[str]:
     return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
-def _unties(merge: Merge, layers: Mapping[str, AdapterWrapper]) -> bool:
-    """Return whether merging turns a tied embedding and head into two weights."""
-    ends = (layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING))
-    return merge.config.tie_word_embeddings and unties(ends)
-
-
-def _pairs(merge: Merge, target: Target, has_head: bool) -> Iterator[tuple[str, Weight, Weight]]:
+def _pairs(merge: Merge, target: Target) -> Iterator[tuple[str, Weight, Weight]]:
     """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
     if target == "original" and merge.quantize.quantize != "none":
-        originals = merge.weights(QuantizeConfig(), has_head)
-        for (name, weight), (_, trained) in zip(originals, merge.weights(merge.quantize, has_head), strict=True):
+        originals = merge.weights(QuantizeConfig())
+        for (name, weight), (_, trained) in zip(originals, merge.weights(merge.quantize), strict=True):
             yield name, weight, trained
     else:
-        for name, weight in merge.weights(merge.quantize, has_head):
+        for name, weight in merge.weights(merge.quantize):
             yield name, weight, weight
 
 
@@ -225,7 +222,9 @@ def _merged_weights(
         if more := merged.keys() - weights.keys():
             raise ConfigError(f"{path}: the adapters add {sorted(more)}, but the model has no such parameter")
         for key, (weight, trained) in weights.items():
-            result = _packed_like(weight, merged[key]) if target == "requantized" else merged[key]
+            result: Weight = merged[key]
+            if target == "requantized" and isinstance(weight, NF4Linear):
+                result = NF4Linear.quantize(merged[key], None, weight.scales is not None)
             if key == "weight" and isinstance(layer, LowRankWrapper):
                 squares.append(squared_norms(result, trained, layer))
             yield f"{path}.{key}", result
@@ -239,9 +238,6 @@ def _adapted_module(name: str, layers: Mapping[str, AdapterWrapper]) -> str | No
 
 def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merge the adapters into the parameters of a module, by name, in the same dtype."""
-    if isinstance(layer, ModulesToSave):
-        own = layer.peft_tensors(layer.active[-1])
-        return {key: own.get(key, weight).to(weight) for key, weight in weights.items()}
     for key, weight in weights.items():
         assign(layer.base, key, weight)
     found = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
@@ -252,15 +248,6 @@ def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[s
 def dense(weight: Weight) -> Tensor:
     """Return a weight as a tensor, dequantized if it is packed."""
     return weight.weight if isinstance(weight, NF4Linear) else weight
-
-
-def _packed_like(example: Weight, weight: Tensor) -> Weight:
-    """Quantize the weight as the example is quantized, if it is."""
-    if not isinstance(example, NF4Linear):
-        return weight
-    packed, absmax = quantize(weight, example.layout.block_size)
-    rest = (absmax, None, None) if example.scales is None else quantize_absmax(absmax)
-    return NF4Linear(Packed(packed, *rest), example.layout, None).to(example.dtype)
 
 
 def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:
