@@ -12,22 +12,15 @@ from minilora import ConfigError, TrainingError
 from minilora.adapter import attach_lora, lora_tensors
 from minilora.adapters import initialize
 from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
-from minilora.lora import initial_factors
 from minilora.testing.compare import assert_maths, relative
 from tests.models import best_of_rank, default_dtype, generator, randn, scales, seeds, sizes, tiny_model
 
 MOVED = ("pissa", "pissa_niter_3", "olora")
 
 
-def draw_factors(kind, shape_A, shape_B, generator):
-    if kind is True:
-        return tuple(initial_factors(*shape_A, shape_B[0], generator).values())
-    return drawn_factors(kind, shape_A, shape_B, generator)
-
-
 @pytest.mark.parametrize("kind", [True, "gaussian"])
 def test_a_new_adapter_has_b_zero_and_no_zero_in_a(kind):
-    lora_A, lora_B = draw_factors(kind, (6, 10), (7, 6), generator())
+    lora_A, lora_B = drawn_factors(kind, (6, 10), (7, 6), generator())
     assert (lora_A.shape, lora_B.shape) == ((6, 10), (7, 6))
     assert lora_A.dtype == lora_B.dtype == torch.float32
     assert not lora_B.any()
@@ -42,20 +35,20 @@ def assert_moments(values, variance, kurtosis=3.0):
 
 
 def test_the_default_is_uniform_within_one_over_the_root_of_the_inputs_of_an_output():
-    lora_A, _ = draw_factors(True, (64, 400), (3, 64), generator())
+    lora_A, _ = drawn_factors(True, (64, 400), (3, 64), generator())
     bound = 1 / math.sqrt(400)
     assert 0.999 * bound < lora_A.abs().max() <= bound
     assert_moments(lora_A, bound**2 / 3, kurtosis=9 / 5)
 
 
 def test_gaussian_has_a_standard_deviation_of_one_over_the_rank():
-    lora_A, _ = draw_factors("gaussian", (50, 400), (3, 50), generator())
+    lora_A, _ = drawn_factors("gaussian", (50, 400), (3, 50), generator())
     assert_moments(lora_A, 1 / 50**2)
 
 
 @given(seeds, st.sampled_from([2, 4, 8]), sizes, sizes)
 def test_orthogonal_factors_are_not_zero_but_their_product_is(seed, r, inner, outer):
-    lora_A, lora_B = draw_factors("orthogonal", (r, inner), (outer, r), generator(seed))
+    lora_A, lora_B = drawn_factors("orthogonal", (r, inner), (outer, r), generator(seed))
     assert lora_A.all()
     assert lora_B.all()
     A, B = lora_A.double(), lora_B.double()
@@ -65,20 +58,20 @@ def test_orthogonal_factors_are_not_zero_but_their_product_is(seed, r, inner, ou
 
 def test_orthogonal_factors_have_the_size_of_a_tenth_of_a_normal_draw():
     r, inner = 8, 4000
-    lora_A, lora_B = draw_factors("orthogonal", (r, inner), (inner, r), generator())
+    lora_A, lora_B = drawn_factors("orthogonal", (r, inner), (inner, r), generator())
     for factor in (lora_A, lora_B):  # of the r directions half are drawn, the others follow from them
         assert abs(200 * factor.square().mean() - 1) < 6 * math.sqrt(4 / factor.numel())
 
 
 def test_false_draws_both_factors_as_pytorch_starts_them():
-    lora_A, lora_B = draw_factors(False, (64, 100), (80, 64), generator())
+    lora_A, lora_B = drawn_factors(False, (64, 100), (80, 64), generator())
     for factor, bound in ((lora_A, 1 / 10), (lora_B, 1 / 8)):
         assert 0.99 * bound < factor.abs().max() <= bound
 
 
 @pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal"])
 def test_the_same_generator_draws_the_same_factors_and_another_others(kind):
-    first, second, other = (draw_factors(kind, (4, 6), (5, 4), generator(seed)) for seed in (3, 3, 4))
+    first, second, other = (drawn_factors(kind, (4, 6), (5, 4), generator(seed)) for seed in (3, 3, 4))
     assert all(map(torch.equal, first, second))
     assert not torch.equal(first[0], other[0])
 
@@ -86,11 +79,11 @@ def test_the_same_generator_draws_the_same_factors_and_another_others(kind):
 @pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal"])
 def test_the_default_dtype_changes_no_start_value(kind):
     def draw():
-        embedding = embedding_factors(kind, 6, 3, 2, generator()) if isinstance(kind, bool) else ()
+        embedding = embedding_factors(kind, (2, 6), (3, 2), generator()) if isinstance(kind, bool) else ()
         model = tiny_model(num_hidden_layers=1)
         attach_lora(model, ["q_proj"], r=2)
         on_the_page = lora_tensors(model, "default").values()
-        return [*draw_factors(kind, (2, 5), (4, 2), generator()), *embedding, *on_the_page]
+        return [*drawn_factors(kind, (2, 5), (4, 2), generator()), *embedding, *on_the_page]
 
     expected = draw()
     with default_dtype(torch.float64):
@@ -100,19 +93,19 @@ def test_the_default_dtype_changes_no_start_value(kind):
 
 
 def test_a_new_adapter_of_an_embedding_has_a_zero_and_b_normal():
-    lora_A, lora_B = embedding_factors(True, 100, 300, 8, generator())
+    lora_A, lora_B = embedding_factors(True, (8, 100), (300, 8), generator())
     assert lora_A.shape == (8, 100)
     assert not lora_A.any()
     assert lora_B.shape == (300, 8)
     assert_moments(lora_B, 1)
-    assert embedding_factors(False, 100, 300, 8, generator())[0].all()
+    assert embedding_factors(False, (8, 100), (300, 8), generator())[0].all()
 
 
 @pytest.mark.parametrize(
     ("make", "arguments", "said"),
     [
         (drawn_factors, ("orthogonal", (3, 8), (8, 3)), "even rank; found 3"),
-        (embedding_factors, ("gaussian", 4, 3, 2), "'gaussian', for an embedding"),
+        (embedding_factors, ("gaussian", (2, 4), (3, 2)), "'gaussian', for an embedding"),
     ],
 )
 def test_start_values_that_there_are_not_are_refused(make, arguments, said):

@@ -41,9 +41,9 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         f"{OF_DORA}[kernels]",
     ),
     "law 2: B does not start at 0": Mistake(
-        "adapters/initialize.py",
-        "_zeros(shape_B) if kind else",
-        "torch.full(shape_B, 1e-3) if kind else",
+        "lora.py",
+        "B = torch.zeros(outer, r, dtype=torch.float32)",
+        "B = torch.full((outer, r), 1e-3, dtype=torch.float32)",
         "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
     ),
     "law 3: the base is trained too": Mistake(
@@ -72,8 +72,8 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "law 6: of two levels as near the higher one": Mistake(
         "kernels/nf4.py",
-        "(x > own.index_select(0, cell))",
-        "(x >= own.index_select(0, cell))",
+        "codes += x > midpoint",
+        "codes += x >= midpoint",
         f"{NF4}[nf4-ties-kernels]",
     ),
     "law 6: of two levels as near the higher one, by definition": Mistake(

@@ -30,7 +30,7 @@ from minilora.adapters.layers import (
 )
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
-from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm, initial_factors
+from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm
 from minilora.models.shard import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
@@ -165,17 +165,12 @@ def low_rank_spec(
             found = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
             raise ShapeError(f"{path}: start has {found}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
-    elif isinstance(init, str) and next(module.parameters()).is_meta:  # no numbers to make the values from
-        lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
-    elif is_part_of_weight:
+    elif is_part_of_weight and not next(module.parameters()).is_meta:
         weight = as_matrix(module, whole_weight(module))
         lora_A, lora_B = factors_from_weight(str(init), weight, r, scale, generator)
-    elif kind is LoraEmbedding:
-        lora_A, lora_B = embedding_factors(init, shape_A[1], shape_B[0], r, generator)
-    elif init is True:
-        lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
     else:
-        lora_A, lora_B = drawn_factors(init, shape_A, shape_B, generator)
+        draw = embedding_factors if kind is LoraEmbedding else drawn_factors
+        lora_A, lora_B = draw(is_part_of_weight or init, shape_A, shape_B, generator)  # on "meta" W has no numbers
     tensors = {"lora_A": lora_A, "lora_B": lora_B}
     if is_part_of_weight:
         tensors |= {"start_A": lora_A, "start_B": lora_B}
@@ -238,9 +233,8 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
         named = [path for path in modules if path and matches((entry,), path)]
         paths = [path for path in named if _has_rows(modules[path])]
         if not paths:
-            kinds = sorted({type(modules[path]).__name__ for path in named})
-            found = f"is the name of {kinds}, whose rows cannot be trained" if named else "is no module's name"
-            raise TargetError(f"trainable_token_indices: {entry!r} {found}; need an embedding or a linear head")
+            found = sorted({type(modules[path]).__name__ for path in named}) or "no module"
+            raise TargetError(f"trainable_token_indices: {entry!r} names {found}, need an embedding or a linear head")
         for path in paths:
             weight = modules[path].weight
             if bad := [token for token in ids if token >= len(weight)]:

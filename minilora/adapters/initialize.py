@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError, TrainingError
+from minilora.lora import initial_factors
 
 OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
 
@@ -35,8 +36,7 @@ def drawn_factors(
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    True is the start of the page, `lora.initial_factors`. The other kinds:
-
+    True:         `lora.initial_factors`
     "gaussian":   A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
     "orthogonal": B A = 0 with neither of them 0 (`_orthogonal_factors`)
     False:        A and B both ~ U(-1/√in, 1/√in), as PyTorch starts a layer ([He], slope √5), for tests
@@ -45,27 +45,30 @@ def drawn_factors(
     Raises:
         ConfigError: orthogonal factors of an odd rank.
     """
+    (r, inner), (out, _) = shape_A, shape_B
     if kind == "orthogonal":
-        (r, inner), (out, _) = shape_A, shape_B
         return _orthogonal_factors(r, inner, out, generator)
+    if kind is True:
+        tensors = initial_factors(r, inner, out, generator)
+        return tensors["lora_A"], tensors["lora_B"]
     if kind == "gaussian":
-        return _zeros(shape_A).normal_(0, 1 / shape_A[0], generator=generator), _zeros(shape_B)
+        return _zeros(shape_A).normal_(0, 1 / r, generator=generator), _zeros(shape_B)
     return _uniform(shape_A, generator), _uniform(shape_B, generator)
 
 
 def embedding_factors(
-    kind: bool | str, num: int, dim: int, r: int, generator: torch.Generator
+    kind: bool | str, shape_A: Sequence[int], shape_B: Sequence[int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter of an embedding: B ~ N(0, 1), and A = 0 (True) or A ~ N(0, 1) (False, for tests).
 
     PEFT 0.21 takes other kinds for True; here they are refused.
 
-    Shapes: -> (r, num), (dim, r)
+    Shapes: shape_A (r, num), shape_B (dim, r) -> shape_A, shape_B
     """
     if not isinstance(kind, bool):
         raise ConfigError(f"init_lora_weights is {kind!r}, for an embedding accepted are True and False")
-    lora_A = _zeros((r, num)) if kind else _zeros((r, num)).normal_(generator=generator)
-    return lora_A, _zeros((dim, r)).normal_(generator=generator)
+    lora_A = _zeros(shape_A) if kind else _zeros(shape_A).normal_(generator=generator)
+    return lora_A, _zeros(shape_B).normal_(generator=generator)
 
 
 def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:

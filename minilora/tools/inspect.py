@@ -12,7 +12,6 @@ from torch import Tensor
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.files import (
-    BUILTIN,
     MANIFEST,
     TensorEntry,
     TensorFile,
@@ -24,7 +23,7 @@ from minilora.files import (
 )
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import load_model
-from minilora.models.hub import HUB_ID, fetch
+from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
@@ -178,11 +177,8 @@ def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:
 
 
 def _locate(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.exists():
-        return path
-    if name_or_path != BUILTIN and not HUB_ID.fullmatch(name_or_path):
-        raise FormatError(f"{path}: no such file or directory, nor the name of something on the hub")
+    if Path(name_or_path).exists():
+        return Path(name_or_path)
     try:
         return fetch(name_or_path, "model")
     except FormatError:

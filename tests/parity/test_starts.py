@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
-from minilora.lora import initial_factors, lora_scale
+from minilora.lora import lora_scale
 from minilora.testing.compare import assert_parity
 from tests.models import fill_
 from tests.parity.theirs import ALLOWED, assert_same_but_for_signs, theirs_factors
@@ -46,14 +46,13 @@ def test_the_same_numbers_are_drawn():
         torch.manual_seed(7)
         layer.reset_lora_parameters("default", kind)
         generator = torch.Generator().manual_seed(7)
-        drawn = drawn_factors(kind, (R, 12), (20, R), generator) if kind == "gaussian" else None
-        lora_A, lora_B = drawn or initial_factors(R, 12, 20, generator).values()
+        lora_A, lora_B = drawn_factors(kind, (R, 12), (20, R), generator)
         assert_parity(lora_A, layer.lora_A["default"].weight)
         assert torch.equal(lora_B, layer.lora_B["default"].weight)
     layer = theirs_model(True, ["lookup"]).base_model.model.lookup
     torch.manual_seed(7)
     layer.reset_lora_parameters("default", True)
-    lora_A, lora_B = embedding_factors(True, 10, 6, R, torch.Generator().manual_seed(7))
+    lora_A, lora_B = embedding_factors(True, (R, 10), (6, R), torch.Generator().manual_seed(7))
     assert torch.equal(lora_A, layer.lora_embedding_A["default"])
     assert torch.equal(lora_B, layer.lora_embedding_B["default"])
 
