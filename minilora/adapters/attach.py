@@ -78,13 +78,13 @@ def attach(
     if config.task_type is None and isinstance(model, Llama):
         config = replace(config, task_type="CAUSAL_LM")
     modules = base_modules(model)
-    paths = find_targets(modules, config, head_path(model))
+    paths = find_targets(modules, config, path_of(model, "get_output_embeddings"))
     start = start or {}
     if unknown := sorted(start.keys() - set(paths)):
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     generator = torch.Generator().manual_seed(seed)
     factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
-    specs = build_specs(modules, config, factors, input_embedding(model))
+    specs = build_specs(modules, config, factors, path_of(model, "get_input_embeddings"))
     specs = {path: spec.copied(dtype) for path, spec in specs.items()}
     inject_adapter(model, config, name, specs, trainable=True)
 
@@ -305,20 +305,11 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """Describe how the base's weights are stored, dense or quantized, with the fields of `QuantizeConfig` as keys."""
-    return describe(linear_layers(model), head_path(model))
+    return describe(linear_layers(model), path_of(model, "get_output_embeddings"))
 
 
-def head_path(model: nn.Module) -> str | None:
-    """Return the path of the output head, from `get_output_embeddings`, or None."""
-    return _path_of(model, "get_output_embeddings")
-
-
-def input_embedding(model: nn.Module) -> str | None:
-    """Return the path of the embedding, from `get_input_embeddings`, or None."""
-    return _path_of(model, "get_input_embeddings")
-
-
-def _path_of(model: nn.Module, method: str) -> str | None:
+def path_of(model: nn.Module, method: str) -> str | None:
+    """Return the path of the module that a method gives, such as `get_input_embeddings`; None if there is none."""
     find = getattr(model, method, None)
     try:
         found = find() if callable(find) else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
-from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter, input_embedding
+from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter, path_of
 from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, factor_shapes, kind_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.copies import ModulesToSave, TrainableTokens
@@ -120,7 +120,8 @@ def load_adapter(
     if isinstance(model, Llama):
         check_language_task(stored.path, config)
     config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
-    embedding = next((where for where, held in stored.tensors.items() if "rows" in held), input_embedding(model))
+    with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
+    embedding = next(with_rows, path_of(model, "get_input_embeddings"))
     specs = build_specs(modules, config, _blank_specs(stored, modules, config), embedding)
     specs = _filled(specs, stored, modules, config)
     if dtype is not None:
@@ -195,11 +196,10 @@ def _filled(
             weight = as_matrix(modules[path], whole_weight(modules[path]))
             start = factors_from_weight(init, weight, config.rank(path), config.scale(path), torch.Generator())
             tensors["start_A"], tensors["start_B"] = start
-        filled[path] = spec._replace(tensors=tensors)
-    tied = {path: spec for path, spec in filled.items() if spec.kind is ModulesToSave and spec.tied_to}
-    for path, spec in tied.items():
-        if not torch.equal(spec.tensors["weight"], filled[str(spec.tied_to)].tensors["weight"]):
+        is_tied = spec.kind is ModulesToSave and spec.tied_to is not None
+        if is_tied and not torch.equal(tensors["weight"], held[f"{spec.tied_to}.weight"]):
             raise FormatError(f"{stored.path}: ensure_weight_tying: {path} and {spec.tied_to} have other weights")
+        filled[path] = spec._replace(tensors=tensors)
     return filled
 
 

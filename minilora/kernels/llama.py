@@ -17,6 +17,7 @@ from minilora import llama
 from minilora.definition import kernel
 from minilora.errors import TrainingError
 from minilora.kernels.lora import tile_rows
+from minilora.lora import widest
 
 
 @kernel(of=llama.rms_norm)
@@ -33,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(_wide(x.dtype))
+        wide = x.to(widest(x))
         inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # square() is four times as slow on a CPU
         ctx.save_for_backward(x, weight, inverse)
         return weight * (wide * inverse).to(x.dtype)
@@ -110,9 +111,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
-        loss_sum = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+        loss_sum = torch.zeros((), dtype=widest(hidden), device=hidden.device)
         hidden_grads = torch.empty_like(hidden)  # allocated before the logits, or it would fragment their memory
-        trained_grads = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
+        trained_grads = [torch.zeros_like(p, dtype=widest(p)) for p in trained]
         for rows, row_labels, row_grads in _chunks(head, hidden, labels, hidden_grads):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
@@ -164,7 +165,7 @@ def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tens
     With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0. It works
     on a few rows at a time, so that p, which is wider than the logits, stays in the cache.
     """
-    loss_sum = torch.zeros((), dtype=_wide(logits.dtype), device=logits.device)
+    loss_sum = torch.zeros((), dtype=widest(logits), device=logits.device)
     tile = tile_rows(logits)
     for rows in (slice(first, first + tile) for first in range(0, logits.size(0), tile)):
         z, target = logits[rows], labels[rows].unsqueeze(-1)
@@ -174,8 +175,3 @@ def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tens
         if dlogits is not None:
             dlogits[rows] = p.scatter_(-1, target, p.gather(-1, target) - 1)
     return loss_sum
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)

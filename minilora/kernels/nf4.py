@@ -22,26 +22,22 @@ from minilora.kernels.lora import tile_rows
 def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, Tensor]:
     """See `nf4.quantize`. A tile at a time, compared with one midpoint after the other."""
     flat = weight.detach().reshape(-1)
-    n = flat.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
     if flat.is_meta:  # it has no numbers
-        return packed, absmax
-    unit = math.lcm(2, block_size)
-    whole = n // unit * unit
-    tile = _tile(flat, unit)
-    for begin in range(0, whole, tile):
-        end = min(begin + tile, whole)
-        x = flat[begin:end].to(torch.float32, copy=True).view(-1, block_size)
-        largest = torch.amax(x.abs(), dim=1, out=absmax[begin // block_size : end // block_size])
-        if not largest.isfinite().all():
-            raise TrainingError("a weight that is not finite cannot be quantized")
-        x *= largest.clamp(min=nf4.SMALLEST).reciprocal_().unsqueeze(1)
-        codes = _codes(x.view(-1))
-        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=packed[begin // 2 : end // 2])
-    if whole < n:  # the last blocks, of which one may be incomplete
-        packed[whole // 2 :], absmax[whole // block_size :] = nf4.quantize.function(flat[whole:], block_size)
+        return nf4.quantize.function(flat, block_size)
+    whole, tile = _tiles(flat, block_size)
+    parts = [_quantize_blocks(x.float().view(len(x) // block_size, block_size)) for x in flat[:whole].split(tile)]
+    if whole < flat.numel():  # the last blocks, of which one may be incomplete
+        parts.append(nf4.quantize.function(flat[whole:], block_size))
+    packed, absmax = (torch.cat(each) for each in zip(*parts, strict=True))
     return packed, absmax
+
+
+def _quantize_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = blocks.abs().amax(1)
+    if not absmax.isfinite().all():
+        raise TrainingError("a weight that is not finite cannot be quantized")
+    codes = _codes((blocks * absmax.clamp(min=nf4.SMALLEST).reciprocal().unsqueeze(1)).view(-1))
+    return codes[0::2] << 4 | codes[1::2], absmax
 
 
 def _codes(x: Tensor) -> Tensor:
@@ -75,9 +71,7 @@ def dequantize(
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
-    unit = math.lcm(2, block_size)
-    whole = n // unit * unit
-    tile = _tile(weight, unit)
+    whole, tile = _tiles(weight, block_size)
     table = PAIRS if levels == nf4.LEVELS else _pairs(levels)
     table = table.to(packed.device, non_blocking=True)
     half = min(tile, whole) // 2
@@ -97,9 +91,10 @@ def dequantize(
     return weight.view(*shape)
 
 
-def _tile(flat: Tensor, unit: int) -> int:
-    """Return the weights to work on at a time: a multiple of the unit, which is of whole blocks and whole bytes."""
-    return -(-tile_rows(flat) // unit) * unit
+def _tiles(flat: Tensor, block_size: int) -> tuple[int, int]:
+    """Return how many weights are in whole blocks and whole bytes, and of these how many to work on at a time."""
+    unit = math.lcm(2, block_size)
+    return flat.numel() // unit * unit, -(-tile_rows(flat) // unit) * unit
 
 
 @kernel(of=nf4.nf4_linear)

@@ -102,16 +102,12 @@ def _download(name: str, kind: Kind) -> Location:
         raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
     path = Path(directory)
     if not any(found for pattern in NEEDED[kind] for found in path.glob(pattern)):
-        accepted = " or ".join(NEEDED[kind])
-        other = "other formats are not read"
-        if kind == "dataset":
-            other = (
-                f'in Python, datasets.load_dataset("{repository}", split="train").to_json("rows.jsonl") converts others'
-            )
-        raise FormatError(f"{name}: the repository has no {accepted} at its top; {other}")
+        convert = f'; in Python, datasets.load_dataset("{repository}", split="train").to_json("rows.jsonl") writes one'
+        how = convert if kind == "dataset" else ""
+        raise FormatError(f"{name}: the repository has no {' or '.join(NEEDED[kind])} at its top{how}")
     return Location(path, f"{repository}@{path.name}")
 
 
 def reason_of(error: Exception) -> str:
-    """Return in one line what the hub, or its HTTP library, says of an error."""
+    """Return in one line what another library says of an error."""
     return " ".join(str(error).split()) or type(error).__name__

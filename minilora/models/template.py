@@ -19,6 +19,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
 from minilora.errors import DataError, FormatError
+from minilora.models.hub import reason_of
 from minilora.models.prompts import REASONING
 from minilora.models.sandbox import Sandbox
 
@@ -48,11 +49,14 @@ class ChatTemplate:
             raise FormatError(f"chat template: {len(source)} characters; at most {TEMPLATE_LIMIT} are accepted")
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._sandbox = _sandbox(now)
+        self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self._sandbox.filters["tojson"] = _to_json
+        self._sandbox.globals["raise_exception"] = _raise
+        self._sandbox.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
         try:
             self._template = self._sandbox.from_string(source)
         except Exception as error:  # also Python's compiler has limits
-            raise FormatError(f"chat template: {_reason(error)}") from error
+            raise FormatError(f"chat template: {reason_of(error)}") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
         """Return the conversation as text."""
@@ -144,7 +148,7 @@ class ChatTemplate:
                 if size > OUTPUT_LIMIT:
                     _raise(f"wrote more than {OUTPUT_LIMIT} characters")
         except Exception as error:  # a template's code can raise anything
-            raise DataError(f"chat template: {_reason(error)}") from error
+            raise DataError(f"chat template: {reason_of(error)}") from error
         return "".join(written)
 
 
@@ -183,17 +187,6 @@ class _Generation(Extension):
         return BEGIN + caller() + END if context.get(IS_MARKED) else caller()
 
 
-def _sandbox(now: datetime | None) -> Sandbox:
-    def strftime_now(form: str) -> str:
-        return (now or datetime.now()).strftime(form)
-
-    extensions = [_Generation, loopcontrols]
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    sandbox.filters["tojson"] = _to_json
-    sandbox.globals |= {"raise_exception": _raise, "strftime_now": strftime_now}
-    return sandbox
-
-
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
@@ -203,7 +196,3 @@ def _to_json(
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__

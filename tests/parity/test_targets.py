@@ -7,7 +7,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers, base_modules
-from minilora.adapters.attach import find_target_modules, head_path
+from minilora.adapters.attach import find_target_modules, path_of
 from minilora.adapters.build import find_targets, kind_of
 from minilora.adapters.config import is_target
 from tests.parity.families import FAMILIES, family_model
@@ -57,7 +57,7 @@ def test_names_layers_and_exclusions_mean_what_they_mean_to_peft(path, fields):
 
 
 def ours_chosen(model, **fields):
-    return set(find_targets(base_modules(model), ml.LoraConfig(**fields), head_path(model)))
+    return set(find_targets(base_modules(model), ml.LoraConfig(**fields), path_of(model, "get_output_embeddings")))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mamba"}))
