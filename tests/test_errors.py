@@ -14,7 +14,8 @@ from minilora.errors import fits
 from minilora.runs.settings import RunConfig
 
 CONFIGS = (ml.LoraConfig, ml.CombineConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig, RunConfig)
-FUNCTIONS = [f for f in (getattr(ml, name) for name in ml.__all__) if inspect.isfunction(f)]
+PUBLIC = (getattr(ml, name) for name in ml.__all__)
+FUNCTIONS = [each for each in PUBLIC if inspect.isfunction(each) and each.__module__ != "minilora.adapter"]  # no page
 UNLIKE = object()  # of no type that is accepted anywhere
 
 

@@ -218,9 +218,10 @@ def whole_modules(adapter: Adapter) -> Problems:
 
 def rows(adapter: Adapter) -> Problems:
     asked = adapter.config.get("trainable_token_indices") or {}
-    found = {where: len(own[ROWS]) for where, own in adapter.parts.items() if ROWS in own}
-    counts = map(len, asked.values()) if isinstance(asked, dict) else [len(asked)]
-    if sorted(found.values()) != sorted(counts):
+    found = {where: len(part[ROWS]) for where, part in adapter.parts.items() if ROWS in part}
+    own = [tuple(ids) for ids in asked.values()] if isinstance(asked, dict) else [tuple(asked)]
+    counts = [sorted(map(len, each)) for each in (own, set(own))]  # a tied head has the rows of the embedding
+    if sorted(found.values()) not in counts:
         need = f"accepted are as many rows in {WEIGHTS} as tokens; there are {found or 'none'}"
         yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, {need}"
 

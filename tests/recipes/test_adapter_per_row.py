@@ -61,7 +61,7 @@ def test_rows_in_the_first_dimension_need_no_lengths_and_the_active_adapters_com
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64)
     model, x, outputs = nn.TransformerEncoder(layer, 1).eval(), randn(0, 2, 3, 8), []
     for seed, name in enumerate(("a", "b"), start=1):
-        ml.attach(model, ml.LoraConfig(r=2), name, dtype=torch.float64)
+        ml.attach(model, ml.LoraConfig(r=2, target_modules=["linear1", "linear2"]), name, dtype=torch.float64)
         perturb_(model, seed)
         outputs.append(model(x))
     with adapter_per_row(model, ["a", "b"]), torch.no_grad():
