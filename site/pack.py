@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "site" / "explore" / "weights.js"
 CURVES = ROOT / "site" / "curves.json"  # by `measure.py`
 EXAMPLES = 3  # of each category
-LONGEST = 64  # characters of an example
+LENGTHS = range(25, 65)  # characters of an example
 
 
 def train() -> Path:
@@ -77,7 +77,7 @@ def examples() -> list[dict[str, str]]:
     for line in (ASSETS / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         definition = row["prompt"].removeprefix("Definition: ").removesuffix("\nCategory:")
-        if len(definition) <= LONGEST:
+        if len(definition) in LENGTHS:
             found.setdefault(row["completion"].strip(), []).append(definition)
     return [{"category": name, "definition": each} for name in sorted(found) for each in found[name][:EXAMPLES]]
 

@@ -8,8 +8,8 @@ function round_by_hand(element) {
     <svg viewBox="-1 0 2 1" preserveAspectRatio="none" aria-hidden="true"></svg>
     <output aria-live="off"></output></div>`);
   element.innerHTML = `<p><strong>Drag a number.</strong> The short lines are the sixteen levels: -1 to 1 times the
-    absmax, the largest number of the block without its sign. Drag the largest, and all levels move: an
-    outlier leaves the others only a few.</p>
+    absmax, the largest number of the block without its sign. The thick line is the level that is stored and comes
+    back. Drag the largest number, and all levels move: an outlier leaves the others only a few.</p>
     ${rows.join("")}<p><output class="bytes"></output></p>`;
   const inputs = [...element.querySelectorAll("input")];
   const draw = () => {
@@ -29,7 +29,7 @@ function round_by_hand(element) {
     });
     const bytes = [0, 2, 4, 6].map((i) => (packed.codes[i] << 4) | packed.codes[i + 1]);
     const error = Math.sqrt(weight.reduce((sum, w, i) => sum + (w - back[i]) ** 2, 0) / weight.length);
-    element.querySelector(".bytes").textContent = `Stored: absmax ${absmax.toFixed(2)} and four bytes,
+    element.querySelector(".bytes").textContent = `Stored: absmax ${absmax.toFixed(2)} and four bytes, in hexadecimal
       ${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}, two numbers in each. The numbers that come
       back are off by ${error.toFixed(3)} (root mean square).`;
   };

@@ -29,8 +29,8 @@ function unpack({ dtype, data }) {
 function load() {
   const root = { model: { config: PACKED.config } };
   for (const [name, tensor] of Object.entries(PACKED.base)) {
-    const layer = find(root, name.replace(".weight", ""));
-    Object.assign(layer, { weight: unpack(tensor), in_features: tensor.shape.at(-1) });
+    const layer = { weight: unpack(tensor), in_features: tensor.shape.at(-1) };
+    Object.assign(find(root, name.replace(".weight", "")), layer);
   }
   return root;
 }
@@ -61,7 +61,7 @@ function configure({ factor, rank, bits, where, is_merged }) {
     if (is_merged) {
       layer.weight = merge_weight(layer.frozen, layer.update);
       const before = bfloat16(layer.frozen);
-      changed += before.length - layer.weight.filter((number, at) => number === before[at]).length;
+      changed = before.reduce((sum, number, at) => sum + (number !== layer.weight[at]), changed);
     }
   });
   return changed;
@@ -101,19 +101,20 @@ function draw_answer(base, adapted) {
   const [p, q] = [base, adapted].map(softmax);
   const [p_all, q_all] = [p, q].map((all) => percent(ANSWERS.reduce((sum, token) => sum + all[token], 0)));
   const kl = p.reduce((sum, each, token) => sum + each * Math.log(each / q[token]), 0);
-  $("vocabulary").textContent = `The bars compare eight words. Of all 2,048 tokens, these have ${p_all} in the base and
-    ${q_all} with the adapter; its prediction has a KL of ${kl.toFixed(2)} nats from the base's.`;
+  const likeliest = TOKENIZER.decode(p.indexOf(Math.max(...p))).trim();
+  $("vocabulary").textContent = `The bars compare eight words of 2,048 tokens. The base would rather go on with
+    “${likeliest}”: it gives all eight together ${p_all}, and with the adapter they have ${q_all}. The KL between the two
+    is ${kl.toFixed(2)} nats on this prompt; the curves have it on other text.`;
 }
 
 /** What the controls say in numbers, and the measured curves with a mark where one stands. */
-function draw_values({ factor, rank, bits, is_merged }, changed) {
+function draw_values({ factor, rank, bits }, changed) {
   const { scale, rank: ranks, bits: codes, book } = PACKED.curves;
   const total = WEIGHTS[16].reduce((sum, weight) => sum + weight.length, 0);
-  $("scale-value").textContent = `${(factor * ADAPTERS[0].adapter.scale).toFixed(1)}, which is ${factor} times α/r`;
+  $("scale-value").textContent = `${factor.toFixed(2)} (s = ${(factor * ADAPTERS[0].adapter.scale).toFixed(1)})`;
   $("rank-value").textContent = rank;
-  $("merge-value").textContent = is_merged
-    ? `${changed.toLocaleString("en")} of ${total.toLocaleString("en")} weights changed: ${percent(changed / total)}.`
-    : "Not merged: s·B A x is computed beside W x.";
+  const counts = [changed, total].map((count) => count.toLocaleString("en"));
+  $("merge-value").textContent = `${counts.join(" of ")} weights have changed: ${percent(changed / total)}.`;
   draw_curves($("scale-curve"), scale, factor, (at) => at / 2, book);
   draw_curves($("rank-curve"), ranks, rank, (at) => (at - 1) / 15);
   draw_curves($("bits-curve"), codes, bits, (at) => codes.at.indexOf(at) / 4);
@@ -124,27 +125,28 @@ function draw_curves(svg, { at, adapter, bare = [] }, x, place, book = { at: [],
   const across = (value) => 36 + 300 * place(value);
   const next = Math.max(1, at.findIndex((value) => place(value) >= place(x)));
   const way = (place(x) - place(at[next - 1])) / (place(at[next]) - place(at[next - 1]));
+  const here = [0, 1].map((i) => adapter[next - 1][i] + way * (adapter[next][i] - adapter[next - 1][i]));
   const panels = ["accuracy", "KL to the base, nats"].map((name, i) => {
     const top = i === 0 ? 1 : Math.max(...adapter.map((pair) => pair[1]));
     const down = (value) => 82 - (60 * value) / top;
     const points = (pairs, places = at) => pairs.map((pair, j) => `${across(places[j])},${down(pair[i])}`).join(" ");
-    const here = adapter[next - 1][i] + way * (adapter[next][i] - adapter[next - 1][i]);
     return `<g transform="translate(0 ${i * 92})"><text x="36" y="12">${name}</text>
       <text x="30" y="27" text-anchor="end">${top.toFixed(i)}</text><text x="30" y="86" text-anchor="end">0</text>
       <path class="axis" d="M36 22V82H336"/><polyline class="base" points="${points(bare)}"/>
       <polyline class="book" points="${points(book.adapter, book.at)}"/>
       <polyline class="adapter" points="${points(adapter)}"/><path class="mark" d="M${across(x)} 20V82"/>
-      <g class="mark" transform="translate(${across(x)} ${down(here)})"><circle r="4.5"/>
-      <text x="8" y="${here > top / 2 ? 16 : -6}">${here.toFixed(2)}</text></g></g>`;
+      <g class="mark" transform="translate(${across(x)} ${down(here[i])})"><circle r="4.5"/>
+      <text x="8" y="${here[i] > top / 2 ? 16 : -6}">${here[i].toFixed(2)}</text></g></g>`;
   });
   svg.innerHTML = panels.join("");
+  svg.setAttribute("aria-label", `Measured: accuracy ${here[0].toFixed(2)}, KL ${here[1].toFixed(2)} nats`);
 }
 
-/** The singular values of all ΔW, a row of cells for each layer; those that do not act are pale. */
+/** The singular values of all ΔW, a row of cells for each layer; pale where none acts. A click chooses a cell. */
 function draw_spectra({ rank, shown }) {
   const largest = Math.max(...ADAPTERS.map(({ sigma }) => sigma[0]));
-  const cells = ADAPTERS.map(({ sigma, layer }) => `<div class="${layer === shown.layer ? "cell chosen" : "cell"}">
-    ${bars(sigma, largest, layer.is_on ? rank : 0, 0)}</div>`);
+  const cells = ADAPTERS.map(({ sigma, layer }, i) => `<div class="${layer === shown.layer ? "cell chosen" : "cell"}"
+    onclick="$('layer').selectedIndex = ${i}; update()">${bars(sigma, largest, layer.is_on ? rank : 0, 0)}</div>`);
   $("spectra").innerHTML = cells.join("");
 }
 
@@ -161,14 +163,12 @@ function draw_layer({ rank, shown: { layer: { frozen, update, in_features }, ada
     ${percent(norm(delta) / norm(frozen))} of ‖W‖.`;
 }
 
-/** A matrix as a picture with a pixel for each number: one colour above zero and another below. */
+/** A matrix as a picture with a pixel for each number: blue above zero, orange below, on any ground. */
 function draw_matrix(canvas, numbers, width, largest) {
-  const colour = (name) => getComputedStyle(canvas).getPropertyValue(name).trim().split(" ").map(Number);
-  const [plus, minus] = [colour("--plus"), colour("--minus")];
   Object.assign(canvas, { width, height: numbers.length / width });
   const image = new ImageData(canvas.width, canvas.height);
   for (let i = 0; i < numbers.length; i++) {
-    image.data.set(numbers[i] > 0 ? plus : minus, 4 * i);
+    image.data.set(numbers[i] > 0 ? [50, 120, 235] : [225, 105, 25], 4 * i);
     image.data[4 * i + 3] = (255 * Math.abs(numbers[i])) / largest;
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
@@ -224,5 +224,4 @@ ADAPTERS.forEach(({ number, name }, i) => $("layer").add(new Option(`layer ${num
 $("layer").options[34].defaultSelected = true;
 $("example").addEventListener("input", () => ($("definition").value = $("example").value));
 for (const name of ["input", "reset"]) $("controls").addEventListener(name, () => requestAnimationFrame(update));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
 update();

@@ -1,9 +1,9 @@
 // The update that bfloat16 swallows, in every element with data-explorable="bfloat16". It needs lora.js.
 
 function swallow_update(element) {
-  element.innerHTML = `<p><strong>Move the update</strong> until the sum jumps to the next number of bfloat16. Then move
-    the weight: a small weight keeps the same update that a large one swallows.</p>
-    <label for="weight">weight w = <output></output></label>
+  element.innerHTML = `<p><strong>Move the update</strong> until the sum, the dot, jumps to the next number of bfloat16.
+    Then move the weight: a small weight keeps the same update that a large one swallows.</p>
+    <label for="weight">weight in bfloat16, w = <output></output></label>
     <input type="range" id="weight" min="0.01" max="0.5" step="0.001" value="0.1">
     <label for="change">update Δ = <output></output></label>
     <input type="range" id="change" min="-0.002" max="0.002" step="0.00001" value="0.0002">

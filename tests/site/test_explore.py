@@ -144,6 +144,13 @@ def test_the_merge_counts_the_weights_that_change(open_page, packed):
     assert shown == pytest.approx(changed, abs=20)  # a sum may be exactly midway in one precision
 
 
+def test_a_click_on_the_singular_values_of_a_matrix_shows_it(open_page):
+    page = open_page()
+    page.locator(".cell").nth(10).click()
+    assert page.locator("#layer").input_value() == "10"
+    assert page.locator(".cell").nth(10).evaluate("cell => cell.classList.contains('chosen')")
+
+
 def test_tokens_are_those_of_the_tokenizer(open_page):
     page, tokenizer = open_page(), ml.load_tokenizer("minilora/builtin")
     draw = random.Random(0)
@@ -206,6 +213,17 @@ def test_the_small_explorables_round_as_pytorch_does(open_page):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-5, 5).repeat(100)
     found = page.evaluate("numbers => Array.from(bfloat16(Float32Array.from(numbers)))", values.tolist())
     assert torch.equal(torch.tensor(found), values.bfloat16().float())
+
+
+def test_no_arrow_leaves_the_picture_of_the_rows(open_page):
+    page = open_page("small.html")
+    page.locator("#row-scale").press("End")
+    page.locator("#row-magnitude").press("End")
+    inside = """svg => [svg, ...svg.children].map(each => each.getBoundingClientRect()).every((box, _, [whole]) =>
+        box.left >= whole.left && box.right <= whole.right && box.top >= whole.top && box.bottom <= whole.bottom)"""
+    for degrees in range(-180, 181, 15):
+        page.locator("#row-turn").fill(str(degrees))
+        assert page.locator(".plane").evaluate(inside), degrees
 
 
 def test_the_links_lead_to_chapters_and_the_parts_are_small():
