@@ -52,7 +52,7 @@ def test_our_masks_pass(template, use_regex, tokenizer):
             done = max(done, end)
         return tokens, is_label
 
-    assert len(check_chat_mask(render)) == 8
+    assert len(check_chat_mask(render)) == 9
 
 
 @pytest.mark.parametrize("cause", MISTAKES)
@@ -155,6 +155,19 @@ def test_a_call_that_the_template_leaves_out_and_reasoning_that_is_not_learned_a
 
     with pytest.raises(CheckFailure, match="the word Qe: wrong"):
         check_chat_mask(unlearned)
+
+
+def test_a_question_that_quotes_the_mark_by_which_replies_are_found_is_refused():
+    def found_by_a_mark(messages):
+        tokens = [token for token in re.split(r"(<\|\w+\|>)", "".join(render_chat(messages)[0])) if token]
+        flags, is_reply = [], False
+        for token in tokens:
+            flags.append(is_reply)
+            is_reply = token == "<|assistant|>" or (is_reply and token != END)
+        return tokens, flags
+
+    with pytest.raises(CheckFailure, match="chat_mask-opening: the word Qa: wrong"):
+        check_chat_mask(found_by_a_mark)
 
 
 def opens_next(messages, is_learned=True):

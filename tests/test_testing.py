@@ -28,9 +28,9 @@ from minilora.testing import (
 )
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
-from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, merge
+from minilora.testing.implementations import DoRALayer, Linear4bit, LoRALayer, add_adapters, merge
 from minilora.testing.lora_laws import linear_cases
-from minilora.testing.mistakes_layers import lora, rescaled
+from minilora.testing.mistakes_layers import lora, rescaled, with_formula
 from minilora.testing.strategies import METHODS, adapted_linears
 from tests.models import long, randn
 
@@ -112,6 +112,19 @@ def test_a_layer_that_hides_a_copy_of_the_weight_is_refused():
     check_lora_linear(Transposed)
     with pytest.raises(CheckFailure, match="y after W was doubled in place as well: wrong"):
         check_lora_linear(Stale)
+
+
+@pytest.mark.parametrize(
+    ("law", "wrong"),
+    [
+        ("shapes", lambda layer, x: layer(x.view(-1, x.size(-1))).view(*x.shape[:-1], layer(x).size(-1))),
+        ("16-bit", lambda layer, x: layer(x).float()),
+    ],
+)
+def test_a_layer_that_takes_no_view_or_returns_another_dtype_is_refused(law, wrong):
+    for kind, right in (("lora", LoRALayer), ("linear4bit", Linear4bit)):
+        with pytest.raises(CheckFailure, match=r"view size is not compatible|the dtype of y: wrong"):
+            laws(kind)[law].check(with_formula(right, wrong))
 
 
 def test_a_failure_names_the_place_the_bound_the_smallest_case_the_cause_and_how_to_repeat_it():

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,14 @@ def marked_words(render: Render, case: MarkedWords) -> Iterator[Comparison]:
         wanted = "read alone" if word in case.read else "learned"
         shown = f"found {marked(tokens, flags)}; accepted is that {word!r} is {wanted}"
         yield claim(f"the word {word}", "" if is_right else shown)
+
+
+def opening(render: Render, case: Chat) -> Iterator[Comparison]:
+    text = "".join(render(case.messages)[0])
+    for (_, begin), (end, _) in pairwise(find_messages(render, case, text)):
+        question = {"role": "user", "content": f"What is {text[begin:end]}Qa, please?"}
+        messages = (question, {"role": "assistant", "content": "Qb."})
+        yield from marked_words(render, MarkedWords(messages, learned=("Qb",), read=("Qa",)))
 
 
 def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]]:
@@ -193,10 +202,12 @@ TOOLS = MarkedWords(
     learned=("Qc", "Qe"),  # the name of the function may stand in the tool's result as well
     read=("Qa", "Qd"),
 )
+QUOTED = "a question that quotes what opens a reply in its template is not learned"
 THINKING = "replies are learned where they hold reasoning, which a template may drop; questions are not"
 CALLING = "calls of tools and the replies are learned, questions and results of tools are not; no text is lost"
 LAWS = (
     *(Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()),
+    Law("chat_mask", "opening", QUOTED, CONVERSATIONS["turns"][:1], opening, in_its_template),
     Law("chat_mask", "reasoning", THINKING, [REASONING], marked_words),
     Law("chat_tools", "calls", CALLING, [TOOLS], marked_words),
 )

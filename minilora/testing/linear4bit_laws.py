@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from minilora.testing.cases import tensor
-from minilora.testing.compare import Array, as_array
+from minilora.testing.compare import as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
-from minilora.testing.lora_laws import backward, set_mode
+from minilora.testing.lora_laws import backward, set_mode, with_dtype
 from minilora.testing.nf4_cases import QuantizedLinear
 
 Make = Callable[..., Any]
@@ -29,18 +29,16 @@ def build(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
     return make(given["W"], given.get("b"), **options), given
 
 
-def output(make: Make, case: QuantizedLinear, x: Array, what: str) -> Comparison:
-    """Compare what a layer makes of x."""
-    layer, _ = build(make, case)
-    return Comparison(what, layer(tensor(x, case.dtype)), case.output(x))
-
-
 def forward(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    yield output(make, case, case.x, "y")
+    layer, _ = build(make, case)
+    y = layer(tensor(np.asfortranarray(case.x), case.dtype))  # its strides are those of a transposed view
+    yield from with_dtype("y", y, case.output(case.x))
 
 
 def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    yield output(make, case, np.eye(case.inner), "layer(1), the weight that is applied")
+    layer, _ = build(make, case)
+    one = np.eye(case.inner)
+    yield Comparison("layer(1), the weight that is applied", layer(tensor(one, case.dtype)), case.output(one))
 
 
 def gradients(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minilora.testing.cases import SCALES, AdaptedLinear, Method, tensor
 from minilora.testing.compare import Array, Bounded, as_array
-from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
 
 SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
     ((1,), 1, 1, 1),
@@ -110,6 +110,13 @@ def set_mode(layer: Any, training: bool) -> None:
         layer.train(training)
 
 
+def with_dtype(what: str, y: Any, right: Bounded) -> Iterator[Comparison]:
+    """Compare the output of a layer and, if it is a tensor, its dtype, which is that of x."""
+    yield Comparison(what, y, right)
+    found = str(y.dtype).removeprefix("torch.") if isinstance(y, Tensor) else right.dtype
+    yield claim(f"the dtype of {what}", "" if found == right.dtype else f"found {found}, expected {right.dtype}")
+
+
 def output(layer: Any, case: AdaptedLinear, what: str = "y") -> Comparison:
     """Compare what a layer makes of the case's x."""
     return Comparison(what, layer(tensor(case.x, case.dtype)), case.y)
@@ -117,7 +124,7 @@ def output(layer: Any, case: AdaptedLinear, what: str = "y") -> Comparison:
 
 def forward(make: Make, case: AdaptedLinear, what: str = "y") -> Iterator[Comparison]:
     built, case = build(make, case)
-    yield output(built.layer, case, what)
+    yield from with_dtype(what, built.layer(tensor(case.x, case.dtype)), case.y)
 
 
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -127,6 +134,9 @@ def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     for lead in LEADS:
         yield from forward(make, replace(case, lead=lead), f"y of x {(*lead, case.inner)}")
+    built, case = build(make, replace(case, lead=(2, 3)))
+    turned = tensor(np.asfortranarray(case.x), case.dtype)  # its strides are those of a transposed view
+    yield Comparison(f"y of a view of x {tuple(turned.shape)}", built.layer(turned), case.y)
 
 
 def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:

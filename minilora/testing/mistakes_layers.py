@@ -102,9 +102,9 @@ def transposed_update(self: LoRALayer, x: Tensor) -> Tensor:
     return base(self, x) + self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
 
 
-def unscaled_gradient_of_B(self: LoRALayer, x: Tensor) -> Tensor:
-    frozen = self.B.detach()
-    return base(self, x) + update(self, drop(self, x), B=frozen + (self.B - frozen) / self.scale)
+def unscaled_gradient(self: LoRALayer, factor: Tensor) -> Tensor:
+    frozen = factor.detach()
+    return frozen + (factor - frozen) / self.scale
 
 
 def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
 EITHER: Mapping[str, Make] = {
     "the scale is α·r": rescaled(lambda self: len(self.A) ** 2),
     "the scale is α: it is not divided by r": rescaled(lambda self: len(self.A)),  # Blaizzy/mlx-vlm#845
+    "the scale is α/out": rescaled(lambda self: len(self.B)),
     "the scale is missing": rescaled(lambda self: 1 / self.scale),
     "the update is missing": lora(base),
     "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
@@ -135,7 +136,15 @@ EITHER: Mapping[str, Make] = {
     "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
     "one dropout mask is used for all rows": lora(one_mask),
     "A gets no gradient": lora(lambda self, x: base(self, x) + update(self, drop(self, x), A=self.A.detach())),
-    "the gradient of B lacks the scale": lora(unscaled_gradient_of_B),
+    "the gradient of A lacks the scale": lora(
+        lambda self, x: base(self, x) + update(self, drop(self, x), A=unscaled_gradient(self, self.A))
+    ),
+    "the gradient of B lacks the scale": lora(
+        lambda self, x: base(self, x) + update(self, drop(self, x), B=unscaled_gradient(self, self.B))
+    ),
+    "the gradient of x lacks that of the update": lora(
+        lambda self, x: base(self, x) + update(self, drop(self, x.detach()))
+    ),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),
 }
