@@ -34,10 +34,12 @@ HIGHEST = {  # numbers above 0, and the largest that is accepted
     **dict.fromkeys(("query_pre_attn_scalar", *MULTIPLIERS), FLOAT),
     "partial_rotary_factor": 1.0,
 }
-SWITCHES = (
-    *("tie_word_embeddings", "use_sliding_window", "block_auto_adjust_ff_dim"),
-    *("attention_bias", "mlp_bias", "conv_bias"),
-)
+TYPES: dict[str, tuple[type, str]] = {
+    "rope_scaling": (Mapping, "a JSON object"),
+    **dict.fromkeys(("layer_types", "no_rope_layers", "full_attn_idxs"), (list, "a JSON list")),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias"), (bool, "true or false")),
+    **dict.fromkeys(("mlp_bias", "conv_bias", "block_auto_adjust_ff_dim"), (bool, "true or false")),
+}
 UNKNOWN = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 LLAMA = Family("Llama", {"max_position_embeddings": 2048}, all_biases)
@@ -140,17 +142,9 @@ def _check(values: Mapping[str, Any], family: Family) -> None:
     for key, highest in HIGHEST.items():
         if values.get(key) is not None and (not is_positive(values[key]) or values[key] > highest):
             bad[key] = f"found {values[key]!r:.80}, need a number above 0 and at most {highest:g}"
-    for key, kind in (
-        ("rope_scaling", Mapping),
-        ("layer_types", list),
-        ("no_rope_layers", list),
-        ("full_attn_idxs", list),
-    ):
+    for key, (kind, need) in TYPES.items():
         if values.get(key) is not None and not isinstance(values[key], kind):
-            bad[key] = f"found {values[key]!r:.80}, need a JSON {'list' if kind is list else 'object'}"
-    for key in SWITCHES:
-        if not isinstance(values.get(key) or False, bool):
-            bad[key] = f"found {values[key]!r:.80}, need true or false"
+            bad[key] = f"found {values[key]!r:.80}, need {need}"
     for key in UNKNOWN:
         if values.get(key):
             bad[key] = f"found {values[key]!r:.80}, which none of the families has"

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig, RMSNorm, rotate
+from minilora.llama import MLP, Attention, Block, Llama, LlamaConfig, RMSNorm
 from minilora.models.family import Family, Values, attention_biases, some_windows
 
 
@@ -23,11 +23,9 @@ class Qwen3Attention(Attention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
-        q, k, v = self.heads(x)
-        q = rotate(self.q_norm(q), *rotation).to(v.dtype)
-        k = rotate(self.k_norm(k), *rotation).to(v.dtype)
-        return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
+    def heads(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().heads(x)
+        return [self.q_norm(q), self.k_norm(k), v]
 
 
 def build_block(config: LlamaConfig, layer: int) -> nn.Module:
