@@ -95,18 +95,20 @@ def run_facts(directory: Path) -> dict[str, Any]:
 def model_facts(directory: Path) -> dict[str, Any]:
     """Describe a model from the headers of its files; "problems" is why minilora does not load it.
 
-    A 4-bit weight is one tensor of the dtype NF4 or FP4, with its unpacked shape and the bytes of all its parts.
+    If it does, a 4-bit weight is one tensor of dtype NF4 or FP4, with its unpacked shape and the bytes of its parts.
 
     Raises:
         FormatError: a file is missing or damaged.
     """
     config, files = read_json(directory / "config.json"), tensor_files(directory)
     tensors = {name: file.entries[name] for name, file in files.items()}
-    for name, parts in packed_weights(files).items():
-        try:
-            layout, _ = read_layout(files[parts[0]], parts[0])
-        except FormatError:  # of another version, or damaged: the parts are listed instead
-            continue
+    problems = []
+    try:  # on the device "meta", loading checks the same and reads no weight
+        load_model(directory, device="meta")
+    except MiniloraError as error:
+        problems = _problems(error)
+    for name, parts in packed_weights(files).items() if not problems else ():
+        layout, _ = read_layout(files[parts[0]], parts[0])
         size = sum(tensors.pop(part).bytes for part in parts)
         tensors[name] = TensorEntry(quant_type(layout).upper(), layout.shape, size)
     tokenizer: dict[str, Any]
@@ -115,11 +117,6 @@ def model_facts(directory: Path) -> dict[str, Any]:
         tokenizer = {"tokens": len(found), **found.special_tokens, "chat_template": found.template is not None}
     except MiniloraError as error:
         tokenizer = {"problem": str(error)}
-    problems = []
-    try:  # on the device "meta", loading checks the same and reads no weight
-        load_model(directory, device="meta")
-    except MiniloraError as error:
-        problems = _problems(error)
     return {
         "path": str(directory),
         "config": config,
@@ -139,29 +136,23 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
     Raises:
         FormatError: a file is missing or damaged.
     """
-    values, file, state = read_json(directory / CONFIG_FILE), TensorFile(directory / WEIGHTS_FILE), {}
-    if (directory / "state.json").is_file():
-        state = {"step": read_json(directory / "state.json").get("step")}  # of a checkpoint
-    modules: list[dict[str, Any]] = []
-    problems: list[str] = []
+    facts: dict[str, Any] = {"path": str(directory)}
+    if (directory / "state.json").is_file():  # of a checkpoint
+        facts["step"] = read_json(directory / "state.json").get("step")
+    facts["config"] = read_json(directory / CONFIG_FILE)
+    facts["tensors"] = TensorFile(directory / WEIGHTS_FILE).entries
     try:
         stored = read_adapter(directory)
         config = stored.config()
-        for path, held in sorted(stored.tensors.items()):
-            if "lora_A" in held:
-                rank, scale = len(held["lora_A"]), config.scale(path)
-                norm = update_norm(held["lora_A"], held["lora_B"], scale)
-                modules.append({"module": path, "rank": rank, "scale": scale, "norm": norm})
     except MiniloraError as error:
-        problems = _problems(error)
-    return {
-        "path": str(directory),
-        **state,
-        "config": values,
-        "tensors": file.entries,
-        "modules": modules,
-        "problems": problems,
-    }
+        return {**facts, "modules": [], "problems": _problems(error)}
+    modules = []
+    for path, held in sorted(stored.tensors.items()):
+        if "lora_A" in held:
+            rank, scale = len(held["lora_A"]), config.scale(path)
+            norm = update_norm(held["lora_A"], held["lora_B"], scale)
+            modules.append({"module": path, "rank": rank, "scale": scale, "norm": norm})
+    return {**facts, "modules": modules, "problems": []}
 
 
 def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:
