@@ -45,7 +45,7 @@ def adapter(model: Path, directory: Path, dora: bool) -> None:
 
 def batches(rows: list[Row], work: Training, steps: int) -> list[list[Row]]:
     """The rows of each step, in the order in which minilora's loop takes them; peers are given the same."""
-    plan = plan_steps([len(tokens) for tokens, _ in rows], train_config(work, steps))
+    plan = plan_steps(len(rows), train_config(work, steps))
     return [[rows[row] for micro_batch in step for row in micro_batch] for step in plan]
 
 

@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer):
         def start(path=path):
             data = ml.load_dataset(path, tokenizer())
             splits = inputs.hold_out({"train": data}, 0.1, ml.TrainConfig())
-            steps = plan_steps(splits["train"].lengths, ml.TrainConfig(batch_size=2))
+            steps = plan_steps(len(splits["train"]), ml.TrainConfig(batch_size=2))
             fingerprint(splits["train"], splits["test"], ml.TrainConfig(), {})
             assert len(splits["train"][steps[0][0][0]].tokens) == 200
 

@@ -61,13 +61,13 @@ def test_marks_stand_around_the_answers_of_a_conversation_control_tokens_and_spa
     assert marked(example, tokenizer, "⟦", "⟧") == text
 
 
-@pytest.mark.parametrize("flags", [{"epochs": 3, "batch_size": 2}, {"max_steps": 5, "batch_tokens": 40}])
+@pytest.mark.parametrize("flags", [{"epochs": 3, "batch_size": 2}, {"max_steps": 5, "gradient_accumulation_steps": 3}])
 def test_steps_rows_tokens_and_parameters_are_those_of_the_run(directory, dry_run, data, flags):
     text = dry_run(*(f"--{name}={value}" for name, value in flags.items()))
     model, config = ml.load_model(directory / "model"), ml.TrainConfig(**flags)
     ml.attach(model, ml.LoraConfig())
     result, count = ml.train(model, data, config), ml.count_parameters(model)
-    plan = [rows for micro_batches in plan_steps([len(e.tokens) for e in data], config) for rows in micro_batches]
+    plan = [rows for micro_batches in plan_steps(len(data), config) for rows in micro_batches]
     labels = sum(data[row].labelled for rows in plan for row in rows)
     figures = f"{result.total_steps} steps, {sum(map(len, plan))} rows, {result.tokens:,} tokens, {labels} of them"
     assert f"the run: {figures} learned" in text
@@ -130,7 +130,7 @@ def test_the_time_of_a_run_is_that_of_its_tokens_at_the_rate_of_the_second_step(
     dry_run, data, monkeypatch, slower, said
 ):
     """Of 4.5 seconds; the first step, which warms up, is many times slower."""
-    steps = plan_steps(data.lengths, ml.TrainConfig(batch_size=2, max_steps=9))
+    steps = plan_steps(len(data), ml.TrainConfig(batch_size=2, max_steps=9))
     tokens = sum(len(data[row].tokens) for step in steps for batch in step for row in batch)
 
     def train(model, rows, config, on_step):

@@ -31,7 +31,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
-    steps = plan_steps(data.train.lengths, config)
+    steps = plan_steps(len(data.train), config)
     seen = data.train.rows[np.concatenate([batch for step in steps for batch in step])]
     tokens, labels = seen["length"].sum(), seen["labelled"].sum()
     at_most = "at most " if config.early_stopping else ""
@@ -52,7 +52,7 @@ def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
     records: list[Record] = []
     first = replace(config, max_steps=2, eval_steps=None, early_stopping=None, keep="last")
     train(model, rows, first, records.append)
-    steps = plan_steps(rows.lengths, config)
+    steps = plan_steps(len(rows), config)
     tokens = rows.lengths[np.concatenate([batch for step in steps for batch in step])].sum()
     seconds = tokens / records[-1]["tokens_per_second"]
     if seconds < 90:

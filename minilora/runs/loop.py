@@ -83,8 +83,8 @@ def train(
 
     Raises:
         DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
-            not have; the loss counts nothing; there are no held-out rows to choose the best weights with;
-            `batch_tokens` with rows without `tokens`; or rows cannot be compared.
+            not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
+            rows cannot be compared.
         FormatError: the newest checkpoint holds other tensors than the run trains.
         TrainingError: nothing is trainable, or an inactive adapter is; FSDP has divided what is trained; a loss or
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
@@ -104,7 +104,7 @@ def train(
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
     objective = Objective(config, loss)
-    steps = plan_steps(objective.lengths(dataset), config)
+    steps = plan_steps(len(dataset), config)
     job = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if world.any_sharded(parameters_of(job.optimizer)):

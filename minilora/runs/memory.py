@@ -85,7 +85,7 @@ def forecast(plan: Plan) -> Forecasts:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     rows = np.asarray(plan.rows)
-    micro_batches = (batch for step in plan_steps(rows[:, 0], plan.training) for batch in step)
+    micro_batches = (batch for step in plan_steps(len(rows), plan.training) for batch in step)
     largest = rows[max(micro_batches, key=lambda batch: rows[batch, 0].sum())]
     found: dict[str, Forecast] = {}
     for way in get_args(Checkpointing):

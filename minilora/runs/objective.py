@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
@@ -24,7 +22,7 @@ from minilora.data import IGNORE_INDEX, collate
 from minilora.errors import ConfigError, DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.dataset import Dataset, Example, lengths_of
-from minilora.runs.sampler import Rows, groups
+from minilora.runs.sampler import Rows
 from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
@@ -54,20 +52,12 @@ class Objective:
             raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
         return found[0], int(found[1])
 
-    def lengths(self, dataset: Sequence[Any]) -> NDArray[np.int64]:
-        """Return the number of tokens of each row; 1 where a given loss makes no use of them."""
-        if self.loss is not None and self.config.batch_tokens is None:
-            return np.ones(len(dataset), np.int64)
-        lengths = lengths_of(dataset)
-        if not lengths.all():
-            raise DataError("batch_tokens counts the `tokens` of rows, which not all of these have")
-        return lengths
-
     def eval_batches(self, dataset: Sequence[Any]) -> Iterator[Rows]:
         """Yield the rows of each forward pass of an evaluation."""
         if self.loss is None:
-            return eval_groups(self.lengths(dataset))
-        return groups(np.ones(len(dataset)), self.config.batch_size)
+            return eval_groups(lengths_of(dataset))
+        rows, size = range(len(dataset)), self.config.batch_size
+        return (list(rows[begin : begin + size]) for begin in rows[::size])
 
 
 def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
@@ -105,9 +95,17 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
 
 
-def eval_groups(lengths: Sequence[int] | NDArray[Any]) -> Iterator[Rows]:
-    """Yield the indices of consecutive rows, given their numbers of tokens, for each forward pass of an evaluation."""
-    return groups(lengths, EVAL_TOKENS)
+def eval_groups(lengths: Iterable[int]) -> Iterator[Rows]:
+    """Yield the indices of consecutive rows of at most `EVAL_TOKENS`, given their numbers of tokens, or of one row."""
+    group, size = Rows(), 0
+    for row, length in enumerate(lengths):
+        if group and size + length > EVAL_TOKENS:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += length
+    if group:
+        yield group
 
 
 def _is_count(value: Any) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
 from minilora.runs.settings import TrainConfig
 
-Numbers = NDArray[np.int64]
 Rows = list[int]  # indices of the rows of one micro-batch
 Step = list[NDArray[np.int32]]  # those of each micro-batch, as arrays: in lists, each row would take a hundred bytes
 MAX_STEPS = 1_000_000
@@ -38,8 +36,8 @@ class MicroBatch(NamedTuple):
     is_counted: bool  # or else another rank has it as well
 
 
-def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> list[Step]:
-    """Return the micro-batches of every step of a run.
+def plan_steps(rows: int, config: TrainConfig) -> list[Step]:
+    """Return the micro-batches of every step of a run with so many rows.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
     step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps; a run has at least one.
@@ -47,17 +45,13 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> li
     Raises:
         ConfigError: there are more than `MAX_STEPS` steps.
     """
-    lengths, accumulated = np.asarray(lengths, np.int64), config.gradient_accumulation_steps
+    accumulated = config.gradient_accumulation_steps
     steps, max_steps = list[Step](), config.max_steps
     epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(config.seed * SEEDS + epoch)
-        order = torch.randperm(len(lengths), generator=generator).numpy().astype(np.int32)
-        if config.batch_tokens is None:
-            ends = np.arange(config.batch_size, len(order), config.batch_size)
-        else:
-            ends = group_ends(lengths[order], config.batch_tokens)[:-1]
-        micro_batches = np.split(order, ends)
+        order = torch.randperm(rows, generator=generator).numpy().astype(np.int32)
+        micro_batches = np.split(order, range(config.batch_size, rows, config.batch_size))
         whole = math.ceil(len(micro_batches) / accumulated)
         if (max_steps or epochs * whole) > MAX_STEPS:
             raise ConfigError(f"max_steps {max_steps}, epochs {config.epochs}: need at most {MAX_STEPS:,} steps")
@@ -67,21 +61,6 @@ def plan_steps(lengths: Sequence[int] | NDArray[Any], config: TrainConfig) -> li
         if len(steps) == max_steps:
             break
     return steps
-
-
-def group_ends(lengths: Numbers, limit: int) -> Numbers:
-    """Return where groups of at most `limit` tokens end, each as long as can be; a longer row is a group of its own."""
-    sums, ends, done = np.cumsum(lengths), [0], 0
-    while ends[-1] < len(sums):
-        ends.append(max(ends[-1] + 1, int(np.searchsorted(sums, done + limit, side="right"))))
-        done = sums[ends[-1] - 1]
-    return np.array(ends[1:], np.int64)
-
-
-def groups(lengths: Sequence[int] | NDArray[Any], limit: int) -> Iterator[Rows]:
-    """Yield the indices of consecutive rows of at most `limit` tokens together; a longer row is a group of its own."""
-    ends = group_ends(np.asarray(lengths, np.int64), limit).tolist()
-    return (list(range(begin, end)) for begin, end in pairwise([0, *ends]))
 
 
 class SeededDropout(nn.Dropout):

@@ -18,7 +18,7 @@ TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
 COUNTS = (
-    *("batch_size", "batch_tokens", "gradient_accumulation_steps", "max_steps"),
+    *("batch_size", "gradient_accumulation_steps", "max_steps"),
     *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
 )
 
@@ -85,7 +85,6 @@ class TrainConfig:
     )
     warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a fraction of all steps")
     batch_size: int = option(4, "rows in a micro-batch")
-    batch_tokens: int | None = option(None, "fill micro-batches up to this many tokens instead of counting rows")
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
     epochs: float = option(1.0, "passes over the training rows")
     max_steps: int | None = option(None, "stop after this many steps, whatever --epochs says")

@@ -28,7 +28,7 @@ KINDS = {
     "nf4": {"quantize": "nf4"},
     "full": FULL,
     "dora": {"use_dora": True},
-    "packed": {"batch_tokens": 40, "gradient_accumulation_steps": 3},
+    "accumulated": {"gradient_accumulation_steps": 3},
     "best": {"eval_steps": 3, "keep": "best"},
     "bfloat16": {"dtype": "bfloat16"},
 }
