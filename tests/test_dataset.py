@@ -42,14 +42,14 @@ def one_by_one(rows, tokenizer, config):
         try:
             if row.problem:
                 raise ml.DataError(row.problem)
-            whole, names = label_row(parse_row(row.fields, config), tokenizer, config)
+            whole, is_quoted = label_row(parse_row(row.fields, config), tokenizer, config)
         except ml.DataError as error:
             bad.append(f"{row.source}: {error}")
             continue
         limit = config.max_length
         cut = ml.Example(whole.tokens[:limit], whole.labels[:limit], row.source)
-        for name in {*names} & counts.keys():
-            counts[name] += 1
+        counts["quoted"] += is_quoted
+        counts["conversations"] += not row.fields.keys() & {"prompt", "text"}
         counts["truncated"] += len(whole.tokens) > limit
         counts["unlabelled"] += not cut.labelled
         kept += [cut] if cut.labelled else []

@@ -75,24 +75,7 @@ def test_steps_rows_tokens_and_parameters_are_those_of_the_run(directory, dry_ru
     assert f"parameters: {share}" in text
 
 
-SEAM = "no white space between prompt and completion"
 TEMPLATE = "the training rows are plain text, for which the model's chat template is not used"
-
-
-@pytest.mark.parametrize(
-    ("rows", "touching"),
-    [([("a:", "b"), ("a:", "b"), ("a:", " b")], 2), ([("a:", "b"), ("a:\n", "b"), ("a:", "\tb"), ("", "b")], 0)],
-)
-def test_rows_whose_prompt_and_completion_touch_are_told_of_if_most_do(
-    directory, tmp_path, capsys, monkeypatch, rows, touching
-):
-    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    words = ["finetune", "--dry-run", "--model=model", f"--data={tmp_path}/rows.jsonl", "--eval-split=0"]
-    told = runner(directory, capsys, monkeypatch)(*words).err
-    assert (f"{touching} training rows have {SEAM}" in told) == (touching > 0)
-    assert (SEAM in told) == (touching > 0)
-    assert TEMPLATE not in told
 
 
 @pytest.mark.parametrize("is_plain", [True, False])

@@ -36,7 +36,8 @@ from minilora.files import read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.encoders import encode_prompt, use_prompt_style
 from minilora.runs.formats import Row
-from minilora.runs.inputs import read_eval_rows
+from minilora.runs.inputs import files_to_evaluate
+from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig
 
 Write = Callable[..., list[Written]]  # ("base" or "text", prompts, number of the first one, show) -> texts
@@ -115,7 +116,7 @@ def read_prompts(options: Options) -> list[Row]:
     if file is None:
         return [Row({"prompt": sys.stdin.read().removesuffix("\n")}, "standard input")]
     if not file.endswith(".txt"):
-        return read_eval_rows(file, options["columns"])
+        return list(stream_rows(*files_to_evaluate(file), columns=options["columns"]))
     lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
     rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:

@@ -59,7 +59,9 @@ def run(options: Options) -> int:
     is_plain = config == CombineConfig() and all(weight == 1 for weight in weights)
     with new_directory(options["out"]) as out:
         if options["as_adapter"]:
-            written = _write_adapter(options, weights, config, out)
+            found = find(options)
+            written = f"adapter of rank {_combine(found, weights, config, out)}"
+            copy_prompt_files(found.adapters, out)
         else:
             written = _write_model(options, weights, None if is_plain else config, out)
     print(f"{written} written to {options['out']}")
@@ -84,14 +86,6 @@ def _note_prompts(names: Sequence[str]) -> None:
         if len({texts[name][file] for name in having}) > 1:
             kept = f"those of {having[0]} are kept; to keep another's, name it first"
             say(f"the adapters were trained with different prompts ({file}): {kept}")
-
-
-def _write_adapter(options: Options, weights: Sequence[float], config: CombineConfig, out: Path) -> str:
-    """Write the adapters as one, and describe what was written."""
-    found = find(options)
-    rank = _combine(found, weights, config, out)
-    copy_prompt_files(found.adapters, out)
-    return f"adapter of rank {rank}"
 
 
 def _combine(found: Found, weights: Sequence[float], config: CombineConfig, out: Path) -> int:

@@ -64,11 +64,6 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             f"held-out rows: {len(data.test)}, too few for their loss or accuracy to say much; "
             "--eval-split or --eval-data gives more"
         )
-    if data.train.touching > len(data.train) / 2:
-        yield (
-            f"{data.train.touching} training rows have no white space between prompt and completion; "
-            "end the prompts, or begin the completions, with a space or a line end"
-        )
     if run.plan.training.gradient_accumulation_steps < world.size():
         yield (
             "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "

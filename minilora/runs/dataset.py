@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -36,8 +36,7 @@ class Dataset(Sequence[Example]):
 
     `truncated` rows were cut to `max_length`; `unlabelled` rows had no label left and were dropped, as were rows that
     cannot be used: `bad` has an error message for each. `conversations` are rows rendered by a chat template;
-    `touching` have no white space between a prompt and a completion of plain text; in `quoted` ones control tokens are
-    encoded as plain text. `system` is the system prompt that all rows have.
+    in `quoted` ones control tokens are encoded as plain text. `system` is the system prompt that all rows have.
 
     `tokens` and `labels` are those of all rows, end to end; `rows` says where those of each row lie.
     """
@@ -50,7 +49,6 @@ class Dataset(Sequence[Example]):
     unlabelled: int = 0
     bad: tuple[str, ...] = ()
     conversations: int = 0
-    touching: int = 0
     quoted: int = 0
     system: str | None = None
 
@@ -103,9 +101,7 @@ def _prompts(rows: Dataset) -> Iterator[bytes]:
 
 
 def lengths_of(rows: Sequence[Any]) -> NDArray[np.int64]:
-    """Return the number of `tokens` of each row, an object or a mapping; 0 if it has no such thing."""
+    """Return the number of `tokens` of each row; 0 if it has none."""
     if isinstance(rows, Dataset):
         return rows.lengths
-    each = (rows[i] for i in range(len(rows)))
-    found = (row.get("tokens", ()) if isinstance(row, Mapping) else getattr(row, "tokens", ()) for row in each)
-    return np.array([len(tokens) for tokens in found], np.int64)
+    return np.array([len(getattr(rows[i], "tokens", ())) for i in range(len(rows))], np.int64)

@@ -64,13 +64,14 @@ def encode_rows(
                 if row.problem:
                     raise DataError(row.problem)
                 parsed = parse_row(row.fields, config)
-                whole, names = label_row(parsed, tokenizer, config)
+                whole, is_quoted = label_row(parsed, tokenizer, config)
             except DataError as error:
                 bad.append(f"{row.source}: {error}")
                 if not config.skip_bad_rows or len(bad) > BAD_ROWS:
                     raise DataError(bad[-1]) from error
                 continue
-            counts.update(names)
+            counts["quoted"] += is_quoted
+            counts["conversations"] += isinstance(parsed, Conversation)
             if len(systems) < 2:  # enough to know that they differ
                 systems.add(parsed.system if isinstance(parsed, Conversation) else None)
             pieces = _pieces(whole, config.max_length, isinstance(parsed, PromptCompletion) and not parsed.prompt)
@@ -112,28 +113,23 @@ def _mapped(file: IO[bytes]) -> NDArray[np.int32]:
 
 def label_row(
     parsed: PromptCompletion | Conversation, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[Example, list[str]]:
-    """Tokenize a row and label what is learned of it; return also names of counts of `Dataset`."""
+) -> tuple[Example, bool]:
+    """Tokenize a row and label what is learned of it; return also whether it has control tokens that are quoted."""
     if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
         closing = tokenizer.special_tokens.get("eos_token", "")
         parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
-    counts = []
+    given = parsed
     if not config.allow_special:
-        quoted = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
-        counts += ["quoted"] if quoted != parsed else []
-        parsed = quoted
+        parsed = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
     if isinstance(parsed, PromptCompletion):
-        if parsed.prompt and not (parsed.prompt[-1].isspace() or parsed.completion[:1].isspace()):
-            counts.append("touching")
         tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
     else:
-        counts.append("conversations")
         text, learned = render_conversation(parsed, tokenizer, config.train_on)
         tokens, labels = _encode_conversation(text, learned, tokenizer)
     example = Example(tokens, labels)
     if not example.labelled:
         raise DataError("nothing to learn: no token of an answer can be predicted")
-    return example, counts
+    return example, parsed != given
 
 
 def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -165,11 +165,6 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     return found
 
 
-def read_eval_rows(names: Names, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Read the rows of `files_to_evaluate`."""
-    return list(stream_rows(*files_to_evaluate(names), columns=columns))
-
-
 def files_to_evaluate(names: Names) -> list[Path]:
     """Return the files of the test split, else of the validation split, else of the training split."""
     files = find_splits(names)
@@ -208,8 +203,9 @@ def load_general(name: str, tokenizer: Tokenizer, config: DataConfig) -> Dataset
     """Read and tokenize general text, with a label on every token; "none" is an empty data set."""
     if name == "none":
         return Dataset()
-    rows = read_eval_rows(ASSETS / "data" / "general.jsonl" if name == BUILTIN else name, {"text": "text"})
-    return encode_rows(rows, tokenizer, replace(config, train_on="all", system=None))
+    files = files_to_evaluate(ASSETS / "data" / "general.jsonl" if name == BUILTIN else name)
+    config = replace(config, train_on="all", system=None)
+    return encode_rows(stream_rows(*files, columns={"text": "text"}), tokenizer, config)
 
 
 def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:

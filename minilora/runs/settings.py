@@ -28,10 +28,6 @@ def flag(name: str) -> str:
     return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
 
 
-@answers(
-    eval_split="slice the data set: rows[n:] to learn from, rows[:n] for the held_out of ml.train",
-    text_field='use columns={"text": …}',
-)
 @document_fields
 @dataclass(frozen=True)
 class DataConfig:
@@ -67,7 +63,6 @@ class DataConfig:
     per_device_train_batch_size="use batch_size",
     output_dir="give ml.train a checkpoint_dir",
     recompute="use gradient_checkpointing",
-    on_nonfinite="leave it out: a run stops at a number that is not finite",
 )
 @document_fields
 @dataclass(frozen=True)
