@@ -27,7 +27,7 @@ def run(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config |= {"base_model_name_or_path": "org/base", "revision": COMMIT}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    scores = {"before": {"loss": 2.5, "accuracy": None}, "after": {"loss": 1.25, "accuracy": None}}
+    scores = {"before": {"loss": 2.5, "accuracy": None}, "after": {"loss": 1.254049, "accuracy": 0.75}}
     (tmp_path / "summary.json").write_text(json.dumps({**scores, "steps": 7, "tokens": 1234}))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "state.json").write_text("{}")
@@ -67,9 +67,12 @@ def test_the_card_has_base_results_and_how_to_load_it_and_a_dry_run_shows_it(hub
     card = capsys.readouterr().out
     assert card == model_card(run, "me/mine")
     assert card.startswith("---\nlibrary_name: peft\ntags: [minilora]\nbase_model: org/base\n---\n")
-    assert "- before: held-out loss 2.5, accuracy None\n- after: held-out loss 1.25, accuracy None\n" in card
+    assert "- before: held-out loss 2.5000\n- after: held-out loss 1.2540, accuracy 0.7500\n" in card
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/mine")' in card
     assert not hub.posted
+    nothing = {"loss": None, "accuracy": None}  # no rows were held out
+    (run / "summary.json").write_text(json.dumps({"before": nothing, "after": nothing}))
+    assert "None" not in model_card(run, "me/mine")
     for file in ("adapter_config.json", "summary.json"):
         (run / file).unlink()
     (run / "config.json").write_text("{}")

@@ -55,6 +55,8 @@ def model_card(directory: Path, name: str) -> str:
     if (directory / "summary.json").is_file():
         summary = read_json(directory / "summary.json")
         for when, scores in (("before", summary["before"]), ("after", summary["after"])):
-            lines.append(f"- {when}: held-out loss {scores['loss']}, accuracy {scores['accuracy']}")
+            named = (("held-out loss", scores["loss"]), ("accuracy", scores["accuracy"]))
+            known = [f"{what} {value:.4f}" for what, value in named if value is not None]
+            lines += [f"- {when}: {', '.join(known)}"] if known else []
     code = f'from {library} import {loader}\n\nmodel = {loader}.from_pretrained("{name}")'
     return "\n".join([*lines, "", "```python", code, "```"]) + "\n"
