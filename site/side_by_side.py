@@ -54,14 +54,12 @@ def parts(lines: list[str], body: list[ast.stmt], owner: str = "") -> Iterator[P
         while lines[first_comment - 1].lstrip().startswith("#"):
             first_comment -= 1
         if not is_named:
-            loose += (
-                ["", *lines[first_comment : node.end_lineno]]
-                if first_comment < begin
-                else lines[begin : node.end_lineno]
-            )
+            if not lines[first_comment - 1]:
+                loose.append("")
+            loose += lines[first_comment : node.end_lineno]
             continue
         if loose:
-            yield Part("\n".join(loose))
+            yield Part("\n".join(loose).strip("\n"))
             loose = []
         comments = [line.strip().removeprefix("#").strip() for line in lines[first_comment:begin]]
         docstring = ast.get_docstring(node)
@@ -74,7 +72,7 @@ def parts(lines: list[str], body: list[ast.stmt], owner: str = "") -> Iterator[P
         if is_class:
             yield from parts(lines, node.body[1:] if docstring else node.body, f"{node.name}.")
     if loose:
-        yield Part("\n".join(loose))
+        yield Part("\n".join(loose).strip("\n"))
 
 
 def notes(docstring: str) -> str:
@@ -99,7 +97,8 @@ def _block(block: str) -> str:
         )
     if len(lines) == 1 and IS_EQUATION.search(block) and not block.endswith("."):
         equation, _, source = block.partition("  [")
-        return f"$${latex(equation)}$$" + (f"\n\n[{source}" if source else "")
+        equations = [f"$${latex(each)}$$" for each in re.split(r"\s{2,}|(?<=,) (?=[a-z]+ )", equation)]
+        return "\n\n".join([*equations, f"[{source}"] if source else equations)
     return re.sub(r"(?<!`)\*", r"\\*", block)
 
 
