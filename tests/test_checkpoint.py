@@ -6,6 +6,7 @@ import re
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,16 @@ def test_the_builtin_model_knows_its_name_and_a_device_that_is_not_there_is_refu
     for device in ("abacus", "cuda:99", torch.device("cuda:99"), 99):
         with pytest.raises(ConfigError, match=rf"^device '{device}' cannot be used here; need cpu, cuda, .*$"):
             ml.load_model("minilora/builtin", device=device)
+
+
+@pytest.mark.parametrize(
+    ("is_there", "best"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")]
+)
+def test_auto_is_the_best_device_that_is_there(monkeypatch, is_there, best):
+    for module, answer in zip((torch.cuda, torch.backends.mps), is_there, strict=True):
+        monkeypatch.setattr(module, "is_available", lambda answer=answer: answer)
+    monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=device))
+    assert checkpoint.usable_device("auto") == best
 
 
 def test_all_tensors_that_do_not_fit_are_named_in_one_error(saved):

@@ -7,7 +7,7 @@ import torch
 from minilora.adapters.config import LoraConfig
 from minilora.llama import Checkpointing, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.checkpoint import pick_device
+from minilora.models.checkpoint import usable_device
 from minilora.models.config import read_config
 from minilora.models.hub import fetch
 from minilora.runs.memory import Forecast, Forecasts, amount, fits, forecast
@@ -40,7 +40,7 @@ def dry_run_lines(plan: Plan, found: Forecasts) -> str:
 
 def memory_page(name_or_path: str) -> str:
     """Return what `--memory` prints: the forecast of each of the `METHODS` for a model."""
-    path, device = fetch(name_or_path, "model"), pick_device("auto")
+    path, device = fetch(name_or_path, "model"), usable_device("auto")
     config = read_config(path)
     rows: dict[str, Forecast] = {}
     for method, ways in METHODS.items():

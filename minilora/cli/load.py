@@ -17,7 +17,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
-from minilora.models.checkpoint import load_model, pick_device
+from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
@@ -80,7 +80,7 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
     found = find(options)
     check_not_merged(found.base, found.adapters)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
-    model = load_model(found.base.name, options["dtype"], pick_device(options["device"]), found.quantize)
+    model = load_model(found.base.name, options["dtype"], usable_device(options["device"]), found.quantize)
     resize_token_embeddings(model, max(map(vocabulary_of, found.adapters), default=0))
     for i, path in enumerate(found.adapters):
         load_adapter(model, path, f"adapter{i}")

@@ -28,7 +28,7 @@ from minilora.cli.notes import base_notes
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
-from minilora.models.checkpoint import load_model, pick_device
+from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
 from minilora.tools.merging import Merge, merge_directory, relative_error
@@ -118,7 +118,7 @@ def _write_model(options: Options, weights: Sequence[float], config: CombineConf
         if config is not None:
             _combine(found, weights, config, Path(scratch))
             adapters = (Path(scratch),)
-        device = pick_device(options["device"])
+        device = usable_device(options["device"])
         merge = Merge(found.base.path, adapters, target, found.quantize, options["dtype"], device)
         error = merge_directory(merge, out, found.tokenizer)
     _record_adapters(out, options["adapter"], found.adapters)

@@ -17,7 +17,7 @@ from minilora.errors import ConfigError
 from minilora.files import BUILTIN
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
-from minilora.models.checkpoint import load_model, pick_device, save_model_files, stored_dtype
+from minilora.models.checkpoint import load_model, save_model_files, stored_dtype, usable_device
 from minilora.models.config import read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
@@ -41,7 +41,7 @@ def run(options: Options) -> int:
     if is_four_bit(source):
         raise ConfigError(f"{location.name}: is quantized already")
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
-    model = load_model(location.name, stored_dtype(source), pick_device(options["device"]), config)
+    model = load_model(location.name, stored_dtype(source), usable_device(options["device"]), config)
     with new_directory(options["out"]) as out:
         save_model_files(model, out, find_tokenizer(location.name))
         size = _describe_size(model, out)

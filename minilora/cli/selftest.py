@@ -25,7 +25,7 @@ from minilora.adapters.combine import Factors, concatenate
 from minilora.cli import Options, Parser
 from minilora.definition import plain
 from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
-from minilora.models.checkpoint import pick_device
+from minilora.models.checkpoint import usable_device
 from minilora.testing.checks import check_kernel, laws
 from minilora.testing.laws import CheckFailure, Report
 
@@ -40,7 +40,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    device = pick_device(options["device"])
+    device = usable_device(options["device"])
     print(f"PyTorch {torch.__version__}, {device}, {options['dtype']}, threads: {torch.get_num_threads()}")
     print("largest error / derived bound; 1 is the limit")
     print(f"{'law':36} {'definitions':>11} {'kernels':>9}  verdict")

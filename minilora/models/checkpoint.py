@@ -57,7 +57,7 @@ def load_model(
             as it is.
         dtype: a dtype or its name; "auto" is that of config.json, but float32 where the device computes it slowly.
             4-bit weights are dequantized to it, all other weights are stored in it.
-        device: the device of the model.
+        device: the device of the model; "auto" is CUDA, else MPS, else the CPU.
         quantize: "nf4" or a `QuantizeConfig`: store the linears in four bits. A model that is nf4 already is loaded as
             it is, and other options than the defaults are refused.
 
@@ -79,18 +79,14 @@ def load_model(
 
 
 def usable_device(device: torch.device | str | int) -> torch.device:
-    """Return the device of that name; raise a `ConfigError` if it cannot be used here."""
+    """Return the device that `load_model` is asked for; raise a `ConfigError` if it cannot be used here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of PyTorch without CUDA
         found = f"device {str(device)!r} cannot be used here"
         raise ConfigError(f"{found}; need cpu, cuda, cuda:N or mps, if it is there") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the usable device of that name; "auto" is CUDA, else MPS, else the CPU."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return usable_device(best if name == "auto" else name)
 
 
 def stored_weights(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from minilora.errors import ConfigError, MiniloraError, TrainingError
-from minilora.models.checkpoint import pick_device
+from minilora.models.checkpoint import usable_device
 from minilora.models.shard import is_sharded
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def joined(device: str) -> Iterator[torch.device]:
     if joins and device in ("auto", "cuda") and torch.cuda.is_available():
         # Chosen before any call of CUDA: a rank would open a context on GPU 0 too.
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    chosen = pick_device(device)
+    chosen = usable_device(device)
     with ExitStack() as stack:
         if joins:
             if chosen.type == "cuda":
