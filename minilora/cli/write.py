@@ -130,12 +130,12 @@ def generate_text(
             on_token=lambda row, token: streams[row].add(token),
             **settings,
         )
-    texts = [stream.finish() for stream in streams]
-    are_cut = [
-        len(tokens) == generation.max_new_tokens and not stream.is_stopped
-        for tokens, stream in zip(written, streams, strict=True)
-    ]
-    return [Written(text, "length" if is_cut else "stop") for text, is_cut in zip(texts, are_cut, strict=True)]
+    found = []
+    for tokens, stream in zip(written, streams, strict=True):
+        text = stream.finish()
+        is_cut = len(tokens) == generation.max_new_tokens and not stream.is_stopped
+        found.append(Written(text, "length" if is_cut else "stop"))
+    return found
 
 
 def say_cut(written: Written, limit: int) -> None:

@@ -58,14 +58,9 @@ class Earlier:
     began: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))  # the first start
     starts: tuple[dict[str, Any], ...] = ()  # as run.json has them
     data_sha256: Mapping[str, str] = field(default_factory=dict)
-    checkpoint: Path | None = None  # the newest that is whole, from which the run resumes
+    step: int = 0  # of the newest checkpoint that is whole, from which the run resumes
     damaged: tuple[str, ...] = ()  # what is wrong with newer ones
     is_finished: bool = False
-
-    @property
-    def step(self) -> int:
-        """The step from which the run goes on."""
-        return checkpoints.step_of(self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ class RunDirectory:
             datetime.fromisoformat(first["time"]),
             tuple(record["starts"]),
             record["data_sha256"],
-            checkpoint,
+            checkpoints.step_of(checkpoint),
             damaged,
             is_finished,
         )

@@ -183,7 +183,8 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
             fields = {**fields, "prompt": [{"role": "user", "content": text}]}
         parsed = parse_prompt(fields, DataConfig(system=system))
         if isinstance(parsed, PromptCompletion):
-            ids = _encode_start(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
+            ids, spans = tokenizer.encode_spans(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt))
+            _drop_added_end(ids, spans)
         elif form == "raw":
             raise DataError("a conversation needs the chat template, which a raw prompt leaves out")
         else:
@@ -192,13 +193,6 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
             raise DataError("the prompt is empty")
     except DataError as error:
         raise DataError(f"{row.source}: {error}") from error
-    return ids
-
-
-def _encode_start(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of a text, without those that the tokenizer adds at its end."""
-    ids, spans = tokenizer.encode_spans(text)
-    _drop_added_end(ids, spans)
     return ids
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -88,7 +88,10 @@ def read_data(
     held_out: list[Row] = []
     if run.samples and splits["test"]:  # which shares its tokens with the split that it is from
         source = next(split for split in files if encoded[split].tokens is splits["test"].tokens)
-        held_out = _select(rows[source](), splits["test"].rows["source"].tolist())
+        indices = splits["test"].rows["source"].tolist()
+        wanted = set(indices)
+        found = {i: row for i, row in enumerate(rows[source]()) if i in wanted}
+        held_out = [found[i] for i in indices]
     return Data(
         tokenizer,
         **splits,
@@ -97,13 +100,6 @@ def read_data(
         general=general,
         held_out=held_out,
     )
-
-
-def _select(rows: Iterable[Row], indices: Sequence[int]) -> list[Row]:
-    """Return the rows at these indices."""
-    wanted = set(indices)
-    found = {i: row for i, row in enumerate(rows) if i in wanted}
-    return [found[i] for i in indices]
 
 
 def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Path]]:

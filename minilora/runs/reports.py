@@ -27,7 +27,7 @@ from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 
 RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
-
+SECONDS = 5.0  # between two lines without a terminal
 BAR = " {n_fmt}/{total_fmt} {bar:12} {remaining} left{postfix}"
 
 
@@ -54,12 +54,10 @@ class ProgressBar:
 
     Args:
         evaluated: what the rows of evaluations are called.
-        every: seconds between two lines without a terminal.
     """
 
-    def __init__(self, evaluated: str = "held-out", every: float = 5.0):
+    def __init__(self, evaluated: str = "held-out"):
         self.evaluated = evaluated
-        self.every = every
         self.stopped_by: int | None = None  # the number of a signal
         self._what = ""  # that the bar shows
         self._bar: tqdm[Any] | None = None
@@ -82,7 +80,7 @@ class ProgressBar:
         if self._bar is None or self._what != what:
             self.close()
             self._what = what
-            file, interval = (sys.stderr, 0.1) if sys.stderr.isatty() else (_Lines(), self.every)
+            file, interval = (sys.stderr, 0.1) if sys.stderr.isatty() else (_Lines(), SECONDS)
             self._bar = _Bar(
                 desc=what,
                 total=total,
