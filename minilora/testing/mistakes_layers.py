@@ -118,7 +118,6 @@ def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
 EITHER: Mapping[str, Make] = {
     "the scale is α·r": rescaled(lambda self: len(self.A) ** 2),
     "the scale is α: it is not divided by r": rescaled(lambda self: len(self.A)),  # Blaizzy/mlx-vlm#845
-    "the scale is α/out": rescaled(lambda self: len(self.B)),
     "the scale is missing": rescaled(lambda self: 1 / self.scale),
     "the update is missing": lora(base),
     "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
@@ -135,6 +134,7 @@ EITHER: Mapping[str, Make] = {
     "dropout is applied behind A": lora(behind_A),
     "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
     "one dropout mask is used for all rows": lora(one_mask),
+    "the scale is α/out": rescaled(lambda self: len(self.B)),
     "A gets no gradient": lora(lambda self, x: base(self, x) + update(self, drop(self, x), A=self.A.detach())),
     "the gradient of A lacks the scale": lora(
         lambda self, x: base(self, x) + update(self, drop(self, x), A=unscaled_gradient(self, self.A))
