@@ -9,7 +9,7 @@ chat masks and adapter files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,33 +65,20 @@ def peft_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor 
     return layer.get_base_layer().weight
 
 
-def peft_sum(combination_type: str, **options: Any) -> Callable[[Adapters, Sequence[float]], Tensor]:
-    """Return a sum by PEFT's `add_weighted_adapter`."""
+def peft_sum(adapters: Adapters, weights: Sequence[float]) -> Tensor:
+    """PEFT's `add_weighted_adapter`, by concatenation."""
+    from peft import LoraConfig, get_peft_model
 
-    def add(adapters: Adapters, weights: Sequence[float]) -> Tensor:
-        from peft import LoraConfig, get_peft_model
-
-        A, B, _ = adapters[0]
-        names = [f"adapter{i}" for i in range(len(adapters))]
-        model: Any = None
-        for name, (A, B, scale) in zip(names, adapters, strict=True):
-            config = LoraConfig(r=len(A), lora_alpha=scale * len(A), target_modules=["0"])
-            if model is None:
-                model = get_peft_model(nn.Sequential(base(B.new_zeros(len(B), A.shape[1]), None)), config, name)
-            else:
-                model.add_adapter(name, config)
-            own = {f"lora_A__{name}__weight": A, f"lora_B__{name}__weight": B}
-            filled(model.base_model.model[0], **own)
-        extra = {key: value(adapters) if callable(value) else value for key, value in options.items()}
-        model.add_weighted_adapter(names, list(weights), "sum", combination_type=combination_type, **extra)
-        return model.base_model.model[0].get_delta_weight("sum")
-
-    return add
-
-
-def total_rank(adapters: Adapters) -> int:
     A, B, _ = adapters[0]
-    return min(sum(len(A) for A, _, _ in adapters), A.shape[1], len(B))
+    model: Any = get_peft_model(
+        nn.Sequential(base(B.new_zeros(len(B), A.shape[1]), None)), LoraConfig(target_modules=["0"])
+    )
+    names = [f"adapter{i}" for i in range(len(adapters))]
+    for name, (A, B, scale) in zip(names, adapters, strict=True):
+        model.add_adapter(name, LoraConfig(r=len(A), lora_alpha=scale * len(A), target_modules=["0"]))
+        filled(model.base_model.model[0], **{f"lora_A__{name}__weight": A, f"lora_B__{name}__weight": B})
+    model.add_weighted_adapter(names, list(weights), "sum", combination_type="cat")
+    return model.base_model.model[0].get_delta_weight("sum")
 
 
 # --- litgpt ---

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Rendered = tuple[list[str], list[bool]]
 
 # --- chat masks ---
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"),
     *("<start_of_turn>", "<end_of_turn>", "<bos>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
@@ -37,7 +26,7 @@ def character_tokenizer(template: str, messages: Messages) -> Any:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    text = template + "".join(message["role"] + message["content"] for message in messages)
+    text = template + json.dumps(messages) + "".join(message["role"] + message["content"] for message in messages)
     tokens = [*SPECIAL, *sorted(set(text) | set(map(chr, range(32, 127))) | {"\n"})]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -49,11 +38,6 @@ def character_tokenizer(template: str, messages: Messages) -> Any:
         pad_token="<|end|>",
         chat_template=template or None,
     )
-
-
-def transformers_mask(messages: Messages) -> Rendered:
-    """`apply_chat_template` with `return_assistant_tokens_mask`, of ChatML with generation tags."""
-    return _rendered(character_tokenizer(CHATML, messages), messages)
 
 
 def _rendered(tokenizer: Any, messages: Messages, template: str | None = None) -> Rendered:
@@ -74,18 +58,49 @@ def trl_mask(family: str) -> Callable[[Messages], Rendered]:
     return render
 
 
-def torchtune_mask(messages: Messages) -> Rendered:
-    """`OpenAIToMessages`, and `tokenize_messages_no_special_tokens` with an end token."""
-    from torchtune.data import OpenAIToMessages
-    from torchtune.modules.transforms.tokenizers import tokenize_messages_no_special_tokens
+def axolotl_mask(family: str, end: str) -> Callable[[Messages], Rendered]:
+    """`ChatTemplateStrategy` of a template that Axolotl brings, with its defaults for replies."""
 
-    def encode(text: str, **_: Any) -> list[int]:
-        return [ord(character) for character in text]
+    def render(messages: Messages) -> Rendered:
+        from axolotl.prompt_strategies.chat_template import ChatTemplatePrompter, ChatTemplateStrategy
+        from axolotl.utils.chat_templates import get_chat_template
 
-    tokenizer: Any = SimpleNamespace(encode=encode, max_seq_len=None)
-    own = OpenAIToMessages()({"messages": messages})["messages"]
-    tokens, is_masked = tokenize_messages_no_special_tokens(tokenizer, own, eos_id=0)
-    return [chr(token) if token else "<|im_end|>" for token in tokens], [not each for each in is_masked]
+        template = get_chat_template(family)
+        tokenizer = character_tokenizer(template, messages)
+        tokenizer.eos_token = end
+        names: Any = {"role": "role", "content": "content"}
+        prompter = ChatTemplatePrompter(tokenizer, template, message_property_mappings=names)
+        strategy = ChatTemplateStrategy(prompter, tokenizer, False, 4096, ["assistant"], train_on_eos="turn")
+        found = strategy.tokenize_prompt({"messages": copy.deepcopy(messages)})
+        return tokenizer.convert_ids_to_tokens(found["input_ids"]), [label != -100 for label in found["labels"]]
+
+    return render
+
+
+def llamafactory_mask(family: str) -> Callable[[Messages], Rendered]:
+    """`encode_multiturn` of a template of LLaMA-Factory, whose answers are learned."""
+
+    def render(messages: Messages) -> Rendered:
+        from llamafactory.data.template import TEMPLATES
+
+        template, tokenizer = copy.deepcopy(TEMPLATES[family]), character_tokenizer("{}", messages)
+        template.fix_special_tokens(tokenizer)
+        turns = [own_turn(message) for message in messages]
+        system = turns.pop(0)["content"] if messages[0]["role"] == "system" else None
+        ids: list[int] = []
+        flags: list[bool] = []
+        for question, answer in template.encode_multiturn(tokenizer, turns, system, None):
+            ids += [*question, *answer]
+            flags += [False] * len(question) + [True] * len(answer)
+        return tokenizer.convert_ids_to_tokens(ids), flags
+
+    def own_turn(message: dict[str, Any]) -> dict[str, str]:
+        if calls := message.get("tool_calls"):
+            return {"role": "function", "content": json.dumps([call["function"] for call in calls])}
+        role = "observation" if message["role"] == "tool" else message["role"]
+        return {"role": role, "content": message["content"]}
+
+    return render
 
 
 # --- adapter directories ---
@@ -102,31 +117,3 @@ def peft_directory(folder: str, **options: Any) -> str:
     settings["init_lora_weights"] = False  # B is not 0
     get_peft_model(model, LoraConfig(**settings)).save_pretrained(folder)
     return folder
-
-
-def torchtune_directory(folder: str, use_dora: bool = False) -> str:
-    """Save an adapter of a tiny Llama with `save_checkpoint` of the recipe `lora_finetune_single_device`."""
-    from torchtune.models.llama3_1 import lora_llama3_1
-    from torchtune.training import FullModelHFCheckpointer
-
-    from benchmarks.peer_training import torchtune_recipe
-
-    attention = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": 8}
-    sizes = {"vocab_size": 16, "num_layers": 1, "max_seq_len": 8, "intermediate_dim": 12, **attention}
-    names = ["q_proj", "v_proj"]
-    model = lora_llama3_1(names, **sizes, lora_rank=2, lora_alpha=5, use_dora=use_dora)
-    for name, parameter in model.named_parameters():
-        if "lora_b" in name:
-            nn.init.normal_(parameter)
-    config = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 8}
-    checkpoint = Path(folder, "base")
-    checkpoint.mkdir()
-    (checkpoint / "config.json").write_text(json.dumps(config), "utf-8")
-    torch.save({}, checkpoint / "model.bin")
-    recipe = torchtune_recipe(model, saves=True)
-    recipe._checkpointer = FullModelHFCheckpointer(str(checkpoint), ["model.bin"], "LLAMA3", f"{folder}/out")
-    recipe._lora_rank, recipe._lora_alpha, recipe._lora_attn_modules = 2, 5, names
-    recipe._apply_lora_to_mlp = recipe._apply_lora_to_output = False
-    recipe._save_adapter_weights_only, recipe.total_epochs = True, 1
-    recipe.save_checkpoint(epoch=0)
-    return f"{folder}/out/epoch_0"

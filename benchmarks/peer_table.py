@@ -1,4 +1,7 @@
-"""What of other libraries is checked: a table of their callables, imported when they are called."""
+"""What of other libraries is checked: a table of their callables, imported when they are called, and a judgement.
+
+A law that fails does not say whether a library is wrong: `JUDGED` does. What it does not name is wrong.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ from typing import Any
 from benchmarks import peer_callables as layers
 from benchmarks import peer_data as data
 from benchmarks import peer_nf4 as nf4
+from benchmarks import peer_sequences as rows
 from benchmarks import peer_training as training
 
-KINDS = ("lora", "rslora", "dora", "merge", "merge_dora", "adapter_sum", "nf4", "double_quant", "linear4bit")
-KINDS += ("loss_masking", "accumulation", "chat_mask", "adapter_directory")
 MODULES = {  # distribution -> what must be importable
     "peft": "peft",
     "bitsandbytes": "bitsandbytes",
@@ -21,19 +23,21 @@ MODULES = {  # distribution -> what must be importable
     "trl": "trl",
     "litgpt": "litgpt.lora",
     "torchtune": "torchtune.modules.peft",
-    "torchao": "torchao",
+    "axolotl": "axolotl.utils.collators",
+    "mlx-lm": "mlx_lm.tuner.trainer",
+    "llamafactory": "llamafactory.data.template",
 }
+BUILT = ("packing", "generation", "step")  # kinds whose entries are functions that make what is checked
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What of a peer is checked: `kind` as in `minilora.testing.laws`, and the cases that it is made for."""
+    """What of a peer is checked: `kind` as in `minilora.testing.laws` or "step", and the cases that it is made for."""
 
     peer: str
     kind: str
     implementation: Any
     what: str  # is called
-    note: str = ""
     only: Callable[[Any], bool] = lambda case: True
 
 
@@ -41,128 +45,81 @@ def in_float32(case: Any) -> bool:
     return case.dtype == "float32"
 
 
-def without_bias(case: Any) -> bool:
-    return not case.has_bias
-
-
-def whole_blocks(case: Any) -> bool:
-    return case.rows * case.columns % case.block_size == 0 and in_float32(case)
-
-
-def whole_rows(case: Any) -> bool:
-    return case.inner % 64 == 0 and in_float32(case)
-
-
-FLOAT32 = "computes in float32, and is checked with float32 inputs alone"
-ROUNDED = "rounds the weights to float32"
-AO = "a format of its own: absmax is always quantized, to int8; levels have four digits"
-
+oss = {"head_dim": 4, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2}
+gemma = partial(rows.transformers_generation, "recurrent_gemma", lru_width=16, attention_window_size=8)
+mamba = partial(rows.transformers_packing, "mamba", has_index=True, state_size=4)
+bfd = {"packing": True, "packing_strategy": "bfd"}
+wrapped = {"packing": True, "packing_strategy": "wrapped"}
+FAMILIES = ("llama3", "qwen2_5", "qwen3", "gemma", "phi3")
+both = ["embed_tokens", "lm_head"]
+flat = (nf4.bitsandbytes_quantize, nf4.bitsandbytes_dequantize_flat)
 PEERS = (
-    Entry("peft", "lora", layers.peft_linear, "lora.Linear"),
-    Entry("peft", "rslora", layers.peft_linear, "lora.Linear, use_rslora"),
-    Entry(
-        "peft",
-        "dora",
-        layers.peft_linear,
-        "lora.Linear, use_dora",
-        "of x (in) it makes y (1, out); dropout is applied to x in (m/‖W + s·B A‖ - 1)·W x, too",
-    ),
+    Entry("peft", "lora", layers.peft_linear, "LoRA"),
+    Entry("peft", "rslora", layers.peft_linear, "rsLoRA"),
+    Entry("peft", "dora", layers.peft_linear, "DoRA"),
     Entry("peft", "merge", layers.peft_merge, "merge"),
-    Entry("peft", "merge_dora", layers.peft_merge, "merge, use_dora"),
-    Entry(
-        "peft",
-        "adapter_sum",
-        layers.peft_sum("cat"),
-        'add_weighted_adapter, "cat"',
-        'with one adapter "linear" is used, which ' + ROUNDED,
-    ),
-    Entry(
-        "peft",
-        "adapter_sum",
-        layers.peft_sum("svd", svd_rank=layers.total_rank),
-        'add_weighted_adapter, "svd"',
-        "computes in float32",
-    ),
-    Entry(
-        "peft",
-        "adapter_sum",
-        layers.peft_sum("linear"),
-        'add_weighted_adapter, "linear"',
-        f"{ROUNDED}; of several adapters it is (Σ √w·s B)(Σ √w·s A)",
-    ),
-    Entry("peft", "adapter_directory", data.peft_directory, "save_pretrained"),
-    Entry("peft", "adapter_directory", partial(data.peft_directory, use_dora=True), "save_pretrained, use_dora"),
-    Entry(
-        "peft",
-        "adapter_directory",
-        partial(data.peft_directory, use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 16}),
-        "save_pretrained, use_rslora and patterns",
-    ),
-    Entry("bitsandbytes", "nf4", (nf4.bitsandbytes_quantize, nf4.bitsandbytes_dequantize), "quantize_4bit"),
-    Entry(
-        "bitsandbytes",
-        "nf4",
-        (nf4.bitsandbytes_quantize, nf4.bitsandbytes_dequantize_flat),
-        "quantize_4bit, dequantized as one row",
-    ),
-    Entry(
-        "bitsandbytes",
-        "double_quant",
-        (nf4.bitsandbytes_double_quantize, nf4.bitsandbytes_double_dequantize),
-        "quantize_4bit, compress_statistics",
-    ),
-    Entry("bitsandbytes", "linear4bit", nf4.bitsandbytes_linear, "Linear4bit"),
-    Entry("transformers", "loss_masking", training.transformers_loss, "ForCausalLMLoss", FLOAT32, in_float32),
-    Entry("transformers", "accumulation", training.transformers_accumulation, "Trainer.train", FLOAT32, in_float32),
-    Entry("transformers", "chat_mask", data.transformers_mask, "apply_chat_template, ChatML"),
-    Entry("trl", "loss_masking", training.trl_loss, "SFTTrainer.compute_loss", FLOAT32, in_float32),
-    Entry("trl", "accumulation", training.trl_accumulation, "SFTTrainer.train", FLOAT32, in_float32),
-    *(
-        Entry("trl", "chat_mask", data.trl_mask(family), f"assistant_only_loss, {family}", note)
-        for family, note in (
-            ("llama3", ""),
-            ("qwen2_5", "the newline after `assistant` is learned"),
-            ("qwen3", "`<think>` and `</think>`, which are put in front of every reply, are learned"),
-            ("gemma", "its template refuses a system message"),
-            ("phi3", "its template writes an end of text after the last reply, which is learned, too"),
-        )
-    ),
-    Entry("litgpt", "lora", layers.litgpt_linear, "LoRALinear"),
-    Entry("litgpt", "merge", layers.litgpt_merge, "LoRALinear.merge"),
-    Entry("litgpt", "loss_masking", training.litgpt_loss, "chunked_cross_entropy"),
-    Entry("litgpt", "accumulation", training.litgpt_accumulation, "finetune.lora.fit", FLOAT32, in_float32),
-    Entry("torchtune", "lora", layers.torchtune_linear, "LoRALinear"),
-    Entry("torchtune", "dora", layers.torchtune_linear, "DoRALinear"),
-    Entry("torchtune", "dora", layers.torchtune_linear, "DoRALinear, no bias", "", without_bias),
-    Entry("torchtune", "merge", layers.torchtune_merge, "get_merged_lora_ckpt"),
-    Entry("torchtune", "merge_dora", layers.torchtune_merge, "get_merged_lora_ckpt with magnitude"),
-    Entry(
-        "torchtune",
-        "loss_masking",
-        training.torchtune_loss,
-        "lora_finetune_single_device._loss_step",
-        FLOAT32,
-        in_float32,
-    ),
-    Entry(
-        "torchtune",
-        "accumulation",
-        training.torchtune_accumulation,
-        "lora_finetune_single_device.train",
-        f"{FLOAT32}; a label of a row's first token, which nothing predicts, is counted",
-        in_float32,
-    ),
-    Entry("torchtune", "chat_mask", data.torchtune_mask, "OpenAIToMessages"),
-    Entry("torchtune", "adapter_directory", data.torchtune_directory, "save_checkpoint"),
-    Entry(
-        "torchtune",
-        "adapter_directory",
-        partial(data.torchtune_directory, use_dora=True),
-        "save_checkpoint, use_dora",
-        'its adapter_config.json does not say `"use_dora": true`, so PEFT reads a LoRA and ignores the magnitudes',
-    ),
-    Entry(
-        "torchao", "nf4", (nf4.torchao_quantize, nf4.torchao_dequantize), "NF4Tensor, whole blocks", AO, whole_blocks
-    ),
-    Entry("torchao", "linear4bit", nf4.torchao_linear, "linear_nf4, whole blocks", AO, whole_rows),
+    Entry("peft", "merge_dora", layers.peft_merge, "merge of DoRA"),
+    Entry("peft", "adapter_sum", layers.peft_sum, "`add_weighted_adapter`"),
+    Entry("peft", "adapter_directory", data.peft_directory, "files"),
+    Entry("peft", "adapter_directory", partial(data.peft_directory, use_dora=True), "files of DoRA"),
+    Entry("peft", "step", partial(rows.peft_step, target_modules="all-linear"), "step"),
+    Entry("peft", "step", partial(rows.peft_step, target_modules="all-linear", use_dora=True), "step of DoRA"),
+    Entry("peft", "step", partial(rows.peft_step, True, target_modules=both), "step of tied embeddings"),
+    Entry("bitsandbytes", "nf4", (flat[0], nf4.bitsandbytes_dequantize), "NF4"),
+    Entry("bitsandbytes", "nf4", flat, "NF4 as one row"),
+    Entry("bitsandbytes", "linear4bit", nf4.bitsandbytes_linear, "`Linear4bit`"),
+    Entry("transformers", "loss_masking", training.transformers_loss, "loss", in_float32),
+    Entry("transformers", "accumulation", training.transformers_accumulation, "`Trainer`", in_float32),
+    Entry("transformers", "packing", partial(rows.transformers_packing, "llama"), "packed Llama"),
+    Entry("transformers", "packing", partial(rows.transformers_packing, "gpt_oss", **oss), "packed gpt-oss"),
+    Entry("transformers", "packing", mamba, "packed Mamba"),
+    Entry("transformers", "packing", partial(rows.transformers_packing, "llama", use_cache=True), "packed, cached"),
+    Entry("transformers", "generation", partial(rows.transformers_generation, "llama"), "`generate`"),
+    Entry("transformers", "generation", gemma, "`generate` of RecurrentGemma"),
+    Entry("trl", "loss_masking", training.trl_loss, "loss", in_float32),
+    Entry("trl", "accumulation", training.trl_accumulation, "`SFTTrainer`", in_float32),
+    Entry("trl", "packing", partial(rows.trl_packing, "sdpa"), "padding"),
+    Entry("trl", "packing", partial(rows.trl_packing, "sdpa", **bfd), "packing"),
+    Entry("trl", "packing", partial(rows.trl_packing, "sdpa", **wrapped), "packing, wrapped"),
+    *(Entry("trl", "chat_mask", data.trl_mask(family), f"mask of {family}") for family in FAMILIES),
+    Entry("trl", "chat_tools", data.trl_mask("qwen3"), "tools of qwen3"),
+    Entry("trl", "chat_tools", data.trl_mask("llama3"), "tools of llama3"),
+    Entry("litgpt", "lora", layers.litgpt_linear, "LoRA"),
+    Entry("litgpt", "merge", layers.litgpt_merge, "merge"),
+    Entry("litgpt", "loss_masking", training.litgpt_loss, "loss"),
+    Entry("litgpt", "accumulation", training.litgpt_accumulation, "`finetune.lora.fit`", in_float32),
+    Entry("litgpt", "generation", rows.litgpt_generation, "`generate`"),
+    Entry("litgpt", "step", rows.litgpt_step, "step"),
+    Entry("torchtune", "lora", layers.torchtune_linear, "LoRA"),
+    Entry("torchtune", "dora", layers.torchtune_linear, "DoRA"),
+    Entry("torchtune", "merge", layers.torchtune_merge, "merge"),
+    Entry("torchtune", "merge_dora", layers.torchtune_merge, "merge of DoRA"),
+    Entry("torchtune", "accumulation", training.torchtune_accumulation, "the recipe's loop", in_float32),
+    Entry("torchtune", "packing", rows.torchtune_packing, "`PackedDataset`"),
+    Entry("torchtune", "generation", rows.torchtune_generation, "`generate`"),
+    Entry("axolotl", "packing", partial(rows.axolotl_packing, False), "packed logits"),
+    Entry("axolotl", "packing", partial(rows.axolotl_packing, True), "packed loss"),
+    Entry("axolotl", "chat_mask", data.axolotl_mask("chatml", "<|im_end|>"), "mask of chatml"),
+    Entry("axolotl", "chat_tools", data.axolotl_mask("qwen_25", "<|im_end|>"), "tools of qwen_25"),
+    Entry("mlx-lm", "packing", rows.mlx_packing, "`default_loss`"),
+    Entry("mlx-lm", "generation", rows.mlx_generation, "`batch_generate`"),
+    Entry("mlx-lm", "step", rows.mlx_step, "step"),
+    Entry("mlx-lm", "step", partial(rows.mlx_step, use_dora=True), "step of DoRA"),
+    Entry("llamafactory", "chat_mask", data.llamafactory_mask("llama3"), "mask of llama3"),
+    Entry("llamafactory", "chat_tools", data.llamafactory_mask("llama3"), "tools of llama3"),
+    Entry("llamafactory", "chat_mask", data.llamafactory_mask("qwen3"), "mask of qwen3"),
+    Entry("llamafactory", "chat_tools", data.llamafactory_mask("qwen3"), "tools of qwen3"),
 )
+LESS, OTHER = "less precise", "another convention"
+JUDGED = {  # "peer what" -> the verdict, and what is found; what is wrong has a page in docs/findings
+    "peft DoRA": (OTHER, "`(in)` gives `(1, out)`; dropout is applied in the base's term, too"),
+    "peft `add_weighted_adapter`": (LESS, "float64 is rounded to float32"),
+    "trl packing, wrapped": (OTHER, "documents are joined and cut, as its page says"),
+    "trl mask of qwen2_5": (OTHER, "the newline after `assistant` is learned"),
+    "trl mask of qwen3": (OTHER, "an empty `<think>` block is put before replies and learned"),
+    "trl mask of gemma": (OTHER, "the template refuses system messages and two replies in turn"),
+    "trl mask of phi3": (OTHER, "an end of text after the last reply is learned"),
+    "trl tools of llama3": (OTHER, "the model's own template has no tools"),
+    "llamafactory mask of llama3": (OTHER, "two replies in turn are refused"),
+    "llamafactory mask of qwen3": (OTHER, "an empty `<think>` block is put before replies and learned"),
+}

@@ -230,11 +230,6 @@ def litgpt_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
 # --- torchtune ---
 
 
-def torchtune_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The recipe's `_loss_step` on a model that returns these logits, with the loss of its configurations."""
-    return torchtune_recipe(lambda x: [x])._loss_step({"x": logits, "labels": labels})
-
-
 def torchtune_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
     """The loop of the recipe `lora_finetune_single_device` itself."""
     model = Head(W)
@@ -250,8 +245,8 @@ def torchtune_accumulation(W: Tensor, micro_batches: MicroBatches) -> Tensor:
     return optimizer.found[0]
 
 
-def torchtune_recipe(model: Any, saves: bool = False) -> Any:
-    """Return the recipe with a model, and without what `setup` reads from files; after an epoch it `saves` or not."""
+def torchtune_recipe(model: Any) -> Any:
+    """Return the recipe with a model, and without what `setup` reads from files."""
     from torchtune.modules.loss import CEWithChunkedOutputLoss
     from torchtune.training import DummyProfiler
 
@@ -264,8 +259,7 @@ def torchtune_recipe(model: Any, saves: bool = False) -> Any:
             self.ignore_labels_cache = torch.full((64, 1), IGNORE_INDEX)
 
         def save_checkpoint(self, epoch: int) -> None:
-            if saves:
-                super().save_checkpoint(epoch)
+            pass
 
     return Recipe()
 

@@ -1,8 +1,10 @@
-"""Check the LoRA of other libraries with `minilora.testing`, and write peers_under_test.md beside this file.
+"""Check other libraries with `minilora.testing`, and write peers_under_test.md beside this file.
 
-    python -m benchmarks.peers_under_test --python A/bin/python --python B/bin/python
+    A/bin/python -m benchmarks.peers_under_test --json a.json --peers peft trl
+    B/bin/python -m benchmarks.peers_under_test --json b.json --peers litgpt
+    python -m benchmarks.peers_under_test a.json b.json
 
-Each interpreter checks the peers that it can import, since some exclude each other. It needs what minilora needs, but
+Some peers exclude each other, so each interpreter checks those that it can import. It needs what minilora needs, but
 not minilora itself.
 """
 
@@ -12,20 +14,18 @@ import argparse
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer_table import KINDS, MODULES, PEERS, Entry
+from benchmarks.peer_table import BUILT, JUDGED, LESS, MODULES, OTHER, PEERS, Entry
 
 PAGE = Path(__file__).with_suffix(".md")
+FINDINGS = PAGE.parents[1] / "docs" / "findings"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class Result:
     what: str
     law: str
     verdict: str
-    ratio: float = 0.0
     message: str = ""
     causes: Sequence[str] = ()
 
@@ -50,17 +49,26 @@ class Result:
 
 def check_entry(entry: Entry) -> Iterable[Result]:
     """Try every law of an entry's kind."""
-    from minilora.testing import CheckFailure, NotApplicable, laws
+    from minilora.testing import CheckFailure, NotApplicable, check_trains_everything, laws
+    from minilora.testing.sequence_laws import Decoder, Packed
 
     with tempfile.TemporaryDirectory() as folder:
-        is_directory = entry.kind == "adapter_directory"
-        implementation = entry.implementation(folder) if is_directory else entry.implementation
-        for name, law in laws(entry.kind).items():
-            begin, cases = (entry.peer, entry.kind, entry.what, name), [*filter(entry.only, law.cases)]
+        given = (folder,) if entry.kind == "adapter_directory" else ()
+        is_made = given or entry.kind in BUILT
+        implementation = entry.implementation(*given) if is_made else entry.implementation
+        implementation = {"packing": Packed._make, "generation": Decoder._make}.get(entry.kind, lambda made: made)(
+            implementation
+        )
+        for name, law in {"everything": None}.items() if entry.kind == "step" else laws(entry.kind).items():
+            begin = (entry.peer, entry.kind, entry.what, name)
             try:
-                if not cases:
+                if law is None:
+                    check_trains_everything(*implementation)
+                elif not (cases := [*filter(entry.only, law.cases)]):
                     raise NotApplicable("no case is one that it is made for")
-                yield Result(*begin, "passes", replace(law, cases=cases).check(implementation).ratio)
+                else:
+                    replace(law, cases=cases).check(implementation)
+                yield Result(*begin, "passes")
             except NotApplicable as reason:
                 yield Result(*begin, "does not apply", message=str(reason))
             except CheckFailure as failure:
@@ -86,49 +94,39 @@ def check_here(peers: Sequence[str]) -> dict[str, Any]:
 
 
 def _versions() -> str:
-    names = ("torch", "numpy", "transformers", "torchao")
+    names = ("torch", "numpy", "transformers")
     found = [each.metadata["Name"] for each in importlib.metadata.distributions()]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names if name in found]
     return f"Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def check_in(interpreters: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Run `check_here` in other interpreters, each for the peers that those before it do not have."""
-    missing = list(MODULES)
-    for interpreter in interpreters:
-        with tempfile.TemporaryDirectory() as folder:  # in which some peers write caches
-            file = Path(folder) / "found.json"
-            command = [interpreter, "-m", __spec__.name, "--json", str(file), *missing]
-            subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(PAGE.parents[1])})
-            found = json.loads(file.read_text("utf-8"))
-        missing = [peer for peer in missing if found["states"][peer][0] == "("]
-        yield found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check other libraries and write the page.")
-    parser.add_argument("peers", nargs="*", default=list(MODULES), help="those to be checked, with --json")
-    parser.add_argument("--python", action="append", default=[], help="an interpreter that has some of the peers")
-    parser.add_argument("--json", help="check what this interpreter has, into a file")
+    parser.add_argument("found", nargs="*", type=Path, help="what --json wrote; the page is made of all of them")
+    parser.add_argument("--json", type=Path, help="check what this interpreter has, into a file")
+    parser.add_argument("--peers", nargs="+", default=list(MODULES), help="those to be checked")
     arguments = parser.parse_args()
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(check_here(arguments.peers)), "utf-8")
+        arguments.json.write_text(json.dumps(check_here(arguments.peers)), "utf-8")
     else:
-        PAGE.write_text(page(list(check_in(arguments.python or [sys.executable]))), "utf-8")
+        PAGE.write_text(page([json.loads(file.read_text("utf-8")) for file in arguments.found]), "utf-8")
 
 
 # --- the page ---
 
 HEAD = """# Other libraries, checked with `minilora.testing`
 
-{versions}; {machine}.
+| peer | right | wrong | less precise | another convention |
+| --- | --- | --- | --- | --- |
+{rows}
 
-`python -m benchmarks.peers_under_test` writes this page. What is said of a library is said of the version in the table,
-and of what a check found by calling its own code: `PEERS` in `benchmarks/peer_table.py` has every callable.
+*Wrong* is a result that nobody means; each has a page that shows it without minilora. *Less precise* is rounding.
+*Another convention* is a choice of the library or of a model's template, mostly a documented one. Behind each
+name stand the laws that pass, of those that apply. What is said of a library is said of this version, on a CPU, of what
+a check found by calling its own code: `benchmarks/peer_table.py` has the callables (`PEERS`) and our judgements
+(`JUDGED`).
 
-A cell has, of each thing that is checked, the laws that pass of those that apply, and the largest error of those that
-pass over its derived bound: 1 is the limit. A cell is empty where a library has nothing of that kind."""
-REPEAT = """Each message says how to repeat it; `implementation` is that of the same entry of `PEERS`."""
+{missing}`python -m benchmarks.peers_under_test` wrote this page: {versions}; {machine}."""
 
 
 def page(runs: list[dict[str, Any]]) -> str:
@@ -136,52 +134,37 @@ def page(runs: list[dict[str, Any]]) -> str:
     states = dict.fromkeys(MODULES, "") | {peer: state for run in runs for peer, state in run["states"].items()}
     states |= {peer: state for run in reversed(runs) for peer, state in run["states"].items() if state[0] != "("}
     results = [Result(**each) for run in runs for each in run["results"]]
+    rows = [_row(peer, state, results) for peer, state in states.items() if state[0] != "("]
+    missing = [f"Not installed: {peer} {state}.\n\n" for peer, state in states.items() if state[0] == "("]
     versions = "; ".join(dict.fromkeys(run["python"] for run in runs))
-    parts = [HEAD.format(versions=versions, machine=f"{platform.system()} {platform.machine()}")]
-    parts += ["## Summary", *_summary(states, results), "## What fails", *_failures(results)]
-    return "\n\n".join(parts) + "\n"
+    machine = f"{platform.system()} {platform.machine()}"
+    return HEAD.format(rows="\n".join(rows), missing="".join(missing), versions=versions, machine=machine) + "\n"
 
 
-def _summary(states: dict[str, str], results: list[Result]) -> list[str]:
-    rows = [["peer", "version", *KINDS]]
-    for peer, state in states.items():
-        if state[0] != "(":
-            own = [[each for each in results if (each.peer, each.kind) == (peer, kind)] for kind in KINDS]
-            rows.append([peer, state, *map(_cell, own)])
-    missing = [f"- {peer}: not installed {state}" for peer, state in states.items() if state[0] == "("]
-    return [_table(rows), *(["\n".join(missing)] if missing else [])]
+def _row(peer: str, version: str, results: list[Result]) -> str:
+    findings = {what: link for file in FINDINGS.glob("*.md") for what, link in _finding(file)}
+    cells: dict[str, list[str]] = {"right": [], "wrong": [], LESS: [], OTHER: []}
+    for entry in PEERS:
+        own = [each for each in results if (each.peer, each.kind, each.what) == (peer, entry.kind, entry.what)]
+        own = [each for each in own if each.verdict != "does not apply"]
+        failed = [each for each in own if each.verdict == "fails"]
+        if entry.peer != peer or not own:
+            continue
+        name = f"{entry.what} ({len(own) - len(failed)} of {len(own)})"
+        if not failed:
+            cells["right"].append(name.replace(f" of {len(own)}", ""))
+            continue
+        verdict, found = JUDGED.get(f"{peer} {entry.what}") or ("wrong", findings.get(f"{peer} {entry.what}"))
+        cells[verdict].append(f"{name}: {found or failed[0].cause}")
+    texts = [", ".join(cells["right"]), *("<br>".join(cells[verdict]) for verdict in ("wrong", LESS, OTHER))]
+    return f"| {peer} {version} | {' | '.join(texts)} |"
 
 
-def _cell(results: list[Result]) -> str:
-    cells = []
-    for what in dict.fromkeys(each.what for each in results):
-        own = [each for each in results if each.what == what and each.verdict != "does not apply"]
-        ratios = [each.ratio for each in own if each.verdict == "passes"]
-        count = f"{len(ratios)} of {len(own)}"
-        count = count if len(ratios) == len(own) else f"**{count}**"
-        cells.append(f"{what}: {count}" + (f" ({max(ratios):.2g})" if ratios else ""))
-    return "<br>".join(cells)
-
-
-def _failures(results: list[Result]) -> list[str]:
-    """Return the table of what fails, a line for each cause, and then every message."""
-    notes = {(entry.peer, entry.kind, entry.what): entry.note for entry in PEERS}
-    failed = [each for each in results if each.verdict == "fails"]
-    by_cause: dict[tuple[str, ...], list[str]] = {}
-    for each in failed:
-        note = notes[each.peer, each.kind, each.what]
-        by_cause.setdefault((each.peer, each.what, each.cause, note), []).append(f"{each.kind}-{each.law}")
-    rows = [["peer", "what", "laws", "likely cause, or what is found", "note"]]
-    rows += [[peer, what, ", ".join(ids), cause, note] for (peer, what, cause, note), ids in by_cause.items()]
-    parts = [_table(rows), "## Every failure", REPEAT]
-    for each in failed:
-        parts += [f"### {each.peer}, {each.what}: {each.kind}-{each.law}", f"```text\n{each.message}\n```"]
-    return parts
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
+def _finding(file: Path) -> list[tuple[str, str]]:
+    """Return the entries that a page is about, which its first line names, each with a link by the title."""
+    first, _, title, *_ = file.read_text("utf-8").splitlines()
+    link = f"[{title[2:]}](../docs/findings/{file.name})"
+    return [(what, link) for what in first.removeprefix("<!-- ").removesuffix(" -->").split("; ")]
 
 
 if __name__ == "__main__":
