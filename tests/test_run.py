@@ -18,6 +18,7 @@ from minilora import cli
 from minilora.cli import finetune as command
 from minilora.files import TensorFile, lock
 from minilora.models import checkpoint, template
+from minilora.runs import directory as run_directory
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
@@ -354,6 +355,19 @@ def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_p
     }
     assert starts(tmp_path / "moved") == [0, 4]
     assert paths
+
+
+def test_a_file_that_is_large_is_known_by_its_header_and_a_sample(tmp_path, monkeypatch):
+    path, seen = tmp_path / "large", set()
+    monkeypatch.setattr(run_directory, "WHOLE", 1000)
+    monkeypatch.setattr(run_directory, "PIECE", 10)
+    for place, size in ((None, 50_000), (7, 50_000), (300, 50_000), (49_999, 50_000), (None, 50_001)):
+        content = bytearray((400).to_bytes(8, "little") + bytes(size - 8))
+        if place is not None:
+            content[place] ^= 1
+        path.write_bytes(content)
+        seen.add(run_directory.hash_of(path))
+    assert len(seen) == 5
 
 
 def test_a_run_keeps_the_dtype_that_it_began_with_on_a_machine_where_another_is_faster(

@@ -14,6 +14,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -47,6 +48,9 @@ from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
+WHOLE = 2**29  # bytes of a file up to which all of it is hashed
+PIECES = 64  # of a larger file that are hashed
+PIECE = 2**16  # bytes of one
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -265,7 +269,21 @@ def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
         paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)}
     if prompt_style.endswith(".jinja"):
         paths["prompt_style"] = Path(prompt_style)
-    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}
+    return {name: hash_of(path) for name, path in paths.items() if path.is_file()}
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file; of a large one, that of its size, its beginning and evenly spread parts."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(8 + int.from_bytes(file.read(8), "little") % WHOLE))  # the header of tensors
+        for i in range(PIECES):
+            file.seek(i * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
 
 
 def _check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
