@@ -480,10 +480,3 @@ def test_a_setting_that_cannot_work_is_named_with_its_value(cls, name, value):
 def test_settings_that_cannot_work_are_named_together():
     with pytest.raises(ml.ConfigError, match=r"batch_size is 0, .*; warmup_steps is 2\.5, .*; epochs is -1"):
         ml.TrainConfig(epochs=-1, warmup_steps=2.5, batch_size=0)
-
-
-def test_a_data_config_has_no_share_to_hold_out_which_load_dataset_would_ignore():
-    with pytest.raises(
-        TypeError, match=r"DataConfig has no 'eval_split': slice the data set: rows\[n:\] to learn from"
-    ):
-        ml.DataConfig(eval_split=0.2)
