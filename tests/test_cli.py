@@ -196,6 +196,9 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; see `minilora finetune --help`\n"),
         (["finetune", "--base_model", "a", "--data", "b"], "--base-model is unknown; did you mean --model?\n"),
+        (["extract", "--model=a"], "extract is no command; it is a recipe: see recipes/extract.py"),
+        (["verify", "a"], "verify is no command; use inspect, which also compares files with their hashes\n"),
+        (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
         (["finetune", "--text_field=body"], "--text-field is unknown; use --columns text=FIELD\n"),
         (["finetune", "--recompute", "mlp"], "--recompute is unknown; it is called --gradient-checkpointing\n"),
         (

@@ -39,7 +39,10 @@ COMMANDS = {
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
-RENAMED = {
+RENAMED = {  # commands and flags of earlier versions, and what to use now
+    "extract": in_recipe("extract"),
+    "verify": "use inspect, which also compares files with their hashes",
+    "--task-type": in_recipe("classify_texts"),
     "--recompute": "it is called --gradient-checkpointing",
     "--target-parameters": in_recipe("experts"),
     "--text-field": "use --columns text=FIELD",
@@ -99,7 +102,7 @@ def parse(words: Sequence[str]) -> Options:
         print(version if command == "--version" else OVERVIEW.format(commands=commands))
         raise SystemExit(0)
     if command not in COMMANDS:
-        advice = nearest(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
+        advice = RENAMED.get(command) or nearest(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
         say(f"minilora: {command} is no command; {advice}")
         raise SystemExit(2)
     if command == "finetune" and not {"-h", "--help"}.isdisjoint(words):
