@@ -51,7 +51,7 @@ def memory_page(name_or_path: str) -> str:
 
 
 def default_plan(config: LlamaConfig, method: str, device: torch.device) -> Plan:
-    """Return the plan of a step with a batch of the default size, all of whose tokens are labelled."""
+    """Return the plan of a step with a batch of the default size in which every token has a label."""
     rows = [(DataConfig().max_length,) * 2] * TrainConfig().batch_size
     if method == "full fine-tune":
         return Plan(config, None, TrainConfig(), QuantizeConfig(), torch.float32, device, rows)

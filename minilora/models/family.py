@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module, ABC):
     """A block of two branches that a family defines: x ← x + attention_branch(x), x ← x + mlp_branch(x) (abstract)."""
 
     def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
@@ -43,11 +44,13 @@ class ResidualBlock(nn.Module):
             return x + checkpoint(self.mlp_branch, x, use_reentrant=False)
         return x + self.mlp_branch(x)
 
+    @abstractmethod
     def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
-        raise NotImplementedError
+        """Return what attention adds to x: (N, D) -> (N, D)."""
 
+    @abstractmethod
     def mlp_branch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return what the MLP adds to x: (N, D) -> (N, D)."""
 
 
 def attention_biases(values: Values) -> dict[str, Any]:
