@@ -28,20 +28,20 @@ MAX_FIGURE = 60_000  # bytes
 MISTAKES = {
     "01": [("s * (B @ A)", "(B @ A)"), ("s * (B @ A)", "s * (A.T @ B.T)")],
     "02": [("labels[1:]", "labels"), ("total / count", "total / len(rows)")],
-    "03": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
-    "04": [("alpha / r**power", "1 / r**power"), ("alpha / r**power", "alpha * r**power")],
-    "05": [
-        ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
-        ("16 * (out + width)", "8 * (out + width)"),
-    ],
-    "06": [
+    "03": [
         ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
         ("[*labels, end]", "[*labels, -100]"),
     ],
-    "07": [("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"), ("-1, 0, 1\n", "-1, levels[7], 1\n")],
-    "08": [("s * B @ A", "B @ A"), ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)")],
-    "09": [("effect += delta", "effect += W.double()"), ("s * (B.double() @ A.double())", "B.double() @ A.double()")],
-    "10": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
+    "04": [("alpha / r**power", "1 / r**power"), ("alpha / r**power", "alpha * r**power")],
+    "05": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
+    "06": [
+        ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
+        ("16 * (out + width)", "8 * (out + width)"),
+    ],
+    "08": [("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"), ("-1, 0, 1\n", "-1, levels[7], 1\n")],
+    "09": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
+    "10": [("effect += delta", "effect += W.double()"), ("s * (B.double() @ A.double())", "B.double() @ A.double()")],
+    "11": [("s * B @ A", "B @ A"), ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)")],
     "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
 }
 

@@ -1,13 +1,45 @@
-"""Exercise 3: the best adapter of a rank, and its loss. For the verdict: python tutorials/exercises/check.py 03"""
+"""Exercise 6: a recipe with four silent mistakes. For the verdict: python tutorials/exercises/check.py 06"""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+raise NotImplementedError  # delete this line when you have repaired what is below
 
-def best_adapter(delta: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
-    """The A and B of rank r for which s·B A is nearest to ΔW, and the loss ‖ΔW - s·B A‖² that must remain.
 
-    ‖·‖² is the sum of the squares of all numbers. The loss is told from the singular values alone.
+def encode(prompt: str, completion: str, tokenizer: Any, end: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of a row and their labels: the completion and the end token are learned, the rest is -100."""
+    tokens = [*tokenizer.encode(prompt + completion).ids, end]
+    count = len(tokenizer.encode(prompt).ids)
+    return tokens, [-100] * count + tokens[count:]
 
-    Shapes: delta (out, in) -> A (r, in), B (out, r)
+
+def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
+    """Pad rows of tokens and labels. Return the tokens, and at each position the label of the token after it.
+
+    Shapes: -> (B, T), (B, T)
     """
-    raise NotImplementedError
+    width = max(len(tokens) for tokens, _ in rows)
+    input_ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens, _ in rows])
+    targets = torch.tensor([labels[1:] + [pad] * (width - len(labels) + 1) for _, labels in rows])
+    targets[targets == pad] = -100
+    return input_ids, targets
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of -log p over the labels of a batch that `collate` made, and their number.
+
+    Shapes: logits (B, T, V), targets (B, T) -> (), ()
+    """
+    logits, targets = logits[:, :-1], targets[:, 1:]
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total, (targets != -100).sum()
+
+
+def step_loss(model: Callable[[Tensor], Tensor], micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the loss of one step over micro-batches that `collate` made; the model maps (B, T) to (B, T, V)."""
+    parts = [token_loss(model(input_ids), targets) for input_ids, targets in micro_batches]
+    return sum(total / count for total, count in parts) / len(parts)

@@ -1,14 +1,13 @@
-"""Exercise 5: ranks for a budget of bytes. For the verdict: python tutorials/exercises/check.py 05"""
+"""Exercise 3: the best adapter of a rank, and its loss. For the verdict: python tutorials/exercises/check.py 03"""
+
+from torch import Tensor
 
 
-def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
-    """Return the rank of an adapter on each linear, so that weights and training fit into `budget` bytes.
+def best_adapter(delta: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
+    """The A and B of rank r for which s·B A is nearest to ΔW, and the loss ‖ΔW - s·B A‖² that must remain.
 
-    `shapes` are (out, in) by name. Each weight is kept in NF4 with double quantization, as in the chapter's
-    `nf4_bytes`. All that is trained is in float32: A and B, their gradients, and two moments of each.
+    ‖·‖² is the sum of the squares of all numbers. The loss is told from the singular values alone.
 
-    First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
-    more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
-    where the budget does not hold the weights, they stay there.
+    Shapes: delta (out, in) -> A (r, in), B (out, r)
     """
     raise NotImplementedError

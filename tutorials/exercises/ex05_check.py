@@ -1,69 +1,43 @@
-"""What a solution of exercise 5 must do."""
+"""What a solution of exercise 3 must do."""
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
+import numpy as np
 import torch
-from torch import nn
 
-from minilora.nf4 import NF4Linear
+from minilora.testing.reference import lora_merged_weight
 
-MODEL = {"q": (24, 24), "k": (8, 24), "gate": (40, 24), "down": (24, 40), "odd": (5, 7)}
+CASES = [((6, 9), 1, 0.5), ((6, 9), 3, 2.0), ((9, 4), 2, 7.0), ((9, 4), 4, 0.25)]  # (out, in), r, s
 
 
 def check(answer: ModuleType) -> None:
-    """The ranks use the budget that packed weights and a real optimizer leave, as far as the rule allows."""
-    free = bytes_of(MODEL, dict.fromkeys(MODEL, 0))
-    step = bytes_of(MODEL, dict.fromkeys(MODEL, 1)) - free
-    one_more = bytes_of(MODEL, dict.fromkeys(MODEL, 0) | {"q": 1}) - free
-    for budget in (
-        free + 3 * step,
-        free + 3 * step - 1,
-        free + 2 * step + one_more,
-        free + 1000,
-        free + 1,
-        free + 9999,
-        free - 1,
-    ):
-        found = answer.ranks(dict(MODEL), budget)
-        case = f"a budget of {budget:,} bytes, {free:,} of them for the weights"
-        assert isinstance(found, dict), f"{case}: ranks returns {type(found).__name__}, need a dict: name -> rank"
-        assert found.keys() == MODEL.keys(), f"{case}: the ranks are {found}, need one for each of {[*MODEL]}"
-        assert min(found.values()) >= 0, f"{case}: the ranks are {found}; where the weights do not fit, need 0"
-        used, right = bytes_of(MODEL, found), expected(budget)
-        assert used <= max(budget, free), (
-            f"{case}: {found} takes {used:,}. Four float32 numbers are held for each number of A and B, and a weight "
-            "takes half a byte a number, rounded up, and its scales"
+    """`best_adapter` reaches the loss that the eigenvalues of ΔWᵀ ΔW allow, and says which that is."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, r, s in CASES:
+        delta = torch.randn(shape, generator=generator, dtype=torch.float64)
+        given = delta.clone()
+        case = f"ΔW {shape}, rank {r}, scale {s}"
+        A, B, told = answer.best_adapter(delta, r, s)
+        for name, factor, need in (("A", A, (r, shape[1])), ("B", B, (shape[0], r))):
+            assert factor.shape == need, f"{case}: {name} is {tuple(factor.shape)}, need {need}"
+        kind = type(told).__name__
+        assert isinstance(told, float), f"{case}: the loss is a {kind}, need a Python float (`.item()`)"
+        squares = np.linalg.eigvalsh(delta.numpy().T @ delta.numpy())[::-1]  # of the singular values
+        least, total = max(0.0, math.fsum(squares[r:])), math.fsum(squares)
+        left = delta.numpy() - lora_merged_weight(np.zeros(shape), A.numpy(), B.numpy(), s)
+        loss = float(np.square(left).sum())
+        hint = "keep the r largest singular values, each once, with the u and v that belong to them"
+        others = [np.square(delta.numpy() - factor * (B @ A).numpy()).sum() for factor in (1, s * s)]
+        if min(others) < least + 1e-9 * total:
+            hint = "these are the right singular values, but is s divided out once? The layer multiplies B A by it"
+        assert loss < least + 1e-9 * total, (
+            f"{case}: s·B A misses {loss:.4f} of {total:.4f}, and the best misses {least:.4f}. {hint}"
         )
-        assert found == right, (
-            f"{case}: {found} takes {used:,}, and {right} takes {bytes_of(MODEL, right):,}. The rank of all first, "
-            "then one more for each, in order, that still fits; one that does not fit does not end the round. Ranks "
-            "that are too low can also mean that the bytes of a weight or of a rank are counted too high"
+        assert abs(told - least) < 1e-9 * total, (
+            f"{case}: the loss is said to be {told:.4f} and is {least:.4f}: "
+            "the sum of the squares of the singular values of ΔW that are dropped"
         )
-
-
-def expected(budget: int) -> dict[str, int]:
-    """The ranks, by trying."""
-    r = 0
-    while bytes_of(MODEL, dict.fromkeys(MODEL, r + 1)) <= budget:
-        r += 1
-    found = dict.fromkeys(MODEL, r)
-    for name in MODEL:
-        more = found | {name: r + 1}
-        found = more if bytes_of(MODEL, more) <= budget else found
-    return found
-
-
-def bytes_of(shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> int:
-    """The bytes of packed weights, and of A and B with what a step of AdamW leaves."""
-    packed = [NF4Linear.quantize(torch.ones(shape)) for shape in shapes.values()]
-    trained = [nn.Parameter(torch.ones(ranks[name], size)) for name, shape in shapes.items() for size in shape]
-    optimizer = torch.optim.AdamW(trained)
-    sum(parameter.sum() for parameter in trained).backward()
-    optimizer.step()
-    held = [tensor for layer in packed for tensor in layer.parameters()]
-    for parameter in trained:
-        state = optimizer.state[parameter]
-        held += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
-    return sum(tensor.nbytes for tensor in held)
+        assert torch.equal(delta, given), f"{case}: best_adapter changes the ΔW that it was given"

@@ -1,45 +1,14 @@
-"""Exercise 6: a recipe with four silent mistakes. For the verdict: python tutorials/exercises/check.py 06"""
-
-from collections.abc import Callable
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-raise NotImplementedError  # delete this line when you have repaired what is below
+"""Exercise 5: ranks for a budget of bytes. For the verdict: python tutorials/exercises/check.py 05"""
 
 
-def encode(prompt: str, completion: str, tokenizer: Any, end: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of a row and their labels: the completion and the end token are learned, the rest is -100."""
-    tokens = [*tokenizer.encode(prompt + completion).ids, end]
-    count = len(tokenizer.encode(prompt).ids)
-    return tokens, [-100] * count + tokens[count:]
+def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
+    """Return the rank of an adapter on each linear, so that weights and training fit into `budget` bytes.
 
+    `shapes` are (out, in) by name. Each weight is kept in NF4 with double quantization, as in the chapter's
+    `nf4_bytes`. All that is trained is in float32: A and B, their gradients, and two moments of each.
 
-def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    """Pad rows of tokens and labels. Return the tokens, and at each position the label of the token after it.
-
-    Shapes: -> (B, T), (B, T)
+    First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
+    more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
+    where the budget does not hold the weights, they stay there.
     """
-    width = max(len(tokens) for tokens, _ in rows)
-    input_ids = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens, _ in rows])
-    targets = torch.tensor([labels[1:] + [pad] * (width - len(labels) + 1) for _, labels in rows])
-    targets[targets == pad] = -100
-    return input_ids, targets
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of -log p over the labels of a batch that `collate` made, and their number.
-
-    Shapes: logits (B, T, V), targets (B, T) -> (), ()
-    """
-    logits, targets = logits[:, :-1], targets[:, 1:]
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total, (targets != -100).sum()
-
-
-def step_loss(model: Callable[[Tensor], Tensor], micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the loss of one step over micro-batches that `collate` made; the model maps (B, T) to (B, T, V)."""
-    parts = [token_loss(model(input_ids), targets) for input_ids, targets in micro_batches]
-    return sum(total / count for total, count in parts) / len(parts)
+    raise NotImplementedError

@@ -1,77 +1,69 @@
-"""What a solution of exercise 6 must do."""
+"""What a solution of exercise 5 must do."""
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import torch
-from tokenizers import Tokenizer
+from torch import nn
 
-from minilora.data import encode_row
-from minilora.files import ASSETS
-from minilora.testing.reference import masked_loss
+from minilora.nf4 import NF4Linear
 
-END = 0  # of the built-in tokenizer; the pad, too
-TEXTS = (("Category:", " animal"), ("Category: ", "animal"), ("2 + 2 =\n", "4"), ("", "a young cat"))
-ROWS = [  # tokens and labels
-    ([5, 3, 1, END], [-100, -100, 1, END]),
-    ([2, 4, 3, 3, 1, 2, 5, END], [-100, 4, 3, 3, 1, 2, 5, END]),
-    ([4, END], [-100, END]),
-]
+MODEL = {"q": (24, 24), "k": (8, 24), "gate": (40, 24), "down": (24, 40), "odd": (5, 7)}
 
 
 def check(answer: ModuleType) -> None:
-    """The labels are those of `encode_row`, and the losses those of `minilora.testing.reference`."""
-    tokenizer = Tokenizer.from_file(str(ASSETS / "model" / "tokenizer.json"))
-    for prompt, completion in TEXTS:
-        right = encode_row({"prompt": prompt, "completion": completion}, tokenizer, END)
-        tokens, labels = answer.encode(prompt, completion, tokenizer, END)
-        case = f"encode({prompt!r}, {completion!r})"
-        assert tokens == right.tokens, f"{case}: the tokens are {tokens}, need those of the text and the end token"
-        assert labels[-1] == END, f"{case}: the end token has no label, so the model would not learn to stop"
-        assert labels == right.labels, (
-            f"{case}: the labels are {labels}, need {right.labels}. A tokenizer may join the end of the prompt and the "
-            "beginning of the completion in one token: ask which tokens share a character with the completion"
+    """The ranks use the budget that packed weights and a real optimizer leave, as far as the rule allows."""
+    free = bytes_of(MODEL, dict.fromkeys(MODEL, 0))
+    step = bytes_of(MODEL, dict.fromkeys(MODEL, 1)) - free
+    one_more = bytes_of(MODEL, dict.fromkeys(MODEL, 0) | {"q": 1}) - free
+    for budget in (
+        free + 3 * step,
+        free + 3 * step - 1,
+        free + 2 * step + one_more,
+        free + 1000,
+        free + 1,
+        free + 9999,
+        free - 1,
+    ):
+        found = answer.ranks(dict(MODEL), budget)
+        case = f"a budget of {budget:,} bytes, {free:,} of them for the weights"
+        assert isinstance(found, dict), f"{case}: ranks returns {type(found).__name__}, need a dict: name -> rank"
+        assert found.keys() == MODEL.keys(), f"{case}: the ranks are {found}, need one for each of {[*MODEL]}"
+        assert min(found.values()) >= 0, f"{case}: the ranks are {found}; where the weights do not fit, need 0"
+        used, right = bytes_of(MODEL, found), expected(budget)
+        assert used <= max(budget, free), (
+            f"{case}: {found} takes {used:,}. Four float32 numbers are held for each number of A and B, and a weight "
+            "takes half a byte a number, rounded up, and its scales"
         )
-    generator = torch.Generator().manual_seed(0)
-    scores = 2 * torch.randn(6, 6, generator=generator, dtype=torch.float64)  # the logits after each token
-    for rows in ([ROWS[1]], ROWS):
-        check_batch(answer, rows, scores)
-    loss = answer.step_loss(scores.__getitem__, [answer.collate([row], END) for row in ROWS])
-    means = [expected([row], scores) for row in ROWS]
-    assert not is_near(loss, sum(means) / len(means)), (
-        "step_loss is a mean of means: a label of a short row weighs more than one of a long row. "
-        "Add up the sums, add up the counts, and divide once"
-    )
-    right_loss = expected(ROWS, scores)
-    assert is_near(loss, right_loss), f"step_loss of three micro-batches is {float(loss):.6f}, need {right_loss:.6f}"
+        assert found == right, (
+            f"{case}: {found} takes {used:,}, and {right} takes {bytes_of(MODEL, right):,}. The rank of all first, "
+            "then one more for each, in order, that still fits; one that does not fit does not end the round. Ranks "
+            "that are too low can also mean that the bytes of a weight or of a rank are counted too high"
+        )
 
 
-def check_batch(answer: ModuleType, rows: list[tuple[list[int], list[int]]], scores: torch.Tensor) -> None:
-    """`collate` and `token_loss` together give the sum and the number of the labels."""
-    input_ids, targets = answer.collate(rows, END)
-    total, count = answer.token_loss(scores[input_ids], targets)
-    right = sum(label != -100 for _, labels in rows for label in labels[1:])
-    assert count != right - len(rows), (
-        f"{len(rows)} rows: {int(count)} labels are counted, need {right}: one of each row is missing. Is the end "
-        "token taken for a pad, or are the labels moved twice?"
-    )
-    assert count == right, f"{len(rows)} rows: {int(count)} labels are counted, not {right}: pads and prompts have none"
-    mean = expected(rows, scores)
-    assert is_near(total / count, mean), (
-        f"{len(rows)} rows: token_loss is {float(total):.6f} over {int(count)} labels, need {mean * right:.6f}: the "
-        "sum of -log p, where the logits at each position predict the token after it, and not the one after that"
-    )
+def expected(budget: int) -> dict[str, int]:
+    """The ranks, by trying."""
+    r = 0
+    while bytes_of(MODEL, dict.fromkeys(MODEL, r + 1)) <= budget:
+        r += 1
+    found = dict.fromkeys(MODEL, r)
+    for name in MODEL:
+        more = found | {name: r + 1}
+        found = more if bytes_of(MODEL, more) <= budget else found
+    return found
 
 
-def expected(rows: list[tuple[list[int], list[int]]], scores: torch.Tensor) -> float:
-    """The mean loss of some rows, by loops."""
-    width = max(len(tokens) for tokens, _ in rows)
-    tokens = torch.tensor([tokens + [END] * (width - len(tokens)) for tokens, _ in rows])
-    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
-    return masked_loss(scores[tokens].numpy(), labels.numpy())
-
-
-def is_near(loss: torch.Tensor, right: float) -> bool:
-    return math.isclose(float(loss), right, rel_tol=1e-9)
+def bytes_of(shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> int:
+    """The bytes of packed weights, and of A and B with what a step of AdamW leaves."""
+    packed = [NF4Linear.quantize(torch.ones(shape)) for shape in shapes.values()]
+    trained = [nn.Parameter(torch.ones(ranks[name], size)) for name, shape in shapes.items() for size in shape]
+    optimizer = torch.optim.AdamW(trained)
+    sum(parameter.sum() for parameter in trained).backward()
+    optimizer.step()
+    held = [tensor for layer in packed for tensor in layer.parameters()]
+    for parameter in trained:
+        state = optimizer.state[parameter]
+        held += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+    return sum(tensor.nbytes for tensor in held)

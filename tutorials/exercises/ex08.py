@@ -1,11 +1,13 @@
-"""Exercise 8: the gradient of m. For the verdict: python tutorials/exercises/check.py 08"""
+"""Exercise 7: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 07"""
 
 from torch import Tensor
 
 
-def magnitude_gradient(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """The gradient of DoRA's m, where y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b and dy is the gradient of y.
+def fit(block_size: int) -> Tensor:
+    """16 rising levels from -1 to 1, with an exact 0, for normal numbers divided by the absmax of their block.
 
-    Shapes: x (N, in), dy (N, out), W (out, in), A (r, in), B (out, r) -> (out)
+    At block 4,096 their mean absolute error is at least 5 % less than NF4's, at block 64 not more than 1 % greater.
+
+    Shapes: -> (16) float32
     """
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a solution of exercise 8 must do."""
+"""What a solution of exercise 7 must do."""
 
 from __future__ import annotations
 
@@ -7,59 +7,51 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minilora.testing.compare import maths
-from minilora.testing.reference import dora_gradients
+from minilora.testing.reference import NF4_LEVELS
+
+ALLOWED = {4096: 0.95, 64: 1.01}  # block size -> mean absolute error, as a share of NF4's
 
 
 def check(answer: ModuleType) -> None:
-    """`magnitude_gradient` equals the loops of `minilora.testing.reference`."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy, W, A, B = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((4, 5), (4, 5), (5, 5), (2, 5), (5, 2))
+    """`fit` returns a code that represents -1, 0 and 1, and its error on normal numbers is small enough."""
+    normal = torch.randn(2**20, generator=torch.Generator().manual_seed(7))
+    fitted = {size: answer.fit(size) for size in ALLOWED}
+    for size, levels in fitted.items():
+        _check_levels(levels, f"block {size}")
+    for size, levels in fitted.items():
+        error, of_nf4 = (mean_error(normal, each, size) for each in (levels, torch.tensor(NF4_LEVELS)))
+        needed, other = ALLOWED[size] * of_nf4, next(each for each in fitted if each != size)
+        if torch.equal(levels, fitted[other]):
+            why = f"The code is the same as for block {other}. Are the numbers divided by the absmax of blocks of the "
+            why += "given size? In larger blocks the absmax is larger, and all others are smaller after the division"
+        else:
+            why = "Is each level the median of the numbers nearest to it, and was that repeated until nothing moves?"
+        assert error <= needed, f"block {size}: the mean absolute error is {error:.4f}, need {needed:.4f}. {why}"
+
+
+def _check_levels(levels: Tensor, case: str) -> None:
+    assert isinstance(levels, Tensor), f"{case}: fit returns {type(levels).__name__}, need a tensor"
+    assert levels.shape == (16,), f"{case}: the shape is {tuple(levels.shape)}, need (16,): four bits name 16 levels"
+    assert not levels.isnan().any(), f"{case}: a level is not a number: the mean or median of no numbers at all?"
+    ends = [levels.min().item(), levels.max().item()]
+    assert max(map(abs, ends)) <= 1, (
+        f"{case}: the levels go from {ends[0]:.3f} to {ends[1]:.3f}, but what is rounded lies in [-1, 1]: "
+        "are the numbers divided by the absmax of their block?"
     )
-    for s in (0.5, 7.0):
-        arrays = [tensor.numpy() for tensor in (x, dy, W, A, B)]
-        *_, expected = dora_gradients(*arrays, s, torch.ones(5, dtype=torch.float64).numpy())
-        found = answer.magnitude_gradient(x, dy, W, A, B, s)
-        assert isinstance(found, Tensor), f"found {type(found).__name__}, need a tensor"
-        shape = tuple(found.shape)
-        assert shape == (5,), f"the shape is {shape}, need (5,): one number for each output, summed over the rows of x"
-        assert found.dtype == x.dtype, f"the dtype is {found.dtype}, need that of x, {x.dtype}"
-        why = next((why for why, wrong in mistakes(x, dy, W, A, B, s).items() if maths(found, wrong) <= 1), "")
-        assert maths(found, expected) <= 1, f"with s = {s}, found {rounded(found)}, need {rounded(expected)}{why}"
+    assert (levels.diff() > 0).all(), f"{case}: the levels must rise, for their midpoints say what is nearest"
+    assert ends == [-1, 1], (
+        f"{case}: the levels go from {ends[0]:.3f} to {ends[1]:.3f}. Keep -1 and 1: each block has one number that is "
+        "exactly one of them, its largest, and a model's largest weights matter most"
+    )
+    assert (levels == 0).any(), (
+        f"{case}: the level nearest to 0 is {levels[levels.abs().argmin()]:.4f}. Keep an exact 0: zeros, such as "
+        "padding and pruned weights, must stay zeros"
+    )
 
 
-def rounded(values: object) -> str:
-    return " ".join(f"{value:.3f}" for value in torch.as_tensor(values).tolist())
-
-
-def mistakes(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> dict[str, Tensor]:
-    """What wrong answers give that are easily made, by what is wrong with them."""
-    V, unscaled = W + s * B @ A, W + B @ A
-
-    def gradient(direction: Tensor) -> Tensor:
-        return (dy * (x @ direction.T)).sum(dim=0)
-
-    return {
-        ". The norm is missing: m multiplies a row of length 1": gradient(V),
-        ". That is the norm of each column (dim=0); m belongs to the rows, the outputs": gradient(V / V.norm(dim=0)),
-        ". That is the norm of each column (dim=0) beside the rows; need that of each row (dim=1)": gradient(
-            V / V.norm(dim=0)[:, None]
-        ),
-        ". The norms of the rows are spread over the columns; keepdim=True keeps them beside their rows": gradient(
-            V / V.norm(dim=1)
-        ),
-        ". That divides by the norm of W; the forward divides by that of W + s·B A": gradient(
-            V / W.norm(dim=1, keepdim=True)
-        ),
-        ". The direction is that of W + s·B A; here it is that of W, as if nothing were trained": gradient(
-            W / W.norm(dim=1, keepdim=True)
-        ),
-        ". That divides by the norm of the whole matrix; need that of each row (dim=1)": gradient(V / V.norm()),
-        ". The output is that of W alone, divided by the norm of W + s·B A; need that of W + s·B A": gradient(
-            W / V.norm(dim=1, keepdim=True)
-        ),
-        ". The scale s is missing": gradient(unscaled / unscaled.norm(dim=1, keepdim=True)),
-        ". The rows of x are averaged; a gradient sums over them": gradient(V / V.norm(dim=1, keepdim=True)) / len(x),
-    }
+def mean_error(normal: Tensor, levels: Tensor, block_size: int) -> float:
+    """Return the mean absolute error of normal numbers, rounded in blocks."""
+    blocks = normal.view(-1, block_size)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    codes = torch.bucketize(blocks / absmax, (levels[1:] + levels[:-1]) / 2)
+    return (levels[codes] * absmax - blocks).abs().mean().item()

@@ -1,12 +1,16 @@
-"""Exercise 10: the largest scale within a budget. For the verdict: python tutorials/exercises/check.py 10"""
+"""Exercise 9: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 09"""
 
 from collections.abc import Callable
 
+from torch import Tensor
 
-def largest_factor(kl: Callable[[float], float], budget: float, tolerance: float) -> float:
-    """The largest factor c in [0, 1] of an adapter's scale with kl(c) <= budget, to within a tolerance, by bisection.
 
-    kl(0) is 0, and kl grows with c. What is returned keeps to the budget. If all of [0, 1] does, it is 1. Each call of
-    kl costs a pass over the text, so it is called at most log2(1 / tolerance) + 2 times.
+def merge_error(layers: list[tuple[Tensor, Tensor, Tensor, float]], store: Callable[[Tensor], Tensor]) -> float:
+    """‖W' - (W + ΔW)‖ / ‖ΔW‖ over all layers (W, A, B, s) together, with ΔW = s·B A and W' = store(W + ΔW).
+
+    `store` rounds a weight as it will be stored, to bfloat16 or to four bits, and returns it as it is read back. Norms
+    are of all numbers of all layers. Everything else is computed in float64, and nothing that was given is changed.
+
+    Shapes: W (out, in) bfloat16, A (r, in), B (out, r), with other sizes for each layer
     """
     raise NotImplementedError

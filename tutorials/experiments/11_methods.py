@@ -1,7 +1,7 @@
 """Full fine-tuning, LoRA, DoRA and PiSSA on the built-in model: accuracy, forgetting, magnitude against direction.
 
-    python tutorials/experiments/08_methods.py            writes 08_methods.json, after each seed anew
-    python tutorials/experiments/08_methods.py --small    two runs; prints whether the signs are those of the chapter
+    python tutorials/experiments/11_methods.py            writes 11_methods.json, after each seed anew
+    python tutorials/experiments/11_methods.py --small    two runs; prints whether the signs are those of the chapter
 
 One pass over the built-in training rows: 100 steps of 16. Each method is trained with each of its learning rates and
 each seed. Measured are the accuracy on the validation and the test rows, the KL divergence to the base on general text,

@@ -1,7 +1,7 @@
 """Accuracy against forgetting, when the change of the weights or its intruder dimensions are made smaller.
 
-    python tutorials/experiments/10_forgetting.py            writes 10_forgetting.json, after each seed anew
-    python tutorials/experiments/10_forgetting.py --small    two runs; prints whether the directions are the chapter's
+    python tutorials/experiments/09_forgetting.py            writes 09_forgetting.json, after each seed anew
+    python tutorials/experiments/09_forgetting.py --small    two runs; prints whether the directions are the chapter's
 
 The built-in model is trained on its own rows in batches of 16. W is a weight after training, with its adapter merged,
 W₀ the base's. Accuracy is on the 800 test rows, KL is the divergence to the base on general text, after

@@ -1,6 +1,6 @@
-"""Chapter 3: the rank of what full fine-tuning changes, how much of it is needed, and LoRA at the same ranks.
+"""Chapter 5: the rank of what full fine-tuning changes, how much of it is needed, and LoRA at the same ranks.
 
-    python tutorials/experiments/03_rank.py     writes 03_rank.json
+    python tutorials/experiments/05_rank.py     writes 05_rank.json
 
 Only the linear layers of the built-in model are trained, so that full fine-tuning and LoRA change the same weights. It
 takes 100 steps of 8 rows; accuracy is that on the 800 test rows. LoRA has α = 32 and one rate at every rank. AdamW's

@@ -1,6 +1,6 @@
 """How much memory does fine-tuning take? The forecast, term by term, beside the measured peak.
 
-    python tutorials/experiments/05_memory.py     SmolLM2 in `smollm2`; writes 05_memory.json beside it
+    python tutorials/experiments/07_memory.py     SmolLM2 in `smollm2`; writes 07_memory.json beside it
 
 Each way trains three steps of 4 rows of 512 tokens, all of them labelled, in a process of its own. The peak is what the
 process used at most since minilora was imported. The chapter counts the tensors of the built-in model instead.

@@ -1,6 +1,6 @@
 """Quantize a model's linears with several 4-bit codes, and measure how far its predictions move.
 
-python tutorials/experiments/07_codes.py [--small]     writes 07_codes.json; --small: the built-in model, only printed
+python tutorials/experiments/08_codes.py [--small]     writes 08_codes.json; --small: the built-in model, only printed
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train an adapter on a 4-bit base, merge it into three targets, and measure what each merge loses.
 
-python tutorials/experiments/09_merging.py [--small]     writes 09_merging.json; --small: the built-in model
+python tutorials/experiments/10_merging.py [--small]     writes 10_merging.json; --small: the built-in model
 
 On the way, after a few steps of training, the adapter is merged in bfloat16 to see how much of the update survives.
 """

@@ -1,7 +1,7 @@
 """Where do adapters help most? The same number of parameters on the attention, on the MLPs, and on all linears.
 
-    python tutorials/experiments/05_where.py            about ten minutes on two cores; writes 05_where.json beside it
-    python tutorials/experiments/05_where.py --small    a short run for two of them, in some seconds; prints the losses
+    python tutorials/experiments/06_where.py            about ten minutes on two cores; writes 06_where.json beside it
+    python tutorials/experiments/06_where.py --small    a short run for two of them, in some seconds; prints the losses
 
 The built-in model learns to sort definitions. The learning rate of each place is chosen with seed 0 by the loss on the
 validation rows; then there are runs with more seeds. What counts is measured on the test rows. A second call goes on
