@@ -11,17 +11,13 @@ Example:
 
 from __future__ import annotations
 
-import shutil
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters
@@ -30,26 +26,23 @@ from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import SIGNALLED, Options, Parser, nearest, say
 from minilora.cli.flags import add_fields, from_flags, read_config
 from minilora.cli.forecast import dry_run_lines
-from minilora.cli.held_out import answer_held_out
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
-from minilora.cli.notes import run_notes
+from minilora.cli.notes import describe, report, run_notes
 from minilora.cli.preview import duration, preview
 from minilora.errors import ConfigError, TrainingError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
-from minilora.models.checkpoint import stored_dtype
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
-from minilora.runs.directory import Earlier, Run, RunDirectory
-from minilora.runs.evaluate import Forgetting, Scores, evaluate, measure_forgetting, write_samples
-from minilora.runs.formats import Fields
+from minilora.runs.directory import Earlier, Outcome, Run, RunDirectory
+from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.memory import Forecasts, amount, choose_plan, fits
 from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
-from minilora.runs.reports import ProgressBar, beginning, ending
+from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 from minilora.runs.system import free_memory_bytes
 
@@ -57,7 +50,6 @@ MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
     *("learning_rate", "batch_size", "epochs", "max_steps"),
 )
-SHOWN = 3  # answers to held-out rows
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",
     QuantizeConfig: "quantization",
@@ -181,24 +173,21 @@ def run(options: Options) -> int:
         model = load_base(plan, base, device)
         attach_adapter(model, plan, base)
         directory.start(run, model)
-        _describe(run, model, options["config"])
+        describe(run, model, options["config"])
         bar = stack.enter_context(closing(ProgressBar("held-out" if data.valid is data.test else "validation")))
         with nullcontext() if settings.is_full else disable_adapter(model):
-            before = evaluate(model, data.test, data.choices, partial(bar.rows, "measuring the base model"))
+            before = evaluate(model, data.test, data.choices, bar.rows("measuring the base model"))
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
             return _stop(result, bar)
-        after = evaluate(model, data.test, data.choices, partial(bar.rows, f"measuring the {run.made}"))
-        reference = load_base(plan, base, device) if settings.is_full and (data.general or data.held_out) else None
-        forgetting = None
-        if data.general:
-            forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"), reference)
-        answers = answer_held_out(run, model, reference, partial(bar.rows, "answering held-out rows"))
+        after = evaluate(model, data.test, data.choices, bar.rows(f"measuring the {run.made}"))
+        reference = load_base(plan, base, device) if settings.is_full and (data.general or data.questions) else None
+        forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"), reference)
+        answers = answer(model, reference, data.tokenizer, data.questions, bar.rows("answering held-out rows"))
         bar.close()
-        directory.finish(run, model, result, before, after, forgetting, answers)
-        _report(run, result, before, after, forgetting)
-        _show_answers(answers, run.made)
-        print(f"{run.made} written to {directory.path}")
+        outcome = Outcome(result, before, after, forgetting, answers)
+        directory.finish(run, model, outcome)
+        report(run, outcome)
         return 0
 
 
@@ -217,34 +206,6 @@ def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
         attach_adapter(model, run.plan, run.base)
         print(duration(model, run.data.train, run.plan.training))
     return 0
-
-
-def _describe(run: Run, model: Llama, config: Path | None) -> None:
-    """Say what the run begins with."""
-    weight = model.model.embed_tokens.weight
-    count = count_parameters(model)
-    data = run.data
-    training = run.plan.training
-    stored = stored_dtype(run.base.config.source)
-    reason = ""
-    if run.settings.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
-        reason = f", since bfloat16 is slow there (the model is stored in {stored})"
-    say(
-        f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
-        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
-        f"batches of {training.batch_size}, learning rate {training.learning_rate:g}\n"
-        f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
-    )
-    for note in run_notes(run, model):
-        say(note)
-    if config and read_config(config).get("data_sha256", data.files) != data.files:
-        say(f"the data are not those that {config} was written with")
-    for found in run.earlier.damaged:
-        say(f"skipped a damaged checkpoint: {found}")
-    if run.earlier.step:
-        say(f"resuming from step {run.earlier.step}")
-    elif run.earlier.starts:
-        say("starting again at step 0: there is no checkpoint to resume from")
 
 
 def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: ProgressBar) -> TrainResult:
@@ -273,34 +234,3 @@ def _stop(result: TrainResult, bar: ProgressBar) -> int:
     say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
     world.barrier()  # the first rank has said so before another one ends
     return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
-
-
-def _report(run: Run, result: TrainResult, before: Scores, after: Scores, forgetting: Forgetting | None) -> None:
-    """Print what the run has changed, as a table."""
-    made = run.made
-    if result.steps < result.total_steps:
-        say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
-    if result.kept != result.steps:
-        say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    has_accuracy = after.accuracy is not None
-    lines = [f"{'':<10}{'held-out loss':>15}" + (f"{'accuracy':>12}" if has_accuracy else "")]
-    for name, scores in {"base": before, made: after}.items():
-        loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
-        lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
-    if forgetting:
-        lines.append(
-            f"general text: loss {forgetting.before:.4f} -> {forgetting.after:.4f}, KL to the base {forgetting.kl:.4f}"
-        )
-    lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
-    print("\n".join(lines), flush=True)
-
-
-def _show_answers(answers: Sequence[Fields], made: str) -> None:
-    """Show the first of the answers to held-out rows, each in one line of the terminal."""
-    width = shutil.get_terminal_size().columns
-    for row in answers[:SHOWN]:
-        lines = [ending(str(row["prompt"]), width)]
-        for name, key in (("wanted", "wanted"), ("base", "base"), (made, "text")):
-            title = f"  {name:<8}-> "
-            lines.append(title + beginning(str(row[key]), width - len(title)))
-        say("\n".join(lines))

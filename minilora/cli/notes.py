@@ -1,25 +1,32 @@
-"""What is unusual about a base and its adapters, or about a run: notes that commands print before they work."""
+"""What commands say: what is unusual about a base and its adapters; what a run begins with, and what it has changed."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.adapters.attach import describe_base
+import torch
+
+from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
-from minilora.cli import describe_skipped
+from minilora.cli import describe_skipped, say
+from minilora.cli.flags import read_config
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
+from minilora.models.checkpoint import stored_dtype
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.runs import world
 from minilora.runs.dataset import Dataset, repeated_prompts
+from minilora.runs.reports import beginning, ending
 
 if TYPE_CHECKING:  # of finetune alone
-    from minilora.runs.directory import Run
+    from minilora.runs.directory import Outcome, Run
 
 FEW_ROWS = 10
+SHOWN = 3  # answers to held-out rows
 
 
 def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
@@ -86,3 +93,60 @@ def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
         )
     if rows.bad:
         yield describe_skipped(f"{name} ", rows.bad)
+
+
+def describe(run: Run, model: Llama, config: Path | None) -> None:
+    """Say what the run begins with."""
+    weight = model.model.embed_tokens.weight
+    count = count_parameters(model)
+    data = run.data
+    training = run.plan.training
+    stored = stored_dtype(run.base.config.source)
+    reason = ""
+    if run.settings.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
+        reason = f", since bfloat16 is slow there (the model is stored in {stored})"
+    say(
+        f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
+        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
+        f"batches of {training.batch_size}, learning rate {training.learning_rate:g}\n"
+        f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
+    )
+    for note in run_notes(run, model):
+        say(note)
+    if config and read_config(config).get("data_sha256", data.files) != data.files:
+        say(f"the data are not those that {config} was written with")
+    for found in run.earlier.damaged:
+        say(f"skipped a damaged checkpoint: {found}")
+    if run.earlier.step:
+        say(f"resuming from step {run.earlier.step}")
+    elif run.earlier.starts:
+        say("starting again at step 0: there is no checkpoint to resume from")
+
+
+def report(run: Run, outcome: Outcome) -> None:
+    """Print what the run has changed, as a table, and show the first answers to held-out rows."""
+    result = outcome.result
+    forgetting = outcome.forgetting
+    made = run.made
+    if result.steps < result.total_steps:
+        say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
+    if result.kept != result.steps:
+        say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
+    has_accuracy = outcome.after.accuracy is not None
+    lines = [f"{'':<10}{'held-out loss':>15}" + (f"{'accuracy':>12}" if has_accuracy else "")]
+    for name, scores in {"base": outcome.before, made: outcome.after}.items():
+        loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
+        lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
+    if forgetting:
+        lines.append(
+            f"general text: loss {forgetting.before:.4f} -> {forgetting.after:.4f}, KL to the base {forgetting.kl:.4f}"
+        )
+    lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
+    print("\n".join(lines), flush=True)
+    width = shutil.get_terminal_size().columns
+    for row in outcome.answers[:SHOWN]:
+        say(ending(str(row["prompt"]), width))
+        for name, key in (("wanted", "wanted"), ("base", "base"), (made, "text")):
+            title = f"  {name:<8}-> "
+            say(title + beginning(str(row[key]), width - len(title)))
+    print(f"{made} written to {run.settings.run.out}")

@@ -86,6 +86,17 @@ class Run:
         return "model" if self.settings.is_full else "adapter"
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to."""
+
+    result: TrainResult
+    before: Scores
+    after: Scores
+    forgetting: Forgetting | None
+    answers: Sequence[Mapping[str, Any]]  # to held-out rows
+
+
 class RunDirectory:
     """The directory of a run, which locks, records and finishes it. Of several ranks the first one writes.
 
@@ -214,26 +225,18 @@ class RunDirectory:
             if self._tracker:
                 self._tracker(line)
 
-    def finish(
-        self,
-        run: Run,
-        model: Llama,
-        result: TrainResult,
-        before: Scores,
-        after: Scores,
-        forgetting: Forgetting | None,
-        answers: Sequence[Mapping[str, Any]],
-    ) -> None:
+    def finish(self, run: Run, model: Llama, outcome: Outcome) -> None:
         """Save the model or adapter, the tokenizer, the answers to held-out rows and the summary, all at once.
 
         The summary marks the run as finished.
         """
         if not world.is_main_process():
             return
+        result = outcome.result
         summary = {
-            "before": asdict(before),
-            "after": asdict(after),
-            "general": asdict(forgetting) if forgetting else None,
+            "before": asdict(outcome.before),
+            "after": asdict(outcome.after),
+            "general": asdict(outcome.forgetting) if outcome.forgetting else None,
             "steps": result.steps,
             "kept_step": result.kept,
             "tokens": result.tokens,
@@ -248,8 +251,8 @@ class RunDirectory:
                 save_adapter_files(model, directory)
             run.data.tokenizer.save(directory)
             copy_prompt_files([self.path], directory)
-            if answers:
-                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
+            if outcome.answers:
+                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in outcome.answers)
                 (directory / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
             write_json(directory / "summary.json", without_nan(summary))
 

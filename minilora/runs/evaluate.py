@@ -1,4 +1,4 @@
-"""Held-out loss, accuracy among choices, exact match, and forgetting on general text.
+"""Held-out loss, accuracy among choices, exact match, answers, and forgetting on general text.
 
 Except for generated text, batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
 """
@@ -6,7 +6,7 @@ Except for generated text, batches are dealt out to the ranks of a run, and each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
@@ -55,6 +55,25 @@ class Scores:
     accuracy: float | None
 
 
+@dataclass(frozen=True)
+class Question:
+    """A held-out row that asks for an answer."""
+
+    fields: dict[str, Any]  # of the row, with its prompt as text, and the answer that is wanted
+    tokens: list[int]  # of the prompt
+    limit: int  # tokens of an answer
+
+
+@contextmanager
+def as_base(model: Llama, base: Llama | None) -> Iterator[Llama]:
+    """Give the base of a trained model: the one that is given, or else the model without its adapters."""
+    if base is not None:
+        yield base
+        return
+    with disable_adapter(model):
+        yield model
+
+
 def prompt_of(example: Example) -> list[int]:
     """Return the tokens before the first learned one."""
     return example.tokens[: next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)]
@@ -66,21 +85,13 @@ def answer_of(example: Example) -> tuple[int, ...]:
 
 
 def evaluate(
-    model: Llama,
-    examples: Sequence[Example],
-    choices: Sequence[Choice] | None,
-    progress: Callable[[str], Progress] = lambda name: _ignore,
+    model: Llama, examples: Sequence[Example], choices: Sequence[Choice] | None, progress: Progress = _ignore
 ) -> Scores:
-    """Return the loss of a model, and its accuracy among `choices` if there are any.
-
-    `progress` is called with the name of each pass over the examples, and returns what follows that pass.
-    """
+    """Return the loss of a model, and its accuracy among `choices` if there are any."""
     if not examples:
         return Scores(None, None)
-    loss = held_out_loss(model, examples, progress("loss"))
-    if not choices:
-        return Scores(loss, None)
-    return Scores(loss, choice_accuracy(model, examples, choices, progress("accuracy")))
+    loss = held_out_loss(model, examples, progress)
+    return Scores(loss, choice_accuracy(model, examples, choices, progress) if choices else None)
 
 
 def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress = _ignore) -> float:
@@ -113,32 +124,32 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
 
 def measure_forgetting(
     model: Llama, examples: Sequence[Example], progress: Progress = _ignore, base: Llama | None = None
-) -> Forgetting:
+) -> Forgetting | None:
     """Measure on general text how far training has moved a model, with probabilities q, from its base, p.
 
     kl = mean over labelled tokens of Σ_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in float32 at least.
-    The base is the model without its adapters, unless one is given.
+    The base is the model without its adapters, unless one is given. Without text the result is None.
     """
+    if not examples:
+        return None
     check_examples(model, examples)
-    as_base: Callable[[], Any] = nullcontext if base else partial(disable_adapter, model)
-    base = base or model
     device = next(model.parameters()).device
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for rows, counts in _dealt(eval_groups(lengths_of(examples)), len(examples), progress):
             batch = collate([examples[row] for row in rows], device)
-            with as_base():
-                expected = base.model(batch.tokens, Documents(batch.lengths))
+            with as_base(model, base) as before:
+                expected = before.model(batch.tokens, Documents(batch.lengths))
             hidden = model.model(batch.tokens, Documents(batch.lengths))
             chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
             for chunk, labels in chunks:
-                with as_base():
-                    log_p = _log_probabilities(base.lm_head(expected[chunk]))
+                with as_base(model, base) as before:
+                    log_p = _log_probabilities(before.lm_head(expected[chunk]))
                 log_q = _log_probabilities(model.lm_head(hidden[chunk]))
                 targets = labels.unsqueeze(-1)
-                before, after = (-log.gather(-1, targets).sum() for log in (log_p, log_q))
+                losses = [-log.gather(-1, targets).sum() for log in (log_p, log_q)]
                 kl = (log_p.exp() * (log_p - log_q)).sum()
-                sums += counts * torch.stack((before, after, kl)).cpu()
+                sums += counts * torch.stack((*losses, kl)).cpu()
             labelled += counts * len(batch.labels)
     *totals, number = world.sum_over_ranks(*sums.tolist(), labelled)
     return Forgetting(*(total / number for total in totals))
@@ -255,6 +266,30 @@ def _is_last(left: list[int], row: int, token: int) -> bool:
     """Count a token of a row, and return whether none is left to it."""
     left[row] -= 1
     return left[row] == 0
+
+
+def answer(
+    model: Llama, base: Llama | None, tokenizer: Tokenizer, questions: Sequence[Question], progress: Progress = _ignore
+) -> list[dict[str, Any]]:
+    """Return the fields of held-out rows with the answers of the base and of the model, as held_out.jsonl has them.
+
+    The base is the model without its adapters, unless one is given.
+    """
+    if not questions:
+        return []
+    rows = [{**question.fields} for question in questions]
+    prompts = [question.tokens for question in questions]
+    limits = [question.limit for question in questions]
+
+    def add_answers(writer: Llama, key: str, finish_reason: str) -> None:
+        written = write_answers(writer, tokenizer, prompts, limits, progress)
+        for fields, tokens, limit in zip(rows, written, limits, strict=True):
+            fields |= {key: tokenizer.decode(tokens), finish_reason: "length" if len(tokens) == limit else "stop"}
+
+    with as_base(model, base) as before:
+        add_answers(before, "base", "base_finish_reason")
+    add_answers(model, "text", "finish_reason")
+    return rows
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:

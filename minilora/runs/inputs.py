@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
 from minilora.errors import DataError, check_types, check_utf8
@@ -16,15 +17,16 @@ from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.dataset import Dataset
-from minilora.runs.encoders import encode_rows, use_prompt_style
-from minilora.runs.evaluate import Choice, find_choices
-from minilora.runs.formats import Row
+from minilora.runs.encoders import encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.evaluate import Choice, Question, find_choices
+from minilora.runs.formats import PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig, Settings, TrainConfig
 
 Names = str | Path | Sequence[str | Path]  # of files, directories and repositories of the hub
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
 HELD_OUT = re.compile(r"(?<![a-z])(valid|validation|val|dev|eval|test)(?![a-z])", re.IGNORECASE)  # in others' names
+MARGIN = 16  # tokens of an answer beyond twice those of the wanted one
 
 
 def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = None) -> Dataset:
@@ -50,7 +52,7 @@ class Data:
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = field(default_factory=Dataset)
-    held_out: Sequence[Row] = ()  # the rows of `test` as they were read, if the run answers them
+    questions: Sequence[Question] = ()  # of `test`, if the run answers them
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -85,21 +87,43 @@ def read_data(
     encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
-    held_out: list[Row] = []
+    questions: list[Question] = []
     if run.samples and splits["test"]:  # which shares its tokens with the split that it is from
         source = next(split for split in files if encoded[split].tokens is splits["test"].tokens)
-        indices = splits["test"].rows["source"].tolist()
-        wanted = set(indices)
-        found = {i: row for i, row in enumerate(rows[source]()) if i in wanted}
-        held_out = [found[i] for i in indices]
+        questions = find_questions(rows[source](), splits["test"], tokenizer, config)
     return Data(
         tokenizer,
         **splits,
         choices=find_choices(splits["test"]),
         files=_hash_files(files),
         general=general,
-        held_out=held_out,
+        questions=questions,
     )
+
+
+def find_questions(rows: Iterable[Row], test: Dataset, tokenizer: Tokenizer, config: DataConfig) -> list[Question]:
+    """Return the rows of a data set that ask for an answer, from the rows that it was encoded from."""
+    indices = test.rows["source"].tolist()
+    used = {*indices}
+    read = {i: row for i, row in enumerate(rows) if i in used}
+    questions = []
+    for i, labelled in zip(indices, test.labelled.tolist(), strict=True):
+        if (wanted := _wanted_answer(read[i], config)) is not None:
+            tokens = encode_prompt(read[i], tokenizer, config.system, "plain")
+            fields = {"prompt": tokenizer.decode(tokens), **read[i].fields, "wanted": wanted}
+            questions.append(Question(fields, tokens, 2 * labelled + MARGIN))
+    return questions
+
+
+def _wanted_answer(row: Row, config: DataConfig) -> Any:
+    """Return what a row wants as the answer to its prompt: text, or a message; None if nothing is asked in it."""
+    parsed = parse_row(row.fields, config)
+    if config.train_on == "all":
+        return None
+    if isinstance(parsed, PromptCompletion):
+        return parsed.completion if parsed.prompt else None
+    last = parsed.messages[-1]
+    return (last.get("content") or last) if last["role"] == "assistant" else None
 
 
 def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Path]]:
