@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,149 +133,24 @@ def axolotl_packing(has_loss: bool) -> Any:
     return run, VOCABULARY, list(model.parameters())
 
 
-# --- litgpt ---
-
-
-def litgpt_model(module: Any, **options: Any) -> Any:
-    names = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "parallel_residual": False}
-    sizes = {"block_size": 256, "n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 16, "intermediate_size": 24}
-    config = module.Config(padded_vocab_size=VOCABULARY, rotary_percentage=1.0, bias=False, **sizes, **names, **options)
-    return module.GPT(config)
-
-
-def litgpt_generation() -> Any:
-    from litgpt import model as module
-    from litgpt.generate.base import generate
-
-    model = wide(litgpt_model(module))
-
-    def answer(prompt: list[int], count: int) -> list[int]:
-        model.set_kv_cache(batch_size=1)
-        found = generate(model, torch.tensor(prompt), len(prompt) + count, top_k=1, include_prompt=False)
-        model.clear_kv_cache()
-        return found.tolist()
-
-    def answers(prompts: Documents, count: int) -> list[list[int]]:
-        return [answer(prompt, count) for prompt in prompts]
-
-    return answers, lambda tokens: model(torch.tensor([tokens]))[0].detach(), VOCABULARY
-
-
-def litgpt_step() -> Any:
-    from litgpt import lora as module
-
-    places = {f"lora_{name}": True for name in ("query", "key", "value", "projection", "mlp", "head")}
-    model = litgpt_model(module, lora_r=2, lora_alpha=6, lora_dropout=0.0, **places)
-    model.apply(model._init_weights)
-    module.mark_only_lora_as_trainable(model)
-    return step_of(model, model)
-
-
-# --- torchtune ---
-
-
-def torchtune_model() -> Any:
-    from torchtune.models.llama3_1 import llama3_1
-
-    heads = {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 16, "max_seq_len": 256, "intermediate_dim": 24}
-    return wide(llama3_1(vocab_size=VOCABULARY + 1, num_layers=2, **heads))
-
-
-def torchtune_packing() -> Any:
-    from torchtune.data import padded_collate_packed
-    from torchtune.datasets import PackedDataset
-
-    model = torchtune_model()
-
-    def run(documents: Documents) -> list[Tensor]:
-        with quiet():
-            packs = PackedDataset([{"tokens": each, "labels": each} for each in documents], max_seq_len=128)
-        batch = padded_collate_packed([packs[0]])
-        return split(model(batch["tokens"], mask=batch["mask"], input_pos=batch["input_pos"])[0], documents)
-
-    return run, VOCABULARY, list(model.parameters())
-
-
-def torchtune_generation() -> Any:
-    """`generate` of prompts padded on the left, with a cache."""
-    from torchtune.generation import generate
-
-    def answers(prompts: Documents, count: int) -> list[list[int]]:
-        model, ids = torchtune_model(), left_padded(prompts, PAD)
-        model.setup_caches(len(prompts), torch.float32, decoder_max_seq_len=ids.shape[1] + count)
-        with torch.no_grad():
-            found, _ = generate(model, ids, max_generated_tokens=count, pad_id=PAD, top_k=1)
-        return found[:, ids.shape[1] :].tolist()
-
-    return answers, lambda tokens: torchtune_model()(torch.tensor([tokens]))[0].detach(), VOCABULARY
-
-
 # --- mlx-lm ---
 
 
-def mlx_model() -> Any:
+def mlx_packing() -> Any:
+    """`default_loss` of a batch that `iterate_batches` pads."""
     import mlx.core as mx
     from mlx.utils import tree_map
     from mlx_lm.models import llama
+    from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
     mx.random.seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
     model = llama.Model(llama.ModelArgs("llama", **{**SIZES, "vocab_size": VOCABULARY}, rms_norm_eps=1e-5, **heads))
     model.update(tree_map(lambda p: mx.random.normal(p.shape) * 0.3 if p.ndim > 1 else p, model.parameters()))
-    return model.eval()
-
-
-def mlx_batch(documents: Documents) -> Any:
-    from mlx_lm.tuner.trainer import iterate_batches
-
-    return next(iterate_batches([(document, 0) for document in documents], len(documents), 2048))
-
-
-def mlx_packing() -> Any:
-    """`default_loss` of a batch that `iterate_batches` pads."""
-    from mlx_lm.tuner.trainer import default_loss
-
-    model = mlx_model()
+    model.eval()
 
     def run(documents: Documents) -> Any:
-        return torch.tensor(default_loss(model, *mlx_batch(documents))[0].item())
+        batch = next(iterate_batches([(document, 0) for document in documents], len(documents), 2048))
+        return torch.tensor(default_loss(model, *batch)[0].item())
 
     return run, VOCABULARY, ()
-
-
-def mlx_generation() -> Any:
-    import mlx.core as mx
-    import numpy as np
-    from mlx_lm.generate import batch_generate
-
-    model, tokenizer = mlx_model(), SimpleNamespace(eos_token_ids=[], decode=lambda tokens: "")
-
-    def answers(prompts: Documents, count: int) -> Any:
-        return batch_generate(model, tokenizer, prompts, max_tokens=count, return_token_ids=True).token_ids
-
-    return answers, lambda tokens: np.array(model(mx.array([tokens]))[0]), VOCABULARY
-
-
-def mlx_step(use_dora: bool = False) -> Any:
-    import mlx.core as mx
-    import mlx.nn as mlx_nn
-    import numpy as np
-    from mlx.optimizers import Adam
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.trainer import default_loss
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    model, optimizer = mlx_model(), Adam(1e-2)
-    model.freeze()
-    linear_to_lora_layers(model, 2, {"rank": 2, "scale": 3.0, "dropout": 0.0, "keys": None}, use_dora=use_dora)
-    slopes = mlx_nn.value_and_grad(model.train(), default_loss)
-    batch = mlx_batch([list(range(i, i + 9)) for i in range(4)])
-
-    def step() -> None:
-        optimizer.update(model, slopes(model, *batch)[1])
-        mx.eval(model.parameters(), optimizer.state)
-
-    def read() -> dict[str, Any]:
-        return {name: np.array(each) for name, each in tree_flatten(model.parameters())}
-
-    return read, step, [name for name, _ in tree_flatten(model.trainable_parameters())]

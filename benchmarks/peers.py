@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.process import Clock, Measurement, Peak, first_and_last
-from benchmarks.work import ALPHA, IGNORE_INDEX, LEARNING_RATE, MAX_GRAD_NORM, RANK, Row, Task, config_of
-
-LITGPT = {  # its linears, and what they are made of
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.proj": ("self_attn.o_proj",),
-    "mlp.fc_1": ("mlp.gate_proj",),
-    "mlp.fc_2": ("mlp.up_proj",),
-    "mlp.proj": ("mlp.down_proj",),
-}
+from benchmarks.work import IGNORE_INDEX, LEARNING_RATE, MAX_GRAD_NORM, Row, Task
 
 
 def padded(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
@@ -165,74 +157,3 @@ def measured(task: Task, clock: Clock, peak: Peak, checks: dict[str, float]) -> 
     """A run of training, its warm-up left out; tokens are real ones, never pads."""
     tokens = [sum(len(tokens) for tokens, _ in batch) for batch in task.batches]
     return Measurement(clock.seconds[task.warm_up :], tokens[task.warm_up :], peak.read(), checks)
-
-
-def train_litgpt(task: Task) -> Measurement:
-    """litgpt's model, head and loss in the loop of its `finetune_lora`, in bf16-true; adapters have the base's dtype.
-
-    Its batches are padded as everyone's; it needs no mask, since what is at the right of a row is never looked at. Its
-    angles are made again in float32: in `bf16-true` it rounds positions beyond 256, and its loss is another one.
-    """
-    from lightning.fabric import Fabric
-    from litgpt.lora import GPT, mark_only_lora_as_trainable
-    from litgpt.utils import chunked_cross_entropy
-
-    peak, device = Peak(task.device), torch.device(task.device)
-    precision = "bf16-true" if task.work.dtype == "bfloat16" else "32-true"
-    fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
-    with fabric.init_module():
-        model = GPT(litgpt_config(config_of(task.model)))
-    model.cos, model.sin = (table.to(model.cos.dtype) for table in model.rope_cache())
-    model.load_state_dict(litgpt_weights(task, model.config))
-    mark_only_lora_as_trainable(model)
-    model = fabric.setup_module(model).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True))
-
-    def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        logits = model(batch["input_ids"], lm_head_chunk_size=128)
-        logits[-1] = logits[-1][..., :-1, :]
-        return chunked_cross_entropy(logits, batch["labels"][..., 1:])
-
-    return looped(task, peak, trained, optimizer, loss_of, fabric.backward)
-
-
-def litgpt_config(config: dict[str, Any]) -> Any:
-    """A config.json of a Llama, in litgpt's words."""
-    from litgpt.lora import Config
-
-    sizes = {
-        "block_size": config["max_position_embeddings"],
-        "vocab_size": config["vocab_size"],
-        "padded_vocab_size": config["vocab_size"],
-        "n_layer": config["num_hidden_layers"],
-        "n_head": config["num_attention_heads"],
-        "n_query_groups": config["num_key_value_heads"],
-        "n_embd": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
-        "rope_base": config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-    }
-    kinds = {"rotary_percentage": 1.0, "parallel_residual": False, "bias": False}
-    names = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP"}
-    adapted = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
-    return Config(**sizes, **kinds, **names, **adapted, lora_r=RANK, lora_alpha=ALPHA)
-
-
-def litgpt_weights(task: Task, config: Any) -> dict[str, Tensor]:
-    """Base and adapter by litgpt's names; its A and B of query, key and value are one tensor each."""
-    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
-    from safetensors.torch import load_file
-
-    found: dict[str, Tensor] = {}
-    base = {
-        name: tensor for file in sorted(task.model.glob("*.safetensors")) for name, tensor in load_file(file).items()
-    }
-    copy_weights_hf_llama(config, {}, found, base)
-    adapter = load_file(task.adapter / "adapter_model.safetensors")
-    for layer in range(config.n_layer):
-        for theirs, names in LITGPT.items():
-            for part in ("lora_A", "lora_B"):
-                parts = [adapter[f"base_model.model.model.layers.{layer}.{name}.{part}.weight"] for name in names]
-                found[f"transformer.h.{layer}.{theirs}.{part}"] = torch.cat(parts)
-    return found

@@ -22,7 +22,7 @@ from benchmarks.process import Measurement, Round
 from benchmarks.work import ALPHA, OURS, RANK, REPEATS, STEPS, WARM_UP, Ablation, Operation, Training, Work
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "litgpt")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 LIBRARY = Path(minilora.__file__).parent
 
 
@@ -267,8 +267,6 @@ with 4 layers, of random weights.
 - **trl**: SFTTrainer as shipped: float32 weights, bfloat16 by autocast, gradient checkpointing, its own head and
   loss. **trl-best**: weights in bfloat16, no autocast, no checkpointing. Neither can leave out padding without
   FlashAttention.
-- **litgpt**: its model, head and chunked loss in the loop of its `finetune_lora`, `bf16-true`, padded; its angles made
-  in float32, as in `bf16-true` it rounds positions beyond 256, and its loss is another one (13.43 for 13.36).
 - **lora**: minilora on a base that is not quantized.
 - **bitsandbytes** has kernels for some processors; **bitsandbytes-pytorch** is its path of PyTorch's operations, as
   they are, without `torch.compile`. What `dequantize` gives is new memory, which the system clears first: with 4096 x

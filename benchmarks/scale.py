@@ -27,7 +27,7 @@ import torch
 import minilora as ml
 from benchmarks import results
 from benchmarks.make import random_model
-from benchmarks.work import LLAMA_1B
+from benchmarks.work import SMOLLM2
 from minilora.cli.forecast import default_plan
 from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
@@ -39,16 +39,17 @@ KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
 )
-SHAPES = {  # of Llama 2, and of the largest Llama 3.1
+SHAPES = {  # of Llama 2, of Llama 3.2, and of the largest Llama 3.1
+    "1B": (128256, 2048, 8192, 16, 32, 8),
     "7B": (32000, 4096, 11008, 32, 32, 32),
+    "13B": (32000, 5120, 13824, 40, 40, 40),
     "70B": (32000, 8192, 28672, 80, 64, 8),
     "405B": (128256, 16384, 53248, 126, 128, 8),
 }
 FITS = (("7B", 2, 24), ("70B", 8, 24), ("405B", 16, 80))  # ranks, and GB of each
 
-HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4}
-WIDTHS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
-MODEL = {**LLAMA_1B, **HEADS, **WIDTHS, "vocab_size": 2048}  # that of the built-in tokenizer
+VOCABULARY = 2048  # of the built-in tokenizer
+MODEL = {**SMOLLM2, **dict(zip(KEYS, (VOCABULARY, 1024, 4096, 16, 16, 4), strict=True))}
 TOKENS, MICRO_BATCHES, STEPS = 256, 4, 4
 PROCESSES = (1, 2, 4)
 

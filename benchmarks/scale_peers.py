@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import make, peers, results, turns, work
+from benchmarks import make, results, turns, work
 from benchmarks.scale import launch, write
 from benchmarks.work import Row, Training
 
@@ -30,24 +30,20 @@ HEAD = ("script", "processes × threads", "tokens/s", "over the first", "peak of
 
 @dataclass(frozen=True)
 class Side:
-    """A script, and how it is started."""
+    """A script, what it is told besides the dtype, and how it is started."""
 
     script: str
+    told: str = ""
     processes: int = 2
     threads: int = 1
 
-    @property
-    def path(self) -> Path:
-        return SCRIPTS / f"{self.script}.py"
-
 
 SIDES = (
-    Side("minilora_replicated", processes=1, threads=2),
-    Side("minilora_replicated"),
-    Side("minilora_sharded"),
+    Side("minilora", "replicated", processes=1, threads=2),
+    Side("minilora", "replicated"),
+    Side("minilora", "sharded"),
     Side("peft_ddp"),
     Side("peft_fsdp2"),
-    Side("litgpt_fsdp2"),
 )
 
 
@@ -61,22 +57,17 @@ class Turn:
 
 
 def prepare(folder: Path, model: Path, rows: Sequence[Row]) -> None:
-    """Write what the scripts read: model, adapter and rows, and the first two as litgpt has them."""
-    from litgpt.utils import save_config
-
+    """Write what the scripts read: model, adapter and rows."""
     (folder / "model").symlink_to(model.resolve())
-    (folder / "litgpt_model").mkdir()
     make.adapter(model, folder / "adapter", dora=False)
     (folder / "rows.json").write_text(json.dumps([tokens for tokens, _ in rows]), encoding="utf-8")
-    task = work.Task(None, model, folder / "adapter", "cpu")
-    config = peers.litgpt_config(work.config_of(model))
-    save_config(config, folder / "litgpt_model")
-    torch.save(peers.litgpt_weights(task, config), folder / "litgpt_model" / "lit_model.pth")
 
 
 def turn(side: Side, folder: Path, dtype: str) -> Turn:
     """Start a side's processes; the loss of a step is the mean of theirs, which have equally many tokens."""
-    launch(side.processes, ["-m", "benchmarks.scale_side", str(folder), str(side.path), dtype], side.threads)
+    script = SCRIPTS / f"{side.script}.py"
+    words = ["-m", "benchmarks.scale_side", f"{folder}", f"{script}", dtype, side.told]
+    launch(side.processes, words, side.threads)
     found = [json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in range(side.processes)]
     losses = [statistics.mean(each) for each in zip(*(rank["losses"] for rank in found), strict=True)]
     seconds = [max(each) for each in zip(*(rank["seconds"] for rank in found), strict=True)]
@@ -90,7 +81,7 @@ def row(side: Side, turns_of_it: Sequence[Turn], first: Sequence[Turn], tokens: 
     rate = tokens / statistics.median(second for each in turns_of_it for second in each.seconds)
     ratios = results.spread([own / other for own, other in zip(rates, firsts, strict=True)])
     memory = (", ".join(f"{peak:.2f}" for peak in peaks) + " GB", f"{sum(peaks):.2f} GB")
-    return [side.script, f"{side.processes} × {side.threads}", f"{rate:,.0f}", ratios, *memory]
+    return [f"{side.script} {side.told}", f"{side.processes} × {side.threads}", f"{rate:,.0f}", ratios, *memory]
 
 
 def measured(folder: Path, dtype: str, rounds: int) -> tuple[dict[Side, list[Turn]], dict[Side, str]]:

@@ -22,7 +22,6 @@ TRAINING = {  # the function of each side
     "peft-kept": ("benchmarks.turns", "train_peft_kept"),
     "trl": ("benchmarks.peers", "train_trl"),
     "trl-best": ("benchmarks.peers", "train_trl_best"),
-    "litgpt": ("benchmarks.peers", "train_litgpt"),
 }
 # Packages of sides that are named otherwise.
 PACKAGES = {"lora": OURS, "peft-kept": "peft", "trl-best": "trl", "bitsandbytes-pytorch": "bitsandbytes"}
@@ -61,29 +60,24 @@ def train_peft_kept(task: Task) -> Measurement:
 
 
 class Workshop:
-    """A folder with what works begin with, models and adapters, each made when it is asked for."""
+    """A folder with what works begin with: a model, random unless one is given, and adapters."""
 
     def __init__(self, folder: Path, smollm2: Path | None, device: str):
         self.folder, self.device = folder, device
-        self.models = {} if smollm2 is None else {"smollm2": smollm2}
+        self.model = smollm2 or folder / "model"
+        if smollm2 is None:
+            make.random_model(works.SMOLLM2, self.model)
 
-    def model(self, name: str) -> Path:
-        """A model's directory; of random weights, unless a directory was given."""
-        if name not in self.models:
-            make.random_model(works.MODELS[name], self.folder / name)
-            self.models[name] = self.folder / name
-        return self.models[name]
-
-    def adapter(self, model: str, dora: bool) -> Path:
-        """An adapter of a model."""
-        path = self.folder / f"{model}-{'dora' if dora else 'lora'}"
+    def adapter(self, dora: bool) -> Path:
+        """An adapter of the model."""
+        path = self.folder / ("dora" if dora else "lora")
         if not path.exists():
-            make.adapter(self.model(model), path, dora)
+            make.adapter(self.model, path, dora)
         return path
 
     def task(self, work: Training | Operation, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
         """All that a side of a work needs to know."""
-        model, adapter = self.model(work.model), self.adapter(work.model, work.method == "dora")
+        model, adapter = self.model, self.adapter(work.method == "dora")
         vocabulary = works.config_of(model)["vocab_size"]
         if isinstance(work, Operation):
             return Task(work, model, adapter, self.device, prompts=works.prompts(work.prompts, vocabulary))

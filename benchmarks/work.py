@@ -38,19 +38,6 @@ SMOLLM2 = {  # SmolLM2-135M
     "rope_theta": 100000,
     "tie_word_embeddings": True,
 }
-LLAMA_1B = {  # Llama-3.2-1B, its first 4 layers of 16
-    **SMOLLM2,
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000,
-}
-MODELS = {"smollm2": SMOLLM2, "llama1b": LLAMA_1B}
-
 OURS = "minilora"
 Kind = Literal["fixed", "real", "long"]
 Method = Literal["lora", "dora", "qlora"]
@@ -66,7 +53,6 @@ class Training:
     kind: Kind
     method: Method = "lora"
     recompute: bool = False
-    model: str = "smollm2"
     peers: tuple[str, ...] = ("peft",)
 
     @property
@@ -95,7 +81,6 @@ class Operation:
     dtype: str = "bfloat16"
     bounds: dict[str, float] = field(default_factory=dict)  # how far results may be apart, relative to the peer's
     prompts: tuple[int, ...] = ()  # of which lengths
-    model: str = "smollm2"
     method: Method = "lora"
 
 
@@ -127,7 +112,7 @@ class Task:
 
 def trainings() -> list[Training]:
     """All works of training; the first seven are those of the README."""
-    everyone = ("peft", "peft-kept", "trl", "trl-best", "litgpt")
+    everyone = ("peft", "peft-kept", "trl", "trl-best")
     bf16, fp32 = "bfloat16", "float32"
     return [
         Training("bf16-fixed", bf16, "fixed", peers=everyone),
@@ -145,9 +130,6 @@ def trainings() -> list[Training]:
         Training("qlora-fixed", bf16, "fixed", "qlora", peers=("lora", "peft")),
         Training("qlora-real", bf16, "real", "qlora"),
         Training("dora-real", bf16, "real", "dora"),
-        Training("llama1b-bf16-fixed", bf16, "fixed", model="llama1b"),
-        Training("llama1b-bf16-fixed-recompute", bf16, "fixed", recompute=True, model="llama1b"),
-        Training("llama1b-bf16-real", bf16, "real", model="llama1b"),
     ]
 
 

@@ -125,7 +125,7 @@ def test_the_command_measures_and_writes_a_page(shop, tmp_path, capsys, monkeypa
     monkeypatch.setattr(turns.Workshop.task, "__defaults__", (0, 2))  # steps
     monkeypatch.setattr(work, "ablations", lambda: [work.Ablation("ablation-fp32-real", "fp32-real")])
     out = tmp_path / "results" / "RESULTS.md"
-    arguments = ["--model", str(shop.model("smollm2")), "--out", str(out), "--rounds", "1", "--peers"]
+    arguments = ["--model", str(shop.model), "--out", str(out), "--rounds", "1", "--peers"]
     assert command.main([*arguments, "--only", "fp32-real", "load-again"]) == 0
     assert command.main([*arguments, "--only", "ablation"]) == 0
     assert "fp32-real | " in capsys.readouterr().out
@@ -143,7 +143,7 @@ WORKS_OF_PEFT = ("bf16-real", "fp32-real", "qlora-fixed-recompute", "dora-fixed"
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("side", "name"),
-    [*(("peft", name) for name in WORKS_OF_PEFT), *((side, "bf16-real") for side in ("trl", "trl-best", "litgpt"))],
+    [*(("peft", name) for name in WORKS_OF_PEFT), *((side, "bf16-real") for side in ("trl", "trl-best"))],
 )
 def test_peers_do_the_same_training(shop, side, name):
     pytest.importorskip(side.partition("-")[0])

@@ -1,4 +1,4 @@
-"""minilora: `ml.train` in a process group, the blocks of the base divided among the ranks."""
+"""minilora: `ml.train` in a process group, the base on every rank, or its blocks divided among them."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ from torch import distributed
 import minilora as ml
 from minilora.models.shard import load_sharded
 
-dtype, losses = sys.argv[1], []
+(dtype, base), losses = sys.argv[1:], []
 distributed.init_process_group("gloo")
-model = load_sharded("model", dtype, "cpu", None)
+model = ml.load_model("model", dtype) if base == "replicated" else load_sharded("model", dtype, "cpu", None)
 ml.load_adapter(model, "adapter", trainable=True)
 rows = [ml.Example(tokens, tokens) for tokens in json.loads(Path("rows.json").read_text())]
 settings = {"lr_scheduler": "constant", "warmup_steps": 0, "batch_size": 2, "gradient_accumulation_steps": 2}
