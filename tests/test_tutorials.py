@@ -35,6 +35,12 @@ MISTAKES = {
     "04": [("alpha / r**power", "1 / r**power"), ("alpha / r**power", "alpha * r**power")],
     "05": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
     "06": [
+        ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
+        ("parent._modules.items()", "parent.named_children()"),
+        ("name in names", "name.endswith(tuple(names))"),
+        ("isinstance(child, nn.Linear) and name", "name"),
+    ],
+    "07": [
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
         ("16 * (out + width)", "8 * (out + width)"),
     ],

@@ -1,4 +1,4 @@
-"""Exercise 6: a recipe with four silent mistakes. For the verdict: python tutorials/exercises/check.py 06"""
+"""Exercise 3: a recipe with four silent mistakes. For the verdict: python tutorials/exercises/check.py 03"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Exercise 3: the best adapter of a rank, and its loss. For the verdict: python tutorials/exercises/check.py 03"""
+"""Exercise 5: the best adapter of a rank, and its loss. For the verdict: python tutorials/exercises/check.py 05"""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What a solution of exercise 3 must do."""
+"""What a solution of exercise 5 must do."""
 
 from __future__ import annotations
 

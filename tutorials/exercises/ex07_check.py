@@ -1,0 +1,69 @@
+"""What a solution of exercise 7 must do."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from minilora.nf4 import NF4Linear
+
+MODEL = {"q": (24, 24), "k": (8, 24), "gate": (40, 24), "down": (24, 40), "odd": (5, 7)}
+
+
+def check(answer: ModuleType) -> None:
+    """The ranks use the budget that packed weights and a real optimizer leave, as far as the rule allows."""
+    free = bytes_of(MODEL, dict.fromkeys(MODEL, 0))
+    step = bytes_of(MODEL, dict.fromkeys(MODEL, 1)) - free
+    one_more = bytes_of(MODEL, dict.fromkeys(MODEL, 0) | {"q": 1}) - free
+    for budget in (
+        free + 3 * step,
+        free + 3 * step - 1,
+        free + 2 * step + one_more,
+        free + 1000,
+        free + 1,
+        free + 9999,
+        free - 1,
+    ):
+        found = answer.ranks(dict(MODEL), budget)
+        case = f"a budget of {budget:,} bytes, {free:,} of them for the weights"
+        assert isinstance(found, dict), f"{case}: ranks returns {type(found).__name__}, need a dict: name -> rank"
+        assert found.keys() == MODEL.keys(), f"{case}: the ranks are {found}, need one for each of {[*MODEL]}"
+        assert min(found.values()) >= 0, f"{case}: the ranks are {found}; where the weights do not fit, need 0"
+        used, right = bytes_of(MODEL, found), expected(budget)
+        assert used <= max(budget, free), (
+            f"{case}: {found} takes {used:,}. Four float32 numbers are held for each number of A and B, and a weight "
+            "takes half a byte a number, rounded up, and its scales"
+        )
+        assert found == right, (
+            f"{case}: {found} takes {used:,}, and {right} takes {bytes_of(MODEL, right):,}. The rank of all first, "
+            "then one more for each, in order, that still fits; one that does not fit does not end the round. Ranks "
+            "that are too low can also mean that the bytes of a weight or of a rank are counted too high"
+        )
+
+
+def expected(budget: int) -> dict[str, int]:
+    """The ranks, by trying."""
+    r = 0
+    while bytes_of(MODEL, dict.fromkeys(MODEL, r + 1)) <= budget:
+        r += 1
+    found = dict.fromkeys(MODEL, r)
+    for name in MODEL:
+        more = found | {name: r + 1}
+        found = more if bytes_of(MODEL, more) <= budget else found
+    return found
+
+
+def bytes_of(shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> int:
+    """The bytes of packed weights, and of A and B with what a step of AdamW leaves."""
+    packed = [NF4Linear.quantize(torch.ones(shape)) for shape in shapes.values()]
+    trained = [nn.Parameter(torch.ones(ranks[name], size)) for name, shape in shapes.items() for size in shape]
+    optimizer = torch.optim.AdamW(trained)
+    sum(parameter.sum() for parameter in trained).backward()
+    optimizer.step()
+    held = [tensor for layer in packed for tensor in layer.parameters()]
+    for parameter in trained:
+        state = optimizer.state[parameter]
+        held += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+    return sum(tensor.nbytes for tensor in held)
