@@ -25,8 +25,12 @@ PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README
 README = PAGES["README.md"]
 BLOCK = r"(?<!-->\n)```{}\n(.*?)```"  # those after a mark are run by CI, or quote the code
 COMMANDS = {name: "\n".join(re.findall(BLOCK.format("sh"), page, flags=re.DOTALL)) for name, page in PAGES.items()}
+SIDE_BY_SIDE = "side_by_side.md"  # its Python needs the peers: tests/parity/test_side_by_side.py
 PYTHON = [
-    (name, block) for name, page in PAGES.items() for block in re.findall(BLOCK.format("python"), page, re.DOTALL)
+    (name, block)
+    for name, page in PAGES.items()
+    for block in re.findall(BLOCK.format("python"), page, re.DOTALL)
+    if name != SIDE_BY_SIDE
 ]
 WITH_COMMANDS = [name for name, commands in COMMANDS.items() if commands]
 MODEL = Path("path", "to", "model")
