@@ -150,7 +150,7 @@ def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
 @matrix(
     5,
     dtype=(torch.float32, torch.bfloat16),
-    init=(True, "gaussian", "orthogonal", "pissa", "pissa_niter_2"),
+    init=(True, "gaussian", "orthogonal", "pissa"),
     kind=LAYERS,
     use_dora=(False, True),
     _kernels=KERNELS,

@@ -30,7 +30,7 @@ from minilora.adapters.layers import (
 )
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
-from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm
+from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm, initial_factors
 from minilora.models.shard import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
@@ -151,12 +151,10 @@ def low_rank_spec(
 ) -> AdapterSpec:
     """Return the spec of a new low-rank adapter of one module; `start` are A and B that are given."""
     kind = kind_of(module)
-    init = config.init_lora_weights
-    r = config.rank(path)
-    scale = config.scale(path)
     assert kind is not None
+    init, r = config.init_lora_weights, config.rank(path)
     shape_A, shape_B = factor_shapes(module, r)
-    is_part_of_weight = isinstance(init, str) and init.startswith("pissa")
+    is_part_of_weight = init == "pissa"
     if config.lora_bias and kind is LoraEmbedding:
         raise ConfigError(f"{path}: lora_bias is not for embeddings")
     if start is not None:
@@ -167,10 +165,13 @@ def low_rank_spec(
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
     elif is_part_of_weight and not next(module.parameters()).is_meta:
         weight = as_matrix(module, whole_weight(module))
-        lora_A, lora_B = factors_from_weight(str(init), weight, r, scale, generator)
+        lora_A, lora_B = factors_from_weight("pissa", weight, r, config.scale(path))
+    elif kind is LoraEmbedding:
+        lora_A, lora_B = embedding_factors(is_part_of_weight or init, shape_A, shape_B, generator)
+    elif init is True or is_part_of_weight:  # the latter on "meta", where W has no numbers
+        lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
     else:
-        draw = embedding_factors if kind is LoraEmbedding else drawn_factors
-        lora_A, lora_B = draw(is_part_of_weight or init, shape_A, shape_B, generator)  # on "meta" W has no numbers
+        lora_A, lora_B = drawn_factors(init, shape_A, shape_B, generator)
     tensors = {"lora_A": lora_A, "lora_B": lora_B}
     if is_part_of_weight:
         tensors |= {"start_A": lora_A, "start_B": lora_B}

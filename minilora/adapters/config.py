@@ -29,9 +29,8 @@ RECIPES = {  # start values that are recipes
     **dict.fromkeys(("olora", "loftq"), "starts_from_weights"),
 }
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
-NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save")
+NAME_FIELDS = (*PATTERNS, "modules_to_save")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
-RANDOM_SVD_INIT = r"pissa_niter_(\d+)"  # and the number of its power iterations
 T = TypeVar("T")
 
 
@@ -41,6 +40,7 @@ T = TypeVar("T")
     dropout="use lora_dropout",
     inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
     fan_in_fan_out="it follows from the layer's class; leave it out",
+    layers_pattern="leave it out, or give target_modules a regular expression",
     target_parameters=in_recipe("experts"),
 )
 @document_fields
@@ -60,14 +60,11 @@ class LoraConfig:
     )
     exclude_modules: str | tuple[str, ...] = option((), "modules to leave out: names or a regex")
     layers_to_transform: tuple[int, ...] | None = option(None, "numbers of the layers to adapt")
-    layers_pattern: tuple[str, ...] = option((), "name of the list of layers, if unusual")
     rank_pattern: Mapping[str, int] = option(dict, "JSON: r for single modules")
     alpha_pattern: Mapping[str, float] = option(dict, "JSON: alpha for single modules")
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = option(False, "learn the norm of each row of the weight separately (DoRA)")
-    init_lora_weights: bool | str = option(
-        True, "start values: true, gaussian or orthogonal; pissa or pissa_niter_N from the weights"
-    )
+    init_lora_weights: bool | str = option(True, "start values: true, gaussian or orthogonal; pissa from the weights")
     bias: Bias = option("none", "train biases too: all; or lora_only, those of the adapted modules")
     lora_bias: bool = option(False, "give B a bias")
     modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter")
@@ -103,9 +100,9 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             bad.append(f"lora_dropout is {self.lora_dropout!r}, need a number from 0 to below 1")
         init = self.init_lora_weights
-        if init not in INITS and not (isinstance(init, str) and re.fullmatch(RANDOM_SVD_INIT, init)):
+        if init not in INITS:
             elsewhere = f"; {in_recipe(RECIPES[init])}" if init in RECIPES else ""
-            bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS, 'pissa_niter_N']}{elsewhere}")
+            bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS]}{elsewhere}")
         if self.lora_bias and (self.use_dora or init not in (True, False)):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
         if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self.token_lists()):
@@ -113,10 +110,8 @@ class LoraConfig:
             bad.append(f"trainable_token_indices is {self.trainable_token_indices!r}, {need}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             bad.append("layers_to_transform needs target_modules to be a list of names, such as q_proj,v_proj")
-        if self.layers_pattern and self.layers_to_transform is None:
-            bad.append("layers_pattern needs layers_to_transform")
         patterns = [names for names in (self.target_modules, self.exclude_modules) if isinstance(names, str)]
-        for pattern in (*patterns, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
+        for pattern in (*patterns, *self.rank_pattern, *self.alpha_pattern):
             try:
                 _ = PLAIN_NAME.fullmatch(pattern) or re.compile(pattern)
             except re.error as error:
@@ -261,9 +256,8 @@ def is_all_linear(config: LoraConfig) -> bool:
 def _is_in_layers(path: str, config: LoraConfig) -> bool:
     if config.layers_to_transform is None:
         return True
-    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in config.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-    numbers = [found.group(1) for pattern in patterns if (found := re.match(pattern, path))]
-    return bool(numbers) and int(numbers[0]) in config.layers_to_transform
+    number = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return number is not None and int(number[1]) in config.layers_to_transform
 
 
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:

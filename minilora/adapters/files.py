@@ -194,7 +194,7 @@ def _filled(
             if isinstance(modules[path], NF4Linear):
                 raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
             weight = as_matrix(modules[path], whole_weight(modules[path]))
-            start = factors_from_weight(init, weight, config.rank(path), config.scale(path), torch.Generator())
+            start = factors_from_weight(init, weight, config.rank(path), config.scale(path))
             tensors["start_A"], tensors["start_B"] = start
         is_tied = spec.kind is ModulesToSave and spec.tied_to is not None
         if is_tied and not torch.equal(tensors["weight"], held[f"{spec.tied_to}.weight"]):

@@ -1,4 +1,4 @@
-"""Initial values of an adapter: drawn at random, or made by decomposing the weight.
+"""Initial values of an adapter other than the default, `lora.initial_factors`: drawn, or made from the weight.
 
 With B A = 0 a new adapter changes nothing. If B = 0, A must be nonzero, or no gradient reaches B.
 
@@ -15,7 +15,6 @@ So nothing changes at the start. W_res is never formed: the layer computes W x +
     [Rethink]  datta0.github.io/posts/rethink-lora-init
     [PiSSA]    Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs
     [OLoRA]    Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
-    [Halko]    Halko et al. 2011, Finding Structure with Randomness
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError, TrainingError
-from minilora.lora import initial_factors
-
-OVERSAMPLING = 10  # columns more than asked for  [Halko §4.2]
 
 
 def drawn_factors(
@@ -36,7 +32,6 @@ def drawn_factors(
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    True:         `lora.initial_factors`
     "gaussian":   A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
     "orthogonal": B A = 0 with neither of them 0 (`_orthogonal_factors`)
     False:        A and B both ~ U(-1/√in, 1/√in), as PyTorch starts a layer ([He], slope √5), for tests
@@ -48,9 +43,6 @@ def drawn_factors(
     (r, inner), (out, _) = shape_A, shape_B
     if kind == "orthogonal":
         return _orthogonal_factors(r, inner, out, generator)
-    if kind is True:
-        tensors = initial_factors(r, inner, out, generator)
-        return tensors["lora_A"], tensors["lora_B"]
     if kind == "gaussian":
         return _zeros(shape_A).normal_(0, 1 / r, generator=generator), _zeros(shape_B)
     return _uniform(shape_A, generator), _uniform(shape_B, generator)
@@ -98,14 +90,11 @@ def _orthogonal_factors(r: int, inner: int, out: int, generator: torch.Generator
     return lora_A.float(), lora_B.float()
 
 
-def factors_from_weight(
-    kind: str, weight: Tensor, r: int, scale: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def factors_from_weight(kind: str, weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return A₀ and B₀, the part s·B₀ A₀ of W that will be trained.
 
-    "pissa":         s·B A = U_r S_r V_rᵀ, the best of rank r: A = √(S_r/s) V_rᵀ, B = U_r √(S_r/s)  [PiSSA eq. 2-4]
-    "pissa_niter_N": the same by a randomized SVD with N power iterations (`randomized_svd`)
-    "olora":         B A = Q_r R_r of W = Q R, columns of B orthonormal  [OLoRA alg. 1], for files that PEFT wrote
+    "pissa": s·B A = U_r S_r V_rᵀ, the best of rank r: A = √(S_r/s) V_rᵀ, B = U_r √(S_r/s)  [PiSSA eq. 2-4]
+    "olora": B A = Q_r R_r of W = Q R, columns of B orthonormal  [OLoRA alg. 1], for files that PEFT wrote
 
     OLoRA's B A is not divided by s, so s times Q_r R_r is subtracted from W, as in PEFT.
 
@@ -125,31 +114,9 @@ def factors_from_weight(
     if kind == "olora":
         Q, R = torch.linalg.qr(W)
         return _own(R[:r]), _own(Q[:, :r])
-    if kind == "pissa":
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    else:
-        U, S, Vh = randomized_svd(W, r, int(kind.removeprefix("pissa_niter_")), generator)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[:r] / scale).sqrt()
     return _own(root.unsqueeze(1) * Vh[:r]), _own(U[:, :r] * root)
-
-
-def randomized_svd(M: Tensor, r: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Approximate U, S and Vᵀ of the r largest singular values of M, and of a few more.
-
-    Q is an orthonormal basis of (M Mᵀ)^N M Ω for a random Ω with a few columns more than r. It nearly spans the first
-    left singular vectors, the better the larger N  [Halko alg. 4.4]. Then M ≈ Q (Qᵀ M), and Qᵀ M is small enough for an
-    SVD  [Halko alg. 5.1].
-
-    Shapes: M (out, in) -> (out, k), (k), (k, in), k = r + 10 or as many as there are
-    """
-    columns = min(r + OVERSAMPLING, *M.shape)
-    omega = torch.randn(M.size(1), columns, generator=generator, dtype=M.dtype).to(M.device)
-    Q = torch.linalg.qr(M @ omega).Q
-    for _ in range(iterations):  # orthonormal after every product, or rounding leaves only the first vector
-        Q = torch.linalg.qr(M.T @ Q).Q
-        Q = torch.linalg.qr(M @ Q).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
-    return Q @ U, S, Vh
 
 
 def _own(factor: Tensor) -> Tensor:

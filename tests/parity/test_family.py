@@ -260,7 +260,7 @@ def saved_by_peft(directory, name="default", **fields):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("init", [*MOVED, "pissa_niter_4"])
+@pytest.mark.parametrize("init", [*MOVED, "pissa_niter_4"])  # the last is PEFT's alone
 def test_what_peft_converts_to_a_plain_adapter_loads(init, use_rslora, tmp_path):
     fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": init, "use_rslora": use_rslora}
     theirs = theirs_attached(r=3, lora_alpha=21, **fields).eval()
