@@ -48,6 +48,12 @@ MISTAKES = {
     "09": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
     "10": [("effect += delta", "effect += W.double()"), ("s * (B.double() @ A.double())", "B.double() @ A.double()")],
     "11": [("s * B @ A", "B @ A"), ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)")],
+    "12": [
+        ("s * B @ A", "B @ A"),
+        ("svd(s * B @ A", "svd(W"),
+        ("sigma[:k].norm()", "sigma.norm()"),
+        ("(sigma[:k].norm() / inside.norm())", "(sigma[:k].norm() / inside.norm()) ** 2"),
+    ],
     "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
 }
 

@@ -1,4 +1,4 @@
-"""Exercise 7: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 07"""
+"""Exercise 8: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 08"""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Exercise 10: the largest scale within a budget. For the verdict: python tutorials/exercises/check.py 10"""
+"""Exercise 9: the largest scale within a budget. For the verdict: python tutorials/exercises/check.py 09"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Exercise 9: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 09"""
+"""Exercise 10: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 10"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Exercise 8: the gradient of m. For the verdict: python tutorials/exercises/check.py 08"""
+"""Exercise 11: the gradient of m. For the verdict: python tutorials/exercises/check.py 11"""
 
 from torch import Tensor
 
