@@ -17,7 +17,7 @@ from tests.text import write_tokenizer
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGES[SIDE_BY_SIDE], flags=re.DOTALL | re.MULTILINE))
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 4}
 BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -50,3 +50,18 @@ def test_the_snippets_of_a_section_run_one_after_the_other_and_agree(title):
 def test_the_page_names_every_field_of_theirs():
     named = re.findall(r"`(\w+)`", SECTIONS["Every option of the config"])
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= {*named}
+
+
+def test_their_defaults_are_those_that_the_docs_state():
+    config, trainer = peft.LoraConfig(), transformers.TrainingArguments()
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    assert (config.r, config.lora_alpha, config.use_rslora, config.use_dora) == (8, 8, False, False)
+    assert (four_bits.bnb_4bit_quant_type, four_bits.bnb_4bit_use_double_quant) == ("fp4", False)
+    assert (trainer.per_device_train_batch_size, trainer.num_train_epochs, trainer.lr_scheduler_type) == (
+        8,
+        3,
+        "linear",
+    )
+    assert (trainer.learning_rate, trl.SFTConfig(bf16=False).learning_rate) == (5e-5, 2e-5)
+    assert not trainer.gradient_checkpointing
+    assert trl.SFTConfig(bf16=False).gradient_checkpointing
