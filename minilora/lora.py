@@ -220,6 +220,7 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     return scale * (lora_B @ lora_A)
 
 
+@definition
 def merge_weight(weight: Tensor, adapters: Sequence[LoraAdapter]) -> Tensor:
     """Fold adapters into a weight, one after the other.
 
@@ -243,7 +244,7 @@ def widest(*tensors: Tensor) -> torch.dtype:
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Build a frozen linear layer that holds these tensors: weight (out, in), bias (out)."""
+    """Build a frozen linear layer of these tensors: weight (out, in), bias (out)."""
     linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

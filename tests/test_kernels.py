@@ -109,6 +109,20 @@ def dora_norm(c):
     c.call = lambda function, *leaves: function(*leaves, scale)
 
 
+def merge_weight(c):
+    inner, outer, r, scale, count = c.size(40), c.size(24), c.size(8), c.draw(scales), c.of(1, 2)
+    c.leaf(outer, inner)
+    for _ in range(count):
+        c.leaf(r, inner, is_master=True)
+        c.leaf(outer, r, is_master=True)
+
+    def call(function, weight, *factors):
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        return function(weight, [lora.LoraAdapter({"lora_A": A, "lora_B": B}, scale) for A, B in pairs]).detach()
+
+    c.call = call
+
+
 def quantize(c):
     c.leaf(c.size(24), c.size(150, 150), is_fixed=True)
     block_size = c.of(5, 32, 64, 128, 135)
@@ -178,7 +192,7 @@ def cross_entropy(c):
 
 DIFFERENTIABLE = [lora_linear, nf4_linear, rms_norm, causal_attention, swiglu, cross_entropy]
 EXACT = [quantize, dequantize]
-TABLE = {case.__name__: case for case in (*DIFFERENTIABLE, *EXACT, dora_norm)}
+TABLE = {case.__name__: case for case in (*DIFFERENTIABLE, *EXACT, dora_norm, merge_weight)}
 each = pytest.mark.parametrize("name", TABLE)
 each_differentiable = pytest.mark.parametrize("name", [case.__name__ for case in DIFFERENTIABLE])
 
@@ -299,12 +313,14 @@ def test_an_input_is_kept_only_for_the_gradient_of_A_and_its_projection_only_for
     assert ((5, 2) in {tuple(tensor.shape) for tensor in saved}) == ("B" in trained)
 
 
-@pytest.mark.parametrize("name", ["dora_norm", "quantize", "dequantize"])
+@pytest.mark.parametrize("name", ["dora_norm", "merge_weight", "quantize", "dequantize"])
+@torch.no_grad()
 def test_besides_the_result_a_kernel_never_holds_as_much_as_a_weight(name):
     weight, A, B = (randn(i, *shape, dtype=torch.bfloat16) for i, shape in enumerate([(400, 40), (2, 40), (400, 2)]))
     packed, absmax = nf4.quantize.function(weight)
     call = {
         "dora_norm": lambda: lora.dora_norm(weight, A, B, 2.0),
+        "merge_weight": lambda: lora.merge_weight(weight, [lora.LoraAdapter({"lora_A": A, "lora_B": B}, 2.0)]),
         "quantize": lambda: nf4.quantize(weight),
         "dequantize": lambda: nf4.dequantize(packed, absmax, (400, 40), torch.bfloat16),
     }[name]

@@ -38,7 +38,7 @@ from minilora.adapters.copies import ModulesToSave, TrainableTokens, unties
 from minilora.adapters.layers import LowRankWrapper
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.llama import Llama
-from minilora.lora import AdapterWrapper, Linear
+from minilora.lora import AdapterWrapper, Linear, dense_linear
 from minilora.models.bitsandbytes import describe, is_finite
 from minilora.models.shard import is_sharded
 from minilora.nf4 import NF4Linear
@@ -217,9 +217,11 @@ def merge(model: nn.Module) -> None:
                 raise TargetError(
                     f"{paths[0]}: a merge would untie its weight, which may change what the model computes"
                 )
-    for layer in layers:
-        _merged_module(layer)
-    adapter.merge(model)
+    if not any(layer.active for layer in layers):
+        raise TargetError("no adapter is active, so there is nothing to merge")
+    replace_modules(model, [(layer, _merged_module(layer)) for layer in layers])  # after all are known to be finite
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    replace_modules(model, ((each, dense_linear(each.weight, each.bias)) for each in packed))
     for first, *others in sharing.values():
         weight: Any = model.get_submodule(first).weight
         module: Any
@@ -230,6 +232,7 @@ def merge(model: nn.Module) -> None:
                 model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
+@torch.no_grad()
 def _merged_module(layer: AdapterWrapper) -> nn.Module:
     """Return what replaces a wrapper, or raise a TrainingError if it has numbers that are not finite."""
     module = layer.merged() if layer.active else layer.base
