@@ -12,7 +12,6 @@ from tests.text import write_tokenizer
 
 collect_ignore_glob = ["golden/make_*.py"]  # scripts, which need the extra `parity`
 settings.register_profile("default", max_examples=10, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("thorough", settings.get_profile("default"), max_examples=100)
 settings.register_profile("find", settings.get_profile("default"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("default")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))  # tiny tensors gain nothing from more
@@ -21,7 +20,14 @@ torch.set_num_threads(THREADS)
 
 def pytest_addoption(parser):
     parser.addoption("--part", metavar="K/N", help="every N-th of the selected tests, from the K-th on (from 0)")
+    parser.addoption("--examples", type=int, metavar="N", help="draw N examples of each property, instead of 10")
     parser.addoption("--plain", action="store_true", help="compute as the definitions say, without kernels")
+
+
+def pytest_configure(config):
+    if count := config.getoption("--examples"):
+        settings.register_profile("counted", max_examples=count)
+        settings.load_profile("counted")
 
 
 @pytest.hookimpl(trylast=True)  # after the selection by markers

@@ -29,7 +29,7 @@ from minilora.nf4 import DYNAMIC_MAP, NF4Linear, dequantize_weight, quantize_abs
 from minilora.testing.compare import PARITY, assert_parity, relative
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS
-from tests.models import allocated, default_dtype, families, layouts, long, matrix, tiny_model, token_ids
+from tests.models import allocated, default_dtype, families, layouts, long, matrix, randn, tiny_model, token_ids
 from tests.runs import everything
 
 CPU = torch.device("cpu")
@@ -110,6 +110,14 @@ def test_a_packed_weight_is_read_whatever_dtype_its_bytes_were_stored_as(case, s
     parts, layout = packed_entry(tmp_path / "a.safetensors", f"{case}.weight")
     assert layout.dtype == torch.bfloat16
     assert torch.equal(dequantize_weight(parts, layout, layout.dtype), frozen[f"{case}.dense"])
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (3, 1), (1, 1)])
+def test_a_packed_weight_of_one_row_or_column_is_read(shape, tmp_path):
+    linear = NF4Linear.quantize(randn(5, *shape, dtype=torch.float32))
+    save_file(packed_tensors("a.weight", linear), tmp_path / "a.safetensors")
+    packed, layout = packed_entry(tmp_path / "a.safetensors", "a.weight")
+    assert torch.equal(dequantize_weight(packed, layout, torch.float32), linear.weight)
 
 
 @layouts

@@ -16,7 +16,7 @@ from minilora.data import IGNORE_INDEX
 from minilora.models.control_tokens import QUOTE, ControlTokens
 from minilora.runs.encoders import use_prompt_style
 from tests.models import examples
-from tests.text import CHATML, CLOSE, CORPUS, EOS, SPECIAL, conversation, encoded, trained_bpe
+from tests.text import CHATML, CLOSE, CORPUS, EOS, OPEN, SPECIAL, conversation, encoded, trained_bpe
 
 TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
     "{{ m.content }}",
@@ -277,6 +277,7 @@ FORMATS = [name for name, _ in rows_with("", "", "", "", ("", ""))]
 @example("byte-level", *[CLOSE] * 4, (CLOSE[:3], CLOSE[3:]))
 @example("unigram", *[EOS] * 4, (EOS[:1], EOS[1:]))
 @example("byte-level", *[CLOSE] * 4, (CLOSE[:3] + " ", CLOSE[3:]))
+@example("byte-level", *[CLOSE] * 4, (OPEN[:-1], OPEN[-1:]))  # all but the last character of the longest one
 def test_no_field_of_any_format_can_hold_a_control_token_that_acts(tokenizer, name, kind, a, b, c, d, halves):
     chosen = tokenizer(kind)
     if name in ("passage", "text"):
