@@ -96,7 +96,8 @@ def transformers_generation(family: str, **options: Any) -> Any:
 def peft_step(tied: bool = False, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(causal_lm("llama", tie_word_embeddings=tied), LoraConfig(**{"r": 2, "lora_alpha": 6, **options}))
+    config = LoraConfig(**{"r": 2, "lora_alpha": 6, **options})
+    model = get_peft_model(causal_lm("llama", tie_word_embeddings=tied), config)
     return step_of(model, lambda ids: model(input_ids=ids).logits)
 
 
