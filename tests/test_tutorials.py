@@ -44,7 +44,11 @@ MISTAKES = {
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
         ("16 * (out + width)", "8 * (out + width)"),
     ],
-    "08": [("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"), ("-1, 0, 1\n", "-1, levels[7], 1\n")],
+    "08": [
+        ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
+        ("-1, 0, 1\n", "-1, levels[7], 1\n"),
+        ("range(100)", "range(0)"),
+    ],
     "09": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
     "10": [("effect += delta", "effect += W.double()"), ("s * (B.double() @ A.double())", "B.double() @ A.double()")],
     "11": [("s * B @ A", "B @ A"), ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)")],

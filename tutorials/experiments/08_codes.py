@@ -65,7 +65,7 @@ def log_probabilities(model: nn.Module, rows: list[Any]) -> list[Tensor]:
 
 
 def divergence(model: nn.Module, rows: list[Any], before: list[Tensor]) -> Tensor:
-    """Return for each row the mean KL divergence of a token from the unquantized model."""
+    """Return for each row the mean KL divergence of a token from the model before rounding."""
     after = log_probabilities(model, rows)
     return torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(before, after, strict=True)]).double()
 
