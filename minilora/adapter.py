@@ -59,7 +59,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterWrapper]:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules by path, the model itself at "", as if no adapter had been attached."""
+    """Return the modules by path, the model itself at "", as if no adapter were attached."""
     return {path: module for path, module in walk(model) if not isinstance(module, AdapterWrapper)}
 
 
@@ -79,11 +79,7 @@ def require_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
-    """Return the wrappers that hold an adapter, by the path of their module.
-
-    Raises:
-        TargetError: there are none.
-    """
+    """Return the wrappers that hold an adapter, at least one, by path."""
     return {layer.path: layer for layer in require_layers(model, name) if name in layer.adapters}
 
 
@@ -95,7 +91,7 @@ def add_adapter(layer: AdapterWrapper, name: str, adapter: nn.Module) -> None:
 
 
 def own_parameters(layer: AdapterWrapper, name: str) -> list[nn.Parameter]:
-    """Return the parameters of one adapter, except those that it shares with the base."""
+    """Return the parameters of one adapter that are not the base's as well."""
     shared = {id(parameter) for parameter in layer.base.parameters()}
     return [p for p in layer.adapters[name].parameters() if id(p) not in shared]
 
@@ -127,8 +123,7 @@ def attach_lora(
     Everything else is frozen. The arguments are those of PEFT's LoraConfig.
 
     Raises:
-        ConfigError, TargetError: r is below 1, no linear layer has one of the names, one has hooks,
-            or the name is taken.
+        ConfigError, TargetError: r is below 1, a name is no linear's or taken, or one has hooks.
     """
     if r < 1:
         raise ConfigError(f"r is {r}, need at least 1")
@@ -176,23 +171,20 @@ def set_adapter(model: nn.Module, *names: str, trainable: bool | None = None) ->
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Compute as the base does inside the block.
-
-    Raises:
-        TargetError: the model has no adapter.
-    """
+    """Compute as the base does inside the block. What is activated inside stays active."""
     before = [(layer, layer.active) for layer in require_layers(model)]
     try:
         for layer, _ in before:
             layer.active = ()
         yield
     finally:
-        for layer, active in before:
-            layer.active = tuple(name for name in active if name in layer.adapters)
+        if not any(layer.active for layer in adapter_layers(model).values()):
+            for layer, active in before:
+                layer.active = tuple(name for name in active if name in layer.adapters)
 
 
 def detach(model: nn.Module) -> None:
-    """Remove all adapters and put the base modules back, bit for bit as they were."""
+    """Remove all adapters and put the base modules back, bit for bit."""
     replace_modules(model, [(layer, layer.base) for layer in require_layers(model)])
 
 

@@ -278,17 +278,20 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, documents)
+        x = x + self.attention_branch(x, rotation, documents)
         if checkpointing == "mlp":
-            return x + checkpoint(self.feed_forward, x, use_reentrant=False)
-        return x + self.feed_forward(x)
+            return x + checkpoint(self.mlp_branch, x, use_reentrant=False)
+        return x + self.mlp_branch(x)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), rotation, documents)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
 
 
 def llama_block(config: LlamaConfig, layer: int) -> nn.Module:
-    """Build a block of a Llama; that of another family is built in its file in `models/`."""
+    """Build a block of a Llama."""
     return Block(config, Attention(config, layer), MLP(config))
 
 
@@ -332,7 +335,7 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def get_input_embeddings(self) -> nn.Module:  # by transformers' name, as is the next
+    def get_input_embeddings(self) -> nn.Module:  # transformers' names
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:

@@ -266,6 +266,20 @@ def test_an_error_inside_disable_adapter_still_brings_the_adapter_back():
     assert torch.equal(model(IDS), before)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj"], ["q_proj", "v_proj"]])
+def test_an_adapter_that_is_attached_where_another_is_disabled_stays_the_only_one_that_acts(targets):
+    model = adapted(target_modules=["q_proj", "o_proj"])
+    with ml.disable_adapter(model):
+        ml.attach(model, ml.LoraConfig(target_modules=targets), name="second")
+    layers = adapter_layers(model).values()
+    assert {layer.active for layer in layers} == {("second",), ()}
+    assert all(layer.active for layer in layers if "second" in layer.adapters)
+    assert {name for layer in layers for name, p in layer.adapters.named_parameters() if p.requires_grad} == {
+        "second.lora_A",
+        "second.lora_B",
+    }
+
+
 def test_all_linear_leaves_the_head_alone_and_a_name_can_still_mean_it():
     model = tiny_model("qwen2")
     ml.attach(model, ml.LoraConfig())

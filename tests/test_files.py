@@ -325,6 +325,14 @@ def test_a_missing_file_is_told_by_name(tmp_path, name):
         loaded(tmp_path)
 
 
+def test_adapters_in_folders_of_the_directory_are_named(tmp_path):
+    """PEFT saves an adapter with another name than "default" in a folder of that name."""
+    for name in ("first", "second"):
+        saved(tmp_path / name)
+    with pytest.raises(ml.FormatError, match=rf"{tmp_path}: .*'{tmp_path}/first', '{tmp_path}/second'"):
+        loaded(tmp_path)
+
+
 def test_a_model_is_no_adapter_whose_files_have_changed(tmp_path):
     ml.save_model(tiny_model(), tmp_path)
     with pytest.raises(ml.FormatError, match=rf"{CONFIG_FILE}: cannot be read"):

@@ -8,16 +8,16 @@ from typing import Any
 
 from minilora.errors import ConfigError, in_recipe
 from minilora.files import read_json
-from minilora.llama import LlamaConfig
+from minilora.llama import LlamaConfig, Rope, rope_frequencies
 from minilora.models.bitsandbytes import is_four_bit
-from minilora.models.family import Family, all_biases, equal_windows
+from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
 from minilora.models.granite import GRANITE, MULTIPLIERS
 from minilora.models.lfm2 import LFM2
 from minilora.models.olmo2 import OLMO2
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
-from minilora.models.rotary import FLOAT, build_rope, is_positive
+from minilora.models.rotary import FLOAT, LengthRope, build_rope
 from minilora.models.smollm3 import SMOLLM3
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -42,7 +42,7 @@ TYPES: dict[str, tuple[type, str]] = {
 }
 UNKNOWN = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
-LLAMA = Family("Llama", {"max_position_embeddings": 2048}, all_biases)
+LLAMA = Family("Llama", {"max_position_embeddings": 2048}, biases=("attention_bias", "mlp_bias"))
 MISTRAL = Family(
     "Mistral",
     {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -67,10 +67,8 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-COPIED = (
-    *REQUIRED,
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"),
-)
+COPIED = (*REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 
 
 def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
@@ -98,12 +96,21 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         raise ConfigError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
         )
-    differing = {"windows": (None,) * values["num_hidden_layers"], **family.fields(values)}
-    if "rope" not in differing:
-        if values["partial_rotary_factor"] != 1:
-            raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
-        differing["rope"] = build_rope(values, values["head_dim"])
-    return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED} | differing)
+    fields: dict[str, Any] = {field: bool(values.get(key)) for field, key in BIASES.items() if key in family.biases}
+    fields |= {"windows": (None,) * values["num_hidden_layers"], **family.fields(values)}
+    if "rope" not in fields:
+        fields["rope"] = _rope(values)
+    return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED} | fields)
+
+
+def _rope(values: Mapping[str, Any]) -> Rope | LengthRope:
+    """Build the rotation of a whole head: the page's, or one of a kind of `rope_scaling`."""
+    width, part = values["head_dim"], values["partial_rotary_factor"]
+    if part != 1:
+        raise ConfigError(f"partial_rotary_factor is {part}, which {values['model_type']} does not have")
+    if values["rope_scaling"] or width % 2:  # an odd width is an error there
+        return build_rope(values, width)
+    return Rope(tuple(rope_frequencies(width, float(values["rope_theta"])).tolist()))
 
 
 def trained_length(config: LlamaConfig) -> int:
@@ -136,12 +143,13 @@ def _check(values: Mapping[str, Any], family: Family) -> None:
     bad = {}
     for key, most in LARGEST.items():
         value, least = values.get(key), 0 if key == "max_window_layers" else 1  # 0: every layer has a window
-        is_right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        is_right = type(value) is int and least <= value <= most
         if not is_right and (value is not None or key in REQUIRED):
             bad[key] = f"found {value!r:.80}, need a whole number from {least} to {most}"
     for key, highest in HIGHEST.items():
-        if values.get(key) is not None and (not is_positive(values[key]) or values[key] > highest):
-            bad[key] = f"found {values[key]!r:.80}, need a number above 0 and at most {highest:g}"
+        value = values.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 < value <= highest):
+            bad[key] = f"found {value!r:.80}, need a number above 0 and at most {highest:g}"
     for key, (kind, need) in TYPES.items():
         if values.get(key) is not None and not isinstance(values[key], kind):
             bad[key] = f"found {values[key]!r:.80}, need {need}"

@@ -33,12 +33,9 @@ class ShortConvolution(nn.Module):
         """Compute what attention would in its place, without a rotation: (N, D) -> (N, D)."""
         b, c, x = self.in_proj(x).chunk(3, dim=-1)
         before = self.conv.kernel_size[0] - 1
-        lengths = [len(span) for span in documents.spans]
         if isinstance(documents, KVCache):
-            parts = documents.extend(b * x, before)
+            parts = documents.extend(self, b * x, before)
         else:
-            parts = [F.pad(part, (0, 0, before, 0)) for part in (b * x).split(lengths)]
-        y = self.conv(torch.cat(parts).T[None])[0].T
-        sizes = [size for n in lengths for size in (n, before)]  # `before` rows between documents mix two of them
-        y = torch.cat(y.split(sizes[:-1])[::2])
+            parts = [F.pad(part, (0, 0, before, 0)) for part in (b * x).split([len(s) for s in documents.spans])]
+        y = torch.cat([self.conv(part.T[None])[0].T for part in parts if len(part) > before])
         return self.out_proj(c * y)

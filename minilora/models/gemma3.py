@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.llama import MLP, Attention, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm, rms_norm
-from minilora.models.family import Family, ResidualBlock, Values, attention_biases, some_windows
+from minilora.llama import MLP, Attention, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm, rms_norm
+from minilora.models.family import Family, Values, some_windows
 from minilora.models.rotary import build_rope_by_window
 
 
@@ -49,10 +49,9 @@ class GemmaMLP(MLP):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
-class GemmaBlock(ResidualBlock):
+class GemmaBlock(Block):
     def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        self.self_attn, self.mlp = GemmaAttention(config, layer), GemmaMLP(config)
+        super().__init__(config, GemmaAttention(config, layer), GemmaMLP(config))
         self.input_layernorm = GemmaNorm(config.hidden_size, config)
         self.post_attention_layernorm = GemmaNorm(config.hidden_size, config)
         self.pre_feedforward_layernorm = GemmaNorm(config.hidden_size, config)
@@ -66,7 +65,7 @@ class GemmaBlock(ResidualBlock):
         return super().forward(x, (cos[self.kind], sin[self.kind]), documents, checkpointing)
 
     def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
-        return self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, documents))
+        return self.post_attention_layernorm(super().attention_branch(x, rotation, documents))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -81,9 +80,9 @@ def build_model(config: LlamaConfig) -> Llama:
 def fields(values: Values) -> dict[str, Any]:
     every = values.get("sliding_window_pattern") or 6
     windows = some_windows(values, [(i + 1) % every != 0 for i in range(values["num_hidden_layers"])])
-    return {**attention_biases(values), **windows, "rope": build_rope_by_window(values, values["head_dim"])}
+    return {**windows, "rope": build_rope_by_window(values, values["head_dim"])}
 
 
 SIZES = {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 DEFAULTS = {**SIZES, "rope_theta": 1e6, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
-GEMMA3 = Family("Gemma3", DEFAULTS, fields, build_model, {"hidden_activation": "hidden_act"})
+GEMMA3 = Family("Gemma3", DEFAULTS, fields, build_model, {"hidden_activation": "hidden_act"}, ("attention_bias",))

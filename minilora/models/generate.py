@@ -62,7 +62,7 @@ class KVCache:
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, device: torch.device):
         self.lengths = [0] * documents
         self.layers: list[tuple[Tensor, Tensor]] = []
-        self.inputs: list[Tensor] = []
+        self.inputs: dict[nn.Module, Tensor] = {}
         self._capacity, self._device = capacity, device
         self._windows, self._rope = set(config.windows), config.rope
 
@@ -78,7 +78,7 @@ class KVCache:
         What all layers share is computed here. The layers then call `attend` in order.
         """
         spans = [range(before, before + new) for before, new in zip(self.lengths, lengths, strict=True)]
-        self._new, self._layer, self._convolution = list(lengths), 0, 0
+        self._new, self._layer = list(lengths), 0
         self.lengths = [span.stop for span in spans]
         places = [(document, position) for document, span in enumerate(spans) for position in span]
         self._documents, self._positions = torch.tensor(places, device=self._device).unbind(1)
@@ -110,17 +110,14 @@ class KVCache:
                 parts.append(causal_attention(q[end - new : end], k, v, [new], [total - first], window))
         return torch.cat(parts)
 
-    def extend(self, x: Tensor, count: int) -> list[Tensor]:
-        """Divide the next convolution's new inputs into documents, each after its `count` last ones; keep the new last.
+    def extend(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
+        """Divide a layer's new inputs into documents, each after its `count` last ones; keep the last of the new.
 
         Before the first token of a document they are 0.
 
         Shapes: x (N, D) -> (count + new, D) for each document
         """
-        if self._convolution == len(self.inputs):
-            self.inputs.append(x.new_zeros(len(self.lengths), count, x.size(1)))
-        held = self.inputs[self._convolution]
-        self._convolution += 1
+        held = self.inputs.setdefault(layer, x.new_zeros(len(self.lengths), count, x.size(1)))
         extended = []
         for document, new in enumerate(x.split(self._new)):
             if self.spans[document].start == 0:

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.llama import MLP, Attention, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm
-from minilora.models.family import Family, ResidualBlock, all_biases
+from minilora.llama import MLP, Attention, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm
+from minilora.models.family import Family
 
 
 class GraniteAttention(Attention):
@@ -30,26 +30,21 @@ class GraniteAttention(Attention):
         return [self.query_scale * q, k, v]
 
 
-class GraniteBlock(ResidualBlock):
+class GraniteBlock(Block):
     def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        self.self_attn = GraniteAttention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, GraniteAttention(config, layer), MLP(config))
         self.residual_multiplier = multiplier(config, "residual_multiplier")
         self.input_scale = multiplier(config, "embedding_multiplier") if layer == 0 else 1.0
 
     def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
-        if self.input_scale != 1:
-            x = self.input_scale * x
+        x = x if self.input_scale == 1 else self.input_scale * x
         return super().forward(x, rotation, documents, checkpointing)
 
     def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
-        return self.residual_multiplier * self.self_attn(self.input_layernorm(x), rotation, documents)
+        return self.residual_multiplier * super().attention_branch(x, rotation, documents)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.residual_multiplier * self.mlp(self.post_attention_layernorm(x))
+        return self.residual_multiplier * super().mlp_branch(x)
 
 
 class DividedNorm(RMSNorm):
@@ -73,5 +68,5 @@ def build_model(config: LlamaConfig) -> Llama:
 
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 GRANITE = Family(
-    "Granite", {"max_position_embeddings": 2048, **dict.fromkeys(MULTIPLIERS, 1.0)}, all_biases, build_model
+    "Granite", {"max_position_embeddings": 2048}, build_model=build_model, biases=("attention_bias", "mlp_bias")
 )

@@ -63,16 +63,22 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         return Location(BUILTINS[kind], name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
         finish_commit(path)
-        if kind == "adapter" and (path / "run.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise FormatError(
-                f"{path}: is an unfinished run; repeat its finetune command, or name one of its checkpoints"
-            )
+        if kind == "adapter" and not (path / "adapter_config.json").is_file():
+            _explain_missing_adapter(path)
         return Location(path, name)
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path and not (kind == "dataset" and name.endswith(DATA_ENDINGS)):  # mistyped
         return _download(name, kind)
     missing = "no such file or directory" if kind == "dataset" else "no such directory"
     raise FormatError(f"{path}: {missing}, and not 'org/name' or 'org/name@revision' of the Hugging Face Hub")
+
+
+def _explain_missing_adapter(path: Path) -> None:
+    """Raise a `FormatError` if a directory without an adapter is that of a run, or has adapters in folders."""
+    if (path / "run.json").is_file():
+        raise FormatError(f"{path}: is an unfinished run; repeat its finetune command, or name one of its checkpoints")
+    if inside := sorted(str(config.parent) for config in path.glob("*/adapter_config.json")):
+        raise FormatError(f"{path}: has no adapter_config.json; name one of its folders with an adapter: {inside[:5]}")
 
 
 def unpinned(name: str) -> tuple[str, str | None]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import Attention, CosSin, Decoder, Llama, LlamaConfig, RMSNorm, swiglu
+from minilora.llama import Attention, Block, CosSin, Decoder, Llama, LlamaConfig, RMSNorm, swiglu
 from minilora.models.convolution import ShortConvolution
-from minilora.models.family import Family, ResidualBlock, Values, some_windows
+from minilora.models.family import Family, Values, some_windows
 
 
 class Lfm2Attention(Attention):
@@ -40,9 +40,9 @@ class Lfm2MLP(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
-class Lfm2Block(ResidualBlock):
+class Lfm2Block(Block):
     def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
+        nn.Module.__init__(self)  # parts and norms have other names than a Llama's
         if config.windows[layer] is None:
             self.self_attn = Lfm2Attention(config, layer)
         else:

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.llama import MLP, Attention, CosSin, Llama, LlamaConfig, RMSNorm
-from minilora.models.family import Family, ResidualBlock, attention_biases
+from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig, RMSNorm
+from minilora.models.family import Family
 
 
 class Olmo2Attention(Attention):
@@ -28,12 +28,10 @@ class Olmo2Attention(Attention):
         return [each.unflatten(-1, (-1, self.head_dim)) for each in rows]
 
 
-class Olmo2Block(ResidualBlock):
+class Olmo2Block(Block):
     def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        self.self_attn = Olmo2Attention(config, layer)
-        self.mlp = MLP(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, Olmo2Attention(config, layer), MLP(config))
+        del self.input_layernorm
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
@@ -46,6 +44,6 @@ class Olmo2Block(ResidualBlock):
 OLMO2 = Family(
     "Olmo2",
     {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-    attention_biases,
-    partial(Llama, build_block=Olmo2Block),
+    build_model=partial(Llama, build_block=Olmo2Block),
+    biases=("attention_bias",),
 )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.llama import MLP, Attention, Block, Llama, LlamaConfig, RMSNorm
-from minilora.models.family import Family, Values, attention_biases, some_windows
+from minilora.models.family import Family, Values, some_windows
 
 
 class Qwen3Attention(Attention):
@@ -45,6 +45,7 @@ QWEN2 = Family("Qwen2", DEFAULTS, lambda values: {"qkv_bias": True, **windows(va
 QWEN3 = Family(
     "Qwen3",
     {**DEFAULTS, "head_dim": 128},
-    lambda values: attention_biases(values) | windows(values),
+    windows,
     partial(Llama, build_block=build_block),
+    biases=("attention_bias",),
 )

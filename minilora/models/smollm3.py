@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minilora.errors import ConfigError
 from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig
-from minilora.models.family import Family, Values, all_biases, some_windows
+from minilora.models.family import Family, Values, some_windows
 
 
 class UnrotatedAttention(Attention):
@@ -47,7 +47,7 @@ def rotated_layers(values: Values) -> list[bool]:
 
 def fields(values: Values) -> dict[str, Any]:
     slides = [bool(values.get("use_sliding_window")) and not rotated for rotated in rotated_layers(values)]
-    return {**all_biases(values), **some_windows(values, slides)}
+    return some_windows(values, slides)
 
 
 SMOLLM3 = Family(
@@ -60,4 +60,5 @@ SMOLLM3 = Family(
     },
     fields,
     partial(Llama, build_block=build_block),
+    biases=("attention_bias", "mlp_bias"),
 )
