@@ -285,18 +285,29 @@ def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
 
 
-def test_of_two_new_runs_in_one_directory_one_is_refused(directory, tmp_path, monkeypatch, capsys):
+def test_of_two_new_runs_in_one_directory_the_second_is_refused_before_it_reads_data(
+    directory, tmp_path, monkeypatch, capsys
+):
     read_data = command.read_data
 
     def read_late(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(command, "read_data", read_data)
-            assert finetune(directory, tmp_path, max_steps=1) == 0
+        monkeypatch.setattr(command, "read_data", lambda *_: pytest.fail("the second run has read data"))
+        assert finetune(directory, tmp_path / "out", max_steps=1) == 1
+        assert f"process {os.getpid()} on {platform.node()} is at work there" in capsys.readouterr().err
         return read_data(*arguments)
 
     monkeypatch.setattr(command, "read_data", read_late)
-    assert finetune(directory, tmp_path, max_steps=1) == 1
-    assert "another process has written there meanwhile" in capsys.readouterr().err
+    assert finetune(directory, tmp_path / "out", max_steps=1) == 0
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_run_that_fails_before_it_starts_leaves_nothing(directory, tmp_path, is_there):
+    if is_there:
+        (tmp_path / "out").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert finetune(directory, tmp_path / "out", data=tmp_path / "rows.jsonl") == 1
+    assert (tmp_path / "out").exists() == is_there
+    assert not any((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize(

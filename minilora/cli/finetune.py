@@ -162,7 +162,6 @@ def run(options: Options) -> int:
             return _dry_run(run, memory, options)
         if not options["force"]:
             check_memory(plan, memory)
-        directory.claim(run)
         if earlier.is_finished:
             how = "model further, give --model" if settings.is_full else "adapter further, add --adapter"
             say(

@@ -31,7 +31,7 @@ from minilora.adapters.files import save_adapter_files
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.definition import is_plain
 from minilora.errors import TrainingError
-from minilora.files import holds_files, lock, publishing, replacing, sha256_of, write_json
+from minilora.files import holds_files, lock, publishing, remove, replacing, sha256_of, write_json
 from minilora.llama import Llama
 from minilora.models.checkpoint import MODEL_FILES, save_model_files
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
@@ -72,6 +72,9 @@ class Run:
     """A run that is about to start.
 
     `settings` are what it is asked for, `plan` is what it does.
+
+    Raises:
+        TrainingError: the data are not those of its first start.
     """
 
     settings: Settings
@@ -79,6 +82,10 @@ class Run:
     earlier: Earlier
     data: Data
     plan: Plan
+
+    def __post_init__(self) -> None:
+        if self.earlier.starts:
+            _check_same(f"{self.settings.run.out}: the data", self.earlier.data_sha256, self.data.files)
 
     @property
     def made(self) -> str:
@@ -108,11 +115,12 @@ class RunDirectory:
         self.path = Path(settings.run.out)
         self._settings = settings
         self._inputs: Mapping[str, str] = {}  # name -> hash of the base, the adapter and the template
+        self._is_new = False
         self._lock: BaseFileLock | None = None
         self._tracker: Tracker | None = None
 
     def open(self, base: Base) -> Earlier:
-        """Lock a directory that holds this run of a base, and return what its earlier starts left.
+        """Lock the directory for this run of a base, and return what its earlier starts left.
 
         Raises:
             TrainingError: it holds another run, or files of something else; a process is at work there; or the ranks
@@ -122,16 +130,17 @@ class RunDirectory:
         found = world.all_gather(self._inputs)
         if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
             raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
-        return world.run_on_rank0(self._read_earlier)
+        return world.run_on_rank0(self._open)
 
-    def _read_earlier(self) -> Earlier:
-        if not holds_files(self.path):
-            return Earlier(self._settings.dtype)
+    def _open(self) -> Earlier:
         path = self.path / "run.json"
         now = self._settings.by_flag
-        if not path.is_file():
+        if holds_files(self.path) and not path.is_file():
             raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
+        self._is_new = not self.path.exists()
         self._lock = lock(self.path)
+        if not path.is_file():
+            return Earlier(self._settings.dtype)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
         before = record["config"]
@@ -163,18 +172,6 @@ class RunDirectory:
             damaged,
             is_finished,
         )
-
-    def claim(self, run: Run) -> None:
-        """Lock the directory of a new run; of a resumed one, check that the data are the same."""
-        world.run_on_rank0(lambda: self._claim(run))
-
-    def _claim(self, run: Run) -> None:
-        if run.earlier.starts:
-            _check_same(f"{self.path}: the data", run.earlier.data_sha256, run.data.files)
-        if self._lock is None:
-            self._lock = lock(self.path)
-            if holds_files(self.path):
-                raise TrainingError(f"{self.path}: another process has written there meanwhile; use another directory")
 
     def start(self, run: Run, model: Llama) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
@@ -257,11 +254,15 @@ class RunDirectory:
             write_json(directory / "summary.json", without_nan(summary))
 
     def close(self) -> None:
-        """Close the files that are open, so that another process may use the directory."""
+        """Close the files that are open, so that another process may use the directory; leave no empty one."""
         if self._tracker:
             self._tracker.close()
         if self._lock:
+            if not holds_files(self.path):
+                remove(self.path / ".lock")
             self._lock.release()
+            if self._is_new and not any(self.path.iterdir()):
+                self.path.rmdir()
 
 
 def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
