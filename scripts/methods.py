@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import minilora as ml
 from minilora.files import ASSETS
@@ -37,16 +36,14 @@ class Method:
 
     rates: tuple[float, ...]
     lora: ml.LoraConfig | None  # None: all parameters are trained
-    training: dict[str, Any]
 
 
 METHODS = {
-    "LoRA": Method((5e-4, 1e-3, 2e-3), ml.LoraConfig(), {}),
-    "rsLoRA": Method((1.25e-4, 2.5e-4, 5e-4, 1e-3), ml.LoraConfig(use_rslora=True), {}),
-    "DoRA": Method((5e-4, 1e-3, 2e-3), ml.LoraConfig(use_dora=True), {}),
-    "PiSSA": Method((1.25e-4, 2.5e-4, 5e-4, 1e-3), ml.LoraConfig(init_lora_weights="pissa"), {}),
-    "LoRA+": Method((6e-5, 1.25e-4, 2.5e-4), ml.LoraConfig(), {"loraplus_lr_ratio": 16.0}),
-    "full": Method((2e-5, 5e-5, 1e-4, 2e-4), None, {}),
+    "LoRA": Method((5e-4, 1e-3, 2e-3), ml.LoraConfig()),
+    "rsLoRA": Method((1.25e-4, 2.5e-4, 5e-4, 1e-3), ml.LoraConfig(use_rslora=True)),
+    "DoRA": Method((5e-4, 1e-3, 2e-3), ml.LoraConfig(use_dora=True)),
+    "PiSSA": Method((1.25e-4, 2.5e-4, 5e-4, 1e-3), ml.LoraConfig(init_lora_weights="pissa")),
+    "full": Method((2e-5, 5e-5, 1e-4, 2e-4), None),
 }
 
 
@@ -82,8 +79,7 @@ class Bench:
         model = ml.load_model(self.directory, "float32" if method.lora is None else "bfloat16")
         if method.lora is not None:
             ml.attach(model, method.lora, seed=seed)
-        settings = {"batch_size": 16, "warmup_steps": 10, "learning_rate": rate, "seed": seed}
-        ml.train(model, self.train, ml.TrainConfig(**settings, **method.training))
+        ml.train(model, self.train, ml.TrainConfig(learning_rate=rate, batch_size=16, warmup_steps=10, seed=seed))
         self.models[name, rate, seed] = model
         return model
 
@@ -101,7 +97,7 @@ def cost(directory: Path, name: str) -> tuple[float, int]:
         seconds.append(record["tokens"] / record["tokens_per_second"])
         peak = record["peak_memory_bytes"]
 
-    ml.train(model, rows, ml.TrainConfig(batch_size=16, max_steps=12, **method.training), on_step=note)
+    ml.train(model, rows, ml.TrainConfig(batch_size=16, max_steps=12), on_step=note)
     return statistics.median(seconds[2:]), peak
 
 

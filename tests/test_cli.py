@@ -199,6 +199,10 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["verify", "a"], "verify is no command; use inspect, which also compares files with their hashes\n"),
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
         (["finetune", "--text_field=body"], "--text-field is unknown; use --columns text=FIELD\n"),
+        (
+            ["finetune", "--loraplus-lr-ratio=16"],
+            "--loraplus-lr-ratio is unknown; it is a recipe: see recipes/loraplus.py",
+        ),
         (["finetune", "--recompute", "mlp"], "--recompute is unknown; it is called --gradient-checkpointing\n"),
         (
             ["finetune", "--target_parameters=a"],

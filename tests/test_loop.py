@@ -457,7 +457,7 @@ def test_within_a_step_nothing_is_asked_of_the_device(family, base):
 # --- the configuration ---
 
 
-POSITIVE = ("learning_rate", "epochs", "loraplus_lr_ratio")
+POSITIVE = ("learning_rate", "epochs")
 
 
 @pytest.mark.parametrize(

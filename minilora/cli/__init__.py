@@ -43,6 +43,7 @@ RENAMED = {  # commands and flags of earlier versions, and what to use now
     "extract": in_recipe("extract"),
     "verify": "use inspect, which also compares files with their hashes",
     "--task-type": in_recipe("classify_texts"),
+    "--loraplus-lr-ratio": in_recipe("loraplus"),
     "--recompute": "it is called --gradient-checkpointing",
     "--target-parameters": in_recipe("experts"),
     "--text-field": "use --columns text=FIELD",

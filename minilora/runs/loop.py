@@ -225,7 +225,7 @@ def _step(job: _Job, step: int) -> Record:
     optimizer = job.optimizer
     rate = rate_of_step(step, len(job.steps), config)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        group["lr"] = rate
     batches = job.batches(step)
     with closing(seeded(model, batches, config.seed)) as micro_batches:
         total, count = accumulate(model, optimizer, micro_batches, job.loss)

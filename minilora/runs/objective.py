@@ -2,8 +2,6 @@
 
 The default is the loss of tokens, for the decoders of this package. A loss that is given is a function of any module
 and of a list of rows of any kind.
-
-    [LoRA+]  Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, collate
-from minilora.errors import ConfigError, DataError, TrainingError
+from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.sampler import Rows
@@ -27,7 +24,6 @@ from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, adamw, learning_rate, token_loss
 
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
-EMBEDDING_RATE = 1e-6  # of the factors of an adapted embedding in LoRA+, as in PEFT
 
 
 @dataclass(frozen=True)
@@ -114,52 +110,21 @@ def _is_count(value: Any) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters, in groups of one learning rate and one weight decay.
+    """Build AdamW over the trainable parameters, named, in groups of one weight decay.
 
-    A group has its rate as a multiple of the run's, `factor`, and the `names` of its parameters. Only matrices decay:
-    biases, norms and magnitudes have no reason to be near 0.
-
-    Raises:
-        ConfigError: `loraplus_lr_ratio` is given, and no factor of an adapter is trained.
+    Only matrices decay: biases, norms and magnitudes have no reason to be near 0.
     """
-    found: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, factor in rate_factors(model, config).items():
-        parameter = model.get_parameter(name)
-        decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        group = found.setdefault((factor, decay), {"params": [], "names": []})
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return adamw({**group, "factor": key[0], "weight_decay": key[1]} for key, group in found.items())
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append((name, parameter))
+    return adamw({"params": named, "weight_decay": decay} for decay, named in groups.items())
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """Return the parameters of an optimizer by name."""
-    pairs = (zip(group["names"], group["params"], strict=True) for group in optimizer.param_groups)
+    pairs = (zip(group["param_names"], group["params"], strict=True) for group in optimizer.param_groups)
     return {name: parameter for group in pairs for name, parameter in group}
-
-
-def rate_factors(model: nn.Module, config: TrainConfig) -> dict[str, float]:
-    """Return the rate of each trained parameter, as a multiple of `learning_rate`  [LoRA+ §4].
-
-    One rate for both factors learns one of them inefficiently in wide layers, so LoRA+ gives B a higher one than A.
-    With `loraplus_lr_ratio`, B and all vectors (biases, magnitudes) have that multiple; A, and what is trained beside
-    adapters, have the rate itself; the factors of an adapted embedding have `EMBEDDING_RATE`.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ratio = config.loraplus_lr_ratio
-    if ratio is None:
-        return dict.fromkeys(trained, 1.0)
-    factors = {name for name in trained if {"lora_A", "lora_B"} & {*name.split(".")}}
-    if not factors:
-        raise ConfigError("TrainConfig: loraplus_lr_ratio is for adapters, and no lora_A or lora_B is trained")
-    layers = adapter_layers(model).items()
-    embeddings = tuple(f"{path}." for path, layer in layers if isinstance(layer.base, nn.Embedding))
-    rates = {}
-    for name, parameter in trained.items():
-        rates[name] = ratio if "lora_B" in name.split(".") or parameter.dim() == 1 else 1.0
-        if name in factors and name.startswith(embeddings):
-            rates[name] = EMBEDDING_RATE / config.learning_rate
-    return rates
 
 
 def rate_of_step(step: int, total: int, config: TrainConfig) -> float:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from minilora.adapters.config import LoraConfig
-from minilora.errors import ConfigError, answers, check_types, document_fields, option
+from minilora.errors import ConfigError, answers, check_types, document_fields, in_recipe, option
 from minilora.files import BUILTIN
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.hub import locate
@@ -63,6 +63,7 @@ class DataConfig:
     per_device_train_batch_size="use batch_size",
     output_dir="give ml.train a checkpoint_dir",
     recompute="use gradient_checkpointing",
+    loraplus_lr_ratio=in_recipe("loraplus"),
 )
 @document_fields
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ class TrainConfig:
     """
 
     learning_rate: float = option(2e-4, "peak learning rate of AdamW")
-    loraplus_lr_ratio: float | None = option(None, "LoRA+: learn B with this multiple of A's rate; 16 is usual")
     lr_scheduler: Literal["cosine", "linear", "constant"] = option(
         "cosine", "how the learning rate falls after the warm-up"
     )
@@ -115,8 +115,8 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 bad.append(f"{name} is {value!r}, need a finite number of at least 0")
-        for name in ("learning_rate", "epochs", "loraplus_lr_ratio"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+        for name in ("learning_rate", "epochs"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
                 bad.append(f"{name} is {value!r}, need a finite number above 0")
         if self.save_steps is not None and self.save_steps < 0:
             bad.append(f"save_steps is {self.save_steps!r}, need a whole number of at least 0")
