@@ -131,6 +131,15 @@ def test_all_documents_of_a_directory_without_other_data_are_trained_on_except_h
     assert find_splits(tmp_path) == {"train": [tmp_path / "rows.csv"]}
 
 
+def test_rows_come_in_the_order_in_which_files_are_named_and_those_of_a_directory_by_name(tmp_path):
+    texts = {"a.txt": "1", "b.txt": "2", "c.txt": "3"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    named = [tmp_path / "c.txt", tmp_path / "a.txt", tmp_path / "b.txt"]
+    for paths, order in ((named, "312"), (tmp_path, "123")):
+        assert "".join(row.fields["text"] for row in stream_rows(*find_files(paths)["train"])) == order
+
+
 def test_a_document_is_one_row_in_lines_that_end_as_python_has_them(tmp_path):
     (path := tmp_path / "a.txt").write_bytes("\ufeff1\r\n\r\n2 é\n".encode())
     assert list(stream_rows(path)) == [Row({"text": "1\n\n2 é\n"}, str(path))]
