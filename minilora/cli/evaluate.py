@@ -17,12 +17,11 @@ from typing import Any
 
 from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load
+from minilora.cli.load import add_model_flags, load, run_record
 from minilora.cli.write import BATCH_SIZE, merged_if_faster
 from minilora.errors import ConfigError
-from minilora.files import read_json, sha256_of
+from minilora.files import sha256_of
 from minilora.llama import Llama
-from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.dataset import Dataset
 from minilora.runs.encoders import encode_rows, use_prompt_style
@@ -49,7 +48,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    trained, hashes = _run_record(options)
+    trained, hashes = run_record(options)
     config = from_flags(DataConfig, options, {**trained, "prompt_style": None, "system": None})  # which have own files
     files = files_to_evaluate(options["data"])
     for file in _trained_on(trained, hashes, files):
@@ -66,17 +65,6 @@ def run(options: Options) -> int:
         say(describe_skipped("", examples.bad))
     print(json.dumps(without_nan({"metric": options["metric"], "value": value, **counts})))
     return 0
-
-
-def _run_record(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings and the hashes of the data of the run that made the adapter, or the model; empty if none."""
-    directories = [fetch(name, "adapter") for name in options["adapter"]]
-    if options["model"] and not directories:
-        directories = [Path(options["model"])]
-    paths = (directory / "run.json" for directory in directories)
-    record = next((read_json(path) for path in paths if path.exists()), {})
-    config, hashes = record.get("config"), record.get("data_sha256")
-    return (config if isinstance(config, dict) else {}), (hashes if isinstance(hashes, dict) else {})
 
 
 def _trained_on(config: Mapping[str, Any], hashes: Mapping[str, Any], files: Sequence[Path]) -> list[Path]:

@@ -121,3 +121,14 @@ def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:
                 f"{path}: is merged into {base.name} already ({MERGED} of its config.json); leave out --adapter, "
                 "or give the base model as --model"
             )
+
+
+def run_record(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings and the hashes of the data of the run that made the adapter, or the model; empty if none."""
+    directories = [fetch(name, "adapter") for name in options["adapter"]]
+    if options["model"] and not directories:
+        directories = [Path(options["model"])]
+    paths = (directory / "run.json" for directory in directories)
+    record = next((read_json(path) for path in paths if path.exists()), {})
+    config, hashes = record.get("config"), record.get("data_sha256")
+    return (config if isinstance(config, dict) else {}), (hashes if isinstance(hashes, dict) else {})
