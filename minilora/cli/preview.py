@@ -10,12 +10,12 @@ import numpy as np
 
 from minilora.adapters.attach import ParameterCount
 from minilora.data import IGNORE_INDEX
+from minilora.errors import printable
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, train
-from minilora.runs.reports import visible
 from minilora.runs.sampler import plan_steps
 from minilora.runs.settings import TrainConfig
 
@@ -73,7 +73,7 @@ def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
     for is_learned, labels in groupby(example.labels, lambda label: label != IGNORE_INDEX):
         count += len(list(labels))
         so_far = tokenizer.decode(example.tokens[:count], skip_special_tokens=False)
-        stretch = visible(so_far[len(done) :])
+        stretch = printable(so_far[len(done) :])
         text += f"{begin}{stretch}{end}" if is_learned else stretch
         done = so_far
     return text

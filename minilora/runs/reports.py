@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import unicodedata
 from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from minilora.errors import FormatError
+from minilora.errors import FormatError, printable
 from minilora.files import parse_json, read_json, read_text
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
@@ -128,20 +127,15 @@ class ProgressBar:
             self._bar = None
 
 
-def visible(text: str) -> str:
-    """Remove control and other invisible characters, except line ends and tabs."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
-
-
 def ending(text: str, most: int = 30) -> str:
     """Return the end of a text in one line of at most that many characters."""
-    text = visible(" ".join(text.split()))
+    text = printable(" ".join(text.split()))
     return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def beginning(text: str, most: int = 42) -> str:
     """Return the beginning of a text in one line of at most that many characters."""
-    text = visible(" ".join(text.split()))
+    text = printable(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
