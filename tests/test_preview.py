@@ -107,7 +107,7 @@ def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("slower", "said"),
-    [(1, "9 steps of 0.5 s, about 4 seconds"), (60, "9 steps of 30 s, about 4 minutes"), (3600, "about 4.5 hours")],
+    [(1, "9 steps of 0.5 s, about 0:00:04"), (60, "9 steps of 30 s, about 0:04:30"), (3600, "about 4:30:00")],
 )
 def test_the_time_of_a_run_is_that_of_its_tokens_at_the_rate_of_the_second_step(
     dry_run, data, monkeypatch, slower, said
@@ -122,7 +122,7 @@ def test_the_time_of_a_run_is_that_of_its_tokens_at_the_rate_of_the_second_step(
             on_step({"tokens_per_second": rate})
 
     monkeypatch.setattr(preview, "train", train)
-    assert f"{said}, without evaluations\n" in dry_run("--batch-size=2", "--max-steps=9")
+    assert f"{said} hours, without evaluations\n" in dry_run("--batch-size=2", "--max-steps=9")
 
 
 def test_two_steps_are_timed_as_the_run_makes_them_and_without_timing_no_weight_is_read(
@@ -130,7 +130,10 @@ def test_two_steps_are_timed_as_the_run_makes_them_and_without_timing_no_weight_
 ):
     (directory / "valid.jsonl").write_text((directory / "rows.jsonl").read_text())
     chooses = ("--keep=best", "--eval-steps=1", "--early-stopping=1", "--eval-data=valid.jsonl")
-    assert re.search(r"\ntime: 5 steps of [\d.]+ s, about \d+ seconds, ", dry_run("--max-steps=5", *chooses))
+    assert re.search(
+        r"\ntime: 5 steps of [\d.]+ s, about 0:\d\d:\d\d hours, without evaluations\n",
+        dry_run("--max-steps=5", *chooses),
+    )
     devices, load = [], finetune.load_base
     monkeypatch.setattr(finetune, "load_base", lambda *args: devices.append(args[2]) or load(*args))
     assert "time:" not in dry_run("--max-steps=5", "--no-timing")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -50,9 +49,15 @@ def run(options: Options) -> int:
         with suppress(ImportError):
             importlib.import_module("readline")  # gives `input` a history and editing keys
         say(f"{chat.model.name_or_path}, adapter: {chat.adapter}. /help lists the commands, Ctrl-D ends the chat.")
-    for line in _lines("\n> " if is_terminal else ""):
+    prompt = "\n> " if is_terminal else ""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            print(end="\n" if prompt else "")
+            return 0
         if line.split(maxsplit=1)[:1] == ["/exit"]:
-            break
+            return 0
         try:
             if line.startswith("/"):
                 chat.obey(line)
@@ -60,7 +65,6 @@ def run(options: Options) -> int:
                 chat.reply(line.strip())
         except MiniloraError as error:  # the conversation goes on as it was
             say(f"minilora: {error}")
-    return 0
 
 
 class Chat:
@@ -143,12 +147,3 @@ class Chat:
                 say(CHAT_HELP)
             case _:
                 raise ConfigError(f"unknown command {name}; /help lists the commands")
-
-
-def _lines(prompt: str) -> Iterator[str]:
-    """Yield the lines of the user until Ctrl-D."""
-    while True:
-        try:
-            yield input(prompt)
-        except EOFError:
-            return print(end="\n" if prompt else "")

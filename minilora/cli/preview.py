@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from itertools import groupby
 
 import numpy as np
@@ -55,13 +56,8 @@ def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
     steps = plan_steps(len(rows), config)
     tokens = rows.lengths[np.concatenate([batch for step in steps for batch in step])].sum()
     seconds = tokens / records[-1]["tokens_per_second"]
-    if seconds < 90:
-        total = f"{seconds:.0f} seconds"
-    elif seconds < 90 * 60:
-        total = f"{seconds / 60:.0f} minutes"
-    else:
-        total = f"{seconds / 3600:.1f} hours"
-    return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total}, without evaluations"
+    total = timedelta(seconds=round(seconds))
+    return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total} hours, without evaluations"
 
 
 def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
