@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -33,14 +33,13 @@ from minilora.cli.write import (
 )
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
+from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.encoders import encode_prompt, use_prompt_style
 from minilora.runs.formats import Row
 from minilora.runs.inputs import files_to_evaluate
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig
-
-Write = Callable[..., list[Written]]  # ("base" or "text", prompts, number of the first one, show) -> texts
 
 
 def add_flags(parser: Parser) -> None:
@@ -80,24 +79,25 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: Options) -> int:
     generation = from_flags(GenerationConfig, options)
-    if options["compare_base"] and not options["adapter"]:
+    adapter = "".join(options["adapter"])
+    if options["compare_base"] and not adapter:
         raise ConfigError("--compare-base needs --adapter")
     rows = read_prompts(options)
     model, tokenizer = load(options)
     prompts = encode_prompts(rows, tokenizer, options)
-    keys = ["base", "text"] if options["compare_base"] else ["text"]
-
-    def write(
-        key: str, prompts: list[list[int]], first: int, show: Callable[[str], object] | None = None
-    ) -> list[Written]:
-        with disable_adapter(model) if key == "base" else nullcontext():
-            seeded = replace(generation, seed=generation.seed + first)
-            return generate_text(model, tokenizer, prompts, seeded, show)
-
-    if options["json"] or options["prompts"] is not None or len(rows) > 1:
-        _print_json(write, rows, prompts, keys)
-    else:
-        _print_text(write, prompts, keys, "".join(options["adapter"]), generation.max_new_tokens)
+    titles = {"base": "--- base\n", "text": f"--- {adapter}\n"} if options["compare_base"] else {"text": ""}
+    as_json = options["json"] or options["prompts"] is not None or len(rows) > 1
+    for begin in range(0, len(rows), BATCH_SIZE):
+        batch = prompts[begin : begin + BATCH_SIZE]
+        seeded = replace(generation, seed=generation.seed + begin)
+        answers = [row.fields for row in rows[begin : begin + BATCH_SIZE]]
+        for key, title in titles.items():
+            write = generate_text if as_json else partial(_show, title)
+            with disable_adapter(model) if key == "base" else nullcontext():
+                written = write(model, tokenizer, batch, seeded)
+            answers = [answer | as_fields(key, each) for answer, each in zip(answers, written, strict=True)]
+        for answer in answers if as_json else ():
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
     return 0
 
 
@@ -139,26 +139,16 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) 
     return [encode_prompt(row, tokenizer, system, form) for row in rows]
 
 
-def _print_json(write: Write, rows: Sequence[Row], prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
-    """Print each row with its texts, by their keys, as a JSON object."""
-    for begin in range(0, len(rows), BATCH_SIZE):
-        answers = [row.fields for row in rows[begin : begin + BATCH_SIZE]]
-        for key in keys:
-            written = write(key, prompts[begin : begin + BATCH_SIZE], begin)
-            answers = [answer | as_fields(key, each) for answer, each in zip(answers, written, strict=True)]
-        for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
-
-
-def _print_text(write: Write, prompts: Sequence[list[int]], keys: Sequence[str], adapter: str, limit: int) -> None:
-    """Print the texts of one prompt while they are generated, under titles if there are two."""
-    for key in keys:
-        if len(keys) > 1:
-            print(f"--- {adapter if key == 'text' else key}")
-        try:
-            (written,) = write(key, prompts, 0, partial(print, end="", flush=True))
-        except KeyboardInterrupt:
-            print()
-            raise
-        print(flush=True)
-        say_cut(written, limit)
+def _show(
+    title: str, model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], generation: GenerationConfig
+) -> list[Written]:
+    """Print the text of one prompt while it is generated, after a title."""
+    print(title, end="")
+    try:
+        (written,) = generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
+    except KeyboardInterrupt:
+        print()
+        raise
+    print(flush=True)
+    say_cut(written, generation.max_new_tokens)
+    return [written]
