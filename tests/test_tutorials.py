@@ -32,7 +32,12 @@ MISTAKES = {
         ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
         ("[*labels, end]", "[*labels, -100]"),
     ],
-    "04": [("alpha / r**power", "1 / r**power"), ("alpha / r**power", "alpha * r**power")],
+    "04": [
+        ("dy @ W + h @ A", "dy @ W"),
+        ("s * dy.flatten", "dy.flatten"),
+        ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
+        ("dy @ W + h @ A", "dy @ (W + s * B @ A)"),
+    ],
     "05": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
     "06": [
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
@@ -59,6 +64,12 @@ MISTAKES = {
         ("(sigma[:k].norm() / inside.norm())", "(sigma[:k].norm() / inside.norm()) ** 2"),
     ],
     "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
+    "A2": [
+        ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
+        (" + 1e-6", ""),
+        ("-(weights", "(weights"),
+        ("weights.detach()", "weights"),
+    ],
 }
 
 

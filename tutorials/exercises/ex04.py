@@ -1,10 +1,13 @@
-"""Exercise 4: a scale from a measured curve. For the verdict: python tutorials/exercises/check.py 04"""
+"""Exercise 4: the backward pass by hand. For the verdict: python tutorials/exercises/check.py 04"""
+
+from torch import Tensor
 
 
-def stable_scale(ranks: list[int], sizes: list[float], alpha: float, r: int) -> float:
-    """The scale s of rank r with which the size of the gradient is the same for every rank; at rank 1 it is alpha.
+def lora_backward(dy: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, A and B for y = x Wᵀ + s·x Aᵀ Bᵀ, where dy is that of y; W is frozen.
 
-    `sizes` were measured at `ranks` with s = 1, and grow about as a power of the rank, c·r^p. The size is proportional
-    to s. Measurements are noisy: p is the slope of the line, by least squares, through all points on a log-log plot.
+    Nothing as large as W is formed, and no gradient is asked of PyTorch.
+
+    Shapes: dy (..., out), x (..., in), W (out, in), A (r, in), B (out, r) -> dx (..., in), dA (r, in), dB (out, r)
     """
     raise NotImplementedError

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from minilora.lora import lora_scale
 from minilora.testing.reference import lora_gradients
 
-RANKS = [1, 2, 4, 8, 16, 32]
+CASES = [((6,), 7, 5, 3, 2.0), ((2, 4), 5, 8, 2, 0.5), ((1,), 4, 4, 1, 7.0)]  # tokens, in, out, r, s
 
 
 def check(answer: ModuleType) -> None:
-    """`stable_scale` undoes exact powers, and makes rsLoRA's scale of gradients that are measured."""
-    alpha = 8.0
-    for power in (0.5, 1.0, 0.3):
-        sizes = [3.0 * r**power for r in RANKS]
-        case = f"sizes 3·r^{power:g} without noise"
-        for r in (1, 8, 64):
-            s = answer.stable_scale(RANKS, sizes, alpha, r)
-            kind = type(s).__name__
-            assert isinstance(s, float), f"{case}: the scale is a {kind}, need a Python float"
-            assert r > 1 or math.isclose(s, alpha, rel_tol=1e-9), (
-                f"{case}: s = {s:.4g} at rank 1, need alpha, {alpha:g}, whatever the sizes are"
-            )
-            ratio = s * 3.0 * r**power / (alpha * 3.0)
-            assert math.isclose(ratio, 1, rel_tol=1e-9), (
-                f"{case}: with s = {s:.4g} at rank {r}, s times the size is {ratio:.4g} times that of rank 1, need 1. "
-                "p is the slope of log size over log rank, and s must fall as fast as the size grows"
-            )
-    rng = np.random.default_rng(0)
-    x, dy = rng.standard_normal((32, 48)), rng.standard_normal((32, 24))
-    sizes = []
-    for r in RANKS:
-        A = rng.uniform(-1, 1, (r, 48)) / math.sqrt(48)
-        sizes.append(float(np.linalg.norm(lora_gradients(x, dy, A, np.zeros((24, r)), 1.0)[1])))
-    s, rslora = answer.stable_scale(RANKS, sizes, alpha, 16), lora_scale(16, alpha, use_rslora=True)
-    assert 0.9 < s / rslora < 1.1, (
-        f"measured ‖∂L/∂B‖: s is {s:.4f} at rank 16, and α/√r is {rslora:.4f}. They should be near each other"
+    """The gradients equal those of plain loops, and cost no more operations than they need."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens, width, out, r, s in CASES:
+        shapes = ((*tokens, out), (*tokens, width), (out, width), (r, width), (out, r))
+        dy, x, W, A, B = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        case = f"x {(*tokens, width)}, W {(out, width)}, rank {r}, scale {s}"
+        with torch.no_grad():
+            found = answer.lora_backward(dy, x, W, A, B, s)
+        rows, slopes = x.reshape(-1, width).numpy(), dy.reshape(-1, out).numpy()
+        dA, dB = lora_gradients(rows, slopes, A.numpy(), B.numpy(), s)
+        dx = slopes @ (W.numpy() + s * B.numpy() @ A.numpy())
+        for name, ours, right, like in zip(("dx", "dA", "dB"), found, (dx, dA, dB), (x, A, B), strict=True):
+            assert isinstance(ours, Tensor), f"{case}: {name} is {type(ours).__name__}, need a tensor"
+            assert ours.shape == like.shape, f"{case}: {name} is {tuple(ours.shape)}, need {tuple(like.shape)}"
+            error = np.abs(ours.numpy().reshape(right.shape) - right).max()
+            assert error < 1e-9 * np.abs(right).max(), f"{case}: {name} is wrong. {hint(name, ours.numpy(), right, s)}"
+    tokens, width, out, r = 4, 48, 40, 2
+    shapes = ((tokens, out), (tokens, width), (out, width), (r, width), (out, r))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        answer.lora_backward(*(torch.ones(shape) for shape in shapes), 1.0)
+    allowed = 2 * tokens * width * out + 8 * tokens * r * (width + out)  # dy W, and the thin products twice
+    assert counter.get_total_flops() <= allowed, (
+        f"the gradients are right, and take {counter.get_total_flops():,} operations of products; {allowed:,} are more "
+        "than enough. Is there a product of dy with x, or of B with A? Go through the r numbers of each token"
     )
-    logs = np.log(RANKS) - np.log(RANKS).mean()
-    expected = alpha / 16 ** float(logs @ np.log(sizes) / (logs @ logs))
-    assert math.isclose(s, expected, rel_tol=1e-9), (
-        f"measured ‖∂L/∂B‖: s is {s:.4f} at rank 16, need {expected:.4f}. Does the line go through all points, "
-        "or only through some?"
-    )
+
+
+def hint(name: str, ours: np.ndarray, right: np.ndarray, s: float) -> str:
+    """What the mistake may be."""
+    for factor in (s, s * s, 1 / s):
+        if np.allclose(ours.reshape(right.shape) * factor, right):
+            return f"It lacks a factor of {factor:g}: s is {s:g}"
+    if name == "dx":
+        return "x goes through W and through A; a gradient comes back from each, and they are added"
+    return "Each token adds its own product of a number on one side of the factor with a number on the other"
