@@ -161,6 +161,13 @@ def test_every_chapter_has_an_exercise_and_planted_mistakes():
     assert {path.name[2:4] for path in (TUTORIALS / "exercises").glob("ex*.py")} == numbers == set(MISTAKES)
 
 
+def test_an_exercise_is_called_by_its_number():
+    for path in (TUTORIALS / "exercises").glob("ex*.py"):
+        number, (title, *_) = path.name[2:4], text_of(path).splitlines()
+        assert re.search(rf"xercise {number.lstrip('0')}\b", title), path.name
+        assert path.name.endswith("_check.py") or title.endswith(f'check.py {number}"""'), path.name
+
+
 @pytest.mark.parametrize("chapter", by_name(CHAPTERS))
 def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chapter, tmp_path, monkeypatch, capsys):
     number, answer = chapter.name[:2], tmp_path / "answer.py"
