@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import DataError, FormatError
+from minilora.models import sandbox
 from minilora.models import template as module
-from minilora.models.template import BEGIN, END, OUTPUT_LIMIT, TEMPLATE_LIMIT, ChatTemplate
+from minilora.models.template import BEGIN, END, TEMPLATE_LIMIT, ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 texts = st.text(max_size=8)
@@ -182,11 +183,14 @@ def test_what_is_no_template_is_refused_at_once():
             ChatTemplate(source, {})
 
 
-def test_a_template_may_have_64_000_characters_and_write_eight_million():
+def test_a_template_may_have_64_000_characters_and_write_ten_million_and_more_for_a_longer_conversation(monkeypatch):
     assert render("a" * TEMPLATE_LIMIT) == "a" * TEMPLATE_LIMIT
     with pytest.raises(FormatError, match=f"{TEMPLATE_LIMIT + 1} characters; at most {TEMPLATE_LIMIT}"):
         ChatTemplate("a" * (TEMPLATE_LIMIT + 1), {})
-    pieces = f"{{% for i in range(8) %}}{{{{ 'a' * {OUTPUT_LIMIT // 8} }}}}{{% endfor %}}"
-    assert len(render(pieces)) == OUTPUT_LIMIT
-    with pytest.raises(DataError, match=f"wrote more than {OUTPUT_LIMIT} characters"):
-        render(pieces + "a")
+    long = [{"role": "user", "content": "a" * 300_000}]
+    pieces = "{% for i in range(COUNT) %}{{ messages[0].content }}{% endfor %}"
+    assert len(render(pieces.replace("COUNT", "100"), long)) == 30_000_000
+    monkeypatch.setattr(sandbox, "LIMIT_PER_CHARACTER", 0)
+    assert len(render(pieces.replace("COUNT", "33"), long)) == 9_900_000
+    with pytest.raises(DataError, match="more work or memory"):
+        render(pieces.replace("COUNT", "34"), long)

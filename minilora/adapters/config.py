@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from minilora.errors import ConfigError, TargetError, answers, check_types, document_fields, in_recipe, option
@@ -192,7 +192,9 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
 
 def is_target(path: str, config: LoraConfig) -> bool:
     """Return whether `target_modules` and the fields that limit it select this path."""
-    return matches(config.target_modules, path) and _is_in_layers(path, config) and not is_excluded(path, config)
+    layers = config.layers_to_transform
+    is_in_layers = layers is None or _layer(path) in layers
+    return matches(config.target_modules, path) and is_in_layers and not is_excluded(path, config)
 
 
 def matches(entries: str | Sequence[str], path: str) -> bool:
@@ -210,8 +212,7 @@ def _problems(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -
         if not (name == "target_modules" and is_all_linear(config)):
             found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
     for number in config.layers_to_transform or ():
-        alone = replace(config, layers_to_transform=(number,))
-        if not any(matches(config.target_modules, path) and _is_in_layers(path, alone) for path in paths):
+        if not any(matches(config.target_modules, path) and _layer(path) == number for path in paths):
             found.append(f"no module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, name)
@@ -236,12 +237,8 @@ def _endings(paths: Sequence[str]) -> list[str]:
 
 def is_excluded(path: str, config: LoraConfig) -> bool:
     """Return whether `exclude_modules` names a path, or it is trained in full."""
-    return matches(config.exclude_modules, path) or _is_saved(path, config)
-
-
-def _is_saved(path: str, config: LoraConfig) -> bool:
-    """Return whether a path lies in `modules_to_save` or in a classifier's head."""
-    return any(f".{name}." in f".{path}." for name in config.modules_to_save + _heads(config))
+    is_saved = any(f".{name}." in f".{path}." for name in config.modules_to_save + _heads(config))
+    return is_saved or matches(config.exclude_modules, path)
 
 
 def _heads(config: LoraConfig) -> tuple[str, ...]:
@@ -253,11 +250,10 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
-def _is_in_layers(path: str, config: LoraConfig) -> bool:
-    if config.layers_to_transform is None:
-        return True
-    number = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-    return number is not None and int(number[1]) in config.layers_to_transform
+def _layer(path: str) -> int | None:
+    """Return the number of the layer that a module lies in."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    return int(found[1]) if found else None
 
 
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
