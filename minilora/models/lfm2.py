@@ -62,14 +62,11 @@ class Lfm2Block(Block):
 class Lfm2Decoder(Decoder):
     norm: Any = property(attrgetter("embedding_norm"))
 
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config, Lfm2Block)
-        self.embedding_norm = self._modules.pop("norm")
-
 
 def build_model(config: LlamaConfig) -> Llama:
     model = Llama(config, Lfm2Block)
-    model.model = Lfm2Decoder(config)
+    model.model = Lfm2Decoder(config, Lfm2Block)
+    model.model.register_module("embedding_norm", model.model._modules.pop("norm"))
     model.tie_weights()
     return model
 
