@@ -53,7 +53,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def concat(self, pieces: Iterable[str]) -> Any:  # what a macro or a block has written
         return self.paid("".join(pieces))
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # a**b has at most |a|·|b| bits
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # charged before it is computed
+        if operator == "**":
+            raise SecurityError("** is not allowed in a template")
         sizes = [len(x) if isinstance(x, Sized) else abs(x) if isinstance(x, int) else 1 for x in (left, right)]
         self.charge(sizes[0] * sizes[1])
         return super().call_binop(context, operator, left, right)
