@@ -6,8 +6,9 @@
     python tutorials/run.py --notebooks [NN ...] run them as notebooks, written beside them (extra `notebooks`)
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
-namespace, in a fresh directory in which `tutorials`, `scripts` and `smollm2` are this checkout's. What a cell prints
-stands in a `text` fence below it. The figures that it leaves open go to the images that follow it, in their order.
+namespace, in a fresh directory in which `tutorials`, `scripts`, `recipes` and `smollm2` are this checkout's. What a
+cell prints stands in a `text` fence below it. The figures that it leaves open go to the images that follow it, in their
+order.
 
 Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
@@ -218,7 +219,7 @@ def write_notebook(path: Path) -> None:
 def workplace() -> Iterator[None]:
     """A fresh directory that looks like the checkout; what cells write there is gone afterwards."""
     root = HERE.parent
-    links = {"tutorials": HERE, "scripts": root / "scripts"}
+    links = {"tutorials": HERE, "scripts": root / "scripts", "recipes": root / "recipes"}
     for model in (root / ".cache" / "smollm2", root / "smollm2"):
         if model.is_dir():
             links["smollm2"] = model

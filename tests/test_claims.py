@@ -1,0 +1,199 @@
+"""The figures on the page of claims that an experiment has stored are those of its file."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+T_OF_FIVE = 2.776  # Student's t of the 95 % interval of five values
+
+
+def results(name):
+    path = ROOT / "tutorials" / "experiments" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
+
+
+def mean(values, digits=3):
+    return f"{statistics.mean(values):.{digits}f}"
+
+
+def span(values, digits=3):
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def spread(values, digits=3):
+    return f"{mean(values, digits)} ({span(values, digits)})"
+
+
+def signed(values):
+    return f"{min(values):+.2f} to {max(values):+.2f}"
+
+
+def percent(values):
+    return f"{100 * statistics.mean(values):.0f} %"
+
+
+def rank():
+    runs = results("05_rank")
+    lora = {r: [run["accuracy"] for run in runs if run.get("r") == r] for r in (1, 2, 4, 8, 32)}
+    full, sgd = ([run for run in runs if run["method"] == f"full, {name}"] for name in ("AdamW", "SGD"))
+    whole, of_sgd = ([run["accuracy"] for run in each] for each in (full, sgd))
+    yield f"accuracy {spread(lora[1])} at rank 1, {mean(lora[2])} at rank 2, {mean(lora[32])} at rank 32"
+    yield f"full fine-tuning {mean(whole)}, base 0.330"
+    ranks = [mean([rank for run in each for rank in run["ranks"].values()], 0) for each in (full, sgd)]
+    yield f"rank {ranks[0]} with AdamW (accuracy {mean(whole)}), {ranks[1]} with SGD ({mean(of_sgd)})"
+    for r in (1, 4, 8, 32):
+        yield f"rank {r}: {mean([run['cuts'][str(r)] for run in full])}, {mean(lora[r])}"
+
+
+def rates():
+    lowest = {}
+    for _, r, scale, _, seed, loss in results("04_rates"):
+        key = r, round(scale, 2), seed
+        lowest[key] = min(loss, lowest.get(key, loss))
+    best = {each: mean([lowest[*each, seed] for seed in (0, 1, 2)]) for each in ((8, 2.0), (64, 0.25), (64, 0.71))}
+    yield f"{best[8, 2.0]}, {best[64, 0.25]} under α/r; {best[8, 2.0]}, {best[64, 0.71]} under α/√r"
+
+
+def where():
+    runs = results("06_where")
+    best = {}
+    for place in {run["place"] for run in runs}:
+        of_rate = {}
+        for run in runs:
+            if run["place"] == place:
+                of_rate.setdefault(run["rate"], []).append(run)
+        best[place] = max(of_rate.values(), key=len)  # the other seeds try the best rate of the first
+    attention, mlps, everywhere = (best[place] for place in ("attention", "MLPs", "all"))
+
+    def values(key, of):
+        return [run[key] for run in sorted(of, key=lambda run: run["seed"])]
+
+    def difference(key, one, two, digits):
+        more = [a - b for a, b in zip(values(key, one), values(key, two), strict=True)]
+        half = T_OF_FIVE * statistics.stdev(more) / len(more) ** 0.5
+        return f"{abs(statistics.mean(more)):.{digits}f} ± {half:.{digits}f}"
+
+    loss, accuracy = ([mean(values(key, each)) for each in (attention, mlps)] for key in ("loss", "accuracy"))
+    yield f"loss {loss[0]} against {loss[1]}, a difference of {difference('loss', attention, mlps, 3)}"
+    yield f"accuracy {accuracy[0]} against {accuracy[1]}"
+    yield f"loss lower by {difference('loss', everywhere, mlps, 3)}"
+    kls = [spread(values("kl", each), 2) for each in (attention, mlps)]
+    yield f"{kls[0]} against {kls[1]}, a difference of {difference('kl', attention, mlps, 2)}"
+
+
+def memory():
+    peak = {run["way"]: f"{run['measured'] / 1e9:.2f}" for run in results("07_memory")}
+    ways = list(peak)
+    yield f"full {peak['full']} GB, LoRA {peak['LoRA']}, QLoRA {peak['QLoRA']}, with recomputation {peak[ways[3]]}"
+
+
+def codes():
+    found = {(run["code"], run["block_size"]): run for run in results("08_codes")}
+    kl = {name: f"{run['kl']:.3f} ± {run['kl_interval']:.3f}" for (name, size), run in found.items() if size == 64}
+    yield f"SmolLM2: {kl['NF4']}, {kl['FP4, E2M1']}, {kl['Int4']}"
+    yield f"SmolLM2: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
+    large = found["fitted, |e|", 4096]
+    yield f"of SmolLM2 by {-large['more']:.3f} ± {large['more_interval']:.3f}"
+
+
+def methods():
+    runs = results("11_methods")
+
+    def values(method, rate, key):
+        return [run[key] for run in runs if run["method"] == method and rate in (None, run["rate"])]
+
+    for method in ("full", "LoRA", "DoRA"):
+        yield signed([each["q_proj"] for each in values(method, None, "all checkpoints")])
+    tests = {m: mean(values(m, rate, "test")) for m, rate in (("LoRA", 2e-3), ("DoRA", 2e-3), ("PiSSA", 5e-4))}
+    yield f"LoRA {tests['LoRA']}, DoRA {tests['DoRA']}, PiSSA {tests['PiSSA']}"
+    yield f"or {mean(values('PiSSA', 1e-3, 'test'))} at another rate"
+    yield f"accuracy {tests['LoRA']} against {mean(values('full', 4e-4, 'test'))}"
+    yield f"KL {spread(values('LoRA', 2e-3, 'kl'), 2)} against {mean(values('full', 2e-4, 'kl'), 2)}"
+
+
+def merging():
+    runs = results("10_merging")
+
+    def pair(values):
+        return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+    loss = {
+        target: pair([run[target]["loss"] for run in runs]) for target in ("original", "dequantized", "requantized")
+    }
+    base = [mean([run[key] for run in runs]) for key in ("base, 16 bits", "base, 4 bits")]
+    yield f"base {base[0]}, rounded to NF4 {base[1]}, trained {pair([run['trained'] for run in runs])}"
+    yield f"loss {loss['requantized']}; {percent([run['requantized']['unchanged'] for run in runs])} of the weights"
+    yield f"SmolLM2: {loss['original']}, {loss['dequantized']}"
+    yield f"{mean([run['original']['error'] for run in runs], 0)} times over all layers after 16 steps"
+    unchanged = [percent([run["early"][i]["unchanged"] for run in runs]) for i in (0, -1)]
+    yield f"{unchanged[0]} and {unchanged[1]} of the weights are unchanged"
+
+
+def forgetting():
+    runs = {}
+    for run in results("09_forgetting"):
+        runs.setdefault(run["run"], []).append(run)
+
+    def at(name, kind, factor, which):
+        return statistics.mean(run[kind][factor][which] for run in runs[name] if run[kind])
+
+    full, best, high = (runs[name] for name in ("full, 8e-4", "LoRA r 16, 2e-3", "LoRA r 16, 8e-3"))
+    counts = [[run["intruders"] for run in each] for each in (full, best, high)]
+    assert counts[0] == [0, 0, 0]
+    listed = [", ".join(map(str, each)) for each in counts[1:]]
+    yield f"full 0; LoRA {listed[0]} at its best rate, {listed[1]} at four times"
+    name = "LoRA r 16, 8e-3"
+    kl, accuracy = ([at(name, "scaled", "1.0", i), at(name, "shrunk", "0.75", i)] for i in (1, 0))
+    yield f"KL {kl[0]:.2f} to {kl[1]:.2f}, accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f}"
+    yield f"KL {at(name, 'scaled', '0.75', 1):.2f}, accuracy {at(name, 'scaled', '0.75', 0):.3f}"
+    name = "LoRA r 16, 2e-3"
+    kl, accuracy = ([at(name, "scaled", factor, i) for factor in ("1.0", "0.5", "0.75")] for i in (1, 0))
+    yield f"KL {kl[0]:.2f} to {kl[1]:.2f}, accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f}"
+    yield f"at 0.75: {kl[2]:.2f} and {accuracy[2]:.3f}"
+
+
+def inside():
+    found = results("12_inside")
+
+    def pairs(one, two, start, order, key, kind="all"):
+        """φ of the pairs of runs of two methods that share, or do not share, the start and the order."""
+        chosen = []
+        for each in found:
+            first, second = each.get("pair", [[None] * 3] * 2)
+            same = first[1] == second[1], first[2] == second[2]
+            if each.get("kind") == kind and {first[0], second[0]} == {one, two} and same == (start, order):
+                chosen.append(each[key])
+        return chosen
+
+    across = [pairs("LoRA 8", "LoRA 64", False, False, key) for key in ("out 1,1", "in 1,1", "A 1,1")]
+    assert len(across[0]) == 9
+    assert spread(across[1], 2) == spread(across[2], 2)
+    yield f"outputs of ΔW {spread(across[0], 2)}, inputs and rows of A {spread(across[1], 2)}"
+    seeds = [
+        mean(pairs("LoRA 64", "LoRA 64", False, False, f"{side} 8,8", kind), 2)
+        for side in ("A", "out")
+        for kind in ("q_proj", "v_proj")
+    ]
+    yield f"φ(8, 8) of A {seeds[0]} and {seeds[1]}, of the outputs {seeds[2]} and {seeds[3]}"
+    runs = [
+        [each for each in found if each["kind"] == "all" and each.get("run", [""])[0] == method]
+        for method in ("LoRA 8", "LoRA 64")
+    ]
+    norms = [mean([run[f"{key} 4"] for run in runs[0]], 2) for key in ("inside", "own", "chance")]
+    yield f"rank 8: {', '.join(norms)}"
+    factors = [mean([run["size 4"] / run["inside 4"] for run in each], 1) for each in runs]
+    yield f"{factors[0]} at rank 8, {factors[1]} at rank 64"
+    start = mean(pairs("LoRA 8", "LoRA 8", True, False, "in 8,8"), 2)
+    other = mean(pairs("LoRA 8", "LoRA 8", False, False, "in 8,8"), 2)
+    yield f"{start} with the same start and another order of rows, {other} with another start"
+    yield f"full fine-tuning {mean(pairs('full', 'full', False, False, 'in 8,8'), 2)}"
+
+
+@pytest.mark.parametrize("figures", [rank, rates, where, memory, codes, methods, merging, forgetting, inside])
+def test_what_the_page_repeats_is_what_the_experiment_has_stored(figures):
+    missing = [figure for figure in figures() if figure not in PAGE]
+    assert not missing
