@@ -55,8 +55,16 @@ MISTAKES = {
         ("range(100)", "range(0)"),
     ],
     "09": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
-    "10": [("effect += delta", "effect += W.double()"), ("s * (B.double() @ A.double())", "B.double() @ A.double()")],
-    "11": [("s * B @ A", "B @ A"), ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)")],
+    "10": [
+        ("effect += delta", "effect += W.double()"),
+        ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
+        ("(error / effect) ** 0.5", "error / effect"),
+    ],
+    "11": [
+        ("s * B @ A", "B @ A"),
+        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
+        (".sum(dim=0)", ".mean(dim=0)"),
+    ],
     "12": [
         ("s * B @ A", "B @ A"),
         ("svd(s * B @ A", "svd(W"),
