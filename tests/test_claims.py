@@ -156,6 +156,17 @@ def forgetting():
     yield f"at 0.75: {kl[2]:.2f} and {accuracy[2]:.3f}"
 
 
+def replay():
+    runs = {}
+    for run in results("09_replay"):
+        runs.setdefault((run["replay"], run["factor"]), []).append(run)
+    plain, replayed = runs[0, 1.0], runs[1, 1.0]
+    after, kl, loss = ([[run[key] for run in each] for each in (replayed, plain)] for key in ("after", "kl", "loss"))
+    base = mean([run["before"] for run in plain], 2)
+    yield f"general text {mean(after[0], 2)} instead of {mean(after[1], 2)}, base {base}"
+    yield f"KL {mean(kl[0], 2)} and {mean(kl[1], 2)}; loss on the task {mean(loss[0])} instead of {mean(loss[1])}"
+
+
 def inside():
     found = results("12_inside")
 
@@ -193,7 +204,7 @@ def inside():
     yield f"full fine-tuning {mean(pairs('full', 'full', False, False, 'in 8,8'), 2)}"
 
 
-@pytest.mark.parametrize("figures", [rank, rates, where, memory, codes, methods, merging, forgetting, inside])
+@pytest.mark.parametrize("figures", [rank, rates, where, memory, codes, methods, merging, forgetting, replay, inside])
 def test_what_the_page_repeats_is_what_the_experiment_has_stored(figures):
     missing = [figure for figure in figures() if figure not in PAGE]
     assert not missing

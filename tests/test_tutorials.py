@@ -54,7 +54,11 @@ MISTAKES = {
         ("-1, 0, 1\n", "-1, levels[7], 1\n"),
         ("range(100)", "range(0)"),
     ],
-    "09": [("return low", "return high"), ("    if kl(1.0) <= budget:\n        return 1.0\n", "")],
+    "09": [
+        ("** 0.5)", ")"),
+        ("min(1.0, (budget / kl(after)) ** 0.5)", "(budget / kl(after)) ** 0.5"),
+        ("W + c * (after[name] - W)", "after[name] + c * (W - after[name])"),
+    ],
     "10": [
         ("effect += delta", "effect += W.double()"),
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),

@@ -1,12 +1,16 @@
-"""Exercise 9: the largest scale within a budget. For the verdict: python tutorials/exercises/check.py 09"""
+"""Exercise 9: as far as a budget goes. For the verdict: python tutorials/exercises/check.py 09"""
 
 from collections.abc import Callable
 
+from torch import Tensor
 
-def largest_factor(kl: Callable[[float], float], budget: float, tolerance: float) -> float:
-    """The largest factor c in [0, 1] of an adapter's scale with kl(c) <= budget, to within a tolerance, by bisection.
+Weights = dict[str, Tensor]
 
-    kl(0) is 0, and kl grows with c. What is returned keeps to the budget. If all of [0, 1] does, it is 1. Each call of
-    kl costs a pass over the text, so it is called at most log2(1 / tolerance) + 2 times.
+
+def weaken(before: Weights, after: Weights, kl: Callable[[Weights], float], budget: float) -> Weights:
+    """The weights before + c·(after - before) with the largest c in [0, 1] whose KL to the base keeps to the budget.
+
+    `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. On the way from before
+    to after, KL grows like c². Nothing that was given is changed.
     """
     raise NotImplementedError
