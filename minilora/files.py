@@ -53,6 +53,7 @@ DTYPES = {  # by their names in a safetensors file
 INDEX = "model.safetensors.index.json"
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
+ALIGNMENT = 64  # of a tensor that is written: a line of the cache
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
 DIMENSIONS, ELEMENTS = 16, 2**48  # of a tensor, with a dimension of 0 counted as 1: PyTorch has 64 and 2**63
@@ -133,8 +134,10 @@ class TensorEntry:
 class TensorFile:
     """A safetensors file, whose header is read at once, and a tensor only when it is asked for."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, is_kept: bool = False):
         self.path = path
+        self._is_kept = is_kept
+        self._mapped: Any = None
         with open_file(path) as file:
             size = int.from_bytes(file.read(8), "little")
             text = file.read(min(size, JSON_BYTES + 1))
@@ -166,23 +169,26 @@ class TensorFile:
         return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as a view of the mapped file: copy it before the file may change.
+        """Return a tensor as a view of the mapped file, which changes with the file; writing to it copies its pages.
 
-        The file is mapped for each tensor anew, because one mapping would keep every page that was read in memory.
+        With `is_kept` the file is mapped once, for tensors that stay views. Otherwise each tensor maps it anew, because
+        one mapping would keep every page that was read in memory.
         """
         dtype, (begin, end) = self.dtype(name), self._spans[name]
         try:
-            content = torch.UntypedStorage.from_file(str(self.path), False, self._bytes)[begin:end]
+            mapped = self._mapped or torch.UntypedStorage.from_file(str(self.path), False, self._bytes)
+            self._mapped = mapped if self._is_kept else None
+            content = mapped[begin:end]
         except RuntimeError as error:  # the file cannot be mapped, or has become shorter
             raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
         return torch.empty(0, dtype=torch.uint8, device="cpu").set_(content).view(dtype).view(self.shapes[name])
 
 
-def tensor_files(directory: Path) -> dict[str, TensorFile]:
-    """Return for each tensor of a model directory the file that holds it."""
+def tensor_files(directory: Path, is_kept: bool = False) -> dict[str, TensorFile]:
+    """Return for each tensor of a model directory the file that holds it, mapped once if `is_kept`."""
     index = directory / INDEX
     if not index.is_file():
-        file = TensorFile(directory / "model.safetensors")
+        file = TensorFile(directory / "model.safetensors", is_kept)
         return dict.fromkeys(file.shapes, file)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -190,7 +196,7 @@ def tensor_files(directory: Path) -> dict[str, TensorFile]:
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise FormatError(f"{index}: {name!r} is not a plain file name")
-    shards = {name: TensorFile(directory / name) for name in sorted(set(weight_map.values()))}
+    shards = {name: TensorFile(directory / name, is_kept) for name in sorted(set(weight_map.values()))}
     if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
         raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
     return {name: shards[shard] for name, shard in weight_map.items()}
@@ -203,29 +209,71 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers requires."""
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode  # by the user's umask; save_file sets 0600
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:  # a full disk, for example
-        raise OSError(f"{path}: cannot be written ({error})") from error
-    _sort_metadata(path)
-    path.chmod(mode)
+    header_bytes = sum(entry_bytes(name, tensor.dim()) for name, tensor in tensors.items())
+    writer = TensorWriter(path, header_bytes, metadata or {})
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.finish()
 
 
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file, whose order changes from call to call of `save_file`."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+def entry_bytes(name: str, dimensions: int = 2) -> int:
+    """Return how many bytes a tensor's entry in a header may take."""
+    return len(json.dumps(name)) + 100 + 16 * dimensions  # the numbers have up to 15 digits, as `ELEMENTS`
+
+
+class TensorWriter:
+    """A safetensors file whose tensors are written as they come, behind room for the header.
+
+    Each begins at a multiple of `ALIGNMENT`, where kernels read it fastest from the mapped file. A tensor that would
+    move the next one off is written at the end, where the dtypes with the largest numbers are first.
+
+    Attributes:
+        size: the bytes of the tensors.
+        entries: the header.
+    """
+
+    def __init__(self, path: Path, header_bytes: int, metadata: Mapping[str, str]):
+        self.path = path
+        self.size = 0
+        self.entries: dict[str, Any] = {}
+        self._metadata = dict(sorted({"format": "pt", **metadata}.items()))
+        room = 8 + len(json.dumps({"__metadata__": self._metadata})) + header_bytes
+        self._begin = self._end = -(-room // ALIGNMENT) * ALIGNMENT
+        self._last: dict[str, Tensor] = {}
+        path.write_bytes(b"")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        self.size += tensor.nbytes
+        if tensor.nbytes % ALIGNMENT:
+            self._last[name] = tensor
+        else:
+            self._append(name, tensor)
+
+    def finish(self) -> None:
+        for name, tensor in sorted(self._last.items(), key=lambda item: -item[1].dtype.itemsize):
+            self._append(name, tensor)
+        header = {"__metadata__": self._metadata, **self.entries}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        size = self._begin - 8
         assert len(text) <= size
-        file.seek(8)
-        file.write(text.ljust(size))
+        self._write_at(0, size.to_bytes(8, "little") + text.ljust(size))
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        begin, end = self._end, self._end + tensor.nbytes
+        spelled = next(key for key, dtype in DTYPES.items() if dtype == tensor.dtype)
+        offsets = [begin - self._begin, end - self._begin]
+        self.entries[name] = {"dtype": spelled, "shape": list(tensor.shape), "data_offsets": offsets}
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._write_at(begin, content.numpy().data)
+        self._end = end
+
+    def _write_at(self, position: int, content: bytes | memoryview) -> None:
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(position)
+                file.write(content)
+        except OSError as error:  # a full disk, for example
+            raise OSError(f"{self.path}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager

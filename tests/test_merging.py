@@ -224,18 +224,37 @@ def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_ag
     ("target", "asked"),
     [("requantized", NF4), *(pytest.param("original", asked, marks=pytest.mark.long) for asked in (None, NF4))],
 )
-def test_what_is_held_at_a_time_is_one_shard_and_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
-    monkeypatch.setattr(merging, "SHARD_BYTES", SHARD)
+def test_what_is_held_at_a_time_is_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
+    """And what is small of all others. Those that are read and merged ahead have a law of their own."""
+    monkeypatch.setattr(merging, "ahead", lambda items: items)  # the profiler sees one thread
     base = tmp_path / "base"
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=14)
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=14, hidden_size=64, intermediate_size=64)
     ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
     adapter = write_for(base, tmp_path / "adapter", r=1, target_modules=("up_proj",))
     largest = max(p.nbytes for p in model.parameters())
     what = Merge(base, [adapter], target, ml.QuantizeConfig.of(asked))
     _, peak, _ = allocated(lambda: merge_directory(what, tmp_path / "out"))
     held = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS_FILE).values())
-    assert SHARD < peak <= SHARD + 2 * held + 10 * largest
+    small = 512 * len(linear_layers(model))
+    assert peak <= 2 * held + 10 * largest + small
     assert sum(p.nbytes for p in model.parameters()) > 4 * peak
+
+
+def test_items_are_made_in_order_and_not_too_far_ahead_and_an_error_comes_where_its_item_would():
+    made = []
+
+    def items():
+        for i in range(9):
+            made.append(i)
+            yield i
+        raise KeyError("the tenth")
+
+    found = merging.ahead(items())
+    for i in range(9):
+        assert next(found) == i
+        assert len(made) <= i + 1 + merging.AHEAD
+    with pytest.raises(KeyError, match="the tenth"):
+        next(found)
 
 
 def numbers(weight):

@@ -7,13 +7,11 @@ import stat
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 from safetensors.torch import save
 
 from minilora import FormatError, TrainingError, files
@@ -244,11 +242,15 @@ def test_metadata_has_one_order_and_the_format_that_transformers_asks_for(path):
     assert TensorFile(path).metadata == {"format": "pt", **metadata}
 
 
-def test_a_write_that_cannot_be_done_leaves_nothing_behind(path, monkeypatch):
-    tensor = torch.ones(3)
-    monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=SafetensorError("No space left on device")))
-    with pytest.raises(OSError, match=r"file.*: cannot be written .*No space left"), replacing(path) as temporary:
-        write_tensors(temporary, {"a": tensor})
+def test_a_write_that_cannot_be_done_leaves_nothing_behind(path):
+    resource = pytest.importorskip("resource", reason="limits of POSIX")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"file.*: cannot be written .*too large"), replacing(path) as temporary:
+            write_tensors(temporary, {"a": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(path.parent.iterdir())
 
 

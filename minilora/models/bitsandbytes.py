@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, document_fields, option
-from minilora.files import TensorFile, parse_object
+from minilora.files import TensorFile, entry_bytes, parse_object
 from minilora.nf4 import BLOCK_SIZE, DYNAMIC_MAP, LEVELS, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
 
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
@@ -144,7 +144,9 @@ def level_table(layout: Layout) -> Tensor:
     return torch.tensor(layout.levels, dtype=torch.float32, device="cpu")
 
 
-def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch.device) -> tuple[Packed, Layout]:
+def read_packed(
+    files: Mapping[str, TensorFile], names: list[str], device: torch.device, copy: bool
+) -> tuple[Packed, Layout]:
     """Read the packed weight whose tensors have these names, the first being that of the JSON object."""
     state_name, weight, *_ = names
     layout, nested_offset = read_layout(files[state_name], state_name)
@@ -174,9 +176,9 @@ def read_packed(files: Mapping[str, TensorFile], names: list[str], device: torch
     scales = offset = None
     if nested_offset is not None:
         check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
-        scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32).to(device, copy=True)
+        scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32).to(device, copy=copy)
         offset = torch.tensor(nested_offset, dtype=torch.float32, device=device)
-    return Packed(packed.to(device, copy=True), absmax.to(device, copy=True), scales, offset), layout
+    return Packed(packed.to(device, copy=copy), absmax.to(device, copy=copy), scales, offset), layout
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -190,6 +192,13 @@ def stored_tensors(name: str, weight: Weight) -> dict[str, Tensor]:
     if not all(map(is_finite, tensors.values())):
         raise TrainingError(f"{name}: has numbers that are not finite in {weight.dtype}, so it is not saved")
     return tensors
+
+
+def most_entry_bytes(name: str, weight: Weight) -> int:
+    """Return how many bytes a weight may take in the header of a file."""
+    if isinstance(weight, NF4Linear):
+        return (2 + len(STATISTICS)) * entry_bytes(f"{name}.quant_state.bitsandbytes__nf4")
+    return entry_bytes(name)
 
 
 def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:

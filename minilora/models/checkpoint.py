@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora import llama
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
-from minilora.files import INDEX, TensorFile, publishing, tensor_files, write_json, write_tensors
+from minilora.files import INDEX, TensorFile, TensorWriter, publishing, tensor_files, write_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
     Quantize,
@@ -21,6 +21,7 @@ from minilora.models.bitsandbytes import (
     Weight,
     dtype_name,
     is_four_bit,
+    most_entry_bytes,
     packed_weights,
     quantization_config,
     read_layout,
@@ -51,6 +52,9 @@ def load_model(
 ) -> Llama:
     """Load a model. Peak memory is the model and one tensor.
 
+    On the CPU, except on Windows, weights in the dtype of the file are views of the mapped file. Writing to them leaves
+    the file as it is, and replacing the file leaves them as they are; overwriting it in place changes them.
+
     Args:
         name_or_path: a directory as transformers writes it, "minilora/builtin", or a repository of the hub, "org/name"
             or "org/name@revision"; the model's `name_or_path` names its commit. A 4-bit model of bitsandbytes is loaded
@@ -71,7 +75,8 @@ def load_model(
     location = locate(name_or_path, "model")
     config = read_config(location.path)
     model = build_on_meta(config)
-    for name, weight in stored_weights(location.path, model, dtype, usable_device(device), quantize):
+    is_kept = os.name != "nt"  # Windows replaces no file that is mapped
+    for name, weight in stored_weights(location.path, model, dtype, usable_device(device), quantize, is_kept):
         assign(model, name, weight)
     model.tie_weights()
     model.name_or_path = location.name
@@ -95,16 +100,19 @@ def stored_weights(
     dtype: torch.dtype | str,
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
+    is_kept: bool = False,
 ) -> Iterator[tuple[str, Weight]]:
     """Yield the names of the parameters of a model on "meta", and their weights in a directory, without a tied head.
 
-    Arguments and errors are those of `load_model`.
+    With `is_kept`, weights that are stored as they are computed with are views of the mapped files. Other arguments and
+    errors are those of `load_model`.
     """
-    files = tensor_files(directory)
-    target = resolve_dtype(dtype, model.config.source, device)
+    target, config = resolve_dtype(dtype, model.config.source, device), QuantizeConfig.of(quantize)
+    is_as_stored = device.type == "cpu" and dtype_name(target) == stored_dtype(model.config.source)
+    is_view = is_kept and is_as_stored and config.quantize == "none"
+    files = tensor_files(directory, is_view)
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
-    config = QuantizeConfig.of(quantize)
     _check_packed(directory, model.config.source, packed, config)
     if model.config.tie_word_embeddings and HEAD in files:
         head, embedding = (files[name].read(name) for name in (HEAD, EMBEDDING))
@@ -116,7 +124,7 @@ def stored_weights(
     chosen = set() if packed else config.chosen(list(_linears(model)))
     for name, _ in model.named_parameters():
         if name in packed:
-            yield name, NF4Linear(*read_packed(files, packed[name], device), None).to(target)
+            yield name, NF4Linear(*read_packed(files, packed[name], device, not is_view), None).to(target)
             continue
         file, stored = files[name], files[name].dtype(name)
         if stored not in DTYPES.values():
@@ -127,7 +135,7 @@ def stored_weights(
             except TrainingError as error:
                 raise FormatError(f"{file.path}: {name}: {error}") from error
         else:
-            yield name, file.read(name).to(device, target, copy=True)
+            yield name, file.read(name).to(device, target, copy=not is_view)
 
 
 def save_model(
@@ -184,37 +192,33 @@ def save_model_files(
     if quantization := quantization_config(_linears(model), embedding.dtype):
         source["quantization_config"] = quantization
     directory.mkdir(parents=True, exist_ok=True)
-    write_shards(directory, itertools.starmap(stored_tensors, weights or own.items()), shard_bytes)
+    groups = itertools.starmap(stored_tensors, weights or own.items())
+    write_shards(directory, groups, shard_bytes, sum(most_entry_bytes(name, weight) for name, weight in own.items()))
     if tokenizer is not None:
         tokenizer.save(directory)
     write_json(directory / "config.json", source)
 
 
-def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int) -> None:
-    """Write groups of tensors, in order, into files of at most `limit` bytes; a group is never divided.
+def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int, header_bytes: int) -> None:
+    """Write groups of tensors, as they come, into files of at most `limit` bytes; a group is never divided.
 
-    Only one file's tensors are held at a time, on the CPU. Their names follow when their number is known.
+    The names of the files follow when their number is known.
     """
-    written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
-    shard: dict[str, Tensor] = {}
-
-    def write_shard() -> None:
-        write_tensors(directory / f"{len(written)}", shard)
-        written.append({name: tensor.nbytes for name, tensor in shard.items()})
-        shard.clear()
-
+    shards = [TensorWriter(directory / "0", header_bytes, {})]
     for group in groups:
-        if shard and sum(tensor.nbytes for tensor in [*shard.values(), *group.values()]) > limit:
-            write_shard()
-        shard |= {name: tensor.detach().cpu() for name, tensor in group.items()}
-    write_shard()
-    n = len(written)
+        if 0 < shards[-1].size > limit - sum(tensor.nbytes for tensor in group.values()):
+            shards[-1].finish()
+            shards.append(TensorWriter(directory / f"{len(shards)}", header_bytes, {}))
+        for name, tensor in group.items():
+            shards[-1].write(name, tensor)
+    shards[-1].finish()
+    n = len(shards)
     files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
     for i, file in enumerate(files):
         os.replace(directory / f"{i}", directory / file)
     if n > 1:
-        weight_map = {name: file for sizes, file in zip(written, files, strict=True) for name in sizes}
-        total = sum(sum(sizes.values()) for sizes in written)
+        weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard.entries}
+        total = sum(shard.size for shard in shards)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -1,4 +1,4 @@
-"""Merge adapters into a model directory, one weight at a time; memory holds one file of the result.
+"""Merge adapters into a model directory, one weight at a time: the next ones are read while others are written.
 
     W′ = W + ΔW,    ΔW = Σ s·B A over the adapters
 
@@ -15,9 +15,12 @@ import copy
 import functools
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ from minilora.adapters.layout import (
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
 from minilora.llama import Llama, LlamaConfig
-from minilora.lora import AdapterWrapper, merge_weight
+from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
@@ -55,6 +58,10 @@ from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear, dequantize_weight
+
+T = TypeVar("T")
+AHEAD = 2  # weights that are read, and merged, before they are asked for
+TILE = 2**17  # numbers whose error is computed at a time: a MB in float64
 
 
 @dataclass(frozen=True)
@@ -98,18 +105,21 @@ class Merge:
         return model.to(self.weight_dtype)
 
     def weights(self, quantize: QuantizeConfig) -> Iterator[tuple[str, Weight]]:
-        """Read names and weights, one at a time; the weight of a tied head comes a second time, by the head's name.
+        """Read names and weights, one at a time; the weight of a tied head comes last, by the head's name.
 
         Raises:
             FormatError, ConfigError: as in `load_model`.
         """
         bare = build_on_meta(self.config)
+        head: Weight | None = None
         for name, weight in stored_weights(self.model, bare, self.weight_dtype, self.device, quantize):
             if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
                 weight = grown(weight, self.rows)
-            yield name, weight
             if name == EMBEDDING and self.config.tie_word_embeddings:
-                yield HEAD, weight
+                head = weight
+            yield name, weight
+        if head is not None:
+            yield HEAD, head
 
 
 def relative_error(squares: Iterable[tuple[float, float]]) -> float | None:
@@ -144,10 +154,20 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         is_tied = False
     squares: list[tuple[float, float]] = []
-    weights = _merged_weights(_pairs(merge, target), layers, target, squares)
-    written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
+    weights = _merged_weights(ahead(_pairs(merge, target)), layers, target, squares)
+    written = ((name, weight) for name, weight in ahead(weights) if name != HEAD or not is_tied)
     save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, which a thread makes in order, `AHEAD` of them before they are asked for."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next, iterator, end))
+            yield item  # type: ignore[misc]
 
 
 def _target_of(merge: Merge, kind: str) -> Target:
@@ -236,6 +256,7 @@ def _adapted_module(name: str, layers: Mapping[str, AdapterWrapper]) -> str | No
     return next((path for path in paths if path in layers), None)
 
 
+@torch.no_grad()
 def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merge the adapters into the parameters of a module, by name, in the same dtype."""
     for key, weight in weights.items():
@@ -250,8 +271,11 @@ def dense(weight: Weight) -> Tensor:
     return weight.weight if isinstance(weight, NF4Linear) else weight
 
 
+@torch.no_grad()
 def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:
     """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖² of the dequantized weights, in float64 on the CPU: some devices lack it.
+
+    Computed in tiles of rows, because all numbers of a weight in float64 would not stay in a cache.
 
     Shapes: merged (out, in), trained (out, in) -> two numbers
     """
@@ -259,7 +283,22 @@ def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tup
         dequantize_weight(w.parts, w.layout, torch.float32) if isinstance(w, NF4Linear) else w.detach()
         for w in (merged, trained)
     )
-    now, before = (as_matrix(layer.base, weight).cpu().double() for weight in (now, before))
+    now, before = (as_matrix(layer.base, weight).cpu() for weight in (now, before))
     adapters = [copy.deepcopy(layer.adapters[name]).cpu().double() for name in layer.active]
-    exact = merge_weight(before, adapters).detach()
-    return (now - exact).square().sum().item(), (exact - before).square().sum().item()
+    size = max(1, TILE // now.size(1))
+    error = effect = 0.0
+    for begin in range(0, len(now), size):
+        rows = slice(begin, begin + size)
+        start = before[rows].double()
+        exact = merge_weight(start, [_rows(adapter, rows) for adapter in adapters])
+        error += (now[rows].double() - exact).square_().sum().item()
+        effect += (exact - start).square_().sum().item()
+    return error, effect
+
+
+def _rows(adapter: LoraAdapter, rows: slice) -> LoraAdapter:
+    """Return the adapter of some rows of a weight."""
+    tensors = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B[rows]}
+    if adapter.magnitude is not None:
+        tensors["magnitude"] = adapter.magnitude[rows]
+    return LoraAdapter(tensors, adapter.scale)
