@@ -130,10 +130,9 @@ class AdaptedLinear:
     def y(self) -> Bounded:
         """x W'ᵀ + b, whether W' or the two products of LoRA are formed, and wherever b is added."""
         x, B, A = (self._exact(each) for each in (self.rows, self.B, self.A))
-        b = np.zeros(self.outer) if self.b is None else self.b
-        with_bias = self._exact(np.c_[self.rows, np.ones(len(self.rows))]) @ self._exact(np.c_[self.W, b]).T
-        base, update = with_bias - b, scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
-        y = (base + update + b).widened(with_bias + update)
+        b, base = np.zeros(self.outer) if self.b is None else self.b, self._base
+        update = scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
+        y = base + update + b
         if self.method == "dora":
             c = self._ratio
             y = ((base + update) * c + b).widened(base + b + (base * (c - 1) + update * c))
@@ -169,13 +168,19 @@ class AdaptedLinear:
 
     def _magnitude_gradient(self) -> Bounded:
         """Σ dy·x Vᵀ / ‖V‖ over the rows, V = W + s·B A, whatever is summed first."""
-        x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        x, A, B, dy = (self._exact(each) for each in (self.rows, self.A, self.B, self.dy_rows))
         over_rows, over_inputs = (self._exact(np.ones(n)) for n in self.rows.shape)
-        base, update = dy * (x @ W.T), dy * scaled(x @ A.T, B.T, self.scale)
+        base, update = dy * self._base, dy * scaled(x @ A.T, B.T, self.scale)
         dm = (over_rows @ (base + update)).widened(
             over_rows @ base + over_rows @ update, (dy.T @ x * self._own) @ over_inputs
         )
         return dm / self._own.row_norms()
+
+    @property
+    def _base(self) -> Bounded:
+        """x Wᵀ, also as what a base with a bias gives, less the bias."""
+        b = np.zeros(self.outer) if self.b is None else self.b
+        return self._exact(np.c_[self.rows, np.ones(len(self.rows))]) @ self._exact(np.c_[self.W, b]).T - b
 
     @property
     def _own(self) -> Bounded:

@@ -69,12 +69,6 @@ class Built(NamedTuple):
         return gradient.reshape(self.given[name].shape)
 
 
-def held(layer: Any) -> list[Tensor]:
-    """Return the matrices among the parameters and buffers of a layer."""
-    tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, torch.nn.Module) else []
-    return [each for each in tensors if each.ndim == 2]
-
-
 def leaves(y: Tensor) -> list[Tensor]:
     """Return the tensors that a backward pass from y gives a gradient."""
     found, seen, nodes = list[Tensor](), set[Any](), [y.grad_fn]
@@ -220,8 +214,10 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     B.data.mul_(2)
     yield output(built.layer, case.changed(B=2 * case.B), "y after B was doubled in place")
     if case.method == "lora":  # DoRA's start of m depends on W
-        given = built.given["W"]
-        own = [each for each in held(built.layer) if torch.equal(each, given) or torch.equal(each.T, given)]
+        given, layer = built.given["W"], built.layer
+        tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, torch.nn.Module) else []
+        matrices = [each for each in tensors if each.ndim == 2]
+        own = [each for each in matrices if torch.equal(each, given) or torch.equal(each.T, given)]
         for W in {each.data_ptr(): each for each in (given, *own)}.values():
             W.data.mul_(2)
         yield output(built.layer, case.changed(W=2 * case.W, B=2 * case.B), "y after W was doubled in place as well")
