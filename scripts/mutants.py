@@ -131,7 +131,7 @@ def is_noticed(copy: Copy, mistake: Mistake, tests: Sequence[str], executed: Exe
     count = 10
     while tests:
         part, tests, count = tests[:count], tests[count:], 8 * count
-        seconds = 60 + int(10 * sum(executed[name][0] for name in part))
+        seconds = 60 + int(3 * sum(executed[name][0] for name in part))
         names = [f"../{name}" if name.startswith("minilora/") else name.removeprefix("tests/") for name in part]
         status = copy.run(mistake.file, mistake.source, names, seconds)
         assert status in (0, 1, 2, 4) or status < 0, copy.output  # 2, 4: it cannot be imported; < 0: too slow

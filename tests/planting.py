@@ -15,13 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
-import gc, json, os, resource, signal, sys
+import contextlib, gc, json, os, resource, signal, sys
 import hypothesis.strategies, pytest, safetensors.torch, tokenizers, torch._dynamo, torch.utils.checkpoint
 torch.set_num_threads(1)
 gc.freeze()  # or each fork would copy the pages of what is imported
 for line in sys.stdin:
     seconds, arguments = json.loads(line)
     if (child := os.fork()) == 0:
+        os.setpgid(0, 0)
         signal.alarm(seconds)
         resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # some mistakes make lists without an end
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -31,7 +32,10 @@ for line in sys.stdin:
             os._exit(pytest.main(arguments))
         finally:
             os._exit(pytest.ExitCode.INTERNAL_ERROR)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # processes that its tests have started and left
+    print(status, flush=True)
 """
 
 
