@@ -91,6 +91,15 @@ def test_a_run_from_an_adapter_goes_on_with_its_prompts(runs, run, tmp_path):
     assert ml.load_tokenizer(tmp_path / "other").prompts == Prompts(system="Be brief.")
 
 
+@pytest.mark.parametrize(("systems", "recorded"), [(["Be brief."] * 2, "Be brief."), (["Be brief.", "Be kind."], None)])
+def test_the_system_prompt_that_all_rows_have_is_recorded(runs, tmp_path, systems, recorded):
+    rows = [{"messages": conversation([("the sea", "yes")], system)} for system in systems]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {**QUICK, "max_steps": 1, "model": runs / "chat", "data": tmp_path / "rows.jsonl"}
+    assert finetune(runs, tmp_path / "out", **settings) == 0
+    assert ml.load_tokenizer(tmp_path / "out").prompts == Prompts(system=recorded)
+
+
 def test_eval_measures_with_the_template_and_the_system_prompt_beside_the_adapter(runs, run, tmp_path):
     words = ("eval", "--data", runs / "talks.jsonl")
     found = json.loads(run(*words, "--adapter", runs / "run" / "chat").out)["value"]
