@@ -1,19 +1,14 @@
 """The benchmarks give everyone the same work, and refuse to compare different work; how long it takes is no test."""
 
 import ast
-import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import minilora as ml
-from benchmarks import __main__ as command
-from benchmarks import ablation, our_operations, ours, peer_operations, peers, process, turns, work
+from benchmarks import our_operations, ours, peer_operations, peers, process, turns, work
 from benchmarks.make import random_model
-from tests.models import long
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL = {**work.SMOLLM2, **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -87,55 +82,6 @@ def test_different_work_is_refused(shop, trained, tmp_path):
         turns.check_same_work({"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.1}, "peft")
 
 
-def test_gradients_of_the_right_length_and_another_direction_are_refused(shop, monkeypatch):
-    """After some steps on the same rows the loss tells them apart."""
-    monkeypatch.setattr(ours, "LEARNING_RATE", 0.01)
-    task, step = shop.task(named("fp32-real"), warm_up=0, steps=4), torch.optim.AdamW.step
-    task = replace(task, rows=task.rows[:1] * len(task.rows))
-
-    def astray(optimizer):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad.neg_()
-        step(optimizer)
-
-    found = ours.train(task).checks
-    monkeypatch.setattr(torch.optim.AdamW, "step", astray)
-    with pytest.raises(turns.RefusedError, match=r"^last loss"):
-        turns.check_same_work(found, ours.train(task).checks, task.work.bounds, "peft")
-
-
-@pytest.mark.parametrize("name", ["fp32-real", *long("bf16-real", "qlora-fixed-recompute")])
-def test_without_a_trick_the_same_is_computed(shop, name):
-    task = task_of(shop, name)
-    found, sides = ours.train(task).checks, ablation.tricks(task.work)
-    assert ("nf4_linear" in sides) == (task.work.method == "qlora")
-    for side in [*sides, ablation.PLAIN]:
-        checks = ablation.train(replace(task, side=side)).checks
-        turns.check_same_work(found, checks, task.work.bounds, side)
-        assert bool(checks) == (side != ablation.HEAD_ROWS)
-
-
-START_PYTHON = {"load", "import_"}  # several times
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("default")
-def test_the_command_measures_and_writes_a_page(shop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(turns.Workshop.task, "__defaults__", (0, 2))  # steps
-    monkeypatch.setattr(work, "ablations", lambda: [work.Ablation("ablation-fp32-real", "fp32-real")])
-    out = tmp_path / "results" / "RESULTS.md"
-    arguments = ["--model", str(shop.model), "--out", str(out), "--rounds", "1", "--peers"]
-    assert command.main([*arguments, "--only", "fp32-real", "load-again"]) == 0
-    assert command.main([*arguments, "--only", "ablation"]) == 0
-    assert "fp32-real | " in capsys.readouterr().out
-    page = out.read_text(encoding="utf-8")
-    assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 3
-    assert re.search(r"^\| kept memory \| \d+\.\d\d \| \d+\.\d\d \|$", page, flags=re.MULTILINE)
-    assert re.search(r"^\| fp32-real \| [\d,]+ \| [\d,]+ \| \d+\.\d\d \|", page, flags=re.MULTILINE)
-    assert f"{torch.get_num_threads()} of {os.cpu_count()} threads" in page
-
-
 WORKS_OF_PEFT = ("bf16-real", "fp32-real", "qlora-fixed-recompute", "dora-fixed", "bf16-long-recompute")
 
 
@@ -157,7 +103,10 @@ def test_peers_do_the_same_training(shop, side, name):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "each",
-    [pytest.param(each, marks=[pytest.mark.long] * (each.does in START_PYTHON), id=each.name) for each in OPERATIONS],
+    [
+        pytest.param(each, marks=[pytest.mark.long] * (each.does in ("load", "import_")), id=each.name)
+        for each in OPERATIONS
+    ],
 )
 def test_peers_do_the_same_operations(shop, each, monkeypatch):
     monkeypatch.setattr(process, "REPEATS", 1)

@@ -30,7 +30,7 @@ from tests import runs
 from tests.models import long
 from tests.ranks import CONTEXT, start_process
 from tests.runs import FULL, contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished
-from tests.text import EOS, conversation
+from tests.text import EOS
 from tests.training import number
 
 STEPS = 10  # 23 rows, 4 of them held out: 19 make 10 micro-batches, 5 steps an epoch
@@ -610,7 +610,6 @@ def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_to
 
 ALPACA = {"instruction": "Say it.", "output": "It."}
 SYSTEM = {**ALPACA, "system": "Be brief."}
-MESSAGES = {"messages": conversation([("Say it.", "It.")], "Be brief.")}
 
 
 def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_late_the_run_goes_on(
