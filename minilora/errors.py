@@ -55,12 +55,13 @@ class TrainingError(MiniloraError, RuntimeError):
 
 
 def printable(text: str) -> str:
-    """Escape control characters, which a terminal would act on, except newlines and tabs.
+    """Escape control characters, which a terminal would act on, except newlines and tabs; spaces of any width stay.
 
     >>> printable("a\\x1b[2J")
     'a\\\\x1b[2J'
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    kept = "\n\t\u00a0\u3000"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def listed(problems: Sequence[str], most: int = 10) -> str:

@@ -101,8 +101,8 @@ def test_held_out_prompts_that_are_trained_on_too_are_told_of(directory, tmp_pat
 
 def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
     tokenizer = write_tokenizer(tmp_path)
-    example = encode_rows([Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c"})], tokenizer, DataConfig())[0]
-    assert marked(example, tokenizer, "⟦", "⟧") == "a\\x1b[2J\nb⟦\\x07c<|end|>⟧"
+    example = encode_rows([Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c\u3000!"})], tokenizer, DataConfig())[0]
+    assert marked(example, tokenizer, "⟦", "⟧") == "a\\x1b[2J\nb⟦\\x07c\u3000!<|end|>⟧"
 
 
 @pytest.mark.parametrize(
