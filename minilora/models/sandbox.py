@@ -13,6 +13,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LIMIT, LIMIT_PER_CHARACTER = 10_000_000, 1000  # cost of a rendering: in all, and more for each character it is given
 NODE = 20  # cost of a node of syntax, each time that the block around it is entered; a result costs its length
+PAYING = (nodes.Call, nodes.Filter, nodes.Concat, nodes.Add, nodes.Sub, nodes.Mod)
+
+
+def size(value: Any) -> int:
+    """Return what a value costs; a number its amount, since it may be a width or a number of digits."""
+    return len(value) if isinstance(value, Sized) else abs(value) if isinstance(value, int) else 1
 
 
 class Compiler(CodeGenerator):
@@ -24,10 +30,15 @@ class Compiler(CodeGenerator):
         super().blockvisit(body, frame)
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> None:
-        pays = isinstance(node, nodes.Call | nodes.Filter | nodes.Concat | nodes.Add | nodes.Mod)
+        pays = isinstance(node, PAYING) or (isinstance(node, nodes.Const) and size(node.value) > NODE)
         self.write("environment.paid(" if pays else "")
         super().visit(node, *args, **kwargs)
         self.write(")" if pays else "")
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):  # or it would be computed now, without a limit
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -36,6 +47,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))
     code_generator_class = Compiler
     _rendering = threading.local()
+
+    def __init__(self, **options: Any):
+        super().__init__(optimized=False, **options)  # so that nothing is computed where it is compiled
 
     def start(self, given: Any) -> None:
         """Begin a rendering in this thread."""
@@ -47,7 +61,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("it takes more work or memory than a rendering may")
 
     def paid(self, result: Any) -> Any:
-        self.charge(len(result) if isinstance(result, Sized) else 1)
+        self.charge(1 + size(result))
         return result
 
     def concat(self, pieces: Iterable[str]) -> Any:  # what a macro or a block has written
@@ -56,8 +70,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # charged before it is computed
         if operator == "**":
             raise SecurityError("** is not allowed in a template")
-        sizes = [len(x) if isinstance(x, Sized) else abs(x) if isinstance(x, int) else 1 for x in (left, right)]
-        self.charge(sizes[0] * sizes[1])
+        self.charge(size(left) * size(right))
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # dict.update would change its argument
