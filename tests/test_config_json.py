@@ -11,7 +11,7 @@ from minilora.models.config import FAMILIES, parse_config, trained_length
 from minilora.models.rotary import RopeByWindow
 from minilora.models.smollm3 import rotated_layers
 from tests import models
-from tests.models import DYNAMIC, LLAMA3, SIZES, examples, tiny_config
+from tests.models import DYNAMIC, LLAMA3, MULTIPLIERS, SIZES, examples, tiny_config, tiny_model, token_ids
 
 ALL_KINDS = {
     "default": {},
@@ -93,6 +93,12 @@ def test_lfm2_convolves_where_it_does_not_attend_and_has_the_width_that_its_bloc
 def test_gemma3_slides_but_in_every_so_many_layers_or_as_its_layer_types_say():
     assert tiny_config("gemma3").windows == (4, None, 4, None)
     assert tiny_config("gemma3", layer_types=None, sliding_window_pattern=3).windows == (4, 4, None, 4)
+
+
+def test_a_granite_whose_config_lacks_its_multipliers_multiplies_by_1():
+    one, none = (tiny_model("granite", **dict.fromkeys(MULTIPLIERS, value)) for value in (1.0, None))
+    ids = token_ids(0, 2, 5)
+    assert torch.equal(none(ids), one(ids))
 
 
 def test_longrope_has_two_older_names_in_phi3_alone():
