@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import ablation, results, turns, work
 from benchmarks.process import Round
+from minilora.cli.selftest import code_hash
 
 HERE = Path(__file__).parent
 
@@ -33,9 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=list(known), help=", ".join(names))
     parser.add_argument("--peers", nargs="*", metavar="PEER", choices=peers, help="only these of a work's, or none")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="its lines lie beside it, as .jsonl")
+    parser.add_argument("--quick", action="store_true", help="the README's works beside PEFT, once, in a file here")
     args = parser.parse_args(arguments)
+    if args.quick:
+        args.only, args.peers, args.rounds = [each.name for each in work.trainings()[:7]], ["peft"], 1
+        args.out = Path(f"benchmarks-{args.device}.md")
     log, here = args.out.with_suffix(".jsonl"), results.surroundings(torch.device(args.device))
-    state, refused = results.source(), False
+    state, refused = code_hash(), False
     with tempfile.TemporaryDirectory() as folder:
         shop = turns.Workshop(Path(folder), args.model, args.device)
         for name in (name for asked in args.only for name in groups.get(asked, [asked])):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,15 @@ def train_peft(task: Task) -> Measurement:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     return looped(task, peak, trained, optimizer, lambda batch: model(**batch).loss, Tensor.backward)
+
+
+def train_peft_grouped(task: Task) -> Measurement:
+    """The same with rows of like lengths in a batch, in a random order of batches: others, and other losses."""
+    size = task.work.batch_size
+    rows = sorted((row for batch in task.batches for row in batch), key=lambda row: len(row[0]))
+    order = torch.randperm(len(task.batches), generator=torch.Generator().manual_seed(0)).tolist()
+    found = train_peft(replace(task, batches=[rows[size * i : size * (i + 1)] for i in order]))
+    return replace(found, checks={})
 
 
 def looped(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,13 +16,11 @@ from typing import Any
 
 import torch
 
-import minilora
 from benchmarks.process import Measurement, Round
-from benchmarks.work import ALPHA, OURS, RANK, REPEATS, STEPS, WARM_UP, Ablation, Operation, Training, Work
+from benchmarks.work import ALPHA, KEPT, OURS, RANK, REPEATS, STEPS, WARM_UP, Ablation, Operation, Training, Work
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
-LIBRARY = Path(minilora.__file__).parent
 
 
 def surroundings(device: torch.device) -> dict[str, str]:
@@ -46,14 +43,6 @@ def _version(package: str) -> str:
         return "(not installed)"
 
 
-def source() -> str:
-    """A hash of minilora's own code: an older state's figures are not those of this one."""
-    found = hashlib.sha256()
-    for path in sorted(LIBRARY.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:8]
-
-
 def keep(path: Path, surroundings: dict[str, str], state: str, what: dict[str, Any]) -> None:
     """Add a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +52,14 @@ def keep(path: Path, surroundings: dict[str, str], state: str, what: dict[str, A
 
 
 def kept(path: Path, surroundings: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each work that were measured here; where minilora has changed between them, the newest state's."""
+    """The lines of each work that were measured here, at the newest state of minilora's code that was."""
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = [line for line in lines if all(line[key] == value for key, value in surroundings.items())]
     found: dict[str, list[dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        line = json.loads(text)
-        if all(line[key] == value for key, value in surroundings.items()):
+    for line in lines:
+        if line["source"] == lines[-1]["source"]:
             found.setdefault(line["work"], []).append(line)
-    return {work: [line for line in lines if line["source"] == lines[-1]["source"]] for work, lines in found.items()}
+    return found
 
 
 def as_round(line: dict[str, Any]) -> Round:
@@ -225,23 +215,21 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
 
 def facts(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Where, when and how all lines were measured."""
-    dates, states = sorted(line["date"] for line in lines), dict[str, list[str]]()
-    for line in lines:
-        states.setdefault(line["source"], []).append(line["work"])
-    most = max(states, key=lambda state: len(set(states[state])))
-    others = (f"of {', '.join(dict.fromkeys(works))} {state}" for state, works in states.items() if state != most)
+    dates = sorted(line["date"] for line in lines)
+    kept_memory = " ".join(f"{name}={value}" for name, value in KEPT.items())
     numbers = {"warm_up": WARM_UP, "steps": STEPS, "repeats": REPEATS, "rank": RANK, "alpha": ALPHA}
     return numbers | {
         "dates": f"{dates[0][:10]} to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else dates[0][:10],
         "machine": lines[0]["machine"],
         "versions": lines[0]["versions"],
-        "states": "; ".join([most, *others]),
+        "code": lines[0]["source"],
+        "kept": kept_memory,
     }
 
 
 HEAD = """# What was measured
 
-{dates}, {machine}; {versions}. Hash of minilora's code: {states}.
+{dates}, {machine}; {versions}. Code {code}.
 
 `python -m benchmarks --model smollm2` writes this page; `--help` tells how to measure a part of it.
 
@@ -252,8 +240,8 @@ are real ones, never pads; what is done at once is done {repeats} times after on
 memory is the process's, less what it was after the imports; on CUDA that of torch's allocator. All begin with the
 same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the same batches of random tokens:
 *fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ 0.6, 20 to 512), of each the
-second half learned; *long*, one document of 4,096. `smollm2` has 135 M parameters; `llama1b` is Llama-3.2-1B's shape
-with 4 layers, of random weights.
+second half learned; *long*, one document of 4,096. The model has
+135 M parameters.
 
 - **minilora**: `ml.load_model`, `ml.load_adapter`, `ml.train` with its defaults; `gradient_checkpointing="block"`
   where it says *recompute*. It generates within `ml.merged`, as `minilora generate` does, the merge
@@ -262,8 +250,9 @@ with 4 layers, of random weights.
   work's dtype, adapters in float32 as PEFT makes them; the model's own loss; SDPA; no cache; fused AdamW, clipped
   to norm 1; `gradient_checkpointing_enable(use_reentrant=False)` with recompute. QLoRA is bitsandbytes' NF4 with
   nested scales, as it is loaded, without `prepare_model_for_kbit_training`.
-- **peft-kept**: the same loop while the C library keeps freed memory, as it does while `ml.train` runs (glibc's
-  `mallopt`): what of the difference to peft that alone is.
+- **peft-kept**: the same loop while the C library keeps freed memory, as it does while `ml.train` runs (`{kept}`):
+  what of the difference to peft that alone is.
+- **peft-grouped**: the same loop with rows of like lengths in a batch, which pads less; the batches are others.
 - **trl**: SFTTrainer as shipped: float32 weights, bfloat16 by autocast, gradient checkpointing, its own head and
   loss. **trl-best**: weights in bfloat16, no autocast, no checkpointing. Neither can leave out padding without
   FlashAttention.

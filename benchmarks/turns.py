@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from benchmarks import make, peers
+from benchmarks import make
 from benchmarks import work as works
 from benchmarks.process import Measurement, Round, called, gemm_peak, in_fresh_process
 from benchmarks.work import OURS, Operation, Task, Training
-from minilora.runs.system import keep_memory, returned_memory
 
 TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
     "lora": ("benchmarks.ours", "train_dense"),
     "peft": ("benchmarks.peers", "train_peft"),
-    "peft-kept": ("benchmarks.turns", "train_peft_kept"),
+    "peft-kept": ("benchmarks.peers", "train_peft"),
+    "peft-grouped": ("benchmarks.peers", "train_peft_grouped"),
     "trl": ("benchmarks.peers", "train_trl"),
     "trl-best": ("benchmarks.peers", "train_trl_best"),
 }
 # Packages of sides that are named otherwise.
-PACKAGES = {"lora": OURS, "peft-kept": "peft", "trl-best": "trl", "bitsandbytes-pytorch": "bitsandbytes"}
+PACKAGES = {"lora": OURS}
 
 
 class RefusedError(Exception):
@@ -33,7 +35,7 @@ class RefusedError(Exception):
 
 def is_installed(side: str) -> bool:
     """Is the side's package there?"""
-    return importlib.util.find_spec(PACKAGES.get(side, side)) is not None
+    return importlib.util.find_spec(PACKAGES.get(side, side.partition("-")[0])) is not None
 
 
 def measured(task: Task, side: str) -> Measurement:
@@ -47,16 +49,10 @@ def measured(task: Task, side: str) -> Measurement:
     else:
         module, function = f"benchmarks.{'our' if side == OURS else 'peer'}_operations", task.work.does
     try:
-        return in_fresh_process(called, module, function, replace(task, side=side))
+        with patch.dict(os.environ, works.KEPT if side == "peft-kept" else {}):
+            return in_fresh_process(called, module, function, replace(task, side=side))
     except Exception as error:  # of a library that is not ours, or a process that the system has ended
         raise RefusedError(f"{side} failed, {type(error).__name__}: {error}") from error
-
-
-def train_peft_kept(task: Task) -> Measurement:
-    """PEFT's loop, while freed memory is kept as minilora's own keeps it: how much of the difference is that?"""
-    with returned_memory():
-        keep_memory()
-        return peers.train_peft(task)
 
 
 class Workshop:

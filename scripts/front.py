@@ -37,11 +37,11 @@ INK = {"light": ("#1f2328", "#8c959f", "#0969da"), "dark": ("#e6edf3", "#7d8590"
 
 
 def measured() -> tuple[str, dict[str, list[Round]]]:
-    """Return the processor that was measured last, and the rounds of each of the `WORKS` on it."""
+    """Return the hash of the code that was measured last, and the rounds of each of the `WORKS` on that machine."""
     lines = [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()]
     last = next(line for line in reversed(lines) if line["work"] in WORKS and "sides" in line)
     kept = results.kept(LOG, {key: last[key] for key in ("machine", "device", "versions")})
-    return last["machine"], {work: [results.as_round(line) for line in kept[work] if "sides" in line] for work in WORKS}
+    return last["source"], {work: [results.as_round(line) for line in kept[work] if "sides" in line] for work in WORKS}
 
 
 def rate(side: Measurement) -> float:
@@ -52,13 +52,13 @@ def peak(side: Measurement) -> float:
     return side.peak_bytes
 
 
-def table(rounds: dict[str, list[Round]], works: Collection[str]) -> str:
+def table(code: str, rounds: dict[str, list[Round]], works: Collection[str]) -> str:
     """Return the table in Markdown: for each of these works, minilora's rate and peak memory over PEFT's."""
     rows = (
         [WORKS[work], *(results.spread(results.ratio(rounds[work], of, "peft")) for of in (rate, peak))]
         for work in works
     )
-    return results.table(("work", "tokens a second (PEFT = 1)", "peak memory (PEFT = 1)"), rows)
+    return results.table((f"work, at code {code}", "tokens a second (PEFT = 1)", "peak memory (PEFT = 1)"), rows)
 
 
 def between(text: str, mark: str, new: str) -> str:
@@ -108,10 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     run = parser.parse_args(arguments).run
-    _, rounds = measured()
+    code, rounds = measured()
     for name, works in (("README.md", IN_README), ("docs/results.md", WORKS)):
         page = ROOT / name
-        new = between(page.read_text(encoding="utf-8"), "peers", table(rounds, works))
+        new = between(page.read_text(encoding="utf-8"), "peers", table(code, rounds, works))
         page.write_text(new, encoding="utf-8")
     for mode in INK:
         draw(run, rounds, mode)
