@@ -65,7 +65,8 @@ def measure(words: Sequence[str], until: Path | None = None) -> tuple[str, int, 
         if until:
             process.send_signal(signal.SIGTERM)
         _, status, used = os.wait4(process.pid, 0)
-        if os.waitstatus_to_exitcode(status) not in (0, 128 + signal.SIGTERM):
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode not in (0, 128 + signal.SIGTERM):
             raise SystemExit(f"failed: {' '.join(words)}")
         output.seek(0)
         return output.read(), 1024 * used.ru_maxrss, [amount(512 * n) for n in (used.ru_inblock, used.ru_oublock)]

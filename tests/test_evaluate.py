@@ -244,6 +244,24 @@ def test_each_answer_is_computed_up_to_its_own_limit_and_no_further(tokenizer, s
     assert len(computed) == sum(min(len(text) + 1, limit) for text, limit in zip(found, limits, strict=True))
 
 
+def test_the_cache_of_a_batch_of_answers_is_bounded(tokenizer, monkeypatch):
+    model = tiny_model(vocab_size=400)
+    prompts, limits, batches = [[5] * n for n in (3, 9, 4, 2, 3)], [1, 2, 2, 3, 3], []
+    write = generation.generate
+
+    def noted(model, prompts, max_new_tokens, **options):
+        batches.append([len(prompt) for prompt in prompts])
+        return write(model, prompts, max_new_tokens, **options)
+
+    monkeypatch.setattr(evaluate, "generate", noted)
+    free = evaluate.write_answers(model, tokenizer(), prompts, limits)
+    config = model.config
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8  # float64
+    monkeypatch.setattr(evaluate, "CACHE_BYTES", 11 * a_token)
+    assert evaluate.write_answers(model, tokenizer(), prompts, limits) == free
+    assert batches == [[3, 9, 4, 2, 3], [3], [9], [4, 2], [3]]
+
+
 @pytest.mark.parametrize("is_training", [True, False])
 def test_measuring_and_generating_leave_the_mode_as_it_was(is_training):
     model = tiny_model().train(is_training)

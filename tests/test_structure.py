@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "kernels/": PAGES,  # which only `public` and `runs/memory` import
     "runs/memory": ("files", *PAGES, "kernels/", *ROOMS[:3]),  # counts what kernels keep
     **{room: ("files", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
-    "cli/selftest": (*PAGES, "models/", "adapters/", "testing/"),
+    "cli/selftest": ("files", *PAGES, *ROOMS[:3], "testing/"),
     "public": (*PAGES, *ROOMS[:-1], "kernels/"),
     "__main__": ("cli/",),
 }

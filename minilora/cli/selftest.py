@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import minilora
 from minilora import llama, nf4
 from minilora.adapter import add_adapter
 from minilora.adapters.attach import attach
@@ -84,7 +83,7 @@ def run(options: Options) -> int:
 def code_hash() -> str:
     """Return a hash of minilora's own code, by which figures name the state that they were measured at."""
     code = hashlib.sha256()
-    for path in sorted(Path(minilora.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
     return code.hexdigest()[:8]
 

@@ -21,13 +21,14 @@ from minilora.errors import DataError
 from minilora.llama import Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs import world
+from minilora.runs import objective, world
 from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.sampler import Rows
 from minilora.runs.settings import TrainConfig
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
+CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-2-7B are 0.5 MB a token
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
 Choice = tuple[int, ...]
@@ -247,7 +248,10 @@ def write_answers(
     """Return what the model writes after each prompt, greedily, and each at most as many tokens as its limit."""
     order = sorted(range(len(prompts)), key=lambda i: limits[i])  # so that the texts of a batch are about as long
     written: dict[int, list[int]] = {}
-    for places in eval_groups([len(prompts[i]) + limits[i] for i in order]):
+    config, size = model.config, model.model.embed_tokens.weight.element_size()
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    share = max(1, objective.EVAL_TOKENS * a_token / CACHE_BYTES)
+    for places in eval_groups([share * (len(prompts[i]) + limits[i]) for i in order]):
         batch = [order[place] for place in places]
         left = [limits[i] for i in batch]
         texts = generate(
