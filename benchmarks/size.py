@@ -66,7 +66,7 @@ def measure(words: Sequence[str], until: Path | None = None) -> tuple[str, int, 
             process.send_signal(signal.SIGTERM)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in (0, 128 + signal.SIGTERM):
+        if process.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
             raise SystemExit(f"failed: {' '.join(words)}")
         output.seek(0)
         return output.read(), 1024 * used.ru_maxrss, [amount(512 * n) for n in (used.ru_inblock, used.ru_oublock)]
