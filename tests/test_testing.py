@@ -10,6 +10,7 @@ from hypothesis.strategies import floats
 from torch import nn
 
 from minilora import testing
+from minilora.cli.selftest import implementations
 from minilora.testing import (
     AdaptedLinear,
     Bounded,
@@ -185,6 +186,13 @@ class Subtracting(DoRALayer):
 def test_the_product_of_the_base_may_be_what_it_gives_less_its_bias():
     case = AdaptedLinear("dora", (1,), inner=1, outer=6, r=6, seed=1, dtype="bfloat16", weight="huge_ratio")
     laws("dora")["gradients"].check(Subtracting, case)
+
+
+def test_the_update_may_be_added_to_the_base_product_by_product():
+    case = AdaptedLinear(
+        lead=(1,), inner=8, r=8, outer=1, has_bias=False, seed=1723, dtype="float32", weight="huge_ratio"
+    )
+    laws("lora")["gradients"].check(implementations(torch.device("cpu"))["lora"], case)
 
 
 @given(adapted_linears(dtypes=DTYPES))

@@ -132,7 +132,7 @@ class AdaptedLinear:
         x, B, A = (self._exact(each) for each in (self.rows, self.B, self.A))
         b, base = np.zeros(self.outer) if self.b is None else self.b, self._base
         update = scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
-        y = base + update + b
+        y = (base + update + b).widened(x.beside(x @ A.T * self.scale, 1) @ self._exact(self.W).beside(B, 1).T + b)
         if self.method == "dora":
             c = self._ratio
             y = ((base + update) * c + b).widened(base + b + (base * (c - 1) + update * c))
@@ -151,7 +151,9 @@ class AdaptedLinear:
             dy = (dy * self._ratio).widened(dy * (self._ratio - 1) + dy)
         s, dW = self.scale, dy.T @ x
         bounds = {
-            "x": (dy @ W + scaled(dy @ B, A, s)).widened(dy @ W + dy @ (B * s) @ A, dy @ self._own),
+            "x": (dy @ W + scaled(dy @ B, A, s)).widened(
+                dy @ W + dy @ (B * s) @ A, dy @ self._own, dy.beside(dy @ B * s, 1) @ W.beside(A, 0)
+            ),
             "A": scaled((dy @ B).T, x, s).widened((dy @ (B * s)).T @ x, scaled(B.T, dW, s)),
             "B": scaled(dy.T, x @ A.T, s).widened(dy.T @ (x @ (A * s).T), scaled(dW, A.T, s)),
         }

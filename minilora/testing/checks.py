@@ -117,20 +117,16 @@ def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, int, int]
     reports = []
     for law in laws(*kinds).values():
         if sizes:
-            law = replace(law, cases=[*law.cases, *sized(law, sizes)])
+            largest = law.cases[-1]
+            if not isinstance(largest, AdaptedLinear):
+                raise ValueError(f"sizes: laws of {law.kind!r} have no sizes (in, out, r)")
+            more = [replace(largest, inner=inner, outer=outer, r=r) for inner, outer, r in sizes]
+            law = replace(law, cases=[*law.cases, *more])
         try:
             reports.append(law.check(implementation))
         except NotApplicable as reason:
             reports.append(Report(law.id, f"not checked: {reason}", 0.0, 0))
     return reports
-
-
-def sized(law: Law, sizes: Sequence[tuple[int, int, int]]) -> list[AdaptedLinear]:
-    """Return cases of these sizes, (in, out, r), like the largest of a law."""
-    largest = law.cases[-1]
-    if not isinstance(largest, AdaptedLinear):
-        raise ValueError(f"sizes: laws of {law.kind!r} have no sizes (in, out, r)")
-    return [replace(largest, inner=inner, outer=outer, r=r) for inner, outer, r in sizes]
 
 
 def check_lora_linear(

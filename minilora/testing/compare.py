@@ -127,6 +127,11 @@ class Bounded:
         """Return the value with a bound that holds for whichever order of its computation is used: the largest."""
         return replace(self, error=np.maximum.reduce([self.error, *(other.error for other in others)]))
 
+    def beside(self, other: Bounded, axis: int) -> Bounded:
+        """Return both arrays as one."""
+        value, error = (np.concatenate(pair, axis) for pair in ((self.value, other.value), (self.error, other.error)))
+        return replace(self, value=value, error=error)
+
     def gamma(self, k: int) -> float:
         """Return γ_k of a sum of k products, with this dtype's accumulation and float64's of the value here."""
         ku = k * (UNITS[self._sum_dtype] + OWN_UNIT)

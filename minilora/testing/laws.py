@@ -182,6 +182,8 @@ class Law:
         if case is None:
             lines = [title, law, *found]
         else:
+            made_with = [(f.name, getattr(case, f.name), f.default) for f in fields(case) if f.repr]
+            given = ", ".join(f"{name}={value!r}" for name, value, default in made_with if value != default)
             lines = [
                 f"{title} in {len(failing)} of {cases} cases",
                 law,
@@ -189,7 +191,7 @@ class Law:
                 *found,
                 "  to repeat:",
                 f"    from minilora.testing import {type(case).__name__}, laws",
-                f"    case = {short_repr(case)}",
+                f"    case = {type(case).__name__}({given})",
                 f'    laws("{self.kind}")["{self.name}"].check(implementation, case)',
             ]
         failure = CheckFailure("\n".join(lines), self.id, case, causes)
@@ -211,12 +213,6 @@ class Law:
             if 4 * misses > len(failing):
                 return False
         return is_far
-
-
-def short_repr(case: Any) -> str:
-    """Return the call that makes a case, without arguments that have their default."""
-    given = [(f.name, getattr(case, f.name)) for f in fields(case) if f.repr and getattr(case, f.name) != f.default]
-    return f"{type(case).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
