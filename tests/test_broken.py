@@ -124,6 +124,7 @@ ROWS = [  # where the mistake is, or all of the message; and the row
     ("tools", messages(USER, ANSWER, tools={"name": "look"})),
     ("tools[0].parameters[0][0]", messages(USER, ANSWER, tools=[{"parameters": json.loads("[" * 50 + "]" * 50)}])),
     ("conversations[0].from", sharegpt(("person", "a"), ("gpt", "b"))),
+    ("conversations[1].value: it is empty", sharegpt(("human", "a"), ("gpt", ""))),
     ("no message has role 'assistant'", sharegpt(("system", "a"), ("human", "b"))),
     ("conversations[1].from", sharegpt(("human", "a"), ("function_call", "look()"), ("gpt", "c"))),
 ]
