@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def train() -> Path:
     run.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{run.parent}.lock"):
         if not (run / "summary.json").is_file():
+            shutil.rmtree(run, ignore_errors=True)  # of a build that was stopped, perhaps by other code
             subprocess.run([sys.executable, "-m", "minilora", "finetune", "--out", str(run)], check=True)
     return run
 
