@@ -165,6 +165,7 @@ def trl_step(config):
         adapter = LoraConfig(**config, task_type="CAUSAL_LM")
         trainer = SFTTrainer(peer_sequences.causal_lm("llama"), settings, **own, peft_config=adapter)
         batch, optimizer = next(iter(trainer.get_train_dataloader())), trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
 
     def step():
         trainer.training_step(trainer.model, batch)
@@ -288,7 +289,7 @@ LITGPT = st.fixed_dictionaries(
 )
 STEPS = {
     "peft": (lambda config: peer_sequences.peft_step(**config), CONFIGS),
-    "trl": (trl_step, CONFIGS),
+    "trl": (trl_step, lora_configs("q_proj", "down_proj", "embed_tokens")),  # it refuses an adapter of the head
     "transformers": (transformers_step, st.tuples(FAMILIES, st.booleans(), seeds)),
     "litgpt": (litgpt_step, LITGPT),
 }
