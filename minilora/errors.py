@@ -11,6 +11,7 @@ import re
 import textwrap
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
@@ -60,8 +61,11 @@ def printable(text: str) -> str:
     >>> printable("a\\x1b[2J")
     'a\\\\x1b[2J'
     """
-    kept = "\n\t\u00a0\u3000"
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+    def is_shown(c: str) -> bool:
+        return c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def listed(problems: Sequence[str], most: int = 10) -> str:

@@ -56,6 +56,7 @@ TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs hav
 ALIGNMENT = 64  # of a tensor that is written: a line of the cache
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
+HEADER_BYTES = 2 * JSON_BYTES  # of a safetensors file, whose header `TensorWriter` pads
 DIMENSIONS, ELEMENTS = 16, 2**48  # of a tensor, with a dimension of 0 counted as 1: PyTorch has 64 and 2**63
 
 
@@ -140,8 +141,8 @@ class TensorFile:
         self._mapped: Any = None
         with open_file(path) as file:
             size = int.from_bytes(file.read(8), "little")
-            text = file.read(min(size, JSON_BYTES + 1))
-        if len(text) > JSON_BYTES:
+            text = file.read(min(size, HEADER_BYTES + 1))
+        if len(text) > HEADER_BYTES:
             raise FormatError(f"{path}: not a safetensors file (a header of {size:,} bytes)")
         header = parse_json(text, f"{path}: not a safetensors file")
         try:
@@ -225,7 +226,7 @@ class TensorWriter:
     """A safetensors file whose tensors are written as they come, behind room for the header.
 
     Each begins at a multiple of `ALIGNMENT`, where kernels read it fastest from the mapped file. A tensor that would
-    move the next one off is written at the end, where the dtypes with the largest numbers are first.
+    move the next one off is held until the end, where the dtypes with the largest numbers are first.
 
     Attributes:
         size: the bytes of the tensors.
@@ -260,7 +261,9 @@ class TensorWriter:
 
     def _append(self, name: str, tensor: Tensor) -> None:
         begin, end = self._end, self._end + tensor.nbytes
-        spelled = next(key for key, dtype in DTYPES.items() if dtype == tensor.dtype)
+        spelled = next((key for key, dtype in DTYPES.items() if dtype == tensor.dtype), None)
+        if spelled is None:
+            raise FormatError(f"{self.path}: {name} is {tensor.dtype}; supported are {list(DTYPES)}")
         offsets = [begin - self._begin, end - self._begin]
         self.entries[name] = {"dtype": spelled, "shape": list(tensor.shape), "data_offsets": offsets}
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

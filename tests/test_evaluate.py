@@ -247,19 +247,21 @@ def test_each_answer_is_computed_up_to_its_own_limit_and_no_further(tokenizer, s
 def test_the_cache_of_a_batch_of_answers_is_bounded(tokenizer, monkeypatch):
     model = tiny_model(vocab_size=400)
     prompts, limits, batches = [[5] * n for n in (3, 9, 4, 2, 3)], [1, 2, 2, 3, 3], []
+    most = 15  # tokens: a batch has room in each row for its longest prompt and its highest limit
     write = generation.generate
 
     def noted(model, prompts, max_new_tokens, **options):
-        batches.append([len(prompt) for prompt in prompts])
+        batches.append((len(prompts), max(map(len, prompts)) + max_new_tokens))
         return write(model, prompts, max_new_tokens, **options)
 
     monkeypatch.setattr(evaluate, "generate", noted)
     free = evaluate.write_answers(model, tokenizer(), prompts, limits)
     config = model.config
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8  # float64
-    monkeypatch.setattr(evaluate, "CACHE_BYTES", 11 * a_token)
+    monkeypatch.setattr(evaluate, "CACHE_BYTES", most * a_token)
     assert evaluate.write_answers(model, tokenizer(), prompts, limits) == free
-    assert batches == [[3, 9, 4, 2, 3], [3], [9], [4, 2], [3]]
+    assert batches == [(5, 12), (2, 6), (2, 7), (1, 11)]
+    assert all(rows == 1 or rows * room <= most for rows, room in batches[1:])
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -101,8 +101,10 @@ def test_held_out_prompts_that_are_trained_on_too_are_told_of(directory, tmp_pat
 
 def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
     tokenizer = write_tokenizer(tmp_path)
-    example = encode_rows([Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c\u3000!"})], tokenizer, DataConfig())[0]
-    assert marked(example, tokenizer, "⟦", "⟧") == "a\\x1b[2J\nb⟦\\x07c\u3000!<|end|>⟧"
+    example = encode_rows(
+        [Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c\u3000\u202f!"})], tokenizer, DataConfig()
+    )[0]
+    assert marked(example, tokenizer, "⟦", "⟧") == "a\\x1b[2J\nb⟦\\x07c\u3000\u202f!<|end|>⟧"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_the_time_of_a_run_is_that_of_its_tokens_at_the_rate_of_the_second_step(
             on_step({"tokens_per_second": rate})
 
     monkeypatch.setattr(preview, "train", train)
-    assert f"{said} hours, without evaluations\n" in dry_run("--batch-size=2", "--max-steps=9")
+    assert f"{said}, without evaluations\n" in dry_run("--batch-size=2", "--max-steps=9")
 
 
 def test_two_steps_are_timed_as_the_run_makes_them_and_without_timing_no_weight_is_read(
@@ -131,7 +133,7 @@ def test_two_steps_are_timed_as_the_run_makes_them_and_without_timing_no_weight_
     (directory / "valid.jsonl").write_text((directory / "rows.jsonl").read_text())
     chooses = ("--keep=best", "--eval-steps=1", "--early-stopping=1", "--eval-data=valid.jsonl")
     assert re.search(
-        r"\ntime: 5 steps of [\d.]+ s, about 0:\d\d:\d\d hours, without evaluations\n",
+        r"\ntime: 5 steps of [\d.]+ s, about 0:\d\d:\d\d, without evaluations\n",
         dry_run("--max-steps=5", *chooses),
     )
     devices, load = [], finetune.load_base

@@ -319,3 +319,14 @@ def test_a_directory_is_settled_by_one_process_at_a_time(tmp_path):
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
     append_line(tmp_path / "a", {"loss": math.nan, "samples": [{"score": -math.inf}], "step": 1})
     assert json.loads((tmp_path / "a").read_text()) == {"loss": None, "samples": [{"score": None}], "step": 1}
+
+
+def test_a_dtype_that_no_file_has_is_named(tmp_path):
+    with pytest.raises(FormatError, match=r"w is torch.complex64; supported are \['F64'"):
+        write_tensors(tmp_path / "a.safetensors", {"w": torch.zeros(2, dtype=torch.complex64)})
+
+
+def test_a_file_of_many_tensors_is_read_as_it_was_written(tmp_path):
+    tensors = dict.fromkeys((f"{i:060}" for i in range(90_000)), torch.zeros(1))  # a header above `JSON_BYTES`
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    assert TensorFile(tmp_path / "a.safetensors").shapes.keys() == tensors.keys()

@@ -57,7 +57,7 @@ def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
     tokens = rows.lengths[np.concatenate([batch for step in steps for batch in step])].sum()
     seconds = tokens / records[-1]["tokens_per_second"]
     total = timedelta(seconds=round(seconds))
-    return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total} hours, without evaluations"
+    return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total}, without evaluations"
 
 
 def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:

@@ -53,7 +53,8 @@ def load_model(
     """Load a model. Peak memory is the model and one tensor.
 
     On the CPU, except on Windows, weights in the dtype of the file are views of the mapped file. Writing to them leaves
-    the file as it is, and replacing the file leaves them as they are; overwriting it in place changes them.
+    the file as it is, and replacing the file leaves them as they are. Never overwrite it in place: that changes them,
+    and a shorter file ends the process.
 
     Args:
         name_or_path: a directory as transformers writes it, "minilora/builtin", or a repository of the hub, "org/name"
@@ -173,8 +174,8 @@ def save_model_files(
 ) -> None:
     """Write the files of `save_model` into a new directory.
 
-    `weights` are those of a model on the device "meta", as `stored_weights` gives them; then peak memory is that of one
-    file.
+    `weights` are those of a model on the device "meta", as `stored_weights` gives them; then peak memory is a few
+    weights.
     """
     own = _weights(model)
     bare = build_on_meta(model.config)

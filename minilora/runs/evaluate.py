@@ -246,24 +246,37 @@ def write_answers(
     progress: Progress = _ignore,
 ) -> list[list[int]]:
     """Return what the model writes after each prompt, greedily, and each at most as many tokens as its limit."""
-    order = sorted(range(len(prompts)), key=lambda i: limits[i])  # so that the texts of a batch are about as long
     written: dict[int, list[int]] = {}
     config, size = model.config, model.model.embed_tokens.weight.element_size()
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    share = max(1, objective.EVAL_TOKENS * a_token / CACHE_BYTES)
-    for places in eval_groups([share * (len(prompts[i]) + limits[i]) for i in order]):
-        batch = [order[place] for place in places]
+    most = min(objective.EVAL_TOKENS, CACHE_BYTES // a_token)
+    for batch in _cache_groups([len(prompt) for prompt in prompts], limits, most):
         left = [limits[i] for i in batch]
         texts = generate(
             model,
             [prompts[i] for i in batch],
-            max_new_tokens=left[-1],
+            max_new_tokens=max(left),
             stop_ids=tokenizer.stop_ids,
             on_token=partial(_is_last, left),
         )
         written |= zip(batch, texts, strict=True)
         progress(len(written), len(prompts))
     return [written[i] for i in range(len(prompts))]
+
+
+def _cache_groups(lengths: Sequence[int], limits: Sequence[int], most: int) -> list[list[int]]:
+    """Divide rows into batches whose cache has room for at most `most` tokens, or of one row.
+
+    A cache has room in each of its rows for the longest prompt and the highest limit; so rows of like length meet.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i] + limits[i]):
+        wider = [*batches[-1], i] if batches else [i]
+        if batches and len(wider) * (max(lengths[j] for j in wider) + max(limits[j] for j in wider)) <= most:
+            batches[-1] = wider
+        else:
+            batches.append([i])
+    return batches
 
 
 def _is_last(left: list[int], row: int, token: int) -> bool:

@@ -91,13 +91,13 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
 
 
-def eval_groups(lengths: Iterable[float]) -> Iterator[Rows]:
+def eval_groups(lengths: Iterable[int]) -> Iterator[Rows]:
     """Yield the indices of consecutive rows of at most `EVAL_TOKENS`, given their numbers of tokens, or of one row."""
-    group, size = Rows(), 0.0
+    group, size = Rows(), 0
     for row, length in enumerate(lengths):
         if group and size + length > EVAL_TOKENS:
             yield group
-            group, size = [], 0.0
+            group, size = [], 0
         group.append(row)
         size += length
     if group:
