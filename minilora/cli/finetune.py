@@ -113,10 +113,10 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
 
 def check_settings(settings: Settings, base: Base) -> None:
     """Check that the library for the metrics is there, and what is trained against what the run starts from."""
-    report = settings.run.report
+    tracker = settings.run.report
     is_full = settings.is_full
-    if report != "none" and find_spec(report) is None:
-        raise ConfigError(f"--report {report} needs the package {report}: pip install {report}")
+    if tracker != "none" and find_spec(tracker) is None:
+        raise ConfigError(f"--report {tracker} needs the package {tracker}: pip install {tracker}")
     if is_full and (settings.quantization.quantize != "none" or is_four_bit(base.config.source)):
         raise ConfigError("--method full: weights in four bits cannot be trained; --method lora trains an adapter")
     for directory in base.adapters:

@@ -1,7 +1,6 @@
 """What a law of an implementation is: cases, comparisons within a derived bound, and the message of a failure.
 
-The laws themselves are in `lora_laws`, `nf4_laws`, `data_laws`, `chat_laws` and `directory_laws`; `checks` has what is
-called.
+The laws themselves are in the files `*_laws`; `checks` has what is called.
 """
 
 from __future__ import annotations

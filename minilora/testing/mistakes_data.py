@@ -1,4 +1,4 @@
-"""Mistakes in masked losses, in accumulated gradients and in chat masks: see `catalogue`.
+"""Mistakes in masked losses, in accumulated gradients, in chat masks and in packing: see `catalogue`.
 
 The threads in comments are those where a mistake was seen.
 """

@@ -1,7 +1,7 @@
 """Oracles: LoRA, DoRA, the loss and 4-bit weights once more, slowly, in float64, by loops and brute force.
 
 Nothing here shares code or an algorithm with the rest of minilora, so that both being wrong alike is unlikely. Arrays
-may have any float dtype; what is computed and returned is float64. `reference_model` has the decoder.
+may have any float dtype; what is computed and returned is float64. The tests' `reference_model` has the decoder.
 
     N  rows of a linear's input    in, out  its features    r  rank of an adapter
     B  rows of tokens    T  positions    V  vocabulary    D  width
