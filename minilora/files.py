@@ -135,9 +135,9 @@ class TensorEntry:
 class TensorFile:
     """A safetensors file, whose header is read at once, and a tensor only when it is asked for."""
 
-    def __init__(self, path: Path, is_kept: bool = False):
+    def __init__(self, path: Path, is_mapped_once: bool = False):
         self.path = path
-        self._is_kept = is_kept
+        self._is_mapped_once = is_mapped_once
         self._mapped: Any = None
         with open_file(path) as file:
             size = int.from_bytes(file.read(8), "little")
@@ -172,24 +172,24 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """Return a tensor as a view of the mapped file, which changes with the file; writing to it copies its pages.
 
-        With `is_kept` the file is mapped once, for tensors that stay views. Otherwise each tensor maps it anew, because
-        one mapping would keep every page that was read in memory.
+        With `is_mapped_once` all tensors share one mapping, for those that stay views. Otherwise each tensor maps the
+        file anew, because one mapping would keep every page that was read in memory.
         """
         dtype, (begin, end) = self.dtype(name), self._spans[name]
         try:
             mapped = self._mapped or torch.UntypedStorage.from_file(str(self.path), False, self._bytes)
-            self._mapped = mapped if self._is_kept else None
+            self._mapped = mapped if self._is_mapped_once else None
             content = mapped[begin:end]
         except RuntimeError as error:  # the file cannot be mapped, or has become shorter
             raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
         return torch.empty(0, dtype=torch.uint8, device="cpu").set_(content).view(dtype).view(self.shapes[name])
 
 
-def tensor_files(directory: Path, is_kept: bool = False) -> dict[str, TensorFile]:
-    """Return for each tensor of a model directory the file that holds it, mapped once if `is_kept`."""
+def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
+    """Return for each tensor of a model directory the file that holds it; for `is_mapped_once` see `TensorFile`."""
     index = directory / INDEX
     if not index.is_file():
-        file = TensorFile(directory / "model.safetensors", is_kept)
+        file = TensorFile(directory / "model.safetensors", is_mapped_once)
         return dict.fromkeys(file.shapes, file)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -197,7 +197,7 @@ def tensor_files(directory: Path, is_kept: bool = False) -> dict[str, TensorFile
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise FormatError(f"{index}: {name!r} is not a plain file name")
-    shards = {name: TensorFile(directory / name, is_kept) for name in sorted(set(weight_map.values()))}
+    shards = {name: TensorFile(directory / name, is_mapped_once) for name in sorted(set(weight_map.values()))}
     if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
         raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
     return {name: shards[shard] for name, shard in weight_map.items()}

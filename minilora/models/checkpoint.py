@@ -76,8 +76,8 @@ def load_model(
     location = locate(name_or_path, "model")
     config = read_config(location.path)
     model = build_on_meta(config)
-    is_kept = os.name != "nt"  # Windows replaces no file that is mapped
-    for name, weight in stored_weights(location.path, model, dtype, usable_device(device), quantize, is_kept):
+    may_be_views = os.name != "nt"  # Windows replaces no mapped file
+    for name, weight in stored_weights(location.path, model, dtype, usable_device(device), quantize, may_be_views):
         assign(model, name, weight)
     model.tie_weights()
     model.name_or_path = location.name
@@ -101,17 +101,17 @@ def stored_weights(
     dtype: torch.dtype | str,
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
-    is_kept: bool = False,
+    may_be_views: bool = False,
 ) -> Iterator[tuple[str, Weight]]:
     """Yield the names of the parameters of a model on "meta", and their weights in a directory, without a tied head.
 
-    With `is_kept`, weights that are stored as they are computed with are views of the mapped files. Other arguments and
-    errors are those of `load_model`.
+    With `may_be_views`, weights that are stored as they are computed with are views of the mapped files. Other
+    arguments and errors are those of `load_model`.
     """
     target, config = resolve_dtype(dtype, model.config.source, device), QuantizeConfig.of(quantize)
     is_as_stored = device.type == "cpu" and dtype_name(target) == stored_dtype(model.config.source)
-    is_view = is_kept and is_as_stored and config.quantize == "none"
-    files = tensor_files(directory, is_view)
+    is_view = may_be_views and is_as_stored and config.quantize == "none"
+    files = tensor_files(directory, is_mapped_once=is_view)
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
     _check_packed(directory, model.config.source, packed, config)
