@@ -10,7 +10,6 @@ one and its neighbours. Where the best rate is at an edge of what was tried, the
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from record import write_record
+from record import asks_for_small, write_record
 
 import minilora as ml
 from minilora.files import ASSETS
@@ -76,9 +75,7 @@ def missing(known: dict[Run, float]) -> Iterator[Run]:
 
 def main() -> None:
     """Run what is missing, a process a core, and keep each loss as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    if parser.parse_args().small:
+    if asks_for_small(__doc__):
         print("learning rate  " + "  ".join(f"{2**k / 1000:g}" for k in SMALL))
         for name, curve in {"full": ("full", 0, 0.0), "LoRA, r = 8": ("LoRA", 8, 2.0)}.items():
             print(f"{name:13}  " + "  ".join(f"{loss_after(*curve, k, seed=0):.3f}" for k in SMALL))

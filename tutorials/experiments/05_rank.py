@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_record
+from record import record_runs
 from torch import Tensor, nn
 
 import minilora as ml
@@ -98,13 +98,9 @@ def accuracy(model: Llama) -> float:
 
 
 def main() -> None:
-    """Run all, and write what is known after each run."""
-    base, results = accuracy(trainable_linears()), list[dict[str, Any]]()
-    for seed in SEEDS:
-        for run in [partial(full, "AdamW"), partial(full, "SGD"), *(partial(lora, r) for r in LORA_RANKS)]:
-            results.append(run(seed))
-            write_record(__file__, results, SEEDS, base=base)
-            print(results[-1], flush=True)
+    """Run all."""
+    runs = [partial(full, "AdamW"), partial(full, "SGD"), *(partial(lora, r) for r in LORA_RANKS)]
+    record_runs(__file__, runs, SEEDS, base=accuracy(trainable_linears()))
 
 
 if __name__ == "__main__":

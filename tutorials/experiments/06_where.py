@@ -11,12 +11,11 @@ where the first one was stopped.
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from record import write_record
+from record import asks_for_small, write_record
 
 import minilora as ml
 from minilora.files import ASSETS
@@ -64,7 +63,7 @@ def measure(place: str, rate: float, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run what has not been run yet, and write each result at once."""
-    if "--small" in sys.argv:
+    if asks_for_small(__doc__):
         places = ("attention", "MLPs")
         losses = {place: round(held_out_loss(trained(place, 2e-3, 0, steps=30), valid), 3) for place in places}
         print(f"{losses}; the MLPs are ahead: {losses['MLPs'] < losses['attention']}")

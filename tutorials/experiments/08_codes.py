@@ -5,7 +5,6 @@ python tutorials/experiments/08_codes.py [--small]     writes 08_codes.json; --s
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,13 +111,11 @@ def measure_small(tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure SmolLM2 on definitions, or the built-in model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="the built-in model on general sentences, only printed")
-    if parser.parse_args().small:
+    from record import asks_for_small, write_record  # beside this script
+
+    if asks_for_small(__doc__):
         measure_small()
         return
-    from record import write_record  # beside this script
-
     results = measure("smollm2", HERE.parent / "data" / "devil" / "test.jsonl", 50, print)
     write_record(__file__, results, [0])  # seeds of the normal numbers that codes are fitted to; nothing else is random
 

@@ -1,6 +1,6 @@
 """Accuracy against forgetting, when the change of the weights or its intruder dimensions are made smaller.
 
-    python tutorials/experiments/09_forgetting.py            writes 09_forgetting.json, after each seed anew
+    python tutorials/experiments/09_forgetting.py            writes 09_forgetting.json, after each run anew
     python tutorials/experiments/09_forgetting.py --small    two runs; prints whether the directions are the chapter's
 
 The built-in model is trained on its own rows in batches of 16. W is a weight after training, with its adapter merged,
@@ -15,13 +15,12 @@ An intruder dimension is one of the first ten of W whose u has a cosine below 0.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from record import asks_for_small, record_runs
 from torch import Tensor, nn
 
 import minilora as ml
@@ -126,19 +125,10 @@ def small() -> None:
 
 def main() -> None:
     """Run all, or the small version."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    if parser.parse_args().small:
+    if asks_for_small(__doc__):
         small()
         return
-    from record import write_record  # beside this script
-
-    results: list[dict[str, Any]] = []
-    for seed in SEEDS:
-        for name in RUNS:
-            results.append(measure(name, seed))
-            print(json.dumps(results[-1]), flush=True)
-        write_record(__file__, results, SEEDS[: seed + 1])
+    record_runs(__file__, [functools.partial(measure, name) for name in RUNS], SEEDS)
 
 
 if __name__ == "__main__":

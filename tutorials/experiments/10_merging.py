@@ -7,7 +7,6 @@ On the way, after a few steps of training, the adapter is merged in bfloat16 to 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -148,13 +147,11 @@ def measure_small(seeds: Sequence[int] = SEEDS, tell: Callable[[str], None] = pr
 
 def main() -> None:
     """Measure SmolLM2 on The Devil's Dictionary, or the built-in model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="the built-in model and its data, only printed")
-    if parser.parse_args().small:
+    from record import asks_for_small, write_record  # beside this script
+
+    if asks_for_small(__doc__):
         measure_small()
         return
-    from record import write_record  # beside this script
-
     data = HERE.parent / "data" / "devil"
     config = {"learning_rate": 5e-4, "batch_size": 8, "max_steps": 16}
     results = measure("smollm2", (data / "train.jsonl", data / "test.jsonl"), 30, config)

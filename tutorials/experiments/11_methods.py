@@ -1,6 +1,6 @@
 """Full fine-tuning, LoRA, DoRA and PiSSA on the built-in model: accuracy, forgetting, magnitude against direction.
 
-    python tutorials/experiments/11_methods.py            writes 11_methods.json, after each seed anew
+    python tutorials/experiments/11_methods.py            writes 11_methods.json, after each run anew
     python tutorials/experiments/11_methods.py --small    two runs; prints whether the signs are those of the chapter
 
 One pass over the built-in training rows: 100 steps of 16. Each method is trained with each of its learning rates and
@@ -12,11 +12,11 @@ and at four checkpoints how far the weights have moved. With w a row of a weight
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 from typing import Any
 
+from record import asks_for_small, record_runs
 from torch import Tensor, nn
 
 import minilora as ml
@@ -103,19 +103,11 @@ def small() -> None:
 
 def main() -> None:
     """Run all, or the small version."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    if parser.parse_args().small:
+    if asks_for_small(__doc__):
         small()
         return
-    from record import write_record  # beside this script
-
-    results: list[dict[str, Any]] = []
-    for seed in SEEDS:
-        for method, (_, rates) in METHODS.items():
-            results += [measure(method, rate, seed) for rate in rates]
-            print(seed, method, *(f"{run['test']:.3f} {run['kl']:.3f}" for run in results[-len(rates) :]), flush=True)
-        write_record(__file__, results, SEEDS[: seed + 1])
+    runs = [functools.partial(measure, method, rate) for method, (_, rates) in METHODS.items() for rate in rates]
+    record_runs(__file__, runs, SEEDS)
 
 
 if __name__ == "__main__":
