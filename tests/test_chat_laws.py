@@ -81,18 +81,7 @@ def without_end(messages):
 WRONG_TEXTS = {  # the law that finds it, and a part of the message
     "no labels for some tokens": ("turns", lambda m: (render_chat(m)[0], render_chat(m)[1][:-1]), "labels for"),
     "the first messages are lost": ("system", lambda m: render_chat(m[-2:]), "every message's text"),
-    "the order of messages": ("turns", lambda m: render_chat(m[::-1]), "learned are|every message's text"),
-    "letters are lost": (
-        "unicode",
-        lambda m: render_chat([{**each, "content": each["content"].encode("ascii", "ignore").decode()} for each in m]),
-        "every message's text",
-    ),
     "no end token": ("turns", without_end, "accepted is an end token after each reply"),
-    "white space in the text that is not learned": (
-        "white_space",
-        with_mask(lambda tokens, flags: [f and bool(t.strip()) for t, f in zip(tokens, flags, strict=True)]),
-        "learned are",
-    ),
 }
 
 

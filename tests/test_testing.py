@@ -29,7 +29,7 @@ from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
 from minilora.testing.implementations import DoRALayer, Linear4bit, LoRALayer, add_adapters, merge
 from minilora.testing.lora_laws import linear_cases
-from minilora.testing.mistakes_layers import lora, rescaled, with_formula
+from minilora.testing.mistakes_layers import lora, with_formula
 from minilora.testing.strategies import METHODS, adapted_linears
 from tests.models import long, randn
 
@@ -293,10 +293,6 @@ def test_a_weight_that_changes_is_not_taken_for_dropout():
         return self(x)
 
     assert causes_of(laws("lora")["dropout"], lora(drifting)) == ()
-
-
-def test_a_wrong_result_of_no_known_mistake_has_no_cause():
-    assert causes_of(laws("lora")["forward"], rescaled(lambda self: 0.5)) == ()
 
 
 def test_misuse_is_told():
