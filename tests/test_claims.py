@@ -1,19 +1,25 @@
-"""The figures on the page of claims that an experiment has stored are those of its file."""
+"""The figures of the pages are those that experiments have stored, and that chapters print."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
+DOCS = ROOT / "docs"
+OURS = {"claims.md": slice(2, 4), "which_settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
 T_OF_FIVE = 2.776  # Student's t of the 95 % interval of five values
 
 
-def results(name):
+def read(page):
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def results(name, key="results"):
     path = ROOT / "tutorials" / "experiments" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["results"]
+    return json.loads(path.read_text(encoding="utf-8"))[key]
 
 
 def mean(values, digits=3):
@@ -42,7 +48,10 @@ def rank():
     full, sgd = ([run for run in runs if run["method"] == f"full, {name}"] for name in ("AdamW", "SGD"))
     whole, of_sgd = ([run["accuracy"] for run in each] for each in (full, sgd))
     yield f"accuracy {spread(lora[1])} at rank 1, {mean(lora[2])} at rank 2, {mean(lora[32])} at rank 32"
-    yield f"full fine-tuning {mean(whole)}, base 0.330"
+    base = results("05_rank", "base")
+    yield f"full fine-tuning {mean(whole)}, base {base:.3f}"
+    gain = (statistics.mean(lora[1]) - base) / (statistics.mean(whole) - base)
+    yield f"rank 1 keeps {100 * gain:.0f} % of the gain"
     ranks = [mean([rank for run in each for rank in run["ranks"].values()], 0) for each in (full, sgd)]
     yield f"rank {ranks[0]} with AdamW (accuracy {mean(whole)}), {ranks[1]} with SGD ({mean(of_sgd)})"
     for r in (1, 4, 8, 32):
@@ -83,6 +92,10 @@ def where():
     yield f"loss lower by {difference('loss', everywhere, mlps, 3)}"
     kls = [spread(values("kl", each), 2) for each in (attention, mlps)]
     yield f"{kls[0]} against {kls[1]}, a difference of {difference('kl', attention, mlps, 2)}"
+    yield f"all linears have the most, {spread(values('kl', everywhere), 2)}"
+    means = [mean(values("kl", each), 2) for each in (mlps, everywhere, attention)]
+    yield f"the MLPs alone (KL {means[0]}) instead of all linears ({means[1]}) or the attention ({means[2]})"
+    yield f"general text: loss {runs[0]['general_before']} -> "
 
 
 def memory():
@@ -98,6 +111,13 @@ def codes():
     yield f"SmolLM2: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
     large = found["fitted, |e|", 4096]
     yield f"of SmolLM2 by {-large['more']:.3f} ± {large['more_interval']:.3f}"
+    clean = {(run["code"], run["block_size"]): run for run in results("08_codes", "built-in model")}
+    kl = {name: f"{run['kl']:.3f}" for (name, size), run in clean.items() if size == 64}
+    more = {key: f"{run['more']:.4f} ± {run['more_interval']:.4f}" for key, run in clean.items()}
+    yield f"NF4 {kl['NF4']}, FP4 (E2M1) more by {more['FP4, E2M1', 64]}, Int4 by {more['Int4', 64]}"
+    yield f"built-in model: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
+    yield f"differ in KL by {more['fitted, |e|', 64]} and {more['fitted, e²', 64]}"
+    yield f"KL of the built-in model lower by {more['fitted, |e|', 4096].removeprefix('-')}"
 
 
 def methods():
@@ -113,6 +133,8 @@ def methods():
     yield f"or {mean(values('PiSSA', 1e-3, 'test'))} at another rate"
     yield f"accuracy {tests['LoRA']} against {mean(values('full', 4e-4, 'test'))}"
     yield f"KL {spread(values('LoRA', 2e-3, 'kl'), 2)} against {mean(values('full', 2e-4, 'kl'), 2)}"
+    lowest = [mean(values("LoRA", 1e-3, key), digits) for key, digits in (("kl", 2), ("test", 3))]
+    yield f"LoRA's lowest rate has {lowest[0]} at an accuracy of {lowest[1]}"
 
 
 def merging():
@@ -204,7 +226,54 @@ def inside():
     yield f"full fine-tuning {mean(pairs('full', 'full', False, False, 'in 8,8'), 2)}"
 
 
-@pytest.mark.parametrize("figures", [rank, rates, where, memory, codes, methods, merging, forgetting, replay, inside])
-def test_what_the_page_repeats_is_what_the_experiment_has_stored(figures):
-    missing = [figure for figure in figures() if figure not in PAGE]
+def reinforcement():
+    rewards = {}
+    for run in results("A2_reinforcement"):
+        if run["chosen"]:
+            rewards.setdefault(run["way"], []).append(run["rewards"])
+    first = {reward[0] for runs in rewards.values() for reward in runs}
+    assert len(first) == 1
+    last = [spread([reward[-1] for reward in runs]) for runs in rewards.values()]
+    yield f"from {first.pop():.3f} to {last[0]} at rank 1, {last[1]} at rank 8, {last[2]} in full"
+
+
+STORED = (rank, rates, where, memory, codes, methods, merging, forgetting, replay, inside, reinforcement)
+
+
+@pytest.mark.parametrize("figures", STORED)
+def test_what_the_pages_repeat_is_what_the_experiment_has_stored(figures):
+    pages = " ".join(" ".join(map(read, [*OURS, "../README.md"])).split())
+    missing = [figure for figure in figures() if figure not in pages]
+    assert not missing
+
+
+def test_the_readme_shows_the_first_run_of_the_results():
+    shown = re.findall(r"^(?:base|adapter) +([\d.]+) +([\d.]+)$", read("../README.md"), re.MULTILINE)
+    (loss, accuracy), (lower, higher) = (map(float, row) for row in shown)
+    assert f"| 0 | {accuracy:.3f} | {higher:.3f} | {loss:.3f} | {lower:.3f} |" in read("results.md")
+
+
+def numbers(text):
+    text = re.sub(r"`.*?`|\]\(.*?\)|\[chapter \d+\]", "", text)  # neither flags nor links
+    return set(re.findall(r"(?<![\w.,])\d+(?:[.,]\d+)*(?!\w)", text))
+
+
+def linked(text):
+    return [DOCS / path for path in re.findall(r"\]\(([\w./-]+\.md)", text)]
+
+
+@pytest.mark.parametrize("page", OURS)
+def test_every_other_figure_of_a_table_stands_in_the_pages_that_its_row_or_its_section_links(page):
+    text = read(page)
+    for stored in STORED:
+        for figure in stored():
+            text = text.replace(figure, "")
+    missing = {}
+    for heading, *lines in map(str.splitlines, text.split("\n## ")[1:]):
+        section = "\n".join(lines)
+        for row in re.findall(r"^\| (.+) \|$", section, re.MULTILINE):
+            if sources := linked(heading + row) or linked(section):
+                known = numbers(" ".join(path.read_text(encoding="utf-8") for path in sources))
+                found = numbers(" ".join(row.split(" | ")[OURS[page]]))
+                missing |= {row: found - known} if found - known else {}
     assert not missing
