@@ -13,6 +13,7 @@ import minilora.runs.inputs
 from benchmarks.scale import known_config
 from minilora import cli
 from minilora.cli.forecast import METHODS, default_plan
+from minilora.models.config import FAMILIES
 from minilora.runs.dataset import Dataset
 from minilora.runs.memory import amount, forecast
 from scripts import api, front
@@ -94,6 +95,12 @@ def test_the_readme_is_short_and_names_the_six_pages_in_their_order_the_guide_ev
         for word in re.findall(r"\w+", row)
     }
     assert named == set(cli.COMMANDS)
+
+
+def test_the_pages_name_the_families_that_are_there_and_their_number():
+    assert re.findall(r"^\| `(\w+)` \|", PAGES["families.md"], re.MULTILINE) == ["model_type", *FAMILIES]
+    (number,) = re.findall(r"of one of (\w+)\s\[families\]", README)
+    assert number == {10: "ten", 11: "eleven", 12: "twelve"}[len(FAMILIES)]
 
 
 def test_the_code_that_the_readme_quotes_is_that_of_the_page():
