@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -36,28 +35,27 @@ from minilora.errors import ConfigError, FormatError, TrainingError
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
-DTYPES = {  # by their names in a safetensors file
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES = {  # and their names in a safetensors file
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 INDEX = "model.safetensors.index.json"
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
 ALIGNMENT = 64  # of a tensor that is written: a line of the cache
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
+HEADER_BYTES = 2 * JSON_BYTES  # of a safetensors file
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
-HEADER_BYTES = 2 * JSON_BYTES  # of a safetensors file, whose header `TensorWriter` pads
-DIMENSIONS, ELEMENTS = 16, 2**48  # of a tensor, with a dimension of 0 counted as 1: PyTorch has 64 and 2**63
 
 
 def open_file(path: Path, most: int | None = None, is_named: bool = False) -> BufferedReader:
@@ -87,8 +85,8 @@ def check_link(path: Path) -> None:
             raise FormatError(f"{path}: is a link to {target}, outside its directory, which is not followed")
 
 
-def parse_json(text: str | bytes, where: str, most: int = JSON_VALUES) -> Any:
-    """Parse JSON of at most `most` values, or raise a `FormatError` whose message begins with `where`."""
+def parse_object(text: str | bytes, where: str, most: int = JSON_VALUES) -> dict[str, Any]:
+    """Parse a JSON object of at most `most` values, or raise a `FormatError` whose message begins with `where`."""
     try:
         text = text if isinstance(text, str) else text.decode()
         if sum(map(text.count, (",", "[", "{"))) > most:
@@ -96,14 +94,8 @@ def parse_json(text: str | bytes, where: str, most: int = JSON_VALUES) -> Any:
         value = json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # a half of a surrogate pair, perhaps, which no text may hold
             json.dumps(value, ensure_ascii=False).encode()
-        return value
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not JSON ({error})") from error
-
-
-def parse_object(text: str | bytes, where: str, most: int = JSON_VALUES) -> dict[str, Any]:
-    """Parse a JSON object, as `parse_json` does."""
-    value = parse_json(text, where, most)
     if not isinstance(value, dict):
         raise FormatError(f"{where}: found a JSON {type(value).__name__}, need an object")
     return value
@@ -139,35 +131,20 @@ class TensorFile:
         self.path = path
         self._is_mapped_once = is_mapped_once
         self._mapped: Any = None
+        self.entries: dict[str, TensorEntry] = {}
         with open_file(path) as file:
-            size = int.from_bytes(file.read(8), "little")
-            text = file.read(min(size, HEADER_BYTES + 1))
-        if len(text) > HEADER_BYTES:
-            raise FormatError(f"{path}: not a safetensors file (a header of {size:,} bytes)")
-        header = parse_json(text, f"{path}: not a safetensors file")
+            text = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_BYTES))
+        header = parse_object(text, f"{path}: not a safetensors file")
         try:
             # `safe_open` checks that sizes fit dtypes and shapes, without gaps. For PyTorch, it would map the file.
-            with safe_open(path, framework="numpy"):
-                self._bytes = path.stat().st_size
-            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-            self._spans = {name: [8 + size + at for at in header[name]["data_offsets"]] for name in sorted(header)}
-            self.entries = {
-                name: TensorEntry(header[name]["dtype"], tuple(header[name]["shape"]), end - begin)
-                for name, (begin, end) in self._spans.items()
-            }
+            with safe_open(path, framework="numpy") as checked:
+                self.metadata: dict[str, str] = checked.metadata() or {}
+            for name in sorted(header.keys() - {"__metadata__"}):
+                dtype, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+                self.entries[name] = TensorEntry(dtype, tuple(shape), end - begin)
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error
         self.shapes = {name: entry.shape for name, entry in self.entries.items()}
-        for name, shape in self.shapes.items():
-            if len(shape) > DIMENSIONS or math.prod(max(size, 1) for size in shape) > ELEMENTS:
-                raise FormatError(f"{path}: {name:.80} has the shape {shape!s:.80}, which no tensor can have")
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        stored = self.entries[name].dtype
-        if stored not in DTYPES:
-            raise FormatError(f"{self.path}: {name} cannot be read: it is {stored}; supported are {list(DTYPES)}")
-        return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as a view of the mapped file, which changes with the file; writing to it copies its pages.
@@ -175,14 +152,12 @@ class TensorFile:
         With `is_mapped_once` all tensors share one mapping, for those that stay views. Otherwise each tensor maps the
         file anew, because one mapping would keep every page that was read in memory.
         """
-        dtype, (begin, end) = self.dtype(name), self._spans[name]
         try:
-            mapped = self._mapped or torch.UntypedStorage.from_file(str(self.path), False, self._bytes)
+            mapped = self._mapped or safe_open(self.path, framework="pt")
             self._mapped = mapped if self._is_mapped_once else None
-            content = mapped[begin:end]
-        except RuntimeError as error:  # the file cannot be mapped, or has become shorter
+            return mapped.get_tensor(name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # it cannot be mapped, has changed, or no such shape
             raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
-        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(content).view(dtype).view(self.shapes[name])
 
 
 def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
@@ -211,72 +186,49 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; `metadata` is added to {"format": "pt"}, which transformers requires."""
     header_bytes = sum(entry_bytes(name, tensor.dim()) for name, tensor in tensors.items())
-    writer = TensorWriter(path, header_bytes, metadata or {})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.finish()
+    stream_tensors(path, tensors.items(), header_bytes, metadata or {})
 
 
 def entry_bytes(name: str, dimensions: int = 2) -> int:
     """Return how many bytes a tensor's entry in a header may take."""
-    return len(json.dumps(name)) + 100 + 16 * dimensions  # the numbers have up to 15 digits, as `ELEMENTS`
+    return len(json.dumps(name)) + 100 + 16 * dimensions  # a number has up to 15 digits
 
 
-class TensorWriter:
-    """A safetensors file whose tensors are written as they come, behind room for the header.
+def stream_tensors(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], header_bytes: int, metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write tensors into a safetensors file as they come, behind room for its header; return the header's entries.
 
     Each begins at a multiple of `ALIGNMENT`, where kernels read it fastest from the mapped file. A tensor that would
     move the next one off is held until the end, where the dtypes with the largest numbers are first.
-
-    Attributes:
-        size: the bytes of the tensors.
-        entries: the header.
     """
+    described = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    begin = -(-(8 + len(json.dumps(described)) + header_bytes) // ALIGNMENT) * ALIGNMENT
+    entries: dict[str, Any] = {}
+    held: dict[str, Tensor] = {}
+    with path.open("wb") as file:
+        file.seek(begin)
 
-    def __init__(self, path: Path, header_bytes: int, metadata: Mapping[str, str]):
-        self.path = path
-        self.size = 0
-        self.entries: dict[str, Any] = {}
-        self._metadata = dict(sorted({"format": "pt", **metadata}.items()))
-        room = 8 + len(json.dumps({"__metadata__": self._metadata})) + header_bytes
-        self._begin = self._end = -(-room // ALIGNMENT) * ALIGNMENT
-        self._last: dict[str, Tensor] = {}
-        path.write_bytes(b"")
+        def write(name: str, tensor: Tensor) -> None:
+            if tensor.dtype not in DTYPES:
+                raise FormatError(f"{path}: {name} is {tensor.dtype}; supported are {list(DTYPES)}")
+            offset = file.tell() - begin
+            offsets = [offset, offset + tensor.nbytes]
+            entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        self.size += tensor.nbytes
-        if tensor.nbytes % ALIGNMENT:
-            self._last[name] = tensor
-        else:
-            self._append(name, tensor)
-
-    def finish(self) -> None:
-        for name, tensor in sorted(self._last.items(), key=lambda item: -item[1].dtype.itemsize):
-            self._append(name, tensor)
-        header = {"__metadata__": self._metadata, **self.entries}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        size = self._begin - 8
-        assert len(text) <= size
-        self._write_at(0, size.to_bytes(8, "little") + text.ljust(size))
-
-    def _append(self, name: str, tensor: Tensor) -> None:
-        begin, end = self._end, self._end + tensor.nbytes
-        spelled = next((key for key, dtype in DTYPES.items() if dtype == tensor.dtype), None)
-        if spelled is None:
-            raise FormatError(f"{self.path}: {name} is {tensor.dtype}; supported are {list(DTYPES)}")
-        offsets = [begin - self._begin, end - self._begin]
-        self.entries[name] = {"dtype": spelled, "shape": list(tensor.shape), "data_offsets": offsets}
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._write_at(begin, content.numpy().data)
-        self._end = end
-
-    def _write_at(self, position: int, content: bytes | memoryview) -> None:
-        try:
-            with self.path.open("r+b") as file:
-                file.seek(position)
-                file.write(content)
-        except OSError as error:  # a full disk, for example
-            raise OSError(f"{self.path}: cannot be written ({error.strerror})") from error
+        for name, tensor in tensors:
+            if tensor.nbytes % ALIGNMENT:
+                held[name] = tensor
+            else:
+                write(name, tensor)
+        for name, tensor in sorted(held.items(), key=lambda item: -item[1].dtype.itemsize):
+            write(name, tensor)
+        header = json.dumps(described | entries, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(header) <= begin - 8
+        file.seek(0)
+        file.write((begin - 8).to_bytes(8, "little") + header.ljust(begin - 8))
+    return entries
 
 
 @contextmanager
@@ -291,6 +243,8 @@ def replacing(path: Path) -> Iterator[Path]:
             flush(written)
         os.replace(temporary, path)
         flush(path.parent)
+    except OSError as error:  # a full disk, for example
+        raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         remove(temporary)
 
@@ -368,9 +322,7 @@ def verify(directory: Path, names: Iterable[str] | None = None) -> None:
     """Raise a `FormatError` if files of a directory, all or those that are named, are not as its manifest says."""
     files = read_manifest(directory)
     if bad := [name for name in names or files if _entry(directory / name) != files.get(name, {})]:
-        raise FormatError(
-            f"{directory}: not as it was written: {', '.join(bad)}; after a change on purpose, remove {MANIFEST} there"
-        )
+        raise FormatError(f"{directory}: not as it was written: {', '.join(bad)}; if on purpose, remove its {MANIFEST}")
 
 
 def _entry(path: Path) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def test_of_a_file_cut_off_anywhere_every_whole_line_counts(tmp_path):
         ("", "run: holds no step yet"),
         ('{"step": 1', "run: holds no step yet"),
         ('{"step": 1\n{"step": 2}\n', "run/metrics.jsonl, line 1: not JSON"),
-        ('{"step": 1}\n[2]\n', "run/metrics.jsonl, line 2: need an object"),
+        ('{"step": 1}\n[2]\n', "run/metrics.jsonl, line 2: found a JSON list, need an object"),
         ('{"step": 1}\n{"loss": 2}\n', "run/metrics.jsonl, line 2: need an object with a whole number as 'step'"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora import llama
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
-from minilora.files import INDEX, TensorFile, TensorWriter, publishing, tensor_files, write_json
+from minilora.files import INDEX, TensorFile, publishing, stream_tensors, tensor_files, write_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import (
     Quantize,
@@ -123,20 +123,24 @@ def stored_weights(
                 "this head, as transformers reads it, set tie_word_embeddings to false there, or remove the tensor"
             )
     chosen = set() if packed else config.chosen(list(_linears(model)))
+
+    def read(name: str) -> Tensor:
+        tensor = files[name].read(name)
+        if tensor.dtype not in DTYPES.values():
+            raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
+        return tensor
+
     for name, _ in model.named_parameters():
         if name in packed:
             yield name, NF4Linear(*read_packed(files, packed[name], device, not is_view), None).to(target)
-            continue
-        file, stored = files[name], files[name].dtype(name)
-        if stored not in DTYPES.values():
-            raise FormatError(f"{file.path}: {name} is {stored}; supported are {sorted(DTYPES)}")
-        if name.removesuffix(".weight") in chosen:
+        elif name.removesuffix(".weight") in chosen:
             try:
-                yield name, NF4Linear.quantize(file.read(name).to(device), None, config.double_quant).to(target)
+                linear = NF4Linear.quantize(read(name).to(device), None, config.double_quant)
             except TrainingError as error:
-                raise FormatError(f"{file.path}: {name}: {error}") from error
+                raise FormatError(f"{files[name].path}: {name}: {error}") from error
+            yield name, linear.to(target)
         else:
-            yield name, file.read(name).to(device, target, copy=not is_view)
+            yield name, read(name).to(device, target, copy=not is_view)
 
 
 def save_model(
@@ -205,21 +209,28 @@ def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit:
 
     The names of the files follow when their number is known.
     """
-    shards = [TensorWriter(directory / "0", header_bytes, {})]
-    for group in groups:
-        if 0 < shards[-1].size > limit - sum(tensor.nbytes for tensor in group.values()):
-            shards[-1].finish()
-            shards.append(TensorWriter(directory / f"{len(shards)}", header_bytes, {}))
-        for name, tensor in group.items():
-            shards[-1].write(name, tensor)
-    shards[-1].finish()
+    size = file = 0
+
+    def file_of(group: Mapping[str, Tensor]) -> int:
+        nonlocal size, file
+        more = sum(tensor.nbytes for tensor in group.values())
+        if 0 < size > limit - more:
+            file += 1
+            size = 0
+        size += more
+        return file
+
+    shards: list[dict[str, Any]] = []  # the entries of each file
+    for number, part in itertools.groupby(groups, file_of):
+        tensors = itertools.chain.from_iterable(group.items() for group in part)
+        shards.append(stream_tensors(directory / f"{number}", tensors, header_bytes, {}))
     n = len(shards)
-    files = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
-    for i, file in enumerate(files):
-        os.replace(directory / f"{i}", directory / file)
+    names = [f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
+    for i, name in enumerate(names):
+        os.replace(directory / f"{i}", directory / name)
     if n > 1:
-        weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard.entries}
-        total = sum(shard.size for shard in shards)
+        weight_map = {tensor: name for entries, name in zip(shards, names, strict=True) for tensor in entries}
+        total = sum(max(entry["data_offsets"][1] for entry in entries.values()) for entries in shards)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

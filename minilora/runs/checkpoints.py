@@ -197,11 +197,11 @@ def load_checkpoint(
 
 def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
-    found = {name: (shape, file.dtype(name)) for name, shape in file.shapes.items()}
-    own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in expected.items()}
+    tensors = {name: file.read(name) for name in file.shapes}
+    found, own = ({name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (tensors, expected))
     if differing := sorted(name for name in found | own if found.get(name) != own.get(name)):
         raise FormatError(f"{file.path}: holds other tensors than the run trains: {differing[:5]}")
-    return {name: file.read(name) for name in expected}
+    return tensors
 
 
 def checkpoints(folder: Path) -> list[Path]:

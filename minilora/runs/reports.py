@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minilora.errors import FormatError, printable
-from minilora.files import parse_json, read_json, read_text
+from minilora.files import parse_object, read_json, read_text
 from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
@@ -157,8 +157,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     for number, line in enumerate(lines, start=1):
-        record = parse_json(line, f"{path}, line {number}")
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
+        record = parse_object(line, f"{path}, line {number}")
+        if type(record.get("step")) is not int:
             raise FormatError(f"{path}, line {number}: need an object with a whole number as 'step'")
         records.append(record)
     return records
