@@ -8,6 +8,7 @@ that file dequantized to bfloat16, not the original checkpoint. Needs the extra 
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -45,4 +46,6 @@ def build(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="is made; it must not exist")
+    build(parser.parse_args().directory)

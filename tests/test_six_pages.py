@@ -217,6 +217,9 @@ def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
         adapter.save_lora(model, tmp_path)
     with pytest.raises(ml.FormatError, match="alpha_pattern"):
         adapter.load_lora(tiny_model(), tmp_path)
+    adapter.attach_lora(plain := tiny_model(), ["q_proj"])
+    with pytest.raises(ml.TargetError, match=r"ml\.attach.*save_lora"):
+        ml.save_adapter(plain, tmp_path / "plain")
     edit(tmp_path, alpha_pattern={})
     with pytest.raises(ml.FormatError, match=r"layers\.0\.self_attn\.v_proj\.lora_A"):
         adapter.load_lora(tiny_model(), tmp_path)

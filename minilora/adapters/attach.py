@@ -165,7 +165,8 @@ def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
     config: LoraConfig | None = getattr(adapter, "lora_config", None)
     if config is None:
         raise TargetError(
-            f"adapter {name!r} was attached without a LoraConfig; save it by `minilora.adapter.save_lora`"
+            f"adapter {name!r} was attached without a LoraConfig: attach it by `ml.attach`, or save it by"
+            " `minilora.adapter.save_lora`, which takes one rank and scale"
         )
     return config
 
