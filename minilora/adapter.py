@@ -214,7 +214,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
     """Write an adapter of linear layers, of one rank and scale, in PEFT's layout.
 
     Raises:
-        TargetError: the adapter has something else, which `ml.save_adapter` writes.
+        TargetError: the adapter has more, which `ml.save_adapter` writes.
     """
     layers = layers_of(model, name)
     adapters = [each.adapters[name] for each in layers.values() if type(each) is LoraLinear]

@@ -42,7 +42,10 @@ def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int) -> Example:
-    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned."""
+    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned.
+
+    `ml.load_dataset` takes every form of rows.
+    """
     prompt, completion = row_text(row)
     encoding = tokenizer.encode(prompt + completion)
     edges = [(0, 0), *encoding.offsets]  # some tokenizers trim spaces off
@@ -54,7 +57,7 @@ def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int) -> Example:
 def label_tokens(
     tokens: Sequence[int], spans: Sequence[Span], learned: Sequence[Span]
 ) -> list[int]:
-    """Return the label of each token: itself where it shares a character with a learned span."""
+    """Label each token: with itself where it shares a character with a learned span."""
     labels = []
     for token, (begin, end) in zip(tokens, spans, strict=True):
         is_learned = any(max(begin, first) < min(end, last) for first, last in learned)

@@ -367,7 +367,7 @@ def pad(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
 
 
 def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
-    """Read a Llama: `config.json` and one or several safetensors files, by name and strictly."""
+    """Read a Llama's directory, by name and strictly; `ml.load_model` reads every family."""
     directory = Path(directory)
     source = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):

@@ -8,7 +8,7 @@ and with an exact 0  [QLoRA §3, app. E]. An absmax in float32 costs half a bit 
 weights. *Double quantization* stores the absmaxes, less their mean, in eight bits, with one float32
 scale per 256: 8/64 + 32/(64·256) = 0.127 bits a weight.
 
-QLoRA is LoRA on such a weight, stored in four bits; the computation is in 16  [QLoRA eq. 5].
+QLoRA is LoRA on such a weight, computed in 16 bits  [QLoRA eq. 5].
 Bytes are those of bitsandbytes: the first of two weights is in the high half of a byte, blocks run
 over the rows laid end to end, and a number midway between two levels gets the lower one.
 

@@ -4,7 +4,7 @@ A step's loss is the mean of its tokens' losses; a batch cut into parts has the 
 
     L = 1/n Σ_t -log p(token t | before),    n = Σ over micro-batches of their labelled tokens
 
-A run is a loop over steps; `minilora.runs` puts evaluation, checkpoints and logs around it:
+A run is a loop over steps; `minilora.runs` adds evaluation, checkpoints and logs:
 
     for step, rows in enumerate(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), peak=2e-4, warmup=10)
@@ -77,7 +77,7 @@ def train_step(
     loss: Loss = token_loss,
     max_grad_norm: float = 1.0,
 ) -> Step:
-    """Make one optimizer step on the mean loss of some micro-batches."""
+    """Make one optimizer step on the mean loss of micro-batches; `ml.train` makes a run."""
     total, count = accumulate(model, optimizer, batches, loss)
     return update(optimizer, total, count, max_grad_norm)
 
@@ -125,7 +125,7 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:
-    """Return the parameters of all groups of an optimizer."""
+    """Return the parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
