@@ -41,7 +41,6 @@ SETTINGS = {
     "samples": 0,  # which would take longer than training
 }
 NO_ADAPTER = {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
-FULL = {"method": "full", "learning_rate": 0.003, **NO_ADAPTER}
 
 
 def flags_of(command):

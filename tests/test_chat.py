@@ -8,7 +8,6 @@ import pytest
 
 import minilora as ml
 from minilora.cli.chat import CHAT_HELP
-from tests.files import write_adapter
 from tests.models import long
 from tests.runs import interrupt_generation, type_in, write_chat_models
 from tests.text import CHATML, CLOSE, OPEN
@@ -19,10 +18,7 @@ CUT = f"cut after {NEW} tokens; --max-new-tokens allows more\n"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """The chat model has two adapters."""
-    directory = write_chat_models(tmp_path_factory.mktemp("chat"))
-    write_adapter(ml.load_model(directory / "chat"), directory / "other" / "second", seed=5, r=2)
-    return directory
+    return write_chat_models(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture
@@ -116,63 +112,29 @@ def test_a_system_prompt_goes_before_all_turns_and_stays_after_a_reset(directory
     assert chat("/reset", "on", flags=["--system=be kind"]).out == lines_of(third)
 
 
-def test_each_adapter_is_asked_as_it_was_trained(directory, chat, tmp_path):
-    replies, flags = {None: Talk(directory, "chat-adapter").say("the cat")}, []
-    for system in ("be kind", "be brief"):
-        adapter = shutil.copytree(directory / "chat-adapter", tmp_path / system.removeprefix("be "))
-        (adapter / "minilora-prompts.json").write_text(json.dumps({"form": "template", "system": system}))
-        flags.append(f"--adapter={adapter}")
+def test_an_adapter_is_asked_as_it_was_trained(directory, chat, tmp_path):
+    adapter = shutil.copytree(directory / "chat-adapter", tmp_path / "adapter")
+    (adapter / "minilora-prompts.json").write_text(json.dumps({"form": "template", "system": "be kind"}))
+    replies = {}
+    for system in ("", "be kind", "be brief"):
         talk = Talk(directory, "chat-adapter")
-        talk.messages += [{"role": "system", "content": system}]
+        talk.messages += [{"role": "system", "content": system}] if system else []
         replies[system] = talk.say("the cat")
     assert len(set(replies.values())) == 3
-    said = ("the cat", "/reset", f"/adapter {tmp_path / 'brief'}", "the cat")
-    assert chat(*said, flags=flags).out == lines_of(replies["be kind"], replies["be brief"])
-    assert chat(*said, flags=[*flags, "--system=be kind"]).out == lines_of(*[replies["be kind"]] * 2)
-    assert chat("/system be brief", *said, flags=flags).out == lines_of(*[replies["be brief"]] * 2)
-    assert chat("/system", *said, flags=flags).out == lines_of(*[replies[None]] * 2)
-    assert chat(*said, flags=[*flags, "--system="]).out == lines_of(*[replies[None]] * 2)
-
-
-def test_adapters_go_by_what_the_flag_says_and_the_first_one_begins(directory, chat):
-    second = f"{directory / 'other' / 'second'}/"
-    flags = ["--adapter=chat-adapter", f"--adapter={second}"]
-    replies = {name: Talk(directory, name).say("the cat") for name in (None, "chat-adapter", "other/second")}
-    assert len(set(replies.values())) == 3
-    lines = ["/reset", "the cat"]
-    said = [*lines, f"/adapter {second}", *lines, "/adapter none", *lines, "/adapter chat-adapter", *lines]
-    order = ["chat-adapter", "other/second", None, "chat-adapter"]
-    assert chat(*said, flags=flags).out == lines_of(*(replies[name] for name in order))
-
-
-def test_a_conversation_goes_on_with_another_adapter(directory, chat):
-    base, adapted = Talk(directory), Talk(directory, "chat-adapter")
-    first = adapted.say("the cat")
-    base.messages = adapted.messages
-    out, _ = chat("the cat", "/adapter none", "sat", flags=["--adapter=chat-adapter"])
-    assert out == lines_of(first, base.say("sat"))
-
-
-def test_adapters_are_listed_and_the_active_one_is_marked(directory, chat):
-    flags = ["--adapter=chat-adapter", "--adapter=other/second"]
-    listed = "  none\n* chat-adapter\n  other/second\n  none\n  chat-adapter\n* other/second\n"
-    assert chat("/adapter", "/adapter other/second", flags=flags) == ("", listed)
-    assert chat("/adapter").err == "* none\n"
-
-
-def test_adapters_that_train_the_same_parameter_can_take_turns(directory, chat, tmp_path):
-    model = ml.load_model(directory / "chat")
-    ml.attach(model, ml.LoraConfig(modules_to_save=("lm_head",)))
-    for name in ("one", "two"):
-        ml.save_adapter(model, tmp_path / name)
-    flags = [f"--adapter={tmp_path / name}" for name in ("one", "two")]
-    assert chat("/adapter", flags=flags).err == f"  none\n* {tmp_path / 'one'}\n  {tmp_path / 'two'}\n"
+    for lines, flags, system in (
+        ([], [], "be kind"),
+        ([], ["--system=be brief"], "be brief"),
+        (["/system be brief"], [], "be brief"),
+        (["/system"], [], ""),
+        ([], ["--system="], ""),
+    ):
+        assert chat(*lines, "the cat", flags=[f"--adapter={adapter}", *flags]).out == lines_of(replies[system])
 
 
 def test_exit_ends_and_help_names_every_command(chat):
     out, err = chat("/help", "/exit", "the cat")
     assert (out, err) == ("", CHAT_HELP + "\n")
-    assert all(f"/{name} " in CHAT_HELP for name in ("reset", "system", "adapter", "help", "exit"))
+    assert all(f"/{name} " in CHAT_HELP for name in ("reset", "system", "help", "exit"))
     assert max(map(len, CHAT_HELP.splitlines())) < 80
 
 
@@ -182,7 +144,6 @@ def test_exit_ends_and_help_names_every_command(chat):
 def test_an_error_is_told_and_the_conversation_goes_on(directory, chat):
     talk = Talk(directory)
     errors = {
-        "/adapter third": "no adapter is called 'third'; there are ['none']",
         "/restart": "unknown command /restart; /help",
         "/": "unknown command /",
         "a\ufdd0": "U+FDD0",

@@ -414,14 +414,12 @@ def test_eval_says_which_data_were_trained_on(directory, run, tmp_path):
     hashes |= {f"{split}.jsonl": sha256_of(directory / "data" / f"{split}.jsonl") for split in ("train", "test")}
     hashes["questions.jsonl"] = sha256_of(write_rows(tmp_path / "asked.jsonl", 3))
     record = {"config": {"eval_data": "there/questions.jsonl"}, "data_sha256": hashes}
-    shutil.copytree(directory / "model", tmp_path / "model")
     trained, asked = ("many.jsonl", "data/train.jsonl"), tmp_path / "asked.jsonl"
-    for made, flag in (("adapter", "--adapter"), ("model", "--model")):
-        for change, told in (({}, trained), ({"data_sha256": [1]}, ()), ({"config": 1}, (*trained, asked))):
-            (tmp_path / made / "run.json").write_text(json.dumps(record | change))
-            for file in (*trained, "data", asked):
-                note = f"{file}: was trained on; rows that were not are in held_out.jsonl of the run\n"
-                assert run("eval", f"{flag}={tmp_path / made}", f"--data={file}").err == note * (file in told)
+    for change, told in (({}, trained), ({"data_sha256": [1]}, ()), ({"config": 1}, (*trained, asked))):
+        (tmp_path / "adapter" / "run.json").write_text(json.dumps(record | change))
+        for file in (*trained, "data", asked):
+            note = f"{file}: was trained on; rows that were not are in held_out.jsonl of the run\n"
+            assert run("eval", f"--adapter={tmp_path / 'adapter'}", f"--data={file}").err == note * (file in told)
 
 
 # --- errors ---

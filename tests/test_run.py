@@ -16,7 +16,7 @@ import torch
 import minilora as ml
 from minilora import cli
 from minilora.cli import finetune as command
-from minilora.files import TensorFile, lock
+from minilora.files import lock
 from minilora.models import checkpoint, template
 from minilora.runs import directory as run_directory
 from minilora.runs.checkpoints import checkpoints
@@ -29,7 +29,7 @@ from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import long
 from tests.ranks import CONTEXT, start_process
-from tests.runs import FULL, contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished
+from tests.runs import contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished
 from tests.text import EOS
 from tests.training import number
 
@@ -453,21 +453,15 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
     assert "general text" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_at_the_end_base_and_result_answer_all_held_out_rows_and_the_terminal_shows_three(
-    capsys, directory, tmp_path, monkeypatch, method
+    capsys, directory, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "50")
-    changes = {**(FULL if method == "full" else {}), "samples": 1, "max_steps": 3, "learning_rate": 0.1}
-    assert finetune(directory, tmp_path, **changes) == 0
+    assert finetune(directory, tmp_path, samples=1, max_steps=3, learning_rate=0.1) == 0
     told, data = capsys.readouterr().err, inputs(directory, eval_split=0.2)
     lines = (directory / "rows.jsonl").read_text().splitlines()
-    base, result = (
-        ml.load_model(directory / "model"),
-        ml.load_model(tmp_path if method == "full" else directory / "model"),
-    )
-    if method == "lora":
-        ml.load_adapter(result, tmp_path)
+    base, result = ml.load_model(directory / "model"), ml.load_model(directory / "model")
+    ml.load_adapter(result, tmp_path)
     expected, shown = [], []
     for example in data.test:
         row = json.loads(lines[int(example.source.rpartition(":")[2]) - 1])
@@ -478,14 +472,13 @@ def test_at_the_end_base_and_result_answer_all_held_out_rows_and_the_terminal_sh
             row |= {key: data.tokenizer.decode(ids), f"{prefix}finish_reason": reason}
         expected.append(row)
         shown.append(ending(row["prompt"], 50))
-        for name, key in (("wanted", "wanted"), ("base", "base"), ("model" if method == "full" else "adapter", "text")):
+        for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             shown.append(f"  {name:<8}-> {beginning(row[key], 37)}")
     assert [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()] == expected
     assert len(expected) == 4
     assert any(row["base"] != row["text"] for row in expected)
     assert told.splitlines()[-12:] == shown[:12]
-    made = f"--model={tmp_path}" if method == "full" else f"--adapter={tmp_path}"
-    assert cli.main(["eval", made, f"--data={tmp_path / 'held_out.jsonl'}"]) == 0
+    assert cli.main(["eval", f"--adapter={tmp_path}", f"--data={tmp_path / 'held_out.jsonl'}"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == 4
     assert_parity(number(found["value"]), number(summary(tmp_path)["after"]["loss"]))
@@ -552,16 +545,15 @@ def test_held_out_rows_have_the_names_that_their_columns_are_given(directory, tm
     assert cli.main(["eval", f"--adapter={tmp_path / 'out'}", f"--data={tmp_path / 'out' / 'held_out.jsonl'}"]) == 0
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_best_result_is_the_one_that_is_written_and_a_run_that_finds_no_better_one_ends(
-    capsys, directory, tmp_path, method
+    capsys, directory, tmp_path
 ):
     """What is evaluated contradicts what is learned, so that the loss does not fall for long."""
     for split, choices in (("train", ("yes",)), ("valid", ("no the sea",)), ("test", ("no the sea",))):
         runs.write_rows(tmp_path / f"{split}.jsonl", 20, choices)
     out, options = tmp_path / "out", {"data": tmp_path, "max_steps": 10, "save_total_limit": 99}
     options |= {"eval_steps": 1, "save_steps": 1, "lr_scheduler": "constant", "keep": "best", "early_stopping": 2}
-    options |= {**FULL, "learning_rate": 0.01} if method == "full" else {"learning_rate": 0.1, "lora_dropout": 0}
+    options |= {"learning_rate": 0.1, "lora_dropout": 0}
     assert finetune(directory, out, **options) == 0
     losses = {record["step"]: record["eval_loss"] for record in metrics(out) if "eval_loss" in record}
     best = min(losses, key=losses.get)
@@ -570,13 +562,9 @@ def test_the_best_result_is_the_one_that_is_written_and_a_run_that_finds_no_bett
     assert_parity(number(summary(out)["after"]["loss"]), number(losses[best]))
     told = capsys.readouterr().err
     assert "stopped early: no new lowest loss in 2 evaluations" in told
-    assert f"the {'model' if method == 'full' else 'adapter'} of step {best} had the lowest loss" in told
+    assert f"the adapter of step {best} had the lowest loss" in told
     checkpoint = out / "checkpoints" / f"step-{best:06d}"
-    if method == "full":
-        trained = TensorFile(checkpoint / "trained.safetensors")
-        assert all(torch.equal(p, trained.read(name)) for name, p in ml.load_model(out).named_parameters())
-    else:
-        assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
+    assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
 
 
 def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(capsys, monkeypatch, tmp_path):

@@ -74,8 +74,6 @@ def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_
     assert "leave out what it decides itself: --add-tokens, --lora-r 16 (it has 3), --use-dora True (it has False)" in (
         capsys.readouterr().err
     )
-    assert go_on(directory, tmp_path / "b", method="full") == 1
-    assert "itself: --method full" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

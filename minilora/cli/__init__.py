@@ -27,7 +27,7 @@ SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
 INTERRUPTED = 130  # that of Ctrl-C
 BROKEN_PIPE = 141  # that of a program whose output nobody reads any more
 COMMANDS = {
-    "finetune": "train an adapter or all weights; without --model and --data, on a built-in model and data",
+    "finetune": "train an adapter; without --model and --data, on a built-in model and data",
     "generate": "generate text from prompts",
     "chat": "chat with a model",
     "merge": "merge adapters into a model's weights and save the model",
@@ -44,6 +44,7 @@ RENAMED = {  # commands and flags of earlier versions, and what to use now
     "verify": "use inspect, which also compares files with their hashes",
     "--task-type": in_recipe("classify_texts"),
     "--loraplus-lr-ratio": in_recipe("loraplus"),
+    "--method": "from Python, ml.train trains all weights of a model that has no adapter",
     "--recompute": "it is called --gradient-checkpointing",
     "--target-parameters": in_recipe("experts"),
     "--text-field": "use --columns text=FIELD",

@@ -13,31 +13,26 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 
-from minilora.adapters.attach import set_adapter
-from minilora.adapters.layout import tokenizer_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
 from minilora.cli.write import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, MiniloraError
 from minilora.models.config import trained_length
-from minilora.models.hub import fetch
 from minilora.runs.conversations import encode_question
 from minilora.runs.formats import Conversation, Fields
 
-NONE = "none"
 CHAT_HELP = """\
-/reset              start a new conversation
-/system TEXT        set the system prompt; without TEXT, remove it
-/adapter NAME|none  switch to this adapter, or to none; without NAME, list them
-/help               show this
-/exit               end the chat, as Ctrl-D does
+/reset        start a new conversation
+/system TEXT  set the system prompt; without TEXT, remove it
+/help         show this
+/exit         end the chat, as Ctrl-D does
 Ctrl-C stops a reply. A message that begins with / needs a space before it."""
 
 
 def add_flags(parser: Parser) -> None:
     parser.description = f"{parser.description}\n\n{CHAT_HELP}"
-    add_model_flags(parser, many_adapters=True)
+    add_model_flags(parser)
     parser.group("conversation").add_argument("--system", metavar="TEXT", help="system prompt")
     add_generation_flags(parser, max_new_tokens=512)
 
@@ -48,7 +43,8 @@ def run(options: Options) -> int:
     if is_terminal:
         with suppress(ImportError):
             importlib.import_module("readline")  # gives `input` a history and editing keys
-        say(f"{chat.model.name_or_path}, adapter: {chat.adapter}. /help lists the commands, Ctrl-D ends the chat.")
+        adapter = "".join(options["adapter"]) or "none"
+        say(f"{chat.model.name_or_path}, adapter: {adapter}. /help lists the commands, Ctrl-D ends the chat.")
     prompt = "\n> " if is_terminal else ""
     while True:
         try:
@@ -68,47 +64,34 @@ def run(options: Options) -> int:
 
 
 class Chat:
-    """A conversation with a model and one of its adapters.
+    """A conversation with a model and its adapter, if it has one.
 
     Attributes:
         turns: the messages of the user and the assistant.
         system: the system prompt; None is that of the adapter's training.
-        adapter: the active adapter as --adapter names it, or "none".
         replies: the number of replies so far, in all conversations; each is sampled with the next seed.
     """
 
     def __init__(self, options: Options):
-        self.model, own = load(options)
-        if own.template is None:
+        self.model, self.tokenizer = load(options)
+        if self.tokenizer.template is None:
             raise ConfigError(
                 f"{self.model.name_or_path}: the model has no chat template; "
                 "use `minilora generate --raw` to continue text with it"
             )
-        self._generation, self._paths = from_flags(GenerationConfig, options), options["adapter"]
-        found = {path: tokenizer_of(self.model.name_or_path, [fetch(path, "adapter")]) for path in self._paths}
-        self._tokenizers = {NONE: own, **{path: each or own for path, each in found.items()}}
+        self._generation = from_flags(GenerationConfig, options)
         self.system: str | None = options["system"]
         self.turns: list[Fields] = []
         self.replies = 0
-        self.use(self._paths[0] if self._paths else NONE)
-        if self._tokenizers[self.adapter].prompts.form == "plain":
+        if self.tokenizer.prompts.form == "plain":
             say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
-
-    def use(self, adapter: str) -> None:
-        """Switch to an adapter, or to none."""
-        if adapter not in self._tokenizers:
-            raise ConfigError(f"no adapter is called {adapter!r}; there are {[*self._tokenizers]}")
-        if self._paths:
-            set_adapter(self.model, [] if adapter == NONE else f"adapter{self._paths.index(adapter)}")
-        self.adapter = adapter
 
     def reply(self, text: str) -> None:
         """Print the reply to a message. Ctrl-C ends the reply; if there is none yet, the message is dropped."""
-        tokenizer = self._tokenizers[self.adapter]
-        system = tokenizer.prompts.system if self.system is None else self.system
+        system = self.tokenizer.prompts.system if self.system is None else self.system
         turns = [*self.turns, {"role": "user", "content": text}]
         opening = [{"role": "system", "content": system}] if system else []
-        ids = encode_question(Conversation([*opening, *turns]), tokenizer)
+        ids = encode_question(Conversation([*opening, *turns]), self.tokenizer)
         if len(ids) > (limit := trained_length(self.model.config)):
             say(f"the conversation has {len(ids)} tokens, more than the {limit} of the model's training: see /reset")
         pieces: list[str] = []
@@ -120,7 +103,7 @@ class Chat:
         generation = replace(self._generation, seed=self._generation.seed + self.replies)
         written: list[Written] = []
         with suppress(KeyboardInterrupt):
-            written = generate_text(self.model, tokenizer, [ids], generation, show)
+            written = generate_text(self.model, self.tokenizer, [ids], generation, show)
         print(flush=True)
         for each in written:
             say_cut(each, generation.max_new_tokens)
@@ -131,18 +114,13 @@ class Chat:
     def obey(self, command: str) -> None:
         """Run a command that begins with a slash."""
         name, argument = (*command.split(maxsplit=1), "")[:2]
-        argument = argument.strip()
         match name:
             case "/reset":
                 self.turns = []
                 say("started a new conversation")
             case "/system":
-                self.system = argument
-                say(f"system prompt: {self.system or NONE}")
-            case "/adapter":
-                if argument:
-                    self.use(argument)
-                say("\n".join(f"{'*' if known == self.adapter else ' '} {known}" for known in self._tokenizers))
+                self.system = argument.strip()
+                say(f"system prompt: {self.system or 'none'}")
             case "/help":
                 say(CHAT_HELP)
             case _:

@@ -1,4 +1,4 @@
-"""Train an adapter, or with --method full all weights, on rows of data.
+"""Train an adapter on rows of data.
 
 The model is measured before and after. Without --model and --data, a built-in
 model and data are used, and it takes less than a minute. --dry-run shows what
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Collection
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ from minilora.cli.preview import duration, preview
 from minilora.errors import ConfigError, TrainingError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import world
@@ -114,16 +114,13 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
 def check_settings(settings: Settings, base: Base) -> None:
     """Check that the library for the metrics is there, and what is trained against what the run starts from."""
     tracker = settings.run.report
-    is_full = settings.is_full
     if tracker != "none" and find_spec(tracker) is None:
         raise ConfigError(f"--report {tracker} needs the package {tracker}: pip install {tracker}")
-    if is_full and (settings.quantization.quantize != "none" or is_four_bit(base.config.source)):
-        raise ConfigError("--method full: weights in four bits cannot be trained; --method lora trains an adapter")
     for directory in base.adapters:
         check_not_merged(base.location, [directory])
         own = read_adapter(directory).config()
         check_language_task(directory, own)
-        bad = [*(["--method full"] if is_full else []), *(["--add-tokens"] if settings.run.add_tokens else [])]
+        bad = ["--add-tokens"] if settings.run.add_tokens else []
         for name, value in vars(settings.lora).items():
             if value != (it_has := getattr(own, name)):
                 bad.append(f"{flag(name)} {value!r:.80} (it has {it_has!r:.80})")
@@ -135,11 +132,10 @@ def check_memory(plan: Plan, found: Forecasts) -> None:
     """Raise a `TrainingError` if a run does not fit into memory."""
     chosen = found[plan.training.gradient_checkpointing]
     if not fits(plan, chosen):
-        smaller = "--method lora" if plan.lora is None else "--quantize nf4"
         raise TrainingError(
             f"the run needs {amount(chosen.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are "
             f"free on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
-            f"gradient is the same), --gradient-checkpointing block, {smaller}, a smaller --max-length, or --shard "
+            "gradient is the same), --gradient-checkpointing block, --quantize nf4, a smaller --max-length, or --shard "
             "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
         )
 
@@ -153,7 +149,7 @@ def run(options: Options) -> int:
         directory = stack.enter_context(closing(RunDirectory(settings)))
         base = find_base(settings)
         check_settings(settings, base)
-        earlier = Earlier(settings.dtype) if is_dry else directory.open(base)
+        earlier = Earlier(settings.run.dtype) if is_dry else directory.open(base)
         with closing(ProgressBar()) as bar:
             data = read_data(settings, base.adapters, earlier.began, bar.show)  # a chat template may write the date
         plan, memory = choose_plan(plan_run(settings, base, data, earlier.dtype, device))
@@ -163,10 +159,9 @@ def run(options: Options) -> int:
         if not options["force"]:
             check_memory(plan, memory)
         if earlier.is_finished:
-            how = "model further, give --model" if settings.is_full else "adapter further, add --adapter"
             say(
                 f"{directory.path}: holds this run, which is finished, so nothing is left to do; give another --out; "
-                f"to train its {how} {directory.path}"
+                f"to train its adapter further, add --adapter {directory.path}"
             )
             return 0
         model = load_base(plan, base, device)
@@ -174,15 +169,14 @@ def run(options: Options) -> int:
         directory.start(run, model)
         describe(run, model, options["config"])
         bar = stack.enter_context(closing(ProgressBar("held-out" if data.valid is data.test else "validation")))
-        with nullcontext() if settings.is_full else disable_adapter(model):
+        with disable_adapter(model):
             before = evaluate(model, data.test, data.choices, bar.rows("measuring the base model"))
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
             return _stop(result, bar)
-        after = evaluate(model, data.test, data.choices, bar.rows(f"measuring the {run.made}"))
-        reference = load_base(plan, base, device) if settings.is_full and (data.general or data.questions) else None
-        forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"), reference)
-        answers = answer(model, reference, data.tokenizer, data.questions, bar.rows("answering held-out rows"))
+        after = evaluate(model, data.test, data.choices, bar.rows("measuring the adapter"))
+        forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"))
+        answers = answer(model, data.tokenizer, data.questions, bar.rows("answering held-out rows"))
         bar.close()
         outcome = Outcome(result, before, after, forgetting, answers)
         directory.finish(run, model, outcome)

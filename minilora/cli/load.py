@@ -69,21 +69,19 @@ def find(options: Options) -> Found:
 
 
 def load(options: Options) -> tuple[Llama, Tokenizer]:
-    """Find and load the model and the adapters, and return it with its tokenizer.
-
-    The adapters are called "adapter0", "adapter1", …; the last is active.
+    """Find and load the model and its adapter, if one is named, and return it with its tokenizer.
 
     Raises:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
-        ConfigError: an adapter is merged into the model already; or as for `load_model` and `load_adapter`.
+        ConfigError: the adapter is merged into the model already; or as for `load_model` and `load_adapter`.
     """
     found = find(options)
     check_not_merged(found.base, found.adapters)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     model = load_model(found.base.name, options["dtype"], usable_device(options["device"]), found.quantize)
     resize_token_embeddings(model, max(map(vocabulary_of, found.adapters), default=0))
-    for i, path in enumerate(found.adapters):
-        load_adapter(model, path, f"adapter{i}")
+    for path in found.adapters:
+        load_adapter(model, path)
     for note in base_notes(found.base, found.adapters, describe_base(model)):
         say(note)
     return model, tokenizer
@@ -124,11 +122,8 @@ def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:
 
 
 def run_record(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings and the hashes of the data of the run that made the adapter, or the model; empty if none."""
-    directories = [fetch(name, "adapter") for name in options["adapter"]]
-    if options["model"] and not directories:
-        directories = [Path(options["model"])]
-    paths = (directory / "run.json" for directory in directories)
+    """Return the settings and the hashes of the data of the run that made the adapter; empty if none."""
+    paths = (fetch(name, "adapter") / "run.json" for name in options["adapter"])
     record = next((read_json(path) for path in paths if path.exists()), {})
     config, hashes = record.get("config"), record.get("data_sha256")
     return (config if isinstance(config, dict) else {}), (hashes if isinstance(hashes, dict) else {})

@@ -103,7 +103,7 @@ def describe(run: Run, model: Llama, config: Path | None) -> None:
     training = run.plan.training
     stored = stored_dtype(run.base.config.source)
     reason = ""
-    if run.settings.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
+    if run.settings.run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
         reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
@@ -127,14 +127,13 @@ def report(run: Run, outcome: Outcome) -> None:
     """Print what the run has changed, as a table, and show the first answers to held-out rows."""
     result = outcome.result
     forgetting = outcome.forgetting
-    made = run.made
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
     if result.kept != result.steps:
-        say(f"the {made} of step {result.kept} had the lowest loss of all evaluations and is the one kept")
+        say(f"the adapter of step {result.kept} had the lowest loss of all evaluations and is the one kept")
     has_accuracy = outcome.after.accuracy is not None
     lines = [f"{'':<10}{'held-out loss':>15}" + (f"{'accuracy':>12}" if has_accuracy else "")]
-    for name, scores in {"base": outcome.before, made: outcome.after}.items():
+    for name, scores in {"base": outcome.before, "adapter": outcome.after}.items():
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if forgetting:
@@ -146,7 +145,7 @@ def report(run: Run, outcome: Outcome) -> None:
     width = shutil.get_terminal_size().columns
     for row in outcome.answers[:SHOWN]:
         say(ending(str(row["prompt"]), width))
-        for name, key in (("wanted", "wanted"), ("base", "base"), (made, "text")):
+        for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             title = f"  {name:<8}-> "
             say(title + beginning(str(row[key]), width - len(title)))
-    print(f"{made} written to {run.settings.run.out}")
+    print(f"adapter written to {run.settings.run.out}")

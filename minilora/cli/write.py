@@ -11,7 +11,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
 from minilora.cli import Parser, say
 from minilora.cli.flags import add_fields
-from minilora.errors import ConfigError, option
+from minilora.errors import option
 from minilora.llama import Llama
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer
@@ -26,60 +26,43 @@ UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet
 
 @final
 class TextStream:
-    """Decode the tokens of one text as they come, up to the first stop string.
+    """Decode the tokens of one text as they come.
 
-    The text is the decoded text of all tokens, without special ones, up to where the first stop string begins, wherever
-    tokens divide the text or a character. For each token all tokens are decoded again, which costs less than 1 ms for
-    4,000 of them.
+    The text is the decoded text of all tokens, without special ones, wherever tokens divide a character. For each token
+    all tokens are decoded again, which costs less than 1 ms for 4,000 of them.
 
     Attributes:
         text: what no later token changes.
-        is_stopped: whether a stop string was found, which ends the text.
 
     Args:
         tokenizer: decodes the tokens.
-        stops: the stop strings.
         show: is called with each piece that is added to the text.
-
-    Raises:
-        ConfigError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), show: Callable[[str], object] | None = None):
-        if not all(stops):
-            raise ConfigError("a stop string is empty")
-        self.text, self.is_stopped = "", False
-        self._tokenizer, self._stops, self._show = tokenizer, tuple(stops), show
+    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], object] | None = None):
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._show = show
         self._bytes = {tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)}
         self._tokens: list[int] = []
 
-    def add(self, token: int) -> bool:
-        """Add a token, and return whether the text is stopped."""
+    def add(self, token: int) -> None:
+        """Add a token."""
         self._tokens.append(token)
         # Decoders join adjacent byte tokens, also over a special token, and an invalid one changes all of them.
         if token not in self._bytes and self._tokenizer.decode([token]):
             self._extend(self._tokenizer.decode(self._tokens).rstrip(UNFINISHED))
-        return self.is_stopped
 
     def finish(self) -> str:
         """Return the whole text after the last token."""
-        self._extend(self._tokenizer.decode(self._tokens), is_last=True)
+        self._extend(self._tokenizer.decode(self._tokens))
         return self.text
 
-    def _extend(self, decoded: str, is_last: bool = False) -> None:
-        """Extend the text up to where a stop string begins, or may begin when more text follows."""
-        begin = end = len(self.text)
-        while end < len(decoded) and not self.is_stopped:
-            if decoded.startswith(self._stops, end):
-                self.is_stopped = True
-            elif not is_last and any(stop.startswith(decoded[end:]) for stop in self._stops):
-                break
-            else:
-                end += 1
-        if end > begin:
-            self.text += decoded[begin:end]
+    def _extend(self, decoded: str) -> None:
+        if added := decoded[len(self.text) :]:
+            self.text += added
             if self._show is not None:
-                self._show(decoded[begin:end])
+                self._show(added)
 
 
 class Written(NamedTuple):
@@ -94,7 +77,6 @@ class GenerationConfig:
     """Settings of text generation, which `minilora.generate` checks."""
 
     max_new_tokens: int
-    stop: tuple[str, ...]
     temperature: float = option(0.0, "0: the most likely token; above 0: sample, with the logits divided by this")
     top_p: float = option(1.0, "sample from the most likely tokens that together have this probability")
     top_k: int = option(0, "sample from this many of the most likely tokens; 0: from all")
@@ -106,9 +88,7 @@ def add_generation_flags(parser: Parser, max_new_tokens: int) -> None:
     group = parser.group("generation")
     limit = f"maximum number of tokens to generate (default: {max_new_tokens})"
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=limit)
-    stop = "end the text before this string; repeat the flag for several"
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=stop)
-    add_fields(parser, GenerationConfig, "generation", but=("max_new_tokens", "stop"))
+    add_fields(parser, GenerationConfig, "generation", but=("max_new_tokens",))
 
 
 def generate_text(
@@ -119,22 +99,19 @@ def generate_text(
     show: Callable[[str], object] | None = None,
 ) -> list[Written]:
     """Return what the model writes after each prompt. `show` is called with each settled piece of a text."""
-    settings = asdict(generation)
-    stops = settings.pop("stop")
-    streams = [TextStream(tokenizer, stops, show) for _ in prompts]
+    streams = [TextStream(tokenizer, show) for _ in prompts]
     with merged_if_faster(model, generation.max_new_tokens):
         written = generate(
             model,
             prompts,
             stop_ids=tokenizer.stop_ids,
             on_token=lambda row, token: streams[row].add(token),
-            **settings,
+            **asdict(generation),
         )
     found = []
     for tokens, stream in zip(written, streams, strict=True):
-        text = stream.finish()
-        is_cut = len(tokens) == generation.max_new_tokens and not stream.is_stopped
-        found.append(Written(text, "length" if is_cut else "stop"))
+        is_cut = len(tokens) == generation.max_new_tokens
+        found.append(Written(stream.finish(), "length" if is_cut else "stop"))
     return found
 
 

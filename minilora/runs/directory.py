@@ -1,7 +1,6 @@
 """The directory of a fine-tuning run.
 
-OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout; or, with --method full,
-    config.json  model….safetensors                  the whole model
+OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout
     metrics.jsonl                                    a JSON object a step
     summary.json                                     before, after, totals
     held_out.jsonl                                   held-out rows, with the answers of base and result
@@ -33,7 +32,6 @@ from minilora.definition import is_plain
 from minilora.errors import TrainingError
 from minilora.files import holds_files, lock, publishing, remove, replacing, sha256_of, write_json
 from minilora.llama import Llama
-from minilora.models.checkpoint import MODEL_FILES, save_model_files
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs import checkpoints, world
@@ -87,11 +85,6 @@ class Run:
         if self.earlier.starts:
             _check_same(f"{self.settings.run.out}: the data", self.earlier.data_sha256, self.data.files)
 
-    @property
-    def made(self) -> str:
-        """What the run makes."""
-        return "model" if self.settings.is_full else "adapter"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -140,7 +133,7 @@ class RunDirectory:
         self._is_new = not self.path.exists()
         self._lock = lock(self.path)
         if not path.is_file():
-            return Earlier(self._settings.dtype)
+            return Earlier(self._settings.run.dtype)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
         before = record["config"]
@@ -164,7 +157,7 @@ class RunDirectory:
         _check_same(what, record["inputs_sha256"], self._inputs)
         first = record["starts"][0]
         return Earlier(
-            first["dtype"] if self._settings.dtype == "auto" else self._settings.dtype,
+            first["dtype"] if self._settings.run.dtype == "auto" else self._settings.run.dtype,
             datetime.fromisoformat(first["time"]),
             tuple(record["starts"]),
             record["data_sha256"],
@@ -223,7 +216,7 @@ class RunDirectory:
                 self._tracker(line)
 
     def finish(self, run: Run, model: Llama, outcome: Outcome) -> None:
-        """Save the model or adapter, the tokenizer, the answers to held-out rows and the summary, all at once.
+        """Save the adapter, the tokenizer, the answers to held-out rows and the summary, all at once.
 
         The summary marks the run as finished.
         """
@@ -240,12 +233,8 @@ class RunDirectory:
             "seconds": result.seconds,
             "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
         }
-        obsolete = MODEL_FILES if self._settings.is_full else ()
-        with publishing(self.path, obsolete, beside=("run.json", "metrics.jsonl")) as directory:
-            if self._settings.is_full:
-                save_model_files(model, directory)
-            else:
-                save_adapter_files(model, directory)
+        with publishing(self.path, beside=("run.json", "metrics.jsonl")) as directory:
+            save_adapter_files(model, directory)
             run.data.tokenizer.save(directory)
             copy_prompt_files([self.path], directory)
             if outcome.answers:

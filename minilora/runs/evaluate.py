@@ -286,26 +286,23 @@ def _is_last(left: list[int], row: int, token: int) -> bool:
 
 
 def answer(
-    model: Llama, base: Llama | None, tokenizer: Tokenizer, questions: Sequence[Question], progress: Progress = _ignore
+    model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], progress: Progress = _ignore
 ) -> list[dict[str, Any]]:
-    """Return the fields of held-out rows with the answers of the base and of the model, as held_out.jsonl has them.
-
-    The base is the model without its adapters, unless one is given.
-    """
+    """Return the fields of held-out rows with the answers of the base and of the model, as held_out.jsonl has them."""
     if not questions:
         return []
     rows = [{**question.fields} for question in questions]
     prompts = [question.tokens for question in questions]
     limits = [question.limit for question in questions]
 
-    def add_answers(writer: Llama, key: str, finish_reason: str) -> None:
-        written = write_answers(writer, tokenizer, prompts, limits, progress)
+    def add_answers(key: str, finish_reason: str) -> None:
+        written = write_answers(model, tokenizer, prompts, limits, progress)
         for fields, tokens, limit in zip(rows, written, limits, strict=True):
             fields |= {key: tokenizer.decode(tokens), finish_reason: "length" if len(tokens) == limit else "stop"}
 
-    with as_base(model, base) as before:
-        add_answers(before, "base", "base_finish_reason")
-    add_answers(model, "text", "finish_reason")
+    with disable_adapter(model):
+        add_answers("base", "base_finish_reason")
+    add_answers("text", "finish_reason")
     return rows
 
 

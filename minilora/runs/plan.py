@@ -66,20 +66,20 @@ def find_base(settings: Settings) -> Base:
 
 def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> Plan:
     """Return what a run is asked to do; its gradient checkpointing may be "auto"."""
-    is_full, ranks = settings.is_full, world.size()
+    ranks = world.size()
     ids = map(data.tokenizer.token_id, settings.run.add_tokens)
     new_tokens = [token for token in ids if token is not None]
     needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else settings.lora.vocabulary
     return Plan(
         replace(base.config, vocab_size=max(base.config.vocab_size, needed)),
-        None if is_full else _with_tokens(settings.lora, new_tokens),
+        _with_tokens(settings.lora, new_tokens),
         settings.training,
         settings.quantization,
         resolve_dtype(dtype, base.config.source, device),
         device,
         np.column_stack([data.train.lengths, data.train.labelled]),
         ranks,
-        "none" if is_full or ranks == 1 else settings.run.shard,
+        "none" if ranks == 1 else settings.run.shard,
     )
 
 
@@ -93,7 +93,7 @@ def load_base(plan: Plan, base: Base, device: torch.device | str) -> Llama:
 
 
 def attach_adapter(model: Llama, plan: Plan, base: Base) -> None:
-    """Attach a new adapter, or the one to start from, unless all weights are trained."""
+    """Attach a new adapter, or the one to start from."""
     if base.adapters:
         load_adapter(model, base.adapters[0], trainable=True)
     elif plan.lora is not None:

@@ -153,9 +153,6 @@ class RunConfig:
         "adapter to continue training, a directory or a hub id; its rank, alpha, targets and, by default, model hold",
         "adapter",
     )
-    method: Literal["lora", "full"] = option(
-        "lora", "train an adapter; or all weights of the model, in float32", "adapter"
-    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "number format of the base model; auto: the checkpoint's, where it is fast"
     )
@@ -210,16 +207,6 @@ class Settings:
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     training: TrainConfig = TrainConfig()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether all weights are trained, and no adapter."""
-        return self.run.method == "full"
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the base: all weights are trained in float32."""
-        return "float32" if self.is_full else self.run.dtype
 
     @property
     def by_flag(self) -> dict[str, Any]:

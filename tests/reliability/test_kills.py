@@ -18,7 +18,7 @@ from minilora import cli
 from minilora.runs.reports import ProgressBar
 from tests.models import long
 from tests.ranks import start_process
-from tests.runs import ADAPTER, FULL, finetune, starts, steps, words
+from tests.runs import ADAPTER, finetune, starts, steps, words
 from tests.training import newest_step
 
 pytestmark = [pytest.mark.reliability, pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")]
@@ -26,7 +26,6 @@ STEPS, INTERVAL = 16, 2
 KINDS = {
     "lora": {},
     "nf4": {"quantize": "nf4"},
-    "full": FULL,
     "dora": {"use_dora": True},
     "accumulated": {"gradient_accumulation_steps": 3},
     "best": {"eval_steps": 3, "keep": "best"},
