@@ -10,7 +10,6 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [L31]   llama-models, models/llama3/model.py, apply_scaling
 [Long]  Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens
 [GLU]   Shazeer 2020, GLU Variants Improve Transformer
-[GELU]  Hendrycks & Gimpel 2016, Gaussian Error Linear Units
 [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
 [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
 """
@@ -91,15 +90,6 @@ def causal_attention(
     return output
 
 
-def geglu(gate: Array, up: Array) -> Array:
-    """y = gate/2 · (1 + tanh(√(2/π) (gate + 0.044715 gate³))) · up, number by number  [GELU §2; GLU §2].
-
-    Shapes: gate (..., F), up (..., F) -> (..., F)
-    """
-    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    return gate / 2 * (1 + np.tanh(inner)) * up
-
-
 # --- rotary position embedding ---
 
 
@@ -160,110 +150,30 @@ def rope_table(rope: Any, length: int) -> tuple[Array, Array]:
 # --- a whole decoder ---
 
 
-def decoder_logits(
-    tensors: Mapping[str, Array], config: Any, tokens: Sequence[int], rotation: tuple[Array, Array] | None = None
-) -> Array:
-    """The logits of one document by a decoder of the Llama family.
-
-    The tensors' names say which family it is: biases, norms, convolutions, `qkv_proj` and `gate_up_proj` are used where
-    they are, and the head is the embedding where there is no `lm_head.weight`. Only multipliers and what Gemma computes
-    with the same names follow from the config.json.
+def decoder_logits(tensors: Mapping[str, Array], config: Any, tokens: Sequence[int], cos: Array, sin: Array) -> Array:
+    """The logits of one document by a Llama, perhaps with biases; its head is the embedding if it has none.
 
     Args:
         tensors: what a checkpoint holds, name -> array.
-        config: has num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps, windows (an
-            entry a layer), and source, the config.json.
+        config: has num_hidden_layers, head_dim and rms_norm_eps.
         tokens: the document.
-        rotation: cos and sin to use, (N, R/2) each; those of `rope_table` if not given.
+        cos, sin: the rotation.
 
-    Shapes: tokens (N) -> (N, V)
+    Shapes: tokens (N), cos (N, R/2), sin (N, R/2) -> (N, V)
     """
-    cos, sin = rope_table(config.rope, len(tokens)) if rotation is None else rotation
-    source, embedding = config.source, tensors["model.embed_tokens.weight"]
-    is_gemma = source["model_type"] == "gemma3_text"
-    embedded = math.sqrt(config.hidden_size) if is_gemma else source.get("embedding_multiplier", 1.0)
-    x = np.array([embedded * embedding[token] for token in tokens], dtype=np.float64)
-
-    def norm(held: Mapping[str, Array], name: str, x: Array) -> Array:
-        """The norm of that name, if there is one."""
-        weight = held.get(f"{name}.weight")
-        return x if weight is None else rms_norm(x, is_gemma + weight, config.rms_norm_eps)
-
+    embedding, eps = tensors["model.embed_tokens.weight"], config.rms_norm_eps
+    x = np.array([embedding[token] for token in tokens], dtype=np.float64)
     for layer in range(config.num_hidden_layers):
-        part = {
-            name.removeprefix(f"model.layers.{layer}."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"model.layers.{layer}.")
-        }
-        has_norms_after = "post_feedforward_layernorm.weight" in part
-        kind = int(config.windows[layer] is None)
-        own = (cos, sin) if cos.ndim == 2 else (cos[kind], sin[kind])
-        y = norm(part, "operator_norm", norm(part, "input_layernorm", x))
-        y = _convolution(part, y) if "conv.conv.weight" in part else _attention(part, config, layer, y, *own)
-        if has_norms_after:
-            y = norm(part, "post_attention_layernorm", y)
-        x = x + source.get("residual_multiplier", 1.0) * y
-        before = "pre_feedforward_layernorm" if has_norms_after else "post_attention_layernorm"
-        y = _mlp(part, norm(part, "ffn_norm", norm(part, before, x)), is_gemma)
-        y = norm(part, "post_feedforward_layernorm", y)
-        x = x + source.get("residual_multiplier", 1.0) * y
-    x = norm(tensors, "model.embedding_norm", norm(tensors, "model.norm", x))
-    return _linear(x, tensors.get("lm_head.weight", embedding)) / source.get("logits_scaling", 1.0)
-
-
-def _convolution(part: Mapping[str, Array], x: Array) -> Array:
-    """out(c · Σⱼ wⱼ · (b · x)[i - j]), where b, c and x are thirds of one projection  [LFM2 Technical Report §2]."""
-    b, c, rows = np.split(_project(part, "conv.in_proj", x), 3, axis=1)
-    rows, weight = b * rows, part["conv.conv.weight"][:, 0, ::-1].T
-    mixed = np.array([sum(weight[j] * rows[i - j] for j in range(min(i + 1, len(weight)))) for i in range(len(rows))])
-    return _project(part, "conv.out_proj", c * (mixed + part.get("conv.conv.bias", 0.0)))
-
-
-def _attention(part: Mapping[str, Array], config: Any, layer: int, x: Array, cos: Array, sin: Array) -> Array:
-    H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    if "self_attn.qkv_proj.weight" in part:
-        joint = _project(part, "self_attn.qkv_proj", x)
-        flat = [joint[:, : H * E], joint[:, H * E : (H + K) * E], joint[:, (H + K) * E :]]
-    else:
-        flat = [_project(part, f"self_attn.{name}_proj", x) for name in "qkv"]
-    is_gemma = config.source["model_type"] == "gemma3_text"
-    for name in ("q_norm", "q_layernorm"):
-        if (weight := part.get(f"self_attn.{name}.weight")) is not None:
-            width = len(weight)  # of a head, or of all of them
-            others = part[f"self_attn.k{name[1:]}.weight"]
-            flat[0] = rms_norm(flat[0].reshape(-1, width), is_gemma + weight, config.rms_norm_eps)
-            flat[1] = rms_norm(flat[1].reshape(-1, len(others)), is_gemma + others, config.rms_norm_eps)
-    q, k, v = (projected.reshape(len(x), -1, E) for projected in flat)
-    if is_gemma:
-        q = q * math.sqrt(E / config.source.get("query_pre_attn_scalar", 256))
-    if config.source["model_type"] == "granite":
-        q = q * math.sqrt(E) * config.source.get("attention_multiplier", 1.0)
-    if _is_rotated(config.source, layer):
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    heads = causal_attention(q, k, v, [len(x)], [len(x)], config.windows[layer])
-    name = "o_proj" if "self_attn.o_proj.weight" in part else "out_proj"
-    return _project(part, f"self_attn.{name}", heads.reshape(len(x), H * E))
-
-
-def _is_rotated(source: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer rotates q and k: in SmolLM3 those listed, or all except every fourth."""
-    if source["model_type"] != "smollm3":
-        return True
-    listed, interval = source.get("no_rope_layers"), source.get("no_rope_layer_interval") or 4
-    return bool(listed[layer]) if listed is not None else (layer + 1) % interval > 0
-
-
-def _mlp(part: Mapping[str, Array], x: Array, is_gemma: bool) -> Array:
-    if "feed_forward.w1.weight" in part:
-        return _project(
-            part, "feed_forward.w2", swiglu(_project(part, "feed_forward.w1", x), _project(part, "feed_forward.w3", x))
-        )
-    if "mlp.gate_up_proj.weight" in part:
-        joint = _project(part, "mlp.gate_up_proj", x)
-        gate, up = joint[:, : joint.shape[1] // 2], joint[:, joint.shape[1] // 2 :]
-    else:
-        gate, up = _project(part, "mlp.gate_proj", x), _project(part, "mlp.up_proj", x)
-    return _project(part, "mlp.down_proj", geglu(gate, up) if is_gemma else swiglu(gate, up))
+        start = f"model.layers.{layer}."
+        part = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        y = rms_norm(x, part["input_layernorm.weight"], eps)
+        q, k, v = (_project(part, f"self_attn.{name}_proj", y).reshape(len(x), -1, config.head_dim) for name in "qkv")
+        heads = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, [len(x)], [len(x)])
+        x = x + _project(part, "self_attn.o_proj", heads.reshape(len(x), -1))
+        y = rms_norm(x, part["post_attention_layernorm.weight"], eps)
+        y = swiglu(_project(part, "mlp.gate_proj", y), _project(part, "mlp.up_proj", y))
+        x = x + _project(part, "mlp.down_proj", y)
+    return _linear(rms_norm(x, tensors["model.norm.weight"], eps), tensors.get("lm_head.weight", embedding))
 
 
 def _project(part: Mapping[str, Array], name: str, x: Array) -> Array:

@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError
-from minilora.llama import Rope, rope_frequencies
 from minilora.models.config import FAMILIES, parse_config, trained_length
-from minilora.models.rotary import RopeByWindow
 from minilora.models.smollm3 import rotated_layers
 from tests import models
 from tests.models import DYNAMIC, LLAMA3, MULTIPLIERS, SIZES, examples, tiny_config, tiny_model, token_ids
@@ -29,11 +27,13 @@ def read(**source):
 
 
 def meaning(config):
-    """A config without the text that it was read from; of its rotation, the table at short and long documents."""
+    """A config without the text that it was read from; of its rotation, the table at short and long documents; and
+    how long the documents of the training were.
+    """
     fields = {name: value for name, value in vars(config).items() if name not in ("source", "rope")}
     spans = [range(n - 1, n) for n in (5, 40, 3000, 200_000)]
     tables = [table.tolist() for span in spans for table in config.rope.rotation([span], torch.device("cpu"))]
-    return fields | {"rope": tables}
+    return fields | {"rope": tables, "trained_length": trained_length(config)}
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -109,61 +109,11 @@ def test_longrope_has_two_older_names_in_phi3_alone():
         tiny_config("llama", rope_scaling={"type": "yarn", "factor": 2.0})
 
 
-DEFAULTS = {
-    "llama": {"num_key_value_heads": 32, "trained_length": 2048},
-    "mistral": {"num_key_value_heads": 8, "trained_length": 131072, "windows": (4096,) * 30},
-    "qwen2": {"num_key_value_heads": 32, "trained_length": 32768, "qkv_bias": True},
-    "qwen3": {"num_key_value_heads": 32, "trained_length": 32768, "head_dim": 128},
-    "smollm3": {"num_key_value_heads": 4, "trained_length": 32768, "theta": 2e6, "tie_word_embeddings": True},
-    "phi3": {"num_key_value_heads": 32, "trained_length": 4096, "rms_norm_eps": 1e-5},
-    "olmo2": {"num_key_value_heads": 32, "trained_length": 2048, "rms_norm_eps": 1e-5},
-    "granite": {"num_key_value_heads": 32, "trained_length": 2048},
-    "gemma3_text": {
-        "num_key_value_heads": 4,
-        "trained_length": 131072,
-        "windows": (4096, 4096, 4096, 4096, 4096, None) * 5,
-        "head_dim": 256,
-        "tie_word_embeddings": True,
-    },
-    "lfm2": {
-        "num_key_value_heads": 8,
-        "trained_length": 128_000,
-        "theta": 1e6,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    },
-}
-COMMON = {
-    "head_dim": 2,
-    "rms_norm_eps": 1e-6,
-    "theta": 10_000.0,
-    "windows": (None,) * 30,
-    **dict.fromkeys(("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"), False),
-}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_key_that_is_left_out_or_null_has_the_value_of_its_family(family):
-    config = read(model_type=family, **MINIMAL)
-    expected = COMMON | DEFAULTS[family]
-    theta = expected.pop("theta")
-    assert trained_length(config) == expected.pop("trained_length")
-    assert {name: getattr(config, name) for name in expected} == expected
-    rope = Rope(tuple(rope_frequencies(config.head_dim, theta).tolist()))
-    if family == "gemma3_text":
-        full = rope_frequencies(config.head_dim, 1e6)
-        rope = RopeByWindow((rope, Rope(tuple(full.tolist()))))
-    assert config.rope == rope
-    keys = (
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "rope_scaling",
-        "rope_parameters",
-        "layer_types",
-        "no_rope_layers",
-    )
-    nulls = read(model_type=family, **MINIMAL, **dict.fromkeys(keys))
-    assert trained_length(nulls) == trained_length(config)
+def test_a_key_that_is_null_is_as_if_it_was_left_out(family):
+    """What that means is what it means to transformers: parity/test_models.py."""
+    keys = ("max_position_embeddings", "rope_scaling", "rope_parameters", "layer_types", "no_rope_layers")
+    nulls = read(model_type=family, **MINIMAL, **dict.fromkeys(keys), num_key_value_heads=None)
     assert nulls.num_key_value_heads == 32  # transformers: null is as many as there are heads, in every family
     assert meaning(nulls) == meaning(read(model_type=family, **MINIMAL, num_key_value_heads=32))
 

@@ -1,4 +1,6 @@
-"""The decoder: every family against the oracle, and law 9: what lies beside a document changes nothing in it."""
+"""The decoder: Llama against the oracle, every family against frozen logits of transformers, and law 9: what lies
+beside a document changes nothing in it.
+"""
 
 import re
 
@@ -18,6 +20,7 @@ from minilora.testing.compare import assert_maths, assert_parity, assert_precisi
 from tests import models, reference_model
 from tests.golden.make_models import FILE, LENGTHS
 from tests.models import document_lengths, either, families, randn, seeds, sizes, tiny_config, tiny_model, token_ids
+from tests.reference_model import decoder_logits
 
 CPU = torch.device("cpu")
 few = models.examples(0.2)
@@ -103,10 +106,11 @@ def own_logits(model, tokens, lengths):
 
 
 @either
-@families
+@pytest.mark.parametrize("family", ["llama-no-gqa", models.WHOLE])
 @few
 @given(seeds, document_lengths, st.integers(10, 30))
 def test_logits_equal_the_oracle(family, seed, lengths, longer):
+    """Those of other families are transformers', also in float64: parity/test_models.py."""
     model, lengths = tiny_model(family, seed), [*lengths, longer]
     tokens = token_ids(seed, sum(lengths))
     hidden = model.model(tokens, Documents(lengths))
@@ -115,9 +119,7 @@ def test_logits_equal_the_oracle(family, seed, lengths, longer):
     for part in tokens.split(lengths):
         # The model's own float32 tables: how exact they are is a law of test_rope.py, and float32 would hide the rest.
         rotation = [table.numpy() for table in model.config.rope.rotation([range(len(part))], CPU)]
-        expected.append(
-            torch.from_numpy(reference_model.decoder_logits(tensors, model.config, part.tolist(), rotation))
-        )
+        expected.append(torch.from_numpy(decoder_logits(tensors, model.config, part.tolist(), *rotation)))
     assert_maths(model.lm_head(hidden), torch.cat(expected))
 
 

@@ -37,7 +37,7 @@ def test_scores_are_those_of_the_last_token_of_each_text(seed, lengths):
     for row, scores in zip(rows, model(rows), strict=True):
         tables = model.model.config.rope.rotation([range(len(row.tokens))], torch.device("cpu"))
         rotation = [table.numpy() for table in tables]
-        expected = reference_model.decoder_logits(tensors, model.model.config, row.tokens, rotation)
+        expected = reference_model.decoder_logits(tensors, model.model.config, row.tokens, *rotation)
         assert_maths(scores, torch.from_numpy(expected[-1]))
 
 
