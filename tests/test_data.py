@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -222,33 +220,6 @@ def test_an_end_token_that_closes_the_whole_text_is_learned_there_and_not_in_eve
 def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
     with pytest.raises(ml.DataError, match="needs a chat template"):
         encoded({"messages": conversation([("a", "b")])}, tokenizer())
-
-
-# --- rows that cannot be used; test_broken.py has more of them ---
-
-
-@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"text": "a", "label": "b"},
-            "text, label: columns text=text learns the text alone, prompt=text,completion=label the label; classes: it",
-        ),
-        ({"messages": conversation([("a\udfff", "b")])}, "messages[0].content: found U+DFFF"),
-        ({"messages": conversation([("a", "")])}, "messages[1].content: it is empty"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "contents": "x"}]},
-            "messages[1].content: it is missing; found the keys ['contents', 'role']",
-        ),
-    ],
-)
-def test_a_row_that_cannot_be_used_is_named_with_file_and_line(tmp_path, tokenizer, fields, message, train_on):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n\n' + json.dumps(fields))
-    with pytest.raises(ml.DataError) as error:
-        ml.load_dataset(path, tokenizer(template=CHATML), ml.DataConfig(train_on=train_on))
-    assert str(error.value).startswith(f"{path}:3: {message}")
 
 
 @given(tokenizer_options, some_text, st.integers(2, 12))

@@ -301,11 +301,12 @@ def test_of_two_new_runs_in_one_directory_the_second_is_refused_before_it_reads_
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_run_that_fails_before_it_starts_leaves_nothing(directory, tmp_path, is_there):
+def test_a_run_that_fails_before_it_starts_leaves_nothing(directory, tmp_path, capsys, is_there):
     if is_there:
         (tmp_path / "out").mkdir()
     (tmp_path / "rows.jsonl").write_text("{}")
     assert finetune(directory, tmp_path / "out", data=tmp_path / "rows.jsonl") == 1
+    assert f"{tmp_path / 'rows.jsonl'}:1: " in capsys.readouterr().err
     assert (tmp_path / "out").exists() == is_there
     assert not any((tmp_path / "out").glob("*"))
 
@@ -403,13 +404,6 @@ def test_a_run_that_is_not_finished_is_no_adapter(whole, tmp_path, capsys):
     unfinished(whole, tmp_path, step=4)
     assert cli.main(["generate", f"--adapter={tmp_path}", "--prompt=a"]) == 1
     assert f"{tmp_path}: is an unfinished run" in capsys.readouterr().err
-
-
-def test_an_error_in_the_data_leaves_no_directory(directory, tmp_path, capsys):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}')
-    assert finetune(directory, tmp_path / "out", data=tmp_path / "bad.jsonl") == 1
-    assert f"{tmp_path / 'bad.jsonl'}:1: " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 # --- what is measured and told ---
@@ -594,10 +588,6 @@ def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_to
     shown = [line.partition(": ")[0][-2:] for line in told.splitlines() if "no known shape" in line]
     assert shown == ["24", "25", "26", "27", "28"]
     assert "1 training rows have control tokens in their text, which are taken as plain text" in told
-
-
-ALPACA = {"instruction": "Say it.", "output": "It."}
-SYSTEM = {**ALPACA, "system": "Be brief."}
 
 
 def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_late_the_run_goes_on(

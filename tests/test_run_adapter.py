@@ -77,7 +77,7 @@ def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_
     assert not (tmp_path / "b").exists()
 
 
-def test_what_the_adapter_decides_is_not_given_again_and_the_model_may_be(directory, tmp_path, capsys):
+def test_target_modules_of_another_adapter_are_refused(directory, tmp_path, capsys):
     again = ["finetune", f"--config={directory / 'first' / 'run.json'}", f"--adapter={directory / 'first'}", "--force"]
     assert cli.main([*again, f"--out={tmp_path / 'a'}", "--target-modules=all-linear"]) == 1
     assert "--target-modules 'all-linear' (it has ('model.layers.0" in capsys.readouterr().err
