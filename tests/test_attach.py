@@ -222,12 +222,6 @@ def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
     assert ml.count_parameters(model) == (3_407_872, 1_239_222_272)
 
 
-def test_rslora_takes_each_module_s_own_rank():
-    model = nn.ModuleDict({"q_proj": nn.Linear(3, 3), "up_proj": nn.Linear(3, 3)})
-    ml.attach(model, ml.LoraConfig(r=16, lora_alpha=8, use_rslora=True, rank_pattern={"up_proj": 4}))
-    assert [layer.adapters["default"].scale for layer in adapter_layers(model).values()] == [8 / 4, 8 / 2]
-
-
 def test_adapters_that_are_active_together_act_in_the_order_in_which_they_are_named():
     model = tiny_model()
     for name in ("first", "second"):

@@ -151,38 +151,6 @@ def test_what_began_as_a_part_of_the_weights_is_a_plain_adapter_of_twice_the_ran
     assert relative(layer.base.weight.double() + 7 * B @ A, layer.merged_weight(), PARITY) < 1
 
 
-@pytest.mark.parametrize(
-    ("rank_pattern", "alpha_pattern"),
-    [
-        ({"layers.1.self_attn.q_proj": 5, "q_proj": 2}, {"layers.1.self_attn.q_proj": 50, "q_proj": 4}),
-        ({r"(q|v)_proj": 2}, {r"layers\.[01]\..*": 5}),
-        ({"^model.layers.0.mlp.up_proj": 1}, {}),
-    ],
-)
-def test_patterns_survive_the_file_in_their_order(tmp_path, rank_pattern, alpha_pattern):
-    model = saved(tmp_path, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    again = loaded(tmp_path)
-    assert torch.equal(again(IDS), model(IDS))
-    assert scales_of(again) == scales_of(model)
-
-
-def test_the_layout_is_peft_s(tmp_path):
-    base = tiny_model()
-    base.name_or_path = "somebody/something"
-    ml.attach(base, ml.LoraConfig(r=3, lora_alpha=21, target_modules=("q_proj", "down_proj")))
-    ml.save_adapter(base, tmp_path)
-    tensors = tensors_of(tmp_path)
-    assert len(tensors) == 2 * 2 * 4
-    adapter = adapter_layers(base)["model.layers.1.self_attn.q_proj"].adapters["default"]
-    assert torch.equal(tensors[f"{Q}.lora_A.weight"], adapter.lora_A)
-    assert tensors[f"{Q}.lora_B.weight"].shape == (24, 3)
-    config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert list(config) == sorted(config)
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 21)
-    assert config["target_modules"] == ["down_proj", "q_proj"]
-    assert config["base_model_name_or_path"] == "somebody/something"
-
-
 def test_target_modules_are_full_paths_where_endings_would_mean_more(tmp_path):
     saved(tmp_path, target_modules=("layers.1.self_attn.q_proj",))
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["target_modules"] == ["model.layers.1.self_attn.q_proj"]
@@ -230,12 +198,6 @@ def test_a_scale_that_was_set_is_the_one_that_is_saved(case, tmp_path):
     ml.save_adapter(model, tmp_path)
     again = loaded(tmp_path, WHOLE, num_hidden_layers=2)
     assert relative(again(IDS), model(IDS), PARITY) < 1
-
-
-def test_names_with_the_adapter_s_own_name_in_them_load(tmp_path):
-    model = saved(tmp_path)
-    write_changed(tmp_path, lambda name, tensor: (name.replace(".weight", ".default.weight"), tensor))
-    assert torch.equal(loaded(tmp_path)(IDS), model(IDS))
 
 
 def test_a_copy_of_the_base_s_weight_must_be_this_base_s(tmp_path):

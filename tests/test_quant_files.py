@@ -102,17 +102,6 @@ def test_absmaxes_are_rounded_as_bitsandbytes_does_on_the_cpu():
     assert torch.equal(scales, frozen["absmax.scales"])
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("case", ["nf4-double", "fp4-double"])
-def test_a_packed_weight_is_read_whatever_dtype_its_bytes_were_stored_as(case, storage, tmp_path):
-    frozen = load_file(FILE)
-    frozen[f"{case}.weight"] = frozen[f"{case}.weight"].view(-1).view(storage).unsqueeze(1)
-    save_file(frozen, tmp_path / "a.safetensors")
-    parts, layout = packed_entry(tmp_path / "a.safetensors", f"{case}.weight")
-    assert layout.dtype == torch.bfloat16
-    assert torch.equal(dequantize_weight(parts, layout, layout.dtype), frozen[f"{case}.dense"])
-
-
 @pytest.mark.parametrize("shape", [(1, 64), (3, 1), (1, 1)])
 def test_a_packed_weight_of_one_row_or_column_is_read(shape, tmp_path):
     linear = NF4Linear.quantize(randn(5, *shape, dtype=torch.float32))
@@ -336,11 +325,11 @@ def of_int32(tensor):
 
 PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 WRONG = {  # of the keys of the JSON object
-    "shape": ([8192], [128, 64, 1], "ab", 5, [128.0, 64.0], [True, 64], [None, 64], {"a": 1, "b": 2}),
-    "quant_type": ("int4", "fp4", 5, ["nf4"], ""),
-    "blocksize": (0, 16, 48, -64, "64", 64.0, [64], 8192),
-    "dtype": ("int8", "torch.float32", 5, ["float32"], ""),
-    "nested_offset": (math.nan, math.inf, -math.inf, 1e39, "0.1", [0.1], True),
+    "shape": ([8192], "ab", 5, [128.0, 64.0], [True, 64]),
+    "quant_type": ("int4", "fp4", 5),
+    "blocksize": (0, 48, "64", 64.0, 8192),
+    "dtype": ("int8", 5),
+    "nested_offset": (math.nan, 1e39, "0.1", True),
     "nested_blocksize": (128,),
 }
 WRONG_VALUES = [(key, value) for key, values in WRONG.items() for value in (*values, None)]
