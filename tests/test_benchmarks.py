@@ -1,14 +1,13 @@
 """The benchmarks give everyone the same work, and refuse to compare different work; how long it takes is no test."""
 
 import ast
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import minilora as ml
-from benchmarks import our_operations, ours, peer_operations, peers, process, size, turns, work
+from benchmarks import our_operations, ours, peer_operations, peers, process, turns, work
 from benchmarks.make import random_model
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -119,25 +118,3 @@ def test_peers_do_the_same_operations(shop, each, monkeypatch):
         theirs = getattr(peer_operations, each.does)(replace(task, side=side))
         turns.check_same_work(mine.checks, theirs.checks, each.bounds, side)
         assert each.bounds.keys() <= theirs.checks.keys()
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("default")
-def test_a_model_of_a_size_goes_through_every_command(tmp_path, capsys):
-    size.main(["--shape", "tiny", "--tokens", "16", "--rows", "2", "--scratch", str(tmp_path), "--without", "peft"])
-    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
-    cells = {row.split(" | ")[0][2:]: row.split(" | ")[1:] for row in table[2:]}
-    assert [*cells] == [part for part in size.PARTS if part != "peft"]
-    assert all(re.fullmatch(r"\d+", row[0]) for row in cells.values())
-    assert re.fullmatch(r"[\d.]+ MB", cells["resume"][3])  # the forecast
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("default")
-def test_peft_trains_on_the_same_rows_in_other_batches_where_they_are_grouped(shop):
-    pytest.importorskip("peft")
-    task = task_of(shop, "bf16-real")
-    grouped = peers.train_peft_grouped(task)
-    assert sum(grouped.amounts) == sum(len(tokens) for batch in task.batches for tokens, _ in batch)
-    assert not grouped.checks

@@ -138,18 +138,6 @@ def test_all_biases_are_trained_once_each_and_no_weight():
     assert sorted(names) == sorted([*biases, *weights])
 
 
-def test_a_trained_bias_is_used_in_its_place():
-    model = base_model()
-    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="all"), dtype=torch.float64)
-    expected = base_model()
-    for name, parameter in expected.named_parameters():
-        path, _, last = name.rpartition(".")
-        if last == "bias":
-            with torch.no_grad():
-                adapter_layers(model)[path].adapters["default"].bias.copy_(parameter.add_(1))
-    assert_maths(model(IDS), expected(IDS))
-
-
 def test_one_adapter_changes_a_module_in_one_way():
     model = base_model()
     config = ml.LoraConfig(target_modules=(), modules_to_save=("embed_tokens",), trainable_token_indices=(1,))

@@ -92,14 +92,6 @@ def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
         parse_row({"messages": messages}, DataConfig())
 
 
-@given(some_text, extras)
-def test_alpaca_asks_with_instruction_and_input(instruction, extra):
-    found = parse_row({"instruction": instruction, "input": extra, "output": "b"}, DataConfig())
-    asked = found.messages[0]
-    assert (asked["instruction"], asked["input"]) == (instruction, extra)
-    assert asked["content"] == (f"{instruction}\n\n{extra}" if extra else instruction)
-
-
 @given(some_text, train_on)
 def test_text_is_learned_whole(tokenizer, text, train_on):
     chosen = tokenizer(post="bos")
@@ -232,19 +224,3 @@ def test_what_a_style_has_no_place_for_is_refused(tokenizer, changes, message):
     question, answer = conversation([("a", "b")])
     with pytest.raises(ml.DataError, match=message):
         encoded({"messages": [question, answer | changes], **changes}, use_prompt_style(tokenizer(), "alpaca"))
-
-
-def test_each_row_is_recognised_by_itself_in_any_number_of_files(tokenizer, tmp_path):
-    chosen = tokenizer(template=PARTS, eos=CLOSE)
-    rows = [*formats(conversation([("a", "b"), ("c", "d")], "e")), {"prompt": "a", "completion": "b", "id": 1}]
-    lines, array = tmp_path / "a.jsonl", tmp_path / "b.json"
-    lines.write_text("\n".join(map(json.dumps, rows[:4])))
-    array.write_text("[" + ",\n".join(map(json.dumps, rows[4:])) + "]")
-    found = ml.load_dataset([lines, array], chosen)
-    assert [example.source for example in found] == [
-        *(f"{lines}:{line}" for line in range(1, 5)),
-        *(f"{array}[{i}]" for i in range(len(rows) - 4)),
-    ]
-    assert {tuple(example.labels) for example in found[:-1]} == {tuple(found[0].labels)}
-    assert found[len(rows) - 1].tokens == [*chosen.encode("ab"), chosen.eos_id]
-    assert found.conversations == len(rows) - 1

@@ -90,13 +90,10 @@ def test_target_modules_means(rule):
     [
         {"target_modules": ["q_proj", "qq_proj"]},  # also where another entry matches
         {"target_modules": "q_proj"},  # a regex must match the whole path
-        {"target_modules": ["proj"]},
         {"target_modules": ["q_proj"], "exclude_modules": ["k_proj"]},
-        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
         {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}},
         {"target_modules": ["q_proj"], "alpha_pattern": {"layers.99.self_attn.q_proj": 2}},
         {"target_modules": ["q_proj"], "layers_to_transform": [99]},
-        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0, 99]},
         {"target_modules": []},
         {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj"], "exclude_modules": ["model"]},  # which is no module that can be adapted

@@ -201,9 +201,3 @@ def test_a_directory_whose_files_leave_a_choice_is_refused(tmp_path, names, phra
     with pytest.raises(ml.DataError, match=phrase) as error:
         find_splits(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ")
-
-
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
-    with pytest.raises(ml.FormatError, match="no such file") as error:
-        find_splits(tmp_path / "missing.jsonl")
-    assert str(tmp_path / "missing.jsonl") in str(error.value)

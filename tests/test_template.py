@@ -170,13 +170,10 @@ def test_text_cannot_forge_the_marks_of_a_span(mark):
 def test_what_is_no_template_is_refused_at_once():
     for source in (
         "{% if %}",
-        "{{ a",
-        "{% endif %}",
         "{% unknown %}",
         "{% generation %}",
         "{{ a | unknown }}",
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-        "{% if 1 %}" * 500 + "{% endif %}" * 500,
         "{% for i in [] %}" * 30 + "{% endfor %}" * 30,
     ):
         with pytest.raises(FormatError, match=r"^chat template: ."):

@@ -16,10 +16,6 @@ def record(step, loss=1.0):
     return {"step": step, "loss": loss, "learning_rate": 1e-3 / step, "grad_norm": 2.0 + step, "tokens": 5}
 
 
-EVALUATION = {"step": 2, "eval_loss": 0.5, "best_step": None, "samples": [{"prompt": "a", "text": "b"}]}
-RECORDS = [record(1), record(2), EVALUATION, record(3)]
-
-
 def numbers(records):
     """Every number that a library gets: {name: [(step, value), …]}."""
     names = {key for each in records for key in each} - {"step", "samples", "best_step"}
@@ -63,14 +59,6 @@ def read_board(directory):
 
 def approximately(found):
     return {name: [(step, pytest.approx(value)) for step, value in points] for name, points in found.items()}
-
-
-def test_a_library_gets_every_number_with_its_step(tracked, tmp_path):
-    library, read = tracked
-    tracker = ml.Tracker(library, tmp_path / "run")
-    assert [tracker(each) for each in RECORDS] == [None] * len(RECORDS)  # no run is stopped
-    tracker.close()
-    assert read(tmp_path / "run") == approximately(numbers(RECORDS))
 
 
 def test_a_run_reports_what_it_writes_to_its_metrics(tracked, tmp_path):

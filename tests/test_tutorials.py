@@ -36,12 +36,10 @@ MISTAKES = {
         ("dy @ W + h @ A", "dy @ W"),
         ("s * dy.flatten", "dy.flatten"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
-        ("dy @ W + h @ A", "dy @ (W + s * B @ A)"),
     ],
     "05": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
     "06": [
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
-        ("parent._modules.items()", "parent.named_children()"),
         ("name in names", "name.endswith(tuple(names))"),
         ("isinstance(child, nn.Linear) and name", "name"),
     ],
@@ -173,13 +171,6 @@ def test_every_chapter_has_an_exercise_and_planted_mistakes():
     assert {path.name[2:4] for path in (TUTORIALS / "exercises").glob("ex*.py")} == numbers == set(MISTAKES)
 
 
-def test_an_exercise_is_called_by_its_number():
-    for path in (TUTORIALS / "exercises").glob("ex*.py"):
-        number, (title, *_) = path.name[2:4], text_of(path).splitlines()
-        assert re.search(rf"xercise {number.lstrip('0')}\b", title), path.name
-        assert path.name.endswith("_check.py") or title.endswith(f'check.py {number}"""'), path.name
-
-
 @pytest.mark.parametrize("chapter", by_name(CHAPTERS))
 def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chapter, tmp_path, monkeypatch, capsys):
     number, answer = chapter.name[:2], tmp_path / "answer.py"
@@ -275,13 +266,10 @@ def differences(page):
 @pytest.mark.parametrize(
     ("old", "new", "count"),
     [
-        ("The end", "The End", 0),
         ("x is 2", "x is 3", 1),
         ("```text\ntook 12.3 s", "```text\ntook 7 s", 0),
-        ("```text\nx is 2\n```\n", "", 1),
         ("4.5", "4.51", 1),
         ("x = 2", "x = 3", 2),
-        ("y = x", "print(x)", 1),
         ("```python\nx = 2\nprint('x is'", "<!-- unchecked -->\n```python\nx = 2\nprint('x was'", 0),
         # the figure alone is too different
         ("```python\nx = 2\nprint", "<!-- tol=0.6 -->\n```python\nx = 3\nprint", 1),

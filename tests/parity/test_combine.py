@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import minilora as ml
 from minilora.adapters.combine import CombineConfig, Factors, combine
 from minilora.lora import lora_delta
 from minilora.testing.compare import assert_parity, relative
@@ -101,28 +100,3 @@ def test_adapters_of_rslora_are_not_scaled_twice_and_one_adapter_alone_is_cut_as
         U, sigma, Vt = torch.linalg.svd(0.7 * layer.get_delta_weight("A"))
         assert_parity(lora_delta(*ours[path].factors), sigma[0] * U[:, :1] @ Vt[:1])
         assert torch.linalg.matrix_rank(layer.get_delta_weight("cut")) == 3
-
-
-def small_model():
-    """An embedding and linears, that can be run."""
-    layers = [nn.Embedding(9, 6), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 8)]
-    model = nn.Sequential(*layers).eval()
-    randomize_(model, 0, only="")
-    return model
-
-
-@pytest.mark.parametrize("kind", ["cat", "svd"])
-def test_peft_loads_files_of_its_own_that_we_combined_to_the_outputs_of_its_own_sum(tmp_path, kind):
-    two = {"A": config(r=2, target_modules=("0", "1", "3")), "B": config(lora_alpha=2, target_modules=("1", "3"))}
-    model = theirs_model(two, small_model())
-    model.save_pretrained(tmp_path)
-    rank = {"svd_rank": 4} if kind == "svd" else {}
-    combined = small_model()
-    for name in two:
-        ml.load_adapter(combined, tmp_path / name, name)
-    ml.combine_adapters(combined, {"A": 0.7, "B": -0.3}, "sum", CombineConfig(kind, **rank))
-    ml.save_adapter(combined, tmp_path / "out", "sum")
-    ours, tokens = peft.PeftModel.from_pretrained(small_model(), tmp_path / "out"), torch.tensor([[3, 1, 4, 1, 5]])
-    model.add_weighted_adapter(["A", "B"], [0.7, -0.3], "sum", kind, **rank)
-    model.set_adapter("sum")
-    assert_parity(ours(tokens), model(tokens))

@@ -65,17 +65,6 @@ def test_other_adapters_are_kept(start_of):
     assert model[0].adapters["mine"] is mine
 
 
-@given(seeds, sizes, sizes, sizes, scales)
-def test_olora_s_b_is_orthonormal_and_b_a_are_the_first_columns_and_what_they_explain(seed, inner, outer, r, scale):
-    assume(r <= min(inner, outer))
-    weight = randn(seed, outer, inner)
-    lora_A, lora_B = olora(*one_linear(weight, r, scale))["0"]
-    assert relative(lora_B.T @ lora_B, np.eye(r), NEAR) < 1
-    first = weight[:, :r].float().double().numpy()
-    explained = first @ np.linalg.pinv(first, rcond=1e-13) @ weight.numpy()
-    assert relative(lora_B @ lora_A, explained, NEAR) < 1
-
-
 @given(seeds, st.integers(1, 40), st.integers(2, 20), sizes, scales)
 def test_loftq_leaves_of_the_rounding_only_what_its_rank_cannot_say(seed, inner, outer, r, scale):
     assume(r <= min(inner, outer))

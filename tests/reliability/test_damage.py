@@ -114,14 +114,12 @@ def test_an_adapter_without_a_manifest_is_one_of_another_tool_and_is_loaded(tmp_
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "not JSON"),
         ("[" * 2_000_000, "not JSON"),
         (" " * 17_000_000, "at most 16,777,216 are accepted"),
-        ("[]", "found a JSON list, need an object"),
         ('{"files": ["adapter_config.json"]}', "is no manifest"),
         ('{"files": {"../adapter_config.json": null}}', "is no manifest"),
     ],
-    ids=["cut", "nested", "large", "list", "names", "outside"],
+    ids=["nested", "large", "names", "outside"],
 )
 def test_a_manifest_from_outside_is_bounded_and_refused_by_name(tmp_path, text, problem):
     ml.save_adapter(fresh(), tmp_path)
