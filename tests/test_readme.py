@@ -131,6 +131,8 @@ def test_links_lead_somewhere():
     pages = [page for folder in ("docs", "tutorials") for page in (ROOT / folder).rglob("*.md")]
     for path in [*ROOT.glob("*.md"), *pages]:
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for named in re.findall(r"(?<![\w/])tests/[\w/]+\.py", text):
+            assert (ROOT / named).exists(), f"{path.name}: {named}"
         for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
             target, _, anchor = "".join(link).partition("#")
             if target.startswith("http"):
