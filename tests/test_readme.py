@@ -72,9 +72,8 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeyp
         assert cli.main(words) == 0, f"{line}\n{capsys.readouterr().err}"
 
 
-def test_what_the_table_for_users_of_peft_names_is_there():
-    table = PAGES["migration.md"].split("## PEFT, ")[1].split("\n## ")[0]
-    ours = [row.split(" | ")[1:] for row in table.splitlines() if row.startswith("| ")][1:]
+def test_what_the_tables_for_users_of_other_libraries_name_is_there():
+    ours = [row.split(" | ")[1:] for row in PAGES["migration.md"].splitlines() if row.startswith("| ")]
     assert len(ours) >= 20
     for name in re.findall(r"\bml\.(\w+)", str(ours)):
         assert hasattr(ml, name), name
@@ -133,6 +132,8 @@ def test_links_lead_somewhere():
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         for named in re.findall(r"(?<![\w/])tests/[\w/]+\.py", text):
             assert (ROOT / named).exists(), f"{path.name}: {named}"
+        for file, function in re.findall(r"\b(test_\w+\.py)::(\w+)", text):
+            assert f"def {function}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{path.name}: {function}"
         for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
             target, _, anchor = "".join(link).partition("#")
             if target.startswith("http"):
