@@ -222,25 +222,14 @@ def test_llama_3_2_1b_has_3407872_trainable_parameters_of_1239222272():
     assert ml.count_parameters(model) == (3_407_872, 1_239_222_272)
 
 
-def test_adapters_that_are_active_together_act_in_the_order_in_which_they_are_named():
+def test_adapters_act_in_the_order_in_which_they_are_named():
+    """What DoRA makes of what another has made, by loops: test_layers.py."""
     model = tiny_model()
     for name in ("first", "second"):
-        ml.attach(model, ml.LoraConfig(r=3, lora_alpha=21, use_dora=True), name=name, dtype=torch.float64)
-    randomize_adapters_(model, 3)
-    layer = next(iter(adapter_layers(model).values()))
-    W = layer.base.weight
-    outputs = []
+        ml.attach(model, ml.LoraConfig(r=3, use_dora=True), name=name)
     for names in (("first", "second"), ("second", "first")):
         ml.set_adapter(model, names)
-        merged = W
-        for adapter in (layer.adapters[name] for name in names):
-            delta = adapter.scale * adapter.lora_B @ adapter.lora_A
-            merged = adapter.magnitude[:, None] * (merged + delta) / (W + delta).norm(dim=1, keepdim=True)
-        assert_maths(layer.merged_weight(), merged)
-        x = models.randn(4, 5, W.size(1))
-        assert_maths(layer(x), x @ merged.T)
-        outputs.append(model(IDS))
-    assert (outputs[0] - outputs[1]).abs().max() > 0.1
+        assert {layer.active for layer in adapter_layers(model).values()} == {names}
 
 
 def test_without_an_adapter_or_while_it_is_merged_disabling_it_is_refused():

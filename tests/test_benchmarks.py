@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 import minilora as ml
-from benchmarks import our_operations, ours, peer_operations, peers, process, turns, work
+from benchmarks import ours, peers, turns, work
 from benchmarks.make import random_model
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL = {**work.SMOLLM2, **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
-OPERATIONS = work.operations()
 FOLDER = Path(work.__file__).parent
 
 
@@ -97,24 +96,3 @@ def test_peers_do_the_same_training(shop, side, name):
     theirs = getattr(peers, turns.TRAINING[side][1])(task)
     assert len(theirs.seconds) == len(theirs.amounts) == 2
     turns.check_same_work(ours.train(task).checks, theirs.checks, task.work.bounds, side)
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "each",
-    [
-        pytest.param(each, marks=[pytest.mark.long] * (each.does in ("load", "import_")), id=each.name)
-        for each in OPERATIONS
-    ],
-)
-def test_peers_do_the_same_operations(shop, each, monkeypatch):
-    monkeypatch.setattr(process, "REPEATS", 1)
-    for module in (our_operations, peer_operations):
-        monkeypatch.setattr(module, "NEW_TOKENS", 3)
-    task = shop.task(each)
-    mine = getattr(our_operations, each.does)(task)
-    for side in each.peers:
-        theirs = getattr(peer_operations, each.does)(replace(task, side=side))
-        turns.check_same_work(mine.checks, theirs.checks, each.bounds, side)
-        assert each.bounds.keys() <= theirs.checks.keys()

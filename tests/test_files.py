@@ -59,10 +59,6 @@ def write_changed(directory, change):
     save_file(dict(change(name, tensor) for name, tensor in tensors_of(directory).items()), directory / WEIGHTS_FILE)
 
 
-def scales_of(model):
-    return {path: layer.adapters["default"].scale for path, layer in adapter_layers(model).items()}
-
-
 def same_bytes(one, other):
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE))
 

@@ -22,7 +22,6 @@ from minilora.models.bitsandbytes import (
     describe,
     packed_tensors,
     packed_weights,
-    quant_type,
     read_packed,
 )
 from minilora.models.checkpoint import SHARD_BYTES
@@ -153,18 +152,6 @@ def test_a_4_bit_model_does_not_change_when_its_file_is_replaced(double_quant, t
     ml.save_model(other, tmp_path)
     same_state(model, before)
     same_state(ml.load_model(tmp_path), other)
-
-
-def test_an_fp4_model_is_loaded_and_saved_as_it_is(tmp_path):
-    skip = ("o_proj", "model.layers.0")
-    directory = small_base(tmp_path / "a", quantize=QuantizeConfig("nf4", quantize_skip=skip), **WIDE)
-    make_fp4(directory)
-    model = ml.load_model(directory)
-    assert {quant_type(linear.layout) for linear in packed_linears(model).values()} == {"fp4"}
-    ml.save_model(model, tmp_path / "b")
-    assert load_file(directory / "model.safetensors").keys() == load_file(tmp_path / "b/model.safetensors").keys()
-    assert read_json(tmp_path / "b/config.json")["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
-    same_state(ml.load_model(tmp_path / "b"), model)
 
 
 def make_fp4(directory):

@@ -32,25 +32,6 @@ def test_a_template_sees_messages_tools_special_tokens_and_whether_to_write_the_
     assert (render(source, add_generation_prompt=True), render(source)) == ("go", "")
 
 
-JINJA = {
-    "a name that is not there is nothing": ("<{{ pad_token }}{{ messages[0].name }}>", "<>"),
-    "a line that holds a tag alone leaves nothing": ("a\n   {% if true %}\n b\n   {% endif %}\nc", "a\n b\nc"),
-    "loops can be left": ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
-    "loops can be continued": ("{% for i in [0, 1] %}{% if i == 0 %}{% continue %}{% endif %}{{ i }}{% endfor %}", "1"),
-    "a namespace keeps what a loop sets": (
-        "{% set ns = namespace(n=1) %}{% for i in [1, 2] %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
-        "4",
-    ),
-    "a namespace has any keys": ("{% set ns = namespace(self=2) %}{{ ns.self }}", "2"),
-    "a dict can be made": ("{{ dict(a=1) }}{{ dict([('b', 2)]) }}", "{'a': 1}{'b': 2}"),
-}
-
-
-@pytest.mark.parametrize(("source", "expected"), JINJA.values(), ids=JINJA)
-def test_the_jinja_that_templates_are_written_for_is_there(source, expected):
-    assert render(source) == expected
-
-
 def test_tojson_writes_plain_json():
     for call, expected in (
         ("tojson", '{"b": "<&\'>é", "a": [1, null]}'),  # not escaped for HTML, order kept

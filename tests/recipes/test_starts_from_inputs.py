@@ -86,22 +86,6 @@ def test_eva_s_a_are_the_right_singular_vectors_of_all_inputs_and_b_is_zero(seed
         assert not lora_B.any()
 
 
-def test_eva_s_ranks_go_where_a_direction_has_the_largest_share_of_its_layer():
-    model = Parallel()
-    config, start = eva(model, config_of(), model.losses(data()))
-    shares = {}
-    for path, X in model.inputs(data()).items():
-        values = np.linalg.svd(X.double().numpy(), compute_uv=False) ** 2
-        shares[path] = values / values.sum()
-    ranks = {path: len(lora_A) for path, (lora_A, _) in start.items()}
-    assert sum(ranks.values()) == R * len(LINEARS)
-    assert max(ranks.values()) <= 2 * R
-    taken = min(shares[path][r - 1] for path, r in ranks.items())
-    assert taken >= max(shares[path][r] for path, r in ranks.items() if r < 2 * R)
-    assert {path: config.rank(path) for path in ranks} == ranks
-    assert {config.scale(path) for path in ranks} == {ALPHA / R}
-
-
 def test_a_layer_that_gets_no_rank_is_left_out_and_another_gets_what_it_had():
     model = nn.ModuleDict({"up": nn.Linear(7, 9), "down": nn.Linear(9, 8)})
     inputs = torch.eye(7), torch.eye(9)[[0, 4]]  # shares of 1/7 and of 1/2
