@@ -54,7 +54,7 @@ MANIFEST, STAGED = "minilora-manifest.json", ".staged"
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
 ALIGNMENT = 64  # of a tensor that is written: a line of the cache
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
-HEADER_BYTES = 2 * JSON_BYTES  # of a safetensors file
+DIMENSIONS = 16  # of a tensor; operations of PyTorch take 64
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
 
 
@@ -133,7 +133,7 @@ class TensorFile:
         self._mapped: Any = None
         self.entries: dict[str, TensorEntry] = {}
         with open_file(path) as file:
-            text = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_BYTES))
+            text = file.read(min(int.from_bytes(file.read(8), "little"), 2 * JSON_BYTES))
         header = parse_object(text, f"{path}: not a safetensors file")
         try:
             # `safe_open` checks that sizes fit dtypes and shapes, without gaps. For PyTorch, it would map the file.
@@ -141,6 +141,8 @@ class TensorFile:
                 self.metadata: dict[str, str] = checked.metadata() or {}
             for name in sorted(header.keys() - {"__metadata__"}):
                 dtype, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+                if len(shape) > DIMENSIONS:
+                    raise FormatError(f"{path}: {name:.80} has {len(shape)} dimensions, more than a tensor may have")
                 self.entries[name] = TensorEntry(dtype, tuple(shape), end - begin)
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error

@@ -1,7 +1,5 @@
 """The sandbox of chat templates: what they cannot reach, what they cannot use up, and that nothing else changes."""
 
-import threading
-
 import jinja2
 import pytest
 from hypothesis import given
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from minilora import MiniloraError
-from minilora.models import sandbox as module
+from minilora.models import template as module
 from minilora.models.sandbox import Sandbox
 from minilora.models.template import ChatTemplate
 
@@ -87,15 +85,6 @@ def test_a_template_may_look_at_every_message_for_each_of_hundreds():
     assert render(source, USER * 200) == ""
 
 
-def test_threads_do_not_pay_for_each_other():
-    chosen, lengths = Sandbox(), []
-    chosen.start(USER)
-    other = threading.Thread(target=lambda: lengths.append(len(vars(chosen._rendering))))
-    other.start()
-    other.join()
-    assert lengths == [0]
-
-
 def test_a_long_answer_can_be_taken_apart_in_a_loop():
     source = "{% for m in messages %}{% set x = m.content.split('</think>')[-1].strip() %}{{ x }}{% endfor %}"
     assert render(source, [{"role": "assistant", "content": "a</think> " + "b" * 300_000}]) == "b" * 300_000
@@ -160,6 +149,6 @@ def test_what_is_written_is_what_jinja2_writes(form, first, second):
         with pytest.raises(type(error)):
             ours.from_string(source)
         return
-    ours.start(USER)
+    ours.left = module.LIMIT
     found = outcome(ours.from_string(source))
     assert found == outcome(expected) or found is SecurityError

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import DataError, FormatError
-from minilora.models import sandbox
 from minilora.models import template as module
 from minilora.models.template import BEGIN, END, TEMPLATE_LIMIT, ChatTemplate
 
@@ -168,7 +167,7 @@ def test_a_template_may_have_64_000_characters_and_write_ten_million_and_more_fo
     long = [{"role": "user", "content": "a" * 300_000}]
     pieces = "{% for i in range(COUNT) %}{{ messages[0].content }}{% endfor %}"
     assert len(render(pieces.replace("COUNT", "100"), long)) == 30_000_000
-    monkeypatch.setattr(sandbox, "LIMIT_PER_CHARACTER", 0)
+    monkeypatch.setattr(module, "LIMIT_PER_CHARACTER", 0)
     assert len(render(pieces.replace("COUNT", "33"), long)) == 9_900_000
     with pytest.raises(DataError, match="more work or memory"):
         render(pieces.replace("COUNT", "34"), long)

@@ -21,11 +21,12 @@ from jinja2.ext import Extension, loopcontrols
 from minilora.errors import DataError, FormatError
 from minilora.models.hub import reason_of
 from minilora.models.prompts import REASONING
-from minilora.models.sandbox import Sandbox
+from minilora.models.sandbox import REFUSED, Sandbox
 
 Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
 TEMPLATE_LIMIT = 64_000  # characters of a template
+LIMIT, LIMIT_PER_CHARACTER = 10_000_000, 1000  # work of a rendering: in all, and more for each character it is given
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
 PROBE = "\ufdd6"
 IS_MARKED = "is marked"  # a variable that no template can name
@@ -49,11 +50,12 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self._sandbox.filters = {k: each for k, each in self._sandbox.filters.items() if k not in REFUSED}
         self._sandbox.filters["tojson"] = _to_json
         self._sandbox.globals["raise_exception"] = _raise
         self._sandbox.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
         try:
-            self._template = self._sandbox.from_string(source)
+            self._code = self._sandbox.compile(source)
         except Exception as error:  # also Python's compiler has limits
             raise FormatError(f"chat template: {reason_of(error)}") from error
 
@@ -139,9 +141,10 @@ class ChatTemplate:
         given = {"messages": _normalized(messages), "tools": tools, "documents": None}
         options = {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
         try:
-            self._sandbox.start(given)
-            written = self._template.generate(self._special_tokens | given | options)
-            return "".join(map(self._sandbox.paid, written))
+            sandbox = self._sandbox.overlay()  # which has a limit of its own
+            sandbox.left = LIMIT + LIMIT_PER_CHARACTER * len(str(given))
+            template = jinja2.Template.from_code(sandbox, self._code, sandbox.globals)
+            return template.render(self._special_tokens | given | options)
         except Exception as error:  # a template's code can raise anything
             raise DataError(f"chat template: {reason_of(error)}") from error
 
@@ -185,6 +188,8 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """Return plain JSON; jinja2's own filter escapes it for HTML."""
+    if isinstance(indent, int) and indent > 100:
+        raise jinja2.TemplateError(f"an indent of {indent}; at most 100 are accepted")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -28,6 +28,7 @@ HARMLESS = {  # of the attacks: what they change has no effect, and is not said
     *(f"adapter_config.json: {what}: {way}" for what in ("a rank of 2^30", "code") for way in ("load", "merge")),
     *(f"adapter_config.json: the raw form of PiSSA: {way}" for way in ("load", "merge")),
     "adapter_config.json: alpha of 10^300: load",
+    *(f"safetensors: an empty tensor of 2^{n}" for n in (63, 94)),
     *(f"a link to itself as {file}" for file in ("tokenizer_config.json", "chat_template.jinja")),  # as if not there
     *(f"a link to itself as {file}" for file in ("run.json", "metrics.jsonl")),
 }
