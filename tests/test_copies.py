@@ -65,7 +65,7 @@ def test_gradients_reach_the_copy_and_not_the_base_as_if_it_stood_there_alone():
     assert all(p.grad is None for name, p in model.named_parameters() if ".adapters." not in name)
 
 
-def test_two_adapters_with_a_copy_of_one_module_cannot_act_together():
+def test_two_adapters_that_train_one_module_or_bias_cannot_act_together():
     model = with_copies("norm", target_modules=("q_proj",))
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), modules_to_save=("norm",)), name="second")
     with pytest.raises(ml.TargetError, match=r"model\.norm: \['default', 'second'\] train the same parameter"):
@@ -74,14 +74,11 @@ def test_two_adapters_with_a_copy_of_one_module_cannot_act_together():
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",)), name="third")
     ml.set_adapter(model, ["default", "third"])
     assert adapter_layers(model)["model.norm"].active == ("default",)
-
-
-def test_two_adapters_that_trained_one_bias_cannot_act_together():
-    model = nn.ModuleDict({"q_proj": nn.Linear(3, 2)})
+    biased = nn.ModuleDict({"q_proj": nn.Linear(3, 2)})
     for name in ("first", "second"):
-        ml.attach(model, ml.LoraConfig(bias="lora_only"), name=name)
+        ml.attach(biased, ml.LoraConfig(bias="lora_only"), name=name)
     with pytest.raises(ml.TargetError, match=r"q_proj: \['first', 'second'\]"):
-        ml.set_adapter(model, ["first", "second"])
+        ml.set_adapter(biased, ["first", "second"])
 
 
 def test_each_adapter_has_its_own_copy():
@@ -136,6 +133,18 @@ def test_all_biases_are_trained_once_each_and_no_weight():
     names = [name.replace(".adapters.default.", ".") for name in trained]
     weights = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     assert sorted(names) == sorted([*biases, *weights])
+
+
+def test_a_trained_bias_is_used_in_its_place():
+    model = base_model()
+    ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="all"), dtype=torch.float64)
+    expected = base_model()
+    for name, parameter in expected.named_parameters():
+        path, _, last = name.rpartition(".")
+        if last == "bias":
+            with torch.no_grad():
+                adapter_layers(model)[path].adapters["default"].bias.copy_(parameter.add_(1))
+    assert_maths(model(IDS), expected(IDS))
 
 
 def test_one_adapter_changes_a_module_in_one_way():

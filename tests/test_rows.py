@@ -9,7 +9,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.files import ASSETS, BUILTIN
 from minilora.runs.formats import Row
 from minilora.runs.inputs import find_files, find_splits
 from minilora.runs.rows import stream_rows
@@ -164,10 +163,6 @@ def test_of_several_files_none_may_have_held_out_as_a_word_of_its_name(tmp_path)
         assert find_files([tmp_path / name]) == {"train": [tmp_path / name]}  # it can mean nothing else
         with pytest.raises(ml.DataError, match=f"{name}: would be trained on; give it as eval_data"):
             find_files([*others, tmp_path / name])
-
-
-def test_the_builtin_data_have_all_three_splits():
-    assert find_splits(BUILTIN) == {s: [ASSETS / "data" / f"{s}.jsonl"] for s in ("train", "valid", "test")}
 
 
 def test_several_names_are_joined_split_by_split_in_their_order(tmp_path):
