@@ -52,11 +52,11 @@ def memory_page(name_or_path: str) -> str:
 
 def default_plan(config: LlamaConfig, method: str, device: torch.device) -> Plan:
     """Return the plan of a step with a batch of the default size in which every token has a label."""
-    rows = [(DataConfig().max_length,) * 2] * TrainConfig().batch_size
-    if method == "full fine-tune":
-        return Plan(config, None, TrainConfig(), QuantizeConfig(), torch.float32, device, rows)
+    is_full = method == "full fine-tune"
+    lora, dtype = (None, torch.float32) if is_full else (LoraConfig(), torch.bfloat16)
     quantization = QuantizeConfig("nf4" if method == "QLoRA" else "none")
-    return Plan(config, LoraConfig(), TrainConfig(), quantization, torch.bfloat16, device, rows)
+    rows = [(DataConfig().max_length,) * 2] * TrainConfig().batch_size
+    return Plan(config, lora, TrainConfig(), quantization, dtype, device, rows)
 
 
 def _table(rows: Forecasts) -> list[str]:

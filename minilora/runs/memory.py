@@ -17,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,10 +66,9 @@ def forecast(plan: Plan) -> Forecasts:
         TargetError: the adapter's config names modules that the model does not have.
     """
     model = _build_base(plan)
-    base, layers = _tensor_bytes(model), model.model.layers
-    shards = plan.world if plan.shard == "base" else 1  # the first rank has the first of so many chunks of a parameter
-    blocks = [sum(torch.atleast_1d(p).chunk(shards)[0].nbytes for p in block.parameters()) for block in layers]
-    weights = base - _tensor_bytes(layers) + sum(blocks)
+    base, blocks = _tensor_bytes(model), [*map(_tensor_bytes, model.model.layers)]
+    shards = plan.world if plan.shard == "base" else 1
+    weights = base - sum(blocks) + sum(blocks) // shards
     if plan.lora is None:
         model.requires_grad_(True)
     else:
@@ -79,7 +78,7 @@ def forecast(plan: Plan) -> Forecasts:
     best = gradients if plan.training.keep == "best" else 0
     adapters = _tensor_bytes(model) - base + best
     sent = gradients if plan.world > 1 else 0  # the buffer in which the ranks' gradients are added
-    gathered = 2 * shards * max(blocks) if shards > 1 else 0
+    gathered = 2 * max(blocks) if shards > 1 else 0
     libraries = LIBRARIES if plan.device.type == "cpu" else 0
     set_dropout_step(model.to("meta").train(), 0)
     for parameter in model.parameters():
@@ -114,31 +113,26 @@ def _tensor_bytes(module: nn.Module) -> int:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations made, and that still live, except those of `known` storages."""
+    """Counts the bytes of all storages that operations made, and that still live, except those of `known` tensors."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
         self.now = self.most = 0
-        self.storages = {tensor.untyped_storage()._cdata for tensor in known}
+        self._storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count its results that are no views of tensors that were there."""
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
+        found = {tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        for storage in [each for each in found if each not in self._storages]:
+            self._storages.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
         return result
 
-    def _hold(self, storage: UntypedStorage) -> None:
-        if storage._cdata not in self.storages:
-            self.storages.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
-
-    def _let_go(self, place: int, size: int) -> None:
-        self.storages.remove(place)
-        self.now -= size
+    def _change(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def _measure_step(plan: Plan, model: Llama, largest: NDArray[Any], way: Checkpointing) -> tuple[int, int]:
