@@ -11,11 +11,9 @@ import minilora as ml
 from minilora import LoraConfig, files
 from minilora.adapter import adapter_layers
 from minilora.adapters.copies import ModulesToSave
-from minilora.cli import main
 from minilora.files import write_json, write_tensors
 from minilora.testing.compare import assert_maths, assert_parity
-from tests.models import fill_, randn, tiny_model
-from tests.text import write_tokenizer
+from tests.models import fill_, randn
 
 
 class Tied(nn.Module):
@@ -171,16 +169,6 @@ def test_a_sum_beyond_the_numbers_that_there_are_is_refused(kind):
                 parameter.fill_(1e37)
     with pytest.raises(ml.MiniloraError, match="not finite"):
         ml.combine_adapters(model, {"a": 1e6, "b": 1}, "sum", ml.CombineConfig(kind))
-
-
-def test_full_fine_tuning_with_new_tokens_comes_to_its_end(tmp_path):
-    model, data, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
-    tokenizer = write_tokenizer(model)
-    ml.save_model(tiny_model(vocab_size=len(tokenizer), dtype=torch.float32), model)
-    data.write_text('{"prompt": "a <z>", "completion": " b"}\n' * 4)
-    flags = ["--method=full", "--add-tokens=<z>", "--max-steps=1", "--general-data=none", "--samples=0", "--force"]
-    assert main(["finetune", "--model", str(model), "--data", str(data), *flags, "--out", str(out)]) == 0
-    assert ml.load_model(out).config.vocab_size == len(tokenizer) + 1
 
 
 @pytest.mark.parametrize("wrapped", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
