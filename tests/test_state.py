@@ -87,7 +87,7 @@ def saved(directory):
     return [int(path.name.removeprefix("step-")) for path in checkpoints(directory)]
 
 
-def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have_passed(whole, tmp_path, monkeypatch):
+def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have_passed(tmp_path, monkeypatch):
     single = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 21, "save_steps": None}
     run(tmp_path / "long", **single)
     assert saved(tmp_path / "long") == [3, 6, 9, 12, 15, 18, 21]
