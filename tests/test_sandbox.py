@@ -85,6 +85,11 @@ def test_a_template_may_look_at_every_message_for_each_of_hundreds():
     assert render(source, USER * 200) == ""
 
 
+def test_a_template_can_indent_by_repeating_a_text_and_compute_with_small_numbers():
+    source = "{% set width = 2 %}<{{ ' ' * width }}>{{ 7 % 4 }}{{ 7 // 2 }}{{ 2 * 3 }}{{ 1 / 2 }}"
+    assert render(source) == "<  >3360.5"
+
+
 def test_a_long_answer_can_be_taken_apart_in_a_loop():
     source = "{% for m in messages %}{% set x = m.content.split('</think>')[-1].strip() %}{{ x }}{% endfor %}"
     assert render(source, [{"role": "assistant", "content": "a</think> " + "b" * 300_000}]) == "b" * 300_000

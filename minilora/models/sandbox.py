@@ -49,7 +49,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(map(self.paid, pieces))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or not all(isinstance(each, int | float) and abs(each) < 2**64 for each in (left, right)):
+        if operator == "*" and isinstance(left, str) and isinstance(right, int):  # paid before it is there
+            self.paid("", len(left) * abs(right))
+        elif operator == "**" or not all(isinstance(each, int | float) and abs(each) < 2**64 for each in (left, right)):
             raise SecurityError(f"{operator} of these values is not allowed in a template")
         return super().call_binop(context, operator, left, right)
 
