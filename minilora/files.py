@@ -18,10 +18,10 @@ import os
 import platform
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -35,26 +35,25 @@ from minilora.errors import ConfigError, FormatError, TrainingError
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
-DTYPES = {  # and their names in a safetensors file
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+DTYPES = {  # by their names in a safetensors file
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 INDEX = "model.safetensors.index.json"
 MANIFEST, STAGED = "minilora-manifest.json", ".staged"
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
 ALIGNMENT = 64  # of a tensor that is written: a line of the cache
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
-DIMENSIONS = 16  # of a tensor; operations of PyTorch take 64
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
 
 
@@ -67,11 +66,11 @@ def open_file(path: Path, most: int | None = None, is_named: bool = False) -> Bu
     try:
         if not is_named:
             check_link(path)
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        size = path.stat().st_size
+        if not path.is_file():
             raise FormatError(f"{path}: cannot be read (it is a directory, a FIFO, a socket or a device)")
-        if most is not None and found.st_size > most:
-            raise FormatError(f"{path}: has {found.st_size:,} bytes; at most {most:,} are accepted")
+        if most is not None and size > most:
+            raise FormatError(f"{path}: has {size:,} bytes; at most {most:,} are accepted")
         return path.open("rb")
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
@@ -129,24 +128,26 @@ class TensorFile:
 
     def __init__(self, path: Path, is_mapped_once: bool = False):
         self.path = path
-        self._is_mapped_once = is_mapped_once
-        self._mapped: Any = None
-        self.entries: dict[str, TensorEntry] = {}
         with open_file(path) as file:
-            text = file.read(min(int.from_bytes(file.read(8), "little"), 2 * JSON_BYTES))
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(min(size, 2 * JSON_BYTES))
         header = parse_object(text, f"{path}: not a safetensors file")
         try:
             # `safe_open` checks that sizes fit dtypes and shapes, without gaps. For PyTorch, it would map the file.
             with safe_open(path, framework="numpy") as checked:
                 self.metadata: dict[str, str] = checked.metadata() or {}
-            for name in sorted(header.keys() - {"__metadata__"}):
-                dtype, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-                if len(shape) > DIMENSIONS:
-                    raise FormatError(f"{path}: {name:.80} has {len(shape)} dimensions, more than a tensor may have")
-                self.entries[name] = TensorEntry(dtype, tuple(shape), end - begin)
+            tensors = {name: header[name] for name in sorted(header.keys() - {"__metadata__"})}
+            self.shapes = {name: tuple(each["shape"]) for name, each in tensors.items()}
+            self._spans = {name: [8 + size + at for at in each["data_offsets"]] for name, each in tensors.items()}
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error
-        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
+        if deep := [name for name, shape in self.shapes.items() if len(shape) > 64]:  # PyTorch's operations refuse it
+            raise FormatError(f"{path}: {deep[0]:.80} has more than 64 dimensions")
+        self.entries: dict[str, TensorEntry] = {}
+        for name, (begin, end) in self._spans.items():
+            self.entries[name] = TensorEntry(tensors[name]["dtype"], self.shapes[name], end - begin)
+        map_file = partial(torch.UntypedStorage.from_file, str(path), False, path.stat().st_size)
+        self._map = cache(map_file) if is_mapped_once else map_file
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as a view of the mapped file, which changes with the file; writing to it copies its pages.
@@ -154,12 +155,12 @@ class TensorFile:
         With `is_mapped_once` all tensors share one mapping, for those that stay views. Otherwise each tensor maps the
         file anew, because one mapping would keep every page that was read in memory.
         """
+        entry, (begin, end) = self.entries[name], self._spans[name]
         try:
-            mapped = self._mapped or safe_open(self.path, framework="pt")
-            self._mapped = mapped if self._is_mapped_once else None
-            return mapped.get_tensor(name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # it cannot be mapped, has changed, or no such shape
-            raise FormatError(f"{self.path}: {name} cannot be read ({error})") from error
+            content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(self._map()[begin:end])
+            return content.view(DTYPES[entry.dtype]).view(entry.shape)
+        except (KeyError, RuntimeError) as error:  # no such dtype, not mapped, or a file that has become shorter
+            raise FormatError(f"{self.path}: {name} cannot be read as {entry.dtype} ({error})") from error
 
 
 def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
@@ -204,6 +205,7 @@ def stream_tensors(
     Each begins at a multiple of `ALIGNMENT`, where kernels read it fastest from the mapped file. A tensor that would
     move the next one off is held until the end, where the dtypes with the largest numbers are first.
     """
+    spelled = {dtype: name for name, dtype in DTYPES.items()}
     described = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
     begin = -(-(8 + len(json.dumps(described)) + header_bytes) // ALIGNMENT) * ALIGNMENT
     entries: dict[str, Any] = {}
@@ -212,11 +214,11 @@ def stream_tensors(
         file.seek(begin)
 
         def write(name: str, tensor: Tensor) -> None:
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in spelled:
                 raise FormatError(f"{path}: {name} is {tensor.dtype}; supported are {list(DTYPES)}")
             offset = file.tell() - begin
             offsets = [offset, offset + tensor.nbytes]
-            entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            entries[name] = {"dtype": spelled[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
         for name, tensor in tensors:
@@ -378,10 +380,8 @@ def lock(out: Path) -> BaseFileLock:
     The file `.lock` names the process and its machine. What a writer that was killed left is finished or removed.
 
     Raises:
-        ConfigError: `out` is a file.
         TrainingError: the directory cannot be written, or another process has locked it.
     """
-    holds_files(out)  # or it is a file
     path = out / ".lock"
     try:
         make_directory(out)
@@ -389,8 +389,8 @@ def lock(out: Path) -> BaseFileLock:
         held.acquire()
         path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except Timeout as error:
-        owner = path.read_text(encoding="utf-8") or "another process"
-        raise TrainingError(f"{out}: {owner} is at work there") from error
+        owner = path.read_text(encoding="utf-8")
+        raise TrainingError(f"{out}: {owner or 'another process'} is at work there") from error
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written ({error.strerror})") from error
     finish_commit(out)
