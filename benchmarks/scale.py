@@ -31,7 +31,7 @@ from benchmarks.work import SMOLLM2
 from minilora.cli.forecast import default_plan
 from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
-from minilora.runs.memory import amount, forecast
+from minilora.runs.forecast import amount, forecast
 from minilora.runs.plan import Plan, Shard
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -72,14 +72,14 @@ class Case:
         given |= {"shard": self.shard} if self.shard != "none" else {}
         return ["finetune", *(word for name, value in given.items() for word in (f"--{name}", f"{value}"))]
 
-    def plan(self, world: int) -> Plan:
+    def plan(self, ranks: int) -> Plan:
         training = ml.TrainConfig(
             batch_size=1, gradient_checkpointing="block", gradient_accumulation_steps=MICRO_BATCHES, max_steps=STEPS
         )
         rows = [(TOKENS, TOKENS - 1)] * MICRO_BATCHES
         dtype, quantization = getattr(torch, self.dtype), ml.QuantizeConfig(self.quantize)
         cpu, config = torch.device("cpu"), parse_config(MODEL)
-        return Plan(config, ml.LoraConfig(), training, quantization, dtype, cpu, rows, world=world, shard=self.shard)
+        return Plan(config, ml.LoraConfig(), training, quantization, dtype, cpu, rows, ranks=ranks, shard=self.shard)
 
 
 CASES = (
@@ -102,7 +102,7 @@ def fits() -> Iterator[list[str]]:
         for method in ("LoRA", "QLoRA"):
             for shard in get_args(Shard):
                 plan = default_plan(config, method, torch.device("meta"))  # any GPU
-                found = forecast(replace(plan, world=N, shard=shard))["block"]
+                found = forecast(replace(plan, ranks=N, shard=shard))["block"]
                 trained = found.adapters + found.gradients + found.moments
                 terms = (found.weights, trained, found.activations, found.working + found.overhead, found.peak)
                 yield [

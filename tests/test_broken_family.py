@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 import minilora as ml
 from minilora import LoraConfig, files
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import ModulesToSave
+from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.files import write_json, write_tensors
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import fill_, randn

@@ -14,7 +14,7 @@ from minilora.adapters.combine import CombineConfig
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli.load import MERGED
 from minilora.cli.merge import split_weight
-from minilora.cli.notes import _is_named
+from minilora.cli.messages import _is_named
 from minilora.errors import in_recipe
 from minilora.files import MANIFEST, read_json
 from minilora.models.hub import Location

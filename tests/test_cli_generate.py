@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.cli.write import MERGE_TOKENS, merged_if_faster
+from minilora.cli.streaming import MERGE_TOKENS, merged_if_faster
 from minilora.runs.encoders import encode_prompt, encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.formats import Row

@@ -25,15 +25,15 @@ from minilora.kernels.attention import OutlinedAttention, causal_attention
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
-from minilora.runs import memory
-from minilora.runs import system as host
+from minilora.runs import forecast as forecasts
+from minilora.runs import memory as host
+from minilora.runs.forecast import Live, amount, choose_plan
 from minilora.runs.inputs import read_data
-from minilora.runs.memory import Live, amount, choose_plan
+from minilora.runs.memory import free_memory_bytes, peak_memory_bytes
 from minilora.runs.objective import build_optimizer
 from minilora.runs.plan import Plan, find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
 from minilora.runs.settings import RunConfig, Settings, TrainConfig
-from minilora.runs.system import free_memory_bytes, peak_memory_bytes
 from minilora.training import token_loss, train_step
 from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
 from tests.ranks import in_process
@@ -52,7 +52,7 @@ def plan(config, lora=None, lengths=(7, 5, 9), labelled=11, quantize="none", dty
 
 
 def forecast(plan):
-    return memory.forecast(plan)[plan.training.gradient_checkpointing]
+    return forecasts.forecast(plan)[plan.training.gradient_checkpointing]
 
 
 # --- tensors ---
@@ -192,13 +192,13 @@ def test_auto_is_the_fastest_way_that_fits_else_the_leanest(way, monkeypatch):
     peaks = [forecast(auto.checkpointed(each)).peak for each in WAYS]
     assert peaks == sorted(peaks, reverse=True)
     free = peaks[WAYS.index(way)]
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
+    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: free)
     chosen, found = choose_plan(auto)
     assert chosen.training.gradient_checkpointing == way
     assert [each.peak for each in found.values()] == peaks
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: None)
+    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: None)
     assert choose_plan(auto)[0].training.gradient_checkpointing == "none"
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: 0)
     assert choose_plan(auto)[0].training.gradient_checkpointing == "block"
 
 
@@ -228,7 +228,7 @@ def cells(row):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_dry_run_tells_each_term_by_checkpointing_and_what_fits(directory, tmp_path, capsys, monkeypatch, way):
     _, found = planned(directory, tmp_path / "out")
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: found[way].peak)
+    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: found[way].peak)
     assert finetune(directory, tmp_path / "out", "--dry-run", "--no-timing", "--force") == 0
     page = capsys.readouterr().out
     head, *rows = page.split("this run has none\n")[1].splitlines()[:4]
@@ -239,7 +239,7 @@ def test_a_dry_run_tells_each_term_by_checkpointing_and_what_fits(directory, tmp
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_path, capsys, monkeypatch):
-    for module in ("runs.memory", "cli.finetune", "cli.forecast"):
+    for module in ("runs.forecast", "cli.finetune", "cli.forecast"):
         monkeypatch.setattr(f"minilora.{module}.free_memory_bytes", lambda device: 1234)
     assert finetune(directory, tmp_path / "out", batch_size=20) != 0
     assert not (tmp_path / "out").exists()
@@ -264,13 +264,13 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_pa
 def test_a_run_that_is_forced_or_fits_runs(directory, tmp_path, monkeypatch, free, flags, runs):
     needed = planned(directory, tmp_path / "out", max_steps=1)[1]["none"].peak
     free = needed + free if free in (0, -1) else free
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: free)
+    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: free)
     assert (finetune(directory, tmp_path / "out", *flags, max_steps=1) == 0) == runs
 
 
 def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
     needed = planned(directory, tmp_path / "out", max_steps=1)[1]["mlp"].peak
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: needed)
+    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: needed)
     for flags in (["--dry-run"], []):
         assert finetune(directory, tmp_path / "out", *flags, max_steps=1, gradient_checkpointing="auto") == 0
         assert ("this run has mlp\n" in capsys.readouterr().out) == bool(flags)
@@ -321,7 +321,7 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     """The process that starts this one may have held much more."""
     code = """if True:
         import minilora, torch
-        from minilora.runs.system import peak_memory_bytes
+        from minilora.runs.memory import peak_memory_bytes
         numbers = torch.ones(2**26)
         del numbers
         print(peak_memory_bytes(torch.device("cpu")))"""

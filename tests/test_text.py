@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.cli.write import TextStream
+from minilora.cli.streaming import TextStream
 from tests.models import examples
 from tests.test_quote import source_of
 

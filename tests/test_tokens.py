@@ -9,7 +9,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import TrainableTokens
+from minilora.adapters.modules_to_save import TrainableTokens
 from minilora.llama import Documents
 from minilora.testing.compare import assert_maths, maths
 from tests.models import WHOLE, allocated, perturb_, randn, seeds, tiny_model, token_ids, train_a_little

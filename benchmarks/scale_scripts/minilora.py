@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import distributed
 
 import minilora as ml
-from minilora.models.shard import load_sharded
+from minilora.models.fsdp import load_sharded
 
 (dtype, base), losses = sys.argv[1:], []
 distributed.init_process_group("gloo")

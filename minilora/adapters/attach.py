@@ -34,13 +34,13 @@ from minilora.adapters.build import (
     low_rank_spec,
 )
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import ModulesToSave, TrainableTokens, unties
 from minilora.adapters.layers import LowRankWrapper
+from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens, unties
 from minilora.errors import ConfigError, TargetError, TrainingError, check_types
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, Linear, dense_linear
 from minilora.models.bitsandbytes import describe, is_finite
-from minilora.models.shard import is_sharded
+from minilora.models.fsdp import is_sharded
 from minilora.nf4 import NF4Linear
 
 

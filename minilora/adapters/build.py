@@ -19,7 +19,6 @@ from minilora.adapters.config import (
     select_saved,
     select_targets,
 )
-from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
 from minilora.adapters.layers import (
     InitSubtractedAdapter,
@@ -28,10 +27,11 @@ from minilora.adapters.layers import (
     LowRankWrapper,
     as_matrix,
 )
+from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm, initial_factors
-from minilora.models.shard import whole, whole_weight
+from minilora.models.fsdp import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

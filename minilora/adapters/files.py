@@ -17,7 +17,6 @@ from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
 from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter, path_of
 from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, factor_shapes, kind_of
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.copies import ModulesToSave, TrainableTokens
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import (
     InitSubtractedAdapter,
@@ -39,13 +38,14 @@ from minilora.adapters.layout import (
     read_adapter,
     write_adapter,
 )
+from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens
 from minilora.errors import FormatError, TargetError, check_types, listed
 from minilora.files import publishing
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter
 from minilora.models.bitsandbytes import shortest_names
+from minilora.models.fsdp import whole_weight
 from minilora.models.hub import fetch, unpinned
-from minilora.models.shard import whole_weight
 from minilora.nf4 import NF4Linear
 
 LINEAR_NAMES = PEFT_NAMES | {"lora_bias": "lora_B.bias", "bias": "base_layer.bias"}

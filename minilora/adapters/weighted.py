@@ -13,7 +13,7 @@ from minilora.adapters.attach import config_of_adapter, inject_adapter
 from minilora.adapters.build import AdapterSpec
 from minilora.adapters.combine import CombineConfig, Factors, LowRank, combine
 from minilora.adapters.config import LoraConfig, Task
-from minilora.adapters.copies import ModulesToSave
+from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.errors import ConfigError, check_types
 from minilora.lora import LoraAdapter
 

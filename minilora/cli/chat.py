@@ -16,7 +16,7 @@ from dataclasses import replace
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.write import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
+from minilora.cli.streaming import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, MiniloraError
 from minilora.models.config import trained_length
 from minilora.runs.conversations import encode_question

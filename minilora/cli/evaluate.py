@@ -18,7 +18,7 @@ from typing import Any
 from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load, run_record
-from minilora.cli.write import BATCH_SIZE, merged_if_faster
+from minilora.cli.streaming import BATCH_SIZE, merged_if_faster
 from minilora.errors import ConfigError
 from minilora.files import sha256_of
 from minilora.llama import Llama

@@ -27,7 +27,7 @@ from minilora.cli import SIGNALLED, Options, Parser, nearest, say
 from minilora.cli.flags import add_fields, from_flags, read_config
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization
-from minilora.cli.notes import describe, report, run_notes
+from minilora.cli.messages import describe, report, run_notes
 from minilora.cli.preview import duration, preview
 from minilora.errors import ConfigError, TrainingError
 from minilora.files import ASSETS, BUILTIN, read_json
@@ -35,16 +35,16 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
-from minilora.runs import world
+from minilora.runs import processes
 from minilora.runs.directory import Earlier, Outcome, Run, RunDirectory
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
+from minilora.runs.forecast import Forecasts, amount, choose_plan, fits
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import Forecasts, amount, choose_plan, fits
+from minilora.runs.memory import free_memory_bytes
 from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
-from minilora.runs.system import free_memory_bytes
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
@@ -143,7 +143,7 @@ def check_memory(plan: Plan, found: Forecasts) -> None:
 def run(options: Options) -> int:
     """Fine-tune, call by call as in the diagram of docs/architecture.md."""
     is_dry = options["dry_run"]
-    with world.joined(options["device"]) as device, ExitStack() as stack:
+    with processes.joined(options["device"]) as device, ExitStack() as stack:
         settings = read_settings(options)
         settings = replace(settings, run=settings.run.located())
         directory = stack.enter_context(closing(RunDirectory(settings)))
@@ -225,5 +225,5 @@ def _stop(result: TrainResult, bar: ProgressBar) -> int:
     """Say how to go on with a run that a signal has stopped, and return the status."""
     bar.close()
     say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
-    world.barrier()  # the first rank has said so before another one ends
+    processes.barrier()  # the first rank has said so before another one ends
     return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got

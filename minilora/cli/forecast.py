@@ -10,10 +10,10 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import usable_device
 from minilora.models.config import read_config
 from minilora.models.hub import fetch
-from minilora.runs.memory import Forecast, Forecasts, amount, fits, forecast
+from minilora.runs.forecast import Forecast, Forecasts, amount, fits, forecast
+from minilora.runs.memory import free_memory_bytes
 from minilora.runs.plan import Plan
 from minilora.runs.settings import DataConfig, TrainConfig
-from minilora.runs.system import free_memory_bytes
 
 METHODS: dict[str, tuple[Checkpointing, ...]] = {
     "full fine-tune": ("none",),

@@ -22,7 +22,7 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load, run_record
-from minilora.cli.write import (
+from minilora.cli.streaming import (
     BATCH_SIZE,
     GenerationConfig,
     Written,

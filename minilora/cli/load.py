@@ -12,7 +12,7 @@ from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, tokenizer_of, vocabulary_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.notes import base_notes
+from minilora.cli.messages import base_notes
 from minilora.errors import ConfigError, FormatError
 from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama

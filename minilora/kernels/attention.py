@@ -47,7 +47,7 @@ def select_kernel(
     """Return the fastest of the three kernels below for a device, a dtype and lengths.
 
     On a CPU, forward and backward in milliseconds, 9 query and 3 key heads of 64, the best of ten on 2 threads, with
-    freed memory kept (`runs/system.py`):
+    freed memory kept (`runs/memory.py`):
 
                                    bfloat16            float32
                                    blocks   fused      blocks   fused

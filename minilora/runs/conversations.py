@@ -15,8 +15,8 @@ from minilora.data import Span
 from minilora.errors import DataError
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.formats import Conversation, Fields
-from minilora.runs.omissions import check_answer, check_context, check_messages, is_written, thoughts_of
 from minilora.runs.settings import TrainOn
+from minilora.runs.unrendered import check_answer, check_context, check_messages, is_written, thoughts_of
 
 if TYPE_CHECKING:  # jinja2 is imported for models with a template alone
     from minilora.models.template import ChatTemplate, Tools

@@ -34,14 +34,14 @@ from minilora.files import holds_files, lock, publishing, remove, replacing, sha
 from minilora.llama import Llama
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
-from minilora.runs import checkpoints, world
+from minilora.runs import checkpoints, processes
 from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, TrainResult
+from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.plan import Base, Plan
 from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
 from minilora.runs.settings import Settings
-from minilora.runs.system import peak_memory_bytes
 from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
@@ -120,10 +120,10 @@ class RunDirectory:
                 have different inputs.
         """
         self._inputs = _hash_inputs(base, self._settings.data.prompt_style)
-        found = world.all_gather(self._inputs)
+        found = processes.all_gather(self._inputs)
         if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
             raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
-        return world.run_on_rank0(self._open)
+        return processes.run_on_rank0(self._open)
 
     def _open(self) -> Earlier:
         path = self.path / "run.json"
@@ -168,7 +168,7 @@ class RunDirectory:
 
     def start(self, run: Run, model: Llama) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
-        if not world.is_main_process():
+        if not processes.is_main_process():
             return
         weight = model.model.embed_tokens.weight
         start = {
@@ -179,7 +179,7 @@ class RunDirectory:
             "gradient_checkpointing": run.plan.training.gradient_checkpointing,
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
-            "ranks": world.size(),
+            "ranks": processes.size(),
             "shard": run.plan.shard,
         }
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -209,7 +209,7 @@ class RunDirectory:
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
         every = self._settings.training.logging_steps
-        if world.is_main_process() and ("eval_loss" in record or record["step"] % every == 0):
+        if processes.is_main_process() and ("eval_loss" in record or record["step"] % every == 0):
             line = {key: value for key, value in record.items() if key != "total_steps"}
             append_line(self.path / "metrics.jsonl", line)
             if self._tracker:
@@ -220,7 +220,7 @@ class RunDirectory:
 
         The summary marks the run as finished.
         """
-        if not world.is_main_process():
+        if not processes.is_main_process():
             return
         result = outcome.result
         summary = {

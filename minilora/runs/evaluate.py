@@ -21,7 +21,7 @@ from minilora.errors import DataError
 from minilora.llama import Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs import objective, world
+from minilora.runs import objective, processes
 from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.sampler import Rows
@@ -117,7 +117,7 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
             loss, number = objective(model, [rows[row] for row in group])
             if is_counted:
                 total, count = total + loss.item(), count + number
-    total, count = world.sum_over_ranks(total, count)
+    total, count = processes.sum_over_ranks(total, count)
     if not count:
         raise DataError("the loss counts nothing in the held-out rows")
     return total / count
@@ -152,13 +152,13 @@ def measure_forgetting(
                 kl = (log_p.exp() * (log_p - log_q)).sum()
                 sums += counts * torch.stack((*losses, kl)).cpu()
             labelled += counts * len(batch.labels)
-    *totals, number = world.sum_over_ranks(*sums.tolist(), labelled)
+    *totals, number = processes.sum_over_ranks(*sums.tolist(), labelled)
     return Forgetting(*(total / number for total in totals))
 
 
 def _dealt(groups: Iterable[Rows], total: int, progress: Progress) -> Iterator[tuple[Rows, bool]]:
     """Yield this rank's groups of rows, and whether each counts; report the progress after each."""
-    for rows, counts in world.split_for_rank(list(groups)):
+    for rows, counts in processes.split_for_rank(list(groups)):
         yield rows, counts
         progress(rows[-1] + 1, total)
 
@@ -200,7 +200,7 @@ def choice_accuracy(
             prompts = [prompt_of(examples[row]) for row in rows]
             for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):
                 correct += counts * (choices[scores.index(max(scores))] == answer_of(examples[row]))
-    return world.sum_over_ranks(correct)[0] / len(examples)
+    return processes.sum_over_ranks(correct)[0] / len(examples)
 
 
 def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import DataError, TrainingError, check_types
-from minilora.runs import checkpoints, world
+from minilora.runs import checkpoints, processes
 from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
+from minilora.runs.memory import keep_memory, peak_memory_bytes, returned_memory
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
 from minilora.runs.sampler import MicroBatch, Step, plan_steps, seeded, set_dropout_step
 from minilora.runs.settings import TrainConfig
-from minilora.runs.system import keep_memory, peak_memory_bytes, returned_memory
 from minilora.training import Loss, accumulate, parameters_of, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
@@ -107,12 +107,12 @@ def train(
     steps = plan_steps(len(dataset), config)
     job = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if world.any_sharded(parameters_of(job.optimizer)):
+    if processes.any_sharded(parameters_of(job.optimizer)):
         raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
     run = ""
-    if folder is not None or world.size() > 1:
+    if folder is not None or processes.size() > 1:
         run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
-    if len({*world.all_gather(repr((config, len(dataset), len(held_out), run)))}) > 1:
+    if len({*processes.all_gather(repr((config, len(dataset), len(held_out), run)))}) > 1:
         raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     try:
         return _run_steps(job, run, on_step or (lambda record: None), held_out, folder)
@@ -138,7 +138,7 @@ class _Schedule:
 
     def saves(self, step: int) -> bool:
         """Return whether a checkpoint follows a step: every `save_steps`, or late on any rank."""
-        is_late = self.is_timed and world.any_rank(time.perf_counter() - self.saved >= SAVE_SECONDS)
+        is_late = self.is_timed and processes.any_rank(time.perf_counter() - self.saved >= SAVE_SECONDS)
         return is_late or (self.save_steps > 0 and step % self.save_steps == 0)
 
 
@@ -156,7 +156,7 @@ class _Job:
     def batches(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of a step that this rank computes."""
         first = step * self.config.gradient_accumulation_steps
-        dealt = world.split_for_rank(list(enumerate(self.steps[step], first)))
+        dealt = processes.split_for_rank(list(enumerate(self.steps[step], first)))
         return [MicroBatch(n, [self.dataset[row] for row in rows.tolist()], counts) for (n, rows), counts in dealt]
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
@@ -171,7 +171,7 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     config = job.config
     total = len(job.steps)
     state, best, damaged = _resume(job, run, folder)
-    world.broadcast_(checkpoints.trained_tensors(model).values())
+    processes.broadcast_(checkpoints.trained_tensors(model).values())
     schedule = _Schedule(config, total)
     first = state.step
     patience = config.early_stopping or math.inf
@@ -185,25 +185,25 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
         before = time.perf_counter()
         record = _step(job, state.step)
         # Not with a sharded base: kept memory would fragment between its gathered blocks.
-        if state.step == first and not world.any_sharded(model.parameters()):
+        if state.step == first and not processes.any_sharded(model.parameters()):
             keep_memory()
         now = time.perf_counter()
         state.step += 1
         state.tokens += record["tokens"]
         state.seconds = now - started
         record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
-        stopped = world.any_rank(bool(on_step(record)))
+        stopped = processes.any_rank(bool(on_step(record)))
         if len(held_out) and schedule.evaluates(state.step):
             eval_loss = mean_loss(model, job.objective, held_out)
             if state.note(eval_loss) and config.keep == "best":
                 best = {name: tensor.detach().clone() for name, tensor in checkpoints.trained_tensors(model).items()}
             evaluation = {"step": state.step, "eval_loss": eval_loss, "best_step": state.best_step}
-            stopped |= world.any_rank(bool(on_step(evaluation)))
+            stopped |= processes.any_rank(bool(on_step(evaluation)))
         if schedule.saves(state.step) or stopped or is_done():  # done: what follows training may fail
-            world.broadcast_(checkpoints.trained_tensors(model).values())
-            if folder is not None and world.is_main_process():
+            processes.broadcast_(checkpoints.trained_tensors(model).values())
+            if folder is not None and processes.is_main_process():
                 checkpoints.save_checkpoint(folder, model, job.optimizer, state, best, config.save_total_limit)
-            world.barrier()  # torchrun ends all ranks when one has ended
+            processes.barrier()  # torchrun ends all ranks when one has ended
             schedule.saved = time.perf_counter()
     model.eval()
     finished = is_done()
@@ -229,9 +229,9 @@ def _step(job: _Job, step: int) -> Record:
     batches = job.batches(step)
     with closing(seeded(model, batches, config.seed)) as micro_batches:
         total, count = accumulate(model, optimizer, micro_batches, job.loss)
-    world.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
+    processes.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
     own_tokens = lengths_of([row for batch in batches if batch.is_counted for row in batch.rows]).sum()
-    count, tokens = map(int, world.sum_over_ranks(count, own_tokens))
+    count, tokens = map(int, processes.sum_over_ranks(count, own_tokens))
     norms = torch.stack(update(optimizer, total, count, config.max_grad_norm))
     loss, grad_norm = norms.tolist()  # waits for the device, once a step
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -253,10 +253,10 @@ def _step(job: _Job, step: int) -> Record:
 def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
     total = len(job.steps)
-    newest, damaged = world.run_on_rank0(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
+    newest, damaged = processes.run_on_rank0(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
     if folder is None or newest is None:
         return checkpoints.State(run, total_steps=total), {}, damaged
     state, best = checkpoints.load_checkpoint(newest, job.model, job.optimizer, run, total)
-    if world.is_main_process():
+    if processes.is_main_process():
         checkpoints.prune(folder, state.step, job.config.save_total_limit)  # a crash may have left some
     return state, best, damaged

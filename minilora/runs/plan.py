@@ -19,10 +19,10 @@ from minilora.llama import Checkpointing, Llama, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, resolve_dtype
 from minilora.models.config import read_config
+from minilora.models.fsdp import load_sharded
 from minilora.models.hub import Location, fetch, locate
-from minilora.models.shard import load_sharded
 from minilora.models.vocabulary import resize_token_embeddings
-from minilora.runs import world
+from minilora.runs import processes
 from minilora.runs.inputs import Data
 from minilora.runs.settings import Settings, TrainConfig
 
@@ -49,7 +49,7 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     rows: Sequence[tuple[int, int]] | NDArray[Any]  # tokens and labelled tokens of each training row, (rows, 2)
-    world: int = 1  # number of ranks
+    ranks: int = 1
     shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
 
     def checkpointed(self, way: Checkpointing) -> Plan:
@@ -66,7 +66,7 @@ def find_base(settings: Settings) -> Base:
 
 def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> Plan:
     """Return what a run is asked to do; its gradient checkpointing may be "auto"."""
-    ranks = world.size()
+    ranks = processes.size()
     ids = map(data.tokenizer.token_id, settings.run.add_tokens)
     new_tokens = [token for token in ids if token is not None]
     needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else settings.lora.vocabulary

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import describe_base, set_adapter
-from minilora.adapters.copies import ModulesToSave, unties
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import (
@@ -37,6 +36,7 @@ from minilora.adapters.layout import (
     parse_tensor_name,
     vocabulary_of,
 )
+from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
 from minilora.llama import Llama, LlamaConfig

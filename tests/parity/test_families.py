@@ -5,7 +5,7 @@ import torch
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import ModulesToSave
+from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.testing.compare import assert_parity
 from tests.models import perturb_, randn, token_ids
 from tests.parity.families import FAMILIES, family_model

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.copies import ModulesToSave
+from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.files import read_json
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes import classify_texts as recipe

@@ -17,7 +17,7 @@ import torch
 from record import write_record
 
 import minilora as ml
-from minilora.runs.memory import forecast
+from minilora.runs.forecast import forecast
 from minilora.runs.plan import Plan
 
 OUT = Path(__file__).with_suffix(".json")

@@ -24,7 +24,7 @@ from torch import distributed as dist
 
 from minilora.errors import ConfigError, MiniloraError, TrainingError
 from minilora.models.checkpoint import usable_device
-from minilora.models.shard import is_sharded
+from minilora.models.fsdp import is_sharded
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # of a wait for another rank: the first one may be encoding the data

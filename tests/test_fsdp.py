@@ -13,7 +13,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, collate
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.shard import load_sharded, local, own_rows, whole
+from minilora.models.fsdp import load_sharded, local, own_rows, whole
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
 from minilora.runs.sampler import set_dropout_step

@@ -7,8 +7,8 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter
-from minilora.adapters.copies import ModulesToSave
 from minilora.adapters.files import peft_tensors
+from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
 

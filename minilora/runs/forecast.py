@@ -1,0 +1,191 @@
+"""Forecast how much memory a run takes, and choose what fits.
+
+The model is built on the device "meta", with its adapter. There a tensor has a shape and no numbers, and the code that
+a run will execute allocates and frees what it would on another device. Weights, gradients and moments are the sizes of
+parameters. A step with one block of each kind runs there, and what lives is counted, so no formula has to follow the
+code. Only what ranks exchange and what libraries hold is estimated.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minilora.adapters.attach import attach
+from minilora.kernels.attention import OutlinedAttention
+from minilora.llama import Checkpointing, Llama, cross_entropy
+from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
+from minilora.models.checkpoint import assign, build_on_meta
+from minilora.nf4 import NF4Linear
+from minilora.runs import processes
+from minilora.runs.memory import free_memory_bytes
+from minilora.runs.plan import Plan
+from minilora.runs.sampler import plan_steps, set_dropout_step
+
+# What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
+LIBRARIES = 200_000_000  # loaded by PyTorch and its kernels in the first step
+FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A forecast of the bytes at the peak of a run."""
+
+    weights: int  # of the base, dense or in four bits
+    adapters: int  # what is trained besides them, and a copy of the best so far
+    gradients: int  # of everything that is trained
+    moments: int
+    activations: int  # what autograd saves of a micro-batch
+    # The most that lives besides: in the loss, or in a block's backward pass. Of a base that is sharded also the
+    # weights of two blocks: the one that is computed, and the next.
+    working: int
+    overhead: int  # what libraries hold besides tensors
+
+    @property
+    def peak(self) -> int:
+        return sum(vars(self).values())
+
+
+Forecasts = Mapping[str, Forecast]
+
+
+def forecast(plan: Plan) -> Forecasts:
+    """Forecast the memory of one rank of a run, with each kind of gradient checkpointing.
+
+    Raises:
+        TargetError: the adapter's config names modules that the model does not have.
+    """
+    model = _build_base(plan)
+    base, blocks = _tensor_bytes(model), [*map(_tensor_bytes, model.model.layers)]
+    shards = plan.ranks if plan.shard == "base" else 1
+    weights = base - sum(blocks) + sum(blocks) // shards
+    if plan.lora is None:
+        model.requires_grad_(True)
+    else:
+        with torch.device("meta"):  # start values would take memory
+            attach(model, plan.lora)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    best = gradients if plan.training.keep == "best" else 0
+    adapters = _tensor_bytes(model) - base + best
+    sent = gradients if plan.ranks > 1 else 0  # the buffer in which the ranks' gradients are added
+    gathered = 2 * max(blocks) if shards > 1 else 0
+    libraries = LIBRARIES if plan.device.type == "cpu" else 0
+    set_dropout_step(model.to("meta").train(), 0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    rows = np.asarray(plan.rows)
+    micro_batches = (batch for step in plan_steps(len(rows), plan.training) for batch in step)
+    largest = rows[max(micro_batches, key=lambda batch: rows[batch, 0].sum())]
+    found: dict[str, Forecast] = {}
+    for way in get_args(Checkpointing):
+        kept, most = _measure_step(plan, model, largest, way)
+        working = max(most, sent - kept) + gathered
+        overhead = int(FRAGMENTS * (kept + working)) + libraries
+        found[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
+    return found
+
+
+def _build_base(plan: Plan) -> Llama:
+    """Build the base model without storage, in the dtype of the computation, or with linears in four bits."""
+    source, quantization = plan.config.source, plan.quantization
+    model = build_on_meta(plan.config).to(plan.dtype).requires_grad_(False)
+    if is_four_bit(source):
+        quantization = QuantizeConfig("nf4", bool(source["quantization_config"].get("bnb_4bit_use_double_quant")))
+    linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
+    for path in quantization.chosen(list(linears)):
+        packed = NF4Linear.quantize(linears[path].weight, None, quantization.double_quant)
+        assign(model, f"{path}.weight", packed)
+    return model
+
+
+def _tensor_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations made, and that still live, except those of `known` tensors."""
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.most = 0
+        self._storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count its results that are no views of tensors that were there."""
+        result = func(*args, **(kwargs or {}))
+        found = {tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        for storage in [each for each in found if each not in self._storages]:
+            self._storages.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def _measure_step(plan: Plan, model: Llama, largest: NDArray[Any], way: Checkpointing) -> tuple[int, int]:
+    """Return what autograd saves of a micro-batch, and the most that lives besides.
+
+    `largest` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share
+    counts as often as there are such blocks.
+    """
+    decoder, blocks = model.model, model.model.layers
+    kinds: dict[Any, list[nn.Module]] = {}
+    learns = any(p.requires_grad for p in decoder.embed_tokens.parameters())
+    for block, window in zip(blocks, plan.config.windows, strict=True):
+        kind = (learns, window, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
+        kinds.setdefault(kind, []).append(block)
+        learns = learns or any(p.requires_grad for p in block.parameters())
+    decoder.layers = nn.ModuleList(alike[0] for alike in kinds.values())
+    lengths, labelled = largest.T.tolist()
+    tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
+    targets = tokens[: sum(labelled)]
+    marks: list[int] = []  # bytes that live before each block, and after the last one
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with Live([*model.parameters(), *model.buffers(), *gradients]) as live:
+        modules = (*decoder.layers, decoder.norm)
+        hooks = [module.register_forward_pre_hook(lambda *_: marks.append(live.now)) for module in modules]
+        hidden = decoder(tokens, OutlinedAttention(plan.device, lengths), way).index_select(0, targets)
+        loss = cross_entropy(hidden, targets, model.get_output_embeddings())
+        del hidden
+        kept = live.now
+        for hook in hooks:  # a block that is recomputed runs once more
+            hook.remove()
+        loss.backward()
+    decoder.layers = blocks
+    saved = zip(kinds.values(), pairwise(marks), strict=True)
+    more = sum((len(alike) - 1) * (after - before) for alike, (before, after) in saved)
+    return kept + more, live.most - kept
+
+
+def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
+    """Replace "auto" of the gradient checkpointing by the fastest that fits, else by the leanest."""
+    found = forecast(plan)
+    if plan.training.gradient_checkpointing == "auto":
+        ways = [way for way in get_args(Checkpointing) if fits(plan, found[way])]
+        plan = plan.checkpointed(ways[0] if ways else "block")
+    return plan, found
+
+
+def fits(plan: Plan, found: Forecast) -> bool:
+    """Return whether a run fits into the memory of every rank."""
+    free = free_memory_bytes(plan.device)
+    return not processes.any_rank(free is not None and found.peak > free)
+
+
+def amount(size: int) -> str:
+    """Format a number of bytes; GB are 10⁹ bytes."""
+    power = min((len(str(size)) - 1) // 3, 3)
+    return f"{size / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}" if power else f"{size} bytes"
