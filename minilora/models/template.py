@@ -49,7 +49,8 @@ class ChatTemplate:
             raise FormatError(f"chat template: {len(source)} characters; at most {TEMPLATE_LIMIT} are accepted")
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        options = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}  # or constants would be computed now
+        self._sandbox = Sandbox(**options, extensions=[_Generation, loopcontrols])
         self._sandbox.filters = {k: each for k, each in self._sandbox.filters.items() if k not in REFUSED}
         self._sandbox.filters["tojson"] = _to_json
         self._sandbox.globals["raise_exception"] = _raise
