@@ -112,6 +112,12 @@ def test_a_tensor_that_cannot_be_read_is_refused(path):
     assert "a cannot be read" in refuses(lambda _: file.read("a"), path)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**63], [0] * 65])
+def test_a_shape_that_no_tensor_has_is_refused(shape, path):
+    path.write_bytes(tensor_bytes({"a": {**ONE, "shape": shape, "data_offsets": [0, 0]}}))
+    assert "a has the shape (0, " in refuses(TensorFile, path)
+
+
 def test_looking_into_a_file_maps_none_of_it(path, monkeypatch):
     """PyTorch's way to map a file fails for one that is larger than the memory."""
     write_tensors(path, {"a": torch.ones(3)})
