@@ -45,6 +45,7 @@ RENAMED = {  # commands and flags of earlier versions, and what to use now
     "--task-type": in_recipe("classify_texts"),
     "--loraplus-lr-ratio": in_recipe("loraplus"),
     "--method": "from Python, ml.train trains all weights of a model that has no adapter",
+    "--stop": "a model that was fine-tuned ends its answers itself",
     "--recompute": "it is called --gradient-checkpointing",
     "--target-parameters": in_recipe("experts"),
     "--text-field": "use --columns text=FIELD",
