@@ -99,6 +99,27 @@ def test_a_template_can_indent_by_repeating_a_text_and_compute_with_small_number
     assert render(source) == "<  >3360.5"
 
 
+def test_a_template_can_indent_what_it_writes_as_command_r_does_with_calls_of_tools():
+    source = "{{ '{'|indent(4, first=True) }}|{{ messages[0].content|indent(2) }}|{{ messages[0].content|indent('>') }}"
+    assert render(source, [{"content": "a\nb"}]) == "    {|a\n  b|a\n>b"
+
+
+def test_nothing_is_computed_where_a_template_is_compiled():
+    seen = []
+    sandbox = Sandbox()
+    sandbox.filters["seen"] = seen.append
+    sandbox.compile("{{ 1 | seen }}{% if 1 | seen %}{% endif %}{% autoescape 1 | seen %}{% endautoescape %}")
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "each", ["'b' | indent(300000)", "('\n' * 3000) | indent(100)", "'b' | indent(-300000)", "x[1:]", "x[:-1] + 'b'"]
+)
+def test_what_a_loop_computes_counts(each):
+    with pytest.raises(MiniloraError, match="more work or memory"):
+        render("{% set x = 'a' * 300000 %}{% for i in range(40) %}{% set y = " + each + " %}{% endfor %}")
+
+
 def test_a_long_answer_can_be_taken_apart_in_a_loop():
     source = "{% for m in messages %}{% set x = m.content.split('</think>')[-1].strip() %}{{ x }}{% endfor %}"
     assert render(source, [{"role": "assistant", "content": "a</think> " + "b" * 300_000}]) == "b" * 300_000

@@ -8,11 +8,13 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError
+from jinja2.filters import do_indent
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import pass_environment
 
 NODE = 20  # work of a node of syntax, each time that the block around it is entered; a result takes its length
 REFUSED = (  # filters and functions that write as much as a number says, or change a dict; no known template has them
-    *("batch", "center", "expandtabs", "format", "format_map", "generate_lorem_ipsum", "indent", "ljust", "rjust"),
+    *("batch", "center", "expandtabs", "format", "format_map", "generate_lorem_ipsum", "ljust", "rjust"),
     *("round", "slice", "to_bytes", "wordwrap", "zfill", "clear", "pop", "popitem", "setdefault", "update"),
 )
 
@@ -21,12 +23,14 @@ class Compiler(CodeGenerator):
     """jinja2's compiler, whose programs pay for each block of statements that they enter, and for results."""
 
     def blockvisit(self, body: Iterable[nodes.Node], frame: Any) -> None:
+        frame.eval_ctx.volatile = True  # or filters of constants would be computed here, without a limit
         inside = sum(len([*node.find_all(nodes.Node)]) for node in body)
         self.writeline(f"environment.paid('', {NODE * (1 + inside)})")
         super().blockvisit(body, frame)
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> None:
         pays = isinstance(node, nodes.Call | nodes.Filter | nodes.Concat | nodes.Add)
+        pays = pays or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice))
         self.write("environment.paid(" if pays else "")
         super().visit(node, *args, **kwargs)
         self.write(")" if pays else "")
@@ -62,3 +66,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_callable(self, obj: Any) -> bool:
         return getattr(obj, "__name__", "") not in REFUSED and super().is_safe_callable(obj)
+
+
+@pass_environment
+def indent(sandbox: Sandbox, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    """Return what jinja2's filter returns, which is paid before it is there."""
+    sandbox.paid("", (len(text.splitlines()) + 1) * (abs(width) if isinstance(width, int) else len(width)))
+    return do_indent(text, width, first, blank)

@@ -21,7 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from minilora.errors import DataError, FormatError
 from minilora.models.hub import reason_of
 from minilora.models.prompts import REASONING
-from minilora.models.sandbox import REFUSED, Sandbox
+from minilora.models.sandbox import REFUSED, Sandbox, indent
 
 Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
@@ -52,6 +52,7 @@ class ChatTemplate:
         options = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}  # or constants would be computed now
         self._sandbox = Sandbox(**options, extensions=[_Generation, loopcontrols])
         self._sandbox.filters = {k: each for k, each in self._sandbox.filters.items() if k not in REFUSED}
+        self._sandbox.filters["indent"] = indent
         self._sandbox.filters["tojson"] = _to_json
         self._sandbox.globals["raise_exception"] = _raise
         self._sandbox.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)

@@ -312,6 +312,7 @@ TEMPLATES = [  # beside those of test_sandbox.py
     "{{ [[0] * 500] * 10000 }}",
     LARGE + "{% set x = large | int(base=16) %}{{ x // (x - 1) }}",
     "{% set x = 0x" + "f" * 200000 + " %}" + forever("{% if x is divisibleby(x) %}{% endif %}"),
+    "{{ 'a'" + "|replace('a', 'aaaaaaaaaa')" * 12 + " }}",
     "{{ 1 | round(10**9, 'ceil') }}",
     "{{ 1 | round(1000000000) }}",
     "{{ 1 | round(1000000000, 'ceil') }}",
