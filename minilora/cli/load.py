@@ -25,7 +25,7 @@ from minilora.models.vocabulary import resize_token_embeddings
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 
 
-def add_model_flags(parser: Parser, many_adapters: bool = False) -> None:
+def add_model_flags(parser: Parser) -> None:
     """Add --model, --adapter, --dtype, --device and the flags of quantization."""
     group = parser.group("model and device")
     group.add_argument(
@@ -33,9 +33,7 @@ def add_model_flags(parser: Parser, many_adapters: bool = False) -> None:
         help="directory of the base model, or org/name[@revision] on the Hugging Face Hub "
         "(default: the base model that the adapter names, or the built-in model)",
     )
-    several: dict[str, Any] = {"action": "append"} if many_adapters else {"nargs": 1}  # a list in both cases
-    more = "; repeat the flag for several" if many_adapters else ""
-    group.add_argument("--adapter", default=[], help=f"directory or hub id of an adapter{more}", **several)
+    group.add_argument("--adapter", action="append", default=[], help="directory or hub id of an adapter")
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the model (default: auto)"
     )
@@ -73,9 +71,12 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
 
     Raises:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
-        ConfigError: the adapter is merged into the model already; or as for `load_model` and `load_adapter`.
+        ConfigError: there are several adapters, or the one is merged into the model already; or as for `load_model` and
+            `load_adapter`.
     """
     found = find(options)
+    if len(found.adapters) > 1:
+        raise ConfigError("give one --adapter; `minilora merge` makes one of several")
     check_not_merged(found.base, found.adapters)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     model = load_model(found.base.name, options["dtype"], usable_device(options["device"]), found.quantize)

@@ -38,7 +38,7 @@ NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
 
 
 def add_flags(parser: Parser) -> None:
-    add_model_flags(parser, many_adapters=True)
+    add_model_flags(parser)
     add_out(parser)
     parser.add_argument(
         "--target",

@@ -6,7 +6,7 @@ Except for generated text, batches are dealt out to the ranks of a run, and each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
@@ -63,16 +63,6 @@ class Question:
     fields: dict[str, Any]  # of the row, with its prompt as text, and the answer that is wanted
     tokens: list[int]  # of the prompt
     limit: int  # tokens of an answer
-
-
-@contextmanager
-def as_base(model: Llama, base: Llama | None) -> Iterator[Llama]:
-    """Give the base of a trained model: the one that is given, or else the model without its adapters."""
-    if base is not None:
-        yield base
-        return
-    with disable_adapter(model):
-        yield model
 
 
 def prompt_of(example: Example) -> list[int]:
@@ -135,16 +125,17 @@ def measure_forgetting(
         return None
     check_examples(model, examples)
     device = next(model.parameters()).device
+    before = model if base is None else base
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for rows, counts in _dealt(eval_groups(lengths_of(examples)), len(examples), progress):
             batch = collate([examples[row] for row in rows], device)
-            with as_base(model, base) as before:
+            with disable_adapter(model) if base is None else nullcontext():
                 expected = before.model(batch.tokens, Documents(batch.lengths))
             hidden = model.model(batch.tokens, Documents(batch.lengths))
             chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
             for chunk, labels in chunks:
-                with as_base(model, base) as before:
+                with disable_adapter(model) if base is None else nullcontext():
                     log_p = _log_probabilities(before.lm_head(expected[chunk]))
                 log_q = _log_probabilities(model.lm_head(hidden[chunk]))
                 targets = labels.unsqueeze(-1)
