@@ -71,8 +71,7 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
 
     Raises:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
-        ConfigError: there are several adapters, or the one is merged into the model already; or as for `load_model` and
-            `load_adapter`.
+        ConfigError: there are several adapters, or one that is merged already; or as for `load_model`, `load_adapter`.
     """
     found = find(options)
     if len(found.adapters) > 1:

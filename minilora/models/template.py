@@ -1,7 +1,7 @@
 """Chat templates: a conversation becomes text, as transformers 5 renders it.
 
-A template runs in a `Sandbox`, with limits on its size and its work. `{% generation %} … {% endgeneration
-%}` marks what the assistant says.
+A template runs in a `Sandbox`, with limits on its size and its work.
+`{% generation %} … {% endgeneration %}` marks what the assistant says.
 """
 
 from __future__ import annotations

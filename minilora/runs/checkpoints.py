@@ -198,7 +198,8 @@ def load_checkpoint(
 def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
     tensors = {name: file.read(name) for name in file.shapes}
-    found, own = ({name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (tensors, expected))
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    own = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
     if differing := sorted(name for name in found | own if found.get(name) != own.get(name)):
         raise FormatError(f"{file.path}: holds other tensors than the run trains: {differing[:5]}")
     return tensors
