@@ -22,15 +22,7 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load, run_record
-from minilora.cli.streaming import (
-    BATCH_SIZE,
-    GenerationConfig,
-    Written,
-    add_generation_flags,
-    as_fields,
-    generate_text,
-    say_cut,
-)
+from minilora.cli.streaming import BATCH_SIZE, GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.llama import Llama
@@ -95,7 +87,9 @@ def run(options: Options) -> int:
             write = generate_text if as_json else partial(_show, title)
             with disable_adapter(model) if key == "base" else nullcontext():
                 written = write(model, tokenizer, batch, seeded)
-            answers = [answer | as_fields(key, each) for answer, each in zip(answers, written, strict=True)]
+            reason = "finish_reason" if key == "text" else f"{key}_finish_reason"
+            texts = [{key: each.text, reason: each.finish_reason} for each in written]
+            answers = [answer | text for answer, text in zip(answers, texts, strict=True)]
         for answer in answers if as_json else ():
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     return 0

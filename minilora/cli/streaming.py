@@ -16,7 +16,6 @@ from minilora.llama import Llama
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
-from minilora.runs.formats import Fields
 
 BATCH_SIZE = 8  # texts that are generated at a time
 MERGE_TOKENS = 40  # below, a merge may take longer than it saves
@@ -119,12 +118,6 @@ def say_cut(written: Written, limit: int) -> None:
     """Say that a text was cut, if it was."""
     if written.finish_reason == "length":
         say(f"cut after {limit} tokens; --max-new-tokens allows more")
-
-
-def as_fields(key: str, written: Written) -> Fields:
-    """Return a text as fields of a row, under its key."""
-    reason = "finish_reason" if key == "text" else f"{key}_finish_reason"
-    return {key: written.text, reason: written.finish_reason}
 
 
 def merged_if_faster(model: Llama, tokens: int) -> AbstractContextManager[None]:
