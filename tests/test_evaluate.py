@@ -86,6 +86,14 @@ def test_a_new_adapter_drifts_nowhere():
     assert found.kl == 0
 
 
+def test_of_a_model_without_adapters_the_base_is_given():
+    model, rows = adapted(), random_rows(1, 3)
+    expected = measure_forgetting(model, rows)
+    ml.merge(model)
+    found = measure_forgetting(model, rows, base=tiny_model())
+    assert_maths(number([found.before, found.after, found.kl]), number([expected.before, expected.after, expected.kl]))
+
+
 @pytest.mark.parametrize("post", ["none", "bos"])
 def test_an_exact_match_needs_a_prompt_of_more_than_the_tokenizer_adds(tokenizer, post):
     tokenizer = tokenizer(post=post)
