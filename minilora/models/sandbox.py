@@ -35,11 +35,6 @@ class Compiler(CodeGenerator):
         super().visit(node, *args, **kwargs)
         self.write(")" if pays else "")
 
-    def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
-        if not isinstance(node, nodes.TemplateData):  # or it would be computed now, and paid by nobody
-            raise nodes.Impossible
-        return super()._output_child_to_const(node, frame, finalize)
-
 
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment of one rendering, which may do as much work as is `left`."""

@@ -49,8 +49,7 @@ class ChatTemplate:
             raise FormatError(f"chat template: {len(source)} characters; at most {TEMPLATE_LIMIT} are accepted")
         self.source = source
         self._special_tokens = dict(special_tokens)
-        options = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}  # or constants would be computed now
-        self._sandbox = Sandbox(**options, extensions=[_Generation, loopcontrols])
+        self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self._sandbox.filters = {k: each for k, each in self._sandbox.filters.items() if k not in REFUSED}
         self._sandbox.filters["indent"] = indent
         self._sandbox.filters["tojson"] = _to_json
