@@ -95,6 +95,13 @@ def test_a_template_can_indent_what_it_writes_as_command_r_does_with_calls_of_to
     assert render(source, [{"content": "a\nb"}]) == "    {|a\n  b|a\n>b"
 
 
+def test_a_filter_that_is_not_allowed_is_refused_by_name_where_it_is_reached():
+    assert render("{% if false %}{{ 1 | round }}{% endif %}a") == "a"
+    for use in ("1 | round", "[1] | map('round') | list"):
+        with pytest.raises(MiniloraError, match="the filter round is not allowed"):
+            render(f"{{{{ {use} }}}}")
+
+
 def test_nothing_is_computed_where_a_template_is_compiled():
     seen = []
     sandbox = Sandbox()

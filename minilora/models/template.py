@@ -50,7 +50,7 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self._sandbox.filters = {k: each for k, each in self._sandbox.filters.items() if k not in REFUSED}
+        self._sandbox.filters |= {name: functools.partial(_refuse, name) for name in REFUSED}
         self._sandbox.filters["indent"] = indent
         self._sandbox.filters["tojson"] = _to_json
         self._sandbox.globals["raise_exception"] = _raise
@@ -192,6 +192,10 @@ def _to_json(
     if isinstance(indent, int) and indent > 100:
         raise jinja2.TemplateError(f"an indent of {indent}; at most 100 are accepted")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(name: str, *arguments: Any, **options: Any) -> NoReturn:
+    raise jinja2.TemplateError(f"the filter {name} is not allowed: it writes as much as a number says")
 
 
 def _raise(message: str) -> NoReturn:
