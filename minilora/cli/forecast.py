@@ -52,8 +52,8 @@ def memory_page(name_or_path: str) -> str:
 
 def default_plan(config: LlamaConfig, method: str, device: torch.device) -> Plan:
     """Return the plan of a step with a batch of the default size in which every token has a label."""
-    is_full = method == "full fine-tune"
-    lora, dtype = (None, torch.float32) if is_full else (LoraConfig(), torch.bfloat16)
+    lora = None if method == "full fine-tune" else LoraConfig()
+    dtype = torch.float32 if lora is None else torch.bfloat16
     quantization = QuantizeConfig("nf4" if method == "QLoRA" else "none")
     rows = [(DataConfig().max_length,) * 2] * TrainConfig().batch_size
     return Plan(config, lora, TrainConfig(), quantization, dtype, device, rows)
