@@ -292,6 +292,21 @@ def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_nam
         assert not (tmp_path / "out").exists()
 
 
+def test_the_run_json_of_an_earlier_version_is_read_unless_it_used_what_is_gone(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    unused = {"method": "lora", "recompute": "none", "sort_window": 1, "compile": False, "task": None, "layers": []}
+    path.write_text(json.dumps({"config": {**unused, "seed": 3}}))
+    assert resolved(path)[-1].seed == 3
+    for used, phrase in (
+        ({"method": "full"}, "key 'method' is unknown; from Python"),
+        ({"recompute": "block"}, "key 'recompute' is unknown; it is called --gradient-checkpointing"),
+        ({"compile": True}, "key 'compile' is unknown; the keys are"),
+    ):
+        path.write_text(json.dumps({"config": {**unused, **used}}))
+        assert cli.main(["finetune", "--config", str(path), "--out", str(tmp_path / "out")]) == 1
+        assert phrase in capsys.readouterr().err
+
+
 RUN = ("finetune", *QUICK, "--model=model", "--data=data", "--max-steps=2", "--lora-r=2", "--lora-dropout=0.1")
 
 
