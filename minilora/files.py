@@ -141,9 +141,8 @@ class TensorFile:
             self._spans = {name: [8 + size + at for at in each["data_offsets"]] for name, each in tensors.items()}
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error
-        for name, shape in self.shapes.items():
-            if len(shape) > 64 or max(shape, default=0) >= 2**63:  # PyTorch's operations refuse it
-                raise FormatError(f"{path}: {name:.80} has the shape {shape!s:.80}, which no tensor can have")
+        if odd := [name for name, shape in self.shapes.items() if len(shape) > 64 or max(shape, default=0) >= 2**63]:
+            raise FormatError(f"{path}: {odd[0]:.80} has a shape that no tensor can have")
         self.entries: dict[str, TensorEntry] = {}
         for name, (begin, end) in self._spans.items():
             self.entries[name] = TensorEntry(tensors[name]["dtype"], self.shapes[name], end - begin)
@@ -161,8 +160,7 @@ class TensorFile:
             content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(self._map()[begin:end])
             return content.view(DTYPES[entry.dtype]).view(entry.shape)
         except (KeyError, RuntimeError) as error:  # no such dtype, not mapped, or a file that has become shorter
-            found = f"{self.path}: {name} cannot be read as {entry.dtype} ({error})"
-            raise FormatError(f"{found}; supported are {', '.join(DTYPES)}") from error
+            raise FormatError(f"{self.path}: {name} cannot be read: {error}; dtypes are {[*DTYPES]}") from error
 
 
 def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:

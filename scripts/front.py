@@ -58,7 +58,7 @@ def table(code: str, rounds: dict[str, list[Round]], works: Collection[str]) -> 
         [WORKS[work], *(results.spread(results.ratio(rounds[work], of, "peft")) for of in (rate, peak))]
         for work in works
     )
-    return results.table((f"work, at code {code}", "tokens a second (PEFT = 1)", "peak memory (PEFT = 1)"), rows)
+    return results.table((f"work, at source hash {code}", "tokens a second (PEFT = 1)", "peak memory (PEFT = 1)"), rows)
 
 
 def between(text: str, mark: str, new: str) -> str:

@@ -115,7 +115,7 @@ def test_a_tensor_that_cannot_be_read_is_refused(path):
 @pytest.mark.parametrize("shape", [[0, 2**63], [0] * 65])
 def test_a_shape_that_no_tensor_has_is_refused(shape, path):
     path.write_bytes(tensor_bytes({"a": {**ONE, "shape": shape, "data_offsets": [0, 0]}}))
-    assert "a has the shape (0, " in refuses(TensorFile, path)
+    assert "a has a shape that no tensor can have" in refuses(TensorFile, path)
 
 
 def test_looking_into_a_file_maps_none_of_it(path, monkeypatch):

@@ -77,7 +77,7 @@ class Chat:
         if self.tokenizer.template is None:
             raise ConfigError(
                 f"{self.model.name_or_path}: the model has no chat template; "
-                "use `minilora generate --raw` to continue text with it"
+                "use `minilora generate`, which continues a text"
             )
         self._generation = from_flags(GenerationConfig, options)
         self.system: str | None = options["system"]

@@ -1,7 +1,7 @@
 """Train an adapter on rows of data.
 
 The model is measured before and after. Without --model and --data, a built-in
-model and data are used, and it takes less than a minute. --dry-run shows what
+model and data are used, and it takes about a minute. --dry-run shows what
 a run would learn. The same command, given again, continues a run that was
 stopped.
 

@@ -1,4 +1,4 @@
-"""What does not wait for a GPU: a batch that travels to it, and the end of a step."""
+"""Kernels for CUDA: a batch is copied while the processor goes on, and a step ends without waiting for the device."""
 
 from __future__ import annotations
 
