@@ -1,11 +1,15 @@
 """Pretrain the built-in model from nothing on the glosses of WordNet 3.0, without those of the held-out rows.
 
     python scripts/pretrain.py --wordnet DIR         # DIR holds data.noun, ...; run scripts/make_data.py first
+    python scripts/pretrain.py --wordnet DIR --large MODEL     # another, six times as large, in hours, to MODEL
 
 A byte-level BPE of 2,048 tokens and a Llama of 1.67 million parameters. Each synset stands in the text twice, in two
 forms, and the text is seen in two passes, each in an order of its own: a fixed number of steps, about twelve minutes on
 two cores. The same machine, versions and thread count give the same bytes. Held-out loss is taken on the bfloat16
 weights that are written.
+
+The large model has 9.75 million parameters and the same tokenizer. It sees the text in one pass, at half the learning
+rate, and its forward and backward pass are computed in bfloat16.
 """
 
 import argparse
@@ -51,6 +55,13 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 0,
     "dtype": "float32",  # to compute in; the file holds bfloat16 to be small
 }
+LARGE = CONFIG | {
+    "hidden_size": 320,
+    "intermediate_size": 864,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -84,20 +95,21 @@ def held_out_loss(model: Llama, tokenizer: Tokenizer, split: str) -> float:
     return total / count
 
 
-def train(model: Llama, stream: Tensor, steps: int) -> None:
+def train(model: Llama, stream: Tensor, steps: int, learning_rate: float, in_bfloat16: bool) -> None:
     """AdamW, the learning rate falling to 0 in a straight line; matrices decay, norms do not."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
     size, start = DOCUMENTS * LENGTH, time.perf_counter()
     for step in range(steps):
         factor = min((step + 1) / WARMUP_STEPS, (steps - step) / (steps - WARMUP_STEPS))
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LEARNING_RATE * factor
+            group["lr"] = learning_rate * factor
         inputs, targets = stream[step * size :][:size], stream[step * size + 1 :][:size]
-        logits = model.lm_head(model.model(inputs, Documents([LENGTH] * DOCUMENTS)))
-        loss = F.cross_entropy(logits, targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            logits = model.lm_head(model.model(inputs, Documents([LENGTH] * DOCUMENTS)))
+        loss = F.cross_entropy(logits.float(), targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -109,14 +121,14 @@ def train(model: Llama, stream: Tensor, steps: int) -> None:
             print(progress, flush=True)
 
 
-def write(model: Llama, tokenizer: Tokenizer) -> None:
+def write(model: Llama, tokenizer: Tokenizer, config: dict[str, Any], directory: Path) -> None:
     """The files that transformers writes for such a model; the head is the embedding and is not repeated."""
-    MODEL.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    (MODEL / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
-    (MODEL / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8", newline="\n")
+    (directory / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8", newline="\n")
     named = {
-        "config.json": CONFIG,
+        "config.json": config,
         "generation_config.json": {"eos_token_id": CONFIG["eos_token_id"]},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -126,7 +138,7 @@ def write(model: Llama, tokenizer: Tokenizer) -> None:
         },
     }
     for name, content in named.items():
-        (MODEL / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")
 
 
 def main() -> None:
@@ -135,26 +147,33 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, required=True, metavar="DIR", help="the folder with data.noun")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="stop after so many, for a trial; default: all")
+    parser.add_argument("--large", type=Path, metavar="MODEL", help="write one of 9.75 million parameters here")
     arguments = parser.parse_args()
+    config, passes, learning_rate = CONFIG, PASSES, PEAK_LEARNING_RATE
+    if arguments.large:
+        import minilora.kernels  # noqa: F401  # registers them
+
+        config, passes, learning_rate = LARGE, 1, PEAK_LEARNING_RATE / 2
     synsets = [synset for part in ("noun", "verb", "adj", "adv") for synset in read_synsets(arguments.wordnet, part)]
     held_out = [row_definition(row) for split in ("valid", "test") for row in read_rows(DATA / f"{split}.jsonl")]
     texts = list(pretraining_texts(synsets, held_out))
     tokenizer = train_tokenizer(texts)
     shuffler = random.Random(arguments.seed)
-    passes = [shuffler.sample(texts, len(texts)) for _ in range(PASSES)]
-    stream = torch.cat([lay_end_to_end(tokenizer, texts) for texts in passes])
-    model = Llama(LlamaConfig.from_dict(CONFIG))
+    orders = [shuffler.sample(texts, len(texts)) for _ in range(passes)]
+    stream = torch.cat([lay_end_to_end(tokenizer, texts) for texts in orders])
+    model = Llama(LlamaConfig.from_dict(config))
     generator = torch.Generator().manual_seed(arguments.seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # norms begin as 1
             torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(texts):,} texts, {len(stream):,} tokens, {parameters:,} parameters", flush=True)
-    train(model, stream, arguments.steps or (len(stream) - 1) // (DOCUMENTS * LENGTH))
+    steps = arguments.steps or (len(stream) - 1) // (DOCUMENTS * LENGTH)
+    train(model, stream, steps, learning_rate, in_bfloat16=arguments.large is not None)
     model.bfloat16().float()
     for split in ("valid", "test"):
         print(f"held-out loss, {split}: {held_out_loss(model, tokenizer, split):.3f}")
-    write(model, tokenizer)
+    write(model, tokenizer, config, arguments.large or MODEL)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OURS = {"claims.md": slice(2, 4), "which_settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
+CLEAN = (("built-in model", "built-in model"), ("10M", "10M model"))  # key of the files, name on the pages
 T_OF_FIVE = 2.776  # Student's t of the 95 % interval of five values
 
 
@@ -109,15 +110,16 @@ def codes():
     kl = {name: f"{run['kl']:.3f} ± {run['kl_interval']:.3f}" for (name, size), run in found.items() if size == 64}
     yield f"SmolLM2: {kl['NF4']}, {kl['FP4, E2M1']}, {kl['Int4']}"
     yield f"SmolLM2: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
-    large = found["fitted, |e|", 4096]
-    yield f"of SmolLM2 by {-large['more']:.3f} ± {large['more_interval']:.3f}"
-    clean = {(run["code"], run["block_size"]): run for run in results("08_codes", "built-in model")}
-    kl = {name: f"{run['kl']:.3f}" for (name, size), run in clean.items() if size == 64}
-    more = {key: f"{run['more']:.4f} ± {run['more_interval']:.4f}" for key, run in clean.items()}
-    yield f"NF4 {kl['NF4']}, FP4 (E2M1) more by {more['FP4, E2M1', 64]}, Int4 by {more['Int4', 64]}"
-    yield f"built-in model: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
-    yield f"differ in KL by {more['fitted, |e|', 64]} and {more['fitted, e²', 64]}"
-    yield f"KL of the built-in model lower by {more['fitted, |e|', 4096].removeprefix('-')}"
+    more = {key: f"{run['more']:.3f} ± {run['more_interval']:.3f}" for key, run in found.items()}
+    yield f"{more['fitted, |e|', 4096]}, {more['fitted, e²', 4096]} (SmolLM2)"
+    for key, model in CLEAN:
+        clean = {(run["code"], run["block_size"]): run for run in results("08_codes", key)}
+        kl = {name: f"{run['kl']:.4f}" for (name, size), run in clean.items() if size == 64}
+        more = {key: f"{run['more']:.4f} ± {run['more_interval']:.4f}" for key, run in clean.items()}
+        yield f"the {model}: NF4 {kl['NF4']}, FP4 (E2M1) more by {more['FP4, E2M1', 64]}, Int4 by {more['Int4', 64]}"
+        yield f"the {model}: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
+        yield f"{more['fitted, |e|', 64]} and {more['fitted, e²', 64]} ({model})"
+        yield f"{more['fitted, |e|', 4096]}, {more['fitted, e²', 4096]} ({model})"
 
 
 def methods():
@@ -153,6 +155,37 @@ def merging():
     yield f"{mean([run['original']['error'] for run in runs], 0)} times over all layers after 16 steps"
     unchanged = [percent([run["early"][i]["unchanged"] for run in runs]) for i in (0, -1)]
     yield f"{unchanged[0]} and {unchanged[1]} of the weights are unchanged"
+    bases = statistics.mean([run["base, 16 bits"] - run["base, 4 bits"] for run in runs])
+    more = statistics.mean([run["original"]["loss"] - run["dequantized"]["loss"] for run in runs])
+    yield f"| {bases:+.3f} | {more:+.3f} |"
+
+
+def clean_merging():
+    for key, model in CLEAN:
+        for rate, runs in results("10_merging", key).items():
+            ratio = statistics.mean([run["original"]["error"] for run in runs])
+            bases = statistics.mean([run["base, 16 bits"] - run["base, 4 bits"] for run in runs])
+            more = [run["original"]["more"] for run in runs]
+            yield f"| {model}, {rate} | {ratio:.1f} | {bases:+.3f} | {statistics.mean(more):+.3f} |"
+            yield f"{model} {spread(more)}"
+            losses = [mean(run[target]["loss"] for run in runs) for target in ("dequantized", "requantized")]
+            base = mean([run["base, 4 bits"] for run in runs])
+            yield f"{model}, {rate}: {losses[0]} merged in bfloat16, {losses[1]} in NF4, base {base}"
+            unchanged = [percent([run["early"][i]["unchanged"] for run in runs]) for i in (0, -1)]
+            yield f"{unchanged[0]} and {unchanged[1]} ({model}, {rate})"
+
+
+def specialists():
+    for key, model in (("results", "built-in model"), ("10M", "10M model")):
+        runs = results("10_specialists", key)
+
+        def loss(way, part=0, runs=runs):
+            return mean([run[way][part] for run in runs])
+
+        mean_of_two, ties = ([loss(way, part) for part in (0, 1)] for way in ("mean", "TIES"))
+        yield f"{model}: mean {mean_of_two[0]} and {mean_of_two[1]}, TIES {ties[0]} and {ties[1]}"
+        dropped = [f"{loss(way)} before, {loss(f'{way}, dropped')} after" for way in ("first", "whole")]
+        yield f"{model}: a specialist {dropped[0]}; the adapter of all categories {dropped[1]}"
 
 
 def forgetting():
@@ -237,12 +270,13 @@ def reinforcement():
     yield f"from {first.pop():.3f} to {last[0]} at rank 1, {last[1]} at rank 8, {last[2]} in full"
 
 
-STORED = (rank, rates, where, memory, codes, methods, merging, forgetting, replay, inside, reinforcement)
+STORED = (rank, rates, where, memory, codes, methods, merging, clean_merging, specialists)
+STORED += (forgetting, replay, inside, reinforcement)
 
 
 @pytest.mark.parametrize("figures", STORED)
 def test_what_the_pages_repeat_is_what_the_experiment_has_stored(figures):
-    pages = " ".join(" ".join(map(read, [*OURS, "../README.md"])).split())
+    pages = " ".join(" ".join(map(read, [*OURS, "../README.md", "../tutorials/10_merging.md"])).split())
     missing = [figure for figure in figures() if figure not in pages]
     assert not missing
 

@@ -1,6 +1,8 @@
 """Quantize a model's linears with several 4-bit codes, and measure how far its predictions move.
 
-python tutorials/experiments/08_codes.py [--small]     writes 08_codes.json; --small: the built-in model, only printed
+python tutorials/experiments/08_codes.py                writes 08_codes.json
+python tutorials/experiments/08_codes.py --small        the built-in model, only printed
+python tutorials/experiments/08_codes.py --model DIR    adds the model of scripts/pretrain.py --large to the file
 """
 
 from __future__ import annotations
@@ -104,17 +106,21 @@ def measure(name: str, data: Path, count: int, tell: Callable[[str], None]) -> l
     return results
 
 
-def measure_small(tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Measure the built-in model on general sentences, in seconds."""
-    return measure("minilora/builtin", Path(ml.__file__).parent / "assets" / "data" / "general.jsonl", 64, tell)
+def measure_small(tell: Callable[[str], None] = print, name: str = "minilora/builtin") -> list[dict[str, Any]]:
+    """Measure the built-in model, or another of its kind, on general sentences."""
+    return measure(name, Path(ml.__file__).parent / "assets" / "data" / "general.jsonl", 64, tell)
 
 
 def main() -> None:
-    """Measure SmolLM2 on definitions and the built-in model, or that one alone."""
-    from record import asks_for_small, write_record  # beside this script
+    """Measure SmolLM2 on definitions and the built-in model, or a single model."""
+    from record import add_to_record, read_arguments, write_record  # beside this script
 
-    if asks_for_small(__doc__):
+    arguments = read_arguments(__doc__)
+    if arguments.small:
         measure_small()
+        return
+    if arguments.model:
+        add_to_record(__file__, **{"10M": measure_small(name=arguments.model)})
         return
     results = measure("smollm2", HERE.parent / "data" / "devil" / "test.jsonl", 50, print)
     seeds = [0]  # of the normal numbers that codes are fitted to; nothing else is random

@@ -1,6 +1,8 @@
 """Train an adapter on a 4-bit base, merge it into three targets, and measure what each merge loses.
 
-python tutorials/experiments/10_merging.py [--small]     writes 10_merging.json; --small: the built-in model
+python tutorials/experiments/10_merging.py                writes 10_merging.json
+python tutorials/experiments/10_merging.py --small        the built-in model on 64 rows, only printed
+python tutorials/experiments/10_merging.py --model DIR    adds the model of scripts/pretrain.py --large to the file
 
 On the way, after a few steps of training, the adapter is merged in bfloat16 to see how much of the update survives.
 """
@@ -25,7 +27,8 @@ from minilora.nf4 import dequantize_weight, quantize_weight
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
-TARGETS = ("dequantized", "original", "requantized")
+TARGETS = ("dequantized", "original", "requantized")  # the first is what the others are compared with
+RATES = (2e-3, 2e-4)  # for models of clean weights: the second leaves ΔW small beside the error of rounding
 STEPS = (1, 2, 4, 8, 16)  # after which an early merge is looked at
 
 
@@ -52,6 +55,12 @@ def loss_of(found: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Return the mean of -log p over all labels."""
     total = sum(-log_p.gather(1, labels[:, None]).sum().item() for log_p, labels in found)
     return total / sum(len(labels) for _, labels in found)
+
+
+def difference(one: Sequence[tuple[Tensor, Tensor]], other: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Return how much more loss one has than the other, and half of the 95 % interval over batches."""
+    more = torch.tensor([loss_of([a]) - loss_of([b]) for a, b in zip(one, other, strict=True)], dtype=torch.float64)
+    return {"more": more.mean().item(), "more_interval": 1.96 * more.std().item() / len(more) ** 0.5}
 
 
 def divergence(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -106,14 +115,15 @@ def one_seed(name: str, rows: Sequence[Any], held_out: Sequence[Any], config: ml
     with ml.disable_adapter(model):
         base = loss_of(log_probabilities(model, held_out))
     result: dict[str, Any] = {"seed": config.seed, "base, 4 bits": base, "trained": loss_of(trained), "early": early}
+    predicted = {}
     for target in TARGETS:
         weights = merge(layers, target, originals)
         pairs = [(layer, dense_linear(weights[path], None)) for path, layer in layers.items()]
         replace_modules(model, pairs)
-        merged = log_probabilities(model, held_out)
+        merged = predicted[target] = log_probabilities(model, held_out)
         replace_modules(model, ((plain, layer) for layer, plain in pairs))
         found = {"loss": loss_of(merged), "kl": divergence(trained, merged), **compare(layers, weights)}
-        result[target] = found
+        result[target] = found | difference(merged, predicted["dequantized"])
     return result
 
 
@@ -138,24 +148,39 @@ def measure(
     return results
 
 
-def measure_small(seeds: Sequence[int] = SEEDS, tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Measure the built-in model, in seconds."""
+def measure_small(
+    seeds: Sequence[int] = SEEDS,
+    tell: Callable[[str], None] = print,
+    name: str = "minilora/builtin",
+    rate: float = RATES[0],
+    count: int = 64,
+) -> list[dict[str, Any]]:
+    """Measure the built-in model, or another of its kind, on so many rows of its task."""
     data = Path(ml.__file__).parent / "assets" / "data"
-    config = {"learning_rate": 2e-3, "batch_size": 16, "max_steps": 24}
-    return measure("minilora/builtin", (data / "train.jsonl", data / "test.jsonl"), 64, config, seeds, tell)
+    config = {"learning_rate": rate, "batch_size": 16, "max_steps": 24}
+    return measure(name, (data / "train.jsonl", data / "test.jsonl"), count, config, seeds, tell)
+
+
+def measure_clean(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Measure a model of clean weights on all held-out rows of the task, at each rate."""
+    return {f"{rate:g}": measure_small(name=name, rate=rate, count=800) for rate in RATES}
 
 
 def main() -> None:
-    """Measure SmolLM2 on The Devil's Dictionary, or the built-in model."""
-    from record import asks_for_small, write_record  # beside this script
+    """Measure SmolLM2 on The Devil's Dictionary and the built-in model, or a single model."""
+    from record import add_to_record, read_arguments, write_record  # beside this script
 
-    if asks_for_small(__doc__):
+    arguments = read_arguments(__doc__)
+    if arguments.small:
         measure_small()
+        return
+    if arguments.model:
+        add_to_record(__file__, **{"10M": measure_clean(arguments.model)})
         return
     data = HERE.parent / "data" / "devil"
     config = {"learning_rate": 5e-4, "batch_size": 8, "max_steps": 16}
     results = measure("smollm2", (data / "train.jsonl", data / "test.jsonl"), 30, config)
-    write_record(__file__, results, SEEDS)
+    write_record(__file__, results, SEEDS, **{"built-in model": measure_clean("minilora/builtin")})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What experiments share: the option `--small`, the runs with every seed, the file of what was measured."""
+"""What experiments share: their options, the runs with every seed, the file of what was measured."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ from typing import Any
 import torch
 
 
-def asks_for_small(description: str | None) -> bool:
-    """Whether the script is called with `--small`."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that knows `--small`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a short version, only printed")
-    return parser.parse_args().small
+    return parser
+
+
+def asks_for_small(description: str | None) -> bool:
+    """Whether the script is called with `--small`."""
+    return make_parser(description).parse_args().small
+
+
+def read_arguments(description: str | None) -> argparse.Namespace:
+    """Return `small` and `model`, of a script that can measure another model and add it to its file."""
+    parser = make_parser(description)
+    parser.add_argument("--model", metavar="DIR", help="measure this one, of scripts/pretrain.py --large")
+    return parser.parse_args()
 
 
 def record_runs(script: str, runs: Sequence[Callable[[int], Any]], seeds: Sequence[int], **more: Any) -> None:
@@ -40,6 +52,19 @@ def write_record(script: str, results: Sequence[Any], seeds: Sequence[int], **mo
         "seeds": list(seeds),
         **more,
     }
+    write(path.with_suffix(".json"), told, results)
+
+
+def add_to_record(script: str, **more: Any) -> None:
+    """Add what was measured of another model to the file that a script has written."""
+    path = Path(script).with_suffix(".json")
+    told = json.loads(path.read_text(encoding="utf-8"))
+    results = told.pop("results")
+    write(path, told | more, results)
+
+
+def write(path: Path, told: dict[str, Any], results: Sequence[Any]) -> None:
+    """Write one line of what is told about the results, and one for each result."""
     lines = ",\n".join(map(json.dumps, results))
     text = f'{json.dumps(told)[:-1]}, "results": [\n{lines}\n]}}\n'
-    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,86 @@
+"""Put two specialists into one adapter by their mean, by TIES and by DARE; drop nine tenths of an adapter's numbers.
+
+python tutorials/experiments/10_specialists.py                writes 10_specialists.json, of the built-in model
+python tutorials/experiments/10_specialists.py --small        one pair, only printed
+python tutorials/experiments/10_specialists.py --model DIR    adds the model of scripts/pretrain.py --large to the file
+
+The functions of chapter 10's cell, on all rows of each half of the categories, with a pair for each seed.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import minilora as ml
+from minilora.runs.evaluate import find_choices
+
+HERE = Path(__file__).resolve().parent
+SEEDS = (0, 1, 2)
+DATA = Path(ml.__file__).parent / "assets" / "data"
+
+
+def of_categories(rows: Sequence[Any], chosen: Sequence[tuple[int, ...]]) -> list[Any]:
+    """Return the rows whose answer is one of these."""
+    return [row for row in rows if tuple(label for label in row.labels if label >= 0) in chosen]
+
+
+def measure(name: str, seed: int) -> dict[str, Any]:
+    """Return the held-out loss of every way on both halves, and of an adapter of all categories on all rows."""
+    merging = runpy.run_path(str(HERE / "10_merging.py"))
+    log_probabilities, loss_of = merging["log_probabilities"], merging["loss_of"]
+    combine = runpy.run_path(str(HERE.parents[1] / "recipes" / "ties_and_dare.py"))["combine"]
+    tokenizer = ml.load_tokenizer(name)
+    rows, held_out = (ml.load_dataset(DATA / f"{split}.jsonl", tokenizer) for split in ("train", "test"))
+    choices, model = find_choices(rows), ml.load_model(name)
+    parts = {"first": choices[:4], "second": choices[4:], "whole": choices}
+    for number, (part, chosen) in enumerate(parts.items()):
+        expert = ml.load_model(name)
+        ml.attach(expert, ml.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), seed=3 * seed + number)
+        settings = ml.TrainConfig(learning_rate=2e-3, batch_size=16, max_steps=24, seed=3 * seed + number)
+        ml.train(expert, of_categories(rows, chosen), settings)
+        with TemporaryDirectory() as directory:
+            ml.save_adapter(expert, directory)
+            ml.load_adapter(model, directory, name=part)
+    halves = {"first": 0.5, "second": 0.5}
+    ml.combine_adapters(model, halves, "mean")
+    combine(model, {"first": 1.0, "second": 1.0}, "TIES", r=32, density=0.2)
+    combine(model, halves, "DARE", r=32, density=0.2, elect=False, dare=True, seed=seed)
+    for part in ("first", "whole"):
+        combine(model, {part: 1.0}, f"{part}, dropped", r=32, density=0.1, elect=False, dare=True, seed=seed)
+    losses: dict[str, Any] = {"seed": seed}
+    for way in ("first", "second", "mean", "TIES", "DARE", "first, dropped", "whole", "whole, dropped"):
+        ml.set_adapter(model, way)
+        tests = ("whole",) if way.startswith("whole") else ("first", "second")
+        losses[way] = [loss_of(log_probabilities(model, of_categories(held_out, parts[test]))) for test in tests]
+    return losses
+
+
+def measure_all(name: str, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
+    """Measure a pair for each seed, and print each."""
+    results = []
+    for seed in seeds:
+        results.append(measure(name, seed))
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def main() -> None:
+    """Measure the built-in model or another of its kind."""
+    from record import add_to_record, read_arguments, write_record  # beside this script
+
+    arguments = read_arguments(__doc__)
+    if arguments.small:
+        measure_all("minilora/builtin", SEEDS[:1])
+    elif arguments.model:
+        add_to_record(__file__, **{"10M": measure_all(arguments.model)})
+    else:
+        write_record(__file__, measure_all("minilora/builtin"), SEEDS)
+
+
+if __name__ == "__main__":
+    main()
