@@ -126,16 +126,17 @@ def measure_forgetting(
     check_examples(model, examples)
     device = next(model.parameters()).device
     before = model if base is None else base
+    as_before = partial(disable_adapter, model) if base is None else nullcontext
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for rows, counts in _dealt(eval_groups(lengths_of(examples)), len(examples), progress):
             batch = collate([examples[row] for row in rows], device)
-            with disable_adapter(model) if base is None else nullcontext():
+            with as_before():
                 expected = before.model(batch.tokens, Documents(batch.lengths))
             hidden = model.model(batch.tokens, Documents(batch.lengths))
             chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
             for chunk, labels in chunks:
-                with disable_adapter(model) if base is None else nullcontext():
+                with as_before():
                     log_p = _log_probabilities(before.lm_head(expected[chunk]))
                 log_q = _log_probabilities(model.lm_head(hidden[chunk]))
                 targets = labels.unsqueeze(-1)
