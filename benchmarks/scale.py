@@ -31,7 +31,8 @@ from benchmarks.work import SMOLLM2
 from minilora.cli.forecast import default_plan
 from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
-from minilora.runs.forecast import amount, forecast
+from minilora.runs.forecast import forecast
+from minilora.runs.memory import amount
 from minilora.runs.plan import Plan, Shard
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"

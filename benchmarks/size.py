@@ -32,7 +32,7 @@ from benchmarks.work import SMOLLM2, Row, Task, Training, training_flops
 from minilora.cli.selftest import code_hash
 from minilora.models.checkpoint import build_on_meta
 from minilora.models.config import parse_config
-from minilora.runs.forecast import amount
+from minilora.runs.memory import amount
 
 PARTS = ("quantize", "dry-run", "finetune", "resume", "generate", "merge", "peft")
 HEAD = ("what", "seconds", "of a step", "share of matrix products", "forecast", "peak", "read", "written")

@@ -24,8 +24,8 @@ import minilora as ml
 from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices
-from minilora.runs.forecast import amount
 from minilora.runs.loop import Record
+from minilora.runs.memory import amount
 
 SEEDS = (0, 1, 2)
 

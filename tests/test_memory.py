@@ -27,9 +27,9 @@ from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.runs import forecast as forecasts
 from minilora.runs import memory as host
-from minilora.runs.forecast import Live, amount, choose_plan
+from minilora.runs.forecast import Live, choose_plan
 from minilora.runs.inputs import read_data
-from minilora.runs.memory import free_memory_bytes, peak_memory_bytes
+from minilora.runs.memory import amount, free_memory_bytes, peak_memory_bytes
 from minilora.runs.objective import build_optimizer
 from minilora.runs.plan import Plan, find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
@@ -331,41 +331,29 @@ def test_the_peak_is_what_the_process_took_at_most_since_the_import():
     assert 2**28 <= peak < 2**28 + 2**26
 
 
-def faults():
-    """The pages of 100 MB that are cleared when they are taken."""
+def faults(tensors, size):
+    """The pages of so many tensors that are cleared when they are taken."""
     from resource import RUSAGE_SELF, getrusage  # which Windows has not
 
     before = getrusage(RUSAGE_SELF).ru_minflt
-    torch.ones(25_000_000)
+    [torch.ones(size // 4) for _ in range(tensors)]
     return getrusage(RUSAGE_SELF).ru_minflt - before
 
 
 def faults_twice():
-    """Outside of a run, and while it lasts."""
-    outside = faults(), faults()
-    with host.returned_memory():
-        host.keep_memory()
-        return outside, (faults(), faults())
+    """Of 100 MB in ten tensors, before a run and within it, and of one tensor within it."""
+    before = faults(10, 10**7), faults(10, 10**7)
+    with host.kept_memory():
+        large = faults(1, 10**8), faults(1, 10**8)
+        return before, (faults(10, 10**7), faults(10, 10**7)), large
 
 
 @needs_glibc
-def test_memory_that_is_kept_is_taken_from_the_system_once():
-    outside, kept = in_process(faults_twice)
-    assert kept[1] < 0.05 * kept[0]
-    assert outside[1] > 0.5 * outside[0]
-
-
-@pytest.mark.parametrize(
-    ("taken", "free", "keeps"), [(100, 300, True), (100, 299, False), (0, 0, True), (0, None, True)]
-)
-def test_memory_is_kept_where_there_is_room_for_three_times_what_a_step_takes(monkeypatch, taken, free, keeps):
-    calls = []
-    used = {"VmRSS": 70, "VmHWM": 70 + taken}
-    monkeypatch.setattr(host, "_kilobytes", lambda file, field: used[field])
-    monkeypatch.setattr(host, "free_memory_bytes", lambda device: free)
-    monkeypatch.setattr(host, "_call_libc", lambda name, *arguments: calls.append(name))
-    host.keep_memory()
-    assert ("mallopt" in calls) == keeps
+def test_memory_of_small_tensors_is_taken_from_the_system_once_and_that_of_large_ones_goes_back():
+    before, small, large = in_process(faults_twice)
+    assert before[1] > 0.5 * before[0]
+    assert small[1] < 0.05 * before[0]
+    assert large[1] > 0.5 * large[0] > 0
 
 
 def held_after_a_run():

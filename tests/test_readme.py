@@ -15,7 +15,8 @@ from minilora import cli
 from minilora.cli.forecast import METHODS, default_plan
 from minilora.models.config import FAMILIES
 from minilora.runs.dataset import Dataset
-from minilora.runs.forecast import amount, forecast
+from minilora.runs.forecast import forecast
+from minilora.runs.memory import amount
 from scripts import api, front
 from tests.models import long, tiny_model
 from tests.runs import flags_of, type_in, write_rows

@@ -38,10 +38,10 @@ from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs import processes
 from minilora.runs.directory import Earlier, Outcome, Run, RunDirectory
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
-from minilora.runs.forecast import Forecasts, amount, choose_plan, fits
+from minilora.runs.forecast import Forecasts, choose_plan, fits
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import free_memory_bytes
+from minilora.runs.memory import amount, free_memory_bytes
 from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag

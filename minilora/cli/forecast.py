@@ -10,8 +10,8 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import usable_device
 from minilora.models.config import read_config
 from minilora.models.hub import fetch
-from minilora.runs.forecast import Forecast, Forecasts, amount, fits, forecast
-from minilora.runs.memory import free_memory_bytes
+from minilora.runs.forecast import Forecast, Forecasts, fits, forecast
+from minilora.runs.memory import amount, free_memory_bytes
 from minilora.runs.plan import Plan
 from minilora.runs.settings import DataConfig, TrainConfig
 

@@ -33,7 +33,7 @@ from minilora.runs.plan import Plan
 from minilora.runs.sampler import plan_steps, set_dropout_step
 
 # What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
-LIBRARIES = 200_000_000  # loaded by PyTorch and its kernels in the first step
+LIBRARIES = 150_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
 
 
@@ -46,9 +46,7 @@ class Forecast:
     gradients: int  # of everything that is trained
     moments: int
     activations: int  # what autograd saves of a micro-batch
-    # The most that lives besides: in the loss, or in a block's backward pass. Of a base that is sharded also the
-    # weights of two blocks: the one that is computed, and the next.
-    working: int
+    working: int  # the most that lives besides; of a base that is sharded, also the block that is computed and the next
     overhead: int  # what libraries hold besides tensors
 
     @property
@@ -183,9 +181,3 @@ def fits(plan: Plan, found: Forecast) -> bool:
     """Return whether a run fits into the memory of every rank."""
     free = free_memory_bytes(plan.device)
     return not processes.any_rank(free is not None and found.peak > free)
-
-
-def amount(size: int) -> str:
-    """Format a number of bytes; GB are 10⁹ bytes."""
-    power = min((len(str(size)) - 1) // 3, 3)
-    return f"{size / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}" if power else f"{size} bytes"

@@ -17,7 +17,7 @@ from minilora.errors import DataError, TrainingError, check_types
 from minilora.runs import checkpoints, processes
 from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.memory import keep_memory, peak_memory_bytes, returned_memory
+from minilora.runs.memory import kept_memory, peak_memory_bytes
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
 from minilora.runs.sampler import MicroBatch, Step, plan_steps, seeded, set_dropout_step
 from minilora.runs.settings import TrainConfig
@@ -47,7 +47,7 @@ class TrainResult:
     damaged: tuple[str, ...] = ()
 
 
-@returned_memory()
+@kept_memory()
 def train(
     model: nn.Module,
     dataset: Sequence[Any],
@@ -173,7 +173,6 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     state, best, damaged = _resume(job, run, folder)
     processes.broadcast_(checkpoints.trained_tensors(model).values())
     schedule = _Schedule(config, total)
-    first = state.step
     patience = config.early_stopping or math.inf
     stopped = False
     started = time.perf_counter() - state.seconds
@@ -184,9 +183,6 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     while not (stopped or is_done()):
         before = time.perf_counter()
         record = _step(job, state.step)
-        # Not with a sharded base: kept memory would fragment between its gathered blocks.
-        if state.step == first and not processes.any_sharded(model.parameters()):
-            keep_memory()
         now = time.perf_counter()
         state.step += 1
         state.tokens += record["tokens"]

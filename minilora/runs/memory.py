@@ -2,7 +2,7 @@
 
 A step frees the memory that it allocated, and the next one allocates it again. The C library returns it to the system,
 which zeroes it before it is used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps its freed
-memory where there is room (`keep_memory`).
+memory (`kept_memory`).
 """
 
 from __future__ import annotations
@@ -83,33 +83,30 @@ def _free_in_groups() -> Iterator[int]:
                 yield max(0, int(most) - used + (int(cached[1]) if cached else 0))
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's malloc.h
-KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
-RETURNING = {M_TRIM_THRESHOLD: 64 * 2**20, M_MMAP_MAX: 65536}
-ROOM = 3  # times what a step takes
+def amount(size: int) -> str:
+    """Format a number of bytes; GB are 10⁹ bytes."""
+    power = min((len(str(size)) - 1) // 3, 3)
+    return f"{size / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}" if power else f"{size} bytes"
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's malloc.h
+KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_THRESHOLD: 32 * 2**20}
+RETURNING = {M_TRIM_THRESHOLD: 64 * 2**20}
 
 
 @contextmanager
-def returned_memory() -> Iterator[None]:
-    """Return freed memory to the system at the end of the block, and end `keep_memory`."""
+def kept_memory() -> Iterator[None]:
+    """Keep freed memory in the process within the block, and return it to the system at its end.
+
+    Of tensors of 32 MB and more, the most that glibc accepts as a limit, it is returned at once: kept memory is in
+    pieces, which such tensors do not fit into, so it would grow.
+    """
+    _set_options(KEEPING)
     try:
         yield
     finally:
         _set_options(RETURNING)
         _call_libc("malloc_trim", 0)
-
-
-def keep_memory() -> None:
-    """Keep memory that is freed from now on in the process, if there is room for three times what a step took.
-
-    For after the first step. Kept memory is in pieces, which larger tensors do not fit into, so it grows: a run with 7
-    billion parameters in four bits peaked at 9.7 to 11.8 GB with it, and at 7.4 GB without.
-    """
-    _call_libc("malloc_trim", 0)
-    free, now = free_memory_bytes(torch.device("cpu")), _kilobytes("proc/self/status", "VmRSS")
-    # What a step took is at most the difference between the most that the process has used and what it uses now.
-    if free is None or now is None or free >= ROOM * (high_water_bytes() - now):
-        _set_options(KEEPING)
 
 
 def _set_options(options: dict[int, int]) -> None:

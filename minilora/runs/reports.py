@@ -22,8 +22,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from minilora.errors import FormatError, printable
 from minilora.files import parse_object, read_json, read_text
 from minilora.runs.evaluate import Progress
-from minilora.runs.forecast import amount
 from minilora.runs.loop import Record
+from minilora.runs.memory import amount
 
 RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
 SECONDS = 5.0  # between two lines without a terminal
