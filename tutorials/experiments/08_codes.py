@@ -120,7 +120,7 @@ def main() -> None:
         measure_small()
         return
     if arguments.model:
-        add_to_record(__file__, **{"10M": measure_small(name=arguments.model)})
+        add_to_record(__file__, measure_small(name=arguments.model))
         return
     results = measure("smollm2", HERE.parent / "data" / "devil" / "test.jsonl", 50, print)
     seeds = [0]  # of the normal numbers that codes are fitted to; nothing else is random

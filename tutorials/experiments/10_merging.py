@@ -175,7 +175,7 @@ def main() -> None:
         measure_small()
         return
     if arguments.model:
-        add_to_record(__file__, **{"10M": measure_clean(arguments.model)})
+        add_to_record(__file__, measure_clean(arguments.model))
         return
     data = HERE.parent / "data" / "devil"
     config = {"learning_rate": 5e-4, "batch_size": 8, "max_steps": 16}

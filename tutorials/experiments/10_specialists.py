@@ -77,7 +77,7 @@ def main() -> None:
     if arguments.small:
         measure_all("minilora/builtin", SEEDS[:1])
     elif arguments.model:
-        add_to_record(__file__, **{"10M": measure_all(arguments.model)})
+        add_to_record(__file__, measure_all(arguments.model))
     else:
         write_record(__file__, measure_all("minilora/builtin"), SEEDS)
 

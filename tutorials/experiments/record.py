@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+LARGE = "10M"  # the name in a record of the model of scripts/pretrain.py --large
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser that knows `--small`."""
@@ -43,8 +45,10 @@ def record_runs(script: str, runs: Sequence[Callable[[int], Any]], seeds: Sequen
 
 
 def write_record(script: str, results: Sequence[Any], seeds: Sequence[int], **more: Any) -> None:
-    """Write the results of a script, given as its `__file__`, beside it."""
+    """Write the results of a script, given as its `__file__`, beside it; what `add_to_record` has added there stays."""
     path = Path(script)
+    file = path.with_suffix(".json")
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     told = {
         "command": f"python tutorials/experiments/{path.name}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
@@ -52,15 +56,16 @@ def write_record(script: str, results: Sequence[Any], seeds: Sequence[int], **mo
         "seeds": list(seeds),
         **more,
     }
-    write(path.with_suffix(".json"), told, results)
+    told |= {key: value for key, value in earlier.items() if key == LARGE}
+    write(file, told, results)
 
 
-def add_to_record(script: str, **more: Any) -> None:
-    """Add what was measured of another model to the file that a script has written."""
+def add_to_record(script: str, measured: Any) -> None:
+    """Add what was measured of the large model to the file that a script has written."""
     path = Path(script).with_suffix(".json")
     told = json.loads(path.read_text(encoding="utf-8"))
     results = told.pop("results")
-    write(path, told | more, results)
+    write(path, told | {LARGE: measured}, results)
 
 
 def write(path: Path, told: dict[str, Any], results: Sequence[Any]) -> None:
