@@ -119,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of a row")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=(), help="what others need cannot be left out")
     args = parser.parse_args(arguments)
-    config = {**SMOLLM2, **dict(zip(KEYS, SHAPES[args.shape], strict=True)), "tie_word_embeddings": False}
+    config = {**SMOLLM2, **dict(zip(KEYS, SHAPES[args.shape], strict=True))}
+    config |= {"tie_word_embeddings": False, "dtype": "bfloat16"}
     batch: list[Row] = [([1] * args.tokens, [1] * args.tokens)] * args.rows
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         needed = int(DISK * 2 * sum(p.numel() for p in build_on_meta(parse_config(config)).parameters()))

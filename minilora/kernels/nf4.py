@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from minilora import nf4
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernels.lora import tile_rows
+from minilora.kernels.lora import TILE, tile_rows, tile_size
 
 
 @kernel(of=nf4.quantize)
@@ -99,9 +99,25 @@ def _tiles(flat: Tensor, block_size: int) -> tuple[int, int]:
 
 @kernel(of=nf4.nf4_linear)
 def nf4_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
-    """See `nf4.nf4_linear`."""
+    """See `nf4.nf4_linear`. In a step of generation W is never dense as a whole, which its memory would make slow."""
+    if not torch.is_grad_enabled() and x.numel() <= TILE and layer.in_features % layer.layout.block_size == 0:
+        y = torch.cat([F.linear(x, rows) for rows in _dense_rows(layer)], dim=-1)
+        return y if bias is None else y + bias.to(x.dtype)
     y = _NF4Linear.apply(x.reshape(-1, x.size(-1)), layer.weight, bias, layer.layout, *layer.parts)
     return y.view(*x.shape[:-1], layer.out_features)
+
+
+def _dense_rows(layer: nf4.NF4Linear) -> Iterator[Tensor]:
+    """Yield the rows of a weight in tiles: (rows, in)."""
+    packed, absmax, scales, offset = layer.parts
+    if scales is not None and offset is not None:
+        absmax = nf4.dequantize_absmax(absmax, scales, offset)
+    _, inner = layer.layout.shape
+    rows = max(1, tile_size(packed.device) // inner)
+    bytes_, blocks = rows * inner // 2, rows * inner // layer.layout.block_size
+    for part, scale in zip(packed.view(-1).split(bytes_), absmax.split(blocks), strict=True):
+        shape = (2 * len(part) // inner, inner)
+        yield nf4.dequantize(part, scale, shape, layer.dtype, layer.layout.block_size, layer.layout.levels)
 
 
 class _NF4Linear(torch.autograd.Function):
