@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from minilora import nf4
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernels.lora import TILE, tile_rows, tile_size
+from minilora.kernels.lora import tile_rows, tile_size
 
 
 @kernel(of=nf4.quantize)
@@ -100,7 +100,8 @@ def _tiles(flat: Tensor, block_size: int) -> tuple[int, int]:
 @kernel(of=nf4.nf4_linear)
 def nf4_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
     """See `nf4.nf4_linear`. In a step of generation W is never dense as a whole, which its memory would make slow."""
-    if not torch.is_grad_enabled() and x.numel() <= TILE and layer.in_features % layer.layout.block_size == 0:
+    is_even = layer.in_features % layer.layout.block_size == 0
+    if is_even and not torch.is_grad_enabled() and x.numel() <= tile_size(x.device):
         y = torch.cat([F.linear(x, rows) for rows in _dense_rows(layer)], dim=-1)
         return y if bias is None else y + bias.to(x.dtype)
     y = _NF4Linear.apply(x.reshape(-1, x.size(-1)), layer.weight, bias, layer.layout, *layer.parts)
