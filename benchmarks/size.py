@@ -37,7 +37,7 @@ from minilora.runs.memory import amount
 PARTS = ("quantize", "dry-run", "finetune", "resume", "generate", "merge", "peft")
 HEAD = ("what", "seconds", "of a step", "share of matrix products", "forecast", "peak", "read", "written")
 SHAPES = {**scale.SHAPES, "tiny": (2048, 64, 128, 2, 4, 2)}
-DISK = 2.7  # times the checkpoint: itself, in four bits, merged, and adapters
+DISK, MERGED = 1.5, 1.2  # times the checkpoint: itself, in four bits, and adapters; what a merge adds
 
 
 def make(config: dict[str, object], folder: Path) -> None:
@@ -123,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config |= {"tie_word_embeddings": False, "dtype": "bfloat16"}
     batch: list[Row] = [([1] * args.tokens, [1] * args.tokens)] * args.rows
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
-        needed = int(DISK * 2 * sum(p.numel() for p in build_on_meta(parse_config(config)).parameters()))
+        times = DISK + (0 if "merge" in args.without else MERGED)
+        needed = int(times * 2 * sum(p.numel() for p in build_on_meta(parse_config(config)).parameters()))
         if shutil.disk_usage(name).free < needed:
             raise SystemExit(f"{name}: {amount(needed)} of disk are needed")
         in_fresh_process(make, config, Path(name, "model"))

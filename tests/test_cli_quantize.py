@@ -14,11 +14,12 @@ from minilora.adapters.layout import BASE_METADATA, base_quantization
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE
 from minilora.files import TensorFile, read_json, write_tensors
+from minilora.models import checkpoint
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import held_out_loss
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import same_state
-from tests.models import WHOLE, long, tiny_model
+from tests.models import WHOLE, allocated, long, tiny_model
 from tests.runs import QUICK, everything, unfinished, write_rows
 from tests.text import write_tokenizer
 
@@ -174,6 +175,17 @@ def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_l
     assert float(words[0]) == round(bits / count, 3)
     assert f"{count:,}" in words
     assert f"{(tmp_path / 'plain' / 'model.safetensors').stat().st_size:,}" in words
+
+
+def test_quantize_holds_the_work_on_one_weight_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "ahead", lambda items: items)  # the profiler sees one thread
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=14, hidden_size=64, intermediate_size=64)
+    ml.save_model(model, tmp_path / "model", shard_bytes=1)  # a file that is mapped counts as a whole
+    words = ["quantize", f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'nf4'}"]
+    _, peak, code = allocated(lambda: cli.main(words))
+    sizes = [p.nbytes for p in model.parameters()]
+    assert code == 0
+    assert peak <= 10 * max(sizes) < sum(sizes) / 4
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from minilora.adapters.layers import as_matrix
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.files import holds_files, publishing
 from minilora.lora import LoraLinear, merge_weight
+from minilora.models import checkpoint
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
 from minilora.testing import reference
@@ -226,7 +227,8 @@ def test_a_base_in_the_other_format_of_four_bits_is_made_dense_and_not_packed_ag
 )
 def test_what_is_held_at_a_time_is_the_work_on_one_weight(tmp_path, monkeypatch, target, asked):
     """And what is small of all others. Those that are read and merged ahead have a law of their own."""
-    monkeypatch.setattr(merging, "ahead", lambda items: items)  # the profiler sees one thread
+    for module in (merging, checkpoint):  # the profiler sees one thread
+        monkeypatch.setattr(module, "ahead", lambda items: items)
     base = tmp_path / "base"
     model = tiny_model(dtype=torch.float32, num_hidden_layers=14, hidden_size=64, intermediate_size=64)
     ml.save_model(model, base, shard_bytes=1)  # a file that is mapped counts as a whole
@@ -249,10 +251,10 @@ def test_items_are_made_in_order_and_not_too_far_ahead_and_an_error_comes_where_
             yield i
         raise KeyError("the tenth")
 
-    found = merging.ahead(items())
+    found = checkpoint.ahead(items())
     for i in range(9):
         assert next(found) == i
-        assert len(made) <= i + 1 + merging.AHEAD
+        assert len(made) <= i + 1 + checkpoint.AHEAD
     with pytest.raises(KeyError, match="the tenth"):
         next(found)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,9 @@ from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
 
+T = TypeVar("T")
 SHARD_BYTES = 5_000_000_000
+AHEAD = 2  # weights that are made before they are asked for
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -178,8 +182,8 @@ def save_model_files(
 ) -> None:
     """Write the files of `save_model` into a new directory.
 
-    `weights` are those of a model on the device "meta", as `stored_weights` gives them; then peak memory is a few
-    weights.
+    `weights` are those of a model on the device "meta", as `stored_weights` gives them. They are made while others are
+    written; peak memory is a few of them.
     """
     own = _weights(model)
     bare = build_on_meta(model.config)
@@ -197,11 +201,21 @@ def save_model_files(
     if quantization := quantization_config(_linears(model), embedding.dtype):
         source["quantization_config"] = quantization
     directory.mkdir(parents=True, exist_ok=True)
-    groups = itertools.starmap(stored_tensors, weights or own.items())
+    groups = itertools.starmap(stored_tensors, ahead(weights) if weights else own.items())
     write_shards(directory, groups, shard_bytes, sum(most_entry_bytes(name, weight) for name, weight in own.items()))
     if tokenizer is not None:
         tokenizer.save(directory)
     write_json(directory / "config.json", source)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, which a thread makes in order, `AHEAD` of them before they are asked for."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next, iterator, end))
+            yield item  # type: ignore[misc]
 
 
 def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int, header_bytes: int) -> None:

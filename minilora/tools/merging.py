@@ -15,12 +15,9 @@ import copy
 import functools
 import itertools
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +43,7 @@ from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
     SHARD_BYTES,
+    ahead,
     assign,
     build_on_meta,
     load_model,
@@ -59,8 +57,6 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear, dequantize_weight
 
-T = TypeVar("T")
-AHEAD = 2  # weights that are read, and merged, before they are asked for
 TILE = 2**17  # numbers whose error is computed at a time: a MB in float64
 
 
@@ -155,19 +151,9 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         is_tied = False
     squares: list[tuple[float, float]] = []
     weights = _merged_weights(ahead(_pairs(merge, target)), layers, target, squares)
-    written = ((name, weight) for name, weight in ahead(weights) if name != HEAD or not is_tied)
+    written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
     save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
-
-
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, which a thread makes in order, `AHEAD` of them before they are asked for."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(thread.submit(next, iterator, end))
-            yield item  # type: ignore[misc]
 
 
 def _target_of(merge: Merge, kind: str) -> Target:
