@@ -16,16 +16,8 @@ from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN
 from minilora.llama import Llama
+from minilora.models import checkpoint
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
-from minilora.models.checkpoint import (
-    SHARD_BYTES,
-    build_on_meta,
-    load_model,
-    save_model_files,
-    stored_dtype,
-    stored_weights,
-    usable_device,
-)
 from minilora.models.config import read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
@@ -49,11 +41,11 @@ def run(options: Options) -> int:
     if is_four_bit(source):
         raise ConfigError(f"{location.name}: is quantized already")
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
-    dtype, device = stored_dtype(source), usable_device(options["device"])
-    model = load_model(location.name, dtype, "meta", config)
-    weights = stored_weights(location.path, build_on_meta(model.config), dtype, device, config)
+    dtype, device = checkpoint.stored_dtype(source), checkpoint.usable_device(options["device"])
+    model = checkpoint.load_model(location.name, dtype, "meta", config)
+    weights = checkpoint.stored_weights(location.path, checkpoint.build_on_meta(model.config), dtype, device, config)
     with new_directory(options["out"]) as out:
-        save_model_files(model, out, find_tokenizer(location.name), SHARD_BYTES, weights)
+        checkpoint.save_model_files(model, out, find_tokenizer(location.name), checkpoint.SHARD_BYTES, weights)
         size = _describe_size(model, out)
     print(f"{size}\nmodel written to {options['out']}")
     return 0

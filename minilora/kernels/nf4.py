@@ -20,7 +20,7 @@ from minilora.kernels.lora import tile_rows, tile_size
 
 @kernel(of=nf4.quantize)
 def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, Tensor]:
-    """See `nf4.quantize`. A tile at a time, compared with one midpoint after the other."""
+    """See `nf4.quantize`. A tile at a time."""
     flat = weight.detach().reshape(-1)
     if flat.is_meta:  # it has no numbers
         return nf4.quantize.function(flat, block_size)
@@ -41,11 +41,29 @@ def _quantize_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _codes(x: Tensor) -> Tensor:
-    """Return how many of the 15 midpoints lie below each x, as uint8. So many passes are faster than a search."""
-    codes = torch.zeros_like(x, dtype=torch.uint8)
-    for midpoint in nf4.midpoints(nf4.NF4).tolist():
-        codes += x > midpoint
-    return codes
+    """Return how many of the 15 midpoints lie below each x in [-1, 1], as uint8.
+
+    The bin of x says it but for the one midpoint in the bin. This takes a quarter of the time of 15 comparisons.
+    """
+    below, within = (table.to(x.device, non_blocking=True) for table in BINS)
+    bins = _bin_of(x)
+    return torch.index_select(below, 0, bins) + (x > torch.index_select(within, 0, bins))
+
+
+def _bin_of(x: Tensor) -> Tensor:
+    """Return the bin of each x, of 22 in [-1, 1]: the fewest that part the midpoints, none of which is at an edge."""
+    return (x * 11).add_(11).int()
+
+
+def _bins() -> tuple[Tensor, Tensor]:
+    """Return for each bin, and for 1, how many midpoints lie in those below, and the one within or else infinity."""
+    midpoints = nf4.midpoints(nf4.NF4)
+    bins = _bin_of(midpoints).long()
+    within = torch.full((23,), math.inf, device="cpu").scatter(0, bins, midpoints)
+    return torch.searchsorted(bins, torch.arange(23, device="cpu")).to(torch.uint8), within
+
+
+BINS = _bins()
 
 
 def _pairs(levels: tuple[float, ...]) -> Tensor:

@@ -91,7 +91,6 @@ def amount(size: int) -> str:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's malloc.h
 KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_THRESHOLD: 32 * 2**20}
-RETURNING = {M_TRIM_THRESHOLD: 64 * 2**20}
 
 
 @contextmanager
@@ -101,17 +100,13 @@ def kept_memory() -> Iterator[None]:
     Of tensors of 32 MB and more, the most that glibc accepts as a limit, it is returned at once: kept memory is in
     pieces, which such tensors do not fit into, so it would grow.
     """
-    _set_options(KEEPING)
+    for option, value in KEEPING.items():
+        _call_libc("mallopt", option, value)
     try:
         yield
     finally:
-        _set_options(RETURNING)
+        _call_libc("mallopt", M_TRIM_THRESHOLD, 64 * 2**20)
         _call_libc("malloc_trim", 0)
-
-
-def _set_options(options: dict[int, int]) -> None:
-    for option, value in options.items():
-        _call_libc("mallopt", option, value)
 
 
 def _call_libc(name: str, *arguments: int) -> None:
