@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import minilora.public as ml
@@ -78,6 +80,14 @@ def reading_speed() -> float:
     return numbers.nbytes / median_seconds(numbers.amax)
 
 
+def seconds_of_products(model: Any) -> float:
+    """Return the time of the products of one row with all weights, and of nothing else."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    rows = {weight.size(1): torch.ones(1, weight.size(1), dtype=weight.dtype) for weight in weights}
+    with torch.no_grad():
+        return median_seconds(lambda: [F.linear(rows[weight.size(1)], weight) for weight in weights])
+
+
 def seconds_a_token(model: Any, rows: int) -> float:
     """Return the time of a call with a token of each row: that of `NEW` tokens, less the prompts'."""
     prompts = torch.randint(model.config.vocab_size, (rows, PROMPT)).tolist()
@@ -93,9 +103,9 @@ def main() -> None:
     for kind, share in sorted(shares_of_step(ml.load_model(path, "bfloat16")).items(), key=lambda item: -item[1]):
         print(f"| {kind} | {share:.1%} |")
     speed = reading_speed()
-    print(f"\nreading: {speed / 1e9:.1f} GB a second\n")
-    print("| weights | rows | tokens a second | bytes over speed |\n|---|---|---|---|")
     model = ml.load_model(path, "bfloat16")
+    print(f"\nreading: {speed / 1e9:.1f} GB a second; one row times all weights: {seconds_of_products(model):.4f} s\n")
+    print("| weights | rows | tokens a second | bytes over speed |\n|---|---|---|---|")
     for dtype in ("bfloat16", "int8, by the recipe"):
         if dtype != "bfloat16":
             decode_in_int8(model.model)
