@@ -37,7 +37,8 @@ from minilora.runs.memory import amount
 PARTS = ("quantize", "dry-run", "finetune", "resume", "generate", "merge", "peft")
 HEAD = ("what", "seconds", "of a step", "share of matrix products", "forecast", "peak", "read", "written")
 SHAPES = {**scale.SHAPES, "tiny": (2048, 64, 128, 2, 4, 2)}
-DISK, MERGED = 1.5, 1.2  # times the checkpoint: itself, in four bits, and adapters; what a merge adds
+DISK = 1.5  # times the checkpoint: itself, in four bits, and adapters
+MERGED = 1.2  # what a merge adds
 
 
 def make(config: dict[str, object], folder: Path) -> None:

@@ -3,7 +3,7 @@
     python scripts/shares.py MODEL
 
 A step is LoRA of rank 16 on all linears in bfloat16, on 4 rows of 512 tokens, as `torch.profiler` sees it. Tokens are
-128 after a prompt of 32. None takes less than the machine needs to read all weights once.
+128 after a prompt of 32. No token takes less time than reading all weights once.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ KINDS = {
     "products in attention": "baddbmm|bmm",
     "softmax": "_softmax.*",
     "copies and conversions": "copy_|cat",
-    "operations by elements": "(add|sub|mul|div|silu|rsqrt|neg)_?|silu_backward",
+    "elementwise operations": "(add|sub|mul|div|silu|rsqrt|neg)_?|silu_backward",
 }
 
 
 def kind_of(event: Any) -> str:
+    """Return the kind of an operation; a product with a side of 16 is one with A or B, as no weight has such a side."""
     name = event.key.removeprefix("aten::")
     if re.fullmatch("mm|addmm_?", name):
         is_low_rank = any(RANK in shape for shape in event.input_shapes)
@@ -65,6 +66,7 @@ def shares_of_step(model: Any) -> Mapping[str, float]:
 
 
 def median_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Return the median time of some work, after once that does not count."""
     work()
     times = []
     for _ in range(repeats):
@@ -89,7 +91,7 @@ def seconds_of_products(model: Any) -> float:
 
 
 def seconds_a_token(model: Any, rows: int) -> float:
-    """Return the time of a call with a token of each row: that of `NEW` tokens, less the prompts'."""
+    """Return the time of one decoding step: that of `NEW` tokens, less that of the prompts."""
     prompts = torch.randint(model.config.vocab_size, (rows, PROMPT)).tolist()
     long, short = (median_seconds(lambda n=n: ml.generate(model, prompts, n), 3) for n in (NEW, 1))  # type: ignore[misc]
     return (long - short) / (NEW - 1)
@@ -105,7 +107,7 @@ def main() -> None:
     speed = reading_speed()
     model = ml.load_model(path, "bfloat16")
     print(f"\nreading: {speed / 1e9:.1f} GB a second; one row times all weights: {seconds_of_products(model):.4f} s\n")
-    print("| weights | rows | tokens a second | bytes over speed |\n|---|---|---|---|")
+    print("| weights | rows | tokens a second | best time over its time |\n|---|---|---|---|")
     for dtype in ("bfloat16", "int8, by the recipe"):
         if dtype != "bfloat16":
             decode_in_int8(model.model)

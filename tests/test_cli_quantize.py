@@ -178,7 +178,7 @@ def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_l
 
 
 def test_quantize_holds_the_work_on_one_weight_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "ahead", lambda items: items)  # the profiler sees one thread
+    monkeypatch.setattr(checkpoint, "prefetch", lambda items: items)  # the profiler sees one thread
     model = tiny_model(dtype=torch.float32, num_hidden_layers=14, hidden_size=64, intermediate_size=64)
     ml.save_model(model, tmp_path / "model", shard_bytes=1)  # a file that is mapped counts as a whole
     words = ["quantize", f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'nf4'}"]
@@ -201,6 +201,17 @@ def test_what_is_dense_is_written_in_the_dtype_of_the_config_though_slow(
     embedding = TensorFile(tmp_path / "out" / "model.safetensors").entries["model.embed_tokens.weight"]
     assert embedding.dtype == stored
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype
+
+
+def test_a_weight_that_is_not_finite_is_found_while_others_are_written_and_nothing_stays(directory, run, tmp_path):
+    shutil.copytree(directory / "model", tmp_path / "bad")
+    path = tmp_path / "bad" / "model.safetensors"
+    file = TensorFile(path)
+    tensors = {name: file.read(name).clone() for name in file.shapes}
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    write_tensors(path, tensors)
+    assert "not finite" in run("quantize", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'out'}", status=1).err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path):

@@ -301,6 +301,17 @@ def test_of_the_results_only_what_is_counted_is_kept_for_the_backward_pass(name,
     del y
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@torch.no_grad()
+def test_a_4_bit_linear_by_tiles_rounds_once_and_keeps_the_dtype_of_autocast(double_quant):
+    layer = NF4Linear.quantize(randn(0, 9, 64).float(), randn(1, 9).float(), double_quant)
+    x = randn(2, 1, 64).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = layer(x), nf4.nf4_linear.function(x, layer, layer.bias)
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    assert torch.allclose(ours, plain, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("trained", ["A", "B", "AB"])
 def test_an_input_is_kept_only_for_the_gradient_of_A_and_its_projection_only_for_that_of_B(trained):
     (x, A, B), saved = (randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])), []

@@ -72,8 +72,8 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "law 6: of two levels as near the higher one": Mistake(
         "kernels/nf4.py",
-        "codes += x > midpoint",
-        "codes += x >= midpoint",
+        "(x > torch.index_select(within",
+        "(x >= torch.index_select(within",
         f"{NF4}[nf4-ties-kernels]",
     ),
     "law 6: of two levels as near the higher one, by definition": Mistake(

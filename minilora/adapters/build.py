@@ -20,13 +20,7 @@ from minilora.adapters.config import (
     select_targets,
 )
 from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
-from minilora.adapters.layers import (
-    InitSubtractedAdapter,
-    LoraConv1D,
-    LoraEmbedding,
-    LowRankWrapper,
-    as_matrix,
-)
+from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
 from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama

@@ -18,13 +18,7 @@ from minilora.adapters.attach import config_of_adapter, describe_base, inject_ad
 from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, factor_shapes, kind_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.initialize import factors_from_weight
-from minilora.adapters.layers import (
-    InitSubtractedAdapter,
-    LoraConv1D,
-    LoraEmbedding,
-    LowRankWrapper,
-    as_matrix,
-)
+from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
 from minilora.adapters.layout import (
     BASE_METADATA,
     CONFIG_FILE,

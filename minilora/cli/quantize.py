@@ -43,9 +43,10 @@ def run(options: Options) -> int:
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
     dtype, device = checkpoint.stored_dtype(source), checkpoint.usable_device(options["device"])
     model = checkpoint.load_model(location.name, dtype, "meta", config)
-    weights = checkpoint.stored_weights(location.path, checkpoint.build_on_meta(model.config), dtype, device, config)
+    bare = checkpoint.build_on_meta(model.config)
+    weights = checkpoint.stored_weights(location.path, bare, dtype, device, config)
     with new_directory(options["out"]) as out:
-        checkpoint.save_model_files(model, out, find_tokenizer(location.name), checkpoint.SHARD_BYTES, weights)
+        checkpoint.save_model_files(model, out, find_tokenizer(location.name), weights=weights)
         size = _describe_size(model, out)
     print(f"{size}\nmodel written to {options['out']}")
     return 0

@@ -37,7 +37,7 @@ from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
 SHARD_BYTES = 5_000_000_000
-AHEAD = 2  # weights that are made before they are asked for
+PREFETCHED = 2  # weights that a thread makes before they are needed
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -182,8 +182,8 @@ def save_model_files(
 ) -> None:
     """Write the files of `save_model` into a new directory.
 
-    `weights` are those of a model on the device "meta", as `stored_weights` gives them. They are made while others are
-    written; peak memory is a few of them.
+    `weights` are those of a model on the device "meta", as `stored_weights` gives them. A thread makes the
+    next ones while others are written; peak memory is a few weights.
     """
     own = _weights(model)
     bare = build_on_meta(model.config)
@@ -201,18 +201,18 @@ def save_model_files(
     if quantization := quantization_config(_linears(model), embedding.dtype):
         source["quantization_config"] = quantization
     directory.mkdir(parents=True, exist_ok=True)
-    groups = itertools.starmap(stored_tensors, ahead(weights) if weights else own.items())
+    groups = itertools.starmap(stored_tensors, own.items() if weights is None else prefetch(weights))
     write_shards(directory, groups, shard_bytes, sum(most_entry_bytes(name, weight) for name, weight in own.items()))
     if tokenizer is not None:
         tokenizer.save(directory)
     write_json(directory / "config.json", source)
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, which a thread makes in order, `AHEAD` of them before they are asked for."""
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, which a thread makes in order, `PREFETCHED` of them before they are needed."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
+        pending = deque(thread.submit(next, iterator, end) for _ in range(PREFETCHED))
         while (item := pending.popleft().result()) is not end:
             pending.append(thread.submit(next, iterator, end))
             yield item  # type: ignore[misc]

@@ -33,7 +33,7 @@ from minilora.runs.plan import Plan
 from minilora.runs.sampler import plan_steps, set_dropout_step
 
 # What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
-LIBRARIES = 150_000_000  # loaded by PyTorch and its kernels in the first step
+LIBRARIES = 175_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
 
 
@@ -46,7 +46,7 @@ class Forecast:
     gradients: int  # of everything that is trained
     moments: int
     activations: int  # what autograd saves of a micro-batch
-    working: int  # the most that lives besides; of a base that is sharded, also the block that is computed and the next
+    working: int  # the most that lives besides; with a sharded base also the weights of this block and the next one
     overhead: int  # what libraries hold besides tensors
 
     @property

@@ -1,8 +1,8 @@
 """The memory of the machine that a run computes on: what is used, free and kept.
 
 A step frees the memory that it allocated, and the next one allocates it again. The C library returns it to the system,
-which zeroes it before it is used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps its freed
-memory (`kept_memory`).
+which zeroes it before it is used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps the
+freed memory of small tensors (`kept_memory`).
 """
 
 from __future__ import annotations
@@ -97,15 +97,15 @@ KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_THRESHOLD: 32 * 2**20}
 def kept_memory() -> Iterator[None]:
     """Keep freed memory in the process within the block, and return it to the system at its end.
 
-    Of tensors of 32 MB and more, the most that glibc accepts as a limit, it is returned at once: kept memory is in
-    pieces, which such tensors do not fit into, so it would grow.
+    The memory of tensors of 32 MB or more is returned at once: kept memory is in pieces that such tensors do not fit
+    into, so it would grow. 32 MB is the largest limit that glibc accepts.
     """
     for option, value in KEEPING.items():
         _call_libc("mallopt", option, value)
     try:
         yield
     finally:
-        _call_libc("mallopt", M_TRIM_THRESHOLD, 64 * 2**20)
+        _call_libc("mallopt", M_TRIM_THRESHOLD, 64 * 2**20)  # it and the other limit grow so far by themselves
         _call_libc("malloc_trim", 0)
 
 

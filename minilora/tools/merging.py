@@ -26,13 +26,7 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.attach import describe_base, set_adapter
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
-from minilora.adapters.layout import (
-    CONFIG_FILE,
-    DETERMINISTIC_INITS,
-    WEIGHTS_FILE,
-    parse_tensor_name,
-    vocabulary_of,
-)
+from minilora.adapters.layout import CONFIG_FILE, DETERMINISTIC_INITS, WEIGHTS_FILE, parse_tensor_name, vocabulary_of
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
@@ -43,10 +37,10 @@ from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
     SHARD_BYTES,
-    ahead,
     assign,
     build_on_meta,
     load_model,
+    prefetch,
     resolve_dtype,
     save_model_files,
     stored_dtype,
@@ -150,7 +144,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         is_tied = False
     squares: list[tuple[float, float]] = []
-    weights = _merged_weights(ahead(_pairs(merge, target)), layers, target, squares)
+    weights = _merged_weights(prefetch(_pairs(merge, target)), layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
     save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)

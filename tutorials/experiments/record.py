@@ -56,7 +56,8 @@ def write_record(script: str, results: Sequence[Any], seeds: Sequence[int], **mo
         "seeds": list(seeds),
         **more,
     }
-    told |= {key: value for key, value in earlier.items() if key == LARGE}
+    if LARGE in earlier:
+        told[LARGE] = earlier[LARGE]
     write(file, told, results)
 
 
