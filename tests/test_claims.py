@@ -95,7 +95,7 @@ def where():
     yield f"{kls[0]} against {kls[1]}, a difference of {difference('kl', attention, mlps, 2)}"
     yield f"all linears have the most, {spread(values('kl', everywhere), 2)}"
     means = [mean(values("kl", each), 2) for each in (mlps, everywhere, attention)]
-    yield f"the MLPs alone (KL {means[0]}) instead of all linears ({means[1]}) or the attention ({means[2]})"
+    yield f"the MLPs alone, which had KL {means[0]} where the attention had {means[2]} and all linears {means[1]}"
     yield f"general text: loss {runs[0]['general_before']} -> "
 
 
@@ -134,9 +134,10 @@ def methods():
     yield f"LoRA {tests['LoRA']}, DoRA {tests['DoRA']}, PiSSA {tests['PiSSA']}"
     yield f"or {mean(values('PiSSA', 1e-3, 'test'))} at another rate"
     yield f"accuracy {tests['LoRA']} against {mean(values('full', 4e-4, 'test'))}"
-    yield f"KL {spread(values('LoRA', 2e-3, 'kl'), 2)} against {mean(values('full', 2e-4, 'kl'), 2)}"
+    yield f"has a KL of {mean(values('full', 2e-4, 'kl'), 2)}; LoRA at {tests['LoRA']} has"
+    yield f"has {spread(values('LoRA', 2e-3, 'kl'), 2)}"
     lowest = [mean(values("LoRA", 1e-3, key), digits) for key, digits in (("kl", 2), ("test", 3))]
-    yield f"LoRA's lowest rate has {lowest[0]} at an accuracy of {lowest[1]}"
+    yield f"At its lowest rate LoRA has a KL of {lowest[0]}, with an accuracy of {lowest[1]}"
 
 
 def merging():
@@ -151,10 +152,10 @@ def merging():
     base = [mean([run[key] for run in runs]) for key in ("base, 16 bits", "base, 4 bits")]
     yield f"base {base[0]}, rounded to NF4 {base[1]}, trained {pair([run['trained'] for run in runs])}"
     yield f"loss {loss['requantized']}; {percent([run['requantized']['unchanged'] for run in runs])} of the weights"
-    yield f"SmolLM2: {loss['original']}, {loss['dequantized']}"
+    yield f"SmolLM2: {loss['original']} merged into the original, {loss['dequantized']} into the dequantized"
     yield f"{mean([run['original']['error'] for run in runs], 0)} times over all layers after 16 steps"
     unchanged = [percent([run["early"][i]["unchanged"] for run in runs]) for i in (0, -1)]
-    yield f"{unchanged[0]} and {unchanged[1]} of the weights are unchanged"
+    yield f"SmolLM2 {unchanged[0]} and {unchanged[1]} (merged"
     bases = statistics.mean([run["base, 16 bits"] - run["base, 4 bits"] for run in runs])
     more = statistics.mean([run["original"]["loss"] - run["dequantized"]["loss"] for run in runs])
     yield f"| {bases:+.3f} | {more:+.3f} |"
@@ -183,7 +184,7 @@ def specialists():
             return mean([run[way][part] for run in runs])
 
         mean_of_two, ties = ([loss(way, part) for part in (0, 1)] for way in ("mean", "TIES"))
-        yield f"{model}: mean {mean_of_two[0]} and {mean_of_two[1]}, TIES {ties[0]} and {ties[1]}"
+        yield f"{model}: mean of the two {mean_of_two[0]} and {mean_of_two[1]}, TIES {ties[0]} and {ties[1]}"
         dropped = [f"{loss(way)} before, {loss(f'{way}, dropped')} after" for way in ("first", "whole")]
         yield f"{model}: a specialist {dropped[0]}; the adapter of all categories {dropped[1]}"
 
@@ -203,12 +204,12 @@ def forgetting():
     yield f"full 0; LoRA {listed[0]} at its best rate, {listed[1]} at four times"
     name = "LoRA r 16, 8e-3"
     kl, accuracy = ([at(name, "scaled", "1.0", i), at(name, "shrunk", "0.75", i)] for i in (1, 0))
-    yield f"KL {kl[0]:.2f} to {kl[1]:.2f}, accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f}"
-    yield f"KL {at(name, 'scaled', '0.75', 1):.2f}, accuracy {at(name, 'scaled', '0.75', 0):.3f}"
+    yield f"the KL from {kl[0]:.2f} to {kl[1]:.2f} and the accuracy from {accuracy[0]:.3f} to {accuracy[1]:.3f}"
+    yield f"KL {at(name, 'scaled', '0.75', 1):.2f} and accuracy {at(name, 'scaled', '0.75', 0):.3f}"
     name = "LoRA r 16, 2e-3"
     kl, accuracy = ([at(name, "scaled", factor, i) for factor in ("1.0", "0.5", "0.75")] for i in (1, 0))
-    yield f"KL {kl[0]:.2f} to {kl[1]:.2f}, accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f}"
-    yield f"at 0.75: {kl[2]:.2f} and {accuracy[2]:.3f}"
+    yield f"from {kl[0]:.2f} to {kl[1]:.2f} and the accuracy from {accuracy[0]:.3f} to {accuracy[1]:.3f}"
+    yield f"at 0.75 of the scale they are {kl[2]:.2f} and {accuracy[2]:.3f}"
 
 
 def replay():
@@ -218,8 +219,9 @@ def replay():
     plain, replayed = runs[0, 1.0], runs[1, 1.0]
     after, kl, loss = ([[run[key] for run in each] for each in (replayed, plain)] for key in ("after", "kl", "loss"))
     base = mean([run["before"] for run in plain], 2)
-    yield f"general text {mean(after[0], 2)} instead of {mean(after[1], 2)}, base {base}"
-    yield f"KL {mean(kl[0], 2)} and {mean(kl[1], 2)}; loss on the task {mean(loss[0])} instead of {mean(loss[1])}"
+    yield f"general text: {mean(after[0], 2)} with replay, {mean(after[1], 2)} without, {base} in the base"
+    yield f"KL: {mean(kl[0], 2)} with, {mean(kl[1], 2)} without"
+    yield f"Loss on the task: {mean(loss[0])} with, {mean(loss[1])} without"
 
 
 def inside():
