@@ -345,15 +345,18 @@ def faults_twice():
     before = faults(10, 10**7), faults(10, 10**7)
     with host.kept_memory():
         large = faults(1, 10**8), faults(1, 10**8)
-        return before, (faults(10, 10**7), faults(10, 10**7)), large
+        small = faults(10, 10**7), faults(10, 10**7)
+        host.return_memory()
+        return before, small, large, (faults(10, 10**7), faults(10, 10**7))
 
 
 @needs_glibc
 def test_memory_of_small_tensors_is_taken_from_the_system_once_and_that_of_large_ones_goes_back():
-    before, small, large = in_process(faults_twice)
+    before, small, large, returned = in_process(faults_twice)
     assert before[1] > 0.5 * before[0]
     assert small[1] < 0.05 * before[0]
     assert large[1] > 0.5 * large[0] > 0
+    assert returned[1] > 0.5 * returned[0] > 0
 
 
 def held_after_a_run():

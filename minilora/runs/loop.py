@@ -17,7 +17,7 @@ from minilora.errors import DataError, TrainingError, check_types
 from minilora.runs import checkpoints, processes
 from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.memory import kept_memory, peak_memory_bytes
+from minilora.runs.memory import kept_memory, peak_memory_bytes, return_memory
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
 from minilora.runs.sampler import MicroBatch, Step, plan_steps, seeded, set_dropout_step
 from minilora.runs.settings import TrainConfig
@@ -107,6 +107,8 @@ def train(
     steps = plan_steps(len(dataset), config)
     job = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if processes.any_sharded(model.parameters()):
+        return_memory()  # kept memory would fragment between the blocks that are gathered
     if processes.any_sharded(parameters_of(job.optimizer)):
         raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
     run = ""

@@ -105,8 +105,15 @@ def kept_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        _call_libc("mallopt", M_TRIM_THRESHOLD, 64 * 2**20)  # it and the other limit grow so far by themselves
+        _call_libc("mallopt", M_MMAP_THRESHOLD, 32 * 2**20)  # both limits grow so far by themselves
+        _call_libc("mallopt", M_TRIM_THRESHOLD, 64 * 2**20)
         _call_libc("malloc_trim", 0)
+
+
+def return_memory() -> None:
+    """Return the memory of tensors of 1 MB or more to the system at once, within `kept_memory`."""
+    _call_libc("mallopt", M_MMAP_THRESHOLD, 2**20)
+    _call_libc("malloc_trim", 0)
 
 
 def _call_libc(name: str, *arguments: int) -> None:
