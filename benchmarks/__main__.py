@@ -65,8 +65,10 @@ def measured(each: work.Work, shop: turns.Workshop, rounds: int, peers: Sequence
         yield from ablation.rounds(each, shop, rounds)
     else:
         asked = [peer for peer in each.peers if peers is None or peer in peers]
-        sides = [work.OURS, *filter(turns.is_installed, asked)]
-        yield from turns.rounds(shop.task(each), sides, rounds)
+        there = [peer for peer in asked if turns.is_installed(peer)]
+        if missing := [peer for peer in asked if peer not in there]:
+            print(f"{each.name}: {', '.join(missing)} not installed", file=sys.stderr)
+        yield from turns.rounds(shop.task(each), [work.OURS, *there], rounds)
 
 
 if __name__ == "__main__":
