@@ -4,10 +4,9 @@ Memory and time of reading may grow with the bytes of a file, but not with a num
 with what is there, or with a limit, before anything is allocated.
 
 Checkpoints and results are written by `replacing`, which is atomic: written under another name beside it, flushed to
-the disk (fsync), renamed. `publishing` replaces several files of a directory at once: it does this with the directory
-`.staged` in it, whose rename is the commit, and then moves the files to their places (`finish_commit`). A manifest
-holds size and SHA-256 of each file of a directory, or null for a file that must not be there. One process at a time
-writes a directory (`lock`).
+the disk, renamed. `publishing` replaces several files of a directory at once: it does this with `.staged` in it, whose
+rename is the commit, and then moves the files to their places (`finish_commit`). A manifest holds size and SHA-256 of
+each file, or null for a file that must not be there. One process at a time writes a directory (`lock`).
 """
 
 from __future__ import annotations
@@ -308,8 +307,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 def write_manifest(directory: Path, removed: Iterable[str] = (), beside: Iterable[Path] = ()) -> None:
     """Write the manifest of a directory's files; add files beside it, and names of files that must not be there."""
-    files: dict[str, Any] = dict.fromkeys(removed)
-    files |= {path.name: _entry(path) for path in [*beside, *sorted(directory.iterdir())]}
+    files = dict.fromkeys(removed) | {path.name: _entry(path) for path in [*beside, *sorted(directory.iterdir())]}
     write_json(directory / MANIFEST, {"files": files})
 
 
@@ -389,8 +387,10 @@ def lock(out: Path) -> BaseFileLock:
         held.acquire()
         path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except Timeout as error:
-        owner = path.read_text(encoding="utf-8")
-        raise TrainingError(f"{out}: {owner or 'another process'} is at work there") from error
+        owner = "another process"
+        with suppress(OSError):  # it has just ended and removed its file
+            owner = path.read_text(encoding="utf-8") or owner
+        raise TrainingError(f"{out}: {owner} is at work there") from error
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written ({error.strerror})") from error
     finish_commit(out)

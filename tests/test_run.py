@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import Timeout
 
 import minilora as ml
-from minilora import cli
+from minilora import cli, files
 from minilora.cli import finetune as command
 from minilora.files import lock
 from minilora.models import checkpoint, template
@@ -283,6 +284,15 @@ def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 8)
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
+
+
+def test_a_directory_is_refused_even_if_the_other_process_has_just_removed_its_lock(tmp_path, monkeypatch):
+    def time_out(held):
+        raise Timeout(held.lock_file)
+
+    monkeypatch.setattr(files.FileLock, "acquire", time_out)
+    with pytest.raises(ml.TrainingError, match="another process is at work there"):
+        lock(tmp_path)
 
 
 def test_of_two_new_runs_in_one_directory_the_second_is_refused_before_it_reads_data(
