@@ -32,7 +32,11 @@ WORKS = {
     "qlora-fixed-recompute": "QLoRA, blocks recomputed",
     "dora-fixed": "DoRA, bfloat16",
 }
-IN_README = ("bf16-fixed", "bf16-real", "qlora-fixed-recompute")
+IN_README = [(work, "peft") for work in ("bf16-fixed", "bf16-real", "qlora-fixed-recompute")]
+IN_RESULTS = [
+    *((work, "peft") for work in WORKS),
+    *(("bf16-fixed", "peft-kept"), ("bf16-real", "peft-kept"), ("bf16-real", "peft-grouped")),
+]
 INK = {"light": ("#1f2328", "#8c959f", "#0969da"), "dark": ("#e6edf3", "#7d8590", "#4493f8")}  # text, PEFT, minilora
 
 
@@ -52,11 +56,14 @@ def peak(side: Measurement) -> float:
     return side.peak_bytes
 
 
-def table(code: str, rounds: dict[str, list[Round]], works: Collection[str]) -> str:
-    """Return the table in Markdown: for each of these works, minilora's rate and peak memory over PEFT's."""
+def table(code: str, rounds: dict[str, list[Round]], shown: Collection[tuple[str, str]]) -> str:
+    """Return the table in Markdown: for each of these works and peers, minilora's rate and peak memory over theirs."""
     rows = (
-        [WORKS[work], *(results.spread(results.ratio(rounds[work], of, "peft")) for of in (rate, peak))]
-        for work in works
+        [
+            WORKS[work] if peer == "peft" else f"{WORKS[work]}, beside `{peer}`",
+            *(results.spread(results.ratio(rounds[work], of, peer)) for of in (rate, peak)),
+        ]
+        for work, peer in shown
     )
     return results.table((f"work, at source hash {code}", "tokens a second (PEFT = 1)", "peak memory (PEFT = 1)"), rows)
 
@@ -109,9 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     run = parser.parse_args(arguments).run
     code, rounds = measured()
-    for name, works in (("README.md", IN_README), ("docs/results.md", WORKS)):
+    for name, shown in (("README.md", IN_README), ("docs/results.md", IN_RESULTS)):
         page = ROOT / name
-        new = between(page.read_text(encoding="utf-8"), "peers", table(code, rounds, works))
+        new = between(page.read_text(encoding="utf-8"), "peers", table(code, rounds, shown))
         page.write_text(new, encoding="utf-8")
     for mode in INK:
         draw(run, rounds, mode)

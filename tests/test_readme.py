@@ -124,7 +124,7 @@ def test_the_figures_of_a_release_were_measured_at_its_own_code():
 def test_the_tables_of_readme_and_docs_are_what_was_measured_forecast_and_said_in_docstrings():
     measured = front.measured()
     assert front.table(*measured, front.IN_README) in README
-    assert front.table(*measured, front.WORKS) in PAGES["results.md"]
+    assert front.table(*measured, front.IN_RESULTS) in PAGES["results.md"]
     assert PAGES["api.md"] == api.page()
     for size in ("7B", "70B"):
         peaks = []
