@@ -138,6 +138,16 @@ def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
     assert not adapter_layers(model)
 
 
+def test_of_the_adapters_left_by_the_active_one_the_first_by_name_acts_in_all_its_layers():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for name, places in {"zero": ["1"], "two": ["0", "1"], "one": ["1"]}.items():
+        ml.attach(model, ml.LoraConfig(target_modules=places), name)
+    ml.set_adapter(model, "zero")
+    delete_adapter(model, "zero")
+    assert [layer.active for layer in adapter_layers(model).values()] == [(), ("one",)]
+    assert all(p.requires_grad for p in model[1].adapters["one"].parameters())
+
+
 @models.examples(0.2)
 @given(families)
 def test_four_bits_are_as_many_parameters_as_sixteen(family):

@@ -174,7 +174,8 @@ def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove one adapter; modules that have no other adapter are put back.
 
-    If it was the only active one, the first of those that are left acts, as in PEFT, and is trainable if this one was.
+    If it was the only active one, the first by name of those that are left acts, as in PEFT, and is trainable if this
+    one was.
 
     Raises:
         TargetError: the model has no adapter of that name.
@@ -189,7 +190,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     replace_modules(model, ((layer, layer.base) for layer in layers if not layer.adapters))
     left = adapter_layers(model).values()
     if acted and left and not any(layer.active for layer in left):
-        adapter.set_adapter(model, next(iter(next(iter(left)).adapters)), trainable=was_trained)
+        adapter.set_adapter(model, min(each for layer in left for each in layer.adapters), trainable=was_trained)
 
 
 def merge(model: nn.Module) -> None:

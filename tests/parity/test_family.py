@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.adapter import adapter_layers
 from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ_FIELDS, WEIGHTS_FILE
 from minilora.data import collate
 from minilora.testing.compare import MATHS, PARITY, assert_parity
@@ -248,6 +249,29 @@ def test_several_adapters_may_train_biases_where_peft_takes_one():
     both = logits(ours)
     ml.set_adapter(ours, "first")
     assert not torch.equal(logits(ours), both)
+
+
+PLACES = st.lists(st.sampled_from("abc"), min_size=1, unique=True)
+
+
+@given(st.dictionaries(st.sampled_from(["zero", "one", "two", "3"]), PLACES, min_size=2))
+def test_what_acts_in_a_layer_after_the_active_adapter_is_deleted_acts_there_in_peft(places):
+    """PEFT chooses in each layer, so that adapters of other layers may act together there; ours is one of them."""
+    first, *others = places
+    ours, base = (torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in "abc"}) for _ in range(2))
+    theirs = theirs_attached(base, first, target_modules=places[first])
+    for name in others:
+        theirs.add_adapter(name, peft.LoraConfig(target_modules=places[name]))
+    for name in places:
+        ml.attach(ours, ml.LoraConfig(target_modules=places[name]), name)
+    ml.set_adapter(ours, first)
+    with pytest.warns(UserWarning, match="was active which is now deleted"):
+        theirs.delete_adapter(first)
+    ml.delete_adapter(ours, first)
+    acting = {path: layer.active for path, layer in adapter_layers(ours).items() if layer.active}
+    assert acting
+    for path, active in acting.items():
+        assert list(active) == base[path].active_adapters
 
 
 def saved_by_peft(directory, name="default", **fields):
