@@ -52,6 +52,7 @@ def with_ranks(config: ml.LoraConfig, ranks: Mapping[str, int]) -> ml.LoraConfig
         target_modules=tuple(ranks),
         exclude_modules=(),
         layers_to_transform=None,
+        layers_pattern=(),
         rank_pattern={f"^{path}": r for path, r in ranks.items()},
         alpha_pattern={f"^{path}": alpha for path, alpha in alphas.items()},
     )

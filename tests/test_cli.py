@@ -130,6 +130,7 @@ def lora_configs(draw):
         target_modules=targets,
         exclude_modules=draw(st.just(()) | several | patterns),
         layers_to_transform=layers,
+        layers_pattern=draw(st.sampled_from([(), ("layers",), ("layers", "blocks")])) if layers else (),
         rank_pattern=draw(st.dictionaries(names | patterns, st.integers(1, 64), max_size=2)),
         alpha_pattern=draw(st.dictionaries(names | patterns, positive, max_size=2)),
         use_rslora=draw(st.booleans()),
@@ -144,7 +145,7 @@ train_configs = configs(ml.TrainConfig, warmup_steps=shares_or_counts, eval_step
 
 
 @given(run_configs | quantize_configs | lora_configs() | data_configs | train_configs, st.booleans())
-@example(ml.LoraConfig(target_modules=("q", "v"), layers_to_transform=(1, 3)), True)
+@example(ml.LoraConfig(target_modules=("q", "v"), layers_to_transform=(1, 3), layers_pattern=("h", "layers")), True)
 @example(ml.LoraConfig(use_dora=True, use_rslora=True, modules_to_save=("a", "b"), trainable_token_indices=(5,)), True)
 @example(ml.LoraConfig(lora_bias=True, bias="all", init_lora_weights=False, trainable_token_indices={"a": (3,)}), True)
 @example(ml.LoraConfig(exclude_modules=r".*\.0\..*"), True)

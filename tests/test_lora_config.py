@@ -13,29 +13,39 @@ EMBEDDINGS = ["model.embed_tokens", "model.stem.0"]
 MODULES = ["", "model", "model.layers", "model.layers.0", "head", "head_norm", "lm_head"]
 MODULES += ["classifier", "classifier.out_proj"]
 
-# What PEFT's own tests hold for these: path, target_modules, layers_to_transform.
+# What PEFT's own tests hold for these: path, target_modules, layers_to_transform, layers_pattern.
 Q_PROJ = "transformer.h.1.attn.attention.q_proj"
 MEANT = [
-    ("foo", ["foo"], None),
-    ("foo", "foo", None),
-    ("foo", "fo.*", None),
-    *(("foo.bar.1.baz", ["baz"], numbers) for numbers in ([1], [0, 1, 2])),
-    *((Q_PROJ, ["q_proj", "v_proj"], numbers) for numbers in (None, [0, 1, 2])),
-    ("foo.bar.001.baz", ["baz"], [1]),
-    ("foo.bar.1.spam.2.baz", ["baz"], [1]),
-    ("model.layers.1.experts.0.up", ["up"], [1]),
+    ("foo", ["foo"], None, None),
+    ("foo", "foo", None, None),
+    ("foo", "fo.*", None, None),
+    *(("foo.bar.1.baz", ["baz"], numbers, ["bar"]) for numbers in ([1], [0, 1, 2])),
+    *(("foo.whatever.1.baz", ["baz"], [1], nothing) for nothing in ([], "", None)),
+    *((Q_PROJ, ["q_proj", "v_proj"], *layers) for layers in ((None, None), ([0, 1, 2], None), ([0, 1], "h"))),
+    *((f"{root}bar.001.baz", ["baz"], [1], ["bar"]) for root in ("", "foo.")),
+    *((f"{root}bar.1.spam.2.baz", ["baz"], [1], ["other", "bar"]) for root in ("", "foo.")),
+    ("model.layers.1.experts.0.up", ["up"], [1], None),
+    *((f"{root}layers.1.layers.0.up", ["up"], [0], [r"\d+\.layers"]) for root in ("", "model.")),
+    ("h.1.up", ["up"], [1], ["(h|layers)"]),
 ]
 NOT_MEANT = [
-    ("", [], None),
-    ("foo", ["bar"], None),
-    ("foo", ".*bar.*", None),
-    *(("foo.bar.1.baz", ["baz"], [number]) for number in (0, 2)),
-    *(("foo.bar.10.baz", ["baz"], [number]) for number in (0, 1)),
-    (f"{Q_PROJ}.foo", ["q_proj"], None),
-    ("transformer.h.1.attn.attention.resid_dropout", ["q_proj", "v_proj"], None),
-    ("foo.bar.2.spam.1.baz", ["baz"], [1]),
-    ("model.layers.1.experts.0.up", ["up"], [0]),
+    ("", [], None, None),
+    ("foo", ["bar"], None, None),
+    ("foo", ".*bar.*", None, None),
+    *(("foo.bar.1.baz", ["baz"], [number], ["bar"]) for number in (0, 2)),
+    *(("foo.bar.10.baz", ["baz"], [number], None) for number in (0, 1)),
+    *(("foo.whatever.1.baz", ["baz"], [0], nothing) for nothing in ([], "", None)),
+    (f"{Q_PROJ}.foo", ["q_proj"], None, None),
+    ("transformer.h.1.attn.attention.resid_dropout", ["q_proj", "v_proj"], None, None),
+    *(("foo.bar.1.baz", ["baz"], [1], [other]) for other in ("foo", "baz", "ar")),
+    *((f"{root}bar.2.spam.1.baz", ["baz"], [1], ["bar"]) for root in ("", "foo.")),
+    ("model.layers.1.experts.0.up", ["up"], [0], None),
+    ("model.layers.1.layers.0.up", ["up"], [0], ["layers"]),
 ]
+
+
+def named(targets, layers, pattern):
+    return {"target_modules": targets, "layers_to_transform": layers, "layers_pattern": pattern}
 
 
 def chosen(linears=LINEARS, **fields):
@@ -44,8 +54,8 @@ def chosen(linears=LINEARS, **fields):
 
 @pytest.mark.parametrize("case", [*((*case, True) for case in MEANT), *((*case, False) for case in NOT_MEANT)], ids=str)
 def test_names_mean_what_they_mean_to_peft_and_nothing_else(case):
-    path, targets, layers, is_meant = case
-    assert is_target(path, LoraConfig(target_modules=targets, layers_to_transform=layers)) == is_meant
+    path, *names, is_meant = case
+    assert is_target(path, LoraConfig(**named(*names))) == is_meant
 
 
 # what is meant -> the fields of the config (and the model's linears), which of the linears
@@ -57,6 +67,10 @@ RULES = {
     "excluded by name": ({"target_modules": ["q_proj", "up"], "exclude_modules": ["up"]}, Q_PROJS),
     "excluded by regex": ({"exclude_modules": r".*layers.*|.*exp.*", "target_modules": ["lm_head", "up"]}, ["lm_head"]),
     "one layer": ({"target_modules": ["up"], "layers_to_transform": 0}, ["model.layers.0.mlp.up"]),
+    "one layer of all lists of these names": (
+        {"target_modules": ["up"], "layers_to_transform": 0, "layers_pattern": "h|layers"},
+        ["model.layers.0.mlp.up", "model.experts.1.layers.0.up"],
+    ),
     "no layers, all layers": ({"target_modules": ["q_proj"], "layers_to_transform": []}, Q_PROJS),
     "layers hold for full paths too": (
         {"target_modules": ["model.layers.1.mlp.up", "model.layers.2.mlp.up"], "layers_to_transform": [2]},
@@ -141,9 +155,10 @@ def test_start_values_that_are_recipes_are_refused_with_the_recipe_s_place(init,
         LoraConfig(init_lora_weights=init)
 
 
-def test_numbers_of_layers_need_names_of_modules():
-    with pytest.raises(ConfigError, match="layers_to_transform needs"):
-        LoraConfig(layers_to_transform=[0])
+@pytest.mark.parametrize("fields", [{"layers_to_transform": [0]}, {"target_modules": ["q"], "layers_pattern": "h"}])
+def test_numbers_of_layers_need_names_of_modules_and_names_of_lists_need_numbers(fields):
+    with pytest.raises(ConfigError, match=r"layers_\w+ needs"):
+        LoraConfig(**fields)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ RECIPES = {  # start values that are recipes
     **dict.fromkeys(("olora", "loftq"), "starts_from_weights"),
 }
 PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
-NAME_FIELDS = (*PATTERNS, "modules_to_save")
+NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
 T = TypeVar("T")
 
@@ -40,7 +40,6 @@ T = TypeVar("T")
     dropout="use lora_dropout",
     inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
     fan_in_fan_out="it follows from the layer's class; leave it out",
-    layers_pattern="leave it out, or give target_modules a regular expression",
     target_parameters=in_recipe("experts"),
 )
 @document_fields
@@ -60,6 +59,7 @@ class LoraConfig:
     )
     exclude_modules: str | tuple[str, ...] = option((), "modules to leave out: names or a regex")
     layers_to_transform: tuple[int, ...] | None = option(None, "numbers of the layers to adapt")
+    layers_pattern: tuple[str, ...] = option((), "names of the lists of layers, such as h (default: any)")
     rank_pattern: Mapping[str, int] = option(dict, "JSON: r for single modules")
     alpha_pattern: Mapping[str, float] = option(dict, "JSON: alpha for single modules")
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
@@ -110,8 +110,10 @@ class LoraConfig:
             bad.append(f"trainable_token_indices is {self.trainable_token_indices!r}, {need}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             bad.append("layers_to_transform needs target_modules to be a list of names, such as q_proj,v_proj")
+        if self.layers_pattern and self.layers_to_transform is None:
+            bad.append("layers_pattern needs layers_to_transform")
         patterns = [names for names in (self.target_modules, self.exclude_modules) if isinstance(names, str)]
-        for pattern in (*patterns, *self.rank_pattern, *self.alpha_pattern):
+        for pattern in (*patterns, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
             try:
                 _ = PLAIN_NAME.fullmatch(pattern) or re.compile(pattern)
             except re.error as error:
@@ -193,7 +195,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
 def is_target(path: str, config: LoraConfig) -> bool:
     """Return whether `target_modules` and the fields that limit it select this path."""
     layers = config.layers_to_transform
-    is_in_layers = layers is None or _layer(path) in layers
+    is_in_layers = layers is None or _layer(path, config) in layers
     return matches(config.target_modules, path) and is_in_layers and not is_excluded(path, config)
 
 
@@ -212,7 +214,7 @@ def _problems(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -
         if not (name == "target_modules" and is_all_linear(config)):
             found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
     for number in config.layers_to_transform or ():
-        if not any(matches(config.target_modules, path) and _layer(path) == number for path in paths):
+        if not any(matches(config.target_modules, path) and _layer(path, config) == number for path in paths):
             found.append(f"no module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, name)
@@ -250,10 +252,13 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
-def _layer(path: str) -> int | None:
-    """Return the number of the layer that a module lies in."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-    return int(found[1]) if found else None
+def _layer(path: str, config: LoraConfig) -> int | None:
+    """Return the number of the layer that a module lies in, by the first of `layers_pattern` that matches."""
+    named = [rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\." for name in config.layers_pattern]
+    for pattern in named or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
+        if found := re.match(pattern, path):
+            return int(found["number"])
+    return None
 
 
 def _first_match(pattern: Mapping[str, T], path: str, default: T) -> T:

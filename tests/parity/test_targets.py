@@ -12,7 +12,7 @@ from minilora.adapters.build import find_targets, kind_of
 from minilora.adapters.config import is_target
 from tests.parity.families import FAMILIES, family_model
 from tests.targets import TARGETS
-from tests.test_lora_config import MEANT, NOT_MEANT
+from tests.test_lora_config import MEANT, NOT_MEANT, named
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
@@ -24,10 +24,9 @@ def theirs_means(path, fields):
     return bool(tuners_utils.check_target_module_exists(peft.LoraConfig(**fields), path))
 
 
-@pytest.mark.parametrize(("path", "targets", "layers"), MEANT + NOT_MEANT)
-def test_peft_says_the_same_of_its_table(path, targets, layers):
-    fields = {"target_modules": targets, "layers_to_transform": layers}
-    assert theirs_means(path, fields) == is_target(path, ml.LoraConfig(**fields))
+@pytest.mark.parametrize(("path", "names"), [(path, names) for path, *names in MEANT + NOT_MEANT])
+def test_peft_says_the_same_of_its_table(path, names):
+    assert theirs_means(path, named(*names)) == is_target(path, ml.LoraConfig(**named(*names)))
 
 
 PARTS = st.sampled_from(["layers", "h", "0", "1", "10", "attn", "q", "qq"])
@@ -46,6 +45,7 @@ def fields(draw):
     }
     if isinstance(found["target_modules"], list) and draw(st.booleans()):
         found["layers_to_transform"] = draw(st.lists(st.sampled_from([0, 1, 10]), min_size=1, max_size=2))
+        found["layers_pattern"] = draw(st.none() | st.lists(st.sampled_from(["layers", "h"]), min_size=1, max_size=2))
     return found
 
 
