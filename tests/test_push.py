@@ -66,7 +66,7 @@ def test_the_card_has_base_results_and_how_to_load_it_and_a_dry_run_shows_it(hub
     assert main(["push", str(run), "me/mine", "--dry-run"]) == 0
     card = capsys.readouterr().out
     assert card == model_card(run, "me/mine")
-    assert card.startswith("---\nlibrary_name: peft\ntags: [minilora]\nbase_model: org/base\n---\n")
+    assert card.startswith("---\nlibrary_name: peft\ntags: [lora, minilora]\nbase_model: org/base\n---\n")
     assert "- before: held-out loss 2.5000\n- after: held-out loss 1.2540, accuracy 0.7500\n" in card
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/mine")' in card
     assert not hub.posted
@@ -79,6 +79,7 @@ def test_the_card_has_base_results_and_how_to_load_it_and_a_dry_run_shows_it(hub
     card = model_card(run, "me/mine")
     assert 'AutoModelForCausalLM.from_pretrained("me/mine")' in card
     assert "base_model" not in card
+    assert "\ntags: [minilora]\n" in card
 
 
 def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, capsys):

@@ -49,7 +49,8 @@ def model_card(directory: Path, name: str) -> str:
         base, library, loader = "", "transformers", "AutoModelForCausalLM"
     else:
         raise ConfigError(f"{directory}: holds no {CONFIG_FILE} and no config.json; need an adapter or a model")
-    lines = ["---", f"library_name: {library}", "tags: [minilora]"]
+    tags = "lora, minilora" if library == "peft" else "minilora"
+    lines = ["---", f"library_name: {library}", f"tags: [{tags}]"]
     lines += [f"base_model: {base.partition('@')[0]}"] if HUB_ID.fullmatch(base) and base != BUILTIN else []
     lines += ["---", "", f"# {name}", "", f"A LoRA adapter of `{base}`." if base else "A model.", ""]
     if (directory / "summary.json").is_file():
