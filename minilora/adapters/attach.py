@@ -85,6 +85,9 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
     specs = build_specs(modules, config, factors, path_of(model, "get_input_embeddings"))
+    if config.ensure_weight_tying and not any(spec.tied_to for spec in specs.values()):
+        what = "neither modules in full nor token rows share a weight with another module"
+        raise TargetError(f"ensure_weight_tying: {what}, and the A and B of tied modules are not shared")
     specs = {path: spec.copied(dtype) for path, spec in specs.items()}
     inject_adapter(model, config, name, specs, trainable=True)
 

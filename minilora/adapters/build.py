@@ -185,8 +185,6 @@ def build_specs(
     full = {}
     saved = select_saved([path for path in modules if path], config)
     tied = _tied_modules(modules, saved) if config.ensure_weight_tying else {}
-    if config.ensure_weight_tying and not tied and config.trainable_token_indices is None:
-        raise TargetError("ensure_weight_tying: no module of modules_to_save shares its weight with another")
     for path in dict.fromkeys((*saved, *tied, *tied.values())):
         held = {name: whole(parameter) for name, parameter in modules[path].named_parameters()}
         if not held or not all(parameter.is_floating_point() for parameter in held.values()):
@@ -213,7 +211,7 @@ def _tied_modules(modules: Mapping[str, Any], saved: Sequence[str]) -> dict[str,
 def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, AdapterSpec]:
     """Return the specs of trained rows, which start as those of the weight.
 
-    Modules that are tied to an embedding share its rows, as in PEFT, except those that are given others.
+    As in PEFT, the modules that are tied to the model's `embedding` share its rows, unless one is given other tokens.
     """
     wanted = config.trainable_token_indices
     if wanted is None:
@@ -239,11 +237,15 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
             tokens[path] = ids
             own[path] = AdapterSpec(TrainableTokens, {"ids": torch.tensor(ids, device="cpu"), "rows": rows})
     shared: dict[str, AdapterSpec] = {}
-    for path in filter(lambda path: is_embedding(modules[path]), own):
-        for other, module in modules.items():
-            is_tied = other != path and _has_rows(module) and module.weight is modules[path].weight
-            is_head_of_same = type(module) is nn.Linear and tokens.get(other) == tokens[path]
-            if is_tied and (other not in own or is_head_of_same):
+    for path in [path for path in own if is_embedding(modules[path]) and embedding in (None, path)]:
+        weight = modules[path].weight
+        tied = [other for other, module in modules.items() if _has_rows(module) and module.weight is weight]
+        if others := [other for other in tied if tokens.get(other, tokens[path]) != tokens[path]]:
+            if config.ensure_weight_tying:
+                raise TargetError(f"ensure_weight_tying: {path} and {others[0]} are tied, but are given other tokens")
+            continue
+        for other in tied:
+            if other not in own or type(modules[other]) is nn.Linear:
                 shared[other] = AdapterSpec(TrainableTokens, {}, tied_to=path)
     return own | shared
 

@@ -115,8 +115,10 @@ def load_adapter(
         check_language_task(stored.path, config)
     config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
-    embedding = next(with_rows, path_of(model, "get_input_embeddings"))
+    embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)
     specs = build_specs(modules, config, _blank_specs(stored, modules, config), embedding)
+    if not any(spec.tied_to for spec in specs.values()):  # PEFT also writes it where nothing or A and B are tied
+        config = replace(config, ensure_weight_tying=False)
     specs = _filled(specs, stored, modules, config)
     if dtype is not None:
         specs = {where: spec.copied(dtype) for where, spec in specs.items()}

@@ -188,6 +188,27 @@ def test_tied_modules_in_full_stay_tied_in_files_both_ways(names, tmp_path):
     assert_parity(logits(theirs_loading(tmp_path / "ours", theirs_of(is_tied=True))), logits(ours))
 
 
+@pytest.mark.parametrize(
+    ("is_tied", "fields"),
+    [
+        (True, {"target_modules": ["q_proj", "embed_tokens"]}),
+        (True, {"target_modules": ["q_proj", "lm_head"]}),
+        (True, {"target_modules": ["q_proj"]}),
+        (False, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (False, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
+    ],
+)
+def test_what_peft_has_tied_in_other_ways_or_not_at_all_loads_as_adapters_of_their_own(is_tied, fields, tmp_path):
+    theirs = theirs_attached(theirs_of(is_tied), ensure_weight_tying=True, r=3, lora_alpha=21, **fields).eval()
+    perturb_(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = loaded(tmp_path / "theirs", ours_of(is_tied))
+    assert_parity(logits(ours), logits(theirs))
+    perturb_(ours)
+    ml.save_adapter(ours, tmp_path / "ours")
+    assert_parity(logits(theirs_loading(tmp_path / "ours", theirs_of(is_tied))), logits(ours))
+
+
 def scaled(kind):
     """A small model of transformers that scales its embeddings."""
     sizes = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 1}
@@ -209,6 +230,25 @@ def test_scaled_embeddings_of_transformers_compute_what_peft_computes(kind, fiel
     theirs.save_pretrained(tmp_path)
     ml.load_adapter(base, tmp_path)
     assert_parity(logits(base), logits(theirs))
+
+
+TIED = SHARED, ENCODER, HEAD = "shared", "encoder.embed_tokens", "lm_head"  # and "decoder.embed_tokens"
+ROWS_OF_TIED = [[3, 1], *({name: [3, 1]} for name in TIED), {"embed_tokens": [3, 1]}]
+ROWS_OF_TIED += [{SHARED: [3, 1], other: ids} for other in (ENCODER, HEAD) for ids in ([3, 1], [5])]
+
+
+@pytest.mark.parametrize("rows", ROWS_OF_TIED, ids=str)
+def test_tied_modules_share_the_rows_of_the_input_embedding_if_none_is_given_others(rows, tmp_path):
+    base, fields = scaled("bart"), {"target_modules": ["q_proj"], "trainable_token_indices": rows}
+    theirs = theirs_attached(copy.deepcopy(base), **fields).eval()
+    perturb_(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_parity(logits(loaded(tmp_path / "theirs", copy.deepcopy(base))), logits(theirs))
+    ours = copy.deepcopy(base)
+    ml.attach(ours, ml.LoraConfig(**fields))
+    perturb_(ours)
+    ml.save_adapter(ours, tmp_path / "ours")
+    assert_parity(logits(theirs_loading(tmp_path / "ours", base)), logits(ours))
 
 
 @pytest.mark.parametrize("name", BASES[3:])
