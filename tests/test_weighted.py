@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, TargetError
@@ -13,7 +14,7 @@ from minilora.adapters.weighted import combine_adapters, config_of
 from minilora.testing.compare import assert_maths
 from tests.adapters import many_kinds
 from tests.files import edit, write_adapter
-from tests.models import randn, seeds
+from tests.models import fill_, randn, seeds
 
 weights = st.sampled_from([-1.0, 0.3, 0.7, 2.0])
 starts = st.sampled_from([True, "gaussian", "orthogonal", "pissa"])
@@ -68,18 +69,33 @@ def test_the_sum_acts_frozen_and_the_others_are_as_they_were():
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def test_a_module_that_one_adapter_has_trained_in_full_is_carried_over_as_it_is(tmp_path):
-    model = many_kinds()
-    add(model, "first", 1, target_modules=["1"], modules_to_save=["3"])
-    add(model, "second", 2, target_modules=["1", "2"])
+def tied(dtype=torch.float64):
+    """An embedding with a tied head, and a linear between them."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)).to(dtype)
+    fill_(model, 0)
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "fields", "trained"),
+    [
+        (many_kinds, "3", {"modules_to_save": ["3"]}, "weight"),
+        (many_kinds, "0", {"trainable_token_indices": {"0": [5, 2]}}, "rows"),
+        (tied, "2", {"trainable_token_indices": {"0": [5, 2]}}, "rows"),
+    ],
+)
+def test_what_one_adapter_has_trained_in_full_is_carried_over_as_it_is(base, path, fields, trained, tmp_path):
+    model, ids = base(), torch.arange(9)
+    add(model, "first", 1, target_modules=["1"], **fields)
+    add(model, "second", 2, target_modules=["1"])
     combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
-    trained, copy = (adapter_layers(model)["3"].adapters[name].weight for name in ("first", "sum"))
-    assert torch.equal(copy, trained)
-    assert copy.data_ptr() != trained.data_ptr()
-    ids = torch.arange(9)
+    theirs, copy = (getattr(adapter_layers(model)[path].adapters[name], trained) for name in ("first", "sum"))
+    assert torch.equal(copy, theirs)
+    assert copy.data_ptr() != theirs.data_ptr()
     expected = model(ids)
     ml.save_adapter(model, tmp_path, "sum")
-    loaded = many_kinds()
+    loaded = base()
     ml.load_adapter(loaded, tmp_path)
     assert_maths(loaded(ids), expected)
 
@@ -103,9 +119,10 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
             "sum",
         ),
         (ConfigError, r"3: several of \['more', 'again'\] have trained it in full", {"more": 0.3, "again": 1.0}, "sum"),
+        (ConfigError, r"0: several of \['rows', 'others'\] have trained it", {"rows": 0.3, "others": 1.0}, "sum"),
         *(
             (ConfigError, rf"{name}: cannot be combined .* \['{path}'\]", {name: 1.0}, "sum")
-            for name, path in (("dora", "1"), ("biased", "1"), ("with bias", "1"), ("rows", "0"))
+            for name, path in (("dora", "1"), ("biased", "1"), ("with bias", "1"))
         ),
     ],
 )
@@ -118,6 +135,7 @@ def test_what_cannot_be_combined_is_refused_and_changes_nothing(error, said, wei
     add(model, "biased", target_modules=["1"], lora_bias=True)
     add(model, "with bias", target_modules=["1"], bias="lora_only")
     add(model, "rows", target_modules=["1"], trainable_token_indices={"0": (1, 2)})
+    add(model, "others", target_modules=["1"], trainable_token_indices={"0": (3,)})
     layers = {path: list(layer.adapters) for path, layer in adapter_layers(model).items()}
     with pytest.raises(error, match=said):
         combine_adapters(model, weights, name)
