@@ -105,6 +105,17 @@ def test_every_row_of_the_table_is_tested_and_what_is_adapted_already_is_found_a
     assert find_target_modules(model) == found
 
 
+@pytest.mark.parametrize("targets", [r".*\.(0\.self_attn\.q_proj|1\.mlp\.up_proj)", ["embed_tokens", "lm_head"]])
+def test_the_names_of_tensors_name_the_modules_that_peft_would_inject(targets):
+    """The expression that docs/migration.md has for it."""
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets), family_model("llama"))
+    tensors = peft.get_peft_model_state_dict(theirs)
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(), family_model("llama"), state_dict=tensors)
+    names = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    injected = {path for path, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert ours_chosen(family_model("llama"), target_modules=names) == injected
+
+
 @pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForMaskedLM", "AutoModelForTokenClassification"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_whatever_a_model_is_for_the_same_linears_are_found(family, kind):
