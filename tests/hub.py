@@ -50,7 +50,9 @@ class Hub(ThreadingHTTPServer):
 
     def answer(self, path):
         """Status, headers and body."""
-        listing = re.fullmatch(r"/api/(?:models/|(?=datasets/))(.+?)(?:/(revision|tree)/([^/?]+))?(?:\?.*)?", path)
+        listing = re.fullmatch(
+            r"/api/(?:models/|(?=datasets/))(.+?)(?:/(revision|tree)/([^/?]+)(/\w+)?)?(?:\?.*)?", path
+        )
         file = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
         if not (listing or file):
             return 404, {}, b""
@@ -60,12 +62,16 @@ class Hub(ThreadingHTTPServer):
         commit, files = self.repositories[name].get(unquote(revision), (None, None))
         if commit is None:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if listing and listing[4]:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""  # there are no folders
         if listing:
             return 200, {}, json.dumps((tree if listing[2] == "tree" else information)(name, commit, files)).encode()
         self.requested.append(unquote(file[3]))
         if name in self.gated:
             return 403, {"X-Error-Code": "GatedRepo"}, b""
-        content = files[unquote(file[3])]
+        content = files.get(unquote(file[3]))
+        if content is None:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
         return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}, content
 
 

@@ -114,6 +114,16 @@ def test_eval_measures_with_the_template_and_the_system_prompt_beside_the_adapte
     assert json.loads(run(*words, "--model", tmp_path / "merged").out)["value"] == pytest.approx(found, rel=1e-5)
 
 
+@pytest.mark.parametrize("words", [["merge"], ["merge", "--as-adapter"], ["export"], ["push", "--dry-run"]])
+def test_who_hands_a_model_over_learns_how_other_programs_get_its_system_prompt(runs, run, tmp_path, words):
+    for kind in ("chat", "plain"):
+        adapter = runs / "run" / kind
+        flags = ("--adapter", adapter, "--out", tmp_path / kind)
+        said = run(*words, *((adapter, "me/mine", "--base-name=org/base") if words[0] == "push" else flags)).err
+        for line in ('messages start with {"role": "system", "content": "Be kind."}\n', 'SYSTEM """Be kind."""'):
+            assert (line in said) == (kind == "chat")
+
+
 def test_chat_says_that_a_model_was_not_trained_on_conversations(runs, run, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
     assert "trained on plain prompts" in run("chat", "--adapter", runs / "run" / "plain").err

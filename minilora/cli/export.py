@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from minilora.adapters import layout
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_out, new_directory
+from minilora.cli.messages import say_system_prompt
 from minilora.errors import ConfigError, listed
 from minilora.files import TensorFile
 from minilora.models.hub import fetch
@@ -31,6 +32,7 @@ def run(options: Options) -> int:
     with new_directory(options["out"]) as out:
         rank = export_adapter(options["adapter"], out)
     print(f"plain adapter of rank {rank} written to {options['out']}")
+    say_system_prompt(options["out"])
     return 0
 
 

@@ -34,7 +34,7 @@ from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.hub import fetch
-from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
+from minilora.models.prompts import read_prompts
 from minilora.runs import processes
 from minilora.runs.directory import Earlier, Outcome, Run, RunDirectory
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
@@ -113,9 +113,8 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     directory = fetch(adapter, "adapter")
     model = base_of(model, [directory])
     quantization = recorded_quantization(fetch(model, "model"), [directory])
-    prompts = Prompts.parse(read_prompt_files(directory).get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
     adapted = read_adapter(directory).config()
-    settings = {"model": model, **quantization, **vars(adapted), "system": prompts.system}
+    settings = {"model": model, **quantization, **vars(adapted), "system": read_prompts(directory).system}
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 

@@ -24,7 +24,7 @@ from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.cli.load import MERGED, Found, add_model_flags, check_not_merged, find
-from minilora.cli.messages import base_notes
+from minilora.cli.messages import base_notes, say_system_prompt
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
@@ -65,6 +65,7 @@ def run(options: Options) -> int:
         else:
             written = _write_model(options, weights, None if is_plain else config, out)
     print(f"{written} written to {options['out']}")
+    say_system_prompt(options["out"])
     return 0
 
 

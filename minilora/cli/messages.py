@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from minilora.models.bitsandbytes import describe_in_words
 from minilora.models.checkpoint import stored_dtype
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
+from minilora.models.prompts import PROMPTS_FILE, read_prompts
 from minilora.runs import processes
 from minilora.runs.dataset import Dataset, repeated_prompts
 from minilora.runs.reports import beginning, ending
@@ -41,6 +43,17 @@ def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[s
         if any(quantization.get(key) != value for key, value in trained.items()):
             words = describe_in_words(trained)
             yield f"{path}: was trained on a base that is {words}; this one is {describe_in_words(quantization)}"
+
+
+def say_system_prompt(directory: Path) -> None:
+    """Say how to give other programs the system prompt that a model or an adapter was trained with, if there is one."""
+    if system := read_prompts(directory).system:
+        message = json.dumps({"role": "system", "content": system}, ensure_ascii=False)
+        say(
+            f"it was trained with a system prompt, which other programs do not read from {PROMPTS_FILE}:\n"
+            f"  transformers, vLLM: messages start with {message}\n"
+            f'  the Modelfile of Ollama: SYSTEM """{system}"""'
+        )
 
 
 def _is_named(base: Location, recorded: str) -> bool:

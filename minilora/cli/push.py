@@ -1,38 +1,65 @@
 """Upload an adapter or a model to the Hugging Face Hub, with a card.
 
+No path of this machine is uploaded: a base model that is a directory gets its
+name on the Hub, and the record of the run, run.json, stays here.
+
 Example:
   minilora push run org/name --dry-run
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
-from minilora.adapters.layout import CONFIG_FILE, base_model_of
-from minilora.cli import Options
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_model_of
+from minilora.cli import Options, say
+from minilora.cli.load import MERGED
+from minilora.cli.messages import say_system_prompt
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN, read_json
-from minilora.models.hub import HUB_ID, reason_of
+from minilora.models.checkpoint import MODEL_FILES
+from minilora.models.hub import HUB_ID, PINNED, reason_of
+from minilora.models.prompts import read_prompt_files, read_prompts
+from minilora.models.tokenizer import TOKENIZER_FILES, find_tokenizer
 
-SUFFIXES = (".safetensors", ".json", ".jinja")
+UPLOADED = (CONFIG_FILE, WEIGHTS_FILE, *MODEL_FILES, *TOKENIZER_FILES, "summary.json")
+CONFIGS = (CONFIG_FILE, "config.json", "tokenizer_config.json")  # which may name paths
+ADAPTER = ("peft", "AutoPeftModelForCausalLM", "lora, minilora", "A LoRA adapter of")
+MODEL = ("transformers", "AutoModelForCausalLM", "minilora", "A model made from")
+ANSWER = """\
+ids = inputs["input_ids"]
+output = model.generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=100)
+print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="DIR", type=Path, help="directory of a finished run, an adapter or a model")
     parser.add_argument("name", metavar="NAME", help="repository of the hub, org/name")
+    parser.add_argument(
+        "--base-name",
+        metavar="ORG/NAME",
+        help="name of the base model on the hub, org/name[@revision] (default: the one that the adapter or the base "
+        "model's config.json records)",
+    )
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private by default")
     parser.add_argument("--dry-run", action="store_true", help="show the card, and upload nothing")
 
 
 def run(options: Options) -> int:
     directory, name = options["path"], options["name"]
-    card = model_card(directory, name)
+    base = find_base_name(directory, options["base_name"])
+    card = model_card(directory, name, base)
+    say_system_prompt(directory)
     if options["dry_run"]:
         print(card, end="")
         return 0
     from huggingface_hub import CommitOperationAdd, HfApi  # here, because it is slow to import
 
-    files = [file for file in sorted(directory.iterdir()) if file.suffix in SUFFIXES]  # so no checkpoints
-    commit = [CommitOperationAdd("README.md", card.encode()), *(CommitOperationAdd(file.name, file) for file in files)]
+    files = sorted({file for pattern in UPLOADED for file in directory.glob(pattern)})
+    commit = [CommitOperationAdd("README.md", card.encode())]
+    commit += [CommitOperationAdd(file.name, without_paths(file, base)) for file in files]
     try:
         HfApi().create_repo(name, private=not options["public"], exist_ok=True)
         print(HfApi().create_commit(name, commit, commit_message="Upload with minilora").commit_url)
@@ -41,23 +68,94 @@ def run(options: Options) -> int:
     return 0
 
 
-def model_card(directory: Path, name: str) -> str:
-    """Return the card in Markdown: the base, held-out loss and accuracy before and after, and how to load it."""
-    if (directory / CONFIG_FILE).is_file():
-        base, library, loader = base_model_of(directory) or "", "peft", "AutoPeftModelForCausalLM"
-    elif (directory / "config.json").is_file():
-        base, library, loader = "", "transformers", "AutoModelForCausalLM"
-    else:
+def find_base_name(directory: Path, given: str | None) -> str:
+    """Return the name of an adapter's base on the Hub: the given one, or what the adapter or its base records.
+
+    A model has none, unless one is given: "".
+
+    Raises:
+        ConfigError: the given name is none of the Hub; no name is found; or there is no adapter and no model.
+    """
+    is_adapter = (directory / CONFIG_FILE).is_file()
+    if not is_adapter and not (directory / "config.json").is_file():
         raise ConfigError(f"{directory}: holds no {CONFIG_FILE} and no config.json; need an adapter or a model")
-    tags = "lora, minilora" if library == "peft" else "minilora"
+    if given is not None and (not HUB_ID.fullmatch(given) or given == BUILTIN):
+        raise ConfigError(f"--base-name: found {given!r}, need org/name or org/name@revision")
+    if given is not None or not is_adapter:
+        return given or ""
+    recorded = base_model_of(directory) or ""
+    is_run = (directory / "run.json").is_file()  # which records the commit of a repository
+    if PINNED.fullmatch(recorded) or (_is_hub_name(recorded) and not is_run):
+        return recorded
+    config = Path(recorded, "config.json")
+    values = read_json(config) if recorded and config.is_file() else {}
+    if _is_hub_name(name := values.get("_name_or_path")) and MERGED not in values:
+        say(f"the base model is published as {name}, `_name_or_path` of {config}; if it is another, give --base-name")
+        return str(name)
+    raise ConfigError(
+        f"{directory}: the base model is {recorded!r}, which is no model on the Hub; give --base-name ORG/NAME, "
+        "its name there"
+    )
+
+
+def _is_hub_name(name: Any) -> bool:
+    """Return whether this is a name of the Hub, by the rule of `locate`: an existing path is a path."""
+    return isinstance(name, str) and bool(HUB_ID.fullmatch(name)) and name != BUILTIN and not Path(name).exists()
+
+
+def without_paths(file: Path, base: str) -> Path | bytes:
+    """Return a file to upload; of a config with paths of this machine, its content without them."""
+    if file.name not in CONFIGS:
+        return file
+    values = read_json(file)
+    cleaned = {key: value for key, value in values.items() if not key.endswith(("name_or_path", "_file"))}
+    if file.name == CONFIG_FILE:
+        repository, _, revision = base.partition("@")
+        cleaned |= {"base_model_name_or_path": repository, "revision": revision or None}
+    return file if cleaned == values else json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
+
+
+def model_card(directory: Path, name: str, base: str) -> str:
+    """Return the card in Markdown: the base, the results before and after, and code that asks as in training."""
+    library, loader, tags, about = ADAPTER if (directory / CONFIG_FILE).is_file() else MODEL
     lines = ["---", f"library_name: {library}", f"tags: [{tags}]"]
-    lines += [f"base_model: {base.partition('@')[0]}"] if HUB_ID.fullmatch(base) and base != BUILTIN else []
-    lines += ["---", "", f"# {name}", "", f"A LoRA adapter of `{base}`." if base else "A model.", ""]
+    lines += [f"base_model: {base.partition('@')[0]}"] if base else []
+    lines += ["---", "", f"# {name}", "", f"{about} `{base}`." if base else "A model.", ""]
     if (directory / "summary.json").is_file():
         summary = read_json(directory / "summary.json")
-        for when, scores in (("before", summary["before"]), ("after", summary["after"])):
-            named = (("held-out loss", scores["loss"]), ("accuracy", scores["accuracy"]))
-            known = [f"{what} {value:.4f}" for what, value in named if value is not None]
+        general = summary.get("general") or {}
+        for when in ("before", "after"):
+            named = {"held-out loss": summary[when]["loss"], "accuracy": summary[when]["accuracy"]}
+            named["loss on general text"] = general.get(when)
+            known = [f"{what} {value:.4f}" for what, value in named.items() if value is not None]
             lines += [f"- {when}: {', '.join(known)}"] if known else []
-    code = f'from {library} import {loader}\n\nmodel = {loader}.from_pretrained("{name}")'
-    return "\n".join([*lines, "", "```python", code, "```"]) + "\n"
+        lines += [f"- KL to the base on general text: {general['kl']:.4f}", ""] if general else [""]
+    if read_prompts(directory).system:
+        lines += ["It was trained with the system prompt below, which every conversation needs.", ""]
+    return "\n".join([*lines, "```python", *_code(directory, name, base, library, loader), "```"]) + "\n"
+
+
+def _code(directory: Path, name: str, base: str, library: str, loader: str) -> list[str]:
+    """Return the lines of Python that load what is uploaded, with its tokenizer or the base's, and ask it."""
+    texts, prompts, own = read_prompt_files(directory), read_prompts(directory), find_tokenizer(directory)
+    imports = [f"from {library} import {loader}"]
+    lines = ["", f'model = {loader}.from_pretrained("{name}")']
+    if own is None and not base:
+        return imports + lines
+    imports += ["from transformers import AutoTokenizer"]
+    repository, _, revision = (name if own else base).partition("@")
+    pinned = f', revision="{revision}"' if revision else ""
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{pinned})']
+    if own is None and "chat_template.jinja" in texts:
+        imports.insert(0, "from huggingface_hub import hf_hub_download")
+        template = f'hf_hub_download("{name}", "chat_template.jinja")'
+        lines += [f'tokenizer.chat_template = open({template}, encoding="utf-8").read()']
+    if prompts.form == "template" and (texts or (own and own.template)):
+        messages = [{"role": "system", "content": prompts.system}] if prompts.system else []
+        messages += [{"role": "user", "content": "Hello"}]
+        lines += ["messages = [", *(f"    {json.dumps(each, ensure_ascii=False)}," for each in messages), "]"]
+        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
+    else:
+        lines += ['inputs = tokenizer("Hello", return_tensors="pt")']
+    return imports + lines + ANSWER.splitlines()

@@ -52,6 +52,11 @@ def read_prompt_files(*directories: Path) -> dict[str, str]:
     return dict(ChainMap(*map(_read_one, directories)))
 
 
+def read_prompts(*directories: Path) -> Prompts:
+    """Return the prompts of the first of the directories that records them."""
+    return Prompts.parse(read_prompt_files(*directories).get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
+
+
 def copy_prompt_files(sources: Iterable[Path], out: Path) -> None:
     """Write `PROMPT_FILES` of directories, each of the first that has it, to another one."""
     for name, text in read_prompt_files(*sources).items():
