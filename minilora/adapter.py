@@ -118,12 +118,13 @@ def attach_lora(
     name: str = "default",
     seed: int = 0,
 ) -> None:
-    """Add a new adapter to the linear layers with these last names, and activate it alone.
+    """Add an adapter to the linear layers of these names, such as `q_proj`; activate only it.
 
     Everything else is frozen. The arguments are those of PEFT's LoraConfig.
 
     Raises:
-        ConfigError, TargetError: r is below 1, a name is no linear's or taken, or one has hooks.
+        ConfigError: r is below 1.
+        TargetError: no linear has such a name, one has hooks, or the adapter's name is taken.
     """
     if r < 1:
         raise ConfigError(f"r is {r}, need at least 1")
@@ -152,18 +153,18 @@ def attach_lora(
 
 
 def activate(model: nn.Module, name: str, trainable: bool) -> None:
-    """Activate one adapter alone and freeze everything, except the adapter if `trainable`."""
+    """Activate only this adapter and freeze all else; the adapter trains if `trainable`."""
     model.requires_grad_(False)
     set_adapter(model, name, trainable=trainable)
 
 
 def set_adapter(model: nn.Module, *names: str, trainable: bool | None = None) -> None:
-    """Activate these adapters and no others, trainable if any adapter was; others are frozen."""
+    """Activate only these adapters. They are trainable if any adapter was; others are frozen."""
     layers = require_layers(model, *names)
     own = [(key, p) for each in layers for key in each.adapters for p in own_parameters(each, key)]
     if trainable is None:
         trainable = any(p.requires_grad for _, p in own)
-    for key, parameter in own if names else ():
+    for key, parameter in own if names else ():  # without names, all stay as they are
         parameter.requires_grad_(trainable and key in names)
     for layer in layers:
         layer.active = tuple(name for name in names if name in layer.adapters)
@@ -211,7 +212,7 @@ def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write an adapter of linear layers, of one rank and scale, in PEFT's layout.
+    """Write an adapter of linear layers, of one rank and scale, without biases, in PEFT's layout.
 
     Raises:
         TargetError: the adapter has more, which `ml.save_adapter` writes.
@@ -226,7 +227,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "r": len(adapter.lora_A),
-        "lora_alpha": adapter.scale * len(adapter.lora_A),
+        "lora_alpha": adapter.scale * len(adapter.lora_A),  # so that α/r is the scale
         "lora_dropout": adapter.dropout.p,
         "use_rslora": False,
         "use_dora": adapter.magnitude is not None,

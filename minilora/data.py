@@ -48,7 +48,7 @@ def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int) -> Example:
     """
     prompt, completion = row_text(row)
     encoding = tokenizer.encode(prompt + completion)
-    edges = [(0, 0), *encoding.offsets]  # some tokenizers trim spaces off
+    edges = [(0, 0), *encoding.offsets]  # some trim the span of " cat" to that of "cat"
     spans = [(min(before, begin), end) for (_, before), (begin, end) in pairwise(edges)]
     labels = label_tokens(encoding.ids, spans, [(len(prompt), len(prompt + completion))])
     return Example([*encoding.ids, eos_id], [*labels, eos_id])

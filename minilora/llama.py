@@ -38,7 +38,7 @@ from minilora.definition import definition
 from minilora.errors import ConfigError, FormatError, ShapeError
 
 CosSin = tuple[Tensor, Tensor]
-BuildBlock = Callable[["LlamaConfig", int], nn.Module]  # the number is that of the layer
+BuildBlock = Callable[["LlamaConfig", int], nn.Module]  # (config, index of the layer)
 Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again, for memory
 
 
@@ -93,7 +93,7 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    rope: Any  # a `Rope`, or what has its method `rotation`
+    rope: Any  # a `Rope`, or another class with its `rotation`
     windows: tuple[int | None, ...]  # how far each layer looks back; None: all the way
     qkv_bias: bool = False
     o_bias: bool = False
@@ -301,7 +301,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig, build_block: BuildBlock = llama_block):
         super().__init__()
         self.config = config
-        zeros = torch.zeros(config.vocab_size, config.hidden_size)  # random ones are slow on "meta"
+        zeros = torch.zeros(config.vocab_size, config.hidden_size)  # randn is slow, even on "meta"
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(build_block(config, layer) for layer in layers)
@@ -313,7 +313,7 @@ class Decoder(nn.Module):
         """Compute the hidden states (N, D) after the last norm, of tokens (N) in `Documents`."""
         x = self.embed_tokens(tokens)
         cos, sin = self.config.rope.rotation(documents.spans, x.device)
-        others = ((cos.to(x.dtype), sin.to(x.dtype)), documents, checkpointing)
+        others = ((cos.to(x.dtype), sin.to(x.dtype)), documents, checkpointing)  # besides x
         for block in self.layers:
             if checkpointing == "block":
                 x = checkpoint(block, x, *others, use_reentrant=False)
@@ -379,7 +379,7 @@ def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Lla
     found: dict[str, Tensor] = {}
     for file in files:
         found |= load_file(directory / Path(file).name)
-    # A tied head is neither among the parameters nor in the file.
+    # Both have a tied head once, as the embedding.
     if wrong := sorted(found.keys() ^ dict(model.named_parameters())):
         raise FormatError(f"{directory}: missing or unexpected tensors: {wrong[:5]}")
     model.load_state_dict(found, strict=False, assign=True)

@@ -4,6 +4,7 @@
     DoRA   y = m ⊙ (W + s·B A) x / ‖W + s·B A‖ + b   m (out), ‖·‖ the norm of a row     [DoRA eq. 5]
 
 W and b stay frozen. A starts random and B at zero, so a new adapter leaves the output unchanged.
+`@definition` marks a function that a faster one, its kernel, may replace (definition.py).
 
     in, out  features    r  rank    s  scale
 
@@ -31,7 +32,7 @@ Linear = nn.Linear | NF4Linear
 
 
 def lora_scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
-    """Compute the factor s of the update: α/r  [LoRA §4.1], or α/√r, stable as r grows [rsLoRA]."""
+    """Compute the factor s of the update: α/r  [LoRA §4.1], or α/√r  [rsLoRA]."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
@@ -103,7 +104,7 @@ class AdapterWrapper(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base" or hasattr(type(self), name):  # an error of a property
+            if name == "base" or hasattr(type(self), name):  # an error inside a property
                 raise
             return getattr(self.base, name)
 
@@ -125,6 +126,7 @@ class LoraLinear(AdapterWrapper):
     def dora_forward(self, x: Tensor) -> Tensor:
         """Compute y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖ for each adapter, from y = W x; then add b.
 
+        Adapters are chained, as in `merge_weight`: m scales all of y, also what earlier ones added.
         As b is added last, a new adapter may change the last bit.
         """
         first, *others = self.active_adapters()
@@ -142,7 +144,7 @@ class LoraLinear(AdapterWrapper):
         return merge_weight(self.base.weight, self.active_adapters())
 
     def merged_bias(self) -> Tensor | None:
-        """Return b, or the bias that an adapter has in its place, plus s times each bias of B."""
+        """Return b, or an adapter's `bias` in its place, plus s·`lora_bias` of each adapter."""
         adapters, base = self.active_adapters(), self.base
         bias = next((each.bias for each in adapters if each.bias is not None), base.bias)
         for adapter in adapters:
@@ -196,11 +198,11 @@ class LoraAdapter(nn.Module):
 
 @definition
 def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """Compute the norm of each row of the merged weight, as a constant for the gradient.
+    """Compute the norm of each row of the merged weight, treated as a constant in backward.
 
     c = ‖W + s·B A‖  [DoRA eq. 5, §4.3], in float32 at least, and above 0
 
-    Else autograd would have to keep W + s·B A. One norm per output; the paper
+    To differentiate c, autograd would have to keep W + s·B A. One norm per output; the paper
     has W as (in, out).
 
     Shapes: weight (out, in), lora_A (r, in), lora_B (out, r) -> (out)

@@ -84,8 +84,8 @@ def quantize(weight: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tens
 
     code = number of midpoints of levels below w · (1/absmax_b)
 
-    As in bitsandbytes, an incomplete last block is divided by absmax; if n is odd, the code of 0
-    fills the last byte.
+    As in bitsandbytes, an incomplete last block is divided by absmax (at least SMALLEST), others
+    are multiplied by 1/absmax. If n is odd, the code of 0 fills the last byte.
 
     Shapes: weight (out, in) -> packed (⌈n/2⌉) uint8, absmax (b) float32
     """
@@ -154,8 +154,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = mean of absmax,    scale_c = max |absmax - offset| over 256 of them
     code = nearest of 256 levels to (absmax - offset) / scale_c
 
-    Rounded as bitsandbytes does on the CPU, by a table of 65,536 entries; on CUDA two codes in a
-    thousand differ.
+    Rounded as bitsandbytes does on the CPU, by a table of 65,536 entries, so two codes in a
+    thousand are not the nearest.
 
     Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉) float32, offset () float32
     """
@@ -164,7 +164,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = F.pad(absmax - offset, (0, -b % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scales = blocks.abs().amax(1)
     x = (blocks * scales.reciprocal().unsqueeze(1)).view(-1)[:b].clamp(-1, 1)
-    x = x.nan_to_num(-1)  # a block of zeros, 0/0, has index 0
+    x = x.nan_to_num(-1)  # NaN (0 · 1/0) if all equal the offset; then the code is 0
     index = ((x + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
     x = index.float() * (2 / 65535) - 1
     codes = torch.bucketize(x, midpoints(DYNAMIC_MAP.to(x.device)))
@@ -172,7 +172,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
-    """Dequantize absmaxes: level[code] · scale + offset, a product and a sum, each rounded.
+    """Dequantize absmaxes: level[code] · scale + offset, rounded after each of the two.
 
     Shapes: codes (b), scales (⌈b/256⌉), offset () -> (b)
     """

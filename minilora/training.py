@@ -30,14 +30,14 @@ from minilora.errors import DataError
 from minilora.llama import Checkpointing, Documents, cross_entropy
 
 Loss = Callable[[Any, Any], tuple[Tensor, int]]  # (model, batch) -> sum of losses, their number
-NORM_CHUNK = 65536  # numbers of a partial norm; one float32 sum of 134 million is off by 3 %
+NORM_CHUNK = 65536  # a long float32 sum swallows small squares: of 134 million, it is off by 3 %
 
 
 def token_loss(
     model: Any, batch: Batch, checkpointing: Checkpointing = "none"
 ) -> tuple[Tensor, int]:
     """Sum -log p(token | before) over the labels of a batch; return it with their number."""
-    hidden = model.model(batch.tokens, Documents(batch.lengths), checkpointing)  # (N, D)
+    hidden = model.model(batch.tokens, Documents(batch.lengths), checkpointing)  # (N, D), no head
     hidden = hidden.index_select(0, batch.label_positions)  # the head sees what predicts a label
     return cross_entropy(hidden, batch.labels, model.get_output_embeddings()), len(batch.labels)
 
