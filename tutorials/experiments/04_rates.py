@@ -1,4 +1,4 @@
-"""Chapter 4: the loss after 100 steps at each learning rate, for full fine-tuning and for LoRA at several ranks.
+"""Chapter 4: the loss after 100 steps at each learning rate, for full fine-tuning and LoRA at several ranks and scales.
 
     python tutorials/experiments/04_rates.py           the runs that 04_rates.json does not have yet
     python tutorials/experiments/04_rates.py --small   four of the runs: does the direction hold?
@@ -29,7 +29,9 @@ SEEDS = (0, 1, 2)
 RANKS = (1, 8, 64)
 ALPHA = {False: 16, True: 32**0.5}  # for α/r and α/√r: both give s = 2 at rank 8
 CURVES = dict.fromkeys(  # (method, r, s)
-    [("full", 0, 0.0)] + [("LoRA", r, round(lora_scale(r, ALPHA[root], root), 6)) for root in ALPHA for r in RANKS]
+    [("full", 0, 0.0)]
+    + [("LoRA", r, round(lora_scale(r, ALPHA[root], root), 6)) for root in ALPHA for r in RANKS]
+    + [("LoRA", 8, scale) for scale in (0.5, 8.0)]  # α = 4 and 64
 )
 GRID = {"full": range(-4, 3), "LoRA": range(-1, 4)}  # exponents k of the rates 2^k / 1000
 SMALL = (-2, 2)
