@@ -195,6 +195,24 @@ def test_the_check_of_an_exercise_refuses_wrong_answers(number, right, wrong, tm
     assert exercises.verdict(number, tmp_path / "answer.py")
 
 
+@pytest.mark.parametrize("number", ["01", "06", "A2"])  # short ones; the last two read files of the checkout
+def test_a_notebook_runs_anywhere_and_its_solution_is_folded_or_left_out(number, tmp_path, monkeypatch):
+    pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    (chapter,) = TUTORIALS.glob(f"{number}_*.md")
+    monkeypatch.chdir(tmp_path)
+    whole, without = (nbformat.read(path, 4).cells for path in run.write_notebooks(chapter, tmp_path))
+    assert any("Reads in" in cell.source for cell in whole)
+    assert all(cell.outputs for cell in whole if cell.cell_type == "code" and "\nprint(" in cell.source)
+    answer = SOLUTION.search(text_of(chapter))[1].strip()
+    (solution,) = (cell for cell in whole if cell.source == answer)
+    assert solution.metadata.jupyter.source_hidden
+    assert {"hide-input", "solution"} <= {*solution.metadata.tags}
+    assert without == [cell for cell in whole if "solution" not in cell.metadata.get("tags", ())]
+    assert answer not in str(without)
+    assert "**Next:**" in without[-1].source
+
+
 PAGE = """\
 # 1. A chapter
 

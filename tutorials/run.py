@@ -3,7 +3,8 @@
     python tutorials/run.py [NN ...]             run these chapters, or all quick ones, and write their outputs
     python tutorials/run.py --check [NN ...]     run them, several at a time, change nothing, and fail if an output
                                                  would be another
-    python tutorials/run.py --notebooks [NN ...] run them as notebooks, written beside them (extra `notebooks`)
+    python tutorials/run.py --notebooks [NN ...] run them as notebooks, written beside them, with their solution folded
+                                                 and without it (extra `notebooks`)
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
 namespace, in a fresh directory in which `tutorials`, `scripts`, `recipes` and `smollm2` are this checkout's. What a
@@ -57,8 +58,23 @@ QUOTATION = re.compile(
 )
 IMAGE = re.compile(r"^!\[(?P<alt>[^\]]*)\]\((?P<path>[^)]*)\)", re.MULTILINE)
 COST = re.compile(r"^\*(?:Reads in .*|Not run yet\.)\*$", re.MULTILINE)
+FOLDED = re.compile(r"<details><summary>(.*?)</summary>\n(.*?)</details>\n", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 CLOCK = re.compile(r"\d[\d,.]*(?= (?:s|ms|min|tokens/s|kB|MB|GB)\b)")
+SETUP = """\
+# The cells run in a fresh directory, in which `tutorials` is that of the checkout that minilora is installed from.
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+import minilora
+
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+os.chdir(tempfile.mkdtemp())
+runpy.run_path(f"{minilora.__path__[0]}/../tutorials/run.py")["link_checkout"]()
+"""
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "minilora",  # with this and without a date, the bytes depend on the numbers and on matplotlib alone
     "svg.fonttype": "none",
@@ -202,32 +218,65 @@ def reading_minutes(text: str) -> int:
     return math.ceil(len(CELL.sub("", text).split()) / 200 + cells / 3)
 
 
-def write_notebook(path: Path) -> None:
-    """Write a chapter as a notebook with the outputs of its cells; shell cells use the magic `%%bash`."""
-    import jupytext
-    import nbclient
+def write_notebooks(chapter: Path, directory: Path) -> list[Path]:
+    """Run a chapter as a notebook, and write it, with its solution and without it; return the files.
 
-    text = CELL.sub(lambda cell: cell["fence"].replace("```sh\n", "```bash\n"), IMAGE.sub("", path.read_text("utf-8")))
-    text = re.sub(r"<details><summary>(.*?)</summary>\n|</details>\n", r"\1\n", text)  # a cell is folded by itself
-    notebook = jupytext.reads(COST.sub("", text), "md")
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    What `<details>` folds in the page is folded in the notebook, and tagged with its title.
+    """
+    import nbclient
+    from nbformat import v4, write
+
+    parts = FOLDED.split(IMAGE.sub("", chapter.read_text("utf-8")))
+    cells = [*notebook_cells(f"```python\n{SETUP}```\n", [], is_folded=True), *notebook_cells(parts[0], [])]
+    for title, folded, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        tags = [title.lower()]
+        cells += notebook_cells(f"*{title}*", tags)
+        cells += notebook_cells(folded, tags, is_folded=True)
+        cells += notebook_cells(text, [])
+    notebook = v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     nbclient.NotebookClient(notebook, timeout=None).execute()
-    jupytext.write(notebook, path.with_suffix(".ipynb"))
+    endings = ["", "_without_solution"] if "Solution" in parts[1::3] else [""]
+    paths = [directory / f"{chapter.stem}{ending}.ipynb" for ending in endings]
+    for path in paths:
+        write(notebook, path)
+        notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.tags]
+    return paths
+
+
+def notebook_cells(text: str, tags: list[str], is_folded: bool = False) -> Iterator[Any]:
+    """Yield the cells of a text, Markdown and code by turns; commands follow the magic `%%bash`."""
+    from nbformat import v4
+
+    folding: dict[str, Any] = {"jupyter": {"source_hidden": True}, "tags": [*tags, "hide-input"]}
+    metadata = folding if is_folded else {"tags": tags}
+    position = 0
+    for cell in CELL.finditer(text):
+        if prose := text[position : cell.start()].strip():
+            yield v4.new_markdown_cell(prose, metadata=metadata)
+        magic = "%%bash\n" if cell["language"] == "sh" else ""
+        yield v4.new_code_cell(magic + cell["code"].strip(), metadata=metadata)
+        position = cell.end()
+    if prose := text[position:].strip():
+        yield v4.new_markdown_cell(prose, metadata=metadata)
 
 
 @contextlib.contextmanager
 def workplace() -> Iterator[None]:
     """A fresh directory that looks like the checkout; what cells write there is gone afterwards."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        link_checkout()
+        yield
+
+
+def link_checkout() -> None:
+    """Make the working directory look like the checkout."""
     root = HERE.parent
-    links = {"tutorials": HERE, "scripts": root / "scripts", "recipes": root / "recipes"}
+    links = {name: root / name for name in ("tutorials", "scripts", "recipes")}
     for model in (root / ".cache" / "smollm2", root / "smollm2"):
         if model.is_dir():
             links["smollm2"] = model
-    with tempfile.TemporaryDirectory() as directory:
-        for name, target in links.items():
-            (Path(directory) / name).symlink_to(target)
-        with contextlib.chdir(directory):
-            yield
+    for name, target in links.items():
+        Path(name).symlink_to(target)
 
 
 def run_each(names: list[str], check: bool) -> bool:
@@ -267,9 +316,7 @@ def main() -> None:
         sys.exit(run_each(chosen, arguments.check))
     (path,) = (paths[name] for name in chosen)
     if arguments.notebooks:
-        with workplace():
-            write_notebook(path)
-        print(f"{path.with_suffix('.ipynb').name}: written")
+        print(*(f"{written.name}: written" for written in write_notebooks(path, HERE)), sep="\n")
         return
     import matplotlib
 
