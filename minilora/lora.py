@@ -99,6 +99,9 @@ class AdapterWrapper(nn.Module, ABC):
     def merged(self) -> nn.Module:
         """Return a plain module that computes the same; the base is unchanged."""
 
+    def extra_repr(self) -> str:
+        return f"active={','.join(self.active)}"
+
     def __getattr__(self, name: str) -> Any:
         """Forward names that the class lacks, such as `out_features`, to the base."""
         try:
@@ -183,6 +186,9 @@ class LoraAdapter(nn.Module):
         if self.training and self.dropout.p > 0:
             return base_linear(x, base, bias) + self.update(x)
         return lora_linear(x, base, bias, self.lora_A, self.lora_B, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"r={len(self.lora_A)}, scale={self.scale:g}"
 
     def update(self, x: Tensor) -> Tensor:
         """Return s·B A x."""
