@@ -50,6 +50,7 @@ MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
     *("learning_rate", "batch_size", "epochs", "max_steps"),
 )
+SAMPLES = 2  # rows that are answered at each evaluation
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",
     QuantizeConfig: "quantization",
@@ -183,7 +184,8 @@ def run(options: Options) -> int:
             return _stop(result, bar)
         after = evaluate(model, data.test, data.choices, bar.rows("measuring the adapter"))
         forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"))
-        answers = answer(model, data.tokenizer, data.questions, bar.rows("answering held-out rows"))
+        samples = settings.run.samples
+        answers = answer(model, data.tokenizer, data.questions, samples, bar.rows("answering held-out rows"))
         bar.close()
         outcome = Outcome(result, before, after, forgetting, answers)
         directory.finish(run, model, outcome)
@@ -213,7 +215,7 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
 
     def on_step(record: Record) -> bool:
         if "eval_loss" in record:
-            prompts = run.data.valid[: run.settings.run.samples]
+            prompts = run.data.valid[: min(SAMPLES, run.settings.run.samples)]
             record = {**record, "samples": write_samples(model, run.data.tokenizer, prompts)}
         stops = bar(record)
         directory.log(record)

@@ -156,7 +156,7 @@ def report(run: Run, outcome: Outcome) -> None:
     lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
     width = shutil.get_terminal_size().columns
-    for row in outcome.answers[:SHOWN]:
+    for row in outcome.answers[: min(SHOWN, run.settings.run.samples)]:
         say(ending(str(row["prompt"]), width))
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             title = f"  {name:<8}-> "

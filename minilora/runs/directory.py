@@ -3,7 +3,7 @@
 OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout
     metrics.jsonl                                    a JSON object a step
     summary.json                                     before, after, totals
-    held_out.jsonl                                   held-out rows, with the answers of base and result
+    held_out.jsonl                                   held-out rows, some with the answers of base and result
     run.json                                         the resolved configuration, versions, data, every start
     minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
     checkpoints/                                     from which the run can be resumed
@@ -94,7 +94,7 @@ class Outcome:
     before: Scores
     after: Scores
     forgetting: Forgetting | None
-    answers: Sequence[Mapping[str, Any]]  # to held-out rows
+    answers: Sequence[Mapping[str, Any]]  # held-out rows, of which the first are answered
 
 
 class RunDirectory:

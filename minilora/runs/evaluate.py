@@ -278,18 +278,18 @@ def _is_last(left: list[int], row: int, token: int) -> bool:
 
 
 def answer(
-    model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], progress: Progress = _ignore
+    model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], most: int, progress: Progress = _ignore
 ) -> list[dict[str, Any]]:
-    """Return the fields of held-out rows with the answers of the base and of the model, as held_out.jsonl has them."""
-    if not questions:
-        return []
+    """Return held-out rows as held_out.jsonl has them: their fields, and for the first `most` both models' answers."""
     rows = [{**question.fields} for question in questions]
-    prompts = [question.tokens for question in questions]
-    limits = [question.limit for question in questions]
+    if not rows[:most]:
+        return rows
+    prompts = [question.tokens for question in questions[:most]]
+    limits = [question.limit for question in questions[:most]]
 
     def add_answers(key: str, finish_reason: str) -> None:
         written = write_answers(model, tokenizer, prompts, limits, progress)
-        for fields, tokens, limit in zip(rows, written, limits, strict=True):
+        for fields, tokens, limit in zip(rows[:most], written, limits, strict=True):
             fields |= {key: tokenizer.decode(tokens), finish_reason: "length" if len(tokens) == limit else "stop"}
 
     with disable_adapter(model):

@@ -52,7 +52,7 @@ class Data:
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
     general: Dataset = field(default_factory=Dataset)
-    questions: Sequence[Question] = ()  # of `test`, if the run answers them
+    questions: Sequence[Question] = ()  # of `test`
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -88,7 +88,7 @@ def read_data(
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
     questions: list[Question] = []
-    if run.samples and splits["test"]:  # which shares its tokens with the split that it is from
+    if splits["test"]:  # which shares its tokens with the split that it is from
         source = next(split for split in files if encoded[split].tokens is splits["test"].tokens)
         questions = find_questions(rows[source](), splits["test"], tokenizer, config)
     return Data(

@@ -171,7 +171,9 @@ class RunConfig:
         "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", WATCHING
     )
     samples: int = option(
-        2, "held-out prompts to answer at each evaluation; 0: none, and none at the end for held_out.jsonl", WATCHING
+        20,
+        "held-out rows for base and adapter to answer at the end; the adapter answers two at each evaluation",
+        WATCHING,
     )
 
     def __post_init__(self) -> None:
