@@ -414,11 +414,14 @@ def test_eval_says_which_data_were_trained_on(directory, run, tmp_path):
     hashes["questions.jsonl"] = sha256_of(write_rows(tmp_path / "asked.jsonl", 3))
     record = {"config": {"eval_data": "there/questions.jsonl"}, "data_sha256": hashes}
     trained, asked = ("many.jsonl", "data/train.jsonl"), tmp_path / "asked.jsonl"
+    held_out, elsewhere = tmp_path / "adapter" / "held_out.jsonl", ""
     for change, told in (({}, trained), ({"data_sha256": [1]}, ()), ({"config": 1}, (*trained, asked))):
         (tmp_path / "adapter" / "run.json").write_text(json.dumps(record | change))
         for file in (*trained, "data", asked):
-            note = f"{file}: was trained on; rows that were not are in held_out.jsonl of the run\n"
+            note = f"{file}: was trained on{elsewhere}\n"
             assert run("eval", f"--adapter={tmp_path / 'adapter'}", f"--data={file}").err == note * (file in told)
+        held_out.touch()
+        elsewhere = f"; rows that were not are in {held_out}"
 
 
 # --- errors ---

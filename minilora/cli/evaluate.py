@@ -51,8 +51,10 @@ def run(options: Options) -> int:
     trained, hashes = run_record(options)
     config = from_flags(DataConfig, options, {**trained, "prompt_style": None, "system": None})  # which have own files
     files = files_to_evaluate(options["data"])
+    held_out = (Path(adapter, "held_out.jsonl") for adapter in options["adapter"])
+    elsewhere = "".join(f"; rows that were not are in {file}" for file in held_out if file.is_file())
     for file in _trained_on(trained, hashes, files):
-        say(f"{file}: was trained on; rows that were not are in held_out.jsonl of the run")
+        say(f"{file}: was trained on{elsewhere}")
     rows = list(stream_rows(*files, columns=config.columns))
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
