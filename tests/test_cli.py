@@ -8,11 +8,12 @@ import re
 import runpy
 import shutil
 import sys
+import threading
+import time
 import types
 import typing
 from collections.abc import Mapping
 from itertools import islice
-from threading import Thread
 
 import pytest
 import torch
@@ -512,13 +513,13 @@ def test_on_a_terminal_progress_rewrites_one_line(capsys, monkeypatch):
     text = shown(capsys, monkeypatch, True, [record(step) for step in range(1, 101)])
     assert text.count("\rstep ") == 101  # the last one, as it ends, again
     assert text.count("\n") == 1
-    assert re.search(r"\rstep 51/100 █{6}.? +00:49 left, loss 0\.5000, 9 tokens/s, peak 1\.1 GB\r", text)
+    assert re.search(r"\rstep 51/100 █{6}.? +00:50<00:49, loss 0\.5000, 9 tokens/s, peak 1\.1 GB\r", text)
 
 
 def test_a_process_that_was_killed_while_it_drew_a_bar_stops_no_other():
     """The lock of tqdm itself is one for all forked processes."""
     with tqdm.get_lock():
-        thread = Thread(target=ProgressBar(), args=(record(1),), daemon=True)
+        thread = threading.Thread(target=ProgressBar(), args=(record(1),), daemon=True)
         thread.start()
         thread.join(10)
         assert not thread.is_alive()
@@ -542,3 +543,18 @@ def test_elsewhere_progress_is_a_line_every_five_seconds_and_one_at_the_end(caps
 def test_an_evaluation_is_always_shown_and_stays(capsys, monkeypatch, is_terminal):
     records = [record(1), {"step": 1, "eval_loss": 0.25, "best_step": 1}, record(2)]
     assert "step 1  held-out loss 0.2500, the lowest so far\n" in shown(capsys, monkeypatch, is_terminal, records)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_command_shows_every_few_seconds_that_it_lives_also_while_nothing_is_done(capsys, monkeypatch, is_terminal):
+    monkeypatch.setattr("minilora.runs.reports.SECONDS", 0.02)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    shown, deadline = "", time.monotonic() + 60
+    with ProgressBar() as bar:
+        bar.rows("measuring")(0, 9)
+        while shown.count("measuring: row 0/9 ") < 3 and time.monotonic() < deadline:
+            shown += capsys.readouterr().err
+    assert shown.count("measuring: row 0/9 ") >= 3
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert not capsys.readouterr().err

@@ -158,7 +158,7 @@ def run(options: Options) -> int:
         base = find_base(settings)
         check_settings(settings, base)
         earlier = Earlier(settings.run.dtype) if is_dry else directory.open(base)
-        with closing(ProgressBar()) as bar:
+        with ProgressBar() as bar:
             data = read_data(settings, base.adapters, earlier.began, bar.show)  # a chat template may write the date
         plan, memory = choose_plan(plan_run(settings, base, data, earlier.dtype, device))
         run = Run(settings, base, earlier, data, plan)
@@ -172,13 +172,16 @@ def run(options: Options) -> int:
                 f"to train its adapter further, add --adapter {directory.path}"
             )
             return 0
-        model = load_base(plan, base, device)
-        attach_adapter(model, plan, base)
+        with ProgressBar() as bar:
+            bar.show("loading the model", 0, 1)
+            model = load_base(plan, base, device)
+            attach_adapter(model, plan, base)
         directory.start(run, model)
         describe(run, model, options["config"])
-        bar = stack.enter_context(closing(ProgressBar("held-out" if data.valid is data.test else "validation")))
+        bar = stack.enter_context(ProgressBar("held-out" if data.valid is data.test else "validation"))
         with disable_adapter(model):
             before = evaluate(model, data.test, data.choices, bar.rows("measuring the base model"))
+        bar.show("first step", 0, 1)
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
             return _stop(result, bar)

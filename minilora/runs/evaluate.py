@@ -149,7 +149,8 @@ def measure_forgetting(
 
 
 def _dealt(groups: Iterable[Rows], total: int, progress: Progress) -> Iterator[tuple[Rows, bool]]:
-    """Yield this rank's groups of rows, and whether each counts; report the progress after each."""
+    """Yield this rank's groups of rows, and whether each counts; report the progress before and after each."""
+    progress(0, total)
     for rows, counts in processes.split_for_rank(list(groups)):
         yield rows, counts
         progress(rows[-1] + 1, total)
@@ -242,6 +243,7 @@ def write_answers(
     config, size = model.config, model.model.embed_tokens.weight.element_size()
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     most = min(objective.EVAL_TOKENS, CACHE_BYTES // a_token)
+    progress(0, len(prompts))
     for batch in _cache_groups([len(prompt) for prompt in prompts], limits, most):
         left = [limits[i] for i in batch]
         texts = generate(
