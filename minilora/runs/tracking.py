@@ -16,7 +16,7 @@ class Tracker:
     """Send the numbers of each record to a library; it is an `on_step` of `train`.
 
     TensorBoard reads the folder `tensorboard` of the directory; it no longer shows what that holds of steps after
-    `step`, from which a run is resumed. In trackio and wandb, the run has the name of the directory.
+    `step`, from which a run is resumed. In trackio and wandb, the run is in `project` and has the directory's name.
 
     Raises:
         ModuleNotFoundError: the library is not installed.
@@ -26,6 +26,7 @@ class Tracker:
     directory: str | Path
     config: Mapping[str, Any] | None = None
     step: int = 0
+    project: str = "minilora"
 
     def __post_init__(self) -> None:
         check_types(Tracker, vars(self))
@@ -34,7 +35,7 @@ class Tracker:
             board = import_module("torch.utils.tensorboard")
             self.run = board.SummaryWriter(str(path / "tensorboard"), purge_step=self.step + 1)
         else:
-            self.run = import_module(self.library).init(project="minilora", name=path.name, config=self.config)
+            self.run = import_module(self.library).init(project=self.project, name=path.name, config=self.config)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
