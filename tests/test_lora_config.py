@@ -65,6 +65,10 @@ RULES = {
     "never a part of a name": ({"target_modules": ["up"]}, [p for p in LINEARS if p.endswith(".up")]),
     "several components": ({"target_modules": ["1.mlp.up"]}, ["model.layers.1.mlp.up"]),  # and not layer 11
     "excluded by name": ({"target_modules": ["q_proj", "up"], "exclude_modules": ["up"]}, Q_PROJS),
+    "a plain name that is not in a list": ({"target_modules": "q_proj"}, Q_PROJS),
+    "one with dots": ({"target_modules": "1.mlp.up"}, ["model.layers.1.mlp.up"]),
+    "one that is excluded": ({"target_modules": ["q_proj", "up"], "exclude_modules": "up"}, Q_PROJS),
+    "one of some layers": ({"target_modules": "up", "layers_to_transform": 0}, ["model.layers.0.mlp.up"]),
     "excluded by regex": ({"exclude_modules": r".*layers.*|.*exp.*", "target_modules": ["lm_head", "up"]}, ["lm_head"]),
     "one layer": ({"target_modules": ["up"], "layers_to_transform": 0}, ["model.layers.0.mlp.up"]),
     "one layer of all lists of these names": (
@@ -103,7 +107,7 @@ def test_target_modules_means(rule):
     "fields",
     [
         {"target_modules": ["q_proj", "qq_proj"]},  # also where another entry matches
-        {"target_modules": "q_proj"},  # a regex must match the whole path
+        {"target_modules": "(q_proj)"},  # a regex must match the whole path
         {"target_modules": ["q_proj"], "exclude_modules": ["k_proj"]},
         {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}},
         {"target_modules": ["q_proj"], "alpha_pattern": {"layers.99.self_attn.q_proj": 2}},

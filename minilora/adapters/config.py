@@ -1,8 +1,9 @@
 """`LoraConfig`, with PEFT's field names, and which modules of a model it matches.
 
-Names are matched as in PEFT 0.21 (`check_target_module_exists`), with three corrections: an entry that matches nothing
-is an error even if another one matches, `layers_to_transform` also applies to modules given by their full path, and an
-entry of `modules_to_save` does not match the end of a longer name ("head" is not "lm_head").
+Names are matched as in PEFT 0.21 (`check_target_module_exists`), with four corrections: an entry that matches nothing
+is an error even if another one matches, `layers_to_transform` also applies to modules given by their full path, an
+entry of `modules_to_save` does not match the end of a longer name ("head" is not "lm_head"), and a string that is a
+plain name, such as "q_proj", is a list of this name. Other strings are regular expressions for the whole path.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RECIPES = {  # start values that are recipes
     "lora_ga": "starts_from_gradients",
     **dict.fromkeys(("olora", "loftq"), "starts_from_weights"),
 }
-PATTERNS = ("target_modules", "exclude_modules")  # a string is a regular expression there, elsewhere a name
+PATTERNS = ("target_modules", "exclude_modules")  # a string that is no plain name is a regular expression there
 NAME_FIELDS = (*PATTERNS, "layers_pattern", "modules_to_save")
 PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^ and all of it; here a dot is a dot
 T = TypeVar("T")
@@ -79,7 +80,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in NAME_FIELDS:
             value = getattr(self, name) or ()
-            is_name = isinstance(value, str) and name not in PATTERNS
+            is_name = isinstance(value, str) and (name not in PATTERNS or _is_name(value))
             object.__setattr__(self, name, (value,) if is_name else _as_tuple(value))
         layers, tokens = self.layers_to_transform, self.trainable_token_indices
         layers = (layers,) if isinstance(layers, int) else _as_tuple(layers) or None
@@ -250,6 +251,10 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
 def is_all_linear(config: LoraConfig) -> bool:
     """Return whether `target_modules` is "all-linear"."""
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _is_name(text: str) -> bool:
+    return text.lower() != "all-linear" and text[0] != "^" and PLAIN_NAME.fullmatch(text) is not None
 
 
 def _layer(path: str, config: LoraConfig) -> int | None:
