@@ -192,7 +192,10 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["frobnicate"], "frobnicate is no command; there are finetune, generate, chat, "),
         # a flag that there is not
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
-        (["finetune", "--lr", "1"], "--lr is unknown; see `minilora finetune --help`\n"),
+        (["finetune", "--zebra", "1"], "--zebra is unknown; see `minilora finetune --help`\n"),
+        (["finetune", "--lr", "1"], "--lr is unknown; use --learning-rate\n"),
+        (["finetune", "--per_device_train_batch_size=1"], "size is unknown; use --batch-size\n"),
+        (["finetune", "--max_seq_length=9"], "--max-seq-length is unknown; did you mean --max-length?\n"),
         (["extract", "--model=a"], "extract is no command; it is a recipe: see recipes/extract.py"),
         (["verify", "a"], "verify is no command; use inspect, which also compares files with their hashes\n"),
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
@@ -221,8 +224,23 @@ def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_o
 
     short = page("--help")
     assert page("-h") == short
-    assert {"model", "data", "out", "lora-r", "dry-run", "help-all"} <= flags(short) < flags(page("--help-all"))
+    main = {"model", "data", "out", "lora-r", "dry-run", "help-all", "columns", "skip-bad-rows"}
+    assert main <= flags(short) < flags(page("--help-all"))
     assert "`minilora finetune --help-all`" in short.splitlines()[-1]
+    example = json.loads((ASSETS / "finetune.json").read_text())  # what the run without flags uses
+    for name, value in example.items():
+        assert f"--{name.replace('_', '-')} {value}" in short
+
+
+def test_the_help_of_eval_shows_which_settings_of_the_run_hold():
+    page = " ".join(cli.command_parser("eval").format_help().split())
+    assert (
+        "maximum tokens of a row; longer rows are cut, those of `text` into pieces (default: as in the adapter's"
+        in page
+    )
+    for default in ("else 1024", "else completion", "else auto"):
+        assert f"(default: as in the adapter's run, {default})" in page
+    assert "system prompt of conversations that have none (default: as in the adapter's run)" in page
 
 
 def test_minilora_alone_is_its_help_page(capsys):
@@ -278,10 +296,10 @@ def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, b
 
 def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_named(tmp_path, capsys):
     for text, phrase in (
-        ("lora_r = 2.5\nuse_rslora = 1", "r is 2.5, need int; use_rslora is 1, need bool"),
-        ("learning_rate = true", "learning_rate is True, need float"),
-        ('resume = "maybe"', "resume is 'maybe'"),
-        ("target_modules = [1]", "target_modules is (1,)"),
+        ("lora_r = 2.5\nuse_rslora = 1", "minilora: --lora-r is 2.5, need int; --use-rslora is 1, need bool"),
+        ("learning_rate = true", "--learning-rate is True, need float"),
+        ('resume = "maybe"', "--resume is 'maybe'"),
+        ("target_modules = [1]", "--target-modules is (1,)"),
         ("lerning_rate = 1", "key 'lerning_rate' is unknown; did you mean learning_rate?"),
         ("config = 1", "key 'config' is unknown; the keys are the flags of `minilora finetune --help-all`"),
         ("seed = ", "not TOML"),
@@ -429,11 +447,21 @@ def test_eval_says_which_data_were_trained_on(directory, run, tmp_path):
 
 
 def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
+    (directory / "lora_r.csv").write_text("Nr,Frage,Antwort\n1,the cat?,sat\n")
     before = everything(directory)
     for words, phrase in (
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
-        ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),
+        ("finetune --model=model --data=data --target-modules=q_prj", "matches --target-modules 'q_prj'"),
+        ("finetune --lora-r=0 --lora-dropout=2", "minilora: --lora-r is 0, need a whole number"),
+        ("finetune --lora-r=0 --lora-dropout=2", "; --lora-dropout is 2.0, need"),
+        ("finetune --keep=best", "need --eval-steps"),
+        ("finetune --epochs=0 --seed=-1", "; --seed is -1, need a whole number"),
+        ("finetune --model=model --data=data --eval-data=many.jsonl", "have a test split already"),
+        ("finetune --model=model --data=data --eval-data=many.jsonl", "leave --eval-data out"),
+        ("finetune --model=model --data=lora_r.csv", "lora_r.csv:2: keys"),
+        ("finetune --model=model --data=lora_r.csv", "; --columns instruction=Frage,output=Antwort renames them"),
+        ("finetune --model=model --data=lora_r.csv", "; --skip-bad-rows skips such rows"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),

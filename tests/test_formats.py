@@ -1,7 +1,6 @@
 """Every format of a conversation gives the same tokens and labels, and a prompt style writes what it promises."""
 
 import json
-import re
 
 import pytest
 from hypothesis import given
@@ -127,16 +126,20 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
 @pytest.mark.parametrize(
     ("keys", "columns"),
     [
-        (["answer", "question"], "instruction=question,output=answer, or prompt=question,completion=answer"),
-        (["input", "output"], "instruction=input,output=output, or prompt=input,completion=output"),
-        (["context", "instruction", "response"], "instruction=instruction,input=context,output=response, or "),
-        (["a", "b"], "instruction=QUESTION,output=ANSWER, or prompt=QUESTION,completion=ANSWER for plain text; of CSV"),
+        (["answer", "question"], "instruction=question,output=answer renames them, or columns prompt=question,com"),
+        (["Question", "Answer"], "instruction=Question,output=Answer renames them, or columns prompt=Question,com"),
+        (["input", "output"], "instruction=input,output=output renames them, or columns prompt=input,completion="),
+        (["instruction", "response", "context"], "instruction=instruction,input=context,output=response renames"),
+        (["a", "b"], "instruction=a,output=b renames them, or columns prompt=a,completion=b for plain text; of CSV"),
+        (["a"], "instruction=QUESTION,output=ANSWER renames them, or columns prompt=QUESTION,completion=ANSWER"),
     ],
 )
 def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, columns):
-    with pytest.raises(ml.DataError, match=re.escape(f"keys {keys} are of no known shape; known are ")) as error:
-        parse_row(dict.fromkeys(keys, "a"), DataConfig())
-    assert f"; columns renames them: {columns}" in str(error.value)
+    with pytest.raises(
+        ml.DataError, match=r"^keys \[.*'length', 'number'.*\] are of no known shape; known are "
+    ) as error:
+        parse_row({"number": "7", "length": 3, **dict.fromkeys(keys, "a")}, DataConfig())
+    assert f"; columns {columns}" in str(error.value)
 
 
 def test_what_is_read_is_not_changed():

@@ -99,7 +99,7 @@ def test_evaluations_stand_among_the_metrics_and_logging_steps_thin_out_the_rest
 def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_held_out_rows(directory, whole):
     found = summary(whole)
     assert list(found) == [
-        *("before", "after", "general", "steps", "kept_step", "tokens", "seconds", "peak_memory_bytes")
+        *("before", "start", "after", "general", "steps", "kept_step", "tokens", "seconds", "peak_memory_bytes")
     ]
     model = ml.load_model(directory / "model")
     data = inputs(directory, eval_split=0.2)

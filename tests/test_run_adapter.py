@@ -55,7 +55,7 @@ def test_a_run_begins_with_the_numbers_of_the_adapter_and_has_its_settings(direc
     assert [found[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora")] == [3, 6, 0.2, True]
 
 
-def test_a_run_from_an_adapter_that_is_stopped_goes_on_to_the_same_bytes(directory, tmp_path, monkeypatch):
+def test_a_run_from_an_adapter_that_is_stopped_goes_on_to_the_same_bytes(directory, tmp_path, monkeypatch, capsys):
     assert go_on(directory, tmp_path / "whole", eval_split=0.3) == 0
     with monkeypatch.context() as patch:
         interrupt(patch, step=2)
@@ -63,9 +63,21 @@ def test_a_run_from_an_adapter_that_is_stopped_goes_on_to_the_same_bytes(directo
     assert go_on(directory, tmp_path / "halves", eval_split=0.3) == 0
     assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
     held_out = inputs(directory, "more.jsonl", eval_split=0.3).test
+    started = ml.load_model(directory / "model")
+    ml.load_adapter(started, directory / "first")
+    losses = [held_out_loss(model, held_out) for model in (ml.load_model(directory / "model"), started)]
     for out in ("whole", "halves"):  # the base is measured without the adapter that the run begins with
-        found = summary(tmp_path / out)["before"]["loss"]
-        assert_parity(number(found), number(held_out_loss(ml.load_model(directory / "model"), held_out)))
+        found = summary(tmp_path / out)
+        assert_parity(number([found[name]["loss"] for name in ("before", "start")]), number(losses))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]] == ["base", "start", "adapter"]
+
+
+def test_a_run_from_an_adapter_reads_the_columns_of_its_run(directory, tmp_path):
+    (tmp_path / "rows.csv").write_text("Q,A\n" + "the cat?, yes\n" * 8)
+    columns = {"columns": "prompt=Q,completion=A", "data": tmp_path / "rows.csv"}
+    assert finetune(directory, tmp_path / "first", **columns, max_steps=1) == 0
+    assert go_on(directory, tmp_path / "second", tmp_path / "first", data=tmp_path / "rows.csv", max_steps=1) == 0
+    assert config(tmp_path / "second")["columns"] == {"prompt": "Q", "completion": "A"}
 
 
 def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_path, capsys):

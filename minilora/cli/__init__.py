@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import MiniloraError, check_utf8, in_recipe, printable
+from minilora.errors import FormatError, MiniloraError, check_utf8, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line; those of data classes are None if they are not given
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -39,7 +39,7 @@ COMMANDS = {
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
-RENAMED = {  # commands and flags of earlier versions, and what to use now
+RENAMED = {  # commands and flags of earlier versions and of other libraries, and what to use here
     "extract": in_recipe("extract"),
     "verify": "use inspect, which also compares files with their hashes",
     "--task-type": in_recipe("classify_texts"),
@@ -49,7 +49,19 @@ RENAMED = {  # commands and flags of earlier versions, and what to use now
     "--recompute": "it is called --gradient-checkpointing",
     "--target-parameters": in_recipe("experts"),
     "--text-field": "use --columns text=FIELD",
+    "--lr": "use --learning-rate",
+    "--rank": "use --lora-r",
+    "--num-train-epochs": "use --epochs",
+    "--per-device-train-batch-size": "use --batch-size",
+    "--model-name-or-path": "use --model",
+    "--dataset-name": "use --data",
+    "--output-dir": "use --out",
+    "--load-in-4bit": "use --quantize nf4",
+    "--bf16": "use --dtype bfloat16",
 }
+SETTING = r"""(?x) (?: \w+Config:\ )?  # the name of a setting in a message of the library, outside quotes and paths
+    (?<! [\w./'"-] ) (?P<name> [a-z]+_\w+ | (?: (?<= Config:\ ) | (?<= ;\ ) ) [a-z]+ (?= \ is\ ) | [a-z]+ (?= \ \w+= ) )
+    (?! \.\w | [\w/'"(=?-] )"""
 OVERVIEW = """\
 usage: minilora COMMAND [flags]
 
@@ -63,6 +75,7 @@ command and an example, `minilora --version` the version."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     before = signal.signal(signal.SIGTERM, _end)
+    options: Options = {}
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with plain() if options.get("plain") else nullcontext():
@@ -71,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input
-        say(f"minilora: {error}")
+        say(f"minilora: {error if isinstance(error, FormatError) else _in_flags(str(error), options)}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
@@ -122,6 +135,16 @@ def parse(words: Sequence[str]) -> Options:
         forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
         parser.error(f"unexpected argument {name!r}; {forms}")
     return {**vars(options), "command": command}
+
+
+def _in_flags(message: str, options: Options) -> str:
+    """Return a message of the library with the names of settings as the flags of the command."""
+    from minilora.runs.settings import FLAG_NAMES, flag
+
+    def as_flag(found: re.Match[str]) -> str:
+        return flag(found["name"]) if FLAG_NAMES.get(found["name"], found["name"]) in options else found[0]
+
+    return re.sub(SETTING, as_flag, message)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ def add_flags(parser: Parser) -> None:
         help="nll: mean loss of a labelled token; choice: how often the right one of a few answers is the most likely; "
         "exact-match: how often the right answer is generated (default: nll)",
     )
-    add_fields(parser, DataConfig, "data")
+    add_fields(parser, DataConfig, "data", unset="as in the adapter's run")
 
 
 def run(options: Options) -> int:

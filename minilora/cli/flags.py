@@ -38,15 +38,16 @@ def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (),
         cls: the data class, whose fields are made by `option`.
         title: the group of the help page for fields that name none.
         but: names of fields to leave out.
-        unset: what the help shows in place of the field's default.
+        unset: what a flag that is not given means before the field's default does.
     """
     hints = typing.get_type_hints(cls)
     for field in (field for field in dataclasses.fields(cls) if field.name not in but):
         name, kinds = FLAG_NAMES.get(field.name, field.name), _kinds(hints[field.name])
         default = field.default_factory() if callable(field.default_factory) else field.default
-        text = unset or (" ".join(default) if isinstance(default, tuple) else default)
-        shown = "" if text in (None, "", {}) else f" (default: {text})"
-        options: dict[str, Any] = {"dest": name, "help": field.metadata["help"] + shown, "action": _Once}
+        text = " ".join(default) if isinstance(default, tuple) else default
+        shown = ", else ".join(filter(None, [unset, "" if text in (None, {}) else str(text)]))
+        about = field.metadata["help"] + (f" (default: {shown})" if shown else "")
+        options: dict[str, Any] = {"dest": name, "help": about, "action": _Once}
         if kinds == (bool,):
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kinds[0]) is typing.Literal:

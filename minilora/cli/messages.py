@@ -146,7 +146,9 @@ def report(run: Run, outcome: Outcome) -> None:
         say(f"the adapter of step {result.kept} had the lowest loss of all evaluations and is the one kept")
     has_accuracy = outcome.after.accuracy is not None
     lines = [f"{'':<10}{'held-out loss':>15}" + (f"{'accuracy':>12}" if has_accuracy else "")]
-    for name, scores in {"base": outcome.before, "adapter": outcome.after}.items():
+    for name, scores in {"base": outcome.before, "start": outcome.start, "adapter": outcome.after}.items():
+        if scores is None:
+            continue
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if forgetting:

@@ -92,6 +92,7 @@ class Outcome:
 
     result: TrainResult
     before: Scores
+    start: Scores | None  # of the adapter that the run continues
     after: Scores
     forgetting: Forgetting | None
     answers: Sequence[Mapping[str, Any]]  # held-out rows, of which the first are answered
@@ -225,6 +226,7 @@ class RunDirectory:
         result = outcome.result
         summary = {
             "before": asdict(outcome.before),
+            "start": asdict(outcome.start) if outcome.start else None,
             "after": asdict(outcome.after),
             "general": asdict(outcome.forgetting) if outcome.forgetting else None,
             "steps": result.steps,

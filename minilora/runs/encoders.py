@@ -67,7 +67,9 @@ def encode_rows(
                 whole, is_quoted = label_row(parsed, tokenizer, config)
             except DataError as error:
                 bad.append(f"{row.source}: {error}")
-                if not config.skip_bad_rows or len(bad) > BAD_ROWS:
+                if not config.skip_bad_rows:
+                    raise DataError(f"{bad[-1]}; skip_bad_rows skips such rows") from error
+                if len(bad) > BAD_ROWS:
                     raise DataError(bad[-1]) from error
                 continue
             counts["quoted"] += is_quoted

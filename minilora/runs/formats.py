@@ -96,12 +96,15 @@ def _format_of(fields: Fields) -> Format:
     for keys, read in FORMATS.items():
         if fields.keys() >= {*keys}:
             return read
+    names = {name.lower(): name for name in fields}
+    texts = [name for name, value in fields.items() if isinstance(value, str) and not value.isnumeric()]
+    pairs = [(names[asked], names[answer]) for asked, answer in PAIRS if names.keys() >= {asked, answer}]
+    asked, answer = next(pair for pair in (*pairs, texts[:2], ("QUESTION", "ANSWER")) if len(pair) == 2)
+    context = next((f",input={names[name]}" for name in ("input", "context") if name in names.keys() - {asked}), "")
     known = "; ".join(" and ".join(keys) for keys in FORMATS)
-    asked, answer = next((pair for pair in PAIRS if fields.keys() >= {*pair}), ("QUESTION", "ANSWER"))
-    context = next((f",input={name}" for name in ("input", "context") if name in fields.keys() - {asked}), "")
     raise DataError(
-        f"keys {sorted(fields)} are of no known shape; known are {known}; columns renames them: "
-        f"instruction={asked}{context},output={answer}, or prompt={asked},completion={answer} for plain text; "
+        f"keys {sorted(fields)} are of no known shape; known are {known}; columns instruction={asked}{context},"
+        f"output={answer} renames them, or columns prompt={asked},completion={answer} for plain text; "
         "of CSV the first row names them"
     )
 
