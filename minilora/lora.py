@@ -99,9 +99,6 @@ class AdapterWrapper(nn.Module, ABC):
     def merged(self) -> nn.Module:
         """Return a plain module that computes the same; the base is unchanged."""
 
-    def extra_repr(self) -> str:
-        return f"active={','.join(self.active)}"
-
     def __getattr__(self, name: str) -> Any:
         """Forward names that the class lacks, such as `out_features`, to the base."""
         try:
@@ -159,8 +156,7 @@ class LoraLinear(AdapterWrapper):
     def merged(self) -> nn.Module:
         return dense_linear(self.merged_weight(), self.merged_bias())
 
-    # `nn.TransformerEncoderLayer` reads these in evaluation instead of calling the layer. Without
-    # them, or with the base's, it would silently skip the adapter.
+    # In evaluation `nn.TransformerEncoderLayer` reads these instead of calling the layer.
     weight = property(merged_weight)
     bias = property(merged_bias)
 
@@ -182,7 +178,7 @@ class LoraAdapter(nn.Module):
             self.register_parameter(name, nn.Parameter(tensors[name]) if name in tensors else None)
 
     def forward(self, x: Tensor, base: Linear, bias: Tensor | None) -> Tensor:
-        """Return W x + b + s·B A x. Dropout acts on the adapter's x, never on the base's."""
+        """Return W x + b + s·B A x. Dropout acts on the adapter's x, not on the base's."""
         if self.training and self.dropout.p > 0:
             return base_linear(x, base, bias) + self.update(x)
         return lora_linear(x, base, bias, self.lora_A, self.lora_B, self.scale)
@@ -195,7 +191,7 @@ class LoraAdapter(nn.Module):
         return lora_update(self.dropout(x), self.lora_A, self.lora_B, self.scale)
 
     def rescale(self, y: Tensor, weight: Tensor) -> Tensor:
-        """Return m ⊙ y / ‖W + s·B A‖, or y if there is no m."""
+        """Return m ⊙ y / ‖W + s·B A‖, or y without m."""
         if self.magnitude is None:
             return y
         ratio = self.magnitude / dora_norm(weight, self.lora_A, self.lora_B, self.scale)
@@ -252,7 +248,7 @@ def widest(*tensors: Tensor) -> torch.dtype:
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Build a frozen linear layer of these tensors: weight (out, in), bias (out)."""
+    """Build a frozen linear layer from weight (out, in) and bias (out)."""
     linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

@@ -59,9 +59,11 @@ RENAMED = {  # commands and flags of earlier versions and of other libraries, an
     "--load-in-4bit": "use --quantize nf4",
     "--bf16": "use --dtype bfloat16",
 }
-SETTING = r"""(?x) (?: \w+Config:\ )?  # the name of a setting in a message of the library, outside quotes and paths
-    (?<! [\w./'"-] ) (?P<name> [a-z]+_\w+ | (?: (?<= Config:\ ) | (?<= ;\ ) ) [a-z]+ (?= \ is\ ) | [a-z]+ (?= \ \w+= ) )
-    (?! \.\w | [\w/'"(=?-] )"""
+SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
+    [a-z]+_\w+
+    | (?: (?<= Config:\ ) | (?<= [;,]\ ) | (?<= \( ) ) [a-z]+ (?= \ (?:is|was)\ )
+    | [a-z]+ (?= \ \w+= )
+    ) (?! \.\w | [\w/'"(=?-] )"""
 OVERVIEW = """\
 usage: minilora COMMAND [flags]
 
