@@ -30,7 +30,7 @@ from tests.planting import Copy  # noqa: E402  # the checkout is no installed pa
 
 PAGES = ("lora", "nf4", "llama", "adapter", "data", "training")
 RECORD = ROOT / ".cache" / "executed.json"
-OPTIONS = ["-q", "-knot compil", "--hypothesis-profile=find", "--ignore=tests/test_planted.py"]
+OPTIONS = ["-q", "-nauto", "-knot compil", "--hypothesis-profile=find", "--ignore=tests/test_planted.py"]
 SKIPPED = ("annotation", "returns", "decorator_list")
 SWAPS = ((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq))
 SWAPS += ((ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.And, ast.Or))

@@ -30,6 +30,11 @@ def pytest_configure(config):
         settings.load_profile("counted")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for `-n auto`
+def pytest_xdist_auto_num_workers():
+    return min(8, os.cpu_count())  # each imports PyTorch
+
+
 @pytest.hookimpl(trylast=True)  # after the selection by markers
 def pytest_collection_modifyitems(config, items):
     for item in items:

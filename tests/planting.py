@@ -58,7 +58,7 @@ class Copy:
         path = self.folder / "minilora" / file
         original = path.read_text(encoding="utf-8")
         self._write(path, source)
-        options = ["-x", "-q", "-n0", "-pno:cacheprovider", "--tb=line", "--hypothesis-profile=find"]
+        options = ["-x", "-q", "-pno:cacheprovider", "--tb=line", "--hypothesis-profile=find"]
         options += ["-Wignore:Module already"]  # imported, and so its asserts are not rewritten
         print(
             json.dumps([seconds, [*options, *(test if test.startswith("-") else f"tests/{test}" for test in tests)]]),

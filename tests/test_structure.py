@@ -236,3 +236,9 @@ def test_every_parameter_field_and_method_of_a_page_is_used_by_a_page():
 )
 def test_a_hook_on_a_page_is_found(code, hook):
     assert hooks([ast.parse(code)]) == {hook}
+
+
+def test_pytest_runs_without_xdist():
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--collect-only", "-q", "tests/test_errors.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
