@@ -65,9 +65,9 @@ def test_a_row_that_has_ended_is_computed_no_more(seed, lengths, stop_ids):
 def test_generation_makes_no_gradients_and_no_changes_and_continues_equal_prompts_in_different_ways():
     model, prompts = tiny_model().requires_grad_(), token_ids(1, 1, 5).repeat(2, 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    one, other = ml.generate(model, prompts, NEW, temperature=2.0)
+    one, other = ml.generate(model, prompts, NEW, temperature=2.0, seed=0)
     assert one != other
-    assert ml.generate(model, prompts.tolist(), NEW, temperature=2.0) == [one, other]
+    assert ml.generate(model, prompts.tolist(), NEW, temperature=2.0, seed=0) == [one, other]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -174,6 +174,19 @@ def test_a_seed_repeats_and_another_one_does_not(seed, lengths):
     state = torch.random.get_rng_state()
     assert sample(seed) == sample(seed) != sample(seed + 1)
     assert torch.equal(torch.random.get_rng_state(), state)  # no global random state is moved
+
+
+def test_without_a_seed_each_call_draws_anew_from_the_random_state_of_pytorch():
+    model, prompts = tiny_model(), [[1, 2], [1, 2]]
+
+    def sample_twice():
+        torch.manual_seed(5)
+        return [ml.generate(model, prompts, NEW, temperature=2.0) for _ in range(2)]
+
+    (one, other), again = found = sample_twice()
+    assert one != other
+    assert found[0] != again
+    assert sample_twice() == found
 
 
 # --- as it is written ---

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.adapter import adapter_layers
+from minilora.adapter import adapter_layers, attach_lora
+from minilora.lora import LoraAdapter
 from minilora.runs import loop
 from minilora.runs.checkpoints import checkpoints, trained_adapters
-from tests.models import default_dtype, examples, long, tiny_model
+from tests.models import default_dtype, examples, long, randn, tiny_model
 from tests.training import adapted, as_written, contents, copy_checkpoint, newest_step, random_rows, stop_after, weights
 
 # 9 rows make 5 micro-batches, the last one of a single row; 3 steps an epoch, the last one of a single micro-batch.
@@ -273,6 +274,34 @@ def family(**config):
     return lambda: adapted("llama-bias-tied-wide-heads", torch.float32, **options, **config)
 
 
+class Core(LoraAdapter):
+    """LoRA-XS: s·B R A, of which only R is trained."""
+
+    def __init__(self, tensors, scale):
+        super().__init__({}, scale)
+        self.A, self.B = (torch.nn.Parameter(tensors[name], requires_grad=False) for name in ("lora_A", "lora_B"))
+        self.R = torch.nn.Parameter(torch.zeros(len(self.A), len(self.A)))
+
+    lora_A = property(lambda self: self.R @ self.A)
+    lora_B = property(lambda self: self.B)
+
+
+def from_the_page(**config):
+    """An adapter without a LoraConfig."""
+    model = plain()
+    attach_lora(model, ["q_proj", "down_proj"], **{"r": 3, "lora_alpha": 6, "lora_dropout": 0.3, **config})
+    return model
+
+
+def with_own_class():
+    """An adapter of the user's own class in one of the layers that `ml.attach` has adapted."""
+    model = fresh()
+    layer = adapter_layers(model)["model.layers.0.mlp.down_proj"]
+    shapes = {"lora_A": (3, layer.in_features), "lora_B": (layer.out_features, 3)}
+    layer.adapters["default"] = Core({key: randn(1, *shape).float() for key, shape in shapes.items()}, 2.0)
+    return model
+
+
 BUILDS = {
     "all of a tied model": lambda: plain("llama-bias-tied-wide-heads"),
     "the head alone": lambda: require(plain().requires_grad_(False), "lm_head"),
@@ -282,7 +311,13 @@ BUILDS = {
     "biases": family(bias="all", lora_bias=True),
     "copies and token rows": family(modules_to_save=("norm",), trainable_token_indices=(3, 5)),
     "a start that is kept": family(init_lora_weights="pissa"),
+    "the page's adapter": from_the_page,
+    "a class of the user's own": with_own_class,
 }
+WITHOUT_PEFTS_FILES = [
+    *(BUILDS[name] for name in ("all of a tied model", "the head alone", "two adapters")),
+    *(from_the_page, with_own_class),
+]
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
@@ -305,7 +340,61 @@ def test_whatever_is_trained_a_resumed_run_ends_in_the_same_bytes_and_all_else_k
     trained = {name for name, parameter in expected.named_parameters() if parameter.requires_grad}
     starts = {name for name, _ in expected.named_buffers() if "start_" in name}
     assert set(load_file(written / "trained.safetensors")) == trained | starts
-    assert (written / "adapter_config.json").is_file() == (len(trained_adapters(expected)) == 1)
+    assert (written / "adapter_config.json").is_file() == (build not in WITHOUT_PEFTS_FILES)
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 7}, {"lora_dropout": 0.0}])
+def test_a_run_of_the_pages_adapter_is_not_resumed_with_another_scale_or_dropout(tmp_path, other):
+    run(tmp_path, from_the_page(), max_steps=1)
+    with pytest.raises(ml.TrainingError, match="other data or settings"):
+        run(tmp_path, from_the_page(**other), max_steps=1)
+
+
+def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path):
+    model = torch.nn.Linear(2, 2, dtype=torch.complex64)
+    steps = []
+    with pytest.raises(ml.FormatError, match=r"weight is torch\.complex64; supported are"):
+        ml.train(model, [1], on_step=steps.append, checkpoint_dir=tmp_path, loss=lambda model, rows: (model.weight, 1))
+    model = fresh()
+    for layer in adapter_layers(model).values():
+        config = layer.adapters["default"].lora_config
+        layer.adapters["default"] = torch.nn.Linear(1, 1)
+        layer.adapters["default"].lora_config = config
+    with pytest.raises(AttributeError, match="lora_A"):
+        run(tmp_path, model, on_step=steps.append)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run(tmp_path / "file", on_step=steps.append)
+    assert steps == []
+
+
+# --- a loss that samples ---
+
+
+def test_a_loss_samples_anew_at_each_step_and_a_resumed_run_as_the_unbroken_one(tmp_path):
+    drawn = []
+
+    def loss(model, rows):
+        """-log p of what the model writes, as in reinforcement learning with a reward of 1."""
+        (new,) = ml.generate(model, [[1, 2]], 9, temperature=2.0)
+        drawn.append(new)
+        return -model(torch.tensor([[1, 2, *new]])).log_softmax(-1).sum(), len(new)
+
+    def resumed(directory, seed):
+        drawn.clear()
+        torch.manual_seed(seed)
+        config = ml.TrainConfig(batch_size=1, max_steps=3, save_steps=1, eval_steps=1, save_total_limit=9)
+        ml.train(fresh(), [1], config, held_out=[2, 3], checkpoint_dir=directory, loss=loss)
+        return drawn.copy()
+
+    whole = resumed(tmp_path / "whole", seed=1)
+    steps, (one, other) = whole[::3], whole[1:3]  # after each step two held-out rows
+    assert len({*map(tuple, steps)}) == 3
+    assert one != other
+    copy_checkpoint(tmp_path / "whole", 1, tmp_path / "half")
+    assert resumed(tmp_path / "half", seed=2) == whole[3:]
+    assert contents(tmp_path / "half", 3) == contents(tmp_path / "whole", 3)
 
 
 # --- damaged checkpoints ---

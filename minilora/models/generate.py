@@ -163,14 +163,14 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    seed: int = 0,
+    seed: int | None = None,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_new_tokens` tokens; a stop token ends one and is not returned.
 
-    Row i of a batch is what `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds up to
-    rounding, which depends on the number of rows: of two nearly equally likely tokens the other one may be taken.
+    With a seed, row i of a batch is what `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds
+    up to rounding, which depends on the number of rows: of two nearly equally likely tokens the other one may be taken.
 
     Args:
         model: the model, with its active adapters.
@@ -179,7 +179,7 @@ def generate(
         temperature: 0 takes the likeliest token; otherwise logits are divided by it before sampling.
         top_p: sample from the fewest tokens that have this probability together  [Nucleus §3.1].
         top_k: sample from the k likeliest tokens; 0: from all  [Top-k §5.4].
-        seed: of the sampling.
+        seed: of the sampling; None: each call draws anew from PyTorch's random state of the CPU.
         stop_ids: tokens that end a continuation.
         on_token: is called with row and token when a token is written; True ends the row.
 
@@ -192,7 +192,7 @@ def generate(
     _check(max_new_tokens, temperature, top_p, top_k, seed)
     weight = model.model.embed_tokens.weight
     prompts = _prompts(input_ids, weight.size(0))
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    generators = [None if seed is None else torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     documents = [list(prompt) for prompt in prompts]
     capacity = max(map(len, documents)) + max_new_tokens
     cache = KVCache(model.config, len(documents), capacity, weight.device)
@@ -235,7 +235,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) 
 
 
 def _choose(
-    logits: Tensor, generators: Sequence[torch.Generator], temperature: float, top_p: float, top_k: int
+    logits: Tensor, generators: Sequence[torch.Generator | None], temperature: float, top_p: float, top_k: int
 ) -> list[int]:
     """Choose the token that follows each document. Results are copied from the device once."""
     if temperature > 0:
@@ -263,13 +263,13 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) ->
     return model.lm_head(model.model(tokens, cache)[last])
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:
+def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
     needs = [
         (max_new_tokens >= 1, f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
         (0 <= temperature < math.inf, f"temperature {temperature}, need a finite number of at least 0"),
         (0 < top_p <= 1, f"top_p {top_p}, need a number above 0 and at most 1"),
         (top_k >= 0, f"top_k {top_k}, need a whole number of at least 0"),
-        (0 <= seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
+        (seed is None or 0 <= seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
     ]
     if bad := [message for is_right, message in needs if not is_right]:
         raise ConfigError("; ".join(bad))

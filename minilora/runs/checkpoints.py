@@ -5,7 +5,8 @@
                             best.safetensors         with `keep best`: the same of the best evaluation so far
                             state.json               the step, and counts so far
                             adapter_config.json, adapter_model.safetensors
-                                                     if one adapter is trained: that adapter in PEFT's layout
+                                                     if one adapter is trained, which `ml.attach` or
+                                                     `ml.load_adapter` made: that adapter in PEFT's layout
                             chat_template.jinja, minilora-prompts.json
                                                      beside it: those of the run's directory
                             minilora-manifest.json   sizes and hashes of all these
@@ -37,6 +38,7 @@ from minilora.errors import DataError, FormatError, TrainingError, fits
 from minilora.files import (
     TensorFile,
     flush,
+    make_directory,
     read_json,
     remove,
     replacing,
@@ -45,6 +47,7 @@ from minilora.files import (
     write_manifest,
     write_tensors,
 )
+from minilora.lora import LoraAdapter
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.objective import trained_parameters
@@ -95,19 +98,50 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def trained_adapters(model: nn.Module) -> dict[str, Any]:
-    """Return the configs of the adapters that have trainable parameters, by name; each has to be active."""
+    """Return what the adapters that have trainable parameters were made from, by name; each has to be active.
+
+    It is the `LoraConfig`. Where a layer's adapter was made without one, it is a list of what each has instead.
+    """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
-    found: dict[str, Any] = {}
+    found: dict[str, list[Any]] = {}
     active: set[str] = set()
     for layer in adapter_layers(model).values():
         active |= set(layer.active)
-        for name in layer.adapters:
+        for name, adapter in layer.adapters.items():
             if any(parameter.requires_grad for parameter in own_parameters(layer, name)):
-                found.setdefault(name, getattr(layer.adapters[name], "lora_config", None))
+                settings = [adapter.scale, adapter.dropout.p] if isinstance(adapter, LoraAdapter) else None
+                found.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
     if idle := sorted(found.keys() - active):
         raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
-    return found
+    return {name: each[0] if all(isinstance(one, LoraConfig) for one in each) else each for name, each in found.items()}
+
+
+def try_to_save(folder: Path, model: nn.Module) -> None:
+    """Write a checkpoint's files for a trial and remove them, so that what cannot be saved is refused before a step.
+
+    Raises:
+        FormatError: a tensor that is trained has a dtype that no file has.
+        OSError: the folder cannot be written to.
+    """
+    trial = folder / ".trial.tmp"
+    remove(trial)  # of a start that was killed
+    make_directory(trial)
+    try:
+        empty = {name: tensor.flatten()[:0] for name, tensor in trained_tensors(model).items()}
+        write_tensors(trial / "trained.safetensors", empty)
+        _save_trained_adapter(trial, model)
+    finally:
+        remove(trial)
+
+
+def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
+    """Write the files of the trained adapter, if there is one, made from a config; return whether there is."""
+    adapters = trained_adapters(model)
+    is_savable = len(adapters) == 1 and all(isinstance(config, LoraConfig) for config in adapters.values())
+    if is_savable:
+        save_adapter_files(model, directory, next(iter(adapters)))
+    return is_savable
 
 
 def save_checkpoint(
@@ -127,11 +161,8 @@ def save_checkpoint(
     remove(path)  # a damaged one
     with replacing(path) as directory:
         directory.mkdir()
-        adapters = trained_adapters(model)
-        if len(adapters) == 1:
-            save_adapter_files(model, directory, next(iter(adapters)))
-            if (folder.parent / PROMPTS_FILE).exists():  # of the command's run
-                copy_prompt_files([folder.parent], directory)
+        if _save_trained_adapter(directory, model) and (folder.parent / PROMPTS_FILE).exists():  # the command's run
+            copy_prompt_files([folder.parent], directory)
         write_tensors(directory / "trained.safetensors", trained_tensors(model))
         write_tensors(directory / "optimizer.safetensors", moments)
         if best:
@@ -235,9 +266,9 @@ def bookkeeping(config: TrainConfig) -> set[str]:
 
 
 def fingerprint(
-    dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, LoraConfig]
+    dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, Any]
 ) -> str:
-    """Return a hash of the settings, of the configs of trained adapters, and of the rows (see `_as_json`).
+    """Return a hash of the settings, of the `trained_adapters`, and of the rows (see `_as_json`).
 
     Of a `Dataset` it is one of its arrays, and of where in them each row lies.
 

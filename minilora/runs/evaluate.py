@@ -24,7 +24,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs import objective, processes
 from minilora.runs.dataset import Dataset, Example, lengths_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
-from minilora.runs.sampler import Rows
+from minilora.runs.sampler import Rows, random_state
 from minilora.runs.settings import TrainConfig
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
@@ -98,13 +98,16 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
 def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress = _ignore) -> float:
     """Return Σ of the losses of all rows / their number.
 
+    A loss that samples draws the same at every evaluation of a run.
+
     Raises:
         DataError: there are none.
     """
     total, count = 0.0, 0.0
     with evaluating(model):
         for group, is_counted in _dealt(objective.eval_batches(rows), len(rows), progress):
-            loss, number = objective(model, [rows[row] for row in group])
+            with random_state(next(model.parameters()).device, f"{objective.config.seed}/held-out/{group[0]}"):
+                loss, number = objective(model, [rows[row] for row in group])
             if is_counted:
                 total, count = total + loss.item(), count + number
     total, count = processes.sum_over_ranks(total, count)

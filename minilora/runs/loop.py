@@ -79,13 +79,16 @@ def train(
             that is as it was written, and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
-            or the count if none has. By default the loss of tokens.
+            or the count if none has. PyTorch's random state is set from the run's seed and the micro-batch before each
+            call, so `generate` without a seed draws anew at each step, and after a resume the same as without it. By
+            default the loss of tokens.
 
     Raises:
         DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
             not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
             rows cannot be compared.
-        FormatError: the newest checkpoint holds other tensors than the run trains.
+        FormatError: the newest checkpoint holds other tensors than the run trains, or what is trained cannot be saved.
+        OSError: checkpoints cannot be written.
         TrainingError: nothing is trainable, or an inactive adapter is; FSDP has divided what is trained; a loss or
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
             `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer.
@@ -116,6 +119,8 @@ def train(
         run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
     if len({*processes.all_gather(repr((config, len(dataset), len(held_out), run)))}) > 1:
         raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
+    if folder is not None:
+        processes.run_on_rank0(lambda: checkpoints.try_to_save(folder, model))
     try:
         return _run_steps(job, run, on_step or (lambda record: None), held_out, folder)
     finally:

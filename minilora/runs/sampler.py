@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,19 +104,26 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
                 adapter.dropout = dropout
 
 
-def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Generator[MicroBatch, None, None]:
-    """Yield the micro-batches, each with PyTorch's random state set from the seed, on the CPU and on CUDA.
+@contextmanager
+def random_state(device: torch.device, key: str) -> Iterator[None]:
+    """Set PyTorch's random state from a hash of the key inside the block, on the CPU and on CUDA, and restore it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        state = hash_seed(key)
+        torch.default_generator.manual_seed(state)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(state)
+        yield
 
-    So the dropout of another library's model is the same in a resumed run. The state is restored when the generator
-    ends or is closed.
+
+def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Generator[MicroBatch, None, None]:
+    """Yield the micro-batches, each with PyTorch's random state set from the seed.
+
+    So the dropout of another library's model, and what a loss samples, are the same in a resumed run. The state is
+    restored when the generator ends or is closed.
     """
     device = next(model.parameters()).device
     for batch in batches:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            state = hash_seed(f"{seed}/{batch.number}")
-            torch.default_generator.manual_seed(state)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(state)
+        with random_state(device, f"{seed}/{batch.number}"):
             set_dropout_step(model, seed, batch.number)
             yield batch
