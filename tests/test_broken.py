@@ -84,6 +84,16 @@ ROWS = [  # where the mistake is, or all of the message; and the row
     ),
     ("completion: it is empty, so there is nothing to learn", {"prompt": "a", "completion": ""}),
     (
+        "prompt: it is empty, so nothing is asked; text without a question goes in the field `text`",
+        {"prompt": "", "completion": "b"},
+    ),
+    ("instruction: it is empty, so nothing is asked", {"instruction": " \n", "input": "a", "output": "b"}),
+    ("messages[0].content: it is empty, so nothing is asked", question("\t")),
+    ("messages[0].content: it is empty, so nothing is asked", question([{"type": "text", "text": " "}])),
+    ("messages[2].content: it is empty, so nothing is asked", messages(USER, ANSWER, {**USER, "content": ""}, ANSWER)),
+    ("prompt[0].content: it is empty", {"prompt": [{**USER, "content": ""}], "completion": [ANSWER]}),
+    ("conversations[0].value: it is empty, so nothing is asked", sharegpt(("human", ""), ("gpt", "a"))),
+    (
         "messages[0].role: found 'human', accepted are ['assistant', 'developer', 'system', 'tool', 'user']",
         messages({"role": "human", "content": "a"}, ANSWER),
     ),

@@ -19,7 +19,7 @@ from tests.files import write_adapter
 from tests.models import four_bit, long, tiny_model
 from tests.runs import interrupt_generation, runner, type_in, write_chat_models
 from tests.test_formats import TOOL, WITH_TOOLS, formats, systems, turns
-from tests.text import BOS, CHATML, CLOSE, OPEN, conversation, some_text, texts, write_tokenizer
+from tests.text import BOS, CHATML, CLOSE, OPEN, conversation, questions, some_text, texts, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_a
             assert encode_prompt(Row(asked), chosen, system, "template") == expected
 
 
-@given(texts, some_text, st.sampled_from(["bos", "bos and eos"]), st.sampled_from(["template", "plain"]))
+@given(questions, some_text, st.sampled_from(["bos", "bos and eos"]), st.sampled_from(["template", "plain"]))
 def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion, post, asking):
     row = Row({"prompt": prompt, "completion": f" a{completion}"})
     for template in (CHATML, None):

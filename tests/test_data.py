@@ -22,8 +22,8 @@ from tests.text import (
     conversation,
     encoded,
     learned,
+    questions,
     some_text,
-    texts,
     tokenizer_options,
     touching,
     write_tokenizer,
@@ -33,11 +33,11 @@ train_ons = st.sampled_from(["completion", "assistant", "all"])
 
 
 @examples(3)
-@given(tokenizer_options, train_ons, texts, some_text)
+@given(tokenizer_options, train_ons, questions, some_text)
 @example({"post": "none", "use_regex": False}, "completion", "the ca", "t sat")  # a token spans the seam
 @example({"post": "bos and eos", "use_regex": True}, "completion", "the cat ", " sat")  # spaces on both sides of it
 @example({"post": "trimming", "use_regex": False}, "completion", "e", " t")  # a token whose space is the completion's
-@example({"post": "bos", "use_regex": True}, "assistant", "", "🙂")
+@example({"post": "bos", "use_regex": True}, "assistant", "é", "🙂")
 def test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_labels(
     tokenizer, options, train_on, prompt, completion
 ):
@@ -79,7 +79,7 @@ def test_the_prompt_ends_before_the_first_label_and_the_answer_where_learning_do
     assert (prompt_of(example), answer_of(example)) == ([1], (2, 3))
 
 
-turns = st.lists(st.tuples(some_text, some_text), min_size=1, max_size=3)
+turns = st.lists(st.tuples(questions, some_text), min_size=1, max_size=3)
 NUMBERED = CHATML.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}").replace(
     "assistant\n{% endif", "assistant {{ messages | length + 1 }}\n{% endif"
 )
@@ -112,7 +112,7 @@ def pieces_written(name, messages, train_on):
 
 
 with_tools = st.lists(
-    st.tuples(some_text, some_text, st.lists(st.tuples(some_text, some_text), max_size=2)), min_size=1, max_size=3
+    st.tuples(questions, some_text, st.lists(st.tuples(some_text, some_text), max_size=2)), min_size=1, max_size=3
 )
 
 

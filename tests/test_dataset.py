@@ -138,7 +138,8 @@ def test_there_are_no_choices_where_a_row_has_no_prompt():
 
 def test_held_out_rows_whose_prompt_is_trained_on_are_counted_and_rows_without_a_prompt_are_compared_whole(tokenizer):
     def rows(*texts):
-        fields = [dict(zip(("prompt", "completion"), text.split(";"), strict=True)) for text in texts]
+        pairs = [text.split(";") for text in texts]
+        fields = [{"prompt": asked, "completion": answer} if asked else {"text": answer} for asked, answer in pairs]
         return encode_rows([Row(each) for each in fields], tokenizer(post="bos"), ml.DataConfig())
 
     training = rows("the cat; sat", "the sea; is", ";the town", "the; end")

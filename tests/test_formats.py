@@ -10,7 +10,19 @@ import minilora as ml
 from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 from minilora.runs.settings import DataConfig
-from tests.text import BOS, CHATML, CLOSE, EOS, OPEN, assert_learned, conversation, encoded, some_text, write_tokenizer
+from tests.text import (
+    BOS,
+    CHATML,
+    CLOSE,
+    EOS,
+    OPEN,
+    assert_learned,
+    conversation,
+    encoded,
+    questions,
+    some_text,
+    write_tokenizer,
+)
 
 PARTS = CHATML.replace(
     "{{ m.content }}",
@@ -20,7 +32,7 @@ PARTS = CHATML.replace(
 WITH_TOOLS = "{{ tools | tojson if tools }}" + PARTS
 extras = st.just("") | some_text
 systems = st.sampled_from([None, "Be brief."])
-turns = st.lists(st.tuples(some_text, some_text), min_size=1, max_size=3)
+turns = st.lists(st.tuples(questions, some_text), min_size=1, max_size=3)
 train_on = st.sampled_from(["completion", "assistant", "all"])
 
 
@@ -94,8 +106,7 @@ def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
 @given(some_text, train_on)
 def test_text_is_learned_whole(tokenizer, text, train_on):
     chosen = tokenizer(post="bos")
-    expected = encoded({"prompt": "", "completion": text}, chosen)
-    assert encoded({"text": text, "id": 1}, chosen, train_on) == expected
+    assert_learned(encoded({"text": text, "id": 1}, chosen, train_on), chosen, [(BOS, False), (text + EOS, True)])
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

@@ -264,7 +264,7 @@ def rows_with(a, b, c, d, halves):
     yield "sharegpt", {"conversations": turns, "system": d}
     yield "alpaca", {"instruction": a, "input": d, "output": b, "system": c}
     yield "lists", {"prompt": [question], "completion": [answer]}
-    yield "passage", {"prompt": left, "completion": right or b}
+    yield "passage", {"prompt": f"x{left}", "completion": right or b}
     yield "text", {"text": a}
 
 

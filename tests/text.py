@@ -83,6 +83,7 @@ texts = st.text(st.sampled_from("thecats  \n.?é漢🙂\u0301\u2028")) | st.text
     st.characters(exclude_categories=["Cs", "Cn"])
 )
 some_text = texts.filter(bool)
+questions = texts.filter(str.strip)
 tokenizer_options = st.fixed_dictionaries(
     {"post": st.sampled_from(sorted(POST_PROCESSORS)), "use_regex": st.booleans()}
 )

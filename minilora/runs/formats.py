@@ -27,6 +27,7 @@ ROLES = ("assistant", "developer", "system", "tool", "user")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
 PAIRS = (("question", "answer"), ("input", "output"), ("instruction", "response"))  # frequent names of other formats
 EMPTY = "it is empty, so there is nothing to learn"
+UNASKED = "it is empty, so nothing is asked; text without a question goes in the field `text`"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversa
 def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
     """Parse a row to generate from: its last answer is dropped, and may be missing or malformed."""
     answer = {"role": "assistant", "content": "…"}  # in place of the row's own, if there is one
+    if isinstance(prompt := fields.get("prompt"), str) and not prompt.strip():
+        return PromptCompletion(prompt, "")  # the model begins a text
     if "instruction" in fields:
         fields = {**fields, "output": "…"}
     if "prompt" in fields:
@@ -140,7 +143,7 @@ def _from_sharegpt(fields: Fields) -> list[Fields]:
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise DataError(f"{where}.from: found {speaker!r:.60}, accepted are {sorted(SHAREGPT_ROLES)}")
         role = SHAREGPT_ROLES[speaker]
-        content = check_text(entry.get("value"), f"{where}.value", is_target=role == "assistant")
+        content = check_text(entry.get("value"), f"{where}.value", role == "assistant", role == "user")
         messages.append({"role": role, "content": content})
     return messages
 
@@ -149,7 +152,8 @@ def _from_alpaca(fields: Fields) -> list[Fields]:
     """Convert Alpaca's fields to messages; the question keeps `instruction` and `input` for templates that use them."""
     if fields.get("history"):
         raise DataError("history: earlier turns are read from `messages` or `conversations` alone")
-    instruction, extra = check_text(fields["instruction"], "instruction"), _optional_text(fields, "input")
+    instruction = check_text(fields["instruction"], "instruction", is_question=True)
+    extra = _optional_text(fields, "input")
     question = f"{instruction}\n\n{extra}" if extra else instruction
     asked = {"role": "user", "content": question, "instruction": instruction, "input": extra}
     answered = {"role": "assistant", "content": check_text(fields["output"], "output", is_target=True)}
@@ -161,7 +165,8 @@ def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[Fields]:
     if isinstance(prompt, list) != isinstance(completion, list):
         raise DataError("prompt, completion: found text and a list, need two texts or two lists of messages")
     if not isinstance(prompt, list):
-        return PromptCompletion(check_text(prompt, "prompt"), check_text(completion, "completion", is_target=True))
+        prompt = check_text(prompt, "prompt", is_question=True)
+        return PromptCompletion(prompt, check_text(completion, "completion", is_target=True))
     messages = [*_from_messages(fields, "prompt"), *_from_messages(fields, "completion")]
     if len(completion) != 1 or completion[0]["role"] != "assistant":
         raise DataError("completion: need one message of role 'assistant'; more are for `messages`")
@@ -216,8 +221,9 @@ def _check_message(message: Fields, where: str) -> Fields:
         raise DataError(f"{where}.content: found {content!r:.60}, need text or a list of parts")
     if calls:
         _check_calls(calls, f"{where}.tool_calls")
-    elif role == "assistant" and not any(part["text"] if isinstance(part, dict) else part for part in content or ()):
-        raise DataError(f"{where}.content: {EMPTY}")
+    else:
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+        check_text(text, f"{where}.content", role == "assistant", role == "user")
     if message.get("weight") not in (None, 1):
         raise DataError(f"{where}.weight: found {message['weight']!r:.60}; only 1 is supported, or the key left out")
     return message
@@ -250,12 +256,14 @@ def _optional_text(fields: Fields, key: str) -> str:
     return "" if value is None else check_text(value, key)
 
 
-def check_text(value: Any, where: str, is_target: bool = False) -> str:
-    """Return a value that has to be text; one to be trained on, `is_target`, must not be empty."""
+def check_text(value: Any, where: str, is_target: bool = False, is_question: bool = False) -> str:
+    """Return a value that has to be text: not empty if it is trained on, and not blank if it is a question."""
     if not isinstance(value, str):
         raise DataError(f"{where}: found {value!r:.60}, need text")
     if is_target and not value:
         raise DataError(f"{where}: {EMPTY}")
+    if is_question and not value.strip():
+        raise DataError(f"{where}: {UNASKED}")
     return value
 
 
