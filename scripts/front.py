@@ -3,7 +3,7 @@
     python scripts/front.py RUN
 
 RUN is the directory that `minilora finetune` wrote. The table of all works goes between the marks `<!-- peers -->` of
-docs/results.md, that of three to README.md, the pictures to docs/figures/ (extra `plot`).
+docs/results.md, that of some to README.md, the pictures to docs/figures/ (extra `plot`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ WORKS = {
     "qlora-fixed-recompute": "QLoRA, blocks recomputed",
     "dora-fixed": "DoRA, bfloat16",
 }
-IN_README = [(work, "peft") for work in ("bf16-fixed", "bf16-real", "qlora-fixed-recompute")]
+PEERS = {"peft": "", "peft-kept": "; PEFT keeps freed memory too", "peft-grouped": "; PEFT batches rows of like length"}
+IN_README = [
+    *(("bf16-fixed", "peft"), ("bf16-fixed", "peft-kept")),
+    *(("bf16-real", "peft"), ("bf16-real", "peft-grouped")),
+    ("qlora-fixed-recompute", "peft"),
+]
 IN_RESULTS = [
     *((work, "peft") for work in WORKS),
     *(("bf16-fixed", "peft-kept"), ("bf16-real", "peft-kept"), ("bf16-real", "peft-grouped")),
@@ -60,12 +65,21 @@ def table(code: str, rounds: dict[str, list[Round]], shown: Collection[tuple[str
     """Return the table in Markdown: for each of these works and peers, minilora's rate and peak memory over theirs."""
     rows = (
         [
-            WORKS[work] if peer == "peft" else f"{WORKS[work]}, beside `{peer}`",
+            f"{WORKS[work]}{PEERS[peer]}",
             *(results.spread(results.ratio(rounds[work], of, peer)) for of in (rate, peak)),
         ]
         for work, peer in shown
     )
     return results.table((f"work, at source hash {code}", "tokens a second (PEFT = 1)", "peak memory (PEFT = 1)"), rows)
+
+
+def table_of_readme(code: str, rounds: dict[str, list[Round]], page: str) -> str:
+    """Return the table of README.md; its last row, on 7B parameters, is from a table of docs/results.md, the `page`."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    ours = next(row for row in rows if "three steps of QLoRA, interrupted and resumed" in row)
+    theirs = next(row for row in rows if "PEFT with bitsandbytes" in row)
+    step, peak = (f"{ours[at]}{unit}, PEFT {theirs[at]}{unit}" for at, unit in ((3, " s"), (5, "")))
+    return f"{table(code, rounds, IN_README)}\n| QLoRA of 7B, 4 rows of 128, one run | a step: {step} | {peak} |"
 
 
 def between(text: str, mark: str, new: str) -> str:
@@ -116,10 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     run = parser.parse_args(arguments).run
     code, rounds = measured()
-    for name, shown in (("README.md", IN_README), ("docs/results.md", IN_RESULTS)):
-        page = ROOT / name
-        new = between(page.read_text(encoding="utf-8"), "peers", table(code, rounds, shown))
-        page.write_text(new, encoding="utf-8")
+    results_page = ROOT / "docs" / "results.md"
+    small = table_of_readme(code, rounds, results_page.read_text(encoding="utf-8"))
+    for page, new in ((ROOT / "README.md", small), (results_page, table(code, rounds, IN_RESULTS))):
+        page.write_text(between(page.read_text(encoding="utf-8"), "peers", new), encoding="utf-8")
     for mode in INK:
         draw(run, rounds, mode)
 

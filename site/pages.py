@@ -20,6 +20,7 @@ SINGLE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/peers_un
 PICTURES = (".svg", ".png")
 CODE_OR_LINK = re.compile(r"^(`{3,}).*?^\1$|(?<=\]\()(?!\w+:)([^)\s#]+)(#[^)\s]*)?(?=\))", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
+MYST = re.compile(r"^<!-- site: .*?\n(.*?)^-->", re.DOTALL | re.MULTILINE)  # what a forge would show as it is written
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", "": "sh"}
 
 
@@ -34,6 +35,7 @@ def collect(app: Sphinx, config: Config) -> None:
     texts |= {Path("minilora", f"{name}.py"): side_by_side.page(name) for name in side_by_side.PAGES}
     for path in list(texts):
         text = texts[path].replace("> [!IMPORTANT]\n", "")  # known to GitHub alone; the box stays
+        text = MYST.sub(r"\1", text)
         text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", text)
         texts[path] = CODE_OR_LINK.sub(lambda link, page=path: _link(link, page, texts), text)
     for path, text in texts.items():

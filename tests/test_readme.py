@@ -123,7 +123,7 @@ def test_the_figures_of_a_release_were_measured_at_its_own_code():
 
 def test_the_tables_of_readme_and_docs_are_what_was_measured_forecast_and_said_in_docstrings():
     measured = front.measured()
-    assert front.table(*measured, front.IN_README) in README
+    assert front.table_of_readme(*measured, PAGES["results.md"]) in README
     assert front.table(*measured, front.IN_RESULTS) in PAGES["results.md"]
     assert PAGES["api.md"] == api.page()
     for size in ("7B", "70B"):
@@ -134,9 +134,32 @@ def test_the_tables_of_readme_and_docs_are_what_was_measured_forecast_and_said_i
         assert f"| {' | '.join([size, *peaks])} |" in PAGES["results.md"]
 
 
+def test_the_command_of_the_readme_repeats_its_table():
+    works, peers = re.search(
+        r"-m benchmarks .*?--only ([\w\s-]+?)\s--peers ([\w\s-]+?)\s--", README, re.DOTALL
+    ).groups()
+    assert {*works.split()} == {work for work, _ in front.IN_README}
+    assert {*peers.split()} == {peer for _, peer in front.IN_README}
+
+
+def test_the_run_that_the_readme_shows_and_the_bag_of_words_are_those_of_the_results():
+    losses, accuracies = zip(*re.findall(r"^(?:base|adapter) +([\d.]+) +([\d.]+)$", README, re.MULTILINE), strict=True)
+    figures = " | ".join(f"{float(number):.3f}" for number in (*accuracies, *losses))
+    assert f"| 0 | {figures} |" in PAGES["results.md"]
+    by_counting = [
+        re.search(r"a bag of words\b.*?(0\.\d+)", page, re.DOTALL)[1] for page in (README, PAGES["results.md"])
+    ]
+    assert len({*by_counting}) == 1
+
+
+def test_the_start_is_plain_markdown_for_a_forge():
+    start = re.sub(r"<!--.*?-->", "", (ROOT / "site" / "index.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"^:{3,}|^`{3,}\{|\)\{", start, re.MULTILINE)  # what only MyST reads
+
+
 def test_links_lead_somewhere():
     pages = [page for folder in ("docs", "tutorials") for page in (ROOT / folder).rglob("*.md")]
-    for path in [*ROOT.glob("*.md"), *pages]:
+    for path in [*ROOT.glob("*.md"), ROOT / "site" / "index.md", *pages]:
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         for named in re.findall(r"(?<![\w/])tests/[\w/]+\.py", text):
             assert (ROOT / named).exists(), f"{path.name}: {named}"
