@@ -29,7 +29,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     is_terminal = sys.stdout.isatty()
     begin, end = MARKS[is_terminal]
     shown = data.train[:ROWS]
-    rows = [f"the first {len(shown)} of {len(data.train):,} training rows; {begin}so marked{end} is learned"]
+    rows = [f"{len(shown)} of the {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
     steps = plan_steps(len(data.train), config)
