@@ -69,8 +69,8 @@ def attach(
             taken as a part of the weight, and subtracted from it.
 
     Raises:
-        TargetError: nothing matches a part of `config` (see `select_targets`), the name cannot be used, or `start` has
-            a path that `config` does not select.
+        TargetError: nothing matches a part of `config`, the name cannot be used, or `start` has a path that `config`
+            does not select.
         ConfigError: a layer cannot have these start values.
         ShapeError: an A or a B of `start` does not fit its module and rank.
     """

@@ -73,8 +73,8 @@ def load_model(
     Raises:
         FormatError: no such directory, repository or file; missing, unexpected and mis-shaped tensors, all in one
             message.
-        ConfigError: a model that is not supported (see `parse_config`), an unknown dtype, or a device that
-            cannot be used; the model is quantized already, and `quantize` asks for something else.
+        ConfigError: a model of no supported family, an unknown dtype, or a device that cannot be used; the model is
+            quantized already, and `quantize` asks for something else.
     """
     check_types(load_model, locals())
     location = locate(name_or_path, "model")
