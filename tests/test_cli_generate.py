@@ -193,6 +193,16 @@ def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion,
             assert encode_prompt(Row({"prompt": prompt}), chosen, None, asking) == expected
 
 
+def test_an_empty_prompt_lets_the_model_begin_a_text_and_another_format_is_read_where_it_is_empty(tokenizer):
+    chosen = tokenizer(template=CHATML, post="bos")
+    assert encode_prompt(Row({"prompt": ""}), chosen, None, "plain") == [chosen.token_id(BOS)]
+    asked = [user("a")]
+    expected = chosen.encode_chat(asked, add_generation_prompt=True)
+    assert encode_prompt(Row({"messages": asked, "prompt": ""}), chosen, None, "plain") == expected
+    with pytest.raises(ml.DataError, match="it is empty, so nothing is asked"):
+        encode_prompt(Row({"prompt": ""}), chosen, None, "template")
+
+
 def test_an_answer_need_not_be_a_good_one(tokenizer):
     chosen, asked = tokenizer(template=CHATML), [user("a")]
     expected = chosen.encode_chat(asked, add_generation_prompt=True)

@@ -78,8 +78,6 @@ def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversa
 def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
     """Parse a row to generate from: its last answer is dropped, and may be missing or malformed."""
     answer = {"role": "assistant", "content": "…"}  # in place of the row's own, if there is one
-    if isinstance(prompt := fields.get("prompt"), str) and not prompt.strip():
-        return PromptCompletion(prompt, "")  # the model begins a text
     if "instruction" in fields:
         fields = {**fields, "output": "…"}
     if "prompt" in fields:
@@ -89,6 +87,8 @@ def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conve
             last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
             has_answer = last.get("role", last.get("from")) in ("assistant", "gpt")
             fields = {**fields, key: [*(turns[:-1] if has_answer else turns), answer]}
+    if _format_of(fields) is _from_prompt_completion and fields["prompt"] == "":
+        return PromptCompletion("", "")  # the model begins a text
     parsed = parse_row(fields, config)
     if isinstance(parsed, PromptCompletion):
         return PromptCompletion(parsed.prompt, "")
