@@ -10,9 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from minilora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,3 +90,17 @@ def no_autocast(device_type: str) -> Any:
 
     is_there = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if is_there else nullcontext()
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """Return a constant tensor on a device. It is copied there once, not in each step."""
+    import torch
+
+    # A compiler's copy has no numbers that could be kept, nor has one on "meta".
+    has_numbers = device.type != "meta" and not torch.compiler.is_compiling()
+    return _copy(table, device) if has_numbers else table.to(device)
+
+
+@functools.cache
+def _copy(table: Tensor, device: torch.device) -> Tensor:
+    return table.to(device)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.definition import definition
+from minilora.definition import definition, on_device
 from minilora.errors import TrainingError
 
 LEVELS = (  # as published; recomputed, their last bits would vary
@@ -176,7 +176,7 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
     Shapes: codes (b), scales (⌈b/256⌉), offset () -> (b)
     """
-    level = DYNAMIC_MAP.to(codes.device, non_blocking=True)[codes.int()]
+    level = on_device(DYNAMIC_MAP, codes.device)[codes.int()]
     return level * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset
 
 

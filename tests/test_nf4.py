@@ -207,3 +207,9 @@ def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_sto
     assert layer.bias.dtype == layer.weight.dtype == y.dtype == dtype
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+def test_a_compiled_layer_computes_the_same():
+    """And no cache of ours is called while it is compiled, or PyTorch would warn."""
+    layer, x = make_linear((4, 64), 7), randn(8, 2, 64)
+    assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))

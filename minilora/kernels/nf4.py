@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora import nf4
-from minilora.definition import kernel
+from minilora.definition import kernel, on_device
 from minilora.errors import TrainingError
 from minilora.kernels.lora import tile_rows, tile_size
 
@@ -46,7 +46,7 @@ def _codes(x: Tensor) -> Tensor:
 
     The bin of x gives the count, except for a midpoint within the bin, which x is compared with.
     """
-    below, within = (table.to(x.device, non_blocking=True) for table in TABLES)
+    below, within = (on_device(table, x.device) for table in TABLES)
     bins = _bin_of(x)
     return torch.index_select(below, 0, bins) + (x > torch.index_select(within, 0, bins))
 
@@ -94,8 +94,8 @@ def dequantize(
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
     whole, tile = _tiles(weight, block_size)
-    table = PAIRS if levels == nf4.LEVELS else _pairs(levels)
-    table = table.to(packed.device, non_blocking=True)
+    is_nf4 = levels == nf4.LEVELS
+    table = on_device(PAIRS, packed.device) if is_nf4 else _pairs(levels).to(packed.device)
     half = min(tile, whole) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
     packed = packed.reshape(-1)
@@ -108,8 +108,9 @@ def dequantize(
         w *= absmax[begin // block_size : end // block_size].unsqueeze(1)
         weight[begin:end] = w.view(-1)
     if whole < n:
-        rest, scales = packed[whole // 2 :], absmax[whole // block_size :]
-        weight[whole:] = nf4.dequantize.function(rest, scales, (n - whole,), dtype, block_size, levels)
+        pairs = torch.index_select(table, 0, packed[whole // 2 :].int())
+        scales = absmax[whole // block_size :].repeat_interleave(block_size)
+        weight[whole:] = pairs.view(torch.float32)[: n - whole] * scales[: n - whole]
     return weight.view(*shape)
 
 

@@ -56,7 +56,7 @@ def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     kept = {  # all but the bias, which may be trained
         name: each
         for name, each in {**parameters, **buffers, "the given W": given["W"]}.items()
-        if b is None or each.shape != b.shape or not torch.equal(each.detach().to(b.dtype), b)
+        if b is None or each.shape != b.shape or not torch.equal(each.detach().to(b), b)
     }
     before = {name: as_array(each.data).copy() for name, each in kept.items()}
     x, _ = backward(layer, case)

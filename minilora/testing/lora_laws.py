@@ -217,7 +217,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         given, layer = built.given["W"], built.layer
         tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, torch.nn.Module) else []
         matrices = [each for each in tensors if each.ndim == 2]
-        own = [each for each in matrices if torch.equal(each, given) or torch.equal(each.T, given)]
+        own = [each for each in matrices if any(torch.equal(W.to(given), given) for W in (each, each.T))]
         for W in {each.data_ptr(): each for each in (given, *own)}.values():
             W.data.mul_(2)
         yield output(built.layer, case.changed(W=2 * case.W, B=2 * case.B), "y after W was doubled in place as well")
