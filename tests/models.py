@@ -14,7 +14,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import linear_layers
@@ -233,19 +232,6 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
             live += change.alloc_size
         most = max(most, live)
     return live, most, result
-
-
-class Operations(TorchDispatchMode):
-    """The operations that run: function, arguments, and result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.seen.append((func, (*args, *(kwargs or {}).values()), result))
-        return result
 
 
 def small_tiles(patch: Any, numbers: int) -> None:

@@ -18,7 +18,6 @@ from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.objective import rate_of_step
 from minilora.runs.settings import COUNTS, RunConfig
 from minilora.testing.compare import assert_maths, assert_parity
-from tests import models
 from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model
 from tests.training import (
     adapted,
@@ -424,34 +423,6 @@ def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_chan
     ml.train(model, rows, config, check, held_out)
     assert [record["step"] for record in records if "eval_loss" in record] == [3, 6, 7]
     assert torch.equal(weights(model), weights(alone))
-
-
-# --- how it is computed ---
-
-
-ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
-
-
-def questions(work):
-    """The operations of some work that wait for a device because their result, or its shape, is needed."""
-    found = []
-    with models.Operations() as operations:
-        work()
-    for func, args, _ in operations.seen:
-        name = func._schema.name.removeprefix("aten::").partition(".")[0]
-        has_mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
-        found += [name] if has_mask or name.startswith(ASKING) else []
-    return found
-
-
-@pytest.mark.parametrize("family", ["smollm3-window", *long("llama", "mistral")])
-@pytest.mark.parametrize("base", [four_bit, *long(dense)])
-def test_within_a_step_nothing_is_asked_of_the_device(family, base):
-    """But once, at the end: `tolist` of one tensor."""
-    model, rows = adapted(family, torch.float32, base=base, lora_dropout=0.3, use_dora=True), random_rows(18, 4)
-    config = ml.TrainConfig(batch_size=1, gradient_accumulation_steps=2, gradient_checkpointing="block")
-    assert questions(lambda: ml.train(model, rows, config)) == []
-    assert questions(lambda: bool(torch.ones(3)[torch.ones(3) > 0].sum())) == ["index", "_local_scalar_dense"]
 
 
 # --- the configuration ---

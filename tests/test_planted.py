@@ -118,6 +118,12 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     "the gradient of the logits lacks the label": Mistake(
         "kernels/llama.py", "p.gather(-1, target) - 1", "p.gather(-1, target)", f"{EQUAL}[cross_entropy]"
     ),
+    "levels are copied to the device in each call": Mistake(
+        "definition.py",
+        "return _copy(table, device) if has_numbers else",
+        "return",
+        "test_device.py::test_a_step_waits_once_and_copies_at_most_eight_tensors[QLoRA]",
+    ),
     "the learning rate begins at 0": Mistake(
         "training.py",
         "peak * (step + 1) / warmup",
