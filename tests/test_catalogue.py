@@ -60,6 +60,9 @@ def refuses(law, mistake, case):
         return any(each.verdict[0] > 1 for each in law.comparisons(mistaken(law, mistake), case))
 
 
-@pytest.mark.parametrize("law", [law for law in laws().values() if law.kind in CATALOGUE], ids=lambda law: law.id)
+NAMED = [law for law in laws(*CATALOGUE).values() if law.id != "packing-causal"]  # which is of the model itself
+
+
+@pytest.mark.parametrize("law", NAMED, ids=lambda law: law.id)
 def test_a_law_refuses_a_mistake(law):
     assert any(refuses(law, mistake, case) for mistake in CATALOGUE[law.kind].values() for case in law.cases)

@@ -80,7 +80,7 @@ def without_end(messages):
 
 WRONG_TEXTS = {  # the law that finds it, and a part of the message
     "no labels for some tokens": ("turns", lambda m: (render_chat(m)[0], render_chat(m)[1][:-1]), "labels for"),
-    "the first messages are lost": ("system", lambda m: render_chat(m[-2:]), "every message's text"),
+    "the first messages are lost": ("system", lambda m: render_chat(m[-2:]), "every text"),
     "no end token": ("turns", without_end, "accepted is an end token after each reply"),
 }
 
@@ -90,6 +90,26 @@ def test_each_law_of_masks_finds_what_breaks_it(mistake):
     law, render, said = WRONG_TEXTS[mistake]
     with pytest.raises(CheckFailure, match=said):
         laws("chat_mask")[law].check(render)
+
+
+@pytest.mark.parametrize(
+    ("law", "change", "lost"),
+    [
+        ("unicode", lambda text: text.encode("ascii", "ignore").decode(), "'naïve?'"),
+        ("white_space", lambda text: re.sub(r"\s+", " ", text), "'Yes.  '"),
+        ("turns", str.lower, "'Is it day?'"),
+    ],
+)
+def test_a_text_that_is_lost_or_changed_is_said_and_no_mistake_of_labels_is_named(law, change, lost):
+    def render(messages):
+        return render_chat([{**each, "content": change(each["content"])} for each in messages])
+
+    with pytest.raises(CheckFailure, match=re.escape(f"in which {lost} or what follows it is lost")) as caught:
+        laws("chat_mask")[law].check(render)
+    assert caught.value.causes == ()
+    with pytest.raises(CheckFailure, match="the end tokens: wrong") as caught:
+        laws("chat_mask")["white_space"].check(without_end)
+    assert caught.value.causes == ()
 
 
 def with_tools(messages, drops="", learns=("assistant",), reasons=True):

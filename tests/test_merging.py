@@ -24,7 +24,7 @@ from minilora.lora import LoraLinear, merge_weight
 from minilora.models import checkpoint
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
-from minilora.testing import reference
+from minilora.testing.implementations import nf4_dequantize
 from minilora.tools import merging
 from minilora.tools.merging import Merge, merge_directory, squared_norms
 from tests.adapters import add_built
@@ -259,13 +259,11 @@ def test_items_are_made_in_order_and_not_too_far_ahead_and_an_error_comes_where_
 
 
 def numbers(weight):
-    """What a weight stands for, by numpy alone."""
+    """What a weight stands for, by other code."""
     if not isinstance(weight, NF4Linear):
         return weight.detach().double().numpy()
-    packed, absmax = bytes(weight.packed.flatten().tolist()), weight.absmax.flatten().numpy()
-    count = weight.out_features * weight.in_features
-    exact = reference.nf4_dequantize(packed, absmax, count, weight.layout.block_size)
-    return exact.astype(np.float32).astype(np.float64).reshape(weight.layout.shape)
+    layout, stored = weight.layout, (weight.packed.flatten(), weight.absmax.flatten())
+    return nf4_dequantize(*stored, layout.shape, layout.block_size).double().numpy()
 
 
 widths, ranks = st.sampled_from([1, 9, 64, 100]), st.lists(st.integers(1, 4), min_size=1, max_size=2)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import minilora as ml
 from minilora.llama import Documents
-from minilora.testing import CheckFailure, check_generation, check_packing
+from minilora.testing import CheckFailure, check, check_generation, check_packing, laws
 from minilora.testing.sequence_laws import Packed
 from tests.models import tiny_model
 
@@ -44,6 +44,8 @@ class Tiny(nn.Module):
         scores = (x @ self.q) @ (x @ self.k).T
         if "keys have no gradient beside others" in faults and len(documents) > 1:
             scores = (x @ self.q) @ (x @ self.k).T.detach()
+        if "later tokens are seen" in faults:
+            sees = row[:, None] == row
         mixed = scores.masked_fill(~sees, -torch.inf).softmax(-1) @ (x @ self.v)
         return list((mixed @ self.embedding.T).split(lengths.tolist()))
 
@@ -64,12 +66,13 @@ class Tiny(nn.Module):
 MODEL = Tiny()
 PARAMETERS = tuple(MODEL.parameters())
 PACKED = Packed(MODEL.logits, VOCABULARY, PARAMETERS)
+ONE = ("positions go on", "attention looks across")
 
 
 @pytest.mark.parametrize("run", [MODEL.logits, MODEL.losses, MODEL.mean])
 def test_documents_that_do_not_see_each_other_pass(run):
     reports = check_packing(run, VOCABULARY, PARAMETERS)
-    assert sum(report.checked for report in reports) == (2 if run == MODEL.mean else 3)
+    assert sum(report.checked for report in reports) == (2 if run == MODEL.mean else 4)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +92,38 @@ def test_a_document_that_is_another_beside_others_is_refused(run, fault):
         check_packing(lambda documents: run(documents, fault), VOCABULARY, PARAMETERS)
 
 
+@pytest.mark.parametrize(
+    ("run", "law", "said"),
+    [
+        (lambda documents: MODEL.logits(documents, "later tokens are seen"), "causal", "in front of a last token"),
+        (lambda documents: MODEL.losses(documents, "later tokens are seen"), "causal", "in front of a last token"),
+        (lambda documents: [0 * z for z in MODEL.logits(documents)], "causal", "the same results for other tokens"),
+        (lambda documents: 0 * MODEL.mean(documents), "causal", "the same results for other tokens"),
+        (torch.no_grad()(MODEL.logits), "gradients", "found 0 for all parameters"),
+        (lambda documents: [z[:, 0] for z in MODEL.logits(documents)], "alone", r"found the shape \(3,\)"),
+    ],
+)
+def test_what_would_pass_because_nothing_can_be_seen_is_refused_without_a_cause(run, law, said):
+    with pytest.raises(CheckFailure, match=f"(?s)packing-{law}: .*{said}") as caught:
+        check_packing(run, VOCABULARY, PARAMETERS)
+    assert caught.value.causes == ()
+
+
+def test_plain_tuples_are_checked_as_the_arguments_of_the_functions_are():
+    packed = (MODEL.logits, VOCABULARY)
+    decoder = (lambda prompts, n: decode(prompts, n, ""), lambda tokens: MODEL.logits([tokens])[0], VOCABULARY)
+    assert [report.checked for report in check(packed, "packing")] == [True, True, True, False]
+    assert laws("packing")["gradients"].check((*packed, PARAMETERS)).checked
+    assert laws("generation")["greedy"].check(decoder).checked
+    with pytest.raises(CheckFailure, match="the documents are taken for one"):
+        check((lambda documents: MODEL.logits(documents, *ONE), VOCABULARY), "packing")
+    with pytest.raises(TypeError, match="'vocabulary'"):
+        check((MODEL.logits,), "packing")
+
+
 def test_documents_that_are_taken_for_one_are_named():
     with pytest.raises(CheckFailure, match="likely cause: the documents are taken for one"):
-        check_packing(
-            lambda documents: MODEL.logits(documents, "positions go on", "attention looks across"), VOCABULARY
-        )
+        check_packing(lambda documents: MODEL.logits(documents, *ONE), VOCABULARY)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from minilora.testing import (
     AdaptedLinear,
     Bounded,
     CheckFailure,
+    NotApplicable,
     assert_maths,
+    cases,
     check,
     check_adapter_sum,
     check_gradients,
@@ -24,6 +27,7 @@ from minilora.testing import (
     laws,
     on_numpy,
     parametrize_laws,
+    reference,
 )
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
@@ -293,6 +297,34 @@ def test_a_weight_that_changes_is_not_taken_for_dropout():
         return self(x)
 
     assert causes_of(laws("lora")["dropout"], lora(drifting)) == ()
+
+
+def test_the_right_results_of_a_case_are_computed_once_however_many_mistakes_are_tried(monkeypatch):
+    computed = []
+    monkeypatch.setattr(cases, "lora_forward", lambda *given: computed.append(given) or reference.lora_forward(*given))
+    law = laws("lora")["merge"]
+    few = lora(lambda self, x: self(x) if len(x) <= 64 else nn.functional.linear(x, self.W, self.b))
+    assert causes_of(law, few) == ("the update is missing",)
+    assert len(computed) <= len(law.cases)
+
+
+def test_results_of_numpy_are_refused_with_what_adapts_them():
+    def make_layer(W, b, A, B, alpha):
+        merged = (W + alpha / len(A) * B @ A).detach().numpy()
+        return lambda x: x.detach().numpy() @ merged.T + (0 if b is None else b.numpy())
+
+    with pytest.raises(CheckFailure, match="has no attribute 'requires_grad'; `on_numpy` adapts"):
+        check_lora_linear(make_layer)
+
+
+def test_the_loop_of_the_tutorial_goes_on_where_a_law_does_not_apply(capsys):
+    tutorial = (Path(__file__).parents[1] / "tutorials" / "verify_your_lora.md").read_text(encoding="utf-8")
+    loop = next(code for code in re.findall("(?s)```python\n(.*?)```", tutorial) if "for law in laws(" in code)
+    try:
+        exec(loop.replace('"dora"', '"lora"'), {"CheckFailure": CheckFailure, "peft_linear": Holder})
+    except NotApplicable as reason:
+        pytest.fail(str(reason))  # it would be skipped
+    assert capsys.readouterr().out == ""
 
 
 def test_misuse_is_told():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -57,7 +56,7 @@ def rounded(array: Array, dtype: str) -> Array:
 
 @dataclass(frozen=True)
 class AdaptedLinear:
-    """A linear layer with an adapter: its tensors, an input, and what is right for them.
+    """A linear layer with an adapter: its tensors, an input, and the right `y`, `merged` and `gradients`.
 
     The scale s is α/r, or α/√r with `use_rslora`; `alpha` follows from it. The arrays are float64, rounded to `dtype`:
     W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
@@ -75,7 +74,7 @@ class AdaptedLinear:
     weight: WeightKind = "normal"
     use_rslora: bool = False
     has_magnitude: bool = True  # of DoRA: drawn, or else the norm of W's rows
-    changes: Mapping[str, Array] = field(default_factory=dict, repr=False, compare=False)  # of drawn arrays
+    changes: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)  # of drawn arrays
 
     @cached_property
     def arrays(self) -> dict[str, Array]:
@@ -89,7 +88,8 @@ class AdaptedLinear:
             "dy": rng.standard_normal((*self.lead, self.outer)),
             "magnitude": rng.uniform(0.5, 3, self.outer),
         }
-        arrays = {name: rounded(array, self.dtype) for name, array in {**drawn, **self.changes}.items()}
+        changes = {name: np.frombuffer(numbers).copy().reshape(drawn[name].shape) for name, numbers in self.changes}
+        arrays = {name: rounded(array, self.dtype) for name, array in {**drawn, **changes}.items()}
         if not self.has_magnitude:
             arrays["magnitude"] = np.sqrt((arrays["W"] ** 2).sum(1))
         return arrays
@@ -196,11 +196,18 @@ class AdaptedLinear:
         return magnitude / self._own.row_norms()
 
     def changed(self, **arrays: Array) -> AdaptedLinear:
-        """Return the case with other arrays."""
-        return replace(self, changes={**self.changes, **arrays})
+        """Return the case with other arrays of the same shapes."""
+        more = [(name, np.asarray(array, dtype=np.float64).tobytes()) for name, array in arrays.items()]
+        return replace(self, changes=(*self.changes, *more))
 
     def _exact(self, array: Array) -> Bounded:
         return Bounded.exact(array, self.dtype)
+
+
+@lru_cache(maxsize=256)
+def kept(case: AdaptedLinear) -> AdaptedLinear:
+    """Return the first case that was equal, with the results that it has computed: laws make equal cases anew."""
+    return case
 
 
 def scaled(a: Bounded, b: Bounded, scale: float) -> Bounded:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from minilora.testing.laws import Comparison, Law, claim
+from minilora.testing.laws import Comparison, Law, NotApplicable, claim
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: pairs of role and content."""
+    """A conversation: pairs of role and content, and the `messages` that they are."""
 
     turns: tuple[tuple[str, str], ...] = (("user", "Hi."), ("assistant", "Yes."))
 
@@ -56,9 +56,11 @@ def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
     counts = f"found {len(flags)} labels for {len(tokens)} tokens; accepted is one for each"
     yield claim("the number of labels", "" if len(flags) == len(tokens) else counts)
     spans = find_messages(render, case, "".join(tokens))
-    lost = f"found {''.join(tokens)!r}; accepted is every message's text, whole or without white space around, in order"
-    yield claim("the text", "" if spans else lost)
-    if spans and len(flags) == len(tokens):
+    if len(spans) < len(case.turns):
+        lost = f"{case.turns[len(spans)][1]!r} or what follows it is lost or changed"
+        accepted = "accepted is every text, whole or without white space around, in order"
+        yield claim("the text", f"found {''.join(tokens)!r}, in which {lost}; {accepted}")
+    elif len(flags) == len(tokens):
         right, closings = right_labels(tokens, flags, spans, case)
         unclosed = f"found {''.join(tokens)!r}; accepted is an end token after each reply"
         replies = sum(role == "assistant" for role, _ in case.turns)
@@ -93,7 +95,7 @@ def opening(render: Render, case: Chat) -> Iterator[Comparison]:
 
 
 def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]]:
-    """Return where each message's content is in the text; [] if they are not found one after the other.
+    """Return where each message's content is in the text, in order, up to the first that is not found.
 
     What stands between them is known from the same conversation with other words.
     """
@@ -105,15 +107,15 @@ def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]
         piece, _, rest = rest.partition(name)
         pieces.append(piece)
     pieces, end = [*pieces[1:], rest], len(pieces[0])
-    spans = []
+    spans: list[tuple[int, int]] = []
     for (_, content), after in zip(case.turns, pieces, strict=True):
         ways = (content, content.strip(), content.lstrip(), content.rstrip())
         kept = next((way for way in ways if text.startswith(way + after, end)), None)
         if kept is None:
-            return []
+            return spans
         spans.append((end, end + len(kept)))
         end += len(kept) + len(after)
-    return spans if end == len(text) else []
+    return spans if end == len(text) else spans[:-1]
 
 
 def right_labels(
@@ -146,7 +148,11 @@ def in_its_template(render: Render, mistake: Callable[..., Any], case: Chat) -> 
     def corrected(messages: list[dict[str, str]]) -> tuple[Sequence[str], Sequence[bool]]:
         tokens, flags = render(messages)
         own = Chat(tuple((message["role"], message["content"]) for message in messages))
-        return tokens, right_labels(tokens, flags, find_messages(render, own, "".join(tokens)), own)[0]
+        spans = find_messages(render, own, "".join(tokens))
+        right, closings = right_labels(tokens, flags, spans, own)
+        if len(spans) < len(own.turns) or closings < sum(role == "assistant" for role, _ in own.turns):
+            raise NotApplicable("what is wrong is the text, and not its labels")
+        return tokens, right
 
     return functools.partial(mistake, render=corrected)
 

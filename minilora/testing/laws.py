@@ -21,6 +21,7 @@ from minilora.testing.compare import GRADIENT_PARITY, Array, Bounded, as_array, 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 Tried = tuple[Any, list[Any]]  # a case and its comparisons
 TRIED = 10  # failing cases at most in which mistakes of the catalogue are tried, from small to large
+CALL = "the call"  # what is wrong where an exception is raised
 RANDOM = torch.Generator().manual_seed(0).get_state()
 
 
@@ -39,7 +40,7 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
 
 
 class NotApplicable(unittest.SkipTest):  # by which pytest skips a test
-    """A law does not apply to an implementation, such as that of dropout to one without dropout."""
+    """A law does not apply, such as that of dropout to a layer without dropout; pytest skips such a test."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Comparison:
             return worst(self.actual, self.expected)
         except Exception as error:  # of the implementation, whatever it is, or a wrong shape
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            return float("inf"), f"{kind}{error}"
+            is_numpy = "numpy" in str(error) or "ScalarType" in str(error)  # a dtype that numpy does not have
+            hint = "; `on_numpy` adapts callables on numpy arrays" if is_numpy else ""
+            return float("inf"), f"{kind}{error}{hint}"
 
     def is_like(self, found: Any) -> bool:
         """Return whether another result or claim is the same, except for rounding: within the bound, or to float32."""
@@ -92,7 +95,10 @@ def claim(what: str, problem: str) -> Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What a law found: the comparison that used most of its bound, and how many there were."""
+    """What a law found: how much of its bound the worst of its comparisons used, and how many there were.
+
+    `checked` is False where the law is about an option that the implementation does not take.
+    """
 
     law: str
     statement: str
@@ -101,7 +107,6 @@ class Report:
 
     @property
     def checked(self) -> bool:
-        """Whether anything was compared: not where the law is about an option that the implementation does not take."""
         return self.comparisons > 0
 
     def __str__(self) -> str:
@@ -131,6 +136,7 @@ class Law:
     cases: Sequence[Any]  # from small to large; of what takes no input, such as files, None alone
     compare: Callable[[Any, Any], Iterator[Comparison]]  # (implementation, case) -> comparisons
     like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
+    takes: Callable[..., Any] | None = None  # of what is given as a tuple: its fields by name
     known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
 
     @property
@@ -144,6 +150,7 @@ class Law:
             CheckFailure: it breaks the law, or a known deviation is no longer there.
             NotApplicable: the law is about something that the implementation does not have.
         """
+        implementation = self.takes(*implementation) if self.takes else implementation
         cases = self.cases if case is None else [case]
         found = [(each, self.comparisons(implementation, each)) for each in cases]
         failing = [(each, own) for each, own in found if any(one.verdict[0] > 1 for one in own)]
@@ -168,14 +175,15 @@ class Law:
             except NotApplicable:
                 raise
             except Exception as error:
-                found.append(Comparison("the call", error, np.asarray(0.0)))
+                found.append(Comparison(CALL, error, np.asarray(0.0)))
         return found
 
     def _failure(self, implementation: Any, failing: list[Tried], cases: int) -> CheckFailure:
         case, comparisons = failing[0]
         first = next(each for each in comparisons if each.verdict[0] > 1)
-        mistakes, some = CATALOGUE.get(self.kind, {}).items(), failing[:: 1 + len(failing) // TRIED]
-        causes = tuple(name for name, mistake in mistakes if self._explains(mistake, implementation, some))
+        mistakes = {} if first.what == CALL else CATALOGUE.get(self.kind, {})  # no mistake of it is an exception
+        some = failing[:: 1 + len(failing) // TRIED]
+        causes = tuple(name for name, mistake in mistakes.items() if self._explains(mistake, implementation, some))
         title, law = f"{self.id}: {first.what}: wrong", f"  law: {self.statement}"
         found = [f"  {first.verdict[1]}", *(f"  likely cause: {cause}" for cause in causes)]
         if case is None:

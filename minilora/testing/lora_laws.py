@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.cases import SCALES, AdaptedLinear, Method, tensor
+from minilora.testing.cases import SCALES, AdaptedLinear, Method, kept, tensor
 from minilora.testing.compare import Array, Bounded, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
 
@@ -96,7 +96,7 @@ def build(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, Adapt
     b = None if case.b is None else tensor(case.b, case.dtype)
     layer = make(given["W"], b, given["A"], given["B"], case.alpha, **extra)
     set_mode(layer, training=False)
-    return Built(layer, given if b is None else given | {"b": b}), case
+    return Built(layer, given if b is None else given | {"b": b}), kept(case)
 
 
 def set_mode(layer: Any, training: bool) -> None:
@@ -113,7 +113,7 @@ def with_dtype(what: str, y: Any, right: Bounded) -> Iterator[Comparison]:
 
 def output(layer: Any, case: AdaptedLinear, what: str = "y") -> Comparison:
     """Compare what a layer makes of the case's x."""
-    return Comparison(what, layer(tensor(case.x, case.dtype)), case.y)
+    return Comparison(what, layer(tensor(case.x, case.dtype)), kept(case).y)
 
 
 def forward(make: Make, case: AdaptedLinear, what: str = "y") -> Iterator[Comparison]:

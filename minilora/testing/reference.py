@@ -54,8 +54,9 @@ def lora_forward(x: Array, weight: Array, bias: Array | None, lora_A: Array, lor
     x, weight, lora_A, lora_B = _wide(x, weight, lora_A, lora_B)
     y = np.zeros((len(x), len(weight)))
     for n, row in enumerate(x):
+        projected = [np.dot(factor, row) for factor in lora_A]
         for o, weights in enumerate(weight):
-            update = sum(lora_B[o, k] * np.dot(factor, row) for k, factor in enumerate(lora_A))
+            update = sum(lora_B[o, k] * number for k, number in enumerate(projected))
             y[n, o] = np.dot(weights, row) + (0.0 if bias is None else float(bias[o])) + scale * update
     return y
 
@@ -115,15 +116,6 @@ def dora_gradients(
 
 
 # --- the loss ---
-
-
-def cross_entropy(logits: Array, labels: Array) -> float:
-    """Σₙ log Σᵥ exp(logits[n, v]) - logits[n, labels[n]], over the rows whose label is not -100.
-
-    Shapes: logits (N, V), labels (N) -> ()
-    """
-    pairs = zip(logits, labels.tolist(), strict=True)
-    return math.fsum(_loss(row, label) for row, label in pairs if label != IGNORED)
 
 
 def masked_loss(logits: Array, labels: Array) -> float:
@@ -189,29 +181,6 @@ def _slopes(logits: Array, label: int) -> Array:
 # --- 4-bit weights ---
 
 
-def nf4_levels() -> Array:
-    """Φ⁻¹(p) / Φ⁻¹(δ) for p in 8 even steps from 1 - δ to 1/2 and 9 from 1/2 to δ = 1 - (1/30 + 1/32)/2  [QLoRA eq. 4].
-
-    Shapes: -> (16)
-    """
-    delta = 1 - (1 / 30 + 1 / 32) / 2
-    below = [1 - delta + (delta - 0.5) * i / 7 for i in range(7)]
-    above = [0.5 + (delta - 0.5) * i / 8 for i in range(9)]
-    return np.array([_quantile(p) / _quantile(delta) for p in below + above])
-
-
-def _quantile(p: float) -> float:
-    """Φ⁻¹(p) of the normal distribution, by halving an interval."""
-    low, high = -10.0, 10.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        if (1 + math.erf(middle / math.sqrt(2))) / 2 < p:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def nf4_quantize(weight: Array, block_size: int) -> tuple[Array, Array]:
     """code = the level nearest to w / absmax of its block, of two as near the lower one; by trying all.
 
@@ -227,19 +196,6 @@ def nf4_pack(codes: Sequence[int]) -> bytes:
     """
     pairs = [*codes, NF4_LEVELS.index(0.0)]
     return bytes(16 * pairs[i] + pairs[i + 1] for i in range(0, len(codes), 2))
-
-
-def nf4_dequantize(packed: bytes, absmax: Array, count: int, block_size: int) -> Array:
-    """w = level · absmax, one by one.
-
-    Shapes: packed ⌈n/2⌉ bytes, absmax (b) -> (n)
-    """
-    weights = []
-    for i in range(count):
-        byte = packed[i // 2]
-        code = byte % 16 if i % 2 else byte // 16
-        weights.append(NF4_LEVELS[code] * float(absmax[i // block_size]))
-    return np.array(weights)
 
 
 def absmax_levels() -> Array:

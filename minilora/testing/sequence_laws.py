@@ -34,7 +34,7 @@ class Decoder(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token sequences of these lengths, drawn from a seed."""
+    """Token sequences of these lengths, drawn from a seed: `tokens(vocabulary)`."""
 
     lengths: tuple[int, ...] = (3, 2)
     seed: int = 0
@@ -71,6 +71,16 @@ def results(packed: Packed, documents: list[Tokens]) -> list[Any]:
     return [found * predictions if predictions else torch.zeros(())]  # the mean of nothing may be NaN
 
 
+def result_of(packed: Packed, document: Tokens) -> Any:
+    """Return the result of a document by itself."""
+    (result,) = results(packed, [document])
+    shape, T = as_array(result).shape, len(document)
+    accepted = f"accepted are logits ({T}, V), losses ({T - 1},) or one number"
+    is_accepted = shape in ((), (T - 1,)) or (len(shape) == 2 and shape[0] == T)
+    assert is_accepted, f"found the shape {shape} for a document of {T} tokens; {accepted}"
+    return result
+
+
 def compared(packed: Packed, documents: list[Tokens], right: list[Any], what: str) -> Iterator[Comparison]:
     """Compare the results of documents in one batch with those of the documents by themselves."""
     found = results(packed, documents)
@@ -84,7 +94,7 @@ def compared(packed: Packed, documents: list[Tokens], right: list[Any], what: st
 
 def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     documents = case.tokens(packed.vocabulary)
-    right = [results(packed, [document])[0] for document in documents]
+    right = [result_of(packed, document) for document in documents]
     yield from compared(packed, documents, right, "beside the others")
     yield from compared(packed, documents[::-1], right[::-1], "in reverse order")
 
@@ -100,11 +110,25 @@ def neighbours(packed: Packed, case: Lengths) -> Iterator[Comparison]:
         yield Comparison(f"document {i} beside other tokens", results(packed, changed)[i], near(own, own))
 
 
+def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
+    documents = case.tokens(packed.vocabulary)
+    changed = [[*document[:-1], (document[-1] + 1) % packed.vocabulary] for document in documents]
+    pairs = list(zip(results(packed, documents), results(packed, changed), strict=True))
+    if max(case.lengths) > 1 and all(np.array_equal(as_array(own), as_array(other)) for own, other in pairs):
+        raise AssertionError("found the same results for other tokens: nothing can be compared")
+    for i, (own, other) in enumerate(pairs):
+        if as_array(own).ndim:
+            what = f"document {i}, in front of a last token that is another"
+            yield Comparison(what, as_array(other)[:-1], near(own, own)[:-1])
+
+
 def gradients(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     if not packed.parameters:
         raise NotApplicable("no parameters were given")
     documents = case.tokens(packed.vocabulary)
     together = slopes(packed, documents)
+    if max(case.lengths) > 1 and not any(found.any() for found in together):
+        raise AssertionError("found 0 for all parameters; accepted are results with gradients, without `no_grad`")
     alone = [slopes(packed, [document]) for document in documents]
     for i, found in enumerate(together):
         yield Comparison(f"the gradient of parameter {i}", found, near(sum(own[i] for own in alone), found))
@@ -116,7 +140,7 @@ def slopes(packed: Packed, documents: list[Tokens]) -> list[torch.Tensor]:
     for result in results(packed, documents):
         weight = torch.arange(1, result.numel() + 1, device=result.device, dtype=result.dtype).reshape(result.shape)
         total = total.to(result) + (result * weight.cos()).sum()
-    if not total.requires_grad:  # of a single token
+    if not total.requires_grad:  # of single tokens, or under no_grad
         return [torch.zeros_like(parameter) for parameter in packed.parameters]
     found = torch.autograd.grad(total, packed.parameters, allow_unused=True)
     pairs = zip(found, packed.parameters, strict=True)
@@ -157,9 +181,14 @@ NEW = 6  # tokens to generate
 _LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (9, 2, 17), (33, 1, 8, 20))
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 SEVERAL = CASES[1:]
+_PACKING = (
+    ("alone", "each document has the result that it has by itself", SEVERAL, by_itself),
+    ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours),
+    ("causal", "a token changes results, and none in front of it", SEVERAL, causal),
+    ("gradients", "gradients are the sums of the documents' own", SEVERAL, gradients),
+)
+_GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy)
 LAWS = (
-    Law("packing", "alone", "each document has the result that it has by itself", SEVERAL, by_itself, in_its_model),
-    Law("packing", "neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours, in_its_model),
-    Law("packing", "gradients", "gradients are the sums of the documents' own", SEVERAL, gradients, in_its_model),
-    Law("generation", "greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy),
+    *(Law("packing", *row, in_its_model, Packed) for row in _PACKING),
+    Law("generation", *_GREEDY, takes=Decoder),
 )
