@@ -38,7 +38,8 @@ PARTS = {
 }
 
 
-CHECKS = [name for name in testing.__all__ if name.islower()]  # without classes of cases
+CHECKS = [name for name in testing.__all__ if name.islower()]
+CLASSES = [name for name in testing.__all__ if not name.islower()]
 
 
 def page() -> str:
@@ -50,7 +51,9 @@ def page() -> str:
     names = [name for part in PARTS.values() for name in part.split()]
     assert sorted(names) == sorted(ml.__all__), set(names) ^ set(ml.__all__)
     parts = [line for title, part in PARTS.items() for line in section(title, ml, "ml", part.split())]
-    return "\n".join([HEAD, *parts, *section("Checks", testing, "testing", CHECKS)])
+    parts += [*section("Checks", testing, "testing", CHECKS), "## Failures, reports and cases of checks\n"]
+    parts += [entry(f"### `testing.{name}`", f"testing.{name}", getattr(testing, name)) for name in CLASSES]
+    return "\n".join([HEAD, *parts])
 
 
 def section(title: str, module: ModuleType, prefix: str, names: list[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from minilora.kernels import attention
 from minilora.kernels import llama as loss
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
-from minilora.testing.checks import check_kernel
+from minilora.testing import check_kernel
 from tests import models
 from tests.models import examples, of_kernels, randn, scales, seeds, sizes, small_tiles, token_ids
 

@@ -39,7 +39,8 @@ from minilora.models.checkpoint import load_model, usable_device
 from minilora.runs.dataset import Example
 from minilora.runs.loop import Record, train
 from minilora.runs.settings import TrainConfig
-from minilora.testing.checks import check_kernel, laws
+from minilora.testing.checks import laws
+from minilora.testing.kernel_laws import check_kernel
 from minilora.testing.laws import CheckFailure, Report
 
 Check = Callable[[], Report]
@@ -191,12 +192,15 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> dict[str, Check]:
         return llama.cross_entropy(hidden, labels.to(hidden.device), head)
 
     calls: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-        "kernel-rms_norm": (partial(llama.rms_norm, eps=1e-6), [drawn(N, D), drawn(D)]),
-        "kernel-swiglu": (llama.swiglu, [drawn(N, D), drawn(N, D)]),
-        "kernel-causal_attention": (
+        "rms_norm": (partial(llama.rms_norm, eps=1e-6), [drawn(N, D), drawn(D)]),
+        "swiglu": (llama.swiglu, [drawn(N, D), drawn(N, D)]),
+        "causal_attention": (
             lambda q, k, v: llama.causal_attention(q, k, v, LENGTHS, LENGTHS),
             [drawn(N, 4, 8), drawn(N, 2, 8), drawn(N, 2, 8)],
         ),
-        "kernel-cross_entropy": (loss, [drawn(N, D), drawn(V, D)]),
+        "cross_entropy": (loss, [drawn(N, D), drawn(V, D)]),
     }
-    return {name: partial(check_kernel, call, plain()(call), tensors, name) for name, (call, tensors) in calls.items()}
+    return {
+        f"kernel-{name}": partial(check_kernel, call, plain()(call), tensors, name)
+        for name, (call, tensors) in calls.items()
+    }

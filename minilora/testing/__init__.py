@@ -15,7 +15,6 @@ from minilora.testing.checks import (
     check_double_quant,
     check_generation,
     check_gradients,
-    check_kernel,
     check_linear4bit,
     check_lora_linear,
     check_loss_masking,
@@ -28,7 +27,8 @@ from minilora.testing.checks import (
 )
 from minilora.testing.compare import Bounded, assert_maths, assert_parity, assert_precision
 from minilora.testing.data_cases import MaskedLogits, MicroBatches
-from minilora.testing.laws import CheckFailure, NotApplicable
+from minilora.testing.kernel_laws import check_kernel
+from minilora.testing.laws import CheckFailure, NotApplicable, Report
 from minilora.testing.merge_laws import AdapterSum
 from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
 from minilora.testing.sequence_laws import Lengths
@@ -48,6 +48,7 @@ __all__ = [
     "NF4Weight",
     "NotApplicable",
     "QuantizedLinear",
+    "Report",
     "assert_maths",
     "assert_parity",
     "assert_precision",

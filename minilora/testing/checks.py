@@ -23,20 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.testing.cases import AdaptedLinear
 from minilora.testing.chat_laws import LAWS as CHAT_LAWS
-from minilora.testing.compare import GRADIENT_PARITY, maths, precision, relative
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
-from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report
+from minilora.testing.laws import Law, NotApplicable, Report
 from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
-from minilora.testing.sequence_laws import Decoder, Packed
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 LAWS = (
@@ -64,9 +62,11 @@ def laws(*kinds: str) -> dict[str, Law]:
         loss_masking           loss_fn, as `check_loss_masking`
         accumulation           step_fn, as `check_accumulation`
         chat_mask, chat_tools  render, as `check_chat_mask`
-        packing                the tuple of what `check_packing` takes
-        generation             the tuple of what `check_generation` takes
+        packing                (run, vocabulary) or (run, vocabulary, parameters), as `check_packing`
+        generation             (generate, logits, vocabulary), as `check_generation`
         adapter_directory      a path, as `check_adapter_directory`
+
+    `law.check` returns a `Report` or raises CheckFailure, or NotApplicable; `law.check(…, case)` tries a single case.
 
     Raises:
         ValueError: an unknown kind.
@@ -237,16 +237,16 @@ def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list
 def check_packing(
     run: Callable[[list[list[int]]], Any], vocabulary: int, parameters: Sequence[Tensor] = ()
 ) -> list[Report]:
-    """Check that documents in one batch, end to end or padded, do not see each other.
+    """Check that documents in one batch, end to end or padded, do not see each other, nor tokens what follows them.
 
     Args:
         run: documents, a list of token lists of unequal lengths -> for each document its logits (T, V) or its losses
             (T - 1), of one forward pass over all; or one number, the mean loss of all Σ (T - 1) predictions. Called
             with one document, it gives what the model gives for this document by itself. Dropout is off.
         vocabulary: tokens are drawn below it.
-        parameters: tensors of PyTorch whose gradients are compared too.
+        parameters: tensors of PyTorch whose gradients are compared too; `run` must then record gradients.
     """
-    return check(Packed(run, vocabulary, tuple(parameters)), "packing")
+    return check((run, vocabulary, tuple(parameters)), "packing")
 
 
 def check_generation(
@@ -260,7 +260,7 @@ def check_generation(
         logits: tokens -> the logits (T, V) of the same model, all computed anew.
         vocabulary: tokens are drawn below it.
     """
-    return check(Decoder(generate, logits, vocabulary), "generation")
+    return check((generate, logits, vocabulary), "generation")
 
 
 def check_adapter_directory(path: str | Path) -> list[Report]:
@@ -272,65 +272,6 @@ def check_adapter_directory(path: str | Path) -> list[Report]:
     A failure names file, key, what was found and what is accepted.
     """
     return check(path, "adapter_directory")
-
-
-def check_kernel(
-    kernel: Callable[..., Any], definition: Callable[..., Any], tensors: Sequence[Tensor], name: str = "kernel"
-) -> Report:
-    """Check a faster function against its definition: the result, and the gradients of tensors that require one.
-
-    In float64 both agree to 1e-11; in other dtypes the kernel's error to the definition in float64 is at most twice the
-    definition's own error, plus one unit in the last place.
-
-    Args:
-        kernel: (*tensors) -> a tensor.
-        definition: the plain function of the same arguments.
-        tensors: the inputs, in the dtype under test; some may be wider.
-        name: of the kernel, in the report.
-
-    Raises:
-        CheckFailure: the kernel is less exact, or its result has another dtype.
-    """
-    dtype = min((tensor.dtype for tensor in tensors if tensor.is_floating_point()), key=lambda each: each.itemsize)
-    wide = [in_float64(tensor) for tensor in tensors]
-    ours, plain = (results(function, tensors, dtype) for function in (kernel, definition))
-    exact = plain if dtype == torch.float64 else results(definition, wide, dtype)
-    ratios = []
-    for i, (our, their, right) in enumerate(zip(ours, plain, exact, strict=True)):
-        what = "the result" if not i else f"gradient {i}"
-        if our.dtype != their.dtype:
-            raise CheckFailure(f"{name}: {what} is {our.dtype}, the definition's {their.dtype}", name, None)
-        computed = dtype if i else our.dtype  # the gradient of a wider tensor is computed in that dtype too
-        if dtype == torch.float64:
-            used = maths(our, their)
-        elif our.dim():
-            used = precision(our.to(computed), their.to(computed), right)
-        else:  # the definition's error of a single number may be small by chance
-            used = relative(our, their, GRADIENT_PARITY)
-        if used > 1:
-            raise CheckFailure(f"{name}: {what} has {used:.3g} times the allowed error at {computed}", name, None)
-        ratios.append(used)
-    return Report(name, "the kernel is its definition, and as exact", max(ratios), len(ratios))
-
-
-def results(function: Callable[..., Any], tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the result of a function, and the gradients of the tensors that require one.
-
-    The gradient that comes in is drawn, and rounded to a dtype.
-    """
-    y = function(*tensors)
-    trained = [tensor for tensor in tensors if tensor.requires_grad]
-    if not y.requires_grad:
-        return [y]
-    generator = torch.Generator().manual_seed(99)
-    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
-    return [y, *torch.autograd.grad(y, trained, dy.to(y))]
-
-
-def in_float64(tensor: Tensor) -> nn.Parameter:
-    """Return a tensor in float64, on the CPU: some devices have no float64."""
-    wide = tensor.detach().cpu()
-    return nn.Parameter(wide.double() if wide.is_floating_point() else wide, tensor.requires_grad)
 
 
 def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:

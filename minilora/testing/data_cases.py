@@ -32,7 +32,7 @@ def slopes_of(z: Bounded, targets: Array) -> Bounded:
 
 @dataclass(frozen=True)
 class MaskedLogits:
-    """Rows of logits (B, T, V) and labels (B, T): "x" is a token with a label, "." one without."""
+    """`logits` (B, T, V) and `labels` (B, T), "x" with a label, "." without, with the right `loss` and `gradient`."""
 
     rows: tuple[str, ...] = (".xx",)
     vocabulary: int = 5
@@ -90,7 +90,7 @@ def padded(rows: Sequence[Row]) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Micro-batches of rows of one length each, "x" a token with a label; x (B, T, D) gives logits = x Wᵀ, W (V, D)."""
+    """Micro-batches of rows of one length each, "x" a token with a label, and the right `gradient` of W in x Wᵀ."""
 
     groups: tuple[tuple[str, ...], ...] = ((".xx",), (".x", "xx"))
     width: int = 3

@@ -23,7 +23,7 @@ def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparis
 
 @dataclass(frozen=True)
 class AdapterSum:
-    """Several adapters of one linear layer, of different ranks and scales, and their weights in the sum."""
+    """Several `adapters` (A, B, scale) of one linear layer, of different ranks, and their `weights` in the sum."""
 
     inner: int = 3
     outer: int = 4

@@ -80,7 +80,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A weight (rows, columns) to be quantized in blocks, and what is right for it.
+    """A weight `W` to be quantized in blocks, with the right `packed`, `absmax` and dequantized `values`.
 
     Kinds: those of `hard_weight`; zeros; zero_block: the first block is 0; levels: powers of two times levels, so that
     bytes are certain; ties: midpoints of levels, of those that float32 represents, and float32's next numbers below and
@@ -171,7 +171,7 @@ class NF4Weight:
 
 @dataclass(frozen=True)
 class AbsmaxVector:
-    """Absmaxes (b) to be quantized to eight bits, those of a weight, and what is right for them."""
+    """`absmax` (b) to be quantized to 8 bits, with the right `codes`, `scales`, `offset` and dequantized `values`."""
 
     count: int = 5
     kind: Literal["normal", "constant", "outlier"] = "normal"
@@ -239,7 +239,7 @@ class AbsmaxVector:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A linear layer with a 4-bit weight: W (out, in), b (out) or None, x (..., in), dy (..., out)."""
+    """A linear layer with a 4-bit `weight`, `b` or None, `x` and `dy`, with the right `output(x)` and `dx`."""
 
     lead: tuple[int, ...] = (2,)
     inner: int = 64

@@ -1,0 +1,148 @@
+"""The law of a kernel: it computes what its definition does, as exactly.
+
+The bound is flash-attention's, twice the error of plain PyTorch at that dtype. This error may be small by chance, so a
+kernel may also be as far off as the definition is when the result of each of its operations is moved by a unit in the
+last place. That of softmax is moved by as many units as a rounded exponent changes it: e^(z - log Σ e^z) is right, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minilora.testing.compare import MATHS, Bounded, as_array, worst
+from minilora.testing.laws import Comparison, Law, Report, claim
+
+__tracebackhide__ = True  # pytest shows the line that calls this module
+DRAWS = 4  # of moved operations: of 16,800 right results of softmax, one is refused
+RESULT = "the result"
+aten = torch.ops.aten
+CHOICES = (aten.amax, aten.amin, aten.max, aten.min)  # operations that only choose a number
+
+
+def check_kernel(
+    kernel: Callable[..., Any], definition: Callable[..., Any], tensors: Sequence[Tensor], name: str = "definition"
+) -> Report:
+    """Check a faster function against its definition: the result, and the gradients of tensors that require one.
+
+    In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
+    definition's own, or its own when each of its operations is off by a unit in the last place, plus such a unit. In
+    bfloat16 this may be a third of a gradient: check a kernel in float32 as well.
+
+    Args:
+        kernel: (*tensors) -> a tensor.
+        definition: the plain function of the same arguments.
+        tensors: the inputs, in the dtype under test; some may be wider.
+        name: of the kernel, in the report.
+
+    Raises:
+        CheckFailure: the kernel is less exact, its result has another dtype, a gradient is missing, an input is
+            changed, or an error is raised.
+    """
+    call = Call(definition, tensors)
+    return Law("kernel", name, "the kernel is its definition, and as exact", [None], call.compare).check(kernel)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a definition: what is right, and how far off a kernel may be. Results and gradients go by name."""
+
+    definition: Callable[..., Any]
+    tensors: Sequence[Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return min((each.dtype for each in self.tensors if each.is_floating_point()), key=lambda each: each.itemsize)
+
+    @cached_property
+    def plain(self) -> dict[str, Tensor]:
+        return self.results(self.definition, self.copies())
+
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        return self.results(self.definition, self.copies(torch.float64))
+
+    @cached_property
+    def moved(self) -> list[dict[str, Tensor]]:
+        found = []
+        for seed in range(DRAWS):
+            with MovedOperations(seed):
+                found.append(self.results(self.definition, self.copies()))
+        return found
+
+    def copies(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Return the tensors, or those of another dtype on the CPU: some devices have no float64."""
+        copies = [each.detach().clone() for each in self.tensors]
+        if dtype:
+            copies = [each.cpu().to(dtype) if each.is_floating_point() else each.cpu() for each in copies]
+        return [nn.Parameter(own, each.requires_grad) for own, each in zip(copies, self.tensors, strict=True)]
+
+    def results(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the result of a function and the gradients that there are; what comes in is drawn, and rounded."""
+        y = function(*tensors)
+        trained = {f"the gradient of tensor {i}": each for i, each in enumerate(tensors) if each.requires_grad}
+        found: Sequence[Tensor | None] = [None] * len(trained)
+        if y.requires_grad:
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(self.dtype)
+            found = torch.autograd.grad(y, [*trained.values()], dy.to(y), allow_unused=True)
+        gradients = zip(trained, found, strict=True)
+        return {RESULT: y.detach(), **{name: own for name, own in gradients if own is not None}}
+
+    def compare(self, kernel: Callable[..., Any], _: None) -> Iterator[Comparison]:
+        given = self.copies()
+        ours = self.results(kernel, given)
+        for i, (own, tensor) in enumerate(zip(given, self.tensors, strict=True)):
+            yield Comparison(f"tensor {i}, which is only read", own, as_array(tensor))
+        for name, their in self.plain.items():
+            if name not in ours:
+                yield claim(name, "found no gradient")
+                continue
+            our = ours[name]
+            found = "" if our.dtype == their.dtype else f"found {our.dtype}, expected {their.dtype}"
+            yield claim(f"the dtype of {name}", found)
+            our = our if name == RESULT else our.to(self.dtype)  # that of a wider tensor is computed in this dtype, too
+            yield Comparison(name, our, self.expected(name, our))
+
+    def expected(self, name: str, our: Tensor) -> Bounded:
+        """Return what a result should be; operations are moved only where it matters."""
+        right = as_array((self.plain if self.dtype == torch.float64 else self.exact)[name])
+
+        def error(run: dict[str, Tensor]) -> float:
+            return float(abs(as_array(run[name].to(our.dtype)) - right).max(initial=0.0))
+
+        allowed = MATHS * abs(right).max(initial=0.0)
+        if self.dtype != torch.float64:
+            unit = torch.finfo(our.dtype).eps * abs(right).max(initial=0.0)
+            allowed = 2 * error(self.plain) + unit
+            if worst(our, right, allowed)[0] > 1:
+                allowed = max(allowed, *(error(run) + unit for run in self.moved))
+        return Bounded(right, np.full(right.shape, allowed))
+
+
+class MovedOperations(TorchDispatchMode):
+    """Every operation's result is moved by a unit in the last place, up or down as a seed draws it."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operation(*args, **(kwargs or {}))
+        is_exact = operation.is_view or operation.overloadpacket in CHOICES
+        for each in [] if is_exact else tree_leaves(found):
+            if isinstance(each, Tensor) and each.is_floating_point():
+                sign = torch.randint(2, each.shape, generator=self.generator).to(each) * 2 - 1
+                units: Any = 1
+                if operation.overloadpacket == aten._softmax:
+                    exponents = torch.where(each > 0, args[0].abs(), 0)  # others are masked, by -inf or the like
+                    units = 1 + exponents.amax(args[1], keepdim=True) / 2
+                each.mul_(1 + sign * units * torch.finfo(each.dtype).eps)
+        return found
