@@ -8,7 +8,7 @@ import pytest
 from minilora.data import IGNORE_INDEX, label_tokens
 from minilora.runs.conversations import render_conversation
 from minilora.runs.formats import Conversation
-from minilora.testing import CheckFailure, check_chat_mask, laws
+from minilora.testing import Chat, CheckFailure, check_chat_mask, laws
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.implementations import END, render_chat
 from tests.text import CHATML, DEFAULT_SYSTEM, MARKED
@@ -93,19 +93,20 @@ def test_each_law_of_masks_finds_what_breaks_it(mistake):
 
 
 @pytest.mark.parametrize(
-    ("law", "change", "lost"),
+    ("law", "change", "lost", "case"),
     [
-        ("unicode", lambda text: text.encode("ascii", "ignore").decode(), "'naïve?'"),
-        ("white_space", lambda text: re.sub(r"\s+", " ", text), "'Yes.  '"),
-        ("turns", str.lower, "'Is it day?'"),
+        ("unicode", lambda text: text.encode("ascii", "ignore").decode(), "'naïve?'", None),
+        ("unicode", lambda text: text.replace("ï", ""), "'naïve?'", Chat((*Chat().turns, ("user", "naïve?")))),
+        ("white_space", lambda text: re.sub(r"\s+", " ", text), "'Yes.  '", None),
+        ("turns", str.lower, "'Is it day?'", None),
     ],
 )
-def test_a_text_that_is_lost_or_changed_is_said_and_no_mistake_of_labels_is_named(law, change, lost):
+def test_a_text_that_is_lost_or_changed_is_said_and_no_mistake_of_labels_is_named(law, change, lost, case):
     def render(messages):
         return render_chat([{**each, "content": change(each["content"])} for each in messages])
 
     with pytest.raises(CheckFailure, match=re.escape(f"in which {lost} or what follows it is lost")) as caught:
-        laws("chat_mask")[law].check(render)
+        laws("chat_mask")[law].check(render, case)
     assert caught.value.causes == ()
     with pytest.raises(CheckFailure, match="the end tokens: wrong") as caught:
         laws("chat_mask")["white_space"].check(without_end)
