@@ -25,6 +25,7 @@ from minilora.testing.laws import Comparison, Law, Report, claim
 __tracebackhide__ = True  # pytest shows the line that calls this module
 DRAWS = 4  # of moved operations: of 16,800 right kernels of softmax(x W) none is refused
 RESULT = "the result"
+Results = dict[str, Tensor]  # the result and the gradients, by name
 aten = torch.ops.aten
 CHOICES = (aten.amax, aten.amin, aten.max, aten.min)  # operations that only choose a number
 
@@ -54,7 +55,7 @@ def check_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a definition: what is right, and how far off a kernel may be. Results and gradients go by name."""
+    """A call of a definition: what is right, and how far off a kernel may be."""
 
     definition: Callable[..., Any]
     tensors: Sequence[Tensor]
@@ -64,20 +65,17 @@ class Call:
         return min((each.dtype for each in self.tensors if each.is_floating_point()), key=lambda each: each.itemsize)
 
     @cached_property
-    def plain(self) -> dict[str, Tensor]:
+    def plain(self) -> Results:
         return self.results(self.definition, self.copies())
 
     @cached_property
-    def exact(self) -> dict[str, Tensor]:
+    def exact(self) -> Results:
         return self.results(self.definition, self.copies(torch.float64))
 
     @cached_property
-    def moved(self) -> list[dict[str, Tensor]]:
-        found = []
-        for seed in range(DRAWS):
-            with MovedOperations(seed):
-                found.append(self.results(self.definition, self.copies()))
-        return found
+    def moved(self) -> list[Results]:
+        with MovedOperations():
+            return [self.results(self.definition, self.copies()) for _ in range(DRAWS)]
 
     def copies(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Return the tensors, or those of another dtype on the CPU: some devices have no float64."""
@@ -86,16 +84,15 @@ class Call:
             copies = [each.cpu().to(dtype) if each.is_floating_point() else each.cpu() for each in copies]
         return [nn.Parameter(own, each.requires_grad) for own, each in zip(copies, self.tensors, strict=True)]
 
-    def results(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    def results(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Results:
         """Return the result of a function and the gradients that there are; what comes in is drawn, and rounded."""
         y = function(*tensors)
         trained = {f"the gradient of tensor {i}": each for i, each in enumerate(tensors) if each.requires_grad}
-        found: Sequence[Tensor | None] = [None] * len(trained)
-        if y.requires_grad:
-            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(self.dtype)
-            found = torch.autograd.grad(y, [*trained.values()], dy.to(y), allow_unused=True)
-        gradients = zip(trained, found, strict=True)
-        return {RESULT: y.detach(), **{name: own for name, own in gradients if own is not None}}
+        if not y.requires_grad:
+            return {RESULT: y}
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(self.dtype)
+        found = torch.autograd.grad(y, [*trained.values()], dy.to(y), allow_unused=True)
+        return {RESULT: y} | {name: own for name, own in zip(trained, found, strict=True) if own is not None}
 
     def compare(self, kernel: Callable[..., Any], _: None) -> Iterator[Comparison]:
         given = self.copies()
@@ -115,35 +112,30 @@ class Call:
     def expected(self, name: str, our: Tensor) -> Bounded:
         """Return what a result should be; operations are moved only where it matters."""
         right = as_array((self.plain if self.dtype == torch.float64 else self.exact)[name])
+        most = abs(right).max(initial=0.0)
 
-        def error(run: dict[str, Tensor]) -> float:
+        def error(run: Results) -> float:
             return float(abs(as_array(run[name].to(our.dtype)) - right).max(initial=0.0))
 
-        allowed = MATHS * abs(right).max(initial=0.0)
+        allowed = MATHS * most
         if self.dtype != torch.float64:
-            unit = torch.finfo(our.dtype).eps * abs(right).max(initial=0.0)
-            allowed = 2 * error(self.plain) + unit
+            allowed = 2 * error(self.plain) + torch.finfo(our.dtype).eps * most
             if worst(our, right, allowed)[0] > 1:
                 allowed += max(0.0, *map(error, self.moved))  # where NaN does not count
         return Bounded(right, np.full(right.shape, allowed))
 
 
 class MovedOperations(TorchDispatchMode):
-    """Every operation's result is moved by a unit in the last place, up or down as a seed draws it."""
-
-    def __init__(self, seed: int):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
+    """Every operation's result is moved by a unit in the last place, up or down at random."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = operation(*args, **(kwargs or {}))
         is_exact = operation.is_view or operation.overloadpacket in CHOICES
         for each in [] if is_exact else tree_leaves(found):
             if isinstance(each, Tensor) and each.is_floating_point():
-                sign = torch.randint(2, each.shape, generator=self.generator).to(each) * 2 - 1
-                units: Any = 1
+                units: Any = torch.randint(2, each.shape).to(each) * 2 - 1
                 if operation.overloadpacket == aten._softmax:
                     exponents = torch.where(each > 0, args[0].abs(), 0)  # others are masked, by -inf or the like
-                    units = 1 + exponents.amax(args[1], keepdim=True) / 2
-                each.mul_(1 + sign * units * torch.finfo(each.dtype).eps)
+                    units *= 1 + exponents.amax(args[1], keepdim=True) / 2
+                each.mul_(1 + units * torch.finfo(each.dtype).eps)
         return found

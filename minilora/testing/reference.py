@@ -118,6 +118,15 @@ def dora_gradients(
 # --- the loss ---
 
 
+def cross_entropy(logits: Array, labels: Array) -> float:
+    """Σₙ log Σᵥ exp(logits[n, v]) - logits[n, labels[n]], over the rows whose label is not -100.
+
+    Shapes: logits (N, V), labels (N) -> ()
+    """
+    pairs = zip(logits, labels.tolist(), strict=True)
+    return math.fsum(_loss(row, label) for row, label in pairs if label != IGNORED)
+
+
 def masked_loss(logits: Array, labels: Array) -> float:
     """L = 1/N Σ -log p(label at t + 1 | logits at t), over the labels that are not -100; nan if there are none.
 
@@ -179,6 +188,29 @@ def _slopes(logits: Array, label: int) -> Array:
 
 
 # --- 4-bit weights ---
+
+
+def nf4_levels() -> Array:
+    """Φ⁻¹(p) / Φ⁻¹(δ) for p in 8 even steps from 1 - δ to 1/2 and 9 from 1/2 to δ = 1 - (1/30 + 1/32)/2  [QLoRA eq. 4].
+
+    Shapes: -> (16)
+    """
+    delta = 1 - (1 / 30 + 1 / 32) / 2
+    below = [1 - delta + (delta - 0.5) * i / 7 for i in range(7)]
+    above = [0.5 + (delta - 0.5) * i / 8 for i in range(9)]
+    return np.array([_quantile(p) / _quantile(delta) for p in below + above])
+
+
+def _quantile(p: float) -> float:
+    """Φ⁻¹(p) of the normal distribution, by halving an interval."""
+    low, high = -10.0, 10.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if (1 + math.erf(middle / math.sqrt(2))) / 2 < p:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def nf4_quantize(weight: Array, block_size: int) -> tuple[Array, Array]:
