@@ -50,15 +50,11 @@ class Result:
 def check_entry(entry: Entry) -> Iterable[Result]:
     """Try every law of an entry's kind."""
     from minilora.testing import CheckFailure, NotApplicable, check_trains_everything, laws
-    from minilora.testing.sequence_laws import Decoder, Packed
 
     with tempfile.TemporaryDirectory() as folder:
         given = (folder,) if entry.kind == "adapter_directory" else ()
         is_made = given or entry.kind in BUILT
         implementation = entry.implementation(*given) if is_made else entry.implementation
-        implementation = {"packing": Packed._make, "generation": Decoder._make}.get(entry.kind, lambda made: made)(
-            implementation
-        )
         for name, law in {"everything": None}.items() if entry.kind == "step" else laws(entry.kind).items():
             begin = (entry.peer, entry.kind, entry.what, name)
             try:

@@ -97,8 +97,8 @@ def test_a_document_that_is_another_beside_others_is_refused(run, fault):
     [
         (lambda documents: MODEL.logits(documents, "later tokens are seen"), "causal", "in front of a last token"),
         (lambda documents: MODEL.losses(documents, "later tokens are seen"), "causal", "in front of a last token"),
-        (lambda documents: [0 * z for z in MODEL.logits(documents)], "causal", "the same results for other tokens"),
-        (lambda documents: 0 * MODEL.mean(documents), "causal", "the same results for other tokens"),
+        (lambda documents: [0 * z for z in MODEL.logits(documents)], "causal", "the same result for other tokens"),
+        (lambda documents: 0 * MODEL.mean(documents), "causal", "the same result for other tokens"),
         (torch.no_grad()(MODEL.logits), "gradients", "found 0 for all parameters"),
         (lambda documents: [z[:, 0] for z in MODEL.logits(documents)], "alone", r"found the shape \(3,\)"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,14 +111,13 @@ def neighbours(packed: Packed, case: Lengths) -> Iterator[Comparison]:
 
 
 def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
-    documents = case.tokens(packed.vocabulary)
-    changed = [[*document[:-1], (document[-1] + 1) % packed.vocabulary] for document in documents]
-    pairs = list(zip(results(packed, documents), results(packed, changed), strict=True))
-    if max(case.lengths) > 1 and all(np.array_equal(as_array(own), as_array(other)) for own, other in pairs):
-        raise AssertionError("found the same results for other tokens: nothing can be compared")
-    for i, (own, other) in enumerate(pairs):
+    for i, document in enumerate(case.tokens(packed.vocabulary)):
+        changed = [*document[:-1], (document[-1] + 1) % packed.vocabulary]
+        own, other = (result_of(packed, each) for each in (document, changed))
+        if len(document) > 1 and np.array_equal(as_array(own), as_array(other)):
+            raise AssertionError("found the same result for other tokens: nothing can be compared")
         if as_array(own).ndim:
-            what = f"document {i}, in front of a last token that is another"
+            what = f"document {i} by itself, in front of a last token that is another"
             yield Comparison(what, as_array(other)[:-1], near(own, own)[:-1])
 
 
@@ -182,13 +181,13 @@ _LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (9, 2, 17), (33, 1, 8, 2
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 SEVERAL = CASES[1:]
 _PACKING = (
-    ("alone", "each document has the result that it has by itself", SEVERAL, by_itself),
-    ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours),
-    ("causal", "a token changes results, and none in front of it", SEVERAL, causal),
-    ("gradients", "gradients are the sums of the documents' own", SEVERAL, gradients),
+    ("alone", "each document has the result that it has by itself", SEVERAL, by_itself, in_its_model),
+    ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours, in_its_model),
+    ("causal", "a token changes results, and none in front of it", SEVERAL, causal),  # which is the model's own
+    ("gradients", "gradients are the sums of the documents' own", SEVERAL, gradients, in_its_model),
 )
 _GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy)
 LAWS = (
-    *(Law("packing", *row, in_its_model, Packed) for row in _PACKING),
+    *(replace(Law("packing", *row), takes=Packed) for row in _PACKING),
     Law("generation", *_GREEDY, takes=Decoder),
 )
