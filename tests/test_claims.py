@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OURS = {"claims.md": slice(2, 4), "which_settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
 CLEAN = (("built-in model", "built-in model"), ("10M", "10M model"))  # key of the files, name on the pages
-T_OF_FIVE = 2.776  # Student's t of the 95 % interval of five values
+STUDENT = {3: 4.303, 5: 2.776}  # t of the 95 % interval of as many values
 
 
 def read(page):
@@ -33,6 +33,12 @@ def span(values, digits=3):
 
 def spread(values, digits=3):
     return f"{mean(values, digits)} ({span(values, digits)})"
+
+
+def difference(ones, others, digits=3):
+    more = [one - other for one, other in zip(ones, others, strict=True)]
+    half = STUDENT[len(more)] * statistics.stdev(more) / len(more) ** 0.5
+    return f"{abs(statistics.mean(more)):.{digits}f} ± {half:.{digits}f}"
 
 
 def signed(values):
@@ -82,17 +88,15 @@ def where():
     def values(key, of):
         return [run[key] for run in sorted(of, key=lambda run: run["seed"])]
 
-    def difference(key, one, two, digits):
-        more = [a - b for a, b in zip(values(key, one), values(key, two), strict=True)]
-        half = T_OF_FIVE * statistics.stdev(more) / len(more) ** 0.5
-        return f"{abs(statistics.mean(more)):.{digits}f} ± {half:.{digits}f}"
+    def compare(key, one, two, digits=3):
+        return difference(values(key, one), values(key, two), digits)
 
     loss, accuracy = ([mean(values(key, each)) for each in (attention, mlps)] for key in ("loss", "accuracy"))
-    yield f"loss {loss[0]} against {loss[1]}, a difference of {difference('loss', attention, mlps, 3)}"
+    yield f"loss {loss[0]} against {loss[1]}, a difference of {compare('loss', attention, mlps)}"
     yield f"accuracy {accuracy[0]} against {accuracy[1]}"
-    yield f"loss lower by {difference('loss', everywhere, mlps, 3)}"
+    yield f"loss lower by {compare('loss', everywhere, mlps)}"
     kls = [spread(values("kl", each), 2) for each in (attention, mlps)]
-    yield f"{kls[0]} against {kls[1]}, a difference of {difference('kl', attention, mlps, 2)}"
+    yield f"{kls[0]} against {kls[1]}, a difference of {compare('kl', attention, mlps, 2)}"
     yield f"all linears have the most, {spread(values('kl', everywhere), 2)}"
     means = [mean(values("kl", each), 2) for each in (mlps, everywhere, attention)]
     yield f"the MLPs alone, which had KL {means[0]} where the attention had {means[2]} and all linears {means[1]}"
@@ -134,10 +138,33 @@ def methods():
     yield f"LoRA {tests['LoRA']}, DoRA {tests['DoRA']}, PiSSA {tests['PiSSA']}"
     yield f"or {mean(values('PiSSA', 1e-3, 'test'))} at another rate"
     yield f"accuracy {tests['LoRA']} against {mean(values('full', 4e-4, 'test'))}"
-    yield f"has a KL of {mean(values('full', 2e-4, 'kl'), 2)}; LoRA at {tests['LoRA']} has"
-    yield f"has {spread(values('LoRA', 2e-3, 'kl'), 2)}"
+    lora, full = ([values(*each, key) for key in ("kl", "test")] for each in (("LoRA", 2e-3), ("full", 4e-4)))
+    yield f"KL {spread(lora[0], 2)} against {mean(full[0], 2)}, a difference of {difference(lora[0], full[0], 2)}"
+    slow = [values("full", 2e-4, key) for key in ("kl", "test")]
+    yield f"accuracy is {mean(slow[1])} has a KL of {mean(slow[0], 2)}; LoRA at {tests['LoRA']} has {mean(lora[0], 2)}"
+    yield f"a difference of {difference(lora[0], slow[0], 2)} over three seeds"
+    assert min(full[1]) > max(values("LoRA", None, "test"))
     lowest = [mean(values("LoRA", 1e-3, key), digits) for key, digits in (("kl", 2), ("test", 3))]
     yield f"At its lowest rate LoRA has a KL of {lowest[0]}, with an accuracy of {lowest[1]}"
+
+
+def paired():
+    more = {(pair["method"], pair["rate"]): pair for pair in results("11_paired")}
+
+    def over_seeds(method, rate, key):
+        return difference(more[method, rate][key]["seeds"], [0, 0, 0])
+
+    def over_rows(method, rate):
+        return f"± {more[method, rate]['accuracy']['interval']:.3f} over the rows"
+
+    yield f"The accuracies differ by {over_seeds('full', 2e-4, 'accuracy')}."
+    yield f"loss higher by {over_seeds('full', 4e-4, 'loss')} over three seeds"
+    yield f"a difference of {over_seeds('full', 4e-4, 'accuracy')} over the seeds and {over_rows('full', 4e-4)}"
+    dora, pissa, faster = (over_seeds(*each, "accuracy") for each in (("DoRA", 2e-3), ("PiSSA", 5e-4), ("PiSSA", 1e-3)))
+    yield f"a difference of {dora} over three seeds, {over_rows('DoRA', 2e-3)}"
+    yield f"DoRA {dora}, PiSSA {pissa} or {faster}, over three seeds"
+    losses = [over_seeds("PiSSA", rate, "loss") for rate in (5e-4, 1e-3)]
+    yield f"loss of PiSSA {losses[0]} or {losses[1]} higher"
 
 
 def merging():
@@ -187,6 +214,9 @@ def specialists():
         yield f"{model}: mean of the two {mean_of_two[0]} and {mean_of_two[1]}, TIES {ties[0]} and {ties[1]}"
         dropped = [f"{loss(way)} before, {loss(f'{way}, dropped')} after" for way in ("first", "whole")]
         yield f"{model}: a specialist {dropped[0]}; the adapter of all categories {dropped[1]}"
+    sums = [[sum(run[f"{way}, tuned"]) for run in results("10_specialists")] for way in ("mean", "TIES")]
+    of_mean, of_ties = (", ".join(f"{loss:.3f}" for loss in each) for each in sums)
+    yield f"{of_mean} for the mean and {of_ties} for TIES, a difference of {difference(*sums)}"
 
 
 def forgetting():
@@ -197,11 +227,14 @@ def forgetting():
     def at(name, kind, factor, which):
         return statistics.mean(run[kind][factor][which] for run in runs[name] if run[kind])
 
-    full, best, high = (runs[name] for name in ("full, 8e-4", "LoRA r 16, 2e-3", "LoRA r 16, 8e-3"))
-    counts = [[run["intruders"] for run in each] for each in (full, best, high)]
-    assert counts[0] == [0, 0, 0]
-    listed = [", ".join(map(str, each)) for each in counts[1:]]
-    yield f"full 0; LoRA {listed[0]} at its best rate, {listed[1]} at four times"
+    listed = {name: ", ".join(str(run["intruders"]) for run in each) for name, each in runs.items()}
+    kls = {name: f"KL {at(name, 'scaled', '1.0', 1):.2f}" for name in runs}
+    full, higher, highest, best, fast, small = runs
+    assert listed[full] == "0, 0, 0"
+    yield f"0 at twice its best rate ({kls[full]}), {listed[higher]} at four times ({kls[higher]})"
+    yield f"{listed[highest]} at eight times ({kls[highest]})"
+    yield f"LoRA: {listed[best]} at its best rate, {listed[fast]} at four times that rate ({kls[fast]})"
+    yield f"at rank 1 with the high rate {listed[small]} ({kls[small]})"
     name = "LoRA r 16, 8e-3"
     kl, accuracy = ([at(name, "scaled", "1.0", i), at(name, "shrunk", "0.75", i)] for i in (1, 0))
     yield f"the KL from {kl[0]:.2f} to {kl[1]:.2f} and the accuracy from {accuracy[0]:.3f} to {accuracy[1]:.3f}"
@@ -220,8 +253,8 @@ def replay():
     after, kl, loss = ([[run[key] for run in each] for each in (replayed, plain)] for key in ("after", "kl", "loss"))
     base = mean([run["before"] for run in plain], 2)
     yield f"general text: {mean(after[0], 2)} with replay, {mean(after[1], 2)} without, {base} in the base"
-    yield f"KL: {mean(kl[0], 2)} with, {mean(kl[1], 2)} without"
-    yield f"Loss on the task: {mean(loss[0])} with, {mean(loss[1])} without"
+    yield f"KL: {mean(kl[0], 2)} with, {mean(kl[1], 2)} without, a difference of {difference(*kl, 2)}"
+    yield f"Loss on the task: {mean(loss[0])} with, {mean(loss[1])} without, a difference of {difference(*loss, 2)}"
 
 
 def inside():
@@ -268,11 +301,13 @@ def reinforcement():
             rewards.setdefault(run["way"], []).append(run["rewards"])
     first = {reward[0] for runs in rewards.values() for reward in runs}
     assert len(first) == 1
-    last = [spread([reward[-1] for reward in runs]) for runs in rewards.values()]
-    yield f"from {first.pop():.3f} to {last[0]} at rank 1, {last[1]} at rank 8, {last[2]} in full"
+    last = [[reward[-1] for reward in runs] for runs in rewards.values()]
+    one, eight, full = map(spread, last)
+    yield f"from {first.pop():.3f} to {one} at rank 1, {eight} at rank 8, {full} in full"
+    yield f"rank 8 has {difference(last[1], last[2])} more and rank 1 has {difference(last[0], last[2])} less"
 
 
-STORED = (rank, rates, where, memory, codes, methods, merging, clean_merging, specialists)
+STORED = (rank, rates, where, memory, codes, methods, paired, merging, clean_merging, specialists)
 STORED += (forgetting, replay, inside, reinforcement)
 
 

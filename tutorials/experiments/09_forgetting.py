@@ -32,6 +32,8 @@ SEEDS = (0, 1, 2)
 SCALED, SHRUNK = (0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.75)  # c and λ; with λ = 1 nothing is shrunk
 RUNS: dict[str, tuple[int | None, float, int]] = {  # rank, or None for full fine-tuning; learning rate; steps
     "full, 8e-4": (None, 8e-4, 100),
+    "full, 1.6e-3": (None, 1.6e-3, 100),
+    "full, 3.2e-3": (None, 3.2e-3, 100),
     "LoRA r 16, 2e-3": (16, 2e-3, 100),
     "LoRA r 16, 8e-3": (16, 8e-3, 100),
     "LoRA r 1, 8e-3": (1, 8e-3, 100),

@@ -4,7 +4,8 @@ python tutorials/experiments/10_specialists.py                writes 10_speciali
 python tutorials/experiments/10_specialists.py --small        one pair, only printed
 python tutorials/experiments/10_specialists.py --model DIR    adds the model of scripts/pretrain.py --large to the file
 
-The functions of chapter 10's cell, on all rows of each half of the categories, with a pair for each seed.
+The functions of chapter 10's cell, on all rows of each half of the categories, with a pair for each seed. The mean and
+TIES are also tuned: the validation rows choose by which factor their whole change is multiplied.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import nn
+
 import minilora as ml
+from minilora.adapter import layers_of
 from minilora.runs.evaluate import find_choices
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
+FACTORS = tuple(k / 10 for k in range(5, 16))
 DATA = Path(ml.__file__).parent / "assets" / "data"
 
 
@@ -35,7 +40,9 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     log_probabilities, loss_of = merging["log_probabilities"], merging["loss_of"]
     combine = runpy.run_path(str(HERE.parents[1] / "recipes" / "ties_and_dare.py"))["combine"]
     tokenizer = ml.load_tokenizer(name)
-    rows, held_out = (ml.load_dataset(DATA / f"{split}.jsonl", tokenizer) for split in ("train", "test"))
+    rows, valid, held_out = (
+        ml.load_dataset(DATA / f"{split}.jsonl", tokenizer) for split in ("train", "valid", "test")
+    )
     choices, model = find_choices(rows), ml.load_model(name)
     parts = {"first": choices[:4], "second": choices[4:], "whole": choices}
     for number, (part, chosen) in enumerate(parts.items()):
@@ -53,11 +60,29 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     for part in ("first", "whole"):
         combine(model, {part: 1.0}, f"{part}, dropped", r=32, density=0.1, elect=False, dare=True, seed=seed)
     losses: dict[str, Any] = {"seed": seed}
+
+    def measure_losses(rows: Sequence[Any], tests: Sequence[str]) -> list[float]:
+        return [loss_of(log_probabilities(model, of_categories(rows, parts[test]))) for test in tests]
+
     for way in ("first", "second", "mean", "TIES", "DARE", "first, dropped", "whole", "whole, dropped"):
         ml.set_adapter(model, way)
-        tests = ("whole",) if way.startswith("whole") else ("first", "second")
-        losses[way] = [loss_of(log_probabilities(model, of_categories(held_out, parts[test]))) for test in tests]
+        losses[way] = measure_losses(held_out, ["whole"] if way.startswith("whole") else [*halves])
+    for way in ("mean", "TIES"):
+        ml.set_adapter(model, way)
+        found = {}
+        for factor in FACTORS:
+            set_factor(model, way, factor)
+            found[factor] = sum(measure_losses(valid, [*halves]))
+        best = min(FACTORS, key=found.__getitem__)
+        set_factor(model, way, best)
+        losses |= {f"{way}, tuned": measure_losses(held_out, [*halves]), f"{way}, factor": best}
     return losses
+
+
+def set_factor(model: nn.Module, name: str, factor: float) -> None:
+    """Multiply the change of an adapter, whose scale is 1, by a factor."""
+    for layer in layers_of(model, name).values():
+        layer.adapters[name].scale = factor
 
 
 def measure_all(name: str, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
