@@ -10,7 +10,7 @@ from torch import Tensor
 import minilora.public as ml  # all of it now: memory is counted from after the imports
 from benchmarks.process import Measurement, Peak, norm_of, python, repeated
 from benchmarks.work import NEW_TOKENS, Task, square_weight
-from minilora.adapters.attach import linear_layers
+from minilora.adapter import linear_layers
 from minilora.nf4 import Layout, dequantize_weight, quantize_weight
 
 

@@ -1,25 +1,26 @@
 """Adapters in and out of a model: attach, switch, merge, detach, save, load.
 
 A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `attach_lora`,
-`save_lora` and `load_lora` are for LoRA and DoRA with one rank on the linear layers of some names;
-what else PEFT has is in `minilora.adapters`.
+`save_lora` and `load_lora` are for LoRA and DoRA with one rank on linear layers; `ml.attach` and
+`ml.load_adapter` resolve everything else that PEFT has, and end in the same functions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from minilora.errors import ConfigError, FormatError, TargetError
+from minilora.errors import FormatError, TargetError, TrainingError
 from minilora.lora import (
     AdapterWrapper,
+    Linear,
     LoraAdapter,
     LoraLinear,
     dense_linear,
@@ -30,11 +31,7 @@ from minilora.lora import (
 from minilora.nf4 import NF4Linear
 
 PREFIX = "base_model.model."  # of a tensor's name in PEFT's file, before the path of its module
-PEFT_NAMES = {  # of a layer's tensors, after the path
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-}
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def walk(
@@ -83,13 +80,6 @@ def layers_of(model: nn.Module, name: str) -> dict[str, AdapterWrapper]:
     return {layer.path: layer for layer in require_layers(model, name) if name in layer.adapters}
 
 
-def add_adapter(layer: AdapterWrapper, name: str, adapter: nn.Module) -> None:
-    """Add an adapter on the base's device. It is inactive until `active` names it."""
-    example = next(layer.base.parameters())
-    layer.adapters[name] = adapter if example.is_meta else adapter.to(example.device)
-    adapter.train(layer.training)
-
-
 def own_parameters(layer: AdapterWrapper, name: str) -> list[nn.Parameter]:
     """Return the parameters of one adapter that are not the base's as well."""
     shared = {id(parameter) for parameter in layer.base.parameters()}
@@ -105,6 +95,12 @@ def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module
     for module, substitute in pairs:
         for parent, name in places[module]:
             parent._modules[name] = substitute
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """Return the linears by path, adapted or not; a subclass of `nn.Linear` may compute anything."""
+    modules: dict[str, Any] = base_modules(model)
+    return {path: m for path, m in modules.items() if path and type(m) in (nn.Linear, NF4Linear)}
 
 
 def attach_lora(
@@ -123,51 +119,84 @@ def attach_lora(
     Everything else is frozen. The arguments are those of PEFT's LoraConfig.
 
     Raises:
-        ConfigError: r is below 1.
-        TargetError: no linear has such a name, one has hooks, or the adapter's name is taken.
+        TargetError: no linear layer has such a name; or as in `inject_adapter`.
     """
-    if r < 1:
-        raise ConfigError(f"r is {r}, need at least 1")
-    layers = adapter_layers(model)
-    if any(name in layer.adapters for layer in layers.values()):
-        raise TargetError(f"the model has an adapter {name!r} already")
-    modules: dict[str, Any] = base_modules(model)
-    linears = {path: m for path, m in modules.items() if type(m) in (nn.Linear, NF4Linear)}
-    names = {path.rpartition(".")[2] for path in linears}
-    if not target_modules or isinstance(target_modules, str) or set(target_modules) - names:
-        raise TargetError(f"target_modules is {target_modules!r}, need a list from {sorted(names)}")
-    chosen = {p: m for p, m in linears.items() if p.rpartition(".")[2] in target_modules}
-    if hooked := [p for p, m in chosen.items() if m._forward_hooks or m._forward_pre_hooks]:
-        raise TargetError(f"{hooked[0]}: has hooks, which an adapter would skip")
-    new = {path: LoraLinear(base, path) for path, base in chosen.items() if path not in layers}
-    layers |= new
+    layers = {}
     generator = torch.Generator().manual_seed(seed)
     scale = lora_scale(r, lora_alpha, use_rslora)
-    for path, base in chosen.items():
-        tensors = initial_factors(r, base.in_features, base.out_features, generator)
-        if use_dora:  # m = ‖W‖
-            tensors["magnitude"] = dora_norm(base.weight.cpu(), **tensors, scale=scale)
-        add_adapter(layers[path], name, LoraAdapter(tensors, scale, lora_dropout))
-    replace_modules(model, [(layer.base, layer) for layer in new.values()])
+    for path, base in linear_layers(model).items():
+        if path.rpartition(".")[2] in target_modules:
+            tensors = initial_factors(r, base.in_features, base.out_features, generator)
+            if use_dora:  # m = ‖W‖
+                tensors["magnitude"] = dora_norm(base.weight.cpu(), **tensors, scale=scale)
+            layers[path] = LoraLinear(base, path, {name: LoraAdapter(tensors, scale, lora_dropout)})
+    if missing := set(target_modules) - {path.rpartition(".")[2] for path in layers}:
+        raise TargetError(f"no linear layer is called {sorted(missing)}")
+    inject_adapter(model, layers, name)
+
+
+def inject_adapter(model: nn.Module, layers: Mapping[str, AdapterWrapper], name: str) -> None:
+    """Put wrappers around modules, each with an adapter of this name, and activate only it.
+
+    A module that is wrapped already gets the adapter into its wrapper. Everything else is frozen.
+
+    Raises:
+        TargetError: there are no layers, or the name is taken; a linear layer has hooks, or a
+            module has a wrapper of another kind.
+    """
+    held = adapter_layers(model)
+    if not layers or any(name in layer.adapters for layer in held.values()):
+        problem = "the model has it already" if layers else "it adapts nothing"
+        raise TargetError(f"adapter {name!r}: {problem}")
+    for path, layer in layers.items():
+        if path in held and type(layer) is not type(held[path]):
+            raise TargetError(f"{path}: another adapter changes it in another way; delete that one")
+        hooks = layer.base._forward_hooks or layer.base._forward_pre_hooks
+        if hooks and isinstance(layer, LoraLinear):
+            raise TargetError(f"{path}: has hooks, which an adapter would skip")
+    for path in layers.keys() & held.keys():
+        held[path].add(name, layers[path].adapters[name])
+    new = [(layer.base, layer) for path, layer in layers.items() if path not in held]
+    replace_modules(model, new)
     activate(model, name, trainable=True)
 
 
 def activate(model: nn.Module, name: str, trainable: bool) -> None:
     """Activate only this adapter and freeze all else; the adapter trains if `trainable`."""
     model.requires_grad_(False)
-    set_adapter(model, name, trainable=trainable)
+    set_adapter(model, name, trainable)
 
 
-def set_adapter(model: nn.Module, *names: str, trainable: bool | None = None) -> None:
-    """Activate only these adapters. They are trainable if any adapter was; others are frozen."""
+def set_adapter(
+    model: nn.Module, names: str | Sequence[str], trainable: bool | None = None
+) -> None:
+    """Activate these adapters and no others.
+
+    Args:
+        model: the model, which has the adapters.
+        names: one name or several, in the order in which the adapters act; none for the base.
+        trainable: whether these are trained; all other adapters are frozen. By default they are if
+            an adapter of the model was trainable before. Without a name nothing is frozen.
+
+    Raises:
+        TargetError: there is no such adapter, or two of them take the place of one parameter.
+    """
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     layers = require_layers(model, *names)
     own = [(key, p) for each in layers for key in each.adapters for p in own_parameters(each, key)]
+    active = [tuple(name for name in names if name in layer.adapters) for layer in layers]
+    for layer, chosen in zip(layers, active, strict=True):
+        replaced = [part for name in chosen for part in layer.adapters[name].replaced()]
+        if len(set(replaced)) < len(replaced):
+            raise TargetError(
+                f"{layer.path}: {list(chosen)} train the same parameter; activate one"
+            )
     if trainable is None:
         trainable = any(p.requires_grad for _, p in own)
     for key, parameter in own if names else ():  # without names, all stay as they are
         parameter.requires_grad_(trainable and key in names)
-    for layer in layers:
-        layer.active = tuple(name for name in names if name in layer.adapters)
+    for layer, chosen in zip(layers, active, strict=True):
+        layer.active = chosen
 
 
 @contextmanager
@@ -190,76 +219,73 @@ def detach(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Fold the active adapters into the weights, and leave plain modules, all of them dense."""
+    """Fold the active adapters into the weights, and leave plain modules, all of them dense.
+
+    Raises:
+        TargetError: there is no adapter, or none is active.
+        TrainingError: a merged weight is not finite; the model is left as it was.
+    """
     layers = require_layers(model)
     if not any(layer.active for layer in layers):
         raise TargetError("no adapter is active, so there is nothing to merge")
-    while layers:  # each is freed before the next is merged
-        layer = layers.pop()
-        replace_modules(model, [(layer, layer.merged() if layer.active else layer.base)])
+    replace_modules(model, [(layer, merged_module(layer)) for layer in layers])
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, ((each, dense_linear(each.weight, each.bias)) for each in packed))
 
 
-def lora_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter of linear layers by their names in PEFT's file."""
+@torch.no_grad()
+def merged_module(layer: AdapterWrapper) -> nn.Module:
+    """Return the plain module that computes what a wrapper does, which has finite numbers."""
+    if not layer.active:
+        return layer.base
+    module = layer.merged()
+    if not all(parameter.isfinite().all() for parameter in module.parameters()):
+        raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
+    return module
+
+
+def adapter_tensors(layers: Mapping[str, AdapterWrapper], name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by their names in PEFT's file."""
     return {
-        f"{PREFIX}{path}.{PEFT_NAMES[key]}": tensor
-        for path, layer in layers_of(model, name).items()
-        for key in PEFT_NAMES
-        if (tensor := getattr(layer.adapters[name], key)) is not None
+        f"{PREFIX}{path}.{layer.PEFT_NAMES.get(key, key)}": tensor
+        for path, layer in layers.items()
+        for key, tensor in layer.adapters[name].tensors().items()
     }
+
+
+@torch.no_grad()
+def copy_tensors_(own: Mapping[Any, Tensor], stored: Mapping[Any, Tensor]) -> None:
+    """Copy the tensors of a file into those of an adapter, which have the same names and shapes."""
+    found, wanted = ({(key, t.shape) for key, t in each.items()} for each in (stored, own))
+    if wrong := sorted(found ^ wanted)[:5]:
+        raise FormatError(f"missing, unexpected or misshapen tensors: {wrong}")
+    for key, tensor in own.items():
+        tensor.copy_(stored[key])
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write an adapter of linear layers, of one rank and scale, without biases, in PEFT's layout.
-
-    Raises:
-        TargetError: the adapter has more, which `ml.save_adapter` writes.
-    """
+    """Write an adapter that `attach_lora` attached, in PEFT's layout."""
     layers = layers_of(model, name)
-    adapters = [each.adapters[name] for each in layers.values() if type(each) is LoraLinear]
-    plain = [a for a in adapters if type(a) is LoraAdapter and a.bias is a.lora_bias is None]
-    if len(plain) < len(layers) or len({(len(a.lora_A), a.scale) for a in plain}) > 1:
-        raise TargetError(f"{name}: need linear layers of one rank and scale; see ml.save_adapter")
-    adapter = adapters[0]
-    config = {
+    adapters = [layer.adapters[name] for layer in layers.values()]
+    first = adapters[0]
+    if any((len(a.lora_A), a.scale) != (len(first.lora_A), first.scale) for a in adapters):
+        raise TargetError(f"{name!r} has several ranks or scales, which `ml.save_adapter` writes")
+    config: dict[str, Any] = {
         "peft_type": "LORA",
-        "base_model_name_or_path": getattr(model, "name_or_path", None),
-        "r": len(adapter.lora_A),
-        "lora_alpha": adapter.scale * len(adapter.lora_A),  # so that α/r is the scale
-        "lora_dropout": adapter.dropout.p,
-        "use_rslora": False,
-        "use_dora": adapter.magnitude is not None,
-        "target_modules": sorted({where.rpartition(".")[2] for where in layers}),
+        "target_modules": sorted({p.rpartition(".")[2] for p in layers}),
     }
+    config |= {"r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A)}
+    config |= {"use_dora": first.magnitude is not None, "lora_dropout": first.dropout.p}
     Path(path).mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.contiguous() for key, tensor in lora_tensors(model, name).items()}
-    save_file(tensors, Path(path) / "adapter_model.safetensors")
-    (Path(path) / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file(adapter_tensors(layers, name), Path(path) / WEIGHTS_FILE)
+    (Path(path) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
 
 
-def load_lora(
-    model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False
-) -> None:
-    """Read an adapter that `save_lora` wrote, attach it and activate it alone.
-
-    Raises:
-        FormatError: the files hold something else; the adapter may be attached.
-    """
-    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
-    stored = load_file(Path(path) / "adapter_model.safetensors")
-    if config.get("alpha_pattern"):
-        raise FormatError(f"{path}: alpha_pattern is for `ml.load_adapter`")
-    keys = ("target_modules", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout")
-    if missing := [key for key in keys if key not in config]:
-        raise FormatError(f"{path}: it lacks {missing}")
+def load_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Attach an adapter that `save_lora` wrote, and activate it alone, frozen."""
+    config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+    keys = ("target_modules", "r", "lora_alpha", "use_dora", "lora_dropout")
     attach_lora(model, **{key: config[key] for key in keys}, name=name)
-    tensors = lora_tensors(model, name)
-    found, wanted = ({(key, t.shape) for key, t in each.items()} for each in (stored, tensors))
-    if wrong := sorted(found ^ wanted)[:5]:
-        raise FormatError(f"{path}: missing, unexpected or misshapen tensors: {wrong}")
-    with torch.no_grad():
-        for key, parameter in tensors.items():
-            parameter.copy_(stored[key])
-    activate(model, name, trainable)
+    stored = load_file(Path(path) / WEIGHTS_FILE)
+    copy_tensors_(adapter_tensors(layers_of(model, name), name), stored)
+    activate(model, name, trainable=False)

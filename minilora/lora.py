@@ -19,7 +19,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +85,34 @@ def initial_factors(
 
 
 class AdapterWrapper(nn.Module, ABC):
-    """A wrapped module and its adapters by name; those in `active` apply, in order (abstract)."""
+    """A wrapped module and its adapters by name; those in `active` apply, in order (abstract).
 
-    def __init__(self, base: nn.Module, path: str):
+    A wrapper computes; an adapter is a module with the tensors. It has the methods `tensors()`, what
+    is saved of it by name, and `replaced()`, what it takes the place of; see `LoraAdapter`.
+    """
+
+    PEFT_NAMES: ClassVar[
+        Mapping[str, str]
+    ] = {}  # of the adapters' tensors in PEFT's file, where they differ
+
+    def __init__(self, base: nn.Module, path: str, adapters: Mapping[str, nn.Module]):
         super().__init__()
         self.base: Any = base
         self.path = path
         self.adapters: Any = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.train(base.training)
+        for name, adapter in adapters.items():
+            self.add(name, adapter)
+
+    def add(self, name: str, adapter: nn.Module) -> None:
+        """Add an adapter on the base's device. It is inactive until `active` names it."""
+        example = next(self.base.parameters())
+        self.adapters[name] = adapter if example.is_meta else adapter.to(example.device)
+        adapter.train(self.training)
+
+    def active_adapters(self) -> list[Any]:
+        return [self.adapters[name] for name in self.active]
 
     @abstractmethod
     def merged(self) -> nn.Module:
@@ -111,6 +130,14 @@ class AdapterWrapper(nn.Module, ABC):
 
 class LoraLinear(AdapterWrapper):
     """A frozen linear layer and its adapters, whose dtype may be wider than the weight's."""
+
+    PEFT_NAMES: ClassVar = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+        "magnitude": "lora_magnitude_vector",
+        "bias": "base_layer.bias",
+    }
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute W x + b + s·B A x. Other adapters add theirs; see `dora_forward`."""
@@ -135,9 +162,6 @@ class LoraLinear(AdapterWrapper):
         for adapter in others:
             y = adapter.rescale(y + adapter.update(x), weight)
         return y if bias is None else y + bias.to(y.dtype)
-
-    def active_adapters(self) -> list[LoraAdapter]:
-        return [self.adapters[name] for name in self.active]
 
     def merged_weight(self) -> Tensor:
         """Return the weight of a plain linear layer that computes the same."""
@@ -174,8 +198,17 @@ class LoraAdapter(nn.Module):
         super().__init__()
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
-        for name in ("lora_A", "lora_B", "lora_bias", "bias", "magnitude"):
+        for name in LoraLinear.PEFT_NAMES:
             self.register_parameter(name, nn.Parameter(tensors[name]) if name in tensors else None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are saved, by name."""
+        held = {name: getattr(self, name) for name in LoraLinear.PEFT_NAMES}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def replaced(self) -> set[str]:
+        """Return what the adapter takes the place of; only one active adapter of a layer can."""
+        return set() if self.bias is None else {"bias"}
 
     def forward(self, x: Tensor, base: Linear, bias: Tensor | None) -> Tensor:
         """Return W x + b + s·B A x. Dropout acts on the adapter's x, not on the base's."""

@@ -3,13 +3,13 @@
 from minilora import kernels as _kernels  # noqa: F401
 from minilora.adapter import detach as detach
 from minilora.adapter import disable_adapter as disable_adapter
+from minilora.adapter import set_adapter as set_adapter
 from minilora.adapters.attach import attach as attach
 from minilora.adapters.attach import count_parameters as count_parameters
 from minilora.adapters.attach import delete_adapter as delete_adapter
 from minilora.adapters.attach import find_target_modules as find_target_modules
 from minilora.adapters.attach import merge as merge
 from minilora.adapters.attach import merged as merged
-from minilora.adapters.attach import set_adapter as set_adapter
 from minilora.adapters.combine import CombineConfig as CombineConfig
 from minilora.adapters.config import LoraConfig as LoraConfig
 from minilora.adapters.files import load_adapter as load_adapter

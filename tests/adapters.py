@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora import LoraConfig
-from minilora.adapter import add_adapter
 from minilora.adapters.build import build_adapter, factor_shapes
 from minilora.adapters.layers import LoraConv1D, LoraEmbedding, LowRankWrapper
 from minilora.lora import LoraLinear
@@ -61,16 +60,16 @@ def place(
     """`options` are PyTorch's."""
     if kind == "Conv1D":
         base = filled(Conv1D(outer, inner), seed, dtype)
-        return Place(LoraConv1D(base, "layer"), Conv1D(outer, inner), randn(seed + 50, 2, 3, inner, dtype=dtype))
+        return Place(LoraConv1D(base, "layer", {}), Conv1D(outer, inner), randn(seed + 50, 2, 3, inner, dtype=dtype))
     if kind == "embedding":
         base = filled(nn.Embedding(inner, outer, **options), seed, dtype)
         plain = nn.Embedding(inner, outer, **options)
-        return Place(LoraEmbedding(base, "layer"), plain, token_ids(seed, 3, 5, high=inner))
+        return Place(LoraEmbedding(base, "layer", {}), plain, token_ids(seed, 3, 5, high=inner))
     base = filled(nn.Linear(inner, outer, bias), seed, dtype)
     if kind != "linear":
         base = NF4Linear.quantize(base.weight, base.bias, double_quant=kind == "nf4 double")
     plain = nn.Linear(inner, outer, bias)
-    return Place(LoraLinear(base, "layer"), plain, randn(seed + 50, 2, 3, inner, dtype=dtype))
+    return Place(LoraLinear(base, "layer", {}), plain, randn(seed + 50, 2, 3, inner, dtype=dtype))
 
 
 def many_kinds(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -121,7 +120,7 @@ def bias_of(layer: LowRankWrapper) -> Tensor | None:
 
 def add_built(layer: LowRankWrapper, name: str, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
     """Give a layer an adapter of these tensors, as `attach` and `load_adapter` do; it does not act yet."""
-    add_adapter(layer, name, build_adapter(layer, config, tensors))
+    layer.add(name, build_adapter(layer.base, layer.path, config, tensors))
 
 
 sizes = st.integers(1, 4)

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapters.layout import CONFIG_FILE
+from minilora.adapter import CONFIG_FILE
 from minilora.files import MANIFEST
 from tests.models import randomize_adapters_, tiny_model
 

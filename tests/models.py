@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from minilora.adapter import adapter_layers
-from minilora.adapters.attach import linear_layers
+from minilora.adapter import adapter_layers, linear_layers
 from minilora.kernels import lora as tiles
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import build_model

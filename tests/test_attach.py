@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.adapter import adapter_layers
-from minilora.adapters.attach import delete_adapter, linear_layers, merged
+from minilora.adapter import adapter_layers, linear_layers
+from minilora.adapters.attach import delete_adapter, merged
 from minilora.lora import LoraAdapter
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config

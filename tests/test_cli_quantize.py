@@ -9,7 +9,7 @@ import torch
 
 import minilora as ml
 from minilora import cli
-from minilora.adapters.attach import linear_layers
+from minilora.adapter import linear_layers
 from minilora.adapters.layout import BASE_METADATA, base_quantization
 from minilora.cli.load import find
 from minilora.cli.merge import NOTABLE

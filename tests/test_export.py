@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import adapter_layers
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_quantization
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
+from minilora.adapters.layout import base_quantization
 from minilora.cli import main
 from minilora.cli.export import export_adapter
 from minilora.files import read_json

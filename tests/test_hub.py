@@ -8,7 +8,8 @@ import torch
 from huggingface_hub import constants
 
 import minilora as ml
-from minilora.adapters.layout import CONFIG_FILE, base_model_of
+from minilora.adapter import CONFIG_FILE
+from minilora.adapters.layout import base_model_of
 from minilora.files import ASSETS, BUILTIN, MANIFEST
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.runs.settings import RunConfig

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import ConfigError, TrainingError
-from minilora.adapter import attach_lora, lora_tensors
+from minilora.adapter import adapter_layers, adapter_tensors, attach_lora
 from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
 from minilora.lora import initial_factors
 from minilora.testing.compare import assert_maths, relative
@@ -77,7 +77,7 @@ def test_the_default_dtype_changes_no_start_value(kind):
         embedding = embedding_factors(kind, (2, 6), (3, 2), generator()) if isinstance(kind, bool) else ()
         model = tiny_model(num_hidden_layers=1)
         attach_lora(model, ["q_proj"], r=2)
-        on_the_page = lora_tensors(model, "default").values()
+        on_the_page = adapter_tensors(adapter_layers(model), "default").values()
         return [*drawn(kind, 2, 5, 4), *embedding, *on_the_page]
 
     expected = draw()

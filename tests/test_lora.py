@@ -39,7 +39,7 @@ def linear(seed, inner, outer, dtype=torch.float64, bits=None):
 
 def make_layer(seed, inner, outer, ranks, scale, dtype=torch.float64, adapter_dtype=torch.float64, bits=None):
     """A layer with a LoRA for each rank, all of them active."""
-    layer = LoraLinear(linear(seed, inner, outer, dtype, bits), "proj")
+    layer = LoraLinear(linear(seed, inner, outer, dtype, bits), "proj", {})
     for i, r in enumerate(ranks):
         add(layer, f"adapter{i}", seed + 2 * i, r, scale, dtype=adapter_dtype)
     return layer
@@ -47,7 +47,7 @@ def make_layer(seed, inner, outer, ranks, scale, dtype=torch.float64, adapter_dt
 
 def fresh(base, size_B=0.0, dtype=torch.float32):
     """A new DoRA on a linear: its magnitude is not given."""
-    layer = LoraLinear(base, "layer")
+    layer = LoraLinear(base, "layer", {})
     lora_A, lora_B = randn(1, 4, base.in_features, dtype=dtype), size_B * randn(2, base.out_features, 4, dtype=dtype)
     add_built(layer, "new", DORA, {"lora_A": lora_A, "lora_B": lora_B})
     layer.active = ("new",)
@@ -209,7 +209,7 @@ def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed
 @each_dtype
 @given(seeds, scales, bits)
 def test_low_precision_gradients_of_dora_are_as_good_as_plain_pytorch_s(dtype, seed, scale, bits):
-    layer = LoraLinear(linear(seed, 40, 24, dtype, bits), "layer")
+    layer = LoraLinear(linear(seed, 40, 24, dtype, bits), "layer", {})
     add(layer, "new", seed, 8, scale, use_dora=True, dtype=torch.float32)
     adapter, x, dy = layer.adapters["new"], randn(seed + 50, 33, 40, dtype=dtype), randn(seed + 51, 33, 24, dtype=dtype)
     leaves = [adapter.lora_A, adapter.lora_B, adapter.magnitude]
@@ -294,7 +294,7 @@ def test_an_output_is_scaled_in_float32_and_rounded_once(dtype, seed):
 @of_kernels
 @given(seeds, scales, bits, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_dora_keeps_no_weight_for_the_backward_pass(seed, scale, bits, dtype):
-    layer = LoraLinear(linear(seed, 40, 24, dtype, bits), "layer")
+    layer = LoraLinear(linear(seed, 40, 24, dtype, bits), "layer", {})
     add(layer, "new", seed, 3, scale, use_dora=True, has_start=True, dtype=torch.float32)
     held = {tensor.data_ptr() for tensor in layer.state_dict().values()}
     kept = []

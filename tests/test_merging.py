@@ -15,10 +15,8 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError
-from minilora.adapter import adapter_layers
-from minilora.adapters.attach import linear_layers
+from minilora.adapter import WEIGHTS_FILE, adapter_layers, linear_layers
 from minilora.adapters.layers import as_matrix
-from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.files import holds_files, publishing
 from minilora.lora import LoraLinear, merge_weight
 from minilora.models import checkpoint
@@ -276,7 +274,7 @@ def test_the_norms_are_those_of_the_outputs_for_inputs_of_all_directions(seed, o
     for i in range(2):
         kind, weight = data.draw(kinds), randn(seed + i, outer, inner)
         weights.append(NF4Linear.quantize(weight.float(), double_quant=False) if kind == "nf4" else weight.to(kind))
-    layer = LoraLinear(nn.Linear(inner, outer, device="meta"), "proj")
+    layer = LoraLinear(nn.Linear(inner, outer, device="meta"), "proj", {})
     for i, r in enumerate(ranks):
         lora_A, lora_B = randn(seed + 2 + i, r, inner), randn(seed + 9 + i, outer, r)
         add_built(layer, f"{i}", ml.LoraConfig(r=r, lora_alpha=scale * r), {"lora_A": lora_A, "lora_B": lora_B})

@@ -7,7 +7,6 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.adapters.attach import delete_adapter
-from minilora.adapters.files import peft_tensors
 from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
@@ -29,7 +28,7 @@ def with_copies(*names, dtype=torch.float64, own=torch.float32, **config):
 def own(model, name="default"):
     """Path -> what an adapter trains there, of modules in full and biases."""
     places = {path: place for path, place in adapter_layers(model).items() if isinstance(place, ModulesToSave)}
-    return {path: peft_tensors(place, name) for path, place in places.items() if name in place.adapters}
+    return {path: place.adapters[name].tensors() for path, place in places.items() if name in place.adapters}
 
 
 def test_a_copy_begins_as_the_module_and_is_trained_in_float32_whatever_the_base():
@@ -144,7 +143,7 @@ def test_all_biases_are_trained_once_each_and_no_weight():
     biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), bias="all", modules_to_save=("layers.1.mlp",)))
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
-    names = [name.replace(".adapters.default.", ".") for name in trained]
+    names = [name.replace(".adapters.default.", ".").replace(".copy.", ".") for name in trained]
     weights = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     assert sorted(names) == sorted([*biases, *weights])
 
@@ -157,7 +156,7 @@ def test_a_trained_bias_is_used_in_its_place():
         path, _, last = name.rpartition(".")
         if last == "bias":
             with torch.no_grad():
-                adapter_layers(model)[path].adapters["default"].bias.copy_(parameter.add_(1))
+                adapter_layers(model)[path].adapters["default"].tensors()[last].copy_(parameter.add_(1))
     assert_maths(model(IDS), expected(IDS))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, FormatError
-from minilora.adapters.attach import linear_layers
+from minilora.adapter import linear_layers
 from minilora.files import TensorFile, read_json, write_json
 from minilora.models.bitsandbytes import (
     CODEBOOKS,

@@ -9,7 +9,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.modules_to_save import TrainableTokens
+from minilora.adapters.modules_to_save import Rows, TrainableTokens
 from minilora.llama import Documents
 from minilora.testing.compare import assert_maths, maths
 from tests.models import WHOLE, allocated, perturb_, randn, seeds, tiny_model, token_ids, train_a_little
@@ -42,8 +42,8 @@ token_lists = st.lists(st.integers(0, 60), min_size=1, max_size=20, unique=True)
 
 @given(seeds, token_lists)
 def test_rows_act_as_the_whole_matrix_with_them_in_it(seed, ids):
-    place = TrainableTokens(nn.Embedding(61, 5).double().requires_grad_(False), "embedding")
-    place.add_rows("new", {"ids": torch.tensor(ids), "rows": randn(seed, len(ids), 5)}, None)
+    embedding = nn.Embedding(61, 5).double().requires_grad_(False)
+    place = TrainableTokens(embedding, "embedding", {"new": Rows(ids, nn.Parameter(randn(seed, len(ids), 5)))})
     place.active = ("new",)
     x, dy = token_ids(seed + 1, 4, 9), randn(seed + 2, 4, 9, 5)
     trained = place.adapters["new"].rows

@@ -78,21 +78,21 @@ def tied(dtype=torch.float64):
 
 
 @pytest.mark.parametrize(
-    ("base", "path", "fields", "trained"),
+    ("base", "path", "fields"),
     [
-        (many_kinds, "3", {"modules_to_save": ["3"]}, "weight"),
-        (many_kinds, "0", {"trainable_token_indices": {"0": [5, 2]}}, "rows"),
-        (tied, "2", {"trainable_token_indices": {"0": [5, 2]}}, "rows"),
+        (many_kinds, "3", {"modules_to_save": ["3"]}),
+        (many_kinds, "0", {"trainable_token_indices": {"0": [5, 2]}}),
+        (tied, "0", {"trainable_token_indices": {"0": [5, 2]}}),
     ],
 )
-def test_what_one_adapter_has_trained_in_full_is_carried_over_as_it_is(base, path, fields, trained, tmp_path):
+def test_what_one_adapter_has_trained_in_full_is_carried_over_as_it_is(base, path, fields, tmp_path):
     model, ids = base(), torch.arange(9)
     add(model, "first", 1, target_modules=["1"], **fields)
     add(model, "second", 2, target_modules=["1"])
     combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
-    theirs, copy = (getattr(adapter_layers(model)[path].adapters[name], trained) for name in ("first", "sum"))
-    assert torch.equal(copy, theirs)
-    assert copy.data_ptr() != theirs.data_ptr()
+    theirs, copy = (adapter_layers(model)[path].adapters[name].tensors() for name in ("first", "sum"))
+    assert all(torch.equal(copy[key], theirs[key]) for key in theirs)
+    assert not {each.data_ptr() for each in copy.values()} & {each.data_ptr() for each in theirs.values()}
     expected = model(ids)
     ml.save_adapter(model, tmp_path, "sum")
     loaded = base()
@@ -111,7 +111,7 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
 @pytest.mark.parametrize(
     ("error", "said", "weights", "name"),
     [
-        (TargetError, "the model has an adapter 'first' already", {"first": 2.0}, "first"),  # PEFT says nothing
+        (TargetError, "'first': the model has it already", {"first": 2.0}, "first"),  # PEFT says nothing
         (
             TargetError,
             r"no adapter is called 'other'; the model has .*'dora', 'first', 'more'",

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from minilora import adapter
 from minilora.adapter import (
-    activate,
     adapter_layers,
-    add_adapter,
     base_modules,
+    inject_adapter,
     layers_of,
+    linear_layers,
+    merged_module,
     own_parameters,
     replace_modules,
     require_layers,
@@ -24,22 +25,20 @@ from minilora.adapter import (
 )
 from minilora.adapters.build import (
     LINEARS,
-    AdapterSpec,
     adaptable,
-    build_adapter,
-    build_specs,
-    check_specs,
+    build_layers,
+    check_layers,
     find_targets,
     has_hooks,
-    low_rank_spec,
+    has_ties,
+    low_rank_tensors,
 )
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.layers import LowRankWrapper
-from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens, unties
-from minilora.errors import ConfigError, TargetError, TrainingError, check_types
+from minilora.adapters.modules_to_save import unties
+from minilora.errors import ConfigError, TargetError, check_types
 from minilora.llama import Llama
-from minilora.lora import AdapterWrapper, Linear, dense_linear
-from minilora.models.bitsandbytes import describe, is_finite
+from minilora.lora import AdapterWrapper
+from minilora.models.bitsandbytes import describe
 from minilora.models.fsdp import is_sharded
 from minilora.nf4 import NF4Linear
 
@@ -83,79 +82,27 @@ def attach(
     if unknown := sorted(start.keys() - set(paths)):
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     generator = torch.Generator().manual_seed(seed)
-    factors = {path: low_rank_spec(modules[path], path, config, generator, start.get(path)) for path in paths}
-    specs = build_specs(modules, config, factors, path_of(model, "get_input_embeddings"))
-    if config.ensure_weight_tying and not any(spec.tied_to for spec in specs.values()):
+    tensors = {path: low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
+    check_name(name)
+    layers = build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
+    if config.ensure_weight_tying and not has_ties(layers, name):
         what = "neither modules in full nor token rows share a weight with another module"
         raise TargetError(f"ensure_weight_tying: {what}, and the A and B of tied modules are not shared")
-    specs = {path: spec.copied(dtype) for path, spec in specs.items()}
-    inject_adapter(model, config, name, specs, trainable=True)
+    inject_layers(model, layers, config, name)
 
 
-def inject_adapter(
-    model: nn.Module,
-    config: LoraConfig,
-    name: str,
-    specs: Mapping[str, AdapterSpec],
-    trainable: bool,
-) -> None:
-    """Add an adapter, a spec for each path, to a model, activate it alone, and freeze everything else.
-
-    Raises:
-        TargetError: the model has an adapter of that name, the name cannot be used, or a spec cannot act.
-    """
-    layers = adapter_layers(model)
-    modules = base_modules(model)
+def check_name(name: str) -> None:
+    """Raise a `TargetError` for a name that no adapter can have."""
     if not name or "." in name or name in dir(nn.ModuleDict()):
         raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
-    if any(name in layer.adapters for layer in layers.values()):
-        raise TargetError(f"the model has an adapter {name!r} already; detach it first or give another name")
-    check_specs(modules, layers, specs)
-    new = {path: spec.kind(modules[path], path) for path, spec in specs.items() if path not in layers}
-    replace_modules(model, ((modules[path], layer) for path, layer in new.items()))
-    layers |= new
-    for path, spec in sorted(specs.items(), key=lambda item: item[1].tied_to is not None):  # owners first
-        layer = layers[path]
-        owner = layers[spec.tied_to] if spec.tied_to else None
-        if isinstance(layer, ModulesToSave):
-            layer.add_copy(name, spec.tensors, owner)
-        elif isinstance(layer, TrainableTokens):
-            layer.add_rows(name, spec.tensors, owner)
-        elif isinstance(layer, LowRankWrapper):
-            add_adapter(layer, name, build_adapter(layer, config, spec.tensors))
+
+
+def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str) -> None:
+    """Check the layers of a new adapter, and put them into the model; see `adapter.inject_adapter`."""
+    check_layers(base_modules(model), adapter_layers(model), layers)
+    inject_adapter(model, layers, name)
+    for layer in layers.values():
         layer.adapters[name].lora_config = config  # see `config_of_adapter`
-    activate(model, name, trainable)
-
-
-def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool | None = None) -> None:
-    """Activate these adapters and no others.
-
-    Args:
-        model: the model, which has the adapters.
-        names: one name or several, in the order in which the adapters act; none for the base.
-        trainable: whether these are trained; all other adapters are frozen. By default they are if an adapter of the
-            model was trainable before. Without a name nothing is frozen.
-
-    Raises:
-        TargetError: there is no such adapter, or two of them train the same parameter.
-    """
-    check_types(set_adapter, locals())
-    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    for layer in require_layers(model, *wanted):
-        if len(conflicting := _conflicting_adapters(layer, wanted)) > 1:
-            raise TargetError(f"{layer.path}: {conflicting} train the same parameter, and only one can be active")
-    adapter.set_adapter(model, *wanted, trainable=trainable)
-
-
-def _conflicting_adapters(layer: AdapterWrapper, names: Sequence[str]) -> list[str]:
-    """Return those of the adapters that train the same parameter."""
-    held = [name for name in names if name in layer.adapters]
-    if isinstance(layer, ModulesToSave):
-        return held
-    if isinstance(layer, TrainableTokens):
-        ids = [token for name in held for token in layer.adapters[name].ids.tolist()]
-        return held if len(set(ids)) < len(ids) else []
-    return [name for name in held if layer.adapters[name].bias is not None]
 
 
 def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
@@ -222,11 +169,7 @@ def merge(model: nn.Module) -> None:
                 raise TargetError(
                     f"{paths[0]}: a merge would untie its weight, which may change what the model computes"
                 )
-    if not any(layer.active for layer in layers):
-        raise TargetError("no adapter is active, so there is nothing to merge")
-    replace_modules(model, [(layer, _merged_module(layer)) for layer in layers])  # after all are known to be finite
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    replace_modules(model, ((each, dense_linear(each.weight, each.bias)) for each in packed))
+    adapter.merge(model)
     for first, *others in sharing.values():
         weight: Any = model.get_submodule(first).weight
         module: Any
@@ -235,15 +178,6 @@ def merge(model: nn.Module) -> None:
                 module.weight = weight
             elif callable(getattr(model, "save_pretrained", None)):
                 model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-
-@torch.no_grad()
-def _merged_module(layer: AdapterWrapper) -> nn.Module:
-    """Return what replaces a wrapper, or raise a TrainingError if it has numbers that are not finite."""
-    module = layer.merged() if layer.active else layer.base
-    if layer.active and not all(map(is_finite, module.parameters())):
-        raise TrainingError(f"{layer.path}: merged, it has numbers that are not finite")
-    return module
 
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
@@ -270,7 +204,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     """
     check_types(merged, locals())
     layers = _mergeable_layers(model)  # inactive ones too, or they could be activated
-    replaced = [(_merged_module(layer), layer) for layer in layers]
+    replaced = [(merged_module(layer), layer) for layer in layers]
     try:
         replace_modules(model, ((layer, module) for module, layer in replaced))
         yield
@@ -303,12 +237,6 @@ def _ends(path: str) -> Iterator[str]:
     """Yield the endings of a path that start with a word, as "mlp.0" and "h.2.mlp.0" of "h.2.mlp.0"."""
     parts = path.split(".")
     return (".".join(parts[at:]) for at in reversed(range(len(parts))) if not parts[at].isdecimal())
-
-
-def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Return the linears by path, adapted or not, without subclasses of `nn.Linear`, which may compute anything."""
-    modules: dict[str, Any] = base_modules(model)
-    return {path: module for path, module in modules.items() if path and type(module) in (nn.Linear, NF4Linear)}
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:

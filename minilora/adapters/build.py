@@ -1,15 +1,16 @@
-"""The specs of an adapter: what a `LoraConfig` adds to each module of a model, with start values."""
+"""Build the layers of a new adapter: the wrappers that a `LoraConfig` puts around modules, with start values."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minilora.adapter import own_parameters
 from minilora.adapters.config import (
     LoraConfig,
     is_all_linear,
@@ -21,7 +22,7 @@ from minilora.adapters.config import (
 )
 from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
-from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens
+from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm, initial_factors
@@ -34,39 +35,6 @@ FOREIGN: Mapping[tuple[str, str], type[LowRankWrapper]] = {  # transformers' cla
     ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"): LoraLinear,
 }
-
-
-class AdapterSpec(NamedTuple):
-    """What an adapter adds to one module.
-
-    Attributes:
-        kind: the class of the wrapper around the module.
-        tensors: the tensors that the wrapper or `build_adapter` takes.
-        tied_to: the path of the module whose trained rows or weight it shares.
-    """
-
-    kind: type[AdapterWrapper]
-    tensors: dict[str, Tensor]
-    tied_to: str | None = None
-
-    def copied(self, dtype: torch.dtype) -> AdapterSpec:
-        """Return the spec with copies of its tensors, which may be the model's own, in a dtype."""
-        dtypes = {key: dtype if t.is_floating_point() else t.dtype for key, t in self.tensors.items()}
-        tensors = {key: t.detach().to(dtypes[key], copy=True) for key, t in self.tensors.items()}
-        return self._replace(tensors=tensors)
-
-
-def build_adapter(layer: LowRankWrapper, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraAdapter:
-    """Build an adapter of these tensors for a wrapper; DoRA's m, if it is not given, is ‖W + s·B A‖."""
-    kind = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter
-    scale = config.scale(layer.path)
-    if config.use_dora and "magnitude" not in tensors:
-        new = kind(tensors, scale)
-        weight = as_matrix(layer.base, whole_weight(layer.base))
-        lora_A, lora_B = (factor.detach().to(weight.device) for factor in (new.lora_A, new.lora_B))
-        norm = torch.ones(len(lora_B)) if weight.is_meta else dora_norm(weight, lora_A, lora_B, scale)
-        tensors = {**tensors, "magnitude": norm.to(lora_A.dtype)}
-    return kind(tensors, scale, config.lora_dropout)
 
 
 def is_embedding(module: nn.Module | None) -> bool:
@@ -140,17 +108,13 @@ def factor_shapes(module: Any, r: int) -> tuple[tuple[int, int], tuple[int, int]
     return (r, inner), (outer, r)
 
 
-def low_rank_spec(
-    module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator, start: Sequence[Tensor] | None = None
-) -> AdapterSpec:
-    """Return the spec of a new low-rank adapter of one module; `start` are A and B that are given."""
-    kind = kind_of(module)
-    assert kind is not None
+def low_rank_tensors(
+    module: nn.Module, path: str, config: LoraConfig, generator: torch.Generator, start: Sequence[Tensor] | None
+) -> dict[str, Tensor]:
+    """Return the tensors of a new low-rank adapter of one module; `start` are A and B that are given."""
     init, r = config.init_lora_weights, config.rank(path)
     shape_A, shape_B = factor_shapes(module, r)
     is_part_of_weight = init == "pissa"
-    if config.lora_bias and kind is LoraEmbedding:
-        raise ConfigError(f"{path}: lora_bias is not for embeddings")
     if start is not None:
         lora_A, lora_B = start
         if (lora_A.shape, lora_B.shape) != (shape_A, shape_B):
@@ -158,9 +122,8 @@ def low_rank_spec(
             raise ShapeError(f"{path}: start has {found}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
     elif is_part_of_weight and not next(module.parameters()).is_meta:
-        weight = as_matrix(module, whole_weight(module))
-        lora_A, lora_B = factors_from_weight("pissa", weight, r, config.scale(path))
-    elif kind is LoraEmbedding:
+        lora_A, lora_B = factors_from_weight("pissa", matrix_of(module), r, config.scale(path))
+    elif is_embedding(module):
         lora_A, lora_B = embedding_factors(is_part_of_weight or init, shape_A, shape_B, generator)
     elif init is True or is_part_of_weight:  # the latter on "meta", where W has no numbers
         lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
@@ -171,32 +134,115 @@ def low_rank_spec(
         tensors |= {"start_A": lora_A, "start_B": lora_B}
     if config.lora_bias:
         tensors["lora_bias"] = torch.zeros(shape_B[0])
-    return AdapterSpec(kind, tensors)
+    if config.bias != "none" and (bias := module._parameters.get("bias")) is not None:
+        tensors["bias"] = whole(bias)
+    return tensors
 
 
-def build_specs(
-    modules: Mapping[str, Any], config: LoraConfig, factors: Mapping[str, AdapterSpec], embedding: str | None
-) -> dict[str, AdapterSpec]:
-    """Return all specs of an adapter by path: `factors`, the low-rank ones, and modules in full, token rows and biases.
+def low_rank_layer(
+    module: nn.Module, path: str, config: LoraConfig, name: str, tensors: Mapping[str, Tensor]
+) -> AdapterWrapper:
+    """Wrap a module, with an adapter of these tensors."""
+    wrapper = kind_of(module)
+    assert wrapper is not None
+    if config.lora_bias and wrapper is LoraEmbedding:
+        raise ConfigError(f"{path}: lora_bias is not for embeddings")
+    return wrapper(module, path, {name: build_adapter(module, path, config, tensors)})
+
+
+def build_adapter(module: nn.Module, path: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraAdapter:
+    """Build an adapter of these tensors; DoRA's m, if it is not given, is ‖W + s·B A‖."""
+    kind = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter
+    scale = config.scale(path)
+    if config.use_dora and "magnitude" not in tensors:
+        new = kind(tensors, scale)
+        weight = matrix_of(module)
+        lora_A, lora_B = (factor.detach().to(weight.device) for factor in (new.lora_A, new.lora_B))
+        norm = torch.ones(len(lora_B)) if weight.is_meta else dora_norm(weight, lora_A, lora_B, scale)
+        tensors = {**tensors, "magnitude": norm.to(lora_A.dtype)}
+    return kind(tensors, scale, config.lora_dropout)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """Return the weight of a module as W (out, in), with the rows of all ranks."""
+    return as_matrix(module, whole_weight(module))
+
+
+def build_layers(
+    modules: Mapping[str, Any],
+    config: LoraConfig,
+    name: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype,
+    embedding: str | None,
+) -> dict[str, AdapterWrapper]:
+    """Build the layers of a new adapter by path: low-rank ones of these tensors, and all else that the config trains.
+
+    Each is a wrapper around a module, which is not yet in the model.
 
     Raises:
         TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
     """
-    full = {}
+    full = _trained_copies(modules, config, dtype)
+    rows = _token_rows(modules, config, dtype, embedding)
+    if twice := sorted(path for path, count in Counter([*tensors, *full, *rows]).items() if count > 1):
+        raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
+    layers: dict[str, AdapterWrapper] = {
+        path: low_rank_layer(modules[path], path, config, name, copied(given, dtype)) for path, given in tensors.items()
+    }
+    layers |= {path: TrainableTokens(modules[path], path, {name: adapter}) for path, adapter in rows.items()}
+    copies = full | (_trained_biases(modules, layers, full, dtype) if config.bias == "all" else {})
+    return layers | {path: ModulesToSave(modules[path], path, {name: copy}) for path, copy in copies.items()}
+
+
+def has_ties(layers: Mapping[str, AdapterWrapper], name: str) -> bool:
+    """Return whether two layers of an adapter share a parameter."""
+    own = [id(parameter) for layer in layers.values() for parameter in own_parameters(layer, name)]
+    return len(set(own)) < len(own)
+
+
+def copied(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return copies of tensors, which may be the model's own, in a dtype; empty ones of those on "meta"."""
+    return {key: copied_tensor(tensor, dtype) for key, tensor in tensors.items()}
+
+
+def copied_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_meta:
+        return torch.empty_like(tensor, dtype=dtype, device="cpu")
+    return tensor.detach().to(dtype, copy=True)
+
+
+def _trained_copies(modules: Mapping[str, Any], config: LoraConfig, dtype: torch.dtype) -> dict[str, TrainedCopy]:
+    """Return copies of the modules that are trained in full."""
+    copies: dict[str, TrainedCopy] = {}
     saved = select_saved([path for path in modules if path], config)
     tied = _tied_modules(modules, saved) if config.ensure_weight_tying else {}
-    for path in dict.fromkeys((*saved, *tied, *tied.values())):
+    for path in dict.fromkeys((*tied.values(), *saved, *tied)):  # owners first
         held = {name: whole(parameter) for name, parameter in modules[path].named_parameters()}
         if not held or not all(parameter.is_floating_point() for parameter in held.values()):
             what = "packed weights, which cannot be trained" if held else "no parameters"
             raise TargetError(f"modules_to_save: {path} has {what}")
         if type(modules[path]).forward is nn.Module.forward:
             raise TargetError(f"modules_to_save: {path} is a container, which has no forward; name what it holds")
-        full[path] = AdapterSpec(ModulesToSave, held, tied.get(path))
-    rows = _token_specs(modules, config, embedding)
-    if twice := sorted(path for path, count in Counter([*factors, *full, *rows]).items() if count > 1):
-        raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
-    return _with_biases(modules, {**factors, **full, **rows}, config)
+        owner = copies[tied[path]] if path in tied else None
+        copies[path] = TrainedCopy(modules[path], copied(held, dtype), owner)
+    return copies
+
+
+def _trained_biases(
+    modules: Mapping[str, Any], layers: Mapping[str, AdapterWrapper], full: Collection[str], dtype: torch.dtype
+) -> dict[str, TrainedCopy]:
+    """Return copies, of which the bias is trained, of all modules that have one and that nothing else changes."""
+    copies = {}
+    for path, module in modules.items():
+        bias = module._parameters.get("bias")
+        if bias is None:
+            continue
+        if isinstance(layers.get(path), TrainableTokens):
+            raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained too")
+        if path not in layers and not any(f"{path}.".startswith(f"{outer}.") for outer in full):
+            copies[path] = TrainedCopy(module, copied({"bias": whole(bias)}, dtype))
+    return copies
 
 
 def _tied_modules(modules: Mapping[str, Any], saved: Sequence[str]) -> dict[str, str]:
@@ -208,8 +254,10 @@ def _tied_modules(modules: Mapping[str, Any], saved: Sequence[str]) -> dict[str,
     return tied
 
 
-def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str | None) -> dict[str, AdapterSpec]:
-    """Return the specs of trained rows, which start as those of the weight.
+def _token_rows(
+    modules: Mapping[str, Any], config: LoraConfig, dtype: torch.dtype, embedding: str | None
+) -> dict[str, Rows]:
+    """Return the trained rows by path, which start as those of the weight.
 
     As in PEFT, the modules that are tied to the model's `embedding` share its rows, unless one is given other tokens.
     """
@@ -220,7 +268,6 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
         if embedding is None:
             raise TargetError("trainable_token_indices: the model does not say which its embedding is; name the module")
         wanted = {embedding: wanted}
-    own: dict[str, AdapterSpec] = {}
     tokens: dict[str, Sequence[int]] = {}
     for entry, ids in wanted.items():
         named = [path for path in modules if path and matches((entry,), path)]
@@ -229,15 +276,16 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
             found = sorted({type(modules[path]).__name__ for path in named}) or "no module"
             raise TargetError(f"trainable_token_indices: {entry!r} names {found}, need an embedding or a linear head")
         for path in paths:
-            weight = modules[path].weight
-            if bad := [token for token in ids if token >= len(weight)]:
-                there = f"{len(weight)}, the rows of {path}, which has none for {len(bad)} tokens"
+            size = len(modules[path].weight)
+            if bad := [token for token in ids if token >= size]:
+                there = f"{size}, the rows of {path}, which has none for {len(bad)} tokens"
                 raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
-            rows = weight.detach()[list(ids)]
             tokens[path] = ids
-            own[path] = AdapterSpec(TrainableTokens, {"ids": torch.tensor(ids, device="cpu"), "rows": rows})
-    shared: dict[str, AdapterSpec] = {}
-    for path in [path for path in own if is_embedding(modules[path]) and embedding in (None, path)]:
+    rows = {}
+    for path in tokens:
+        start = modules[path].weight.detach()[list(tokens[path])]
+        rows[path] = Rows(tokens[path], nn.Parameter(copied_tensor(start, dtype)))
+    for path in [path for path in tokens if is_embedding(modules[path]) and embedding in (None, path)]:
         weight = modules[path].weight
         tied = [other for other, module in modules.items() if _has_rows(module) and module.weight is weight]
         if others := [other for other in tied if tokens.get(other, tokens[path]) != tokens[path]]:
@@ -245,60 +293,35 @@ def _token_specs(modules: Mapping[str, Any], config: LoraConfig, embedding: str 
                 raise TargetError(f"ensure_weight_tying: {path} and {others[0]} are tied, but are given other tokens")
             continue
         for other in tied:
-            if other not in own or type(modules[other]) is nn.Linear:
-                shared[other] = AdapterSpec(TrainableTokens, {}, tied_to=path)
-    return own | shared
+            if other not in tokens or type(modules[other]) is nn.Linear:
+                rows[other] = Rows(tokens[path], rows[path].rows, is_shared=True)
+    return rows
 
 
 def _has_rows(module: Any) -> bool:
     return is_embedding(module) or type(module) is nn.Linear
 
 
-def _with_biases(
-    modules: Mapping[str, Any], specs: Mapping[str, AdapterSpec], config: LoraConfig
-) -> dict[str, AdapterSpec]:
-    """Add trained biases to the specs, of adapted layers or of all modules; each starts as the model's."""
-    if config.bias == "none":
-        return dict(specs)
-    found = dict(specs)
-    copies = [path for path, spec in specs.items() if spec.kind is ModulesToSave]
-    for path, module in modules.items():
-        bias = module._parameters.get("bias")
-        spec = specs.get(path)
-        if bias is None:
-            continue
-        if spec and spec.kind is TrainableTokens and config.bias == "all":
-            raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained too")
-        if spec and issubclass(spec.kind, LowRankWrapper):
-            found[path] = spec._replace(tensors=spec.tensors | {"bias": whole(bias)})
-        elif config.bias == "all" and not any(f"{path}.".startswith(f"{copied}.") for copied in copies):
-            found[path] = AdapterSpec(ModulesToSave, {"bias": whole(bias)})
-    return found
-
-
-def check_specs(
-    modules: Mapping[str, nn.Module], layers: Mapping[str, AdapterWrapper], specs: Mapping[str, AdapterSpec]
+def check_layers(
+    modules: Mapping[str, nn.Module], held: Mapping[str, AdapterWrapper], layers: Mapping[str, AdapterWrapper]
 ) -> None:
-    """Raise a TargetError for combinations of adapters that would not act as configured."""
-    if "" in specs:
+    """Raise a TargetError for new layers that would not act as configured, beside those that the model has."""
+    if "" in layers:
         raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
     model = modules[""]
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
         raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
     divides = isinstance(model, Llama) and "logits_scaling" in model.config.source
-    for path, spec in specs.items():
-        module = modules[path]
-        if divides and path == "lm_head" and "lora_bias" in spec.tensors:
-            raise TargetError(f"{path}: logits_scaling divides its input, not the bias that lora_bias adds; exclude it")
-        is_own = has_hooks(module) or "forward" in module.__dict__
-        if is_own and issubclass(spec.kind, LowRankWrapper) and spec.kind is not LoraEmbedding:
+    if divides and (head := layers.get("lm_head")) and any(a.lora_bias is not None for a in head.adapters.values()):
+        raise TargetError("lm_head: logits_scaling divides its input, not the bias that lora_bias adds; exclude it")
+    for path, layer in layers.items():
+        is_own = has_hooks(layer.base) or "forward" in layer.base.__dict__
+        if is_own and isinstance(layer, LINEARS):
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
-        if path in layers and type(layers[path]) is not spec.kind:
-            raise TargetError(f"{path}: another adapter changes it in another way; delete that one first")
-    kinds = {path: type(layer) for path, layer in layers.items()} | {path: spec.kind for path, spec in specs.items()}
-    copied = {path for path, kind in kinds.items() if kind is ModulesToSave}
-    for path in kinds:
-        if outer := [where for where in copied if path.startswith(f"{where}.")]:
+    both = [*held.items(), *layers.items()]
+    full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
+    for path, _ in both:
+        if outer := [where for where in full if path.startswith(f"{where}.")]:
             raise TargetError(
                 f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"
             )

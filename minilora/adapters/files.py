@@ -13,38 +13,43 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import PEFT_NAMES, PREFIX, base_modules, layers_of
-from minilora.adapters.attach import config_of_adapter, describe_base, inject_adapter, path_of
-from minilora.adapters.build import LINEARS, AdapterSpec, build_specs, factor_shapes, kind_of
+from minilora.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    activate,
+    adapter_tensors,
+    base_modules,
+    copy_tensors_,
+    layers_of,
+)
+from minilora.adapters.attach import check_name, config_of_adapter, describe_base, inject_layers, path_of
+from minilora.adapters.build import LINEARS, build_layers, factor_shapes, has_ties, kind_of, low_rank_layer, matrix_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.initialize import factors_from_weight
-from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
+from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
 from minilora.adapters.layout import (
     BASE_METADATA,
-    CONFIG_FILE,
     DETERMINISTIC_INITS,
     FIELD_OF_TENSOR,
-    WEIGHTS_FILE,
     Stored,
     check_language_task,
     fields_of,
     is_name,
+    parse_tensor_name,
     read_adapter,
     write_adapter,
 )
-from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens
+from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.errors import FormatError, TargetError, check_types, listed
 from minilora.files import publishing
 from minilora.llama import Llama
-from minilora.lora import AdapterWrapper, LoraAdapter
+from minilora.lora import AdapterWrapper, LoraAdapter, widest
 from minilora.models.bitsandbytes import shortest_names
-from minilora.models.fsdp import whole_weight
 from minilora.models.hub import fetch, unpinned
 from minilora.nf4 import NF4Linear
 
-LINEAR_NAMES = PEFT_NAMES | {"lora_bias": "lora_B.bias", "bias": "base_layer.bias"}
-EMBEDDING_NAMES = LINEAR_NAMES | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 T = TypeVar("T")
+Key = tuple[str, str]  # of a tensor: the path of its module, and its name there; see `parse_tensor_name`
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -69,17 +74,7 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(config_of_adapter(model, name), name, layers, list(base_modules(model)))
     metadata = {BASE_METADATA: json.dumps(describe_base(model))}
-    tensors = {f"{PREFIX}{where}.{key}": t for where in layers for key, t in peft_tensors(layers[where], name).items()}
-    write_adapter(directory, fields, tensors, metadata)
-
-
-def peft_tensors(layer: AdapterWrapper, name: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter by the ends of their names in PEFT's file, after the module's path."""
-    if isinstance(layer, ModulesToSave | TrainableTokens):
-        return layer.peft_tensors(name)
-    ends = EMBEDDING_NAMES if isinstance(layer, LoraEmbedding) else LINEAR_NAMES
-    held = {end: getattr(layer.adapters[name], key) for key, end in ends.items()}
-    return {end: tensor for end, tensor in held.items() if tensor is not None}
+    write_adapter(directory, fields, adapter_tensors(layers, name), metadata)
 
 
 def load_adapter(
@@ -109,6 +104,7 @@ def load_adapter(
             named, with both shapes.
     """
     check_types(load_adapter, locals())
+    check_name(name)
     stored, modules = read_adapter(fetch(path, "adapter")), base_modules(model)
     config = stored.config()
     if isinstance(model, Llama):
@@ -116,92 +112,102 @@ def load_adapter(
     config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
     embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)
-    specs = build_specs(modules, config, _blank_specs(stored, modules, config), embedding)
-    if not any(spec.tied_to for spec in specs.values()):  # PEFT also writes it where nothing or A and B are tied
+    if dtype is None:
+        dtype = widest(*(tensor for held in stored.tensors.values() for tensor in held.values()))
+    layers = build_layers(modules, config, name, _blank_tensors(stored, modules, config), dtype, embedding)
+    own = {parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
+    if not has_ties(layers, name):  # PEFT also writes it where nothing or A and B are tied
         config = replace(config, ensure_weight_tying=False)
-    specs = _filled(specs, stored, modules, config)
-    if dtype is not None:
-        specs = {where: spec.copied(dtype) for where, spec in specs.items()}
-    inject_adapter(model, config, name, specs, trainable)
+    copy_tensors_(own, _fitting_tensors(stored, own, layers, modules, config))
+    if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
+        layers |= _restarted(layers, init, config, name)
+    inject_layers(model, layers, config, name)
     if not trainable:
+        activate(model, name, trainable=False)
         model.eval()
 
 
-def _blank_specs(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, AdapterSpec]:
-    """Return the low-rank specs that the config asks for, with tensors on the device "meta"."""
-    specs: dict[str, AdapterSpec] = {}
+def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, Tensor]]:
+    """Return tensors for the low-rank adapters that the config asks for, without their numbers."""
+    found: dict[str, dict[str, Tensor]] = {}
     for path, tensors in stored.tensors.items():
-        if "lora_A" not in tensors or (kind := kind_of(modules.get(path))) is None:
+        if "lora_A" not in tensors or kind_of(modules.get(path)) is None:
             continue
         shape_A, shape_B = factor_shapes(modules[path], config.rank(path))
-        has_bias = "bias" in tensors and modules[path]._parameters.get("bias") is not None
+        is_trained = "bias" in tensors or config.bias != "none"
+        has_bias = is_trained and modules[path]._parameters.get("bias") is not None
         asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
         shapes = {"lora_A": shape_A, "lora_B": shape_B, **{key: shape_B[:1] for key in asked if asked[key]}}
-        specs[path] = AdapterSpec(kind, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
-    return specs
+        found[path] = {key: torch.empty(shape) for key, shape in shapes.items()}
+    return found
 
 
-def _filled(
-    specs: Mapping[str, AdapterSpec], stored: Stored, modules: Mapping[str, Any], config: LoraConfig
-) -> dict[str, AdapterSpec]:
-    """Return the specs with the tensors of the file, which must be those that are asked for, in these shapes.
+def _fitting_tensors(
+    stored: Stored,
+    own: Mapping[Key, Tensor],
+    layers: Mapping[str, AdapterWrapper],
+    modules: Mapping[str, Any],
+    config: LoraConfig,
+) -> dict[Key, Tensor]:
+    """Return the tensors of a file, which must be those that are asked for; without copies of the base's weights.
 
     Raises:
         TargetError: the model has no such module, or another shape or weight; the first two are named.
         FormatError: config and tensors contradict each other.
     """
-    copied = {where: held["weight"] for where, held in stored.tensors.items() if "weight" in held and where}
-    held = {
-        f"{where}.{key}".removeprefix("."): tensor
-        for where, tensors in stored.tensors.items()
-        for key, tensor in tensors.items()
-        if not (where and key == "weight")
-    }
-    needed = {
-        f"{path}.{key}": tuple(tensor.shape)
-        for path, spec in specs.items()
-        for key, tensor in spec.tensors.items()
-        if key != "ids"
-    }
+    held = {(where, key): tensor for where, tensors in stored.tensors.items() for key, tensor in tensors.items()}
+    copies = {key: held.pop(key) for key in list(held) if key[0] and key[1] == "weight"}
     misfits = [
         f"{where}: the model has no such layer"
         for where in stored.tensors
-        if where and where not in specs and kind_of(modules.get(where)) is None
+        if where and where not in layers and kind_of(modules.get(where)) is None
     ]
-    for name in held.keys() & needed.keys():
-        if (shape := tuple(held[name].shape)) != needed[name]:
-            misfits.append(f"{name}: the adapter has {shape}, the model needs {needed[name]}")
-    for where, weight in copied.items():
-        if where not in specs or not _is_weight_of(modules[where], weight):
+    for key in held.keys() & own.keys():
+        if (shape := tuple(held[key].shape)) != tuple(own[key].shape):
+            misfits.append(f"{_spelled(key)}: the adapter has {shape}, the model needs {tuple(own[key].shape)}")
+    for (where, _), weight in copies.items():
+        if where in layers and not _is_weight_of(layers[where].base, weight):
             misfits.append(f"{where}.base_layer.weight is not the weight of this model")
     if misfits:
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
         raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(sorted(misfits), most=2)}")
-    wrong = [f"{name} is not asked for{_asked_by(name, config)}" for name in sorted(held.keys() - needed)]
-    wrong += [f"there is no {name}{_asked_by(name, config)}" for name in sorted(needed.keys() - held)]
+    wrong = [f"{_spelled(key)} is not asked for{_asked_by(key, config)}" for key in sorted(held.keys() - own)]
+    wrong += [f"there is no {_spelled(key)}{_asked_by(key, config)}" for key in sorted(own.keys() - held)]
     if wrong:
         raise FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(wrong, most=4)}")
-    filled = {}
-    for path, spec in specs.items():
-        tensors = {key: held.get(f"{path}.{key}", tensor) for key, tensor in spec.tensors.items()}
-        init = stored.values.get("init_lora_weights")
-        if spec.kind in LINEARS and init in DETERMINISTIC_INITS:  # PEFT takes the word for True on other layers
-            if isinstance(modules[path], NF4Linear):
-                raise TargetError(f"{stored.path}: {init} starts from the dense weight, and {path} is in four bits")
-            weight = as_matrix(modules[path], whole_weight(modules[path]))
-            start = factors_from_weight(init, weight, config.rank(path), config.scale(path))
-            tensors["start_A"], tensors["start_B"] = start
-        is_tied = spec.kind is ModulesToSave and spec.tied_to is not None
-        if is_tied and not torch.equal(tensors["weight"], held[f"{spec.tied_to}.weight"]):
-            raise FormatError(f"{stored.path}: ensure_weight_tying: {path} and {spec.tied_to} have other weights")
-        filled[path] = spec._replace(tensors=tensors)
-    return filled
+    first: dict[int, Key] = {}
+    for key, tensor in own.items():
+        tied = first.setdefault(id(tensor), key)
+        if tied != key and not torch.equal(held[key], held[tied]):
+            both = f"{_spelled(key)} and {_spelled(tied)}"
+            raise FormatError(f"{stored.path}: ensure_weight_tying: {both} are different")
+    return held
 
 
-def _asked_by(name: str, config: LoraConfig) -> str:
+def _restarted(
+    layers: Mapping[str, AdapterWrapper], init: str, config: LoraConfig, name: str
+) -> dict[str, AdapterWrapper]:
+    """Return the layers of linears again, from whose weights PEFT took the start, which is computed again."""
+    found = {}
+    for path, layer in layers.items():
+        if isinstance(layer, LINEARS):  # PEFT takes the word for True on other layers
+            if isinstance(layer.base, NF4Linear):
+                raise TargetError(f"{path}: {init} starts from the dense weight, and this one is 4-bit")
+            start = factors_from_weight(init, matrix_of(layer.base), config.rank(path), config.scale(path))
+            tensors = layer.adapters[name].tensors() | dict(zip(("start_A", "start_B"), start, strict=True))
+            found[path] = low_rank_layer(layer.base, path, config, name, tensors)
+    return found
+
+
+def _spelled(key: Key) -> str:
+    """Return a tensor's name in a message."""
+    return ".".join(filter(None, key))
+
+
+def _asked_by(key: Key, config: LoraConfig) -> str:
     """Return which field of the config asks for a tensor, or should, for the end of a message."""
-    field = FIELD_OF_TENSOR.get(name.rpartition(".")[2], "modules_to_save")
+    field = FIELD_OF_TENSOR.get(key[1].rpartition(".")[2], "modules_to_save")
     return f"; {field} is {getattr(config, field)!r:.80}"
 
 
@@ -220,7 +226,9 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
     growth = math.sqrt(times) if config.use_rslora else times
     ranks = {where: len(adapter.lora_A) for where, adapter in adapters.items()}
     alphas = {where: _alpha(config, where, adapter) for where, adapter in adapters.items()}
-    whole = [where for where, layer in layers.items() if isinstance(layer, ModulesToSave) and layer.is_whole(name)]
+    whole = [
+        where for where, layer in layers.items() if isinstance(layer, ModulesToSave) and layer.adapters[name].is_whole
+    ]
     return {
         **fields_of(config),
         "target_modules": shortest_names(list(low_rank), modules),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,11 @@ def embedding_scale(module: nn.Module, dtype: torch.dtype) -> Tensor | float:
 class LoraConv1D(AdapterWrapper):
     """transformers' Conv1D, a linear layer that stores Wᵀ (final)."""
 
+    PEFT_NAMES: ClassVar = LoraLinear.PEFT_NAMES
+
     def as_linear(self) -> LoraLinear:
         """Return a LoraLinear with the same adapters, whose weight is a view of this one's."""
-        linear = LoraLinear(dense_linear(self.base.weight.T, self.base.bias), self.path)
+        linear = LoraLinear(dense_linear(self.base.weight.T, self.base.bias), self.path, {})
         linear.adapters, linear.active = self.adapters, self.active
         return linear
 
@@ -71,9 +74,11 @@ class LoraEmbedding(AdapterWrapper):
     Dropout drops the adapter of an index as a whole, because its one-hot vector has only one number.
     """
 
+    PEFT_NAMES: ClassVar = {**LoraLinear.PEFT_NAMES, "lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        for adapter in (self.adapters[name] for name in self.active):
+        for adapter in self.active_adapters():
             h = F.embedding(x, adapter.lora_A.T, self.base.padding_idx)
             h = adapter.scale * h * adapter.dropout(torch.ones_like(h[..., :1]))
             update = F.linear(h, adapter.lora_B).to(y.dtype) * embedding_scale(self.base, y.dtype)
@@ -86,7 +91,7 @@ class LoraEmbedding(AdapterWrapper):
     @property
     def weight(self) -> Tensor:
         """The merged weight, as it is stored."""
-        return merge_weight(self.base.weight.T, [self.adapters[name] for name in self.active]).T
+        return merge_weight(self.base.weight.T, self.active_adapters()).T
 
 
 LowRankWrapper = LoraLinear | LoraConv1D | LoraEmbedding

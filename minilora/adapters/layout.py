@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from minilora.adapter import PREFIX
+from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, read_json, verify, write_json, write_tensors
@@ -35,7 +35,6 @@ from minilora.models.tokenizer import Tokenizer, find_tokenizer
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_METADATA = "base_quantization"  # in the metadata of the weights' file
 T = TypeVar("T")

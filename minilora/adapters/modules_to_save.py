@@ -11,16 +11,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.adapter import add_adapter, own_parameters
+from minilora.adapter import own_parameters
 from minilora.adapters.layers import embedding_scale, shallow_copy
 from minilora.lora import AdapterWrapper
+
+
+class TrainedCopy(nn.Module):
+    """A copy of a module for one adapter, which trains its own parameters of it and shares the others (final)."""
+
+    def __init__(self, base: nn.Module, tensors: Mapping[str, Tensor], tied: TrainedCopy | None = None):
+        super().__init__()
+        self.copy: Any = shallow_copy(base, tensors)
+        self.own = {*tensors}
+        # FSDP replaces parameters by plain tensors while it computes, so they are looked up by their names.
+        self.shared = {key for key, _ in base.named_parameters()} - self.own
+        if tied is not None:  # to the copy of another module
+            self.copy.weight = tied.copy.weight
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the module is trained in full, not only its bias."""
+        return self.own != {"bias"}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {key: parameter for key, parameter in self.copy.named_parameters() if key in self.own}
+
+    def replaced(self) -> set[str]:
+        return self.own
 
 
 class ModulesToSave(AdapterWrapper):
@@ -30,27 +54,6 @@ class ModulesToSave(AdapterWrapper):
     those of a base that is divided among ranks are whole only meanwhile.
     """
 
-    def __init__(self, base: nn.Module, path: str):
-        super().__init__(base, path)
-        # FSDP replaces parameters by plain tensors meanwhile, so they are looked up by their names.
-        self._names = {key for key, _ in base.named_parameters()}
-        self.own: dict[str, set[str]] = {}  # of these, those that each adapter trains
-        self.tied: set[str] = set()  # the adapters whose weight is that of another wrapper
-
-    def add_copy(self, name: str, tensors: Mapping[str, Tensor], owner: AdapterWrapper | None) -> None:
-        """Add an adapter that trains these parameters; its weight is that of the owner, if it is tied to one."""
-        self.own[name] = {*tensors}
-        copy: Any = shallow_copy(self.base, tensors)
-        self.tied.discard(name)
-        if owner is not None:
-            copy.weight = owner.adapters[name].weight
-            self.tied.add(name)
-        add_adapter(self, name, copy)
-
-    def is_whole(self, name: str) -> bool:
-        """Return whether an adapter trains the module in full, not only its bias."""
-        return self.own[name] != {"bias"}
-
     def __getattr__(self, name: str) -> Any:
         """Forward unknown attributes to the module that acts."""
         try:
@@ -58,26 +61,22 @@ class ModulesToSave(AdapterWrapper):
         except AttributeError:
             if name in ("base", "adapters", "active") or name.startswith("__"):
                 raise
-            return getattr(self.adapters[self.active[-1]] if self.active else self.base, name)
-
-    def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        own = {key: p for key, p in self.adapters[name].named_parameters() if key in self.own[name]}
-        return own | ({"weight": own["weight"].detach().clone()} if name in self.tied else {})  # files share no memory
+            return getattr(self.active_adapters()[-1].copy if self.active else self.base, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the active copy, or the base."""
         if not self.active:
             return self.base(*args, **kwargs)
-        name, base = self.active[-1], self.base
-        shared = {key: attrgetter(key)(base) for key in self._names - self.own[name]}
-        return functional_call(self.adapters[name], shared | self._in_dtype_of_base(name), args, kwargs)
+        (adapter,) = self.active_adapters()
+        shared = {key: attrgetter(key)(self.base) for key in adapter.shared}
+        return functional_call(adapter.copy, shared | self._in_dtype_of_base(adapter), args, kwargs)
 
     def merged(self) -> nn.Module:
-        return shallow_copy(self.base, self._in_dtype_of_base(self.active[-1]))
+        (adapter,) = self.active_adapters()
+        return shallow_copy(self.base, self._in_dtype_of_base(adapter))
 
-    def _in_dtype_of_base(self, name: str) -> dict[str, Tensor]:
-        base, copy = self.base, self.adapters[name]
-        return {key: attrgetter(key)(copy).to(attrgetter(key)(base).dtype) for key in self.own[name]}
+    def _in_dtype_of_base(self, adapter: TrainedCopy) -> dict[str, Tensor]:
+        return {key: tensor.to(attrgetter(key)(self.base).dtype) for key, tensor in adapter.tensors().items()}
 
 
 def unties(layers: Iterable[AdapterWrapper | None]) -> bool:
@@ -87,17 +86,25 @@ def unties(layers: Iterable[AdapterWrapper | None]) -> bool:
 
 
 class Rows(nn.Module):
-    """The trained rows of one adapter, and the tokens that they belong to.
+    """The trained rows of one adapter, and the tokens that they belong to (final).
+
+    `is_shared` says that the rows are those of an embedding that the module is tied to, which are saved there.
 
     Shapes: ids (n), rows (n, D)
     """
 
     ids: Tensor
 
-    def __init__(self, ids: Sequence[int], rows: Tensor):
+    def __init__(self, ids: Sequence[int], rows: nn.Parameter, is_shared: bool = False):
         super().__init__()
-        self.rows = nn.Parameter(rows)
-        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        self.rows, self.is_shared = rows, is_shared
+        self.register_buffer("ids", torch.tensor(ids, device="cpu"), persistent=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.is_shared else {"rows": self.rows}
+
+    def replaced(self) -> set[str]:
+        return {f"row {token}" for token in self.ids.tolist()}
 
     def of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return which tokens have a row, and the index of the row: (...) -> (...), (...)."""
@@ -108,26 +115,12 @@ class Rows(nn.Module):
 class TrainableTokens(AdapterWrapper):
     """An embedding or an output head in whose weight each adapter replaces some rows (final)."""
 
-    def __init__(self, base: nn.Module, path: str):
-        super().__init__(base, path)
-        self.shared: set[str] = set()  # the adapters whose rows belong to another wrapper
-
-    def add_rows(self, name: str, tensors: Mapping[str, Tensor], owner: AdapterWrapper | None) -> None:
-        """Add rows of its own, or those of the embedding that the module is tied to."""
-        if owner is None:
-            self.shared.discard(name)
-            add_adapter(self, name, Rows(tensors["ids"].tolist(), tensors["rows"]))
-        else:
-            self.shared.add(name)
-            add_adapter(self, name, owner.adapters[name])
-
-    def peft_tensors(self, name: str) -> dict[str, Tensor]:
-        return {} if name in self.shared else {"token_adapter.trainable_tokens_delta": self.adapters[name].rows}
+    PEFT_NAMES: ClassVar = {"rows": "token_adapter.trainable_tokens_delta"}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map indices (...) -> (..., D) as an embedding, or (..., D) -> (..., V) as a head."""
         y: Tensor = self.base(x)
-        for adapter in (self.adapters[name] for name in self.active):
+        for adapter in self.active_adapters():
             if isinstance(self.base, nn.Linear):
                 bias = None if self.base.bias is None else self.base.bias[adapter.ids].to(x.dtype)
                 y = y.index_copy(-1, adapter.ids, F.linear(x, adapter.rows.to(x.dtype), bias))
@@ -141,7 +134,7 @@ class TrainableTokens(AdapterWrapper):
     def weight(self) -> Tensor:
         """The base's weight with the rows of the active adapters in it."""
         weight: Tensor = self.base.weight
-        for adapter in (self.adapters[name] for name in self.active):
+        for adapter in self.active_adapters():
             weight = weight.index_copy(0, adapter.ids, adapter.rows.to(weight.dtype))
         return weight
 

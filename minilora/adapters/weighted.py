@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from minilora.adapter import layers_of
-from minilora.adapters.attach import config_of_adapter, inject_adapter
-from minilora.adapters.build import AdapterSpec
+from minilora.adapter import activate, layers_of
+from minilora.adapters.attach import config_of_adapter, inject_layers
+from minilora.adapters.build import low_rank_layer
 from minilora.adapters.combine import CombineConfig, Factors, LowRank, combine
 from minilora.adapters.config import LoraConfig, Task
-from minilora.adapters.modules_to_save import ModulesToSave, TrainableTokens
+from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
 from minilora.errors import ConfigError, check_types
 from minilora.lora import AdapterWrapper, LoraAdapter
 
@@ -35,14 +35,14 @@ def combine_adapters(
     check_types(combine_adapters, locals())
     held = {each: layers_of(model, each) for each in weights}
     task = config_of_adapter(model, next(iter(weights))).task_type if weights else None
-    saved: dict[str, AdapterSpec] = {}
-    for each, layers in held.items():
-        own = _trained_in_full(layers, each)
-        if twice := sorted(own.keys() & saved):
+    layers: dict[str, AdapterWrapper] = {}
+    for each in held:
+        own = _copied_in_full(held[each], each, name)
+        if twice := sorted(own.keys() & layers):
             raise ConfigError(f"{twice[0]}: several of {list(weights)} have trained it in full, and only one can act")
-        saved |= own
-        held[each] = {path: layer for path, layer in layers.items() if path not in own}
-    adapters = [{path: layer.adapters[each] for path, layer in layers.items()} for each, layers in held.items()]
+        layers |= own
+        held[each] = {path: layer for path, layer in held[each].items() if path not in own}
+    adapters = [{path: layer.adapters[each] for path, layer in parts.items()} for each, parts in held.items()]
     for each, parts in zip(held, adapters, strict=True):
         if others := [path for path, adapter in parts.items() if not _is_update(adapter)]:
             raise ConfigError(
@@ -52,33 +52,30 @@ def combine_adapters(
             )
     factors = [{path: Factors(a.lora_A, a.lora_B, a.scale) for path, a in parts.items()} for parts in adapters]
     cuts = combine(factors, list(weights.values()), config)
-    kinds = {path: type(layer) for layers in held.values() for path, layer in layers.items()}
-    specs = {}
+    rows = {p: layer.adapters[name].ids.tolist() for p, layer in layers.items() if isinstance(layer, TrainableTokens)}
+    full = tuple(path for path in layers if path not in rows)
+    combined = replace(config_of(cuts, task), modules_to_save=full, trainable_token_indices=rows or None)
+    bases = {path: layer.base for parts in held.values() for path, layer in parts.items()}
     for path, cut in cuts.items():
-        specs[path] = AdapterSpec(kinds[path], {"lora_A": cut.factors.lora_A, "lora_B": cut.factors.lora_B})
-    rows = {path: tuple(spec.tensors["ids"].tolist()) for path, spec in saved.items() if "ids" in spec.tensors}
-    modules = tuple(path for path, spec in saved.items() if spec.kind is ModulesToSave)
-    combined = replace(config_of(cuts, task), modules_to_save=modules, trainable_token_indices=rows or None)
-    inject_adapter(model, combined, name, specs | saved, trainable=False)
+        tensors = {"lora_A": cut.factors.lora_A, "lora_B": cut.factors.lora_B}
+        layers[path] = low_rank_layer(bases[path], path, combined, name, tensors)
+    inject_layers(model, layers, combined, name)
+    activate(model, name, trainable=False)
     return cuts
 
 
-def _trained_in_full(layers: Mapping[str, AdapterWrapper], name: str) -> dict[str, AdapterSpec]:
-    """Return copies of the modules and token rows that an adapter has trained, as specs by path."""
-    tokens = {path: layer for path, layer in layers.items() if isinstance(layer, TrainableTokens)}
-    owners = {layer.adapters[name]: path for path, layer in tokens.items() if name not in layer.shared}
-    found = {}
+def _copied_in_full(layers: Mapping[str, AdapterWrapper], old: str, new: str) -> dict[str, AdapterWrapper]:
+    """Return new layers with copies of the modules and token rows that an adapter has trained; tied ones stay tied."""
+    found: dict[str, AdapterWrapper] = {}
+    rows: dict[nn.Parameter, nn.Parameter] = {}
     for path, layer in layers.items():
-        adapter, tied_to = layer.adapters[name], None
-        if isinstance(layer, ModulesToSave) and layer.is_whole(name):
-            tensors = layer.peft_tensors(name)
-        elif path in tokens:
-            tied_to = None if owners[adapter] == path else owners[adapter]
-            tensors = {} if tied_to else {"ids": adapter.ids, "rows": adapter.rows}
-        else:
-            continue
-        copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-        found[path] = AdapterSpec(type(layer), copies, tied_to)
+        adapter = layer.adapters[old]
+        if isinstance(adapter, TrainedCopy) and adapter.is_whole:
+            tensors = {key: tensor.detach().clone() for key, tensor in adapter.tensors().items()}
+            found[path] = ModulesToSave(layer.base, path, {new: TrainedCopy(layer.base, tensors)})
+        elif isinstance(adapter, Rows):
+            copy = rows.setdefault(adapter.rows, nn.Parameter(adapter.rows.detach().clone()))
+            found[path] = TrainableTokens(layer.base, path, {new: Rows(adapter.ids.tolist(), copy, adapter.is_shared)})
     return found
 
 

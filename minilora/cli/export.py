@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
+from minilora.adapter import WEIGHTS_FILE
 from minilora.adapters import layout
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_out, new_directory
@@ -42,7 +43,7 @@ def export_adapter(path: str | Path, out: Path) -> int:
     A is not rounded, and B once, to float32:  |ΔW′ - ΔW| ≤ 2⁻²⁴·|s|·|B| |A|, element by element.
     """
     stored = layout.read_adapter(fetch(path, "adapter"))
-    file = TensorFile(stored.path / layout.WEIGHTS_FILE)
+    file = TensorFile(stored.path / WEIGHTS_FILE)
     names = {name: layout.parse_tensor_name(name) for name in file.shapes}
     others = [name for name, (_, key) in names.items() if key not in ("lora_A", "lora_B", "weight")]
     if (init := stored.values.get("init_lora_weights")) in layout.DETERMINISTIC_INITS:

@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from minilora.adapter import WEIGHTS_FILE
 from minilora.adapters.attach import describe_base
 from minilora.adapters.combine import CombineConfig
 from minilora.adapters.files import load_adapter, save_adapter_files
-from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_model_of
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapters.layout import base_model_of
 from minilora.cli import Options, say
 from minilora.cli.load import MERGED
 from minilora.cli.messages import say_system_prompt

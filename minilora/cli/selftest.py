@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora import llama, nf4
-from minilora.adapter import add_adapter
 from minilora.adapters.attach import attach
 from minilora.adapters.combine import Factors, concatenate
 from minilora.adapters.config import LoraConfig
@@ -152,8 +151,8 @@ def implementations(device: torch.device) -> dict[str, Any]:
             tensors["magnitude"] = options.get("magnitude", W.norm(dim=1))
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         scale = lora_scale(len(A), alpha, options.get("use_rslora", False))
-        layer = LoraLinear(dense_linear(W, b), "layer")
-        add_adapter(layer, "default", LoraAdapter(copies, scale, options.get("dropout", 0.0)))
+        adapter = LoraAdapter(copies, scale, options.get("dropout", 0.0))
+        layer = LoraLinear(dense_linear(W, b), "layer", {"default": adapter})
         layer.active = ("default",)
         return on_device(layer)
 

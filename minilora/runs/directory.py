@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from filelock import BaseFileLock
 
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.files import save_adapter_files
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.definition import is_plain
 from minilora.errors import TrainingError
 from minilora.files import holds_files, lock, publishing, remove, replacing, sha256_of, write_json

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapters.layout import read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.files import (
     MANIFEST,

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import adapter_layers
-from minilora.adapters.attach import describe_base, set_adapter
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers, set_adapter
+from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
-from minilora.adapters.layout import CONFIG_FILE, DETERMINISTIC_INITS, WEIGHTS_FILE, parse_tensor_name, vocabulary_of
+from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name, vocabulary_of
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import adapter_layers
-from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ_FIELDS, WEIGHTS_FILE
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
+from minilora.adapters.layout import PEFT_DEFAULTS, READ_FIELDS
 from minilora.data import collate
 from minilora.testing.compare import MATHS, PARITY, assert_parity
 from minilora.training import adamw, train_step

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.adapters.layout import WEIGHTS_FILE
+from minilora.adapter import WEIGHTS_FILE
 from minilora.cli import main as command
 from minilora.files import TensorFile
 from minilora.models.hub import BUILTINS
