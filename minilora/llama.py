@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora.definition import definition
 from minilora.errors import ConfigError, FormatError, ShapeError
+from minilora.nf4 import NF4Linear
 
 CosSin = tuple[Tensor, Tensor]
 BuildBlock = Callable[["LlamaConfig", int], nn.Module]  # (config, index of the layer)
@@ -63,6 +64,24 @@ def llama3_frequencies(width: int, theta: float, scaling: Mapping[str, Any]) -> 
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     rho = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - rho) * f / scaling["factor"] + rho * f
+
+
+def llama_frequencies(source: Mapping[str, Any], width: int) -> Tensor:
+    """Compute the frequencies that the `config.json` of a Llama asks for."""
+    scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    theta = scaling.get("rope_theta") or source.get("rope_theta") or 10_000.0
+    if kind not in ("default", "llama3"):
+        raise ConfigError(f"rope type {kind!r} is not supported; supported are default and llama3")
+    if kind == "default":
+        return rope_frequencies(width, theta)
+    return llama3_frequencies(width, theta, scaling)
+
+
+class Rotates(Protocol):
+    """What gives the angles of a model's tokens, such as `Rope`."""
+
+    def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,7 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    rope: Any  # a `Rope`, or another class with its `rotation`
+    rope: Rotates
     windows: tuple[int | None, ...]  # how far each layer looks back; None: all the way
     qkv_bias: bool = False
     o_bias: bool = False
@@ -101,12 +120,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
-        """Read the `config.json` of a Llama."""
-        scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        model, act = source.get("model_type"), source.get("hidden_act", "silu")
-        if model != "llama" or kind not in ("default", "llama3") or act not in ("silu", "swish"):
-            raise ConfigError(f"need a Llama with silu, found {model!r} with {act!r}, {scaling}")
+        """Read the `config.json` of a Llama. Other families replace what they read in another way."""
         heads = source["num_attention_heads"]
         defaults = {
             "num_key_value_heads": heads,
@@ -115,14 +129,10 @@ class LlamaConfig:
         }
         names = [field.name for field in fields(cls)]
         found = defaults | {name: source[name] for name in names if source.get(name) is not None}
-        theta = scaling.get("rope_theta") or source.get("rope_theta") or 10_000.0
-        frequencies = rope_frequencies(found["head_dim"], theta)
-        if kind == "llama3":
-            frequencies = llama3_frequencies(found["head_dim"], theta, scaling)
         return cls(
             **found,
             source=source,
-            rope=Rope(tuple(frequencies.tolist())),
+            rope=Rope(tuple(llama_frequencies(source, found["head_dim"]).tolist())),
             windows=(None,) * source["num_hidden_layers"],
             qkv_bias=bool(source.get("attention_bias")),
             o_bias=bool(source.get("attention_bias")),
@@ -222,12 +232,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Attends(Protocol):
+    """What the tokens of a pass see: the documents of a batch, or in generation a cache."""
+
+    spans: Sequence[range]  # the positions of the tokens of each document
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor: ...
+
+
 class Documents:
     """Documents laid end to end, each of which attends to itself."""
 
     def __init__(self, lengths: Sequence[int]):
         self.lengths = [length for length in lengths if length]
-        self.spans = [range(length) for length in lengths]  # the positions of the tokens
+        self.spans = [range(length) for length in lengths]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return causal_attention(q, k, v, self.lengths, self.lengths, window)
@@ -249,7 +267,7 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         return [project(x).unflatten(-1, (-1, self.head_dim)) for project in projections]
 
-    def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def forward(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         q, k, v = self.heads(x)
         q = rotate(q, *rotation).to(v.dtype)  # under autocast v has 16 bits, the rotation 32
         k = rotate(k, *rotation).to(v.dtype)
@@ -276,14 +294,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing
+        self, x: Tensor, rotation: CosSin, documents: Attends, checkpointing: Checkpointing
     ) -> Tensor:
         x = x + self.attention_branch(x, rotation, documents)
         if checkpointing == "mlp":
             return x + checkpoint(self.mlp_branch, x, use_reentrant=False)
         return x + self.mlp_branch(x)
 
-    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         return self.self_attn(self.input_layernorm(x), rotation, documents)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
@@ -308,7 +326,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, tokens: Tensor, documents: Any, checkpointing: Checkpointing = "none"
+        self, tokens: Tensor, documents: Attends, checkpointing: Checkpointing = "none"
     ) -> Tensor:
         """Compute the hidden states (N, D) after the last norm, of tokens (N) in `Documents`."""
         x = self.embed_tokens(tokens)
@@ -367,22 +385,41 @@ def pad(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
 
 
 def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
-    """Read a Llama's directory, by name and strictly; `ml.load_model` reads every family."""
-    directory = Path(directory)
-    source = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    """Read a Llama's directory; `ml.load_model` reads every family."""
+    source = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    if (source.get("model_type"), source.get("hidden_act", "silu")) != ("llama", "silu"):
+        raise ConfigError(f"{directory}: need a Llama with silu; see `ml.load_model` for others")
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(source))
-    files = ["model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    found: dict[str, Tensor] = {}
-    for file in files:
-        found |= load_file(directory / Path(file).name)
-    # Both have a tied head once, as the embedding.
-    if wrong := sorted(found.keys() ^ dict(model.named_parameters())):
-        raise FormatError(f"{directory}: missing or unexpected tensors: {wrong[:5]}")
-    model.load_state_dict(found, strict=False, assign=True)
-    model.tie_weights()
+    files = sorted(Path(directory).glob("model*.safetensors"))
+    load_weights(model, (weight for file in files for weight in load_file(file).items()))
     model.name_or_path = str(directory)
     return model.to(dtype).eval()
+
+
+def load_weights(model: Llama, weights: Iterable[tuple[str, Tensor | NF4Linear]]) -> None:
+    """Give a model on "meta" its weights by name, each of them once.
+
+    Raises:
+        FormatError: a name is missing or unexpected.
+    """
+    missing = set(dict(model.named_parameters()))
+    for name, weight in weights:
+        if name not in missing:
+            raise FormatError(f"the model has no parameter {name}, or it came twice")
+        missing.remove(name)
+        assign(model, name, weight)
+    if missing:
+        raise FormatError(f"weights are missing: {sorted(missing)[:5]}")
+    model.tie_weights()
+
+
+def assign(model: nn.Module, name: str, weight: Tensor | NF4Linear) -> None:
+    """Set a parameter. A 4-bit weight comes with its linear, which takes over the bias."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(weight, NF4Linear):
+        weight.bias = owner._parameters["bias"]
+        model.set_submodule(path, weight)
+    else:
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=not isinstance(owner, NF4Linear)))

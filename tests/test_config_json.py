@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from minilora import ConfigError
 from minilora.models.config import FAMILIES, parse_config, trained_length
+from minilora.models.lfm2 import convolves
 from minilora.models.smollm3 import rotated_layers
 from tests import models
 from tests.models import DYNAMIC, LLAMA3, MULTIPLIERS, SIZES, examples, tiny_config, tiny_model, token_ids
@@ -72,10 +73,10 @@ def test_gemma3_has_a_rotation_for_layers_with_a_window_and_another_for_the_rest
 
 
 def test_lfm2_convolves_where_it_does_not_attend_and_has_the_width_that_its_block_asks_for():
-    assert tiny_config("lfm2").windows == (3, None, 3, None)
-    assert tiny_config("lfm2", full_attn_idxs=None).windows == (None,) * 4
+    assert convolves(tiny_config("lfm2").source) == [True, False, True, False]
+    assert convolves(tiny_config("lfm2", full_attn_idxs=None).source) == [False] * 4
     types = ["conv", "conv", "full_attention", "conv"]
-    assert tiny_config("lfm2", layer_types=types, conv_L_cache=5).windows == (5, 5, None, 5)
+    assert convolves(tiny_config("lfm2", layer_types=types).source) == [True, True, False, True]
     for keys, width in (
         ({}, 32),  # 2/3 of 40, as a multiple of 8
         ({"block_multiple_of": None}, 256),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minilora import llama
 from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
 from minilora.files import INDEX, TensorFile, publishing, stream_tensors, tensor_files, write_json
-from minilora.llama import Llama
+from minilora.llama import Llama, load_weights
 from minilora.models.bitsandbytes import (
     Quantize,
     QuantizeConfig,
@@ -81,9 +81,7 @@ def load_model(
     config = read_config(location.path)
     model = build_on_meta(config)
     may_be_views = os.name != "nt"  # Windows replaces no mapped file
-    for name, weight in stored_weights(location.path, model, dtype, usable_device(device), quantize, may_be_views):
-        assign(model, name, weight)
-    model.tie_weights()
+    load_weights(model, stored_weights(location.path, model, dtype, usable_device(device), quantize, may_be_views))
     model.name_or_path = location.name
     return model.eval()
 
@@ -331,14 +329,3 @@ def build_on_meta(config: llama.LlamaConfig) -> Llama:
     """Build a model without storage."""
     with torch.device("meta"):
         return build_model(config)
-
-
-def assign(model: nn.Module, name: str, weight: Weight) -> None:
-    """Set a parameter; a packed weight comes with its linear, which takes over the bias."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if isinstance(weight, NF4Linear):
-        weight.bias = owner._parameters["bias"]
-        model.set_submodule(path, weight)
-    else:
-        setattr(owner, leaf, nn.Parameter(weight, requires_grad=not isinstance(owner, NF4Linear)))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import ConfigError, in_recipe
 from minilora.files import read_json
-from minilora.llama import LlamaConfig, Rope, rope_frequencies
+from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
@@ -17,12 +18,13 @@ from minilora.models.lfm2 import LFM2
 from minilora.models.olmo2 import OLMO2
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
-from minilora.models.rotary import FLOAT, LengthRope, build_rope
+from minilora.models.rotary import FLOAT, build_rope
 from minilora.models.smollm3 import SMOLLM3
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LARGEST = {  # whole numbers above 0, and the largest that is accepted: weights may not say that it is too large
     **dict.fromkeys(("vocab_size", "intermediate_size", "block_multiple_of"), 2**24),
+    "conv_L_cache": 2**12,
     **dict.fromkeys(("hidden_size", "head_dim"), 2**18),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
     "num_hidden_layers": 160,  # Llama 3.1 405B has 126
@@ -67,8 +69,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-COPIED = (*REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
-BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+COPIED = (*REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta")
 
 
 def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
@@ -96,21 +97,12 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         raise ConfigError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
         )
-    fields: dict[str, Any] = {field: bool(values.get(key)) for field, key in BIASES.items() if key in family.biases}
-    fields |= {"windows": (None,) * values["num_hidden_layers"], **family.fields(values)}
-    if "rope" not in fields:
-        fields["rope"] = _rope(values)
-    return LlamaConfig(source=dict(source), **{key: values[key] for key in COPIED} | fields)
-
-
-def _rope(values: Mapping[str, Any]) -> Rope | LengthRope:
-    """Build the rotation of a whole head: the page's, or one of a kind of `rope_scaling`."""
-    width, part = values["head_dim"], values["partial_rotary_factor"]
-    if part != 1:
-        raise ConfigError(f"partial_rotary_factor is {part}, which {values['model_type']} does not have")
-    if values["rope_scaling"] or width % 2:  # an odd width is an error there
-        return build_rope(values, width)
-    return Rope(tuple(rope_frequencies(width, float(values["rope_theta"])).tolist()))
+    own = {"source": dict(source), **family.fields(values)}
+    if "rope" not in own and values["partial_rotary_factor"] != 1:
+        raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
+    if "rope" not in own and (values["rope_scaling"] or values["head_dim"] % 2):  # an odd width is an error there
+        own["rope"] = build_rope(values, values["head_dim"])
+    return replace(LlamaConfig.from_dict({key: values.get(key) for key in (*COPIED, *family.biases)}), **own)
 
 
 def trained_length(config: LlamaConfig) -> int:

@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.llama import LlamaConfig
+from minilora.llama import Attends, LlamaConfig
 from minilora.models.generate import KVCache
 
 
 class ShortConvolution(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        D, L, bias = config.hidden_size, config.windows[layer], bool(config.source.get("conv_bias"))
-        assert L is not None
+        D, bias = config.hidden_size, bool(config.source.get("conv_bias"))
+        L = config.source.get("conv_L_cache") or 3
         self.in_proj = nn.Linear(D, 3 * D, bias)
         self.conv = nn.Conv1d(D, D, L, groups=D, bias=bias)
         self.out_proj = nn.Linear(D, D, bias)
 
-    def forward(self, x: Tensor, rotation: Any, documents: Any) -> Tensor:
+    def forward(self, x: Tensor, rotation: Any, documents: Attends) -> Tensor:
         """Compute what attention would in its place, without a rotation: (N, D) -> (N, D)."""
         b, c, x = self.in_proj(x).chunk(3, dim=-1)
         before = self.conv.kernel_size[0] - 1

@@ -40,10 +40,16 @@ def equal_windows(values: Values) -> dict[str, Any]:
     return {"windows": (values.get("sliding_window"),) * values["num_hidden_layers"]}
 
 
-def some_windows(values: Values, slides: Sequence[bool], kind: str = "sliding_attention") -> dict[str, Any]:
-    """Return the field for a window in some layers: those of a kind in `layer_types` or, without it, of `slides`."""
-    if (types := values.get("layer_types")) is not None:
-        slides = [each == kind for each in types]
-    if len(slides) != values["num_hidden_layers"]:
-        raise ConfigError(f"layer_types has {len(slides)} entries; the model has {values['num_hidden_layers']} layers")
+def some_windows(values: Values, slides: Sequence[bool]) -> dict[str, Any]:
+    """Return the field for a window in some layers: those that `layer_types` names or, without it, of `slides`."""
+    slides = layers_of_kind(values, "sliding_attention", slides)
     return {"windows": tuple(values.get("sliding_window") if slide else None for slide in slides)}
+
+
+def layers_of_kind(values: Values, kind: str, default: Sequence[bool]) -> list[bool]:
+    """Return which layers `layer_types` says to be of a kind; without it those of the default."""
+    types = values.get("layer_types")
+    found = list(default) if types is None else [each == kind for each in types]
+    if len(found) != values["num_hidden_layers"]:
+        raise ConfigError(f"layer_types has {len(found)} entries; the model has {values['num_hidden_layers']} layers")
+    return found

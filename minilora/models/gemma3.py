@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.llama import MLP, Attention, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm, rms_norm
+from minilora.llama import MLP, Attends, Attention, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm, rms_norm
 from minilora.models.family import Family, Values, some_windows
 from minilora.models.rotary import build_rope_by_window
 
@@ -58,13 +58,13 @@ class GemmaBlock(Block):
         self.post_feedforward_layernorm = GemmaNorm(config.hidden_size, config)
         self.layer, self.kind = layer, int(config.windows[layer] is None)
 
-    def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
+    def forward(self, x: Tensor, rotation: CosSin, documents: Attends, checkpointing: Checkpointing) -> Tensor:
         if self.layer == 0:
             x = x * x.new_full((), math.sqrt(x.size(-1)))  # √D in the dtype of x
         cos, sin = rotation
         return super().forward(x, (cos[self.kind], sin[self.kind]), documents, checkpointing)
 
-    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         return self.post_attention_layernorm(super().attention_branch(x, rotation, documents))
 
     def mlp_branch(self, x: Tensor) -> Tensor:

@@ -12,11 +12,10 @@ the last norm divides by s, since the head is linear; so the loss and generation
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
-from minilora.llama import MLP, Attention, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm
+from minilora.llama import MLP, Attends, Attention, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm
 from minilora.models.family import Family
 
 
@@ -36,11 +35,11 @@ class GraniteBlock(Block):
         self.residual_multiplier = multiplier(config, "residual_multiplier")
         self.input_scale = multiplier(config, "embedding_multiplier") if layer == 0 else 1.0
 
-    def forward(self, x: Tensor, rotation: CosSin, documents: Any, checkpointing: Checkpointing) -> Tensor:
+    def forward(self, x: Tensor, rotation: CosSin, documents: Attends, checkpointing: Checkpointing) -> Tensor:
         x = x if self.input_scale == 1 else self.input_scale * x
         return super().forward(x, rotation, documents, checkpointing)
 
-    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         return self.residual_multiplier * super().attention_branch(x, rotation, documents)
 
     def mlp_branch(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """LFM2: in most blocks a short convolution stands in place of attention  [Liquid AI 2025, LFM2 Technical Report, §2].
 
-Its window is `conv_L_cache`. Attention norms q and k, as in Qwen3. Properties give modules the names of the page.
+Attention norms q and k, as in Qwen3. Properties give modules the names of the page.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import Attention, Block, CosSin, Decoder, Llama, LlamaConfig, RMSNorm, swiglu
+from minilora.llama import Attends, Attention, Block, CosSin, Decoder, Llama, LlamaConfig, RMSNorm, swiglu
 from minilora.models.convolution import ShortConvolution
-from minilora.models.family import Family, Values, some_windows
+from minilora.models.family import Family, Values, layers_of_kind
 
 
 class Lfm2Attention(Attention):
@@ -43,15 +43,15 @@ class Lfm2MLP(nn.Module):
 class Lfm2Block(Block):
     def __init__(self, config: LlamaConfig, layer: int):
         nn.Module.__init__(self)  # parts and norms have other names than a Llama's
-        if config.windows[layer] is None:
-            self.self_attn = Lfm2Attention(config, layer)
+        if convolves(config.source)[layer]:
+            self.conv = ShortConvolution(config)
         else:
-            self.conv = ShortConvolution(config, layer)
+            self.self_attn = Lfm2Attention(config, layer)
         self.feed_forward = Lfm2MLP(config.hidden_size, config.intermediate_size)
         self.operator_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         mixer = self.conv if "conv" in self._modules else self.self_attn
         return mixer(self.operator_norm(x), rotation, documents)
 
@@ -76,12 +76,18 @@ def fields(values: Values) -> dict[str, Any]:
     if values.get("block_auto_adjust_ff_dim", True):
         width = int((values.get("block_ffn_dim_multiplier") or 1.0) * int(2 * width / 3))
         width = -(-width // multiple) * multiple
-    listed, layers = values.get("full_attn_idxs"), range(values["num_hidden_layers"])
-    convolves = [listed is not None and layer not in listed for layer in layers]
-    return {"intermediate_size": width, **some_windows(values, convolves, "conv")}
+    convolves(values)  # or an error
+    return {"intermediate_size": width}
 
 
-SIZES = {"max_position_embeddings": 128_000, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": 3}
+def convolves(values: Values) -> list[bool]:
+    """Return which layers have a convolution in place of attention."""
+    layers, listed = values["num_hidden_layers"], values.get("full_attn_idxs")
+    default = [listed is not None and layer not in listed for layer in range(layers)]
+    return layers_of_kind(values, "conv", default)
+
+
+SIZES = {"max_position_embeddings": 128_000, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "conv_L_cache": 3}
 NAMES = {"norm_eps": "rms_norm_eps", "block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
 DEFAULTS = {**SIZES, "rope_theta": 1e6, "tie_word_embeddings": True}
-LFM2 = Family("Lfm2", DEFAULTS, fields, build_model, {**NAMES, "conv_L_cache": "sliding_window"})
+LFM2 = Family("Lfm2", DEFAULTS, fields, build_model, NAMES)

@@ -9,11 +9,10 @@ So `post_attention_layernorm` belongs to attention here; in a Llama it is the no
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig, RMSNorm
+from minilora.llama import MLP, Attends, Attention, Block, CosSin, Llama, LlamaConfig, RMSNorm
 from minilora.models.family import Family
 
 
@@ -34,7 +33,7 @@ class Olmo2Block(Block):
         del self.input_layernorm
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def attention_branch(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         return self.post_attention_layernorm(self.self_attn(x, rotation, documents))
 
     def mlp_branch(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import Block, CosSin, Llama, LlamaConfig, rotate, swiglu
+from minilora.llama import Attends, Block, CosSin, Llama, LlamaConfig, rotate, swiglu
 from minilora.models.family import Family, Values, equal_windows
 from minilora.models.rotary import build_rope
 
@@ -26,7 +26,7 @@ class Phi3Attention(nn.Module):
         self.qkv_proj = nn.Linear(D, sum(self.widths), bias=False)
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
-    def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def forward(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.widths, dim=-1))
         q, k = rotate(q, *rotation).to(v.dtype), rotate(k, *rotation).to(v.dtype)
         return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))

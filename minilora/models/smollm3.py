@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.llama import MLP, Attention, Block, CosSin, Llama, LlamaConfig
+from minilora.llama import MLP, Attends, Attention, Block, CosSin, Llama, LlamaConfig
 from minilora.models.family import Family, Values, some_windows
 
 
 class UnrotatedAttention(Attention):
     """Attention without positions: a token sees which others come before it, and not how far."""
 
-    def forward(self, x: Tensor, rotation: CosSin, documents: Any) -> Tensor:
+    def forward(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         q, k, v = self.heads(x)
         return self.o_proj(documents.attend(q, k, v, self.window).flatten(1))
 

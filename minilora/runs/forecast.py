@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.attach import attach
 from minilora.kernels.attention import OutlinedAttention
-from minilora.llama import Checkpointing, Llama, cross_entropy
+from minilora.llama import Checkpointing, Llama, assign, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
-from minilora.models.checkpoint import assign, build_on_meta
+from minilora.models.checkpoint import build_on_meta
 from minilora.nf4 import NF4Linear
 from minilora.runs import processes
 from minilora.runs.memory import free_memory_bytes

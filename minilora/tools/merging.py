@@ -30,14 +30,13 @@ from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name, voc
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
-from minilora.llama import Llama, LlamaConfig
+from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
     HEAD,
     SHARD_BYTES,
-    assign,
     build_on_meta,
     load_model,
     prefetch,
