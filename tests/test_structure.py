@@ -130,3 +130,9 @@ def test_the_six_pages_are_read_in_an_afternoon_and_a_family_in_five_minutes():
     assert max(map(len, pages.splitlines())) <= PAGES_COLUMNS
     families = {name for name, path in MODULES.items() if " = Family(" in path.read_text(encoding="utf-8")}
     assert not {name: lengths[name] for name in families - {"models/config"} if lengths[name] > 90}
+
+
+def test_pytest_runs_without_xdist():
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--collect-only", "-q", "tests/test_errors.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
