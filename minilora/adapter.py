@@ -170,16 +170,13 @@ def activate(model: nn.Module, name: str, trainable: bool) -> None:
 def set_adapter(
     model: nn.Module, names: str | Sequence[str], trainable: bool | None = None
 ) -> None:
-    """Activate these adapters and no others.
+    """Activate these adapters, in the order in which they act, and no others.
 
-    Args:
-        model: the model, which has the adapters.
-        names: one name or several, in the order in which the adapters act; none for the base.
-        trainable: whether these are trained; all other adapters are frozen. By default they are if
-            an adapter of the model was trainable before. Without a name nothing is frozen.
+    They train if `trainable` says so or, by default, if any adapter of the model did; all others
+    are frozen. Without a name the base acts, and nothing is frozen.
 
     Raises:
-        TargetError: there is no such adapter, or two of them take the place of one parameter.
+        TargetError: there is no such adapter, or two of them train the same parameter.
     """
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     layers = require_layers(model, *names)
@@ -264,18 +261,19 @@ def copy_tensors_(own: Mapping[Any, Tensor], stored: Mapping[Any, Tensor]) -> No
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write an adapter that `attach_lora` attached, in PEFT's layout."""
+    """Write an adapter that `attach_lora` attached, in PEFT's layout.
+
+    Raises:
+        TargetError: it has several ranks or scales, which `ml.save_adapter` writes.
+    """
     layers = layers_of(model, name)
-    adapters = [layer.adapters[name] for layer in layers.values()]
-    first = adapters[0]
-    if any((len(a.lora_A), a.scale) != (len(first.lora_A), first.scale) for a in adapters):
-        raise TargetError(f"{name!r} has several ranks or scales, which `ml.save_adapter` writes")
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "target_modules": sorted({p.rpartition(".")[2] for p in layers}),
-    }
-    config |= {"r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A)}
-    config |= {"use_dora": first.magnitude is not None, "lora_dropout": first.dropout.p}
+    first, *others = (layer.adapters[name] for layer in layers.values())
+    r, scale = len(first.lora_A), first.scale
+    if any((len(other.lora_A), other.scale) != (r, scale) for other in others):
+        raise TargetError(f"{name!r} has several ranks or scales; see `ml.save_adapter`")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": scale * r, "lora_dropout": first.dropout.p}
+    config["use_dora"] = first.magnitude is not None
+    config["target_modules"] = sorted({where.rpartition(".")[2] for where in layers})
     Path(path).mkdir(parents=True, exist_ok=True)
     save_file(adapter_tensors(layers, name), Path(path) / WEIGHTS_FILE)
     (Path(path) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")

@@ -19,6 +19,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1] / "minilora"
+FOUR_BIT_DORA = ["--quantize=nf4", "--use-dora", "--lora-dropout=0.1", "--gradient-checkpointing=mlp"]
 PAGES = ("lora", "nf4", "llama", "adapter", "data", "training")
 
 
@@ -132,6 +133,65 @@ def trace_run() -> Trace:
     return trace
 
 
+def trace_pages() -> Trace:
+    """Trace what users do: fine-tune, generate and merge, dense and 4-bit, LoRA and DoRA, with kernels and without."""
+    import torch
+
+    import minilora as ml
+    from minilora.cli import main
+
+    trace = Trace(PACKAGE)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        rows = Path(folder, "rows.jsonl")
+        rows.write_text('{"prompt": "one", "completion": " two"}\n' * 8, encoding="utf-8")
+        trace.start()
+        short = [f"--data={rows}", "--model=minilora/builtin", "--max-steps=1", "--samples=0", "--general-data=none"]
+        for number, flags in enumerate(([], FOUR_BIT_DORA)):
+            for plain in ([], ["--plain"]):
+                out = f"{folder}/{number}{len(plain)}"
+                statuses = [
+                    main(["finetune", f"--out={out}", *short, *flags, *plain]),
+                    main(["generate", f"--adapter={out}", "--prompt=a", "--max-new-tokens=2", *plain]),
+                    main(["merge", f"--adapter={out}", f"--out={out}-merged", *plain]),
+                ]
+                assert not any(statuses), statuses
+        model = ml.load_model("minilora/builtin")
+        for name in ("one", "two"):
+            ml.attach(model, ml.LoraConfig(target_modules=["q_proj"]), name)
+        ml.set_adapter(model, ["one", "two"])
+        model(torch.tensor([[1, 2]]))
+        with ml.disable_adapter(model):
+            model(torch.tensor([[1, 2]]))
+        ml.save_adapter(model, f"{folder}/one", "one")
+        ml.detach(model)
+        ml.load_adapter(model, f"{folder}/one")
+        repr(model)
+        with ml.plain():
+            ml.merge(model)
+        ml.save_model(model, f"{folder}/model")
+        ml.load_model(f"{folder}/model", quantize="nf4")
+        trace.stop()
+    return trace
+
+
+def unentered(trace: Trace) -> dict[str, int]:
+    """Return the functions of the six pages that are not in a trace, and the lines of their bodies."""
+    entered = {(code.co_filename, code.co_firstlineno) for code in trace.functions}
+    found = {}
+    for page in PAGES:
+        for node in ast.walk(ast.parse((PACKAGE / f"{page}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                if (
+                    body
+                    and (str(PACKAGE / f"{page}.py"), first) not in entered
+                    and not ast.unparse(body[0]).startswith("...")
+                ):
+                    found[f"{page}.{node.name}"] = body[-1].end_lineno - body[0].lineno + 1
+    return found
+
+
 def figures(modules: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Yield what is measured, and the figure."""
     from minilora import plain
@@ -148,6 +208,8 @@ def figures(modules: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     with plain():
         yield "the same without kernels", f"{trace_step()}"
     yield "a whole finetune", f"{trace_run()}"
+    left = ", ".join(f"{name} {size}" for name, size in unentered(trace_pages()).items())
+    yield "functions of the pages that no run enters, with the lines of their bodies", left
     yield "the package", f"{len(modules)} modules, {lines(modules.values()):,} lines"
     yield "lines of it that are imports", f"{sum(node.end_lineno - node.lineno + 1 for node in statements):,}"
     yield "function names that several modules have", f"{len(repeated_names(modules))}"

@@ -20,6 +20,7 @@ from minilora import adapter, data, llama, training
 from minilora.models.checkpoint import SHARD_BYTES
 from minilora.runs.encoders import use_prompt_style
 from minilora.testing.compare import assert_parity
+from scripts.structure import trace_pages, unentered
 from tests.files import SHARD, change, same_state, saved
 from tests.models import (
     bases,
@@ -207,3 +208,14 @@ def test_the_page_of_the_decoder_refuses_other_models_and_other_tensors(tmp_path
         change(tmp_path, changes)
         with pytest.raises(ml.FormatError, match=name if changes.get(name, 0) is None else "another"):
             llama.load_llama(tmp_path)
+
+
+COMPOSITIONS = {"load_llama", "attach_lora", "save_lora", "load_lora", "encode_row", "train_step"}
+ENTERED_ELSEWHERE = {"dynamic_map": "when the page is imported", "llama3_frequencies": "where a Llama 3 is loaded"}
+
+
+@pytest.mark.long
+def test_what_no_run_enters_of_a_page_is_a_short_composition():
+    found = {name.partition(".")[2]: lines for name, lines in unentered(trace_pages()).items()}
+    assert found.keys() <= COMPOSITIONS | ENTERED_ELSEWHERE.keys()
+    assert max(found.values()) <= 12

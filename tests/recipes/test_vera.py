@@ -70,9 +70,9 @@ def test_it_trains_and_a_run_that_stopped_ends_as_one_that_did_not(tmp_path):
     before = whole(IDS)
     ml.train(whole, rows, config)
     assert not torch.equal(whole(IDS), before)
-    for stop in (3, None):
+    for stop in (3, 0):
         model = with_vera(dtype=torch.float32)
-        ml.train(model, rows, config, lambda record: record["step"] == stop, checkpoint_dir=tmp_path)
+        ml.train(model, rows, config, lambda record, stop=stop: record["step"] == stop, checkpoint_dir=tmp_path)
     assert torch.equal(model(IDS), whole(IDS))
 
 
