@@ -198,8 +198,9 @@ class LoraAdapter(nn.Module):
         super().__init__()
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
-        for name in LoraLinear.PEFT_NAMES:
-            self.register_parameter(name, nn.Parameter(tensors[name]) if name in tensors else None)
+        absent = dict.fromkeys(("magnitude", "lora_bias", "bias"))
+        for name, tensor in {**absent, **tensors}.items():
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are saved, by name."""

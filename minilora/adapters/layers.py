@@ -108,9 +108,9 @@ class InitSubtractedAdapter(LoraAdapter):
     start_B: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: float, dropout: float = 0.0):
-        factors = ("lora_A", "lora_B")
+        factors = ("lora_A", "lora_B", "start_A", "start_B")
         super().__init__({key: tensor for key, tensor in tensors.items() if key not in factors}, scale, dropout)
-        self.trained = nn.ParameterDict({key: tensors[key] for key in factors})
+        self.trained = nn.ParameterDict({key: tensors[key] for key in ("lora_A", "lora_B")})
         self.register_buffer("start_A", tensors["start_A"])
         self.register_buffer("start_B", tensors["start_B"])
 
