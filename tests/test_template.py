@@ -160,14 +160,7 @@ def test_what_is_no_template_is_refused_at_once():
             ChatTemplate(source, {})
 
 
-def test_a_template_may_have_64_000_characters_and_write_ten_million_and_more_for_a_longer_conversation(monkeypatch):
+def test_a_template_may_have_64_000_characters():
     assert render("a" * TEMPLATE_LIMIT) == "a" * TEMPLATE_LIMIT
     with pytest.raises(FormatError, match=f"{TEMPLATE_LIMIT + 1} characters; at most {TEMPLATE_LIMIT}"):
         ChatTemplate("a" * (TEMPLATE_LIMIT + 1), {})
-    long = [{"role": "user", "content": "a" * 300_000}]
-    pieces = "{% for i in range(COUNT) %}{{ messages[0].content }}{% endfor %}"
-    assert len(render(pieces.replace("COUNT", "100"), long)) == 30_000_000
-    monkeypatch.setattr(module, "LIMIT_PER_CHARACTER", 0)
-    assert len(render(pieces.replace("COUNT", "33"), long)) == 9_900_000
-    with pytest.raises(DataError, match="more work or memory"):
-        render(pieces.replace("COUNT", "34"), long)
