@@ -7,19 +7,12 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-from minilora.errors import in_recipe
-
 __version__ = "0.3.0"
-_GONE = {  # names of earlier versions, and of PEFT and TRL, and what to use here
-    "Meter": "use ml.ProgressBar",
+_FOREIGN_NAMES = {  # names of PEFT and TRL, and what to use here
     "PeftModel": "use ml.load_adapter",
     "SFTTrainer": "use ml.train",
     "get_peft_model": "use ml.attach",
-    "grow_vocabulary": "use ml.resize_token_embeddings",
     "hotswap_adapter": "use ml.set_adapter",
-    "load_classifier": in_recipe("classify_texts"),
-    "merged_if_faster": "use ml.merged",
-    "mixed_batch": in_recipe("adapter_per_row"),
     "push_to_hub": "use `minilora push`",
 }
 
@@ -39,7 +32,7 @@ else:
                 return importlib.import_module(f"minilora.{name}")
             if name in (public := _public()):
                 return public[name]
-        advice = f"; {_GONE[name]}" if name in _GONE else ""
+        advice = f"; {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else ""
         raise AttributeError(f"module 'minilora' has no attribute {name!r}{advice}")
 
     def __dir__():

@@ -196,11 +196,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--lr", "1"], "--lr is unknown; use --learning-rate\n"),
         (["finetune", "--per_device_train_batch_size=1"], "size is unknown; use --batch-size\n"),
         (["finetune", "--max_seq_length=9"], "--max-seq-length is unknown; did you mean --max-length?\n"),
-        (["extract", "--model=a"], "extract is no command; it is a recipe: see recipes/extract.py"),
-        (["verify", "a"], "verify is no command; use inspect, which also compares files with their hashes\n"),
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
-        (["finetune", "--text_field=body"], "--text-field is unknown; use --columns text=FIELD\n"),
-        (["finetune", "--recompute", "mlp"], "--recompute is unknown; it is called --gradient-checkpointing\n"),
         # too much or too little
         (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
         (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj'; a list is joined with commas"),
@@ -310,21 +306,6 @@ def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_nam
         assert cli.main(["finetune", "--config", str(path), "--out", str(tmp_path / "out")]) == 1
         assert phrase in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-
-
-def test_the_run_json_of_an_earlier_version_is_read_unless_it_used_what_is_gone(tmp_path, capsys):
-    path = tmp_path / "run.json"
-    unused = {"method": "lora", "recompute": "none", "sort_window": 1, "compile": False, "task": None, "layers": []}
-    path.write_text(json.dumps({"config": {**unused, "seed": 3}}))
-    assert resolved(path)[-1].seed == 3
-    for used, phrase in (
-        ({"method": "full"}, "key 'method' is unknown; from Python"),
-        ({"recompute": "block"}, "key 'recompute' is unknown; it is called --gradient-checkpointing"),
-        ({"compile": True}, "key 'compile' is unknown; the keys are"),
-    ):
-        path.write_text(json.dumps({"config": {**unused, **used}}))
-        assert cli.main(["finetune", "--config", str(path), "--out", str(tmp_path / "out")]) == 1
-        assert phrase in capsys.readouterr().err
 
 
 RUN = ("finetune", *QUICK, "--model=model", "--data=data", "--max-steps=2", "--lora-r=2", "--lora-dropout=0.1")

@@ -95,7 +95,7 @@ def test_another_name_is_an_attribute_error_that_names_ours_if_it_is_of_another_
     for name in ("load_modle", "__wrapped__", "Mapping", "storag"):
         with pytest.raises(AttributeError, match=f"^module 'minilora' has no attribute '{name}'$"):
             getattr(ml, name)
-    for name, advice in ml._GONE.items():
+    for name, advice in ml._FOREIGN_NAMES.items():
         with pytest.raises(AttributeError, match=f"no attribute '{name}'; {re.escape(advice)}$"):
             getattr(ml, name)
         for ours, command in re.findall(r"use (?:ml\.(\w+)|`minilora (\w+)`)", advice):

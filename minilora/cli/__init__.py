@@ -39,16 +39,10 @@ COMMANDS = {
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
-RENAMED = {  # commands and flags of earlier versions and of other libraries, and what to use here
-    "extract": in_recipe("extract"),
-    "verify": "use inspect, which also compares files with their hashes",
+FOREIGN_FLAGS = {  # settings of other libraries, and where they are here
     "--task-type": in_recipe("classify_texts"),
     "--loraplus-lr-ratio": in_recipe("loraplus"),
-    "--method": "from Python, ml.train trains all weights of a model that has no adapter",
-    "--stop": "a model that was fine-tuned ends its answers itself",
-    "--recompute": "it is called --gradient-checkpointing",
     "--target-parameters": in_recipe("experts"),
-    "--text-field": "use --columns text=FIELD",
     "--lr": "use --learning-rate",
     "--rank": "use --lora-r",
     "--num-train-epochs": "use --epochs",
@@ -120,7 +114,7 @@ def parse(words: Sequence[str]) -> Options:
         print(version if command == "--version" else OVERVIEW.format(commands=commands))
         raise SystemExit(0)
     if command not in COMMANDS:
-        advice = RENAMED.get(command) or nearest(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
+        advice = nearest(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
         say(f"minilora: {command} is no command; {advice}")
         raise SystemExit(2)
     if command == "finetune" and not {"-h", "--help"}.isdisjoint(words):
@@ -132,7 +126,7 @@ def parse(words: Sequence[str]) -> Options:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
             flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
-            advice = RENAMED.get(name) or nearest(name, flags) or f"see `{parser.prog} --help`"
+            advice = FOREIGN_FLAGS.get(name) or nearest(name, flags) or f"see `{parser.prog} --help`"
             parser.error(f"{name} is unknown; {advice}")
         forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
         parser.error(f"unexpected argument {name!r}; {forms}")

@@ -23,7 +23,7 @@ from minilora.adapter import disable_adapter
 from minilora.adapters.attach import count_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import check_language_task, read_adapter
-from minilora.cli import RENAMED, SIGNALLED, Options, Parser, nearest, say
+from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, nearest, say
 from minilora.cli.flags import add_fields, from_flags, read_config
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_record
@@ -81,13 +81,12 @@ def read_settings(options: Options) -> Settings:
         ConfigError: data without a model; an unknown key of --config.
     """
     file = {} if options["config"] is None else read_config(options["config"])
-    is_run = isinstance(file.get("config"), dict)  # run.json, which has all settings of its version
-    file = file["config"] if is_run else file
+    file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
-    for key, value in file.items():
+    for key in file:
         name = key.replace("-", "_")
-        if name not in known and not (is_run and _had_no_effect(name, value)):
-            advice = RENAMED.get(f"--{name.replace('_', '-')}") or nearest(key, known)
+        if name not in known:
+            advice = FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}") or nearest(key, known)
             advice = advice or "the keys are the flags of `minilora finetune --help-all`"
             raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
     file = {name.replace("-", "_"): value for name, value in file.items()}
@@ -102,11 +101,6 @@ def read_settings(options: Options) -> Settings:
     if given.get("adapter"):
         others = _settings_of(given["adapter"], given.get("model"))
     return Settings(*(from_flags(config, given, others) for config in CONFIGS))
-
-
-def _had_no_effect(name: str, value: Any) -> bool:
-    """Return whether a setting of an earlier version, which is gone, was at its default."""
-    return value in (None, False, [], {"method": "lora", "recompute": "none", "sort_window": 1}.get(name))
 
 
 def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:

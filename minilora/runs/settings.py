@@ -62,7 +62,6 @@ class DataConfig:
     num_train_epochs="use epochs",
     per_device_train_batch_size="use batch_size",
     output_dir="give ml.train a checkpoint_dir",
-    recompute="use gradient_checkpointing",
     loraplus_lr_ratio=in_recipe("loraplus"),
 )
 @document_fields
