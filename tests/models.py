@@ -110,7 +110,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "the embedding adapted by DoRA": {"target_modules": ("embed_tokens",), "use_dora": True},
     "the tied head adapted": {"target_modules": ("lm_head", "q_proj")},
     "gaussian": {"init_lora_weights": "gaussian"},
-    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "PiSSA": {"init_lora_weights": "pissa", "rank_pattern": {"o_proj": 2}},
     "PiSSA by DoRA": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
 }

@@ -48,30 +48,20 @@ def test_the_default_is_uniform_within_one_over_the_root_of_the_inputs_of_an_out
     assert_moments(lora_A, bound**2 / 3, kurtosis=9 / 5)
 
 
-@given(seeds, st.sampled_from([2, 4, 8]), sizes, sizes)
-def test_orthogonal_factors_are_not_zero_but_their_product_is(seed, r, inner, outer):
-    lora_A, lora_B = drawn_factors("orthogonal", (r, inner), (outer, r), generator(seed))
-    assert lora_A.all()
-    assert lora_B.all()
-    A, B = lora_A.double(), lora_B.double()
-    eps = torch.finfo(torch.float32).eps  # A and B are rounded, each by half of it
-    assert ((B @ A).abs() <= eps * (B.abs() @ A.abs())).all()
-
-
 def test_false_draws_both_factors_as_pytorch_starts_them():
     lora_A, lora_B = drawn_factors(False, (64, 100), (80, 64), generator())
     for factor, bound in ((lora_A, 1 / 10), (lora_B, 1 / 8)):
         assert 0.99 * bound < factor.abs().max() <= bound
 
 
-@pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("kind", [True, False, "gaussian"])
 def test_the_same_generator_draws_the_same_factors_and_another_others(kind):
     first, second, other = ([*drawn(kind, 4, 6, 5, seed)] for seed in (3, 3, 4))
     assert all(map(torch.equal, first, second))
     assert not torch.equal(first[0], other[0])
 
 
-@pytest.mark.parametrize("kind", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("kind", [True, False, "gaussian"])
 def test_the_default_dtype_changes_no_start_value(kind):
     def draw():
         embedding = embedding_factors(kind, (2, 6), (3, 2), generator()) if isinstance(kind, bool) else ()
@@ -96,16 +86,9 @@ def test_a_new_adapter_of_an_embedding_has_a_zero_and_b_normal():
     assert embedding_factors(False, (8, 100), (300, 8), generator())[0].all()
 
 
-@pytest.mark.parametrize(
-    ("make", "arguments", "said"),
-    [
-        (drawn_factors, ("orthogonal", (3, 8), (8, 3)), "even rank; found 3"),
-        (embedding_factors, ("gaussian", (2, 4), (3, 2)), "'gaussian', for an embedding"),
-    ],
-)
-def test_start_values_that_there_are_not_are_refused(make, arguments, said):
-    with pytest.raises(ConfigError, match=said):
-        make(*arguments, generator())
+def test_an_embedding_has_no_other_start_values():
+    with pytest.raises(ConfigError, match="'gaussian', for an embedding"):
+        embedding_factors("gaussian", (2, 4), (3, 2), generator())
 
 
 @st.composite

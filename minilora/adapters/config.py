@@ -23,7 +23,7 @@ HEADS = {  # names of heads in transformers; they start at random, so they are t
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("score", "classifier", "pre_classifier", "classification_head")),
     "QUESTION_ANS": ("qa_outputs",),
 }
-INITS = (True, False, "gaussian", "orthogonal", "pissa")
+INITS = (True, False, "gaussian", "pissa")
 RECIPES = {  # start values that are recipes
     **dict.fromkeys(("eva", "corda"), "starts_from_inputs"),
     "lora_ga": "starts_from_gradients",
@@ -65,7 +65,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = option(dict, "JSON: alpha for single modules")
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = option(False, "learn the norm of each row of the weight separately (DoRA)")
-    init_lora_weights: bool | str = option(True, "start values: true, gaussian or orthogonal; pissa from the weights")
+    init_lora_weights: bool | str = option(True, "start values: true or gaussian; pissa from the weights")
     bias: Bias = option("none", "train biases too: all; or lora_only, those of the adapted modules")
     lora_bias: bool = option(False, "give B a bias")
     modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter")

@@ -10,11 +10,10 @@ So nothing changes at the start. W_res is never formed: the layer computes W x +
 
     out, in   shape of W    r  rank    s  scale of the adapter
 
-    [LoRA]     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
-    [He]       He et al. 2015, Delving Deep into Rectifiers
-    [Rethink]  datta0.github.io/posts/rethink-lora-init
-    [PiSSA]    Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs
-    [OLoRA]    Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
+    [LoRA]   Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
+    [He]     He et al. 2015, Delving Deep into Rectifiers
+    [PiSSA]  Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs
+    [OLoRA]  Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
 """
 
 from __future__ import annotations
@@ -32,19 +31,13 @@ def drawn_factors(
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    "gaussian":   A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
-    "orthogonal": B A = 0 with neither of them 0 (`_orthogonal_factors`)
-    False:        A and B both ~ U(-1/√in, 1/√in), as PyTorch starts a layer ([He], slope √5), for tests
+    "gaussian": A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
+    False:      A and B both ~ U(-1/√in, 1/√in), as PyTorch starts a layer ([He], slope √5), for tests
 
     Shapes: shape_A (r, in), shape_B (out, r) -> shape_A, shape_B
-    Raises:
-        ConfigError: orthogonal factors of an odd rank.
     """
-    (r, inner), (out, _) = shape_A, shape_B
-    if kind == "orthogonal":
-        return _orthogonal_factors(r, inner, out, generator)
     if kind == "gaussian":
-        return _zeros(shape_A).normal_(0, 1 / r, generator=generator), _zeros(shape_B)
+        return _zeros(shape_A).normal_(0, 1 / shape_A[0], generator=generator), _zeros(shape_B)
     return _uniform(shape_A, generator), _uniform(shape_B, generator)
 
 
@@ -70,24 +63,6 @@ def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 def _zeros(shape: Sequence[int]) -> Tensor:
     return torch.zeros(*shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
-
-
-def _orthogonal_factors(r: int, inner: int, out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw A = Q₁ᵀ X / 10, B = Y Q₂ / 10, so that B A = Y (Q₂ Q₁ᵀ) X / 100 = 0  [Rethink].
-
-    X, Y ~ N(0, 1); Q₁ are the even rows of an orthogonal matrix, Q₂ the odd ones. All in float64, rounded once.
-
-    Shapes: -> (r, in), (out, r)
-    """
-    if r % 2:
-        raise ConfigError(f"init_lora_weights is 'orthogonal', which needs an even rank; found {r}")
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    Q = torch.linalg.qr(draw(r, r)).Q
-    lora_A, lora_B = Q[0::2].T @ draw(r // 2, inner) / 10, draw(out, r // 2) @ Q[1::2] / 10
-    return lora_A.float(), lora_B.float()
 
 
 def factors_from_weight(kind: str, weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:

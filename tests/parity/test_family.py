@@ -99,7 +99,7 @@ def families(draw, patterns, moved, bases=BASES):
 
     base = some(*bases)
     kind = some("lora", "dora", "lora_bias")
-    init = True if kind == "lora_bias" else some(True, False, "gaussian", "orthogonal", *moved)
+    init = True if kind == "lora_bias" else some(True, False, "gaussian", *moved)
     others = [] if init in MOVED or (base, kind) == ("granite", "lora_bias") else ["lm_head"]
     if init is True and kind != "lora_bias":
         others += ["embed_tokens"]
@@ -107,10 +107,10 @@ def families(draw, patterns, moved, bases=BASES):
     saved = [name for name in some(*SAVED) or () if name not in others]
     has_rows = not {*others, *saved} & {"embed_tokens", "lm_head"}
     fields = {
-        "r": some(2, 4) if init == "orthogonal" else some(1, 2, 3),
+        "r": some(1, 2, 3),
         "lora_alpha": some(0.5, 3, 7),
         "target_modules": ["q_proj", *draw(NAMES), *others],
-        "rank_pattern": {} if init == "orthogonal" else some(*patterns),
+        "rank_pattern": some(*patterns),
         "alpha_pattern": some(*patterns),
         "use_rslora": draw(st.booleans()),
         "use_dora": kind == "dora",
