@@ -1,17 +1,13 @@
 """The kernels of causal attention: each against the loops, in blocks of any size, memory, and which one is chosen."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.torch_version import TorchVersion
 
 from minilora.kernels import attention
-from minilora.kernels.attention import block_attention, fused_attention, select_kernel, varlen_attention
+from minilora.kernels.attention import block_attention, fused_attention, select_kernel
 from minilora.llama import causal_attention
 from minilora.testing.compare import assert_maths
 from tests import reference_model
@@ -19,26 +15,13 @@ from tests.models import allocated, examples, of_kernels, randn, seeds
 from tests.test_llama import attention_inputs, wide
 
 windows = st.none() | st.integers(1, 6)
-VARLEN = "torch.nn.attention.varlen"  # where older versions of torch have nothing
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    """Four rows are two blocks, seven documents more than are taken at once; torch's kernel of GPUs is stood in for."""
+    """Four rows are two blocks, seven documents more than are taken at once."""
     monkeypatch.setattr(attention, "query_block_size", lambda dtype: 2)
     monkeypatch.setattr(attention, "MAX_BATCH", 6)
-    monkeypatch.setitem(sys.modules, VARLEN, SimpleNamespace(varlen_attn=varlen_attn_as_documented))
-
-
-def varlen_attn_as_documented(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
-    """What torch says of `varlen_attn`: documents by their offsets, the window (left, right) with -1 for all."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    lengths, key_lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
-    assert (max_q, max_k) == (max(lengths), max(key_lengths))
-    assert enable_gqa or q.size(1) == k.size(1)
-    left, right = window_size
-    assert right == 0
-    return dense_attention(q, k, v, lengths, key_lengths, None if left == -1 else left + 1)
 
 
 def dense_attention(q, k, v, lengths, key_lengths, window):
@@ -56,7 +39,7 @@ def dense_attention(q, k, v, lengths, key_lengths, window):
 
 @pytest.mark.parametrize(
     "kernel",
-    [block_attention, fused_attention, varlen_attention, causal_attention, causal_attention.function],
+    [block_attention, fused_attention, causal_attention, causal_attention.function],
 )
 @given(attention_inputs(), windows)
 def test_attention_equals_the_loops(kernel, case, window):
@@ -147,26 +130,8 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
     assert most(length) <= 2.2 * most(length // 2)
 
 
-@pytest.mark.parametrize(
-    ("version", "dtype", "width", "capability", "window", "kernel"),
-    [
-        ("2.13.0", torch.bfloat16, 64, (8, 0), None, varlen_attention),
-        ("2.13.0", torch.bfloat16, 64, (8, 0), 3, varlen_attention),
-        ("2.12.1", torch.bfloat16, 64, (8, 0), None, fused_attention),
-        ("2.13.0", torch.float32, 64, (9, 0), None, fused_attention),
-        ("2.13.0", torch.float32, 64, (9, 0), 3, block_attention),
-        ("2.13.0", torch.float32, 64, (9, 0), 4, fused_attention),
-        ("2.13.0", torch.float16, 64, (7, 5), None, fused_attention),
-        ("2.13.0", torch.float16, 60, (9, 0), None, fused_attention),
-        ("2.13.0", torch.float16, 256, (9, 0), None, varlen_attention),
-        ("2.13.0", torch.float16, 264, (9, 0), None, fused_attention),
-    ],
-)
-def test_a_gpu_answers_all_documents_at_once_where_its_kernel_can(
-    version, dtype, width, capability, window, kernel, monkeypatch
-):
-    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+@pytest.mark.parametrize(("window", "kernel"), [(None, fused_attention), (3, block_attention), (4, fused_attention)])
+def test_a_gpu_takes_the_fused_kernel_where_no_mask_is_needed(window, kernel):
     with FakeTensorMode():
-        q = torch.empty(4, 9, width, dtype=dtype, device="cuda")
+        q = torch.empty(4, 9, 64, dtype=torch.bfloat16, device="cuda")
     assert select_kernel(q, [4], [4], window) is kernel

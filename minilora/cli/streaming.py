@@ -123,15 +123,8 @@ def merged_if_faster(model: Llama, tokens: int) -> AbstractContextManager[None]:
     """Merge the active adapters inside the block if that makes generating so many tokens faster.
 
     An adapter that is applied costs a few small products per linear and token, a merge a few passes over the weights,
-    once. With r 16 on all linears of SmolLM2, on a CPU, milliseconds:
-
-                               bfloat16    NF4    float32
-        a token, applied             31     82         52
-        a token, merged              23     24         44
-        the merge                   310    470        157
-
-    In a larger model the weights outweigh that, and so does the memory of a second copy of them.
-    Against float32 logits were off by 0.14 to 0.19 in bfloat16 merged, by 0.13 to 0.17 applied.
+    once; docs/results.md has the times. In a larger model the weights outweigh that, and so does the memory of a second
+    copy of them.
     """
     size = 0  # of the weights in the dtype of the computation
     for layer in adapter_layers(model).values():

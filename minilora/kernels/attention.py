@@ -1,4 +1,4 @@
-"""Kernels of causal attention over documents laid end to end: matrix products in blocks, and PyTorch's own kernels.
+"""Kernels of causal attention over documents laid end to end: matrix products in blocks, and PyTorch's own kernel.
 
 A block of queries is multiplied only with the keys that one of them can see: none after the block, none before its
 window.
@@ -44,28 +44,10 @@ def causal_attention(
 def select_kernel(
     q: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None
 ) -> AttentionFunction:
-    """Return the fastest of the three kernels below for a device, a dtype and lengths.
-
-    On a CPU, forward and backward in milliseconds, 9 query and 3 key heads of 64, the best of ten on 2 threads, with
-    freed memory kept (`runs/memory.py`):
-
-                                   bfloat16            float32
-                                   blocks   fused      blocks   fused
-        4 documents of 512         27       69         45       76
-        8 documents of 62..260     13       21         16       16
-        1 document of 1,024        24       42         46       52
-        1 document of 2,048        86       139        177      171
-        2 documents of 2,048       177      283        305      349
-        1 document of 4,096        332      525        724      619
-
-    and on another processor, the median of seven:
-
-        8 documents of 60..300     16       24         20       16
-        8 documents of 40..70       8        8          7        4
+    """Return the faster of the two kernels below for a device, a dtype and lengths; docs/results.md has the times.
 
     With a window, or the last of a document's queries, the fused kernel would compute all scores under a dense mask,
-    which the backward pass needs again; blocks skip them. On a GPU in 16 bits, torch has a kernel for documents laid
-    end to end. The choice between the kernels on a GPU follows from their design and was not measured.
+    which the backward pass needs again; blocks skip them.
     """
     longest = max(key_lengths)
     is_windowed = window is not None and window < longest
@@ -73,10 +55,6 @@ def select_kernel(
     if q.device.type == "cpu":
         use_blocks = q.dtype == torch.bfloat16 or BLOCK_MIN_TOKENS <= longest <= BLOCK_MAX_TOKENS
         return block_attention if use_blocks or needs_mask else fused_attention
-    has_varlen = q.device.type == "cuda" and torch.__version__ >= "2.13"  # the first with windows and grouped heads
-    is_supported = has_varlen and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if is_supported and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256:
-        return varlen_attention
     return block_attention if needs_mask else fused_attention
 
 
@@ -156,7 +134,7 @@ def _equal_neighbours(lengths: Sequence[int], key_lengths: Sequence[int], limit:
 
 
 def query_block_size(dtype: torch.dtype) -> int:
-    """Return the queries of a block: the fastest of 64, 96, 128, 192 and 256 in the cases of `select_kernel`."""
+    """Return the queries of a block: the fastest of 64, 96, 128, 192 and 256 in the cases of docs/results.md."""
     return 128 if dtype == torch.bfloat16 else 64
 
 
@@ -243,21 +221,6 @@ def _mask(like: Tensor, n: int, m: int, window: int | None) -> Tensor:
     return mask if window is None else mask.add_(hidden.tril(m - n - window))
 
 
-def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None
-) -> Tensor:
-    """Compute `causal_attention` by torch's GPU kernel for documents laid end to end: all of them in one call."""
-    from torch.nn.attention.varlen import varlen_attn  # takes a second to import, and older versions lack it
-
-    def offsets(sizes: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32).to(q.device, non_blocking=True)
-
-    longest = max(key_lengths)
-    before = -1 if window is None or window > longest else window - 1  # keys that a query sees; -1: all
-    where: Any = (offsets(lengths), offsets(key_lengths), max(lengths), longest)
-    return cast(Tensor, varlen_attn(q, k, v, *where, window_size=(before, 0), enable_gqa=q.size(1) != k.size(1)))
-
-
 class OutlinedAttention:
     """Attention of documents on "meta", which keeps for the backward pass what it would keep on another device.
 
@@ -275,10 +238,9 @@ class OutlinedAttention:
         chosen = select_kernel(like, self.lengths, self.lengths, window)
         if chosen is block_attention:
             return cast(Tensor, _Outline.apply(q.clone(), k.clone(), v.clone(), False))
-        if chosen is fused_attention and self.device.type != "cpu":
+        if self.device.type != "cpu":
             k, v = _repeated(k, v, q.size(1))
-        o: Tensor = _Outline.apply(q, k, v, True)
-        return o.clone() if chosen is fused_attention else o  # whose outputs are concatenated
+        return cast(Tensor, _Outline.apply(q, k, v, True)).clone()  # the outputs of documents are concatenated
 
 
 class _Outline(torch.autograd.Function):
