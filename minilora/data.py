@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.definition import definition
-
 IGNORE_INDEX = -100  # the label of a token that is read but not learned
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -75,7 +73,6 @@ class Batch:
     labels: Tensor  # (M), the label at each
 
 
-@definition
 def collate(examples: Iterable[Example], device: torch.device) -> Batch:
     """Lay examples end to end. Their last tokens predict nothing: no label crosses a boundary."""
     tokens, targets, lengths = list[int](), list[int](), list[int]()

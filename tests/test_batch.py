@@ -93,13 +93,3 @@ def test_a_batch_is_rows_end_to_end_and_no_target_crosses_from_one_to_the_next(r
     assert batch.label_positions.tolist() == [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
     assert batch.labels.tolist() == [target for target in targets if target != IGNORE_INDEX]
     assert len(batch.labels) == sum(row.labelled for row in rows)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
-def test_a_batch_that_is_copied_from_pinned_memory_is_the_same():
-    rows = [ml.Example([1, 2, 3], [-100, 2, 3]), ml.Example([4], [4])]
-    batches = [function(rows, torch.device("cuda")) for function in (collate, collate.function)]
-    for name in ("tokens", "label_positions", "labels"):
-        ours, theirs = (getattr(batch, name) for batch in batches)
-        assert torch.equal(ours, theirs)
-        assert ours.dtype == theirs.dtype

@@ -1,5 +1,5 @@
 """Kernels: the definitions of the six pages, faster or in less memory. Importing this package registers them all."""
 
-from minilora.kernels import attention, gpu, llama, lora, nf4
+from minilora.kernels import attention, llama, lora, nf4, training
 
-__all__ = ["attention", "gpu", "llama", "lora", "nf4"]
+__all__ = ["attention", "llama", "lora", "nf4", "training"]

@@ -1,28 +1,14 @@
-"""Kernels for CUDA: a batch is copied while the processor goes on, and a step ends without waiting for the device."""
+"""The kernel of a step, whose end does not wait for the device."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from minilora import data, training
-from minilora.data import Batch, Example
+from minilora import training
 from minilora.definition import kernel
 from minilora.training import Step, parameters_of
-
-
-@kernel(of=data.collate)
-def collate(examples: Iterable[Example], device: torch.device) -> Batch:
-    """Build the tensors in pinned memory, from where they are copied asynchronously."""
-    if device.type != "cuda":
-        return data.collate.function(examples, device)
-    batch = data.collate.function(examples, torch.device("cpu"))
-    tensors = (batch.tokens, batch.label_positions, batch.labels)
-    tokens, positions, labels = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-    return Batch(tokens, batch.lengths, positions, labels)
 
 
 @kernel(of=training.update)
