@@ -10,7 +10,6 @@ from minilora.adapters.attach import delete_adapter as delete_adapter
 from minilora.adapters.attach import find_target_modules as find_target_modules
 from minilora.adapters.attach import merge as merge
 from minilora.adapters.attach import merged as merged
-from minilora.adapters.combine import CombineConfig as CombineConfig
 from minilora.adapters.config import LoraConfig as LoraConfig
 from minilora.adapters.files import load_adapter as load_adapter
 from minilora.adapters.files import save_adapter as save_adapter

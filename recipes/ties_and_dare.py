@@ -7,7 +7,8 @@
 
 The result is cut to a rank and becomes a new adapter of the model. Weights do not vote, as in PEFT, whose types these
 are: `combine(…)` is "ties_svd", with `elect=False` "magnitude_prune_svd", with `dare=True` "dare_ties_svd", and with
-both "dare_linear_svd". PEFT's types without `_svd` treat A and B in this way, which the papers do not.
+both "dare_linear_svd"; with `density=1, elect=False` it is "svd", the sum cut to a rank. PEFT's types without `_svd`
+treat A and B in this way, which the papers do not.
 
     ml.load_adapter(model, "first", "a")
     ml.load_adapter(model, "second", "b")

@@ -27,7 +27,7 @@ PARTS = {
     "Adapters": """
         LoraConfig find_target_modules attach detach delete_adapter load_adapter save_adapter
         set_adapter disable_adapter merge merged
-        combine_adapters CombineConfig count_parameters
+        combine_adapters count_parameters
     """,
     "Data and training": """
         load_dataset Dataset Example DataConfig train TrainConfig TrainResult ProgressBar Tracker

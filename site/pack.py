@@ -25,7 +25,8 @@ from torch import Tensor
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.combine import Factors, best_factors
+from minilora.adapters.initialize import factors_from_weight
+from minilora.adapters.weighted import Factors
 from minilora.files import ASSETS, replacing
 from minilora.lora import lora_delta
 from minilora.runs.evaluate import find_choices
@@ -60,7 +61,7 @@ def load_adapted(run: Path) -> tuple[Any, dict[str, Factors]]:
     for path, layer in adapter_layers(model).items():
         adapter = layer.adapters["default"]
         delta = lora_delta(adapter.lora_A, adapter.lora_B, 1.0).detach()
-        factors[path] = best_factors(delta, len(adapter.lora_A)).factors._replace(scale=adapter.scale)
+        factors[path] = Factors(*factors_from_weight("pissa", delta, len(adapter.lora_A), 1.0), adapter.scale)
     return model, factors
 
 

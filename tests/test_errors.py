@@ -13,7 +13,7 @@ import minilora as ml
 from minilora.errors import fits
 from minilora.runs.settings import RunConfig
 
-CONFIGS = (ml.LoraConfig, ml.CombineConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig, RunConfig)
+CONFIGS = (ml.LoraConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig, RunConfig)
 PUBLIC = (getattr(ml, name) for name in ml.__all__)
 FUNCTIONS = [each for each in PUBLIC if inspect.isfunction(each) and each.__module__ != "minilora.adapter"]  # no page
 UNLIKE = object()  # of no type that is accepted anywhere
@@ -53,7 +53,7 @@ def test_the_message_says_what_was_found_and_what_is_accepted():
 
 
 def test_the_docstring_of_a_configuration_has_the_help_of_every_field():
-    for cls in [ml.LoraConfig, ml.CombineConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig]:
+    for cls in [ml.LoraConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig]:
         text = " ".join(inspect.getdoc(cls).partition("Attributes:")[2].split())
         assert text == " ".join(f"{field.name}: {field.metadata['help']}" for field in dataclasses.fields(cls))
 

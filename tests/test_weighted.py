@@ -1,5 +1,8 @@
 """One adapter out of several: what it does to every weight, and what it leaves alone."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,15 +12,43 @@ from torch import nn
 import minilora as ml
 from minilora import ConfigError, TargetError
 from minilora.adapter import adapter_layers, own_parameters
-from minilora.adapters.combine import CombineConfig, Factors, LowRank
-from minilora.adapters.weighted import combine_adapters, config_of
+from minilora.adapters.weighted import Factors, combine_adapters, concatenate, config_of
+from minilora.testing import reference
 from minilora.testing.compare import assert_maths
 from tests.adapters import many_kinds
 from tests.files import edit, write_adapter
-from tests.models import fill_, randn, seeds
+from tests.models import fill_, randn, scales, seeds, sizes
 
 weights = st.sampled_from([-1.0, 0.3, 0.7, 2.0])
 starts = st.sampled_from([True, "gaussian", "pissa"])
+
+
+several = st.lists(st.tuples(sizes, scales, weights), min_size=1, max_size=4)
+
+
+def delta(factors):
+    """s·B A by the loops of the oracle."""
+    A, B = factors.lora_A.numpy(), factors.lora_B.numpy()
+    return torch.from_numpy(reference.lora_merged_weight(np.zeros((len(B), A.shape[1])), A, B, factors.scale))
+
+
+@given(seeds, sizes, sizes, several)
+def test_adapters_add_by_concatenating_ranks(seed, outer, inner, drawn):
+    ranks, factors, w = zip(*drawn, strict=True)
+    pairs = enumerate(zip(ranks, factors, w, strict=True))
+    parts = [Factors(randn(seed + 2 * i, r, inner), randn(seed + 2 * i + 1, outer, r), s * w) for i, (r, s, w) in pairs]
+    found = concatenate(parts)
+    assert found.lora_A.shape == (sum(ranks), inner)
+    assert found.lora_B.shape == (outer, sum(ranks))
+    assert found.scale == 1
+    assert_maths(delta(found), sum(map(delta, parts)))
+
+
+def test_low_precision_is_widened_before_anything_is_multiplied():
+    part = Factors(randn(0, 2, 7, dtype=torch.bfloat16), randn(1, 6, 2, dtype=torch.bfloat16), 0.7)
+    found = concatenate([part, part])
+    assert torch.equal(found.lora_B[:, :2], 0.7 * part.lora_B.float())
+    assert found.lora_A.dtype == torch.float32
 
 
 def add(model, name, seed=1, **config):
@@ -52,7 +83,7 @@ def test_the_new_adapter_makes_of_every_kind_of_weight_the_weighted_sum(seed, fi
     model = many_kinds()
     add(model, "first", seed, target_modules=["1", "3"], init_lora_weights=start, use_rslora=use_rslora)
     add(model, "second", seed + 50, target_modules=["0", "1", "2"], rank_pattern={"1": 3}, alpha_pattern={"0": 5})
-    assert combine_adapters(model, {"first": first, "second": second}, "sum").keys() == set("0123")
+    combine_adapters(model, {"first": first, "second": second}, "sum")
     assert_is_the_sum(model, "sum", {"first": first, "second": second})
 
 
@@ -61,7 +92,7 @@ def test_the_sum_acts_frozen_and_the_others_are_as_they_were():
     for name in ("first", "second"):
         add(model, name, target_modules=["1", "3"])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum", CombineConfig("svd", svd_rank=1))
+    combine_adapters(model, {"first": 0.7, "second": 0.3}, "sum")
     assert all(layer.active == ("sum",) for layer in adapter_layers(model).values())
     assert {layer.adapters["sum"].scale for layer in adapter_layers(model).values()} == {1}
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -102,8 +133,7 @@ def test_what_one_adapter_has_trained_in_full_is_carried_over_as_it_is(base, pat
 
 def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
     ranks = {"q": 2, "block.q": 5, "block.block.q": 3}
-    cuts = {path: LowRank(Factors(randn(0, r, 3), randn(0, 3, r))) for path, r in ranks.items()}
-    config = config_of(cuts, "CAUSAL_LM")
+    config = config_of(ranks, "CAUSAL_LM")
     assert {path: config.rank(path) for path in ranks} == {path: config.alpha(path) for path in ranks} == ranks
     assert config.task_type == "CAUSAL_LM"
 
@@ -118,6 +148,8 @@ def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
             {"other": 0.3},
             "sum",
         ),
+        (ConfigError, "need adapters with updates and a finite weight for each", {}, "sum"),
+        *((ConfigError, "a finite weight for each", {"first": bad}, "sum") for bad in (math.nan, math.inf)),
         (ConfigError, r"3: several of \['more', 'again'\] have trained it in full", {"more": 0.3, "again": 1.0}, "sum"),
         (ConfigError, r"0: several of \['rows', 'others'\] have trained it", {"rows": 0.3, "others": 1.0}, "sum"),
         *(

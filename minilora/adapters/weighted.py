@@ -1,36 +1,63 @@
-"""Weighted sums of adapters: a new adapter of a model from those it has."""
+"""Weighted sums of adapters: a new adapter of a model from those it has.
+
+    ΔW = Σᵢ wᵢ·sᵢ·Bᵢ Aᵢ,    sᵢ the scale of adapter i,  wᵢ the weight that the user gives it
+
+The sum is exact: its rank is the sum of the ranks, and its scale is 1 (alpha = r without rsLoRA).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from minilora.adapter import activate, layers_of
 from minilora.adapters.attach import config_of_adapter, inject_layers
 from minilora.adapters.build import low_rank_layer
-from minilora.adapters.combine import CombineConfig, Factors, LowRank, combine
 from minilora.adapters.config import LoraConfig, Task
 from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
-from minilora.errors import ConfigError, check_types
-from minilora.lora import AdapterWrapper, LoraAdapter
+from minilora.errors import ConfigError, TrainingError, check_types
+from minilora.lora import AdapterWrapper, LoraAdapter, widest
 
 
-def combine_adapters(
-    model: nn.Module, weights: Mapping[str, float], name: str, config: CombineConfig | None = None
-) -> dict[str, LowRank]:
-    """Combine several adapters, each with a weight, into a new one, and activate it; the others stay as they are.
+class Factors(NamedTuple):
+    """The factors of an adapter at one module: ΔW = scale · lora_B lora_A.
 
-    The new adapter is frozen. Modules and token rows that one of them has trained are carried over as they are, without
-    the weight. Return the new factors and what an SVD has cut off, by path.
+    Shapes: lora_A (r, in), lora_B (out, r)
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float = 1.0
+
+
+def concatenate(parts: Sequence[Factors]) -> Factors:
+    """Add adapters by concatenating their ranks: Σ sᵢ·Bᵢ Aᵢ = [s₁B₁ s₂B₂ …][A₁; A₂; …], exactly.
+
+    >>> A, B = torch.ones(1, 3), torch.ones(2, 1)
+    >>> concatenate([Factors(A, B, 2.0), Factors(A, B, -6.0)]).lora_B
+    tensor([[ 2., -6.],
+            [ 2., -6.]])
+    """
+    scaled = [part.scale * part.lora_B.to(widest(part.lora_B)) for part in parts]
+    return Factors(torch.cat([part.lora_A.to(widest(part.lora_A)) for part in parts]), torch.cat(scaled, dim=1))
+
+
+def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
+    """Add several adapters, each times a weight, to a new one, and activate it; the others stay as they are.
+
+    A weight of -1 subtracts an adapter. The new adapter is frozen. Modules and token rows that one of them has trained
+    are carried over as they are, without the weight.
 
     Raises:
-        ConfigError: an adapter has more than updates s·B A, which alone can be added, or two have trained one module in
-            full or rows of it.
-        ShapeError: adapters of one module differ in rank, and "linear" cannot add them.
+        ConfigError: a weight is not finite; an adapter has more than updates s·B A, which alone can be added; or two
+            have trained one module in full or rows of it.
         TargetError: there is no such adapter, or one of the new name already.
+        TrainingError: the sum is not finite.
     """
     check_types(combine_adapters, locals())
     held = {each: layers_of(model, each) for each in weights}
@@ -50,18 +77,24 @@ def combine_adapters(
                 "alone can be added, such as DoRA's m, trained biases, or a part of weights that are not "
                 f"loaded: {others[:5]}"
             )
-    factors = [{path: Factors(a.lora_A, a.lora_B, a.scale) for path, a in parts.items()} for parts in adapters]
-    cuts = combine(factors, list(weights.values()), config)
+    if not any(adapters) or not all(map(math.isfinite, weights.values())):
+        raise ConfigError(f"need adapters with updates and a finite weight for each, found {dict(weights)}")
+    sums = {}
+    for path in dict.fromkeys(path for parts in adapters for path in parts):
+        present = [(parts[path], weights[each]) for each, parts in zip(held, adapters, strict=True) if path in parts]
+        sums[path] = concatenate([Factors(a.lora_A.detach(), a.lora_B.detach(), w * a.scale) for a, w in present])
+        if not sums[path].lora_B.isfinite().all():
+            raise TrainingError(f"{path}: with the weights {dict(weights)} the sum is not finite")
     rows = {p: layer.adapters[name].ids.tolist() for p, layer in layers.items() if isinstance(layer, TrainableTokens)}
     full = tuple(path for path in layers if path not in rows)
-    combined = replace(config_of(cuts, task), modules_to_save=full, trainable_token_indices=rows or None)
+    ranks = {path: len(factors.lora_A) for path, factors in sums.items()}
+    combined = replace(config_of(ranks, task), modules_to_save=full, trainable_token_indices=rows or None)
     bases = {path: layer.base for parts in held.values() for path, layer in parts.items()}
-    for path, cut in cuts.items():
-        tensors = {"lora_A": cut.factors.lora_A, "lora_B": cut.factors.lora_B}
+    for path, factors in sums.items():
+        tensors = {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
         layers[path] = low_rank_layer(bases[path], path, combined, name, tensors)
     inject_layers(model, layers, combined, name)
     activate(model, name, trainable=False)
-    return cuts
 
 
 def _copied_in_full(layers: Mapping[str, AdapterWrapper], old: str, new: str) -> dict[str, AdapterWrapper]:
@@ -88,9 +121,8 @@ def _is_update(adapter: nn.Module) -> bool:
     )
 
 
-def config_of(cuts: Mapping[str, LowRank], task_type: Task | None) -> LoraConfig:
+def config_of(ranks: Mapping[str, int], task_type: Task | None) -> LoraConfig:
     """Return the config of an adapter of scale 1, with alpha = r for each module."""
-    ranks = {path: len(cut.factors.lora_A) for path, cut in cuts.items()}
     r = max(ranks.values())
     others = {f"^{path}": rank for path, rank in ranks.items() if rank != r}
     patterns: dict[str, Any] = {"rank_pattern": others, "alpha_pattern": others}

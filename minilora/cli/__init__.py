@@ -40,6 +40,7 @@ COMMANDS = {
     "plot": "plot loss and evaluations of runs",
 }
 FOREIGN_FLAGS = {  # settings of other libraries, and where they are here
+    "--combination-type": in_recipe("ties_and_dare"),
     "--task-type": in_recipe("classify_texts"),
     "--loraplus-lr-ratio": in_recipe("loraplus"),
     "--target-parameters": in_recipe("experts"),

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import get_args
 
 from minilora.adapter import WEIGHTS_FILE
-from minilora.adapters.attach import describe_base
-from minilora.adapters.combine import CombineConfig
+from minilora.adapters.attach import config_of_adapter, describe_base
 from minilora.adapters.files import load_adapter, save_adapter_files
 from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
-from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
+from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Found, add_model_flags, check_not_merged, find
 from minilora.cli.messages import base_notes, say_system_prompt
 from minilora.errors import ConfigError, FormatError
@@ -34,7 +33,7 @@ from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
 from minilora.runs.reports import read_run_record
-from minilora.tools.merging import Merge, merge_directory, relative_error
+from minilora.tools.merging import Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
@@ -50,7 +49,6 @@ def add_flags(parser: Parser) -> None:
         "adapter was trained on; requantized, these, quantized again (default: like the base in training)",
     )
     parser.add_argument("--as-adapter", action="store_true", help="save the adapters as one adapter, not a model")
-    add_fields(parser, CombineConfig, "combination of adapters")
 
 
 def run(options: Options) -> int:
@@ -58,15 +56,14 @@ def run(options: Options) -> int:
         raise ConfigError("there is nothing to merge: give --adapter")
     names, weights = zip(*map(split_weight, options["adapter"]), strict=True)
     _note_prompts(names)
-    options, config = {**options, "adapter": list(names)}, from_flags(CombineConfig, options)
-    is_plain = config == CombineConfig() and all(weight == 1 for weight in weights)
+    options = {**options, "adapter": list(names)}
     with new_directory(options["out"]) as out:
         if options["as_adapter"]:
             found = find(options)
-            written = f"adapter of rank {_combine(found, weights, config, out)}"
+            written = f"adapter of rank {_combine(found, weights, out)}"
             copy_prompt_files(found.adapters, out)
         else:
-            written = _write_model(options, weights, None if is_plain else config, out)
+            written = _write_model(options, weights, out)
     print(f"{written} written to {options['out']}")
     say_system_prompt(options["out"])
     return 0
@@ -92,26 +89,25 @@ def _note_prompts(names: Sequence[str]) -> None:
             say(f"the adapters were trained with different prompts ({file}): {kept}")
 
 
-def _combine(found: Found, weights: Sequence[float], config: CombineConfig, out: Path) -> int:
-    """Write the weighted sum of the adapters as one, print what an SVD cuts off, and return its largest rank."""
+def _combine(found: Found, weights: Sequence[float], out: Path) -> int:
+    """Write the weighted sum of the adapters as one, and return its largest rank."""
     model = load_model(found.base.name, "auto", "meta", found.quantize)
     names = [f"adapter{i}" for i in range(len(found.adapters))]
     for name, path in zip(names, found.adapters, strict=True):
         load_adapter(model, path, name)
-    cuts = combine_adapters(model, dict(zip(names, weights, strict=True)), "combined", config)
+    combine_adapters(model, dict(zip(names, weights, strict=True)), "combined")
     save_adapter_files(model, out, "combined")
-    if error := relative_error((cut.lost, cut.total) for cut in cuts.values()):
-        print(f"truncation error, relative to the combined update: {error:.2g}")
-    return max(cut.factors.lora_A.size(0) for cut in cuts.values())
+    return config_of_adapter(model, "combined").r
 
 
-def _write_model(options: Options, weights: Sequence[float], config: CombineConfig | None, out: Path) -> str:
-    """Merge the adapters, with a config the adapter that they combine to, and describe the error and what was written.
+def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
+    """Merge the adapters, or with weights their sum, and describe the error and what was written.
 
-    With a config, what is merged already may be added to or subtracted.
+    With weights, what is merged already may be added to or subtracted.
     """
     target, found = options["target"], find(options)
-    if config is None:
+    is_plain = all(weight == 1 for weight in weights)
+    if is_plain:
         check_not_merged(found.base, found.adapters)
     quantize = QuantizeConfig() if target == "original" else found.quantize
     quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
@@ -121,8 +117,8 @@ def _write_model(options: Options, weights: Sequence[float], config: CombineConf
     for note in (*base_notes(found.base, found.adapters, quantization), *_dtype_notes(found.adapters, dtype)):
         say(note)
     with tempfile.TemporaryDirectory() as scratch:
-        if config is not None:
-            _combine(found, weights, config, Path(scratch))
+        if not is_plain:
+            _combine(found, weights, Path(scratch))
             merge = replace(merge, adapters=(Path(scratch),))
         error = merge_directory(merge, out, found.tokenizer)
     _record_adapters(out, options["adapter"], found.adapters)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from minilora import llama, nf4
 from minilora.adapters.attach import attach
-from minilora.adapters.combine import Factors, concatenate
 from minilora.adapters.config import LoraConfig
+from minilora.adapters.weighted import Factors, concatenate
 from minilora.cli import Options, Parser
 from minilora.definition import plain
 from minilora.files import BUILTIN

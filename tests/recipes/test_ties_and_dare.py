@@ -117,6 +117,7 @@ def test_a_rank_above_that_of_a_weight_is_refused_and_nothing_is_attached():
 
 THEIR_TYPES = {
     "ties_svd": {},
+    "svd": {"density": 1.0, "elect": False},
     "magnitude_prune_svd": {"elect": False},
     "dare_ties_svd": {"dare": True},
     "dare_linear_svd": {"dare": True, "elect": False},
@@ -143,6 +144,6 @@ def test_peft_s_types_on_updates_combine_the_same(monkeypatch, kind):
                 factor = getattr(theirs.base_model.model.get_submodule(path), f"lora_{letter}")[name].weight
                 factor.data.copy_(getattr(ours[int(path)].adapters[name], f"lora_{letter}"))
     theirs.add_weighted_adapter(["a", "b"], [0.7, -0.3], "sum", kind, density=0.6, svd_rank=6)
-    combine(ours, {"a": 0.7, "b": -0.3}, "sum", r=6, density=0.6, **THEIR_TYPES[kind])
+    combine(ours, {"a": 0.7, "b": -0.3}, "sum", r=6, **{"density": 0.6, **THEIR_TYPES[kind]})
     for path in ("0", "1"):
         assert_parity(delta(ours, path, "sum"), theirs.base_model.model.get_submodule(path).get_delta_weight("sum"))
