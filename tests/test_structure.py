@@ -20,9 +20,10 @@ PAGES = ("nf4", "lora", "llama", "adapter", "data", "training")  # the order in 
 PAGES_LINES, PAGES_COLUMNS = 1450, 100  # of all six, at most
 ROOMS = ("models/", "adapters/", "runs/", "tools/", "cli/")  # likewise
 
-# part, a folder or file -> the parts that it may import besides itself, `errors` and `definition`
+# part, a folder or file -> the parts that it may import besides itself and those of `COMMON`
+COMMON = ("errors", "definition", "options")
 MAY_IMPORT = {
-    **dict.fromkeys(("errors", "definition", "files", "testing/", "__init__"), ()),
+    **dict.fromkeys((*COMMON, "files", "testing/", "__init__"), ()),
     **{page: PAGES[:i] for i, page in enumerate(PAGES)},
     "kernels/": PAGES,  # which only `public` and `runs/forecast` import
     "runs/forecast": ("files", *PAGES, "kernels/", *ROOMS[:3]),  # counts what kernels keep
@@ -76,7 +77,7 @@ def part_of(module):
 def test_a_part_imports_only_what_the_design_allows():
     for module in MODULES:
         part = part_of(module)
-        allowed = {part, "errors", "definition", *MAY_IMPORT.get(module, MAY_IMPORT[part])}
+        allowed = {part, *COMMON, *MAY_IMPORT.get(module, MAY_IMPORT[part])}
         assert not {name for name in of_minilora(module) if part_of(name) not in allowed}, module
 
 

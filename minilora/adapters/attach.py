@@ -35,7 +35,7 @@ from minilora.adapters.build import (
 )
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.modules_to_save import unties
-from minilora.errors import ConfigError, TargetError, check_types
+from minilora.errors import ConfigError, TargetError
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper
 from minilora.models.bitsandbytes import describe
@@ -73,7 +73,6 @@ def attach(
         ConfigError: a layer cannot have these start values.
         ShapeError: an A or a B of `start` does not fit its module and rank.
     """
-    check_types(attach, locals())
     if config.task_type is None and isinstance(model, Llama):
         config = replace(config, task_type="CAUSAL_LM")
     modules = base_modules(model)
@@ -130,7 +129,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         TargetError: the model has no adapter of that name.
     """
-    check_types(delete_adapter, locals())
     layers = layers_of(model, name).values()
     acted = any(name in layer.active for layer in layers)
     was_trained = any(p.requires_grad for layer in layers for p in own_parameters(layer, name))
@@ -154,7 +152,6 @@ def merge(model: nn.Module) -> None:
             in a model whose forward depends on that.
         TrainingError: a merged weight is not finite; the model is left as it was.
     """
-    check_types(merge, locals())
     layers = _mergeable_layers(model)
     sharing: dict[int, list[str]] = {}
     for path, each in base_modules(model).items():
@@ -202,7 +199,6 @@ def merged(model: nn.Module) -> Iterator[None]:
         TargetError: there is no adapter, or a wrapper has hooks.
         TrainingError: a merged weight is not finite.
     """
-    check_types(merged, locals())
     layers = _mergeable_layers(model)  # inactive ones too, or they could be activated
     replaced = [(merged_module(layer), layer) for layer in layers]
     try:
@@ -223,7 +219,6 @@ def find_target_modules(model: nn.Module) -> list[str]:
     Raises:
         TargetError: there are no such linears.
     """
-    check_types(find_target_modules, locals())
     modules = base_modules(model)
     linears = [path for path, kind in adaptable(modules).items() if kind in LINEARS]
     chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
@@ -263,7 +258,6 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count trainable and all parameters, a shared one once; a packed weight counts as the dense one it encodes."""
-    check_types(count_parameters, locals())
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     parts = {id(part) for linear in packed for part in linear.parts}
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if id(p) not in parts]

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from minilora.errors import ConfigError, TargetError, answers, check_types, document_fields, in_recipe, option
+from minilora.errors import ConfigError, TargetError, in_recipe
 from minilora.lora import lora_scale
+from minilora.options import answers, check_types, document_fields, option
 
 Bias = Literal["none", "all", "lora_only"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -88,7 +89,7 @@ class LoraConfig:
         if isinstance(tokens, Mapping):
             tokens = {name: _as_tuple(ids) for name, ids in tokens.items()}
         object.__setattr__(self, "trainable_token_indices", _as_tuple(tokens))
-        check_types(LoraConfig, vars(self))
+        check_types(self)
         if bad := self._problems():
             raise ConfigError("LoraConfig: " + "; ".join(bad))
 

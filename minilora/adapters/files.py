@@ -40,7 +40,7 @@ from minilora.adapters.layout import (
     write_adapter,
 )
 from minilora.adapters.modules_to_save import ModulesToSave
-from minilora.errors import FormatError, TargetError, check_types, listed
+from minilora.errors import FormatError, TargetError, listed
 from minilora.files import publishing
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
@@ -62,7 +62,6 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     Raises:
         TargetError: the model has no adapter of that name.
     """
-    check_types(save_adapter, locals())
     with publishing(Path(path)) as directory:
         save_adapter_files(model, directory, name)
 
@@ -103,7 +102,6 @@ def load_adapter(
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
-    check_types(load_adapter, locals())
     check_name(name)
     stored, modules = read_adapter(fetch(path, "adapter")), base_modules(model)
     config = stored.config()

@@ -20,7 +20,7 @@ from minilora.adapters.attach import config_of_adapter, inject_layers
 from minilora.adapters.build import low_rank_layer
 from minilora.adapters.config import LoraConfig, Task
 from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
-from minilora.errors import ConfigError, TrainingError, check_types
+from minilora.errors import ConfigError, TrainingError
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
 
 
@@ -59,7 +59,6 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
         TargetError: there is no such adapter, or one of the new name already.
         TrainingError: the sum is not finite.
     """
-    check_types(combine_adapters, locals())
     held = {each: layers_of(model, each) for each in weights}
     task = config_of_adapter(model, next(iter(weights))).task_type if weights else None
     layers: dict[str, AdapterWrapper] = {}

@@ -11,11 +11,11 @@ from minilora.adapter import adapter_layers
 from minilora.adapters.attach import merged
 from minilora.cli import Parser, say
 from minilora.cli.flags import add_fields
-from minilora.errors import option
 from minilora.llama import Llama
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
+from minilora.options import option
 
 BATCH_SIZE = 8  # texts that are generated at a time
 MERGE_TOKENS = 40  # below, a merge may take longer than it saves

@@ -21,9 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minilora.errors import ConfigError, FormatError, TrainingError, check_types, document_fields, option
+from minilora.errors import ConfigError, FormatError, TrainingError
 from minilora.files import TensorFile, entry_bytes, parse_object
 from minilora.nf4 import BLOCK_SIZE, DYNAMIC_MAP, LEVELS, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
+from minilora.options import check_types, document_fields, option
 
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
@@ -43,7 +44,7 @@ class QuantizeConfig:
     )
 
     def __post_init__(self) -> None:
-        check_types(QuantizeConfig, vars(self))
+        check_types(self)
         object.__setattr__(self, "quantize_skip", tuple(sorted(set(self.quantize_skip))))
 
     @classmethod

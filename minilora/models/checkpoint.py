@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import llama
-from minilora.errors import ConfigError, FormatError, TrainingError, check_types, listed
+from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.files import INDEX, TensorFile, publishing, stream_tensors, tensor_files, write_json
 from minilora.llama import Llama, load_weights
 from minilora.models.bitsandbytes import (
@@ -76,7 +76,6 @@ def load_model(
         ConfigError: a model of no supported family, an unknown dtype, or a device that cannot be used; the model is
             quantized already, and `quantize` asks for something else.
     """
-    check_types(load_model, locals())
     location = locate(name_or_path, "model")
     config = read_config(location.path)
     model = build_on_meta(config)
@@ -166,7 +165,6 @@ def save_model(
         ConfigError: the model has adapters: merge or detach them first.
         TrainingError: a number is not finite; then no file is written.
     """
-    check_types(save_model, locals())
     with publishing(Path(path), MODEL_FILES) as directory:
         save_model_files(model, directory, tokenizer, shard_bytes)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, ShapeError, TrainingError, check_types
+from minilora.errors import ConfigError, ShapeError, TrainingError
 from minilora.llama import Llama, LlamaConfig, causal_attention
 from minilora.models.rotary import LengthRope
 
@@ -188,7 +188,6 @@ def generate(
         ShapeError: input_ids are not rows of the model's token ids, or a prompt is empty.
         TrainingError: the model computes NaN or infinity.
     """
-    check_types(generate, locals())
     _check(max_new_tokens, temperature, top_p, top_k, seed)
     weight = model.model.embed_tokens.weight
     prompts = _prompts(input_ids, weight.size(0))

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.errors import ConfigError, DataError, FormatError, check_types
+from minilora.errors import ConfigError, DataError, FormatError
 from minilora.files import parse_object, read_text
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
@@ -32,7 +32,6 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises:
         FormatError: no such directory or repository, no `tokenizer.json`, or a file that is not what its name says.
     """
-    check_types(load_tokenizer, locals())
     return Tokenizer(fetch(name_or_path, "tokenizer"))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError, check_types
+from minilora.errors import ConfigError
 from minilora.llama import Llama
 
 GROWTH = 1024  # rows that the tokens of an adapter may add, beside as many as there are
@@ -22,7 +22,6 @@ def resize_token_embeddings(model: Llama, size: int) -> None:
         ConfigError: the model has adapters, or its head is in four bits; `size` is more than twice as large, and 1024
             more, than the vocabulary: a mistaken id of an adapter could take all memory.
     """
-    check_types(resize_token_embeddings, locals())
     if size <= model.config.vocab_size:
         return
     if size > (most := 2 * model.config.vocab_size + GROWTH):

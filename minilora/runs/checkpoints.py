@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter_files
-from minilora.errors import DataError, FormatError, TrainingError, fits
+from minilora.errors import DataError, FormatError, TrainingError
 from minilora.files import (
     TensorFile,
     flush,
@@ -49,6 +49,7 @@ from minilora.files import (
 )
 from minilora.lora import LoraAdapter
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
+from minilora.options import fits
 from minilora.runs.dataset import Dataset, Example
 from minilora.runs.objective import trained_parameters
 from minilora.runs.settings import TrainConfig

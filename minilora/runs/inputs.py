@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.errors import DataError, check_types, check_utf8
+from minilora.errors import DataError, check_utf8
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +35,6 @@ def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = 
     Raises:
         DataError: a row cannot be used (with file and line); a file without rows.
     """
-    check_types(load_dataset, locals())
     config, paths = config or DataConfig(), find_files(path)["train"]
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths, columns=config.columns))
     return encode_rows(stream_rows(*paths, columns=config.columns), tokenizer, config)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import DataError, TrainingError, check_types
+from minilora.errors import DataError, TrainingError
 from minilora.runs import checkpoints, processes
 from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
@@ -93,7 +93,6 @@ def train(
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
             `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer.
     """
-    check_types(train, locals())
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     config = config or TrainConfig()

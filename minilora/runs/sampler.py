@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
-from minilora.errors import ConfigError, check_types
+from minilora.errors import ConfigError
 from minilora.lora import LoraAdapter
 from minilora.runs.settings import TrainConfig
 
@@ -92,7 +92,6 @@ def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
     times in a step, as the shared layers of ALBERT are, has the same mask each time. With the seed None adapters draw
     from PyTorch's random state, as after `attach`.
     """
-    check_types(set_dropout_step, locals())
     for layer in adapter_layers(model).values():
         for name, adapter in layer.adapters.items():
             if isinstance(adapter, LoraAdapter) and (p := adapter.dropout.p):

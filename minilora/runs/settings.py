@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from minilora.adapters.config import LoraConfig
-from minilora.errors import ConfigError, answers, check_types, document_fields, in_recipe, option
+from minilora.errors import ConfigError, in_recipe
 from minilora.files import BUILTIN
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.hub import locate
+from minilora.options import answers, check_types, document_fields, option
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
@@ -52,7 +53,7 @@ class DataConfig:
     skip_bad_rows: bool = option(False, "skip rows that cannot be used, and report them")
 
     def __post_init__(self) -> None:
-        check_types(DataConfig, vars(self))
+        check_types(self)
         if self.max_length < 1:
             raise ConfigError(f"DataConfig: max_length is {self.max_length!r}, need a whole number of at least 1")
 
@@ -103,7 +104,7 @@ class TrainConfig:
     seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
 
     def __post_init__(self) -> None:
-        check_types(TrainConfig, vars(self))
+        check_types(self)
         bad = []
         for name in COUNTS:
             value = getattr(self, name)
@@ -176,7 +177,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        check_types(RunConfig, vars(self))
+        check_types(self)
         for name in ("model", "data", "out", "adapter", "eval_data", "general_data"):
             value = getattr(self, name)
             if "" in (value if isinstance(value, tuple) else (value,)):

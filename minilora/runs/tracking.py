@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from minilora.errors import check_types
+from minilora.options import check_types
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Tracker:
     project: str = "minilora"
 
     def __post_init__(self) -> None:
-        check_types(Tracker, vars(self))
+        check_types(self)
         path = Path(self.directory)
         if self.library == "tensorboard":
             board = import_module("torch.utils.tensorboard")

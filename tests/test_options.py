@@ -1,4 +1,4 @@
-"""Arguments of the wrong type: a `ConfigError` names each one, what was found and what is accepted."""
+"""Fields of the wrong type: a `ConfigError` names each one, what was found and what is accepted."""
 
 import dataclasses
 import inspect
@@ -10,29 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.errors import fits
+from minilora.options import fits
 from minilora.runs.settings import RunConfig
 
 CONFIGS = (ml.LoraConfig, ml.QuantizeConfig, ml.DataConfig, ml.TrainConfig, RunConfig)
-PUBLIC = (getattr(ml, name) for name in ml.__all__)
-FUNCTIONS = [each for each in PUBLIC if inspect.isfunction(each) and each.__module__ != "minilora.adapter"]  # no page
 UNLIKE = object()  # of no type that is accepted anywhere
-
-
-def arguments():
-    """Each argument of each public function."""
-    for function in FUNCTIONS:
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind is not parameter.VAR_POSITIONAL and parameter.annotation != "Any":
-                yield pytest.param(function, name, id=f"{function.__name__}-{name}")
-
-
-@pytest.mark.parametrize(("function", "name"), list(arguments()))
-def test_an_argument_of_the_wrong_type_is_named(function, name):
-    others = [each for each, p in inspect.signature(function).parameters.items() if p.default is p.empty]
-    said = rf"{function.__name__}: .*{name} is <object object.*, need \w"
-    with pytest.raises(ml.ConfigError, match=said), function(**dict.fromkeys([*others, name], UNLIKE)):
-        pass  # a context manager checks its arguments when it is entered
 
 
 def test_a_field_of_the_wrong_type_is_named():
@@ -43,10 +25,8 @@ def test_a_field_of_the_wrong_type_is_named():
 
 def test_the_message_says_what_was_found_and_what_is_accepted():
     for call, message in (
-        (lambda: ml.attach(ml.load_model("minilora/builtin"), "lora"), "attach: config is 'lora', need LoraConfig"),
         (lambda: ml.LoraConfig(r="8", use_dora=1), "LoraConfig: r is '8', need int; use_dora is 1, need bool"),
         (lambda: ml.TrainConfig(keep="all"), r"TrainConfig: keep is 'all', need one of \['last', 'best'\]"),
-        (lambda: ml.load_model(3), "load_model: name_or_path is 3, need str or Path"),
     ):
         with pytest.raises(ml.ConfigError, match=message):
             call()

@@ -1,0 +1,87 @@
+"""Options, fields of a data class that are flags of the command line: declared, documented and checked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+from minilora.errors import ConfigError
+
+C = TypeVar("C", bound=type)
+
+
+def option(default: Any, help: str, group: str | None = None) -> Any:
+    """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
+    given: Any = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**given, metadata={"help": help} | ({"group": group} if group else {}))
+
+
+def document_fields(cls: C) -> C:
+    """Add the help of each field to the docstring of a data class whose fields are options."""
+    lines = (f"{each.name}: {each.metadata['help']}" for each in fields(cls))
+    helps = [textwrap.fill(line, 112, initial_indent=" " * 4, subsequent_indent=" " * 8) for line in lines]
+    cls.__doc__ = "\n".join([inspect.cleandoc(str(cls.__doc__)), "", "Attributes:", *helps])
+    return cls
+
+
+def answers(**advice: str) -> Callable[[C], C]:
+    """Decorate a class so that keyword arguments of other libraries raise a `TypeError` with advice."""
+
+    def decorate(cls: C) -> C:
+        init = cls.__init__  # type: ignore[misc]
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            if foreign := sorted(kwargs.keys() & advice.keys()):
+                raise TypeError(f"{cls.__name__} has " + "; ".join(f"no {name!r}: {advice[name]}" for name in foreign))
+            init(self, *args, **kwargs)
+
+        cls.__init__ = checked  # type: ignore[misc]
+        return cls
+
+    return decorate
+
+
+def check_types(config: object) -> None:
+    """Raise a `ConfigError` that names each field of a data class whose value does not fit its annotation."""
+    hints = typing.get_type_hints(type(config))
+    bad = [(name, value) for name, value in vars(config).items() if not fits(value, hints[name])]
+    if bad:
+        wrong = (f"{name} is {value!r:.80}, need {in_words(hints[name])}" for name, value in bad)
+        raise ConfigError(f"{type(config).__name__}: {'; '.join(wrong)}")
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Return whether a value is of the annotated type: any collection for a tuple, a whole number for a float."""
+    origin = typing.get_origin(hint)
+    parts = typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is tuple:
+        return isinstance(value, list | tuple | set | frozenset) and all(fits(element, parts[0]) for element in value)
+    if origin is Sequence and isinstance(value, list | tuple):
+        return all(fits(element, parts[0]) for element in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return all(fits(key, parts[0]) and fits(element, parts[1]) for key, element in value.items())
+    kind = {float: (int, float)}.get(hint, origin or hint)
+    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+
+
+def in_words(hint: Any) -> str:
+    """Return the name of an annotated type for a message."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {list(typing.get_args(hint))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(in_words, typing.get_args(hint)))
+    return "None" if hint is types.NoneType else re.sub(r"<class '|'>|\w+\.(?=\w)", "", str(hint))
