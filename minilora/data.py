@@ -29,27 +29,35 @@ class Example:
 
     tokens: list[int]
     labels: list[int]
+    source: str = ""  # where the row was read, for messages
+
+    @property
+    def labelled(self) -> int:
+        """How many labels are learned. The first token is never predicted, so it does not count."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
-def row_text(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (prompt, completion); Alpaca's rows are put into its template, without preamble."""
-    if "prompt" in row:
-        return row["prompt"], row["completion"]
-    context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
-    return f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n", row["output"]
-
-
-def encode_row(row: Mapping[str, Any], tokenizer: Any, eos_id: int) -> Example:
-    """Encode a row with a `tokenizers.Tokenizer`; the end token is always learned.
+def encode_row(row: Mapping[str, str], tokenizer: Any, eos_id: int) -> Example:
+    """Encode a row of `prompt` and `completion` with a `tokenizers.Tokenizer`.
 
     `ml.load_dataset` takes every form of rows.
     """
-    prompt, completion = row_text(row)
-    encoding = tokenizer.encode(prompt + completion)
+    text = row["prompt"] + row["completion"]
+    encoding = tokenizer.encode(text)
     edges = [(0, 0), *encoding.offsets]  # some trim the span of " cat" to that of "cat"
     spans = [(min(before, begin), end) for (_, before), (begin, end) in pairwise(edges)]
-    labels = label_tokens(encoding.ids, spans, [(len(prompt), len(prompt + completion))])
-    return Example([*encoding.ids, eos_id], [*labels, eos_id])
+    return label_completion(encoding.ids, spans, (len(row["prompt"]), len(text)), eos_id)
+
+
+def label_completion(
+    tokens: list[int], spans: Sequence[Span], learned: Span, eos_id: int | None
+) -> Example:
+    """Label the tokens of a span, and close the text with the end token, always learned."""
+    labels = label_tokens(tokens, spans, [learned])
+    if eos_id is None:
+        return Example(tokens, labels)
+    length = len(tokens) - (tokens[-1:] == [eos_id])  # without an end token that is there already
+    return Example([*tokens[:length], eos_id], [*labels[:length], eos_id])
 
 
 def label_tokens(

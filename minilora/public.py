@@ -14,6 +14,7 @@ from minilora.adapters.config import LoraConfig as LoraConfig
 from minilora.adapters.files import load_adapter as load_adapter
 from minilora.adapters.files import save_adapter as save_adapter
 from minilora.adapters.weighted import combine_adapters as combine_adapters
+from minilora.data import Example as Example
 from minilora.definition import plain as plain
 from minilora.errors import ConfigError as ConfigError
 from minilora.errors import DataError as DataError
@@ -30,7 +31,6 @@ from minilora.models.tokenizer import Tokenizer as Tokenizer
 from minilora.models.tokenizer import load_tokenizer as load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings as resize_token_embeddings
 from minilora.runs.dataset import Dataset as Dataset
-from minilora.runs.dataset import Example as Example
 from minilora.runs.inputs import load_dataset as load_dataset
 from minilora.runs.loop import TrainResult as TrainResult
 from minilora.runs.loop import train as train

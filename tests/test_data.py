@@ -54,6 +54,7 @@ def test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_la
 def test_a_completion_that_brings_its_closing_token_gets_no_second_one(tokenizer):
     bare, closed = (encoded({"prompt": "the", "completion": text}, tokenizer()) for text in (" cat", " cat" + EOS))
     assert bare == closed
+    assert bare == encoded({"prompt": "the", "completion": " cat" + 2 * EOS}, tokenizer(), allow_special=True)
 
 
 def test_another_token_that_the_tokenizer_puts_at_the_end_gives_way_to_the_one_that_ends_an_answer(tmp_path):
@@ -232,4 +233,4 @@ def test_of_a_document_each_token_but_the_first_is_predicted_once_in_pieces_of_t
     assert all(1 < len(piece.tokens) <= size and piece.source == "a.txt" for piece in found)
     assert [whole.tokens[0], *(token for piece in found for token in piece.tokens[1:])] == whole.tokens
     assert [whole.labels[0], *(label for piece in found for label in piece.labels[1:])] == whole.labels
-    assert (found.truncated, found.unlabelled, found.rows["lost"].max()) == (0, 0, 0)
+    assert (found.truncated, found.unlabelled, found.cut) == (0, 0, set())

@@ -1,6 +1,5 @@
-"""Rows as arrays: the same as encoded one by one, and lean."""
+"""Data sets: examples and counts are those of the rows one by one, and lean."""
 
-import json
 import random
 import re
 import tracemalloc
@@ -17,7 +16,6 @@ from minilora.runs.encoders import encode_rows, label_row
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row, parse_row
 from minilora.runs.objective import check_examples
-from minilora.runs.sampler import plan_steps
 from tests.models import tiny_model
 from tests.runs import runner, write_rows
 from tests.text import BOS, CHATML, CLOSE, conversation
@@ -37,7 +35,7 @@ ROWS = [  # plain, a conversation, cut, without a label that is left, with a con
 
 def one_by_one(rows, tokenizer, config):
     """The examples and counts as they follow from the rows one by one."""
-    kept, bad, counts = [], [], dict.fromkeys(("truncated", "unlabelled", "quoted", "conversations"), 0)
+    kept, bad, lost, counts = [], [], set(), dict.fromkeys(("truncated", "unlabelled", "quoted", "conversations"), 0)
     for row in rows:
         try:
             if row.problem:
@@ -53,23 +51,20 @@ def one_by_one(rows, tokenizer, config):
         counts["truncated"] += len(whole.tokens) > limit
         counts["unlabelled"] += not cut.labelled
         kept += [cut] if cut.labelled else []
-    return kept, {**counts, "bad": tuple(bad)}
+        lost |= {row.source} if cut.labelled < whole.labelled else set()
+    return kept, {**counts, "cut": lost, "bad": bad}
 
 
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
 def test_rows_and_counts_are_those_of_the_rows_encoded_one_by_one(tokenizer, train_on):
     config = ml.DataConfig(train_on=train_on, max_length=20, skip_bad_rows=True)
     chosen = tokenizer(template=CHATML, eos=CLOSE)
-    rows = [Row(row, f"{'ab'[i % 2]}:{i}") for i, row in enumerate(ROWS * 2)]
-    rows += [Row(problem="none", source="c:1"), Row(ROWS[0], "d"), Row(ROWS[0], "d:07")]
+    rows = [Row(row, f"a:{i}") for i, row in enumerate([*ROWS, ROWS[0]])] + [Row(problem="none", source="b:1")]
     found = encode_rows(rows, chosen, config)
     kept, counts = one_by_one(rows, chosen, config)
     assert list(found) == kept
     assert {name: getattr(found, name) for name in counts} == counts
-    assert all(counts[name] for name in ("truncated", "bad", "quoted"))
-    assert found.lengths.tolist() == [len(example.tokens) for example in kept]
-    assert found.labelled.tolist() == [example.labelled for example in kept]
-    assert found.rows["largest"].tolist() == [max(e.tokens) for e in kept]
+    assert all(counts[name] for name in ("truncated", "cut", "bad", "quoted"))
     assert repr(found).startswith(f"Dataset({len(kept)} rows, {sum(len(e.tokens) for e in kept)} tokens, ")
 
 
@@ -78,10 +73,9 @@ def test_a_dataset_is_a_sequence_of_examples(tokenizer):
     found = encode_rows(texts, tokenizer(), ml.DataConfig())
     rows = list(found)
     assert [row.source for row in rows] == [f"f:{i}" for i in range(5)]
-    assert (found[-1], found[np.int64(2)], len(found[1:4])) == (rows[-1], rows[2], 3)
-    assert isinstance(found[1:], ml.Dataset)
-    assert list(found[4:0:-2]) == rows[4:0:-2]
-    assert list(found[3:][1:]) == rows[4:]
+    assert (found[-1], found[np.int64(2)], list(found[4:0:-2])) == (rows[-1], rows[2], rows[4:0:-2])
+    found.cut.add("f:2")
+    assert found[1:][1:].cut == {"f:2"}
     assert (len(Dataset()), list(Dataset()), repr(Dataset())[:23]) == (0, [], "Dataset(0 rows, 0 token")
     with pytest.raises(IndexError):
         found[5]
@@ -96,7 +90,9 @@ def rows(tmp_path):
 @pytest.mark.parametrize("training", [{}, {"keep": "best", "eval_steps": 1}])
 def test_held_out_rows_are_the_first_of_all_in_random_order(tokenizer, rows, training):
     training, whole = ml.TrainConfig(seed=3, **training), ml.load_dataset(rows, tokenizer())
+    whole.cut.add(whole[0].source)
     found = inputs.hold_out({"train": whole}, 0.2, training)
+    assert found["train"].cut == found["valid"].cut == found["test"].cut == whole.cut
     shuffled = random.Random(3).sample(list(whole), len(whole))
     assert list(found["test"]) == shuffled[:4]
     assert list(found["train"]) == shuffled[4:] or training.selects  # others are held out of these then
@@ -110,17 +106,13 @@ def test_a_fingerprint_is_that_of_the_tokens_and_labels_in_their_order(tokenizer
     first, again = (ml.load_dataset(rows, tokenizer(), ml.DataConfig(max_length=n)) for n in (1024, 10**6))
     assert of(first) == of(again)  # the same tokens
     others = [first[1:], first[::-1], ml.load_dataset(rows, tokenizer(), ml.DataConfig(train_on="all"))]
-    exchanged = first.rows.copy()
-    one, other = np.flatnonzero(first.lengths == np.bincount(first.lengths).argmax())[:2]  # of one length
-    exchanged[[one, other]] = first.rows[[other, one]]
-    others.append(first.take(exchanged))
-    assert len({of(first), *map(of, others), of(first, first[:2])}) == 6
+    assert len({of(first), *map(of, others), of(first, first[:2])}) == 5
 
 
-def test_a_token_that_the_model_does_not_have_is_found_in_arrays_too(tokenizer, rows):
+def test_a_token_that_the_model_does_not_have_is_named_with_its_row(tokenizer, rows):
     model, data = tiny_model(vocab_size=400), ml.load_dataset(rows, tokenizer())
     check_examples(model, data)
-    largest = int(data.rows["largest"].max())
+    largest = max(max(example.tokens) for example in data)
     first = next(example for example in data if largest in example.tokens)
     message = f"'{first.source}' holds token {largest}; the model has tokens 0 to {largest - 1}"
     with pytest.raises(ml.DataError, match=re.escape(message)):
@@ -148,34 +140,16 @@ def test_held_out_rows_whose_prompt_is_trained_on_are_counted_and_rows_without_a
     assert repeated_prompts(training[:1], training[1:]) == repeated_prompts(Dataset(), training) == 0
 
 
-# --- memory ---
-
-
-def peak_of(compute):
+def test_a_token_takes_16_bytes(tokenizer):
+    """Its id and its label are references to one number."""
+    chosen, config, T = tokenizer(), ml.DataConfig(10**6), 2_000
+    rows = [Row({"text": " town" * T}) for _ in range(20)]
+    assert min(encode_rows(rows, chosen, config)[0].tokens[1:-1]) > 256  # Python keeps one of each smaller number
     tracemalloc.start()
-    try:
-        compute()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_memory_does_not_grow_with_the_tokens_of_the_rows(tmp_path, tokenizer):
-    row = json.dumps({"prompt": " cat" * 100, "completion": " cat" * 99}) + "\n"
-    peaks = []
-    for count in (50, 500, 3_000):  # the first warms up
-        path = tmp_path / f"{len(peaks)}.jsonl"
-        path.write_text(row * count)
-
-        def start(path=path):
-            data = ml.load_dataset(path, tokenizer())
-            splits = inputs.hold_out({"train": data}, 0.1, ml.TrainConfig())
-            steps = plan_steps(len(splits["train"]), ml.TrainConfig(batch_size=2))
-            fingerprint(splits["train"], splits["test"], ml.TrainConfig(), {})
-            assert len(splits["train"][steps[0][0][0]].tokens) == 200
-
-        peaks.append(peak_of(start))
-    assert peaks[2] - peaks[1] < 2_500 * 400, peaks  # tokens and labels of a row take 1,600 bytes, as arrays
+    kept = encode_rows(rows, chosen, config)
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert sum(len(example.tokens) for example in kept) * 16 <= used < 20 * (16 * T + 1_500)
 
 
 # --- runs ---

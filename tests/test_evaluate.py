@@ -169,8 +169,8 @@ def test_the_average_counts_and_not_the_rarest_answer():
 
 def test_a_row_that_is_cut_in_its_answer_is_no_choice_and_counts_for_no_accuracy(tokenizer):
     tokenizer, model = tokenizer(), tiny_model(vocab_size=400)
-    rows = [Row({"prompt": f"{i}?", "completion": " yes" if i % 3 else " no"}) for i in range(9)]
-    cut = Row({"prompt": "the cat? " * 20, "completion": " yes"})
+    rows = [Row({"prompt": f"{i}?", "completion": " yes" if i % 3 else " no"}, f"a:{i}") for i in range(9)]
+    cut = Row({"prompt": "the cat? " * 20, "completion": " yes"}, "a:9")
     limit = len(tokenizer.encode("the cat? " * 20 + " yes")) - 1
     encoded = [encode_rows(each, tokenizer, ml.DataConfig(max_length=limit)) for each in (rows, [*rows, cut])]
     assert (len(encoded[1]), encoded[1].truncated) == (10, 1)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import adapter, data, llama, training
 from minilora.models.checkpoint import SHARD_BYTES
-from minilora.runs.encoders import use_prompt_style
 from minilora.testing.compare import assert_parity
 from scripts.structure import trace_pages, unentered
 from tests.files import SHARD, change, same_state, saved
@@ -94,21 +93,16 @@ def test_the_six_pages_alone_train_merge_and_save_what_the_package_reads(tmp_pat
     assert_parity(model(found["ids"]), found["adapted"])
 
 
-@matrix(3, keys=("instruction", "prompt"), trim_offsets=(False, True))
-def test_the_page_of_data_reads_rows_as_the_package_does(trim_offsets, keys, tmp_path):
-    path, tokenizer = ROOT / "minilora" / "assets" / "data" / "train.jsonl", ml.load_tokenizer("minilora/builtin")
-    raw = tokenizers.Tokenizer.from_file(str(ROOT / "minilora" / "assets" / "model" / "tokenizer.json"))
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_the_page_of_data_reads_rows_as_the_package_does(trim_offsets, tmp_path):
+    tokenizer, assets = ml.load_tokenizer("minilora/builtin"), ROOT / "minilora" / "assets"
+    raw = tokenizers.Tokenizer.from_file(str(assets / "model" / "tokenizer.json"))
     raw.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trim_offsets)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[::20]]
-    rows.insert(0, {"prompt": "a  ", "completion": "é \n  b \n"})
-    if keys == "instruction":
-        inputs = itertools.cycle([{}, {"input": ""}, {"input": "of which language?"}])
-        rows = [{"instruction": row["prompt"], "output": row["completion"], **next(inputs)} for row in rows[:30]]
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    lines = (assets / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[::20]
+    rows = [{"prompt": "a  ", "completion": "é \n  b \n"}, *map(json.loads, lines)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     found = [data.encode_row(row, raw, tokenizer.eos_id) for row in rows]
-    style = "instruction" if keys == "instruction" else "auto"
-    expected = ml.load_dataset(path, use_prompt_style(tokenizer, style))
+    expected = ml.load_dataset(tmp_path / "rows.json", tokenizer)
     assert [(row.tokens, row.labels) for row in found] == [(row.tokens, row.labels) for row in expected]
 
 

@@ -80,7 +80,7 @@ def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Opt
     if options["metric"] == "nll":
         return held_out_loss(model, examples, progress)
     if options["metric"] == "exact-match":
-        steps = int(examples.labelled.sum()) // BATCH_SIZE
+        steps = sum(example.labelled for example in examples) // BATCH_SIZE
         with merged_if_faster(model, steps):
             return exact_match(model, examples, tokenizer, progress)
     if choices := find_choices(examples):

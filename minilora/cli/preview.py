@@ -10,11 +10,11 @@ from itertools import groupby
 import numpy as np
 
 from minilora.adapters.attach import ParameterCount
-from minilora.data import IGNORE_INDEX
+from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.dataset import Dataset, Example
+from minilora.runs.dataset import Dataset, lengths_of
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, train
 from minilora.runs.sampler import plan_steps
@@ -33,8 +33,9 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
     steps = plan_steps(len(data.train), config)
-    seen = data.train.rows[np.concatenate([batch for step in steps for batch in step])]
-    tokens, labels = seen["length"].sum(), seen["labelled"].sum()
+    seen = np.concatenate([batch for step in steps for batch in step])
+    tokens = lengths_of(data.train)[seen].sum()
+    labels = np.array([example.labelled for example in data.train])[seen].sum()
     at_most = "at most " if config.early_stopping else ""
     totals = [
         f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
@@ -54,7 +55,7 @@ def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
     first = replace(config, max_steps=2, eval_steps=None, early_stopping=None, keep="last")
     train(model, rows, first, records.append)
     steps = plan_steps(len(rows), config)
-    tokens = rows.lengths[np.concatenate([batch for step in steps for batch in step])].sum()
+    tokens = lengths_of(rows)[np.concatenate([batch for step in steps for batch in step])].sum()
     seconds = tokens / records[-1]["tokens_per_second"]
     total = timedelta(seconds=round(seconds))
     return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total}, without evaluations"
@@ -76,9 +77,9 @@ def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
 
 
 def _lengths(name: str, examples: Dataset) -> str:
-    lengths = np.sort(examples.lengths)
+    lengths = np.sort(lengths_of(examples))
     most = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
     return (
         f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{np.median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"
-        f"{examples.labelled.sum():>10,}"
+        f"{sum(example.labelled for example in examples):>10,}"
     )

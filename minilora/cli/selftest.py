@@ -31,11 +31,11 @@ from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.weighted import Factors, concatenate
 from minilora.cli import Options, Parser
+from minilora.data import Example
 from minilora.definition import plain
 from minilora.files import BUILTIN
 from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
 from minilora.models.checkpoint import load_model, usable_device
-from minilora.runs.dataset import Example
 from minilora.runs.loop import Record, train
 from minilora.runs.settings import TrainConfig
 from minilora.testing.checks import laws

@@ -69,6 +69,7 @@ class Tokenizer:
         from minilora.models.control_tokens import ControlTokens
 
         self._texts, self._now = texts, now
+        self._ids: dict[int, int] = {}  # one object for each id: in a data set a third of the memory
         source = _untrimmed(texts["tokenizer.json"], str(self._path))
         with _no_panic(str(self._path)):
             self._backend = tokenizers.Tokenizer.from_str(source)
@@ -162,7 +163,7 @@ class Tokenizer:
             first = min(begin, previous)
             spans.append((origin[first], origin[end - 1] + 1 if end > first else origin[end]))
             previous = end
-        return encoding.ids, spans
+        return [self._ids.setdefault(token, token) for token in encoding.ids], spans
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         with _no_panic(str(self._path)):

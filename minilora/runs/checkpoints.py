@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter_files
+from minilora.data import Example
 from minilora.errors import DataError, FormatError, TrainingError
 from minilora.files import (
     TensorFile,
@@ -50,7 +51,6 @@ from minilora.files import (
 from minilora.lora import LoraAdapter
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.options import fits
-from minilora.runs.dataset import Dataset, Example
 from minilora.runs.objective import trained_parameters
 from minilora.runs.settings import TrainConfig
 
@@ -271,8 +271,6 @@ def fingerprint(
 ) -> str:
     """Return a hash of the settings, of the `trained_adapters`, and of the rows (see `_as_json`).
 
-    Of a `Dataset` it is one of its arrays, and of where in them each row lies.
-
     Raises:
         DataError: a row holds an object whose content is unknown.
     """
@@ -280,10 +278,6 @@ def fingerprint(
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
     for rows in (dataset, held_out):
-        if isinstance(rows, Dataset):
-            for part in (rows.tokens, rows.labels, rows.rows["begin"].copy(), rows.rows["length"].copy()):
-                digest.update(part.data)
-            continue
         for i in range(len(rows)):
             digest.update(json.dumps(rows[i], default=_as_json).encode())
     return digest.hexdigest()

@@ -4,7 +4,7 @@
     formats.parse_row                   prompt and completion, or a conversation
     conversations.render_conversation   its text, and the spans of it that are learned
     tokenizer.encode_spans              tokens, and the characters that each stands for
-    data.label_tokens                   the label of each token
+    data.label_completion, label_tokens the label of each token
 
 Targets are spans of characters, which the tokenizer's offsets map to tokens. To count the tokens of the prompt alone
 would be wrong where one token holds the end of the prompt and the beginning of the answer. Only a conversation is cut
@@ -14,24 +14,17 @@ there, because it is always asked for its answer with the same tokens.
 from __future__ import annotations
 
 import json
-from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from minilora.data import Span, label_tokens
+from minilora.data import Example, Span, label_completion, label_tokens
 from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.conversations import encode_question, render_conversation
-from minilora.runs.dataset import INT32, ROW, Dataset, Example
+from minilora.runs.dataset import Dataset
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row
 from minilora.runs.settings import DataConfig, TrainOn
 
@@ -46,55 +39,45 @@ def encode_rows(
 
     Text without a prompt is a document, which is cut into pieces.
 
-    The arrays lie in temporary files. `show` is called with lines on the progress.
+    `show` is called with lines on the progress.
 
     Raises:
         DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
     """
-    counts, bad, sources, first = Counter[str](), list[str](), list[str](), ""
-    systems = set[str | None]()
-    places, begin = array("q"), 0
-    with TemporaryFile() as tokens, TemporaryFile() as labels:
-        for number, row in enumerate(rows, start=1):
-            first = first or row.source
-            sources.append(row.source)
-            if show and number % SHOWN == 0:
-                show(f"encoding {row.source}")
-            try:
-                if row.problem:
-                    raise DataError(row.problem)
-                parsed = parse_row(row.fields, config)
-                whole, is_quoted = label_row(parsed, tokenizer, config)
-            except DataError as error:
-                bad.append(f"{row.source}: {error}")
-                if not config.skip_bad_rows:
-                    raise DataError(f"{bad[-1]}; skip_bad_rows skips such rows") from error
-                if len(bad) > BAD_ROWS:
-                    raise DataError(bad[-1]) from error
-                continue
-            counts["quoted"] += is_quoted
-            counts["conversations"] += isinstance(parsed, Conversation)
-            if len(systems) < 2:  # enough to know that they differ
-                systems.add(parsed.system if isinstance(parsed, Conversation) else None)
-            pieces = _pieces(whole, config.max_length, isinstance(parsed, PromptCompletion) and not parsed.prompt)
-            lost = whole.labelled - sum(piece.labelled for piece in pieces)
-            counts["truncated"] += len(pieces) == 1 and len(pieces[0].tokens) < len(whole.tokens)
-            for piece in pieces:
-                if not piece.labelled:
-                    counts["unlabelled"] += 1
-                    continue
-                length = len(piece.tokens)
-                places.extend((begin, length, piece.labelled, lost, max(piece.tokens), number - 1))
-                begin += length
-                tokens.write(np.array(piece.tokens, INT32).tobytes())
-                labels.write(np.array(piece.labels, INT32).tobytes())
-        if not begin:
-            total, limit = counts["unlabelled"] + len(bad), config.max_length
-            skipped = f"; {len(bad)} were skipped, the first: {bad[0]}" if bad else ""
-            raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
-        values: dict[str, Any] = {"tokens": _mapped(tokens), "labels": _mapped(labels), **counts}
-    shared = systems.pop() if len(systems) == 1 else None
-    return Dataset(**values, rows=np.frombuffer(places, ROW), sources=sources, bad=tuple(bad), system=shared)
+    dataset, systems, first = Dataset(), set[str | None](), ""
+    for number, row in enumerate(rows, start=1):
+        first = first or row.source
+        if show and number % SHOWN == 0:
+            show(f"encoding {row.source}")
+        try:
+            if row.problem:
+                raise DataError(row.problem)
+            parsed = parse_row(row.fields, config)
+            whole, is_quoted = label_row(parsed, tokenizer, config)
+        except DataError as error:
+            dataset.bad.append(f"{row.source}: {error}")
+            if not config.skip_bad_rows:
+                raise DataError(f"{dataset.bad[-1]}; skip_bad_rows skips such rows") from error
+            if len(dataset.bad) > BAD_ROWS:
+                raise DataError(dataset.bad[-1]) from error
+            continue
+        dataset.quoted += is_quoted
+        dataset.conversations += isinstance(parsed, Conversation)
+        systems.add(parsed.system if isinstance(parsed, Conversation) else None)
+        is_document = isinstance(parsed, PromptCompletion) and not parsed.prompt
+        pieces = _pieces(replace(whole, source=row.source), config.max_length, is_document)
+        labelled = [piece for piece in pieces if piece.labelled]
+        dataset.examples += labelled
+        dataset.truncated += len(pieces) == 1 and len(pieces[0].tokens) < len(whole.tokens)
+        dataset.unlabelled += len(pieces) - len(labelled)
+        if sum(piece.labelled for piece in labelled) < whole.labelled:
+            dataset.cut.add(row.source)
+    if not dataset:
+        total, limit = dataset.unlabelled + len(dataset.bad), config.max_length
+        skipped = f"; {len(dataset.bad)} were skipped, the first: {dataset.bad[0]}" if dataset.bad else ""
+        raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
+    dataset.system = systems.pop() if len(systems) == 1 else None
+    return dataset
 
 
 def _pieces(whole: Example, limit: int, is_document: bool) -> list[Example]:
@@ -104,37 +87,30 @@ def _pieces(whole: Example, limit: int, is_document: bool) -> list[Example]:
     """
     step = max(1, limit - 1) if is_document else len(whole.tokens)
     begins = range(0, len(whole.tokens) - 1, step)
-    return [Example(whole.tokens[i : i + limit], whole.labels[i : i + limit]) for i in begins]
-
-
-def _mapped(file: IO[bytes]) -> NDArray[np.int32]:
-    """Return the numbers of a file, which are read when they are used."""
-    file.flush()
-    return np.asarray(np.memmap(file, INT32, "r"))
+    return [Example(whole.tokens[i : i + limit], whole.labels[i : i + limit], whole.source) for i in begins]
 
 
 def label_row(
     parsed: PromptCompletion | Conversation, tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[Example, bool]:
     """Tokenize a row and label what is learned of it; return also whether it has control tokens that are quoted."""
-    if isinstance(parsed, PromptCompletion):  # `_encode_text` appends the end token, so one in the text is removed
+    if isinstance(parsed, PromptCompletion):  # `label_completion` appends the end token, so one in the text is removed
         closing = tokenizer.special_tokens.get("eos_token", "")
         parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
     given = parsed
     if not config.allow_special:
         parsed = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
     if isinstance(parsed, PromptCompletion):
-        tokens, labels = _encode_text(parsed, tokenizer, config.train_on)
+        example = _encode_completion(parsed, tokenizer, config.train_on)
     else:
         text, learned = render_conversation(parsed, tokenizer, config.train_on)
-        tokens, labels = _encode_conversation(text, learned, tokenizer)
-    example = Example(tokens, labels)
+        example = _encode_conversation(text, learned, tokenizer)
     if not example.labelled:
         raise DataError("nothing to learn: no token of an answer can be predicted")
     return example, parsed != given
 
 
-def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenizer) -> Example:
     """Tokenize a conversation, as one text where the tokens before an answer are then those that ask for it."""
     tokens, spans = tokenizer.encode_spans(text, add_special_tokens=False)
     questions = {begin: tokenizer.encode(text[:begin], add_special_tokens=False) for begin, _ in learned}
@@ -144,24 +120,17 @@ def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenize
             part, places = tokenizer.encode_spans(text[begin:end], add_special_tokens=False)
             tokens += part
             spans += [(begin + first, begin + last) for first, last in places]
-    return tokens, label_tokens(tokens, spans, learned)
+    return Example(tokens, label_tokens(tokens, spans, learned))
 
 
-def _encode_text(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: TrainOn) -> tuple[list[int], list[int]]:
-    """Tokenize prompt and completion as one text and append the end token, which is always labelled.
-
-    It takes the place of what the tokenizer adds at the end of a text.
-    """
-    prompt, text = parsed.prompt, parsed.prompt + parsed.completion
+def _encode_completion(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
+    """Tokenize prompt and completion as one text, which the end token closes in place of what the tokenizer adds."""
+    text = parsed.prompt + parsed.completion
     tokens, spans = tokenizer.encode_spans(text)
     if tokenizer.eos_id is not None:
         _drop_added_end(tokens, spans)
-    labels = label_tokens(tokens, spans, [(0 if train_on == "all" else len(prompt), len(text))])
-    if tokenizer.eos_id is not None:
-        if tokens[-1:] != [tokenizer.eos_id]:
-            tokens, labels = [*tokens, tokenizer.eos_id], [*labels, tokenizer.eos_id]
-        labels[-1] = tokenizer.eos_id
-    return tokens, labels
+    begin = 0 if train_on == "all" else len(parsed.prompt)
+    return label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id)
 
 
 def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str) -> list[int]:

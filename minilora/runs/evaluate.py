@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from minilora.adapter import disable_adapter
-from minilora.data import IGNORE_INDEX, collate
+from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.errors import DataError
 from minilora.llama import Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import objective, processes
-from minilora.runs.dataset import Dataset, Example, lengths_of
+from minilora.runs.dataset import Dataset, lengths_of, prompt_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.sampler import Rows, random_state
 from minilora.runs.settings import TrainConfig
@@ -63,11 +63,6 @@ class Question:
     fields: dict[str, Any]  # of the row, with its prompt as text, and the answer that is wanted
     tokens: list[int]  # of the prompt
     limit: int  # tokens of an answer
-
-
-def prompt_of(example: Example) -> list[int]:
-    """Return the tokens before the first learned one."""
-    return example.tokens[: next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)]
 
 
 def answer_of(example: Example) -> tuple[int, ...]:
@@ -175,7 +170,8 @@ def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
 
 def _uncut(examples: Sequence[Example]) -> Sequence[Example]:
     """Return the examples of which no label was cut off."""
-    return examples.take(examples.rows[examples.rows["lost"] == 0]) if isinstance(examples, Dataset) else examples
+    cut = examples.cut if isinstance(examples, Dataset) else ()
+    return [example for example in examples if example.source not in cut]
 
 
 def choice_accuracy(

@@ -87,9 +87,9 @@ def read_data(
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
     questions: list[Question] = []
-    if splits["test"]:  # which shares its tokens with the split that it is from
-        source = next(split for split in files if encoded[split].tokens is splits["test"].tokens)
-        questions = find_questions(rows[source](), splits["test"], tokenizer, config)
+    if splits["test"]:
+        split = next(split for split in files if splits["test"][0] in encoded[split])  # that they are from
+        questions = find_questions(rows[split](), splits["test"], tokenizer, config)
     return Data(
         tokenizer,
         **splits,
@@ -102,15 +102,15 @@ def read_data(
 
 def find_questions(rows: Iterable[Row], test: Dataset, tokenizer: Tokenizer, config: DataConfig) -> list[Question]:
     """Return the rows of a data set that ask for an answer, from the rows that it was encoded from."""
-    indices = test.rows["source"].tolist()
-    used = {*indices}
-    read = {i: row for i, row in enumerate(rows) if i in used}
+    used = {example.source for example in test}
+    read = {row.source: row for row in rows if row.source in used}
     questions = []
-    for i, labelled in zip(indices, test.labelled.tolist(), strict=True):
-        if (wanted := _wanted_answer(read[i], config)) is not None:
-            tokens = encode_prompt(read[i], tokenizer, config.system, "plain")
-            fields = {"prompt": tokenizer.decode(tokens), **read[i].fields, "wanted": wanted}
-            questions.append(Question(fields, tokens, 2 * labelled + MARGIN))
+    for example in test:
+        row = read[example.source]
+        if (wanted := _wanted_answer(row, config)) is not None:
+            tokens = encode_prompt(row, tokenizer, config.system, "plain")
+            fields = {"prompt": tokenizer.decode(tokens), **row.fields, "wanted": wanted}
+            questions.append(Question(fields, tokens, 2 * example.labelled + MARGIN))
     return questions
 
 
@@ -208,9 +208,10 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
         whole = splits["train"]
         room = len(whole) - len(missing) + i  # a row stays to train on, and one for each split that follows
         if share and room > 0:
-            shuffled = whole.rows[random.Random(training.seed).sample(range(len(whole)), len(whole))]
+            shuffled = random.Random(training.seed).sample(whole, len(whole))
             held = min(max(1, int(share * len(shuffled))), room)
-            splits["train"], splits[split] = replace(whole, rows=shuffled[held:]), whole.take(shuffled[:held])
+            splits["train"] = replace(whole, examples=shuffled[held:])
+            splits[split] = Dataset(shuffled[:held], whole.cut)
     test = splits.get("test") or splits.get("valid") or Dataset()
     valid = splits.get("valid") or test
     if training.selects and not valid:

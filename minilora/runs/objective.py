@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import IGNORE_INDEX, collate
+from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
-from minilora.runs.dataset import Dataset, Example, lengths_of
+from minilora.runs.dataset import lengths_of
 from minilora.runs.sampler import Rows
 from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, adamw, learning_rate, token_loss
@@ -65,8 +65,7 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
         )
     for rows in (dataset, held_out):
         check_examples(model, rows)
-    examples = () if isinstance(dataset, Dataset) else dataset  # those of a `Dataset` have labels
-    if blank := [example.source for example in examples if not example.labelled]:
+    if blank := [example.source for example in dataset if not example.labelled]:
         raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
 
 
@@ -77,8 +76,6 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
     place.
     """
     size = model.model.embed_tokens.num_embeddings
-    if isinstance(examples, Dataset):
-        examples = examples.take(examples.rows[examples.rows["largest"] >= size])
     for example in examples:
         if not isinstance(example, Example):
             raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
@@ -48,7 +46,7 @@ class Plan:
     quantization: QuantizeConfig
     dtype: torch.dtype
     device: torch.device
-    rows: Sequence[tuple[int, int]] | NDArray[Any]  # tokens and labelled tokens of each training row, (rows, 2)
+    rows: Sequence[tuple[int, int]]  # tokens and labelled tokens of each training row
     ranks: int = 1
     shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
 
@@ -77,7 +75,7 @@ def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: tor
         settings.quantization,
         resolve_dtype(dtype, base.config.source, device),
         device,
-        np.column_stack([data.train.lengths, data.train.labelled]),
+        [(len(example.tokens), example.labelled) for example in data.train],
         ranks,
         "none" if ranks == 1 else settings.run.shard,
     )
