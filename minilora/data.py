@@ -38,10 +38,7 @@ class Example:
 
 
 def encode_row(row: Mapping[str, str], tokenizer: Any, eos_id: int) -> Example:
-    """Encode a row of `prompt` and `completion` with a `tokenizers.Tokenizer`.
-
-    `ml.load_dataset` takes every form of rows.
-    """
+    """Encode the prompt and completion of a row with a `tokenizers.Tokenizer`."""
     text = row["prompt"] + row["completion"]
     encoding = tokenizer.encode(text)
     edges = [(0, 0), *encoding.offsets]  # some trim the span of " cat" to that of "cat"

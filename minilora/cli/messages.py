@@ -71,7 +71,7 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
     """Yield how the base is quantized, and what is unusual about the rows."""
     data = run.data
     yield from base_notes(run.base.location, run.base.adapters, describe_base(model))
-    longest, limit = lengths_of(data.train).max(), trained_length(model.config)
+    longest, limit = max(lengths_of(data.train)), trained_length(model.config)
     if longest > limit:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
     if data.tokenizer.template and not data.train.conversations:

@@ -6,8 +6,7 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from itertools import groupby
-
-import numpy as np
+from statistics import median
 
 from minilora.adapters.attach import ParameterCount
 from minilora.data import IGNORE_INDEX, Example
@@ -33,9 +32,8 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     for example in shown:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
     steps = plan_steps(len(data.train), config)
-    seen = np.concatenate([batch for step in steps for batch in step])
-    tokens = lengths_of(data.train)[seen].sum()
-    labels = np.array([example.labelled for example in data.train])[seen].sum()
+    seen = [data.train[row] for step in steps for batch in step for row in batch]
+    tokens, labels = sum(lengths_of(seen)), sum(example.labelled for example in seen)
     at_most = "at most " if config.early_stopping else ""
     totals = [
         f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
@@ -55,7 +53,7 @@ def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
     first = replace(config, max_steps=2, eval_steps=None, early_stopping=None, keep="last")
     train(model, rows, first, records.append)
     steps = plan_steps(len(rows), config)
-    tokens = lengths_of(rows)[np.concatenate([batch for step in steps for batch in step])].sum()
+    tokens = sum(len(rows[row].tokens) for step in steps for batch in step for row in batch)
     seconds = tokens / records[-1]["tokens_per_second"]
     total = timedelta(seconds=round(seconds))
     return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total}, without evaluations"
@@ -77,9 +75,9 @@ def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
 
 
 def _lengths(name: str, examples: Dataset) -> str:
-    lengths = np.sort(lengths_of(examples))
+    lengths = sorted(lengths_of(examples))
     most = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
     return (
-        f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{np.median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"
+        f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"
         f"{sum(example.labelled for example in examples):>10,}"
     )

@@ -7,9 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-import numpy as np
-from numpy.typing import NDArray
-
 from minilora.data import IGNORE_INDEX, Example
 
 
@@ -34,7 +31,7 @@ class Dataset(Sequence[Example]):
 
     def __repr__(self) -> str:
         counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
-        return f"Dataset({len(self)} rows, {lengths_of(self).sum()} tokens, {counts})"
+        return f"Dataset({len(self)} rows, {sum(lengths_of(self))} tokens, {counts})"
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -67,6 +64,6 @@ def _prompts(rows: Dataset) -> Iterator[tuple[int, ...]]:
         yield tuple(prompt if len(prompt) > 1 else row.tokens)
 
 
-def lengths_of(rows: Sequence[Any]) -> NDArray[np.int64]:
+def lengths_of(rows: Sequence[Any]) -> list[int]:
     """Return the number of `tokens` of each row; 0 if it has none."""
-    return np.array([len(getattr(rows[i], "tokens", ())) for i in range(len(rows))], np.int64)
+    return [len(getattr(rows[i], "tokens", ())) for i in range(len(rows))]

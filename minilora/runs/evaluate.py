@@ -187,7 +187,7 @@ def choice_accuracy(
     copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        groups = eval_groups(copies * lengths_of(examples))
+        groups = eval_groups(copies * length for length in lengths_of(examples))
         for rows, counts in _dealt(groups, len(examples), progress):
             prompts = [prompt_of(examples[row]) for row in rows]
             for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):

@@ -9,14 +9,12 @@ code. Only what ranks exchange and what libraries hold is estimated.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -81,12 +79,11 @@ def forecast(plan: Plan) -> Forecasts:
     set_dropout_step(model.to("meta").train(), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    rows = np.asarray(plan.rows)
-    micro_batches = (batch for step in plan_steps(len(rows), plan.training) for batch in step)
-    largest = rows[max(micro_batches, key=lambda batch: rows[batch, 0].sum())]
+    micro_batches = (batch for step in plan_steps(len(plan.rows), plan.training) for batch in step)
+    largest = max(micro_batches, key=lambda batch: sum(plan.rows[row][0] for row in batch))
     found: dict[str, Forecast] = {}
     for way in get_args(Checkpointing):
-        kept, most = _measure_step(plan, model, largest, way)
+        kept, most = _measure_step(plan, model, [plan.rows[row] for row in largest], way)
         working = max(most, sent - kept) + gathered
         overhead = int(FRAGMENTS * (kept + working)) + libraries
         found[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
@@ -133,10 +130,10 @@ class Live(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def _measure_step(plan: Plan, model: Llama, largest: NDArray[Any], way: Checkpointing) -> tuple[int, int]:
+def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way: Checkpointing) -> tuple[int, int]:
     """Return what autograd saves of a micro-batch, and the most that lives besides.
 
-    `largest` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share
+    `rows` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share
     counts as often as there are such blocks.
     """
     decoder, blocks = model.model, model.model.layers
@@ -147,7 +144,7 @@ def _measure_step(plan: Plan, model: Llama, largest: NDArray[Any], way: Checkpoi
         kinds.setdefault(kind, []).append(block)
         learns = learns or any(p.requires_grad for p in block.parameters())
     decoder.layers = nn.ModuleList(alike[0] for alike in kinds.values())
-    lengths, labelled = largest.T.tolist()
+    lengths, labelled = zip(*rows, strict=True)
     tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
     targets = tokens[: sum(labelled)]
     marks: list[int] = []  # bytes that live before each block, and after the last one

@@ -163,7 +163,7 @@ class _Job:
         """Return the micro-batches of a step that this rank computes."""
         first = step * self.config.gradient_accumulation_steps
         dealt = processes.split_for_rank(list(enumerate(self.steps[step], first)))
-        return [MicroBatch(n, [self.dataset[row] for row in rows.tolist()], counts) for (n, rows), counts in dealt]
+        return [MicroBatch(n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt]
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Return the sum of the losses of a micro-batch, and how many there are: 0 of one that does not count."""
@@ -232,7 +232,7 @@ def _step(job: _Job, step: int) -> Record:
     with closing(seeded(model, batches, config.seed)) as micro_batches:
         total, count = accumulate(model, optimizer, micro_batches, job.loss)
     processes.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
-    own_tokens = lengths_of([row for batch in batches if batch.is_counted for row in batch.rows]).sum()
+    own_tokens = sum(lengths_of([row for batch in batches if batch.is_counted for row in batch.rows]))
     count, tokens = map(int, processes.sum_over_ranks(count, own_tokens))
     norms = torch.stack(update(optimizer, total, count, config.max_grad_norm))
     loss, grad_norm = norms.tolist()  # waits for the device, once a step

@@ -13,9 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
@@ -24,7 +22,7 @@ from minilora.lora import LoraAdapter
 from minilora.runs.settings import TrainConfig
 
 Rows = list[int]  # indices of the rows of one micro-batch
-Step = list[NDArray[np.int32]]  # those of each micro-batch, as arrays: in lists, each row would take a hundred bytes
+Step = list[Rows]  # those of each micro-batch
 MAX_STEPS = 1_000_000
 SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds differ; the generator keeps 32 bits
 
@@ -51,8 +49,8 @@ def plan_steps(rows: int, config: TrainConfig) -> list[Step]:
     epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(config.seed * SEEDS + epoch)
-        order = torch.randperm(rows, generator=generator).numpy().astype(np.int32)
-        micro_batches = np.split(order, range(config.batch_size, rows, config.batch_size))
+        order = torch.randperm(rows, generator=generator).tolist()
+        micro_batches = [order[i : i + config.batch_size] for i in range(0, rows, config.batch_size)]
         whole = math.ceil(len(micro_batches) / accumulated)
         if (max_steps or epochs * whole) > MAX_STEPS:
             raise ConfigError(f"max_steps {max_steps}, epochs {config.epochs}: need at most {MAX_STEPS:,} steps")
