@@ -144,7 +144,7 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "the prompt is learned": Mistake(
         "runs/encoders.py",
-        'begin = 0 if train_on == "all" else len(parsed.prompt)',
+        'begin = 0 if config.train_on == "all" else len(parsed.prompt)',
         "begin = 0",
         "test_data.py::test_exactly_the_tokens_that_touch_the_completion_and_the_closing_one_are_labels",
     ),

@@ -21,7 +21,7 @@ from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import PROMPTS_FILE, read_prompts
 from minilora.runs import processes
-from minilora.runs.dataset import Dataset, lengths_of, repeated_prompts
+from minilora.runs.dataset import Dataset, repeated_prompts
 from minilora.runs.reports import beginning, ending
 
 if TYPE_CHECKING:  # of finetune alone
@@ -71,7 +71,7 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
     """Yield how the base is quantized, and what is unusual about the rows."""
     data = run.data
     yield from base_notes(run.base.location, run.base.adapters, describe_base(model))
-    longest, limit = max(lengths_of(data.train)), trained_length(model.config)
+    longest, limit = max(len(example.tokens) for example in data.train), trained_length(model.config)
     if longest > limit:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
     if data.tokenizer.template and not data.train.conversations:

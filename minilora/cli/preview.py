@@ -13,7 +13,7 @@ from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.dataset import Dataset, lengths_of
+from minilora.runs.dataset import Dataset
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, train
 from minilora.runs.sampler import plan_steps
@@ -33,7 +33,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
         rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
     steps = plan_steps(len(data.train), config)
     seen = [data.train[row] for step in steps for batch in step for row in batch]
-    tokens, labels = sum(lengths_of(seen)), sum(example.labelled for example in seen)
+    tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
     at_most = "at most " if config.early_stopping else ""
     totals = [
         f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
@@ -75,7 +75,7 @@ def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
 
 
 def _lengths(name: str, examples: Dataset) -> str:
-    lengths = sorted(lengths_of(examples))
+    lengths = sorted(len(example.tokens) for example in examples)
     most = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
     return (
         f"{name:<18}{len(lengths):>8,}{lengths[0]:>10,}{median(lengths):>8,.0f}{most:>8,}{lengths[-1]:>9,}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import overload
 
 from minilora.data import IGNORE_INDEX, Example
 
@@ -31,7 +31,7 @@ class Dataset(Sequence[Example]):
 
     def __repr__(self) -> str:
         counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
-        return f"Dataset({len(self)} rows, {sum(lengths_of(self))} tokens, {counts})"
+        return f"Dataset({len(self)} rows, {sum(len(example.tokens) for example in self)} tokens, {counts})"
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -53,17 +53,12 @@ def prompt_of(example: Example) -> list[int]:
 
 def repeated_prompts(held_out: Dataset, training: Dataset) -> int:
     """Return the number of held-out rows that begin with the prompt of a training row, or equal one that has none."""
-    counts = Counter(_prompts(held_out))
-    return sum(counts[prompt] for prompt in counts.keys() & set(_prompts(training)))
+    counts = Counter(map(_prompt_or_row, held_out))
+    repeated = {prompt for prompt in map(_prompt_or_row, training) if prompt in counts}
+    return sum(counts[prompt] for prompt in repeated)
 
 
-def _prompts(rows: Dataset) -> Iterator[tuple[int, ...]]:
-    """Yield the prompt of each row, or the whole row if at most one token, as BOS is, comes before the first label."""
-    for row in rows:
-        prompt = prompt_of(row)
-        yield tuple(prompt if len(prompt) > 1 else row.tokens)
-
-
-def lengths_of(rows: Sequence[Any]) -> list[int]:
-    """Return the number of `tokens` of each row; 0 if it has none."""
-    return [len(getattr(rows[i], "tokens", ())) for i in range(len(rows))]
+def _prompt_or_row(row: Example) -> tuple[int, ...]:
+    """Return the prompt, or the whole row if at most one token, as BOS is, comes before the first label."""
+    prompt = prompt_of(row)
+    return tuple(prompt if len(prompt) > 1 else row.tokens)

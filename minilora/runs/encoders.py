@@ -26,7 +26,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs.conversations import encode_question, render_conversation
 from minilora.runs.dataset import Dataset
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row
-from minilora.runs.settings import DataConfig, TrainOn
+from minilora.runs.settings import DataConfig
 
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 SHOWN = 10_000  # rows from one line on the progress to the next
@@ -101,7 +101,12 @@ def label_row(
     if not config.allow_special:
         parsed = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
     if isinstance(parsed, PromptCompletion):
-        example = _encode_completion(parsed, tokenizer, config.train_on)
+        text = parsed.prompt + parsed.completion
+        tokens, spans = tokenizer.encode_spans(text)
+        if tokenizer.eos_id is not None:  # takes the place of what the tokenizer adds
+            _drop_added_end(tokens, spans)
+        begin = 0 if config.train_on == "all" else len(parsed.prompt)
+        example = label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id)
     else:
         text, learned = render_conversation(parsed, tokenizer, config.train_on)
         example = _encode_conversation(text, learned, tokenizer)
@@ -121,16 +126,6 @@ def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenize
             tokens += part
             spans += [(begin + first, begin + last) for first, last in places]
     return Example(tokens, label_tokens(tokens, spans, learned))
-
-
-def _encode_completion(parsed: PromptCompletion, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
-    """Tokenize prompt and completion as one text, which the end token closes in place of what the tokenizer adds."""
-    text = parsed.prompt + parsed.completion
-    tokens, spans = tokenizer.encode_spans(text)
-    if tokenizer.eos_id is not None:
-        _drop_added_end(tokens, spans)
-    begin = 0 if train_on == "all" else len(parsed.prompt)
-    return label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id)
 
 
 def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str) -> list[int]:

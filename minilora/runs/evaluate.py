@@ -22,7 +22,7 @@ from minilora.llama import Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import objective, processes
-from minilora.runs.dataset import Dataset, lengths_of, prompt_of
+from minilora.runs.dataset import Dataset, prompt_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
 from minilora.runs.sampler import Rows, random_state
 from minilora.runs.settings import TrainConfig
@@ -127,7 +127,7 @@ def measure_forgetting(
     as_before = partial(disable_adapter, model) if base is None else nullcontext
     sums, labelled = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
-        for rows, counts in _dealt(eval_groups(lengths_of(examples)), len(examples), progress):
+        for rows, counts in _dealt(eval_groups(examples), len(examples), progress):
             batch = collate([examples[row] for row in rows], device)
             with as_before():
                 expected = before.model(batch.tokens, Documents(batch.lengths))
@@ -187,8 +187,7 @@ def choice_accuracy(
     copies = len({answer[:-1] for answer in answers})
     correct = 0
     with evaluating(model):
-        groups = eval_groups(copies * length for length in lengths_of(examples))
-        for rows, counts in _dealt(groups, len(examples), progress):
+        for rows, counts in _dealt(eval_groups(examples, copies), len(examples), progress):
             prompts = [prompt_of(examples[row]) for row in rows]
             for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):
                 correct += counts * (choices[scores.index(max(scores))] == answer_of(examples[row]))

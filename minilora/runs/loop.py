@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from minilora.errors import DataError, TrainingError
 from minilora.runs import checkpoints, processes
-from minilora.runs.dataset import lengths_of
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.memory import kept_memory, peak_memory_bytes, return_memory
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
@@ -232,7 +231,7 @@ def _step(job: _Job, step: int) -> Record:
     with closing(seeded(model, batches, config.seed)) as micro_batches:
         total, count = accumulate(model, optimizer, micro_batches, job.loss)
     processes.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
-    own_tokens = sum(lengths_of([row for batch in batches if batch.is_counted for row in batch.rows]))
+    own_tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
     count, tokens = map(int, processes.sum_over_ranks(count, own_tokens))
     norms = torch.stack(update(optimizer, total, count, config.max_grad_norm))
     loss, grad_norm = norms.tolist()  # waits for the device, once a step

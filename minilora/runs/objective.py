@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
-from minilora.runs.dataset import lengths_of
 from minilora.runs.sampler import Rows
 from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, adamw, learning_rate, token_loss
@@ -51,7 +50,7 @@ class Objective:
     def eval_batches(self, dataset: Sequence[Any]) -> Iterator[Rows]:
         """Yield the rows of each forward pass of an evaluation."""
         if self.loss is None:
-            return eval_groups(lengths_of(dataset))
+            return eval_groups(dataset)
         rows, size = range(len(dataset)), self.config.batch_size
         return (list(rows[begin : begin + size]) for begin in rows[::size])
 
@@ -63,8 +62,7 @@ def check_token_loss(model: nn.Module, dataset: Sequence[Example], held_out: Seq
             f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
             "give loss=, a function (model, rows) -> (sum, count)"
         )
-    for rows in (dataset, held_out):
-        check_examples(model, rows)
+    check_examples(model, [*dataset, *held_out])
     if blank := [example.source for example in dataset if not example.labelled]:
         raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
 
@@ -88,10 +86,11 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
 
 
-def eval_groups(lengths: Iterable[int]) -> Iterator[Rows]:
-    """Yield the indices of consecutive rows of at most `EVAL_TOKENS`, given their numbers of tokens, or of one row."""
+def eval_groups(examples: Iterable[Example], copies: int = 1) -> Iterator[Rows]:
+    """Yield the indices of consecutive rows, with `copies` of each at most `EVAL_TOKENS`, or of one row."""
     group, size = Rows(), 0
-    for row, length in enumerate(lengths):
+    for row, example in enumerate(examples):
+        length = copies * len(example.tokens)
         if group and size + length > EVAL_TOKENS:
             yield group
             group, size = [], 0
