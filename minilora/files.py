@@ -3,10 +3,10 @@
 Memory and time of reading may grow with the bytes of a file, but not with a number that it states: that is compared
 with what is there, or with a limit, before anything is allocated.
 
-Checkpoints and results are written by `replacing`, which is atomic: written under another name beside it, flushed to
-the disk, renamed. `publishing` replaces several files of a directory at once: it does this with `.staged` in it, whose
-rename is the commit, and then moves the files to their places (`finish_commit`). A manifest holds size and SHA-256 of
-each file, or null for a file that must not be there. One process at a time writes a directory (`lock`).
+A file or a whole directory is written by `replacing`: under another name beside it, flushed to the disk, renamed.
+`publishing` replaces some files of a directory: the old config is removed first and the new one comes last, so what a
+killed process leaves has no config and cannot be loaded. A manifest has size and SHA-256 of each file. One process at a
+time writes a directory (`lock`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ DTYPES = {  # by their names in a safetensors file
     "BOOL": torch.bool,
 }
 INDEX = "model.safetensors.index.json"
-MANIFEST, STAGED = "minilora-manifest.json", ".staged"
+MANIFEST = "minilora-manifest.json"
+LAST = ("adapter_config.json", "config.json", "summary.json")  # a run that has a summary is finished
 TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
 ALIGNMENT = 64  # of a tensor that is written: a line of the cache
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
@@ -253,62 +254,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def publishing(directory: Path, obsolete: Sequence[str] = (), beside: Sequence[str] = ()) -> Iterator[Path]:
-    """Give a directory for files that will replace those in `directory`, all at once, if the block raises no error.
+def publishing(directory: Path, obsolete: Sequence[str] = ()) -> Iterator[Path]:
+    """Give a temporary directory, whose files replace those in `directory` if the block raises no error.
 
-    Files that match `obsolete` are removed unless they are replaced; the manifest also lists the files `beside`.
+    Files that match `obsolete` are removed. Those of `LAST` are removed before others change, and come after them.
     """
-    with replacing(directory / STAGED) as temporary:  # no rename onto files of another process
+    with replacing(directory / MANIFEST) as temporary:
         temporary.mkdir()
         yield temporary
-        finish_commit(directory)
-        removed = sorted({path.name for pattern in obsolete for path in directory.glob(pattern)})
-        write_manifest(temporary, removed, [directory / name for name in beside])
-    finish_commit(directory)
-
-
-def finish_commit(directory: Path) -> None:
-    """Move what `publishing` has staged to its place; a process that was killed may not have come to that.
-
-    The old configs go first and the new ones come last: no tool reads a config with tensors that are not its own.
-    """
-    staged = directory / STAGED
-    if staged.is_symlink() or not staged.is_dir():  # a link from outside could lead to the files of others
-        return
-    with _alone_in(directory):  # a slower process would remove the configs that are in place
-        names = {path.name for path in staged.iterdir()} if (staged / MANIFEST).is_file() else set()
-        for name, entry in (read_manifest(staged) if names else {}).items():
-            if entry is None or (name in names and name.endswith("config.json")):
-                (directory / name).unlink(missing_ok=True)
-        for name in sorted(names, key=lambda name: (name == MANIFEST, name.endswith("config.json"))):
+        manifest = manifest_of(temporary)
+        names = sorted(manifest["files"], key=lambda name: LAST.index(name) if name in LAST else -1)
+        for name in names:
+            flush(temporary / name)
+        for pattern in (MANIFEST, *(name for name in LAST if name in names), *obsolete):
+            for path in directory.glob(pattern):
+                path.unlink()
+        for name in names:
             flush(directory)  # the order holds after a loss of power as well
-            os.replace(staged / name, directory / name)
-        flush(directory)
-        with suppress(OSError):
-            staged.rmdir()
+            os.replace(temporary / name, directory / name)
+        temporary.rmdir()
+        write_json(temporary, manifest)
 
 
-@contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for a directory; on Windows do not wait."""
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def write_manifest(directory: Path, removed: Iterable[str] = (), beside: Iterable[Path] = ()) -> None:
-    """Write the manifest of a directory's files; add files beside it, and names of files that must not be there."""
-    files = dict.fromkeys(removed) | {path.name: _entry(path) for path in [*beside, *sorted(directory.iterdir())]}
-    write_json(directory / MANIFEST, {"files": files})
+def manifest_of(directory: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a directory's files, as its manifest has them."""
+    return {"files": {path.name: _entry(path) for path in sorted(directory.iterdir())}}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -320,11 +290,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return files
 
 
-def verify(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Raise a `FormatError` if files of a directory, all or those that are named, are not as its manifest says."""
+def changed_files(directory: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Return the names of files, all or these, that are not as the manifest of their directory says."""
     files = read_manifest(directory)
-    if bad := [name for name in names or files if _entry(directory / name) != files.get(name, {})]:
-        raise FormatError(f"{directory}: not as it was written: {', '.join(bad)}; if on purpose, remove its {MANIFEST}")
+    return [name for name in (files if names is None else names) if _entry(directory / name) != files.get(name, {})]
+
+
+def verify(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Raise a `FormatError` if there are `changed_files`."""
+    if changed := ", ".join(changed_files(directory, names)):
+        raise FormatError(f"{directory}: not as it was written: {changed}; if on purpose, remove its {MANIFEST}")
 
 
 def _entry(path: Path) -> dict[str, Any] | None:
@@ -375,7 +350,7 @@ def holds_files(out: Path) -> bool:
 def lock(out: Path) -> BaseFileLock:
     """Create a directory, and lock it until the lock is released or the process ends, in whatever way.
 
-    The file `.lock` names the process and its machine. What a writer that was killed left is finished or removed.
+    The file `.lock` names the process and its machine. Temporary files of a writer that was killed are removed.
 
     Raises:
         TrainingError: the directory cannot be written, or another process has locked it.
@@ -393,7 +368,6 @@ def lock(out: Path) -> BaseFileLock:
         raise TrainingError(f"{out}: {owner} is at work there") from error
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written ({error.strerror})") from error
-    finish_commit(out)
     for left in (path for folder in (out, out / "checkpoints") for path in folder.glob(".*.tmp")):
         if TEMPORARY.fullmatch(left.name):
             remove(left)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import cli
+from minilora.adapter import adapter_layers
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli.load import MERGED
 from minilora.cli.merge import split_weight
@@ -93,6 +95,37 @@ def assert_writes_the_same(run, adapter, merged):
     model, ids = ml.load_model("model"), torch.tensor([[3, 1, 4, 1, 5]])
     ml.load_adapter(model, adapter)
     assert_parity(model(ids), ml.load_model(merged)(ids))
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --prompt=cat --max-new-tokens=1", "merge", "merge --as-adapter", "export"]
+)
+def test_a_changed_config_is_said_and_obeyed_and_changed_weights_are_refused(
+    directory, tmp_path, capsys, monkeypatch, command
+):
+    run, copy = runner(directory, capsys, monkeypatch), shutil.copytree(directory / "b", tmp_path / "b")
+    words = [*command.split(), f"--adapter={copy}", *([] if "generate" in command else [f"--out={tmp_path / 'out'}"])]
+    config, weights = copy / "adapter_config.json", copy / "adapter_model.safetensors"
+    config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 12'))
+    said = run(*words).err
+    assert said.count(f"{copy}: changed since it was written: adapter_config.json\n") == 1
+    model = ml.load_model("model")
+    ml.load_adapter(model, copy)
+    assert {layer.adapters["default"].scale for layer in adapter_layers(model).values()} == {6.0}
+    shown = run("inspect", copy, status=1).out
+    assert re.search(r"config\.lora_alpha +12\n", shown)
+    assert f"{config}: not as it was written\n" in shown
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert f"{copy}: not as it was written: adapter_model.safetensors; " in run(*words, status=1).err
+
+
+def test_a_changed_file_of_the_model_is_said(directory, tmp_path, capsys):
+    copy = shutil.copytree(directory / "model", tmp_path / "model")
+    (copy / "chat_template.jinja").unlink()
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert cli.main(["generate", f"--model={copy}", "--prompt=cat", "--max-new-tokens=1"]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == f"{copy}: changed since it was written: config.json"
 
 
 # --- weights ---

@@ -5,7 +5,6 @@ import math
 import os
 import stat
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from minilora import FormatError, TrainingError, files
+from minilora import FormatError, TrainingError
 from minilora.files import (
     INDEX,
     MANIFEST,
-    STAGED,
     TensorFile,
-    finish_commit,
     holds_files,
     lock,
     publishing,
@@ -182,16 +179,26 @@ def test_nothing_is_under_the_name_before_all_of_it_is(path):
     assert {file.name for file in path.parent.iterdir()} == {"file", "directory"}
 
 
-def test_everything_written_is_flushed_to_the_disk_before_it_gets_its_name(path, monkeypatch):
-    events, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda *names: (events.append("replace"), replace(*names)))
+def test_everything_is_flushed_before_it_gets_its_name_and_each_name_before_the_next(path, monkeypatch):
+    """So a loss of power leaves what a kill may leave."""
+    events = []
+    for name in ("fsync", "replace", "unlink"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *names, call=call, name=name: (call(*names), events.append(name))[0])
     with replacing(path) as temporary:
         temporary.mkdir()
         (temporary / "a").write_text("a")
         (temporary / "b").write_text("b")
     # two files, their directory; the new name
     assert events == ["fsync", "fsync", "fsync", "replace", "fsync"]
+    for name in ("weights", "config.json"):
+        path.joinpath(name).write_text("old")
+    events.clear()
+    with publishing(path) as temporary:
+        (temporary / "weights").write_text("new")
+        (temporary / "config.json").write_text("new")
+    # two files; the config is removed; weights, config and manifest get their names
+    assert events == ["fsync", "fsync", "unlink", *["fsync", "replace"] * 3, "fsync"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
@@ -260,21 +267,6 @@ def test_a_write_that_cannot_be_done_leaves_nothing_behind(path):
     assert not list(path.parent.iterdir())
 
 
-def test_files_that_another_writer_has_staged_are_not_thrown_away(tmp_path, monkeypatch):
-    """They belong to a directory that has lost its old ones already."""
-    theirs = tmp_path / STAGED / "weights"
-
-    def finish_commit(directory):  # another process is between the two steps of its own
-        theirs.parent.mkdir()
-        theirs.write_text("theirs")
-
-    monkeypatch.setattr(files, "finish_commit", finish_commit)
-    with pytest.raises(OSError, match="not empty"), publishing(tmp_path) as directory:
-        (directory / "weights").write_text("ours")
-    assert theirs.read_text() == "theirs"
-    assert [path.name for path in tmp_path.iterdir()] == [STAGED]
-
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts what is mapped")
 def test_a_tensor_that_is_let_go_leaves_nothing_mapped_and_no_file_open(path):
     write_tensors(path, {"a": torch.ones(5000), "b": torch.zeros(5000)})
@@ -306,20 +298,6 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
     with pytest.raises(TrainingError, match=r"run: cannot be written"):
         lock(tmp_path / "run")
     assert (tmp_path / "letter.txt").read_text() == "mine"
-
-
-def test_a_directory_is_settled_by_one_process_at_a_time(tmp_path):
-    fcntl = pytest.importorskip("fcntl", reason="without it, there is no lock")
-    (tmp_path / STAGED).mkdir()
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(finish_commit, tmp_path)
-        with pytest.raises(TimeoutError):
-            waiting.result(timeout=0.1)
-        os.close(handle)
-        waiting.result()
-    assert not (tmp_path / STAGED).exists()
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):

@@ -1,7 +1,6 @@
 """The six pages are enough: a model is loaded, adapted, trained, merged and saved without the rest of the package."""
 
 import inspect
-import itertools
 import json
 import subprocess
 import sys

@@ -9,7 +9,7 @@ import torch
 
 import minilora as ml
 from minilora.data import IGNORE_INDEX
-from minilora.files import MANIFEST, write_manifest
+from minilora.files import MANIFEST, manifest_of, write_json
 from minilora.runs.checkpoints import newest_checkpoint, step_of
 from minilora.testing.compare import MATHS, relative
 from tests.models import randomize_adapters_, tiny_model
@@ -99,7 +99,7 @@ def contents(directory, step=6):
 def as_written(directory):
     """Let the manifest of a directory say what is in it now, as if it had been written so."""
     (directory / MANIFEST).unlink()
-    write_manifest(directory)
+    write_json(directory / MANIFEST, manifest_of(directory))
 
 
 def newest_step(directory):

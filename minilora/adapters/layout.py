@@ -114,12 +114,13 @@ def read_adapter(directory: Path) -> Stored:
     """Read an adapter's two files.
 
     Raises:
-        FormatError: one is missing or malformed, has a setting that is not supported, or is not as the manifest says,
-            if there is one.
+        FormatError: one is missing or malformed, has a setting that is not supported, or the weights are not as the
+            manifest says, if there is one.
     """
-    if (directory / MANIFEST).is_file() and (directory / CONFIG_FILE).exists():  # or it is that of a model
-        verify(directory, (CONFIG_FILE, WEIGHTS_FILE))
-    values, file = read_values(directory), TensorFile(directory / WEIGHTS_FILE)
+    values = read_values(directory)
+    if (directory / MANIFEST).is_file():
+        verify(directory, [WEIGHTS_FILE])
+    file = TensorFile(directory / WEIGHTS_FILE)
     tensors: dict[str, dict[str, Tensor]] = {}
     if strange := [name for name in file.shapes if not name.startswith(PREFIX)]:
         raise FormatError(f"{file.path}: {strange[:5]} are not an adapter's: names have to begin with {PREFIX}")

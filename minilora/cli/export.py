@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from minilora.adapter import WEIGHTS_FILE
 from minilora.adapters import layout
-from minilora.cli import Options, Parser
+from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
-from minilora.cli.messages import say_system_prompt
+from minilora.cli.messages import changed_notes, say_system_prompt
 from minilora.errors import ConfigError, listed
 from minilora.files import TensorFile
 from minilora.models.hub import fetch
@@ -30,6 +30,8 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
+    for note in changed_notes([fetch(options["adapter"], "adapter")]):
+        say(note)
     with new_directory(options["out"]) as out:
         rank = export_adapter(options["adapter"], out)
     print(f"plain adapter of rank {rank} written to {options['out']}")

@@ -94,7 +94,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     is_new = not out.exists()
     held = lock(out)
     try:
-        if holds_files(out):  # `lock` has moved files that a killed process had staged into place
+        if holds_files(out):
             raise ConfigError(f"{out}: holds files; give another --out")
         with publishing(out) as directory:
             yield directory

@@ -25,7 +25,7 @@ from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Found, add_model_flags, check_not_merged, find
-from minilora.cli.messages import base_notes, say_system_prompt
+from minilora.cli.messages import base_notes, changed_notes, say_system_prompt
 from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
@@ -60,6 +60,8 @@ def run(options: Options) -> int:
     with new_directory(options["out"]) as out:
         if options["as_adapter"]:
             found = find(options)
+            for note in changed_notes(found.adapters):
+                say(note)
             written = f"adapter of rank {_combine(found, weights, out)}"
             copy_prompt_files(found.adapters, out)
         else:

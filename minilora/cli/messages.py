@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped, say
 from minilora.cli.flags import read_config
+from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
 from minilora.models.checkpoint import stored_dtype
@@ -32,7 +33,11 @@ SHOWN = 3  # answers to held-out rows
 
 
 def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how the base is quantized, by `describe_base`, and which adapters were trained on another base."""
+    """Yield what has changed in files, how the base is quantized, and which adapters were trained on another base.
+
+    `quantization` is that of `describe_base`.
+    """
+    yield from changed_notes([base.path, *adapters])
     if quantization["quantize"] != "none":
         yield f"the base model is {describe_in_words(quantization)}"
     for path in adapters:
@@ -43,6 +48,15 @@ def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[s
         if any(quantization.get(key) != value for key, value in trained.items()):
             words = describe_in_words(trained)
             yield f"{path}: was trained on a base that is {words}; this one is {describe_in_words(quantization)}"
+
+
+def changed_notes(directories: Iterable[Path]) -> Iterator[str]:
+    """Yield which files changed since minilora wrote them, except weights: those are refused, or found by `inspect`."""
+    for directory in directories:
+        if (directory / MANIFEST).is_file():
+            there = [name for name in read_manifest(directory) if (directory / name).is_file()]
+            if changed := changed_files(directory, [name for name in there if not name.endswith(".safetensors")]):
+                yield f"{directory}: changed since it was written: {', '.join(changed)}"
 
 
 def say_system_prompt(directory: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minilora.errors import FormatError
-from minilora.files import ASSETS, BUILTIN, finish_commit
+from minilora.files import ASSETS, BUILTIN
 
 Kind = Literal["model", "tokenizer", "adapter", "dataset"]
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
@@ -62,7 +62,6 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     if name == BUILTIN and kind in BUILTINS:
         return Location(BUILTINS[kind], name)
     if path.is_dir() or (kind == "dataset" and path.exists()):
-        finish_commit(path)
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
             _explain_missing_adapter(path)
         return Location(path, name)

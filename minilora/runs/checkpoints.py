@@ -37,15 +37,16 @@ from minilora.adapters.files import save_adapter_files
 from minilora.data import Example
 from minilora.errors import DataError, FormatError, TrainingError
 from minilora.files import (
+    MANIFEST,
     TensorFile,
     flush,
     make_directory,
+    manifest_of,
     read_json,
     remove,
     replacing,
     verify,
     write_json,
-    write_manifest,
     write_tensors,
 )
 from minilora.lora import LoraAdapter
@@ -169,7 +170,7 @@ def save_checkpoint(
         if best:
             write_tensors(directory / "best.safetensors", best)
         write_json(directory / "state.json", asdict(state))
-        write_manifest(directory)
+        write_json(directory / MANIFEST, manifest_of(directory))
     for newer in checkpoints(folder):
         if step_of(newer) > state.step:  # damaged, or the run would have resumed from it
             remove(newer)

@@ -1,13 +1,13 @@
 """The directory of a fine-tuning run.
 
 OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout
-    metrics.jsonl                                    a JSON object a step
     summary.json                                     before, after, totals
     held_out.jsonl                                   held-out rows, some with the answers of base and result
-    run.json                                         the resolved configuration, versions, data, every start
-    minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
-    checkpoints/                                     from which the run can be resumed
     tokenizer.json …                                 the tokenizer's files
+    minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
+    metrics.jsonl                                    a JSON object a step
+    run.json                                         the resolved configuration, versions, data, every start
+    checkpoints/                                     from which the run can be resumed
     .lock                                            the process that is at work there, or was the last one
 """
 
@@ -235,7 +235,7 @@ class RunDirectory:
             "seconds": result.seconds,
             "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
         }
-        with publishing(self.path, beside=("run.json", "metrics.jsonl")) as directory:
+        with publishing(self.path) as directory:
             save_adapter_files(model, directory)
             run.data.tokenizer.save(directory)
             copy_prompt_files([self.path], directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from minilora.files import (
     MANIFEST,
     TensorEntry,
     TensorFile,
-    finish_commit,
+    changed_files,
     read_json,
     read_manifest,
     tensor_files,
-    verify,
 )
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import load_model
@@ -46,8 +44,7 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
         file = TensorFile(path.resolve())
         size = path.stat().st_size
         return {"file": {"path": str(path), "bytes": size, "metadata": file.metadata, "tensors": file.entries}}
-    finish_commit(path)
-    facts = {}
+    facts: dict[str, dict[str, Any]] = {}
     if (path / "run.json").exists():
         facts["run"] = run_facts(path)
     if (path / CONFIG_FILE).is_file():
@@ -57,19 +54,11 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     if not facts:
         raise FormatError(f"{path}: holds no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
     written = [each for each in (path, *checkpoints(path / "checkpoints")) if (each / MANIFEST).is_file()]
-    return {**facts, "manifest": manifest_facts(path, written)} if written else facts
-
-
-def manifest_facts(directory: Path, written: Sequence[Path]) -> dict[str, Any]:
-    """Count the files in the manifests of directories, of a run and its checkpoints; "problems" are what differs."""
-    count, problems = 0, []
-    for each in written:
-        try:
-            verify(each)
-            count += len(read_manifest(each))
-        except FormatError as error:
-            problems.append(str(error))
-    return {"path": str(directory), "files": count, "problems": problems}
+    if written:
+        changed = [f"{each / name}: not as it was written" for each in written for name in changed_files(each)]
+        count = sum(len(read_manifest(each)) for each in written)
+        facts["manifest"] = {"path": str(path), "files": count, "problems": changed}
+    return facts
 
 
 def run_facts(directory: Path) -> dict[str, Any]:
