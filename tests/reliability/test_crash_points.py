@@ -80,13 +80,15 @@ WRITERS = {
 @pytest.mark.parametrize("is_over", [False, True], ids=["new", "over another"])
 def test_a_saved_adapter_or_model_is_the_old_one_or_the_new_one_or_refused(tmp_path, kind, is_over):
     directory, (write_old, write_new) = tmp_path / "written", WRITERS[kind]
+    write_new(tmp_path / "new")
+    new = outputs(tmp_path / "new")
     if is_over:
         write_old(directory)
     old = outputs(directory) if is_over else None
     assert (old is not None) == is_over
     with killed(directory, tmp_path) as copies:
         write_new(directory)
-    new, found = outputs(directory), [outputs(copy) for copy in copies]
+    found = [outputs(copy) for copy in copies]
     assert new not in (old, None)
     changed, done = len(found) - found[::-1].index(old), found.index(new)
     assert found == [*[old] * changed, *[None] * (done - changed), *[new] * (len(found) - done)]
