@@ -30,9 +30,9 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    for note in changed_notes([fetch(options["adapter"], "adapter")]):
-        say(note)
     with new_directory(options["out"]) as out:
+        for note in changed_notes([fetch(options["adapter"], "adapter")]):
+            say(note)
         rank = export_adapter(options["adapter"], out)
     print(f"plain adapter of rank {rank} written to {options['out']}")
     say_system_prompt(options["out"])
