@@ -202,7 +202,9 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     parts = [HEAD.format(**facts([line for found in lines.values() for line in found]))]
     parts.append("## Training\n\n" + table(COMPARISON, [row for each in training for row in comparison(*each)]))
     parts.append("## Beside the machine\n\n" + table(MACHINE, [utilisation(*each) for each in training]))
-    parts.append("## What is done at once\n\n" + table(OPERATIONS, [row for each in once for row in operation(*each)]))
+    if once:
+        rows = [row for each in once for row in operation(*each)]
+        parts.append("## What is done at once\n\n" + table(OPERATIONS, rows))
     parts.append("## The same work\n\n" + table(CHECKS, [row for each in [*training, *once] for row in checks(*each)]))
     ablations = [(each, measured) for each, measured in shown if isinstance(each, Ablation)]
     if ablations:

@@ -1,26 +1,19 @@
-"""`python -m benchmarks.scale`: the memory of one of several processes, forecast and measured.
+"""`python -m benchmarks.scale`: the measured memory of one of several processes, compared with the forecast.
 
-    python -m benchmarks.scale fits      the memory of a rank, of known sizes on GPUs of so many GB
-    python -m benchmarks.scale check     runs of 1, 2 and 4 processes on this machine, beside the forecast
-
-Each writes a table into docs/scale.md, between its marks. The check starts `finetune` with torchrun, a thread a
-process.
+It starts `finetune` with torchrun in 1, 2 and 4 processes of one thread each, and writes the table of docs/scale.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -28,7 +21,6 @@ import minilora as ml
 from benchmarks import results
 from benchmarks.make import random_model
 from benchmarks.work import SMOLLM2
-from minilora.cli.forecast import default_plan
 from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
 from minilora.runs.forecast import forecast
@@ -47,7 +39,6 @@ SHAPES = {  # of Llama 2, of Llama 3.2, and of the largest Llama 3.1
     "70B": (32000, 8192, 28672, 80, 64, 8),
     "405B": (128256, 16384, 53248, 126, 128, 8),
 }
-FITS = (("7B", 2, 24), ("70B", 8, 24), ("405B", 16, 80))  # ranks, and GB of each
 
 VOCABULARY = 2048  # of the built-in tokenizer
 MODEL = {**SMOLLM2, **dict(zip(KEYS, (VOCABULARY, 1024, 4096, 16, 16, 4), strict=True))}
@@ -96,25 +87,6 @@ def known_config(size: str) -> LlamaConfig:
     return parse_config({"model_type": "llama", **dict(zip(KEYS, SHAPES[size], strict=True))})
 
 
-def fits() -> Iterator[list[str]]:
-    """Yield the rows of the table of memory: the terms of a rank, with blocks recomputed, and whether they fit."""
-    for size, N, room in FITS:
-        config = known_config(size)
-        for method in ("LoRA", "QLoRA"):
-            for shard in get_args(Shard):
-                plan = default_plan(config, method, torch.device("meta"))  # any GPU
-                found = forecast(replace(plan, ranks=N, shard=shard))["block"]
-                trained = found.adapters + found.gradients + found.moments
-                terms = (found.weights, trained, found.activations, found.working + found.overhead, found.peak)
-                yield [
-                    f"{size} on {N} × {room} GB",
-                    f"{method}, block",
-                    shard,
-                    *map(amount, terms),
-                    "yes" if found.peak <= room * 10**9 else "no",
-                ]
-
-
 def check() -> Iterator[list[str]]:
     """Yield the rows of the check: of each case, runs of so many processes, beside the forecast."""
     with tempfile.TemporaryDirectory() as name:
@@ -125,17 +97,18 @@ def check() -> Iterator[list[str]]:
         for case in CASES:
             for N in PROCESSES:
                 run = folder / f"{case.name} {case.shard} {N}"
-                launch(N, ["-m", "minilora", *case.words(folder, run)])
+                launch(N, case.words(folder, run))
                 peak = json.loads((run / "summary.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
                 memory = forecast(case.plan(N))["block"].peak
                 of_memory = (amount(peak), amount(memory), f"{memory / peak:.2f}")
                 yield [case.name, case.shard, f"{N}", *of_memory, f"{step_seconds(run):.2f}"]
 
 
-def launch(N: int, words: Sequence[str], threads: int = 1) -> None:
-    """Start N processes of a module or script by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{N}", *words]
-    subprocess.run(torchrun, env={**os.environ, "OMP_NUM_THREADS": f"{threads}"}, stdout=subprocess.DEVNULL, check=True)
+def launch(N: int, words: Sequence[str]) -> None:
+    """Start N processes of `minilora` by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{N}"]
+    command = [*torchrun, "-m", "minilora", *words]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True)
 
 
 def step_seconds(run: Path) -> float:
@@ -145,28 +118,15 @@ def step_seconds(run: Path) -> float:
     return statistics.median(seconds[1:])
 
 
-def write(mark: str, table: str) -> None:
-    """Put a table between its marks in the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    pattern = re.compile(f"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-    PAGE.write_text(pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text), encoding="utf-8")
-
-
-WORKS = {  # what makes the rows of a table, and its head
-    "fits": (fits, "model | way | --shard | weights | trained | activations | working, overhead | peak | fits"),
-    "check": (check, "run | --shard | ranks | peak | forecast | ratio | seconds"),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=WORKS)
-    name = parser.parse_args(arguments).table
-    rows, (work, head) = [], WORKS[name]
-    for row in work():
+def main() -> None:
+    rows = []
+    for row in check():
         print(" | ".join(row), flush=True)
         rows.append(row)
-    write(name, results.table(head.split(" | "), rows))
+    head = ("run", "--shard", "ranks", "peak", "forecast", "ratio", "seconds")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- check -->\n")
+    after = rest.partition("<!-- /check -->")[2]
+    PAGE.write_text(f"{before}<!-- check -->\n{results.table(head, rows)}\n<!-- /check -->{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

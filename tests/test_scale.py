@@ -1,17 +1,11 @@
-"""What one of several ranks holds, against the tensors of a model; the pages and scripts of many processes."""
+"""What one of several ranks holds, against the tensors of a model."""
 
-import re
-import subprocess
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import minilora as ml
-from benchmarks import results
-from benchmarks import scale as script
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.fsdp import avoid_scalars
 from minilora.nf4 import NF4Linear
@@ -19,10 +13,8 @@ from minilora.runs import forecast as forecasts
 from minilora.runs.plan import Plan
 from minilora.runs.settings import TrainConfig
 from tests.models import four_bit, tiny_config, tiny_model
-from tests.runs import flags_of
 
 CPU = torch.device("cpu")
-PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 T, M = 33, 11  # tokens of a document, and labelled ones
 
 
@@ -69,22 +61,3 @@ def test_a_sharded_base_adds_two_gathered_blocks_and_changes_nothing_else_but_it
     assert replace(sharded, weights=0, working=0, overhead=0) == replace(one, weights=0, working=0, overhead=0)
     alone = plan(config, ml.LoraConfig(), ranks=1, shard="base")
     assert forecast(alone) == one  # nothing is gathered
-
-
-# --- the pages ---
-
-
-def test_the_table_of_the_page_is_that_of_the_script():
-    make, head = script.WORKS["fits"]
-    table = results.table(head.split(" | "), make())
-    assert f"<!-- fits -->\n{table}\n<!-- /fits -->" in PAGE.read_text(encoding="utf-8")
-
-
-def test_the_scripts_of_the_page_are_shell_and_they_and_its_manifest_give_flags_that_there_are():
-    blocks = re.findall(r"```(bash|yaml)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert Counter(language for language, _ in blocks) == {"bash": 6, "yaml": 1}
-    for language, block in blocks:
-        if language == "bash":
-            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
-        command = re.split(r"\bfinetune\b", block)[1]
-        assert {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", command)} <= flags_of("finetune")
