@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a work was refused."""
     known = {each.name: each for each in work.works()}
     groups = {"ablation": [each.name for each in work.ablations()]}
-    peers = sorted({peer for each in [*work.trainings(), *work.operations()] for peer in each.peers})
+    peers = sorted({peer for each in work.trainings() for peer in each.peers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
     parser.add_argument("--device", default="cpu")

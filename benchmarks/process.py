@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,6 @@ from typing import Any
 
 import torch
 import torch._dynamo  # as any optimizer does: 70 MB that are nobody's own
-from torch import Tensor
-
-from benchmarks.work import REPEATS
 
 GEMM_SIDES = (1024, 2048, 4096)
 
@@ -28,7 +24,7 @@ class Measurement:
     """What one process measured: seconds of each repetition after the warm-up, and how much each one did."""
 
     seconds: list[float]
-    amounts: list[float]  # tokens, FLOP; 1 where a thing is done once
+    amounts: list[float]  # tokens
     peak_bytes: int
     checks: dict[str, float] = field(default_factory=dict)  # what must be the same for everyone who does this work
 
@@ -113,46 +109,6 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     threads = (torch.get_num_threads(),)
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as pool:
         return pool.submit(function, *args).result()
-
-
-def repeated(
-    peak: Peak,
-    do: Callable[[Any], Any],
-    prepare: Callable[[], Any] = lambda: None,
-    amount: float = 1,
-    result: Callable[[], float] | None = None,
-) -> Measurement:
-    """Do it with what was prepared for it, which takes no time, again and again; the first does not count.
-
-    Args:
-        peak: made before anything was loaded.
-        do: what is measured.
-        prepare: what gives its argument.
-        amount: how much is done each time.
-        result: a number that says what was done, to be compared with everyone's.
-    """
-    clock = Clock(peak.device)
-    for _ in range(REPEATS + 1):
-        prepared = prepare()
-        clock.start()
-        do(prepared)
-        clock.stop()
-    taken = peak.read()
-    return Measurement(clock.seconds[1:], [amount] * REPEATS, taken, {} if result is None else {"result": result()})
-
-
-def norm_of(tensors: Iterable[Tensor]) -> float:
-    """√Σ x² over all their numbers."""
-    return sum(float(tensor.detach().double().square().sum()) for tensor in tensors) ** 0.5
-
-
-def python(*arguments: str) -> Callable[[Any], None]:
-    """The work of running Python with some arguments."""
-
-    def run(_: Any) -> None:
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-
-    return run
 
 
 def called(module: str, name: str, *args: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.process import Measurement, Round
-from benchmarks.work import ALPHA, KEPT, OURS, RANK, REPEATS, STEPS, WARM_UP, Ablation, Operation, Training, Work
+from benchmarks.work import ALPHA, KEPT, OURS, RANK, STEPS, WARM_UP, Ablation, Training, Work
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, that decide how fast bfloat16 is on it
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
@@ -96,23 +96,8 @@ def comparison(work: Training, rounds: Sequence[Round]) -> list[list[str]]:
     return found
 
 
-def operation(work: Operation, rounds: Sequence[Round]) -> list[list[str]]:
-    """A row for each peer: seconds of ours and theirs, and theirs over ours; tokens a second where tokens are made."""
-    found = []
-    for peer in _peers(rounds):
-        sides = [[_rate(each.sides[side]) for each in rounds if peer in each.sides] for side in (OURS, peer)]
-        amount = _tokens if work.prompts else _seconds
-        times = spread(ratio(rounds, _rate, peer))
-        found.append([work.name, work.what, peer, *(amount(statistics.median(side)) for side in sides), times])
-    return found
-
-
 def _peers(rounds: Sequence[Round]) -> list[str]:
     return list(dict.fromkeys(side for each in rounds for side in each.sides if side != OURS))
-
-
-def _seconds(rate: float) -> str:
-    return f"{1 / rate:.3f} s" if rate <= 10 else f"{1000 / rate:.2f} ms"
 
 
 def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
@@ -125,7 +110,7 @@ def utilisation(work: Training, rounds: Sequence[Round]) -> list[str]:
     return [work.name, *gigaflops, spread(shares), spread(told)]
 
 
-def checks(work: Training | Operation, rounds: Sequence[Round]) -> Iterable[list[str]]:
+def checks(work: Training, rounds: Sequence[Round]) -> Iterable[list[str]]:
     """A row for each number that has to be the same for everyone."""
     measured = {side: found for each in rounds for side, found in each.sides.items()}
     for name, bound in work.bounds.items():
@@ -177,7 +162,6 @@ COMPARISON = (
     *("peak GB: minilora", "peer", "minilora over peer"),
 )
 MACHINE = ("work", "GFLOP/s reached", "peak of matrix products", "share", "peak memory over forecast")
-OPERATIONS = ("work", "what", "peer", "minilora", "peer", "times as fast")
 CHECKS = ("work", "number", "of everyone", "may differ by this share")
 
 
@@ -185,8 +169,6 @@ def spoken(work: Work, rounds: Sequence[Round]) -> str:
     """What is known of a work so far: its rows of the tables."""
     if isinstance(work, Ablation):
         rows = without([(work, rounds)])
-    elif isinstance(work, Operation):
-        rows = operation(work, rounds)
     else:
         rows = [utilisation(work, rounds), *comparison(work, rounds)]
     return "\n".join(" | ".join(row) for row in rows)
@@ -198,14 +180,10 @@ def page(lines: dict[str, list[dict[str, Any]]], works: Sequence[Work]) -> str:
     rounds = {name: [as_round(line) for line in found if "sides" in line] for name, found in lines.items()}
     shown = [(work, rounds[work.name]) for work in works if rounds.get(work.name) and work.name not in dict(refused)]
     training = [(each, measured) for each, measured in shown if isinstance(each, Training)]
-    once = [(each, measured) for each, measured in shown if isinstance(each, Operation)]
     parts = [HEAD.format(**facts([line for found in lines.values() for line in found]))]
     parts.append("## Training\n\n" + table(COMPARISON, [row for each in training for row in comparison(*each)]))
     parts.append("## Beside the machine\n\n" + table(MACHINE, [utilisation(*each) for each in training]))
-    if once:
-        rows = [row for each in once for row in operation(*each)]
-        parts.append("## What is done at once\n\n" + table(OPERATIONS, rows))
-    parts.append("## The same work\n\n" + table(CHECKS, [row for each in [*training, *once] for row in checks(*each)]))
+    parts.append("## The same work\n\n" + table(CHECKS, [row for each in training for row in checks(*each)]))
     ablations = [(each, measured) for each, measured in shown if isinstance(each, Ablation)]
     if ablations:
         head = ["without", *(f"{each.training}: {what}" for each, _ in ablations for what in ("time", "memory"))]
@@ -219,7 +197,7 @@ def facts(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Where, when and how all lines were measured."""
     dates = sorted(line["date"] for line in lines)
     kept_memory = " ".join(f"{name}={value}" for name, value in KEPT.items())
-    numbers = {"warm_up": WARM_UP, "steps": STEPS, "repeats": REPEATS, "rank": RANK, "alpha": ALPHA}
+    numbers = {"warm_up": WARM_UP, "steps": STEPS, "rank": RANK, "alpha": ALPHA}
     return numbers | {
         "dates": f"{dates[0][:10]} to {dates[-1][:10]}" if dates[0][:10] != dates[-1][:10] else dates[0][:10],
         "machine": lines[0]["machine"],
@@ -238,16 +216,13 @@ HEAD = """# What was measured
 Figures are medians of rounds, with the lowest and the highest round in brackets; without brackets there was one. In a
 round everyone has a turn, each in a fresh process, another one first each time; a rate is all of a turn's tokens over
 all its seconds, and a ratio is that of one round. Training is {warm_up} steps that do not count, then {steps}; tokens
-are real ones, never pads; what is done at once is done {repeats} times after one which does not count. The peak of
-memory is the process's, less what it was after the imports; on CUDA that of torch's allocator. All begin with the
-same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the same batches of random tokens:
-*fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ 0.6, 20 to 512), of each the
-second half learned; *long*, one document of 4,096. The model has
-135 M parameters.
+are real ones, never pads. The peak of memory is the process's, less what it was after the imports; on CUDA that of
+torch's allocator. All begin with the same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the
+same batches of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110,
+σ 0.6, 20 to 512), of each the second half learned; *long*, one document of 4,096. The model has 135 M parameters.
 
 - **minilora**: `ml.load_model`, `ml.load_adapter`, `ml.train` with its defaults; `gradient_checkpointing="block"`
-  where it says *recompute*. It generates within `ml.merged`, as `minilora generate` does, the merge
-  included each time.
+  where it says *recompute*.
 - **peft**: transformers and PEFT in a plain loop: batches padded to their longest row, with a mask; base in the
   work's dtype, adapters in float32 as PEFT makes them; the model's own loss; SDPA; no cache; fused AdamW, clipped
   to norm 1; `gradient_checkpointing_enable(use_reentrant=False)` with recompute. QLoRA is bitsandbytes' NF4 with
@@ -259,9 +234,6 @@ second half learned; *long*, one document of 4,096. The model has
   loss. **trl-best**: weights in bfloat16, no autocast, no checkpointing. Neither can leave out padding without
   FlashAttention.
 - **lora**: minilora on a base that is not quantized.
-- **bitsandbytes** has kernels for some processors; **bitsandbytes-pytorch** is its path of PyTorch's operations, as
-  they are, without `torch.compile`. What `dequantize` gives is new memory, which the system clears first: with 4096 x
-  4096 that is most of minilora's time. A run writes into memory that it keeps.
 
 FLOP are those of the frozen weights' forward pass and input gradients, of the adapter, of the head on learned
 tokens, and of causal attention, whose probabilities are made twice; what else is computed again to save memory does

@@ -14,7 +14,7 @@ import torch
 from benchmarks import make
 from benchmarks import work as works
 from benchmarks.process import Measurement, Round, called, gemm_peak, in_fresh_process
-from benchmarks.work import OURS, Operation, Task, Training
+from benchmarks.work import OURS, Task, Training
 
 TRAINING = {  # the function of each side
     OURS: ("benchmarks.ours", "train"),
@@ -44,10 +44,7 @@ def measured(task: Task, side: str) -> Measurement:
     Raises:
         RefusedError: it failed.
     """
-    if isinstance(task.work, Training):
-        module, function = TRAINING.get(side, ("benchmarks.ablation", "train"))
-    else:
-        module, function = f"benchmarks.{'our' if side == OURS else 'peer'}_operations", task.work.does
+    module, function = TRAINING.get(side, ("benchmarks.ablation", "train"))
     try:
         with patch.dict(os.environ, works.KEPT if side == "peft-kept" else {}):
             return in_fresh_process(called, module, function, replace(task, side=side))
@@ -71,18 +68,16 @@ class Workshop:
             make.adapter(self.model, path, dora)
         return path
 
-    def task(self, work: Training | Operation, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
+    def task(self, work: Training, warm_up: int = works.WARM_UP, steps: int = works.STEPS) -> Task:
         """All that a side of a work needs to know."""
         model, adapter = self.model, self.adapter(work.method == "dora")
         vocabulary = works.config_of(model)["vocab_size"]
-        if isinstance(work, Operation):
-            return Task(work, model, adapter, self.device, prompts=works.prompts(work.prompts, vocabulary))
         rows = works.rows(work.kind, work.batch_size * (warm_up + steps), vocabulary)
         return Task(work, model, adapter, self.device, rows, make.batches(rows, work, warm_up + steps), warm_up)
 
 
 def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
-    """In each round, what every side measured; for training the peak of matrix products, too.
+    """In each round, what every side measured, and the peak of matrix products.
 
     Raises:
         RefusedError: a side failed, or did not compute what we did.
@@ -90,11 +85,8 @@ def rounds(task: Task, sides: Sequence[str], count: int) -> Iterator[Round]:
     flop = sum(works.training_flops(works.config_of(task.model), batch) for batch in task.batches[task.warm_up :])
     for turn in range(count):
         found = taken(task, sides, turn)
-        if isinstance(task.work, Training):
-            peak = in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device))
-            yield Round(task.work.name, found, flop, peak, make.forecast_bytes(task))
-        else:
-            yield Round(task.work.name, found)
+        peak = in_fresh_process(gemm_peak, task.work.dtype, torch.device(task.device))
+        yield Round(task.work.name, found, flop, peak, make.forecast_bytes(task))
 
 
 def taken(task: Task, sides: Sequence[str], turn: int) -> dict[str, Measurement]:

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 IGNORE_INDEX = -100
 RANK, ALPHA = 16, 32
 LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 1.0
 WARM_UP, STEPS = 2, 5
 KEPT = {"MALLOC_MMAP_THRESHOLD_": f"{2**25}", "MALLOC_TRIM_THRESHOLD_": f"{2**62}"}  # of glibc: freed memory is kept
-REPEATS = 7  # of what is done at once
-NEW_TOKENS = 128
 SMOLLM2 = {  # SmolLM2-135M
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -72,20 +69,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Operation:
-    """What is done at once, not in steps."""
-
-    name: str
-    does: str  # the function of each side
-    what: str
-    peers: tuple[str, ...] = ("peft",)
-    dtype: str = "bfloat16"
-    bounds: dict[str, float] = field(default_factory=dict)  # how far results may be apart, relative to the peer's
-    prompts: tuple[int, ...] = ()  # of which lengths
-    method: Method = "lora"
-
-
-@dataclass(frozen=True)
 class Ablation:
     """A work of training without each of our tricks."""
 
@@ -93,7 +76,7 @@ class Ablation:
     training: str
 
 
-Work = Training | Operation | Ablation
+Work = Training | Ablation
 
 
 @dataclass(frozen=True)
@@ -107,7 +90,6 @@ class Task:
     rows: Sequence[Row] = ()
     batches: Sequence[list[Row]] = ()  # the same rows, as minilora's loop takes them in turn
     warm_up: int = 0
-    prompts: Sequence[list[int]] = ()
     side: str = OURS
 
 
@@ -124,35 +106,8 @@ def trainings() -> list[Training]:
         Training("fp32-real", fp32, "real"),
         Training("qlora-fixed-recompute", bf16, "fixed", "qlora", recompute=True),
         Training("dora-fixed", bf16, "fixed", "dora"),
-        Training("bf16-real-recompute", bf16, "real", recompute=True),
-        Training("fp32-fixed-recompute", fp32, "fixed", recompute=True),
-        Training("dora-fixed-recompute", bf16, "fixed", "dora", recompute=True),
-        Training("bf16-long", bf16, "long"),
         Training("bf16-long-recompute", bf16, "long", recompute=True),
         Training("qlora-fixed", bf16, "fixed", "qlora", peers=("lora", "peft")),
-        Training("qlora-real", bf16, "real", "qlora"),
-        Training("dora-real", bf16, "real", "dora"),
-    ]
-
-
-def operations() -> list[Operation]:
-    """All that is done at once."""
-    same, close = {"result": 0.0}, {"result": 1e-4}
-    bnb = ("bitsandbytes-pytorch", "bitsandbytes")
-    several, fp32 = tuple(range(16, 129, 16)), "float32"
-    return [
-        Operation("generate", "generate", "128 tokens after 32", prompts=(32,), bounds=same),
-        Operation("generate-fp32", "generate", "in float32, as is the next", dtype=fp32, prompts=(32,), bounds=same),
-        Operation("generate-batch", "generate", "8 prompts of 16 to 128", dtype=fp32, prompts=several, bounds=same),
-        Operation("load", "load", "SmolLM2 in bfloat16, python -c 'import …; load'", bounds=close),
-        Operation("load-again", "load_again", "by a program that has loaded it before", bounds=close),
-        Operation("load-nf4", "load_again", "the same into four bits", method="qlora"),
-        Operation("import", "import_", "python -c 'import …'", ("torch", "transformers", "peft")),
-        Operation("merge", "merge", "an adapter on 210 linears folded into them", bounds=close),
-        Operation("quantize", "quantize", "SmolLM2's linears, double", ("bitsandbytes",), bounds=close),
-        Operation("dequantize", "dequantize", "SmolLM2's linears", bnb, bounds=close),
-        Operation("dequantize-2048", "dequantize", "a weight of 2048 x 2048", bnb, bounds=close),
-        Operation("dequantize-4096", "dequantize", "a weight of 4096 x 4096", bnb, bounds=close),
     ]
 
 
@@ -164,7 +119,7 @@ def ablations() -> list[Ablation]:
 
 def works() -> list[Work]:
     """Everything that is measured."""
-    return [*trainings(), *operations(), *ablations()]
+    return [*trainings(), *ablations()]
 
 
 def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:
@@ -181,17 +136,6 @@ def rows(kind: Kind, count: int, vocabulary: int) -> list[Row]:
         asked = length // 2 if kind == "real" else 0
         found.append((tokens, [IGNORE_INDEX] * asked + tokens[asked:]))
     return found
-
-
-def prompts(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
-    """Random tokens to go on from, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
-
-
-def square_weight(side: int, device: str) -> Tensor:
-    """Of a linear such as larger models have, in bfloat16."""
-    return torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
 
 
 def labelled(batch: Sequence[Row]) -> int:
