@@ -25,8 +25,7 @@ TRAINING = {  # the function of each side
     "trl": ("benchmarks.peers", "train_trl"),
     "trl-best": ("benchmarks.peers", "train_trl_best"),
 }
-# Packages of sides that are named otherwise.
-PACKAGES = {"lora": OURS}
+PACKAGES = {"lora": OURS}  # of sides that are named otherwise
 
 
 class RefusedError(Exception):
