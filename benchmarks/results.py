@@ -215,9 +215,9 @@ HEAD = """# What was measured
 
 Figures are medians of rounds, with the lowest and the highest round in brackets; without brackets there was one. In a
 round everyone has a turn, each in a fresh process, another one first each time; a rate is all of a turn's tokens over
-all its seconds, and a ratio is that of one round. Training is {warm_up} steps that do not count, then {steps}; tokens are
-real ones, never pads. The peak of memory is the process's, less what it was after the imports; on CUDA that of torch's
-allocator. All begin with the same adapter (rank {rank}, alpha {alpha}, seven linears a block, B not zero) and the same
+all its seconds, and a ratio is that of one round. Training is {warm_up} steps that do not count, then {steps}; tokens
+are real ones, never pads. The peak of memory is the process's, less what it was after the imports; on CUDA torch's
+allocator's. All begin with the same adapter (rank {rank}, alpha {alpha}, 7 linears a block, B not zero) and the same
 batches of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ 0.6, 20
 to 512), of each the second half learned; *long*, one document of 4,096. The model has 135 M parameters.
 
