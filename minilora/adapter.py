@@ -61,11 +61,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def require_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
-    """Return the wrappers.
-
-    Raises:
-        TargetError: there are none, or no adapter has one of these names.
-    """
+    """Return the wrappers; if there are none, or no adapter of a name, raise a TargetError."""
     layers = list(adapter_layers(model).values())
     if not layers:
         raise TargetError("the model has no adapter, or it is merged")
@@ -261,11 +257,7 @@ def copy_tensors_(own: Mapping[Any, Tensor], stored: Mapping[Any, Tensor]) -> No
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write an adapter that `attach_lora` attached, in PEFT's layout.
-
-    Raises:
-        TargetError: it has several ranks or scales, which `ml.save_adapter` writes.
-    """
+    """Write an adapter that `attach_lora` attached, of one rank and scale, in PEFT's layout."""
     layers = layers_of(model, name)
     first, *others = (layer.adapters[name] for layer in layers.values())
     r, scale = len(first.lora_A), first.scale

@@ -71,17 +71,11 @@ def llama_frequencies(source: Mapping[str, Any], width: int) -> Tensor:
     scaling = source.get("rope_scaling") or source.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = scaling.get("rope_theta") or source.get("rope_theta") or 10_000.0
-    if kind not in ("default", "llama3"):
+    if kind == "llama3":
+        return llama3_frequencies(width, theta, scaling)
+    if kind != "default":
         raise ConfigError(f"rope type {kind!r} is not supported; supported are default and llama3")
-    if kind == "default":
-        return rope_frequencies(width, theta)
-    return llama3_frequencies(width, theta, scaling)
-
-
-class Rotates(Protocol):
-    """What gives the angles of a model's tokens, such as `Rope`."""
-
-    def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin: ...
+    return rope_frequencies(width, theta)
 
 
 @dataclass(frozen=True)
@@ -111,9 +105,9 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    tie_word_embeddings: bool
-    rope: Rotates
+    rope: Any  # a `Rope`, or another class with its `rotation`
     windows: tuple[int | None, ...]  # how far each layer looks back; None: all the way
+    tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -121,22 +115,14 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
         """Read the `config.json` of a Llama. Other families replace what they read in another way."""
-        heads = source["num_attention_heads"]
-        defaults = {
-            "num_key_value_heads": heads,
-            "head_dim": source["hidden_size"] // heads,
-            "tie_word_embeddings": False,
-        }
+        heads, bias = source["num_attention_heads"], bool(source.get("attention_bias"))
+        found = {"num_key_value_heads": heads, "head_dim": source["hidden_size"] // heads}
         names = [field.name for field in fields(cls)]
-        found = defaults | {name: source[name] for name in names if source.get(name) is not None}
-        return cls(
-            **found,
-            source=source,
-            rope=Rope(tuple(llama_frequencies(source, found["head_dim"]).tolist())),
-            windows=(None,) * source["num_hidden_layers"],
-            qkv_bias=bool(source.get("attention_bias")),
-            o_bias=bool(source.get("attention_bias")),
-        )
+        found |= {name: source[name] for name in names if source.get(name) is not None}
+        rope = Rope(tuple(llama_frequencies(source, found["head_dim"]).tolist()))
+        windows = (None,) * source["num_hidden_layers"]
+        own = {"source": source, "rope": rope, "windows": windows}
+        return cls(**found, **own, qkv_bias=bias, o_bias=bias)
 
 
 @definition
@@ -398,11 +384,7 @@ def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Lla
 
 
 def load_weights(model: Llama, weights: Iterable[tuple[str, Tensor | NF4Linear]]) -> None:
-    """Give a model on "meta" its weights by name, each of them once.
-
-    Raises:
-        FormatError: a name is missing or unexpected.
-    """
+    """Give a model on "meta" its weights by name; a missing or unknown one is a FormatError."""
     missing = set(dict(model.named_parameters()))
     for name, weight in weights:
         if name not in missing:

@@ -91,9 +91,7 @@ class AdapterWrapper(nn.Module, ABC):
     is saved of it by name, and `replaced()`, what it takes the place of; see `LoraAdapter`.
     """
 
-    PEFT_NAMES: ClassVar[
-        Mapping[str, str]
-    ] = {}  # of the adapters' tensors in PEFT's file, where they differ
+    PEFT_NAMES: ClassVar[Mapping[str, str]] = {}  # of tensors in a file, where they differ
 
     def __init__(self, base: nn.Module, path: str, adapters: Mapping[str, nn.Module]):
         super().__init__()

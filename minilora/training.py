@@ -105,10 +105,8 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     """Divide the sum of losses and its gradients by their number, clip the gradients, and step.
 
     g ← g · min(1, max_grad_norm / ‖g‖), ‖g‖ over all parameters; g stays as it is if
-    `max_grad_norm` is 0. If the loss or the norm is not finite, the parameters stay unchanged.
-
-    Raises:
-        DataError: there are no losses.
+    `max_grad_norm` is 0. If the loss or the norm is not finite, the parameters stay unchanged; if
+    there are no losses, this is a DataError.
     """
     if not count:
         raise DataError("the loss counts nothing in the rows of a step")
