@@ -10,6 +10,7 @@ import torch
 import minilora.public as ml  # all of it now: memory is counted from after the imports
 from benchmarks.process import Clock, Measurement, Peak, first_and_last
 from benchmarks.work import LEARNING_RATE, MAX_GRAD_NORM, Task, Training
+from minilora.runs.memory import kept_memory
 
 
 def train_config(work: Training, steps: int) -> ml.TrainConfig:
@@ -39,7 +40,8 @@ def train(task: Task) -> Measurement:
         clock.stop()
         records.append(record)
 
-    ml.train(model, examples, train_config(work, len(task.batches)), on_step)
+    with kept_memory():  # as `minilora finetune`
+        ml.train(model, examples, train_config(work, len(task.batches)), on_step)
     checks = first_and_last([record["loss"] for record in records], records[0]["grad_norm"])
     tokens = [record["tokens"] for record in records]
     return Measurement(clock.seconds[task.warm_up :], tokens[task.warm_up :], peak.read(), checks)

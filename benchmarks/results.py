@@ -221,13 +221,13 @@ allocator's. All begin with the same adapter (rank {rank}, alpha {alpha}, 7 line
 batches of random tokens: *fixed*, 4 rows of 512, all learned; *real*, 8 rows of lognormal length (median 110, σ 0.6, 20
 to 512), of each the second half learned; *long*, one document of 4,096. The model has 135 M parameters.
 
-- **minilora**: `ml.load_model`, `ml.load_adapter`, `ml.train` with its defaults; `gradient_checkpointing="block"`
-  where it says *recompute*.
+- **minilora**: `ml.load_model`, `ml.load_adapter`, `ml.train` with its defaults within `kept_memory`, as the command
+  trains; `gradient_checkpointing="block"` where it says *recompute*.
 - **peft**: transformers and PEFT in a plain loop: batches padded to their longest row, with a mask; base in the
   work's dtype, adapters in float32 as PEFT makes them; the model's own loss; SDPA; no cache; fused AdamW, clipped
   to norm 1; `gradient_checkpointing_enable(use_reentrant=False)` with recompute. QLoRA is bitsandbytes' NF4 with
   nested scales, as it is loaded, without `prepare_model_for_kbit_training`.
-- **peft-kept**: the same loop while the C library keeps freed memory, as it does while `ml.train` runs (`{kept}`):
+- **peft-kept**: the same loop while the C library keeps freed memory, as it does while the command trains (`{kept}`):
   what of the difference to peft that alone is.
 - **peft-grouped**: the same loop with rows of like lengths in a batch, which pads less; the batches are others.
 - **trl**: SFTTrainer as shipped: float32 weights, bfloat16 by autocast, gradient checkpointing, its own head and

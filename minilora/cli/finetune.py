@@ -38,10 +38,10 @@ from minilora.models.prompts import read_prompts
 from minilora.runs import processes
 from minilora.runs.directory import Earlier, Outcome, Run, RunDirectory
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
-from minilora.runs.forecast import Forecasts, choose_plan, fits
+from minilora.runs.forecast import Forecasts, choose_plan
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import amount, free_memory_bytes
+from minilora.runs.memory import amount, kept_memory
 from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
@@ -135,9 +135,9 @@ def check_settings(settings: Settings, base: Base) -> None:
 def check_memory(plan: Plan, found: Forecasts) -> None:
     """Raise a `TrainingError` if a run does not fit into memory."""
     chosen = found[plan.training.gradient_checkpointing]
-    if not fits(plan, chosen):
+    if not plan.has_room(chosen.peak):
         raise TrainingError(
-            f"the run needs {amount(chosen.peak)} of memory, and {amount(free_memory_bytes(plan.device) or 0)} are "
+            f"the run needs {amount(chosen.peak)} of memory, and {amount(plan.free or 0)} are "
             f"free on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
             "gradient is the same), --gradient-checkpointing block, --quantize nf4, a smaller --max-length, or --shard "
             "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
@@ -226,7 +226,9 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
     previous = {number: signal.signal(number, bar.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         folder = directory.path / "checkpoints"
-        return train(model, run.data.train, run.plan.training, on_step, run.data.valid, folder)
+        # Between the blocks of a sharded base, which are gathered in turn, kept memory would be in pieces.
+        with kept_memory(2**20 if run.plan.shard == "base" else 2**25):
+            return train(model, run.data.train, run.plan.training, on_step, run.data.valid, folder)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -10,8 +10,8 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import usable_device
 from minilora.models.config import read_config
 from minilora.models.hub import fetch
-from minilora.runs.forecast import Forecast, Forecasts, fits, forecast
-from minilora.runs.memory import amount, free_memory_bytes
+from minilora.runs.forecast import Forecast, Forecasts, forecast
+from minilora.runs.memory import amount
 from minilora.runs.plan import Plan
 from minilora.runs.settings import DataConfig, TrainConfig
 
@@ -32,9 +32,8 @@ such as logits; overhead: of libraries. 1 GB is 10^9 bytes.
 def dry_run_lines(plan: Plan, found: Forecasts) -> str:
     """Return what `--dry-run` prints: the forecast with each kind of gradient checkpointing, and what fits."""
     head = f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}"
-    which = [way for way, each in found.items() if fits(plan, each)]
-    free = free_memory_bytes(plan.device)
-    room = "unknown" if free is None else f"{amount(free)} free"
+    which = [way for way, each in found.items() if plan.has_room(each.peak)]
+    room = "unknown" if plan.free is None else f"{amount(plan.free)} free"
     return "\n".join([head, *_table(found), f"  {room}: fits with {', '.join(which) or 'none of them'}"])
 
 

@@ -21,7 +21,6 @@ from minilora.models.checkpoint import stored_dtype
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import PROMPTS_FILE, read_prompts
-from minilora.runs import processes
 from minilora.runs.dataset import Dataset, repeated_prompts
 from minilora.runs.reports import beginning, ending
 
@@ -98,7 +97,7 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             f"held-out rows: {len(data.test)}, too few for their loss or accuracy to say much; "
             "--eval-split or --eval-data gives more"
         )
-    if run.plan.training.gradient_accumulation_steps < processes.size():
+    if run.plan.training.gradient_accumulation_steps < run.plan.ranks:
         yield (
             "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
             "gives each its part"

@@ -24,7 +24,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs import objective, processes
 from minilora.runs.dataset import Dataset, prompt_of
 from minilora.runs.objective import Objective, check_examples, eval_groups
-from minilora.runs.sampler import Rows, random_state
+from minilora.runs.sampler import Rows, kept_random_state, seed_random_state
 from minilora.runs.settings import TrainConfig
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
@@ -99,10 +99,11 @@ def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progr
         DataError: there are none.
     """
     total, count = 0.0, 0.0
-    with evaluating(model):
+    device = next(model.parameters()).device
+    with evaluating(model), kept_random_state(device):
         for group, is_counted in _dealt(objective.eval_batches(rows), len(rows), progress):
-            with random_state(next(model.parameters()).device, f"{objective.config.seed}/held-out/{group[0]}"):
-                loss, number = objective(model, [rows[row] for row in group])
+            seed_random_state(device, f"{objective.config.seed}/held-out/{group[0]}")
+            loss, number = objective(model, [rows[row] for row in group])
             if is_counted:
                 total, count = total + loss.item(), count + number
     total, count = processes.sum_over_ranks(total, count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -28,7 +28,7 @@ from minilora.nf4 import NF4Linear
 from minilora.runs import processes
 from minilora.runs.memory import free_memory_bytes
 from minilora.runs.plan import Plan
-from minilora.runs.sampler import plan_steps, set_dropout_step
+from minilora.runs.sampler import adapters_with_dropout, plan_steps, seed_dropout
 
 # What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 175_000_000  # loaded by PyTorch and its kernels in the first step
@@ -76,7 +76,7 @@ def forecast(plan: Plan) -> Forecasts:
     sent = gradients if plan.ranks > 1 else 0  # the buffer in which the ranks' gradients are added
     gathered = 2 * max(blocks) if shards > 1 else 0
     libraries = LIBRARIES if plan.device.type == "cpu" else 0
-    set_dropout_step(model.to("meta").train(), 0)
+    seed_dropout(adapters_with_dropout(model.to("meta").train()), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     micro_batches = (batch for step in plan_steps(len(plan.rows), plan.training) for batch in step)
@@ -167,14 +167,9 @@ def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way
 
 def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
     """Replace "auto" of the gradient checkpointing by the fastest that fits, else by the leanest."""
-    found = forecast(plan)
+    forecasts = forecast(plan)
+    plan = replace(plan, free=processes.lowest_over_ranks(free_memory_bytes(plan.device)))
     if plan.training.gradient_checkpointing == "auto":
-        ways = [way for way in get_args(Checkpointing) if fits(plan, found[way])]
+        ways = [way for way in get_args(Checkpointing) if plan.has_room(forecasts[way].peak)]
         plan = plan.checkpointed(ways[0] if ways else "block")
-    return plan, found
-
-
-def fits(plan: Plan, found: Forecast) -> bool:
-    """Return whether a run fits into the memory of every rank."""
-    free = free_memory_bytes(plan.device)
-    return not processes.any_rank(free is not None and found.peak > free)
+    return plan, forecasts

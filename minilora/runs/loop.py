@@ -5,20 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from minilora.errors import DataError, TrainingError
 from minilora.runs import checkpoints, processes
 from minilora.runs.evaluate import mean_loss
-from minilora.runs.memory import kept_memory, peak_memory_bytes, return_memory
+from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
-from minilora.runs.sampler import MicroBatch, Step, plan_steps, seeded, set_dropout_step
+from minilora.runs.sampler import (
+    MicroBatch,
+    Step,
+    adapters_with_dropout,
+    kept_random_state,
+    plan_steps,
+    seed_dropout,
+    seed_random_state,
+)
 from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, accumulate, parameters_of, update
 
@@ -46,7 +54,6 @@ class TrainResult:
     damaged: tuple[str, ...] = ()
 
 
-@kept_memory()
 def train(
     model: nn.Module,
     dataset: Sequence[Any],
@@ -92,122 +99,68 @@ def train(
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
             `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer.
     """
-    if not torch.is_grad_enabled():
-        raise TrainingError("there are no gradients within no_grad or inference_mode")
     config = config or TrainConfig()
-    if config.gradient_checkpointing == "auto":
-        raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
-    adapters = checkpoints.trained_adapters(model)
-    if not len(dataset):
-        raise DataError("there are no examples to learn from")
-    if loss is None:
-        check_token_loss(model, dataset, held_out)
-    if config.selects and not len(held_out):
-        raise DataError("keep best and early_stopping need held-out examples")
-    objective = Objective(config, loss)
-    steps = plan_steps(len(dataset), config)
-    job = _Job(model, build_optimizer(model, config), objective, dataset, steps, config)
+    on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if processes.any_sharded(model.parameters()):
-        return_memory()  # kept memory would fragment between the blocks that are gathered
-    if processes.any_sharded(parameters_of(job.optimizer)):
-        raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
-    run = ""
-    if folder is not None or processes.size() > 1:
-        run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
-    if len({*processes.all_gather(repr((config, len(dataset), len(held_out), run)))}) > 1:
-        raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
-    if folder is not None:
-        processes.run_on_rank0(lambda: checkpoints.try_to_save(folder, model))
-    try:
-        return _run_steps(job, run, on_step or (lambda record: None), held_out, folder)
-    finally:
-        for parameter in parameters_of(job.optimizer):
-            parameter.grad = None
-        set_dropout_step(model, None)
-
-
-class _Schedule:
-    """When a run evaluates and saves."""
-
-    def __init__(self, config: TrainConfig, total: int):
-        self.total = total
-        self.eval_steps = config.eval_steps
-        self.is_timed = config.save_steps is None
-        self.save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
-        self.saved = time.perf_counter()
-
-    def evaluates(self, step: int) -> bool:
-        """Return whether an evaluation follows a step."""
-        return self.eval_steps is not None and (step == self.total or step % self.eval_steps == 0)
-
-    def saves(self, step: int) -> bool:
-        """Return whether a checkpoint follows a step: every `save_steps`, or late on any rank."""
-        is_late = self.is_timed and processes.any_rank(time.perf_counter() - self.saved >= SAVE_SECONDS)
-        return is_late or (self.save_steps > 0 and step % self.save_steps == 0)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all steps of a run share."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    dataset: Sequence[Any]
-    steps: list[Step]
-    config: TrainConfig
-
-    def batches(self, step: int) -> list[MicroBatch]:
-        """Return the micro-batches of a step that this rank computes."""
-        first = step * self.config.gradient_accumulation_steps
-        dealt = processes.split_for_rank(list(enumerate(self.steps[step], first)))
-        return [MicroBatch(n, [self.dataset[row] for row in rows], counts) for (n, rows), counts in dealt]
-
-    def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
-        """Return the sum of the losses of a micro-batch, and how many there are: 0 of one that does not count."""
-        total, number = self.objective(model, batch.rows)
-        return (total, number) if batch.is_counted else (0 * total, 0)
-
-
-def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], folder: Path | None) -> TrainResult:
-    """Make all steps that are left after the newest checkpoint of a run with that fingerprint; see `train`."""
-    model = job.model
-    config = job.config
-    total = len(job.steps)
-    state, best, damaged = _resume(job, run, folder)
-    processes.broadcast_(checkpoints.trained_tensors(model).values())
-    schedule = _Schedule(config, total)
+    run = _check_run(model, dataset, held_out, config, loss, folder)
+    objective = Objective(config, loss)
+    optimizer = build_optimizer(model, config)
+    adapters = adapters_with_dropout(model)
+    steps = plan_steps(len(dataset), config)
+    total = len(steps)
+    save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
     patience = config.early_stopping or math.inf
-    stopped = False
-    started = time.perf_counter() - state.seconds
 
-    def is_done() -> bool:
-        return state.step == total or state.stale >= patience
+    def seeded_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
+        seed_random_state(next(model.parameters()).device, f"{config.seed}/{batch.number}")
+        seed_dropout(adapters, config.seed, batch.number)
+        part, number = objective(model, batch.rows)
+        return (part, number) if batch.is_counted else (0 * part, 0)
 
-    while not (stopped or is_done()):
-        before = time.perf_counter()
-        record = _step(job, state.step)
-        now = time.perf_counter()
-        state.step += 1
-        state.tokens += record["tokens"]
-        state.seconds = now - started
-        record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
-        stopped = processes.any_rank(bool(on_step(record)))
-        if len(held_out) and schedule.evaluates(state.step):
-            eval_loss = mean_loss(model, job.objective, held_out)
-            if state.note(eval_loss) and config.keep == "best":
-                best = {name: tensor.detach().clone() for name, tensor in checkpoints.trained_tensors(model).items()}
-            evaluation = {"step": state.step, "eval_loss": eval_loss, "best_step": state.best_step}
-            stopped |= processes.any_rank(bool(on_step(evaluation)))
-        if schedule.saves(state.step) or stopped or is_done():  # done: what follows training may fail
-            processes.broadcast_(checkpoints.trained_tensors(model).values())
-            if folder is not None and processes.is_main_process():
-                checkpoints.save_checkpoint(folder, model, job.optimizer, state, best, config.save_total_limit)
-            processes.barrier()  # torchrun ends all ranks when one has ended
-            schedule.saved = time.perf_counter()
+    if folder is not None:
+        processes.run_on_rank0(checkpoints.try_to_save, folder, model)
+    try:
+        state, best, damaged = _resume(model, optimizer, run, total, folder, config.save_total_limit)
+        processes.broadcast_(checkpoints.trained_tensors(model).values())
+        finished = state.step == total or state.stale >= patience
+        stopped = False
+        saved = time.perf_counter()
+        started = saved - state.seconds
+        while not (stopped or finished):
+            before = time.perf_counter()
+            rate = rate_of_step(state.step, total, config)
+            batches = _batches(dataset, steps[state.step], state.step * config.gradient_accumulation_steps)
+            made = _step(model, optimizer, batches, seeded_loss, rate, config.max_grad_norm)
+            record = {"step": state.step + 1, **made}
+            _check_finite(record, dataset, steps[state.step])
+            now = time.perf_counter()
+            state.step += 1
+            state.tokens += record["tokens"]
+            state.seconds = now - started
+            record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
+            stops = on_step(record)
+            finished = state.step == total
+            if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
+                eval_loss = mean_loss(model, objective, held_out)
+                if state.note(eval_loss) and config.keep == "best":
+                    tensors = checkpoints.trained_tensors(model)
+                    best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+                finished |= state.stale >= patience
+                stops = on_step({"step": state.step, "eval_loss": eval_loss, "best_step": state.best_step}) or stops
+            is_late = config.save_steps is None and time.perf_counter() - saved >= SAVE_SECONDS
+            stopped, is_late = map(bool, processes.sum_over_ranks(bool(stops), is_late))
+            is_due = save_steps > 0 and state.step % save_steps == 0
+            if stopped or finished or is_late or is_due:  # finished: what follows training may fail
+                processes.broadcast_(checkpoints.trained_tensors(model).values())
+                if folder is not None:
+                    limit = config.save_total_limit
+                    processes.run_on_rank0(checkpoints.save_checkpoint, folder, model, optimizer, state, best, limit)
+                saved = time.perf_counter()
+    finally:
+        for parameter in parameters_of(optimizer):
+            parameter.grad = None
+        seed_dropout(adapters, None)
     model.eval()
-    finished = is_done()
     kept = state.step
     if finished and best:
         checkpoints.restore(model, best)
@@ -215,49 +168,88 @@ def _run_steps(job: _Job, run: str, on_step: OnStep, held_out: Sequence[Any], fo
     return TrainResult(state.step, total, state.tokens, time.perf_counter() - started, finished, kept, damaged)
 
 
-def _step(job: _Job, step: int) -> Record:
-    """Make one optimizer step, and return its record.
+def _check_run(
+    model: nn.Module,
+    dataset: Sequence[Any],
+    held_out: Sequence[Any],
+    config: TrainConfig,
+    loss: Loss | None,
+    folder: Path | None,
+) -> str:
+    """Check what `train` is given; return the run's fingerprint, or "" if no checkpoint or other rank needs it."""
+    if not torch.is_grad_enabled():
+        raise TrainingError("there are no gradients within no_grad or inference_mode")
+    if config.gradient_checkpointing == "auto":
+        raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
+    adapters = checkpoints.trained_adapters(model)
+    if processes.any_sharded(p for p in model.parameters() if p.requires_grad):
+        raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
+    if not len(dataset):
+        raise DataError("there are no examples to learn from")
+    if loss is None:
+        check_token_loss(model, dataset, held_out)
+    if config.selects and not len(held_out):
+        raise DataError("keep best and early_stopping need held-out examples")
+    run = ""
+    if folder is not None or processes.size() > 1:
+        run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
+    if processes.differing({"": (repr(config), len(dataset), len(held_out), run)}):
+        raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
+    return run
 
-    Raises:
-        TrainingError: the loss or the gradient is not finite.
-    """
-    model = job.model
-    config = job.config
-    optimizer = job.optimizer
-    rate = rate_of_step(step, len(job.steps), config)
+
+def _batches(dataset: Sequence[Any], step: Step, first: int) -> list[MicroBatch]:
+    """Return the micro-batches of a step, numbered from `first`, that this rank computes."""
+    dealt = processes.split_for_rank(list(enumerate(step, first)))
+    return [MicroBatch(n, [dataset[row] for row in rows], counts) for (n, rows), counts in dealt]
+
+
+def _step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Sequence[MicroBatch],
+    loss: Loss,
+    rate: float,
+    max_grad_norm: float,
+) -> Record:
+    """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    batches = job.batches(step)
-    with closing(seeded(model, batches, config.seed)) as micro_batches:
-        total, count = accumulate(model, optimizer, micro_batches, job.loss)
+    with kept_random_state(next(model.parameters()).device):  # backward may draw as well
+        total, count = accumulate(model, optimizer, batches, loss)
     processes.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
-    own_tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
-    count, tokens = map(int, processes.sum_over_ranks(count, own_tokens))
-    norms = torch.stack(update(optimizer, total, count, config.max_grad_norm))
-    loss, grad_norm = norms.tolist()  # waits for the device, once a step
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        sources = ", ".join(str(getattr(job.dataset[row], "source", row)) for rows in job.steps[step] for row in rows)
-        raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; rows: {sources}. The weights are those of "
-            "before the step; a lower learning rate or float32 may help"
-        )
+    tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
+    count, tokens = map(int, processes.sum_over_ranks(count, tokens))
+    mean, grad_norm = torch.stack(update(optimizer, total, count, max_grad_norm)).tolist()  # waits for the device
     return {
-        "step": step + 1,
-        "loss": loss,
+        "loss": mean,
         "learning_rate": rate,
         "grad_norm": grad_norm,
         "tokens": tokens or count,
-        "peak_memory_bytes": peak_memory_bytes(norms.device),
+        "peak_memory_bytes": peak_memory_bytes(total.device),
     }
 
 
-def _resume(job: _Job, run: str, folder: Path | None) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
+def _check_finite(record: Record, dataset: Sequence[Any], step: Step) -> None:
+    """Raise a `TrainingError` if the loss or the gradient of a step is not finite."""
+    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
+        raise TrainingError(
+            f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; rows: {sources}. The "
+            "weights are those of before the step; a lower learning rate or float32 may help"
+        )
+
+
+def _resume(
+    model: nn.Module, optimizer: Optimizer, run: str, total: int, folder: Path | None, limit: int
+) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
-    total = len(job.steps)
-    newest, damaged = processes.run_on_rank0(lambda: checkpoints.newest_checkpoint(folder) if folder else (None, ()))
-    if folder is None or newest is None:
-        return checkpoints.State(run, total_steps=total), {}, damaged
-    state, best = checkpoints.load_checkpoint(newest, job.model, job.optimizer, run, total)
-    if processes.is_main_process():
-        checkpoints.prune(folder, state.step, job.config.save_total_limit)  # a crash may have left some
+    state = checkpoints.State(run, total_steps=total)
+    if folder is None:
+        return state, {}, ()
+    newest, damaged = processes.run_on_rank0(checkpoints.newest_checkpoint, folder)
+    if newest is None:
+        return state, {}, damaged
+    state, best = checkpoints.load_checkpoint(newest, model, optimizer, run, total)
+    processes.run_on_rank0(checkpoints.prune, folder, state.step, limit)  # a crash may have left some
     return state, best, damaged

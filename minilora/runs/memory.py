@@ -1,8 +1,8 @@
 """The memory of the machine that a run computes on: what is used, free and kept.
 
 A step frees the memory that it allocated, and the next one allocates it again. The C library returns it to the system,
-which zeroes it before it is used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So a run keeps the
-freed memory of small tensors (`kept_memory`).
+which zeroes it before it is used again: that took 10 to 25 % of a step of SmolLM2 on a CPU. So the command keeps the
+freed memory of small tensors while it trains (`kept_memory`).
 """
 
 from __future__ import annotations
@@ -90,30 +90,23 @@ def amount(size: int) -> str:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's malloc.h
-KEEPING = {M_TRIM_THRESHOLD: -1, M_MMAP_THRESHOLD: 32 * 2**20}
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keep freed memory in the process within the block, and return it to the system at its end.
+def kept_memory(size: int = 2**25) -> Iterator[None]:
+    """Keep freed memory of tensors below a size in the process within the block; return it to the system at its end.
 
-    The memory of tensors of 32 MB or more is returned at once: kept memory is in pieces that such tensors do not fit
-    into, so it would grow. 32 MB is the largest limit that glibc accepts.
+    Larger tensors return theirs at once: kept memory is in pieces that they do not fit into, so it would grow. glibc
+    accepts sizes up to 32 MB, 2^25.
     """
-    for option, value in KEEPING.items():
-        _call_libc("mallopt", option, value)
+    _call_libc("mallopt", M_TRIM_THRESHOLD, -1)
+    _call_libc("mallopt", M_MMAP_THRESHOLD, size)
     try:
         yield
     finally:
-        _call_libc("mallopt", M_MMAP_THRESHOLD, 32 * 2**20)  # both limits grow so far by themselves
-        _call_libc("mallopt", M_TRIM_THRESHOLD, 64 * 2**20)
+        _call_libc("mallopt", M_MMAP_THRESHOLD, 2**25)  # both limits grow so far by themselves
+        _call_libc("mallopt", M_TRIM_THRESHOLD, 2**26)
         _call_libc("malloc_trim", 0)
-
-
-def return_memory() -> None:
-    """Return the memory of tensors of 1 MB or more to the system at once, within `kept_memory`."""
-    _call_libc("mallopt", M_MMAP_THRESHOLD, 2**20)
-    _call_libc("malloc_trim", 0)
 
 
 def _call_libc(name: str, *arguments: int) -> None:

@@ -49,6 +49,11 @@ class Plan:
     rows: Sequence[tuple[int, int]]  # tokens and labelled tokens of each training row
     ranks: int = 1
     shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
+    free: int | None = None  # bytes of memory on every rank, if known
+
+    def has_room(self, size: int) -> bool:
+        """Return whether so many bytes are free on every rank."""
+        return self.free is None or size <= self.free
 
     def checkpointed(self, way: Checkpointing) -> Plan:
         """Return the plan with another gradient checkpointing."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from minilora.errors import ConfigError, MiniloraError, TrainingError
 from minilora.models.checkpoint import usable_device
 from minilora.models.fsdp import is_sharded
 
+P = ParamSpec("P")
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # of a wait for another rank: the first one may be encoding the data
 
@@ -110,11 +111,6 @@ def sum_over_ranks(*numbers: float) -> list[float]:
     return found.tolist()
 
 
-def any_rank(value: bool) -> bool:
-    """Return whether the value is True on any rank."""
-    return sum_over_ranks(value) != [0]
-
-
 def all_gather(value: T) -> list[T]:
     """Return the value of every rank, which can be any object that can be pickled."""
     if size() == 1:
@@ -125,12 +121,23 @@ def all_gather(value: T) -> list[T]:
     return found
 
 
-def run_on_rank0(compute: Callable[[], T]) -> T:
-    """Return what the first rank computes; an error of it is raised on every rank."""
+def differing(values: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ between ranks."""
+    first, *others = all_gather({key: repr(value) for key, value in values.items()})
+    return sorted({key for other in others for key, _ in first.items() ^ other.items()})
+
+
+def lowest_over_ranks(number: int | None) -> int | None:
+    """Return the lowest number of a rank; None does not count."""
+    return min((found for found in all_gather(number) if found is not None), default=None)
+
+
+def run_on_rank0(compute: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+    """Return on every rank what the first one computes, or raise its error, once it is done."""
     found: Any = None
     if is_main_process():
         try:
-            found = compute()
+            found = compute(*arguments, **keywords)
         except (MiniloraError, OSError) as error:
             found = error
     found = all_gather(found)[0]

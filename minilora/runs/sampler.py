@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -84,43 +84,45 @@ def hash_seed(key: str) -> int:
 
 
 def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
-    """Let adapters draw the dropout masks of a step of a run; `train` calls it before each forward pass.
+    """Let adapters draw the dropout masks of a step of a run; `train` does so before each forward pass.
 
     The mask of a layer follows from the seed, the step, the layer and the adapter. So a layer that is called several
     times in a step, as the shared layers of ALBERT are, has the same mask each time. With the seed None adapters draw
     from PyTorch's random state, as after `attach`.
     """
-    for layer in adapter_layers(model).values():
-        for name, adapter in layer.adapters.items():
-            if isinstance(adapter, LoraAdapter) and (p := adapter.dropout.p):
-                dropout: Any = adapter.dropout
-                if isinstance(dropout, SeededDropout) != (seed is not None):
-                    dropout = (nn.Dropout if seed is None else SeededDropout)(p).train(adapter.training)
-                if seed is not None:
-                    dropout.seed = hash_seed(f"{seed}/{step}/{layer.path}/{name}")
-                adapter.dropout = dropout
+    seed_dropout(adapters_with_dropout(model), seed, step)
 
 
-@contextmanager
-def random_state(device: torch.device, key: str) -> Iterator[None]:
-    """Set PyTorch's random state from a hash of the key inside the block, on the CPU and on CUDA, and restore it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        state = hash_seed(key)
-        torch.default_generator.manual_seed(state)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(state)
-        yield
+def adapters_with_dropout(model: nn.Module) -> dict[str, LoraAdapter]:
+    """Return the adapters that have dropout, by the paths of their layers and their names."""
+    layers = adapter_layers(model).values()
+    adapters = {f"{layer.path}/{name}": adapter for layer in layers for name, adapter in layer.adapters.items()}
+    return {key: each for key, each in adapters.items() if isinstance(each, LoraAdapter) and each.dropout.p}
 
 
-def seeded(model: nn.Module, batches: Sequence[MicroBatch], seed: int) -> Generator[MicroBatch, None, None]:
-    """Yield the micro-batches, each with PyTorch's random state set from the seed.
+def seed_dropout(adapters: Mapping[str, LoraAdapter], seed: int | None, step: int = 0) -> None:
+    """Let `adapters_with_dropout` draw the masks of a step; see `set_dropout_step`."""
+    for key, adapter in adapters.items():
+        dropout: Any = adapter.dropout
+        if isinstance(dropout, SeededDropout) != (seed is not None):
+            dropout = (nn.Dropout if seed is None else SeededDropout)(dropout.p).train(adapter.training)
+        if seed is not None:
+            dropout.seed = hash_seed(f"{seed}/{step}/{key}")
+        adapter.dropout = dropout
 
-    So the dropout of another library's model, and what a loss samples, are the same in a resumed run. The state is
-    restored when the generator ends or is closed.
+
+def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Return a block after which PyTorch's random state is as before, on the CPU and on CUDA."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def seed_random_state(device: torch.device, key: str) -> None:
+    """Set PyTorch's random state from a hash of the key, on the CPU and on CUDA.
+
+    So the dropout of another library's model, and what a loss samples, are the same in a resumed run.
     """
-    device = next(model.parameters()).device
-    for batch in batches:
-        with random_state(device, f"{seed}/{batch.number}"):
-            set_dropout_step(model, seed, batch.number)
-            yield batch
+    state = hash_seed(key)
+    torch.default_generator.manual_seed(state)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(state)
