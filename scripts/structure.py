@@ -120,6 +120,20 @@ def trace_step() -> Trace:
     return trace
 
 
+def trace_train() -> Trace:
+    """Trace a step in `ml.train` with an adapter of the built-in model, from one call of `on_step` to the next."""
+    import minilora as ml
+
+    trace, model, tokens = Trace(PACKAGE), ml.load_model("minilora/builtin"), list(range(5, 25))
+    ml.attach(model, ml.LoraConfig(target_modules="all-linear"))
+
+    def on_step(record: Mapping[str, Any]) -> None:
+        [trace.start, trace.stop][record["step"] - 1]()
+
+    ml.train(model, [ml.Example(tokens, tokens)] * 8, ml.TrainConfig(max_steps=2, save_steps=0), on_step)
+    return trace
+
+
 def trace_run() -> Trace:
     """Trace `minilora finetune` of the built-in model, with a few steps."""
     from minilora.cli import main
@@ -207,6 +221,7 @@ def figures(modules: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     yield "a step of training", f"{trace_step()}"
     with plain():
         yield "the same without kernels", f"{trace_step()}"
+    yield "a step in `ml.train`", f"{trace_train()}"
     yield "a whole finetune", f"{trace_run()}"
     left = ", ".join(f"{name} {size}" for name, size in unentered(trace_pages()).items())
     yield "functions of the pages that no run enters, with the lines of their bodies", left

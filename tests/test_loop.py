@@ -15,7 +15,7 @@ from minilora import training
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX
 from minilora.runs.evaluate import held_out_loss, measure_forgetting
-from minilora.runs.objective import rate_of_step
+from minilora.runs.objective import warmup_steps
 from minilora.runs.settings import COUNTS, RunConfig
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model
@@ -84,6 +84,10 @@ def warmup_of(warmup, total):
     return (warmup, warmup) if isinstance(warmup, int) else (float(warmup), math.ceil(warmup * total))
 
 
+def rate_of_step(config, total, step):
+    return training.learning_rate(step, total, config.learning_rate, warmup_steps(config, total), config.lr_scheduler)
+
+
 @given(
     st.integers(1, 200),
     st.integers(1, 30) | st.integers(0, 99).map(lambda hundredths: Fraction(hundredths, 100)),
@@ -93,7 +97,7 @@ def warmup_of(warmup, total):
 def test_the_learning_rate_rises_linearly_and_falls_as_its_scheduler_says(total, warmup, scheduler):
     given_warmup, steps = warmup_of(warmup, total)
     config = ml.TrainConfig(learning_rate=0.5, warmup_steps=given_warmup, lr_scheduler=scheduler)
-    found = number([rate_of_step(step, total, config) for step in range(total)])
+    found = number([rate_of_step(config, total, step) for step in range(total)])
     x = (torch.arange(total, dtype=torch.float64) - steps) / max(1, total - steps)
     fall = {"cosine": torch.cos(x * math.pi / 2) ** 2, "linear": 1 - x, "constant": torch.ones_like(x)}[scheduler]
     rise = (torch.arange(total, dtype=torch.float64) + 1) / max(1, steps)
@@ -120,7 +124,7 @@ def test_the_weights_follow_adamw_written_out():
     state = {"w": weights(model), "m": 0, "v": 0}
 
     def check(record):
-        k, g, rate = record["step"], gradients(model), rate_of_step(record["step"] - 1, 8, config)
+        k, g, rate = record["step"], gradients(model), rate_of_step(config, 8, record["step"] - 1)
         state["m"] = 0.9 * state["m"] + 0.1 * g
         state["v"] = 0.999 * state["v"] + 0.001 * g**2
         m, v = state["m"] / (1 - 0.9**k), state["v"] / (1 - 0.999**k)

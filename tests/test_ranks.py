@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
-from minilora.runs import objective, processes
+from minilora.runs import objective
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
 from minilora.runs.sampler import plan_steps
 from minilora.testing.compare import assert_parity
@@ -156,7 +156,7 @@ def begun_apart():
     """The adapter after a run whose second rank began with another one."""
     model = adapted(layers=1)
     factor = next(iter(adapter_layers(model).values())).adapters["default"].lora_A
-    factor.data += processes.rank()
+    factor.data += distributed.get_rank()
     ml.train(model, ROWS, ml.TrainConfig(**PLAN))
     return factor.tolist()
 
@@ -179,9 +179,9 @@ def misfortunes(folder):
         except MiniloraError as error:
             messages.append(str(error))
 
-    run(None, ROWS[processes.rank() :])
-    run(None, ROWS[:: 1 - 2 * processes.rank()], folder=None)
-    run(lambda record: processes.rank() == 1 and record["step"] == 3)
+    run(None, ROWS[distributed.get_rank() :])
+    run(None, ROWS[:: 1 - 2 * distributed.get_rank()], folder=None)
+    run(lambda record: distributed.get_rank() == 1 and record["step"] == 3)
     run(None)
     distributed.barrier()
     shutil.rmtree(folder, ignore_errors=True)

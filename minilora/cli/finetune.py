@@ -36,7 +36,7 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.hub import fetch
 from minilora.models.prompts import read_prompts
 from minilora.runs import processes
-from minilora.runs.directory import Earlier, Outcome, Run, RunDirectory
+from minilora.runs.directory import Run, RunDirectory, RunHistory, RunSummary
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
 from minilora.runs.forecast import Forecasts, choose_plan
 from minilora.runs.inputs import read_data
@@ -153,16 +153,16 @@ def run(options: Options) -> int:
         directory = stack.enter_context(closing(RunDirectory(settings)))
         base = find_base(settings)
         check_settings(settings, base)
-        earlier = Earlier(settings.run.dtype) if is_dry else directory.open(base)
+        history = RunHistory(settings.run.dtype) if is_dry else directory.open(base)
         with ProgressBar() as bar:
-            data = read_data(settings, base.adapters, earlier.began, bar.show)  # a chat template may write the date
-        plan, memory = choose_plan(plan_run(settings, base, data, earlier.dtype, device))
-        run = Run(settings, base, earlier, data, plan)
+            data = read_data(settings, base.adapters, history.began, bar.show)  # a chat template may write the date
+        plan, memory = choose_plan(plan_run(settings, base, data, history.dtype, device))
+        run = Run(settings, base, history, data, plan)
         if is_dry:
             return _dry_run(run, memory, options)
         if not options["force"]:
             check_memory(plan, memory)
-        if earlier.is_finished:
+        if history.is_finished:
             say(
                 f"{directory.path}: holds this run, which is finished, so nothing is left to do; give another --out; "
                 f"to train its adapter further, add --adapter {directory.path}"
@@ -172,7 +172,7 @@ def run(options: Options) -> int:
             bar.show("loading the model", 0, 1)
             model = load_base(plan, base, device)
             attach_adapter(model, plan, base)
-        directory.start(run, model)
+        processes.run_on_rank0(directory.start, run, model)
         describe(run, model, options["config"])
         bar = stack.enter_context(ProgressBar("held-out" if data.valid is data.test else "validation"))
         with disable_adapter(model):
@@ -189,9 +189,9 @@ def run(options: Options) -> int:
         samples = settings.run.samples
         answers = answer(model, data.tokenizer, data.questions, samples, bar.rows("answering held-out rows"))
         bar.close()
-        outcome = Outcome(result, before, start, after, forgetting, answers)
-        directory.finish(run, model, outcome)
-        report(run, outcome)
+        summary = RunSummary(result, before, start, after, forgetting, answers)
+        processes.run_on_rank0(directory.finish, run, model, summary)
+        report(run, summary)
         return 0
 
 
@@ -237,6 +237,6 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
 def _stop(result: TrainResult, bar: ProgressBar) -> int:
     """Say how to go on with a run that a signal has stopped, and return the status."""
     bar.close()
-    say(f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it")
-    processes.barrier()  # the first rank has said so before another one ends
+    stopped = f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it"
+    processes.run_on_rank0(say, stopped)  # before another rank ends
     return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got

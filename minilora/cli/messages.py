@@ -25,7 +25,7 @@ from minilora.runs.dataset import Dataset, repeated_prompts
 from minilora.runs.reports import beginning, ending
 
 if TYPE_CHECKING:  # of finetune alone
-    from minilora.runs.directory import Outcome, Run
+    from minilora.runs.directory import Run, RunSummary
 
 FEW_ROWS = 10
 SHOWN = 3  # answers to held-out rows
@@ -141,25 +141,25 @@ def describe(run: Run, model: Llama, config: Path | None) -> None:
         say(note)
     if config and read_config(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
-    for found in run.earlier.damaged:
+    for found in run.history.damaged:
         say(f"skipped a damaged checkpoint: {found}")
-    if run.earlier.step:
-        say(f"resuming from step {run.earlier.step}")
-    elif run.earlier.starts:
+    if run.history.step:
+        say(f"resuming from step {run.history.step}")
+    elif run.history.starts:
         say("starting again at step 0: there is no checkpoint to resume from")
 
 
-def report(run: Run, outcome: Outcome) -> None:
+def report(run: Run, summary: RunSummary) -> None:
     """Print what the run has changed, as a table, and show the first answers to held-out rows."""
-    result = outcome.result
-    forgetting = outcome.forgetting
+    result = summary.result
+    forgetting = summary.forgetting
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the adapter of step {result.kept} had the lowest loss of all evaluations and is the one kept")
-    has_accuracy = outcome.after.accuracy is not None
+    has_accuracy = summary.after.accuracy is not None
     lines = [f"{'':<10}{'held-out loss':>15}" + (f"{'accuracy':>12}" if has_accuracy else "")]
-    for name, scores in {"base": outcome.before, "start": outcome.start, "adapter": outcome.after}.items():
+    for name, scores in {"base": summary.before, "start": summary.start, "adapter": summary.after}.items():
         if scores is None:
             continue
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
@@ -171,7 +171,7 @@ def report(run: Run, outcome: Outcome) -> None:
     lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
     width = shutil.get_terminal_size().columns
-    for row in outcome.answers[: min(SHOWN, run.settings.run.samples)]:
+    for row in summary.answers[: min(SHOWN, run.settings.run.samples)]:
         say(ending(str(row["prompt"]), width))
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             title = f"  {name:<8}-> "

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,7 +54,7 @@ PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2",
 
 
 @dataclass(frozen=True)
-class Earlier:
+class RunHistory:
     """What a directory holds of the earlier starts of a run; of a new one, what it begins with."""
 
     dtype: str  # of the base: "auto" differs between machines, so a run keeps that of its first start
@@ -77,17 +78,17 @@ class Run:
 
     settings: Settings
     base: Base
-    earlier: Earlier
+    history: RunHistory
     data: Data
     plan: Plan
 
     def __post_init__(self) -> None:
-        if self.earlier.starts:
-            _check_same(f"{self.settings.run.out}: the data", self.earlier.data_sha256, self.data.files)
+        if self.history.starts:
+            _check_same(f"{self.settings.run.out}: the data", self.history.data_sha256, self.data.files)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunSummary:
     """What a run has come to."""
 
     result: TrainResult
@@ -99,7 +100,7 @@ class Outcome:
 
 
 class RunDirectory:
-    """The directory of a run, which locks, records and finishes it. Of several ranks the first one writes.
+    """The directory of a run, which locks, records and finishes it. Only the first rank calls `start` and `finish`.
 
     Args:
         settings: the run's.
@@ -109,11 +110,10 @@ class RunDirectory:
         self.path = Path(settings.run.out)
         self._settings = settings
         self._inputs: Mapping[str, str] = {}  # name -> hash of the base, the adapter and the template
-        self._is_new = False
-        self._lock: BaseFileLock | None = None
         self._tracker: Tracker | None = None
+        self._at_close = ExitStack()
 
-    def open(self, base: Base) -> Earlier:
+    def open(self, base: Base) -> RunHistory:
         """Lock the directory for this run of a base, and return what its earlier starts left.
 
         Raises:
@@ -121,20 +121,19 @@ class RunDirectory:
                 have different inputs.
         """
         self._inputs = _hash_inputs(base, self._settings.data.prompt_style)
-        found = processes.all_gather(self._inputs)
-        if different := {name for each in found for name, _ in each.items() ^ found[0].items()}:
-            raise TrainingError(f"the processes of the run have different files: {', '.join(sorted(different)[:5])}")
+        if different := processes.differing(self._inputs):
+            raise TrainingError(f"the processes of the run have different files: {', '.join(different[:5])}")
         return processes.run_on_rank0(self._open)
 
-    def _open(self) -> Earlier:
+    def _open(self) -> RunHistory:
         path = self.path / "run.json"
         now = self._settings.by_flag
         if holds_files(self.path) and not path.is_file():
             raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
-        self._is_new = not self.path.exists()
-        self._lock = lock(self.path)
+        is_new = not self.path.exists()
+        self._at_close.callback(self._leave, is_new, lock(self.path))
         if not path.is_file():
-            return Earlier(self._settings.run.dtype)
+            return RunHistory(self._settings.run.dtype)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
         before = record["config"]
@@ -157,7 +156,7 @@ class RunDirectory:
         what = f"{self.path}: files of the base, the adapter or the template"
         _check_same(what, record["inputs_sha256"], self._inputs)
         first = record["starts"][0]
-        return Earlier(
+        return RunHistory(
             first["dtype"] if self._settings.run.dtype == "auto" else self._settings.run.dtype,
             datetime.fromisoformat(first["time"]),
             tuple(record["starts"]),
@@ -169,18 +168,16 @@ class RunDirectory:
 
     def start(self, run: Run, model: Llama) -> None:
         """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
-        if not processes.is_main_process():
-            return
         weight = model.model.embed_tokens.weight
         start = {
-            "time": (datetime.now(UTC).replace(microsecond=0) if run.earlier.starts else run.earlier.began).isoformat(),
-            "step": run.earlier.step,
+            "time": (datetime.now(UTC).replace(microsecond=0) if run.history.starts else run.history.began).isoformat(),
+            "step": run.history.step,
             "device": str(weight.device),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "gradient_checkpointing": run.plan.training.gradient_checkpointing,
             "threads": torch.get_num_threads(),
             "plain": is_plain(),
-            "ranks": processes.size(),
+            "ranks": run.plan.ranks,
             "shard": run.plan.shard,
         }
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -189,7 +186,7 @@ class RunDirectory:
             "versions": {**versions, "python": platform.python_version()},
             "data_sha256": run.data.files,
             "inputs_sha256": self._inputs,
-            "starts": [*run.earlier.starts, start],
+            "starts": [*run.history.starts, start],
         }
         with replacing(self.path / "run.json") as temporary:
             write_json(temporary, record)
@@ -200,10 +197,11 @@ class RunDirectory:
         with replacing(self.path / PROMPTS_FILE) as temporary:
             temporary.write_text(prompts.to_json(), encoding="utf-8")
         if self._settings.run.report != "none":
-            self._tracker = Tracker(self._settings.run.report, self.path, self._settings.by_flag, run.earlier.step)
+            self._tracker = Tracker(self._settings.run.report, self.path, self._settings.by_flag, run.history.step)
+            self._at_close.callback(self._tracker.close)
         metrics = self.path / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
-        left = [without_nan(record) for record in records if record["step"] <= run.earlier.step]
+        left = [without_nan(record) for record in records if record["step"] <= run.history.step]
         with replacing(metrics) as temporary:
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in left), encoding="utf-8")
 
@@ -216,19 +214,17 @@ class RunDirectory:
             if self._tracker:
                 self._tracker(line)
 
-    def finish(self, run: Run, model: Llama, outcome: Outcome) -> None:
+    def finish(self, run: Run, model: Llama, summary: RunSummary) -> None:
         """Save the adapter, the tokenizer, the answers to held-out rows and the summary, all at once.
 
         The summary marks the run as finished.
         """
-        if not processes.is_main_process():
-            return
-        result = outcome.result
-        summary = {
-            "before": asdict(outcome.before),
-            "start": asdict(outcome.start) if outcome.start else None,
-            "after": asdict(outcome.after),
-            "general": asdict(outcome.forgetting) if outcome.forgetting else None,
+        result = summary.result
+        record = {
+            "before": asdict(summary.before),
+            "start": asdict(summary.start) if summary.start else None,
+            "after": asdict(summary.after),
+            "general": asdict(summary.forgetting) if summary.forgetting else None,
             "steps": result.steps,
             "kept_step": result.kept,
             "tokens": result.tokens,
@@ -239,21 +235,21 @@ class RunDirectory:
             save_adapter_files(model, directory)
             run.data.tokenizer.save(directory)
             copy_prompt_files([self.path], directory)
-            if outcome.answers:
-                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in outcome.answers)
+            if summary.answers:
+                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in summary.answers)
                 (directory / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
-            write_json(directory / "summary.json", without_nan(summary))
+            write_json(directory / "summary.json", without_nan(record))
 
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory; leave no empty one."""
-        if self._tracker:
-            self._tracker.close()
-        if self._lock:
-            if not holds_files(self.path):
-                remove(self.path / ".lock")
-            self._lock.release()
-            if self._is_new and not any(self.path.iterdir()):
-                self.path.rmdir()
+        self._at_close.close()
+
+    def _leave(self, is_new: bool, held: BaseFileLock) -> None:
+        if not holds_files(self.path):
+            remove(self.path / ".lock")
+        held.release()
+        if is_new and not any(self.path.iterdir()):
+            self.path.rmdir()
 
 
 def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:

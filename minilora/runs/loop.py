@@ -17,7 +17,7 @@ from minilora.errors import DataError, TrainingError
 from minilora.runs import checkpoints, processes
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.memory import peak_memory_bytes
-from minilora.runs.objective import Objective, build_optimizer, check_token_loss, rate_of_step
+from minilora.runs.objective import Objective, build_optimizer, check_token_loss, warmup_steps
 from minilora.runs.sampler import (
     MicroBatch,
     Step,
@@ -28,7 +28,7 @@ from minilora.runs.sampler import (
     seed_random_state,
 )
 from minilora.runs.settings import TrainConfig
-from minilora.training import Loss, accumulate, parameters_of, update
+from minilora.training import Loss, accumulate, learning_rate, parameters_of, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
@@ -108,6 +108,7 @@ def train(
     adapters = adapters_with_dropout(model)
     steps = plan_steps(len(dataset), config)
     total = len(steps)
+    warmup = warmup_steps(config, total)
     save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
     patience = config.early_stopping or math.inf
 
@@ -128,7 +129,7 @@ def train(
         started = saved - state.seconds
         while not (stopped or finished):
             before = time.perf_counter()
-            rate = rate_of_step(state.step, total, config)
+            rate = learning_rate(state.step, total, config.learning_rate, warmup, config.lr_scheduler)
             batches = _batches(dataset, steps[state.step], state.step * config.gradient_accumulation_steps)
             made = _step(model, optimizer, batches, seeded_loss, rate, config.max_grad_norm)
             record = {"step": state.step + 1, **made}

@@ -20,7 +20,7 @@ from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs.sampler import Rows
 from minilora.runs.settings import TrainConfig
-from minilora.training import Loss, adamw, learning_rate, token_loss
+from minilora.training import Loss, adamw, token_loss
 
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
 
@@ -123,9 +123,7 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Paramet
     return {name: parameter for group in pairs for name, parameter in group}
 
 
-def rate_of_step(step: int, total: int, config: TrainConfig) -> float:
-    """Compute the learning rate of step 0 ≤ step < total; see `training.learning_rate`."""
-    warmup = int(config.warmup_steps)
-    if config.warmup_steps < 1:
-        warmup = math.ceil(round(config.warmup_steps * total, 9))  # 0.07 * 100 is a little more than 7
-    return learning_rate(step, total, config.learning_rate, warmup, config.lr_scheduler)
+def warmup_steps(config: TrainConfig, total: int) -> int:
+    """Return in how many of the steps of a run the learning rate rises."""
+    share = config.warmup_steps
+    return math.ceil(round(share * total, 9)) if share < 1 else int(share)  # 0.07 * 100 is a little more than 7

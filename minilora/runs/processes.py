@@ -36,14 +36,9 @@ def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """Return the number of this rank."""
-    return dist.get_rank() if size() > 1 else 0
-
-
 def is_main_process() -> bool:
     """Return whether this rank is the one that writes files and reports."""
-    return rank() == 0
+    return size() == 1 or dist.get_rank() == 0
 
 
 @contextmanager
@@ -84,8 +79,9 @@ def split_for_rank(items: Sequence[T]) -> list[tuple[T, bool]]:
     Ranks have equally many: one that has fewer repeats the last item, which does not count. Where weights are sharded
     all ranks have to compute together.
     """
-    own = [(item, True) for item in items[rank() :: size()]]
-    return own + [(item, False) for item in items[-1:]] * (-(-len(items) // size()) - len(own))
+    ranks = size()
+    own = [(item, True) for item in items[dist.get_rank() if ranks > 1 else 0 :: ranks]]
+    return own + [(item, False) for item in items[-1:]] * (-(-len(items) // ranks) - len(own))
 
 
 def all_reduce_(tensors: Sequence[Tensor]) -> None:
@@ -156,11 +152,6 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Return whether a rank holds only a part of one of the tensors."""
     return size() > 1 and any(map(is_sharded, tensors))
-
-
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    sum_over_ranks(0)
 
 
 @contextmanager
