@@ -132,8 +132,8 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "law 11: a resumed run forgets the best adapter": Mistake(
         "runs/loop.py",
-        "state, best = checkpoints.load_checkpoint(",
-        "state, _ = checkpoints.load_checkpoint(",
+        "return state, best, damaged",
+        "return state, {}, damaged",
         "test_select.py::test_a_run_resumed_after_any_step_keeps_the_same_adapter",
     ),
     "control tokens of a row act": Mistake(
