@@ -134,6 +134,6 @@ def test_the_six_pages_and_each_file_of_a_family_keep_to_their_numbers_of_lines(
 
 
 def test_pytest_runs_without_xdist():
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--collect-only", "-q", "tests/test_errors.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--collect-only", "-q", "tests/test_options.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
