@@ -53,10 +53,10 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
         "test_loop.py::test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter",
     ),
     "law 4: ranks of A are concatenated in another order than those of B": Mistake(
-        "adapters/combine.py",
-        "torch.cat([part.lora_A for part in parts])",
-        "torch.cat([part.lora_A for part in reversed(parts)])",
-        "test_combine.py::test_adapters_add_by_concatenating_ranks",
+        "adapters/weighted.py",
+        "torch.cat([part.lora_A.to(widest(part.lora_A)) for part in parts])",
+        "torch.cat([part.lora_A.to(widest(part.lora_A)) for part in reversed(parts)])",
+        "test_weighted.py::test_adapters_add_by_concatenating_ranks",
     ),
     "law 5: the gradient of A lacks the scale": Mistake(
         "kernels/lora.py",
