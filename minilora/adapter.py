@@ -94,7 +94,7 @@ def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Return the linears by path, adapted or not; a subclass of `nn.Linear` may compute anything."""
+    """Return the linears by path, adapted or not, without subclasses of `nn.Linear`."""
     modules: dict[str, Any] = base_modules(model)
     return {path: m for path, m in modules.items() if path and type(m) in (nn.Linear, NF4Linear)}
 

@@ -114,7 +114,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
-        """Read the `config.json` of a Llama. Other families replace what they read in another way."""
+        """Read a Llama's `config.json`. Other families replace what they read in another way."""
         heads, bias = source["num_attention_heads"], bool(source.get("attention_bias"))
         found = {"num_key_value_heads": heads, "head_dim": source["hidden_size"] // heads}
         names = [field.name for field in fields(cls)]

@@ -87,8 +87,8 @@ def initial_factors(
 class AdapterWrapper(nn.Module, ABC):
     """A wrapped module and its adapters by name; those in `active` apply, in order (abstract).
 
-    A wrapper computes; an adapter is a module with the tensors. It has the methods `tensors()`, what
-    is saved of it by name, and `replaced()`, what it takes the place of; see `LoraAdapter`.
+    A wrapper computes; an adapter is a module with the tensors. It has the methods `tensors()`,
+    what is saved of it by name, and `replaced()`, what it takes the place of; see `LoraAdapter`.
     """
 
     PEFT_NAMES: ClassVar[Mapping[str, str]] = {}  # of tensors in a file, where they differ
