@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minilora import ConfigError
 from minilora.models.config import FAMILIES, parse_config, trained_length
-from minilora.models.lfm2 import convolves
+from minilora.models.convolution import convolves
 from minilora.models.smollm3 import rotated_layers
 from tests import models
 from tests.models import DYNAMIC, LLAMA3, MULTIPLIERS, SIZES, examples, tiny_config, tiny_model, token_ids

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.llama import Attends, LlamaConfig
+from minilora.models.family import Values, layers_of_kind
 from minilora.models.generate import KVCache
 
 
@@ -39,3 +40,9 @@ class ShortConvolution(nn.Module):
             parts = [F.pad(part, (0, 0, before, 0)) for part in (b * x).split([len(s) for s in documents.spans])]
         y = torch.cat([self.conv(part.T[None])[0].T for part in parts if len(part) > before])
         return self.out_proj(c * y)
+
+
+def convolves(values: Values) -> list[bool]:
+    """Return which layers have a convolution in place of attention."""
+    listed, layers = values.get("full_attn_idxs"), range(values["num_hidden_layers"])
+    return layers_of_kind(values, "conv", [listed is not None and layer not in listed for layer in layers])

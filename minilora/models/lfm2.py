@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.llama import Attends, Attention, Block, CosSin, Decoder, Llama, LlamaConfig, RMSNorm, swiglu
-from minilora.models.convolution import ShortConvolution
-from minilora.models.family import Family, Values, layers_of_kind
+from minilora.models.convolution import ShortConvolution, convolves
+from minilora.models.family import Family, Values
 
 
 class Lfm2Attention(Attention):
@@ -78,13 +78,6 @@ def fields(values: Values) -> dict[str, Any]:
         width = -(-width // multiple) * multiple
     convolves(values)  # or an error
     return {"intermediate_size": width}
-
-
-def convolves(values: Values) -> list[bool]:
-    """Return which layers have a convolution in place of attention."""
-    layers, listed = values["num_hidden_layers"], values.get("full_attn_idxs")
-    default = [listed is not None and layer not in listed for layer in range(layers)]
-    return layers_of_kind(values, "conv", default)
 
 
 SIZES = {"max_position_embeddings": 128_000, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "conv_L_cache": 3}
