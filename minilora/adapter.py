@@ -272,7 +272,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def load_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Attach an adapter that `save_lora` wrote, and activate it alone, frozen."""
+    """Attach an adapter that `save_lora` wrote, frozen; it stays attached if tensors do not fit."""
     config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
     keys = ("target_modules", "r", "lora_alpha", "use_dora", "lora_dropout")
     attach_lora(model, **{key: config[key] for key in keys}, name=name)

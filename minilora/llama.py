@@ -121,8 +121,8 @@ class LlamaConfig:
         found |= {name: source[name] for name in names if source.get(name) is not None}
         rope = Rope(tuple(llama_frequencies(source, found["head_dim"]).tolist()))
         windows = (None,) * source["num_hidden_layers"]
-        own = {"source": source, "rope": rope, "windows": windows}
-        return cls(**found, **own, qkv_bias=bias, o_bias=bias)
+        own = {"source": source, "rope": rope, "windows": windows, "qkv_bias": bias}
+        return cls(**{**found, **own, "o_bias": bias})
 
 
 @definition

@@ -99,7 +99,7 @@ class AdapterWrapper(nn.Module, ABC):
         self.path = path
         self.adapters: Any = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self.train(base.training)
+        self.training = base.training
         for name, adapter in adapters.items():
             self.add(name, adapter)
 

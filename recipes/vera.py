@@ -89,7 +89,7 @@ def save_vera(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def load_vera(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Attach an adapter that PEFT or `save_vera` wrote, and activate only it, frozen."""
+    """Attach an adapter that PEFT or `save_vera` wrote, frozen; it stays attached if tensors do not fit."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     attach_vera(model, config["target_modules"], config["r"], vera_dropout=config["vera_dropout"], name=name)
     layers = layers_of(model, name)

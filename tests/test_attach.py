@@ -477,3 +477,12 @@ def test_a_tie_that_the_model_computes_with_is_not_broken_by_a_merge(target):
     with pytest.raises(ml.TargetError, match="may change what the model computes"):
         ml.merge(model)
     assert torch.equal(model(ids), before)
+
+
+def test_a_wrapper_leaves_the_mode_of_what_it_wraps():
+    model = tiny_model(dtype=torch.float32).train()
+    model.model.layers[0].mlp.gate_proj.eval()
+    modes = [module.training for module in model.modules()]
+    ml.attach(model, ml.LoraConfig(target_modules=["v_proj"], modules_to_save=["mlp"]))
+    ml.detach(model)
+    assert [module.training for module in model.modules()] == modes

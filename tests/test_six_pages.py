@@ -179,6 +179,8 @@ def test_the_page_of_the_decoder_reads_a_llama_as_the_package_does(dtype, tied, 
     same_state(ours, theirs)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
     assert torch.equal(ours(ids := token_ids(0, 2, 5)), theirs(ids))
+    names = dict.fromkeys(("windows", "rope", "source", "qkv_bias", "o_bias"), 1)  # those of fields
+    assert llama.LlamaConfig.from_dict({**ours.config.source, **names}).windows == ours.config.windows
     assert not ours.training
     ml.save_model(ours, tmp_path / "again")
     same_state(ml.load_model(tmp_path / "again", dtype), theirs)

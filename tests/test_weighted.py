@@ -11,7 +11,8 @@ from torch import nn
 
 import minilora as ml
 from minilora import ConfigError, TargetError
-from minilora.adapter import adapter_layers, own_parameters
+from minilora.adapter import adapter_layers, layers_of, own_parameters
+from minilora.adapters.build import has_ties
 from minilora.adapters.weighted import Factors, combine_adapters, concatenate, config_of
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths
@@ -114,6 +115,7 @@ def tied(dtype=torch.float64):
         (many_kinds, "3", {"modules_to_save": ["3"]}),
         (many_kinds, "0", {"trainable_token_indices": {"0": [5, 2]}}),
         (tied, "0", {"trainable_token_indices": {"0": [5, 2]}}),
+        (tied, "0", {"modules_to_save": ["0"], "ensure_weight_tying": True}),
     ],
 )
 def test_what_one_adapter_has_trained_in_full_is_carried_over_as_it_is(base, path, fields, tmp_path):
@@ -124,6 +126,7 @@ def test_what_one_adapter_has_trained_in_full_is_carried_over_as_it_is(base, pat
     theirs, copy = (adapter_layers(model)[path].adapters[name].tensors() for name in ("first", "sum"))
     assert all(torch.equal(copy[key], theirs[key]) for key in theirs)
     assert not {each.data_ptr() for each in copy.values()} & {each.data_ptr() for each in theirs.values()}
+    assert has_ties(layers_of(model, "sum"), "sum") == has_ties(layers_of(model, "first"), "first")
     expected = model(ids)
     ml.save_adapter(model, tmp_path, "sum")
     loaded = base()

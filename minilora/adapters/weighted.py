@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import activate, layers_of
 from minilora.adapters.attach import config_of_adapter, inject_layers
-from minilora.adapters.build import low_rank_layer
+from minilora.adapters.build import has_ties, low_rank_layer
 from minilora.adapters.config import LoraConfig, Task
 from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
 from minilora.errors import ConfigError, TrainingError
@@ -88,6 +88,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     full = tuple(path for path in layers if path not in rows)
     ranks = {path: len(factors.lora_A) for path, factors in sums.items()}
     combined = replace(config_of(ranks, task), modules_to_save=full, trainable_token_indices=rows or None)
+    combined = replace(combined, ensure_weight_tying=has_ties(layers, name))
     bases = {path: layer.base for parts in held.values() for path, layer in parts.items()}
     for path, factors in sums.items():
         tensors = {"lora_A": factors.lora_A, "lora_B": factors.lora_B}
@@ -99,12 +100,16 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
 def _copied_in_full(layers: Mapping[str, AdapterWrapper], old: str, new: str) -> dict[str, AdapterWrapper]:
     """Return new layers with copies of the modules and token rows that an adapter has trained; tied ones stay tied."""
     found: dict[str, AdapterWrapper] = {}
+    copies: dict[Any, TrainedCopy] = {}  # by the weight that they are of
     rows: dict[nn.Parameter, nn.Parameter] = {}
     for path, layer in layers.items():
         adapter = layer.adapters[old]
         if isinstance(adapter, TrainedCopy) and adapter.is_whole:
             tensors = {key: tensor.detach().clone() for key, tensor in adapter.tensors().items()}
-            found[path] = ModulesToSave(layer.base, path, {new: TrainedCopy(layer.base, tensors)})
+            weight = adapter.copy._parameters.get("weight", path)
+            copied = TrainedCopy(layer.base, tensors, copies.get(weight))
+            copies.setdefault(weight, copied)
+            found[path] = ModulesToSave(layer.base, path, {new: copied})
         elif isinstance(adapter, Rows):
             copy = rows.setdefault(adapter.rows, nn.Parameter(adapter.rows.detach().clone()))
             found[path] = TrainableTokens(layer.base, path, {new: Rows(adapter.ids.tolist(), copy, adapter.is_shared)})
