@@ -50,28 +50,10 @@ def percent(values):
 
 
 def rank():
-    runs = results("05_rank")
-    lora = {r: [run["accuracy"] for run in runs if run.get("r") == r] for r in (1, 2, 4, 8, 32)}
-    full, sgd = ([run for run in runs if run["method"] == f"full, {name}"] for name in ("AdamW", "SGD"))
-    whole, of_sgd = ([run["accuracy"] for run in each] for each in (full, sgd))
-    yield f"accuracy {spread(lora[1])} at rank 1, {mean(lora[2])} at rank 2, {mean(lora[32])} at rank 32"
-    base = results("05_rank", "base")
-    yield f"full fine-tuning {mean(whole)}, base {base:.3f}"
-    gain = (statistics.mean(lora[1]) - base) / (statistics.mean(whole) - base)
-    yield f"rank 1 keeps {100 * gain:.0f} % of the gain"
-    ranks = [mean([rank for run in each for rank in run["ranks"].values()], 0) for each in (full, sgd)]
-    yield f"rank {ranks[0]} with AdamW (accuracy {mean(whole)}), {ranks[1]} with SGD ({mean(of_sgd)})"
-    for r in (1, 4, 8, 32):
-        yield f"rank {r}: {mean([run['cuts'][str(r)] for run in full])}, {mean(lora[r])}"
-
-
-def rates():
-    lowest = {}
-    for _, r, scale, _, seed, loss in results("04_rates"):
-        key = r, round(scale, 2), seed
-        lowest[key] = min(loss, lowest.get(key, loss))
-    best = {each: mean([lowest[*each, seed] for seed in (0, 1, 2)]) for each in ((8, 2.0), (64, 0.25), (64, 0.71))}
-    yield f"{best[8, 2.0]}, {best[64, 0.25]} under α/r; {best[8, 2.0]}, {best[64, 0.71]} under α/√r"
+    runs, base = results("05_rank"), results("05_rank", "base")
+    lora = statistics.mean(run["accuracy"] for run in runs if run.get("r") == 1)
+    full = statistics.mean(run["accuracy"] for run in runs if run["method"] == "full, AdamW")
+    yield f"rank 1 keeps {100 * (lora - base) / (full - base):.0f} % of the gain"
 
 
 def where():
@@ -83,30 +65,17 @@ def where():
             if run["place"] == place:
                 of_rate.setdefault(run["rate"], []).append(run)
         best[place] = max(of_rate.values(), key=len)  # the other seeds try the best rate of the first
-    attention, mlps, everywhere = (best[place] for place in ("attention", "MLPs", "all"))
-
-    def values(key, of):
-        return [run[key] for run in sorted(of, key=lambda run: run["seed"])]
-
-    def compare(key, one, two, digits=3):
-        return difference(values(key, one), values(key, two), digits)
-
-    loss, accuracy = ([mean(values(key, each)) for each in (attention, mlps)] for key in ("loss", "accuracy"))
-    yield f"loss {loss[0]} against {loss[1]}, a difference of {compare('loss', attention, mlps)}"
-    yield f"accuracy {accuracy[0]} against {accuracy[1]}"
-    yield f"loss lower by {compare('loss', everywhere, mlps)}"
-    kls = [spread(values("kl", each), 2) for each in (attention, mlps)]
-    yield f"{kls[0]} against {kls[1]}, a difference of {compare('kl', attention, mlps, 2)}"
-    yield f"all linears have the most, {spread(values('kl', everywhere), 2)}"
-    means = [mean(values("kl", each), 2) for each in (mlps, everywhere, attention)]
-    yield f"the MLPs alone, which had KL {means[0]} where the attention had {means[2]} and all linears {means[1]}"
+    attention, mlps, everywhere = (
+        [run["kl"] for run in sorted(best[place], key=lambda run: run["seed"])]
+        for place in ("attention", "MLPs", "all")
+    )
+    yield f"{spread(attention, 2)} against {spread(mlps, 2)}, a difference of {difference(attention, mlps, 2)}"
+    yield f"all linears have the most, {spread(everywhere, 2)}"
+    yield (
+        f"the MLPs alone, which had KL {mean(mlps, 2)} where the attention had {mean(attention, 2)} "
+        f"and all linears {mean(everywhere, 2)}"
+    )
     yield f"general text: loss {runs[0]['general_before']} -> "
-
-
-def memory():
-    peak = {run["way"]: f"{run['measured'] / 1e9:.2f}" for run in results("07_memory")}
-    ways = list(peak)
-    yield f"full {peak['full']} GB, LoRA {peak['LoRA']}, QLoRA {peak['QLoRA']}, with recomputation {peak[ways[3]]}"
 
 
 def codes():
@@ -146,25 +115,6 @@ def methods():
     assert min(full[1]) > max(values("LoRA", None, "test"))
     lowest = [mean(values("LoRA", 1e-3, key), digits) for key, digits in (("kl", 2), ("test", 3))]
     yield f"At its lowest rate LoRA has a KL of {lowest[0]}, with an accuracy of {lowest[1]}"
-
-
-def paired():
-    more = {(pair["method"], pair["rate"]): pair for pair in results("11_paired")}
-
-    def over_seeds(method, rate, key):
-        return difference(more[method, rate][key]["seeds"], [0, 0, 0])
-
-    def over_rows(method, rate):
-        return f"± {more[method, rate]['accuracy']['interval']:.3f} over the rows"
-
-    yield f"The accuracies differ by {over_seeds('full', 2e-4, 'accuracy')}."
-    yield f"loss higher by {over_seeds('full', 4e-4, 'loss')} over three seeds"
-    yield f"a difference of {over_seeds('full', 4e-4, 'accuracy')} over the seeds and {over_rows('full', 4e-4)}"
-    dora, pissa, faster = (over_seeds(*each, "accuracy") for each in (("DoRA", 2e-3), ("PiSSA", 5e-4), ("PiSSA", 1e-3)))
-    yield f"a difference of {dora} over three seeds, {over_rows('DoRA', 2e-3)}"
-    yield f"DoRA {dora}, PiSSA {pissa} or {faster}, over three seeds"
-    losses = [over_seeds("PiSSA", rate, "loss") for rate in (5e-4, 1e-3)]
-    yield f"loss of PiSSA {losses[0]} or {losses[1]} higher"
 
 
 def merging():
@@ -219,96 +169,7 @@ def specialists():
     yield f"{of_mean} for the mean and {of_ties} for TIES, a difference of {difference(*sums)}"
 
 
-def forgetting():
-    runs = {}
-    for run in results("09_forgetting"):
-        runs.setdefault(run["run"], []).append(run)
-
-    def at(name, kind, factor, which):
-        return statistics.mean(run[kind][factor][which] for run in runs[name] if run[kind])
-
-    listed = {name: ", ".join(str(run["intruders"]) for run in each) for name, each in runs.items()}
-    kls = {name: f"KL {at(name, 'scaled', '1.0', 1):.2f}" for name in runs}
-    full, higher, highest, best, fast, small = runs
-    assert listed[full] == "0, 0, 0"
-    yield f"0 at twice its best rate ({kls[full]}), {listed[higher]} at four times ({kls[higher]})"
-    yield f"{listed[highest]} at eight times ({kls[highest]})"
-    yield f"LoRA: {listed[best]} at its best rate, {listed[fast]} at four times that rate ({kls[fast]})"
-    yield f"at rank 1 with the high rate {listed[small]} ({kls[small]})"
-    name = "LoRA r 16, 8e-3"
-    kl, accuracy = ([at(name, "scaled", "1.0", i), at(name, "shrunk", "0.75", i)] for i in (1, 0))
-    yield f"the KL from {kl[0]:.2f} to {kl[1]:.2f} and the accuracy from {accuracy[0]:.3f} to {accuracy[1]:.3f}"
-    yield f"KL {at(name, 'scaled', '0.75', 1):.2f} and accuracy {at(name, 'scaled', '0.75', 0):.3f}"
-    name = "LoRA r 16, 2e-3"
-    kl, accuracy = ([at(name, "scaled", factor, i) for factor in ("1.0", "0.5", "0.75")] for i in (1, 0))
-    yield f"from {kl[0]:.2f} to {kl[1]:.2f} and the accuracy from {accuracy[0]:.3f} to {accuracy[1]:.3f}"
-    yield f"at 0.75 of the scale they are {kl[2]:.2f} and {accuracy[2]:.3f}"
-
-
-def replay():
-    runs = {}
-    for run in results("09_replay"):
-        runs.setdefault((run["replay"], run["factor"]), []).append(run)
-    plain, replayed = runs[0, 1.0], runs[1, 1.0]
-    after, kl, loss = ([[run[key] for run in each] for each in (replayed, plain)] for key in ("after", "kl", "loss"))
-    base = mean([run["before"] for run in plain], 2)
-    yield f"general text: {mean(after[0], 2)} with replay, {mean(after[1], 2)} without, {base} in the base"
-    yield f"KL: {mean(kl[0], 2)} with, {mean(kl[1], 2)} without, a difference of {difference(*kl, 2)}"
-    yield f"Loss on the task: {mean(loss[0])} with, {mean(loss[1])} without, a difference of {difference(*loss, 2)}"
-
-
-def inside():
-    found = results("12_inside")
-
-    def pairs(one, two, start, order, key, kind="all"):
-        """φ of the pairs of runs of two methods that share, or do not share, the start and the order."""
-        chosen = []
-        for each in found:
-            first, second = each.get("pair", [[None] * 3] * 2)
-            same = first[1] == second[1], first[2] == second[2]
-            if each.get("kind") == kind and {first[0], second[0]} == {one, two} and same == (start, order):
-                chosen.append(each[key])
-        return chosen
-
-    across = [pairs("LoRA 8", "LoRA 64", False, False, key) for key in ("out 1,1", "in 1,1", "A 1,1")]
-    assert len(across[0]) == 9
-    assert spread(across[1], 2) == spread(across[2], 2)
-    yield f"outputs of ΔW {spread(across[0], 2)}, inputs and rows of A {spread(across[1], 2)}"
-    seeds = [
-        mean(pairs("LoRA 64", "LoRA 64", False, False, f"{side} 8,8", kind), 2)
-        for side in ("A", "out")
-        for kind in ("q_proj", "v_proj")
-    ]
-    yield f"φ(8, 8) of A {seeds[0]} and {seeds[1]}, of the outputs {seeds[2]} and {seeds[3]}"
-    runs = [
-        [each for each in found if each["kind"] == "all" and each.get("run", [""])[0] == method]
-        for method in ("LoRA 8", "LoRA 64")
-    ]
-    norms = [mean([run[f"{key} 4"] for run in runs[0]], 2) for key in ("inside", "own", "chance")]
-    yield f"rank 8: {', '.join(norms)}"
-    factors = [mean([run["size 4"] / run["inside 4"] for run in each], 1) for each in runs]
-    yield f"{factors[0]} at rank 8, {factors[1]} at rank 64"
-    start = mean(pairs("LoRA 8", "LoRA 8", True, False, "in 8,8"), 2)
-    other = mean(pairs("LoRA 8", "LoRA 8", False, False, "in 8,8"), 2)
-    yield f"{start} with the same start and another order of rows, {other} with another start"
-    yield f"full fine-tuning {mean(pairs('full', 'full', False, False, 'in 8,8'), 2)}"
-
-
-def reinforcement():
-    rewards = {}
-    for run in results("A2_reinforcement"):
-        if run["chosen"]:
-            rewards.setdefault(run["way"], []).append(run["rewards"])
-    first = {reward[0] for runs in rewards.values() for reward in runs}
-    assert len(first) == 1
-    last = [[reward[-1] for reward in runs] for runs in rewards.values()]
-    one, eight, full = map(spread, last)
-    yield f"from {first.pop():.3f} to {one} at rank 1, {eight} at rank 8, {full} in full"
-    yield f"rank 8 has {difference(last[1], last[2])} more and rank 1 has {difference(last[0], last[2])} less"
-
-
-STORED = (rank, rates, where, memory, codes, methods, paired, merging, clean_merging, specialists)
-STORED += (forgetting, replay, inside, reinforcement)
+STORED = (rank, where, codes, methods, merging, clean_merging, specialists)
 
 
 @pytest.mark.parametrize("figures", STORED)
@@ -316,12 +177,6 @@ def test_what_the_pages_repeat_is_what_the_experiment_has_stored(figures):
     pages = " ".join(" ".join(map(read, [*OURS, "../README.md", "../tutorials/10_merging.md"])).split())
     missing = [figure for figure in figures() if figure not in pages]
     assert not missing
-
-
-def test_the_readme_shows_the_first_run_of_the_results():
-    shown = re.findall(r"^(?:base|adapter) +([\d.]+) +([\d.]+)$", read("../README.md"), re.MULTILINE)
-    (loss, accuracy), (lower, higher) = (map(float, row) for row in shown)
-    assert f"| 0 | {accuracy:.3f} | {higher:.3f} | {loss:.3f} | {lower:.3f} |" in read("results.md")
 
 
 def numbers(text):
@@ -334,7 +189,7 @@ def linked(text):
 
 
 @pytest.mark.parametrize("page", OURS)
-def test_every_other_figure_of_a_table_stands_in_the_pages_that_its_row_or_its_section_links(page):
+def test_other_figures_of_tables_are_on_the_pages_that_they_link(page):
     text = read(page)
     for stored in STORED:
         for figure in stored():
