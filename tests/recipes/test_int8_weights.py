@@ -1,4 +1,4 @@
-"""Weights in int8: the bound of their error, PyTorch's codes and product beside the definition, and a decoder."""
+"""Weights in int8: the bound of their error, PyTorch's product beside the definition, and a decoder."""
 
 import pytest
 import torch
@@ -51,16 +51,6 @@ def test_the_bound_rejects_a_mistake(mistake, monkeypatch):
     x = torch.eye(8, dtype=torch.float64)
     off = (int8_linear(x, q.double(), scales, None) - F.linear(x, W)).abs()
     assert (off > 1.5 * error_bound(x, scales)).any()
-
-
-@examples(0.5)
-@given(seeds, sizes, sizes)
-def test_codes_are_those_of_pytorch(seed, out, inner):
-    W = weight(seed, out, inner, torch.float32)
-    q, scales = quantize_rows(W)
-    zeros = torch.zeros(out, dtype=torch.int32)
-    theirs = torch.fake_quantize_per_channel_affine(W, scales, zeros, 0, -127, 127) / scales[:, None]
-    assert (theirs.round() - q).abs().sum() <= 1  # it multiplies by 1 / σ, which may move a tie
 
 
 @examples(0.5)

@@ -1,4 +1,4 @@
-"""LoRA-GA as its paper defines it."""
+"""LoRA-GA as its paper defines it; test_starts_from_inputs has what it shares with others."""
 
 import pytest
 from hypothesis import given
@@ -7,17 +7,7 @@ import minilora as ml
 from minilora.testing.compare import relative
 from recipes.starts_from_gradients import lora_ga
 from tests.models import examples, scales, seeds
-from tests.recipes.test_starts_from_inputs import (
-    LINEARS,
-    NEAR,
-    Parallel,
-    R,
-    assert_changes_nothing_trains_and_is_saved_as_a_plain_one,
-    assert_other_adapters_are_kept_and_have_no_effect,
-    best,
-    config_of,
-    data,
-)
+from tests.recipes.test_starts_from_inputs import LINEARS, NEAR, Parallel, R, best, config_of, data
 
 
 @examples(0.3)
@@ -36,18 +26,8 @@ def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
-def test_other_adapters_are_kept_and_have_no_effect():
-    assert_other_adapters_are_kept_and_have_no_effect(lambda *arguments: (None, lora_ga(*arguments)))
-
-
 def test_a_linear_that_no_loss_depends_on_is_refused():
     model = Parallel()
     with pytest.raises(ml.TrainingError, match="narrow: no loss depends on its weight"):
         lora_ga(model, config_of(), (model.wide(x).sum() for x in data()))
     assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(tmp_path):
-    assert_changes_nothing_trains_and_is_saved_as_a_plain_one(
-        lambda *arguments: (arguments[1], lora_ga(*arguments)), tmp_path
-    )

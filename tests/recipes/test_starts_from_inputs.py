@@ -1,4 +1,4 @@
-"""EVA and CorDA as their papers define them, and as PEFT computes them where it is right."""
+"""EVA and CorDA as their papers and PEFT define them; what all starts that look at data have in common."""
 
 import dataclasses
 import sys
@@ -14,6 +14,7 @@ from minilora.adapter import adapter_layers
 from minilora.data import collate
 from minilora.testing.compare import assert_parity, relative
 from minilora.training import token_loss
+from recipes.starts_from_gradients import lora_ga
 from recipes.starts_from_inputs import corda, eva
 from tests.models import (
     WHOLE,
@@ -108,25 +109,36 @@ def test_corda_s_b_a_is_the_first_part_of_the_weight_as_inputs_weigh_it(seed, sc
         assert relative(scale * lora_B @ lora_A, best(W @ C, R) @ np.linalg.inv(C), NEAR) < 1
 
 
-KINDS = {
+KINDS = {  # (model, config, losses) -> config, start
     "eva": eva,
     "corda": lambda *arguments: (arguments[1], corda(*arguments)),
 }
+ALL = {**KINDS, "lora_ga": lambda *arguments: (arguments[1], lora_ga(*arguments))}
 
 
-def assert_changes_nothing_trains_and_is_saved_as_a_plain_one(start_of, tmp_path):
-    """The adapter of a decoder that starts as `start_of` says: (model, config, losses) -> config, start."""
+@pytest.mark.parametrize("kind", ALL)
+def test_other_adapters_are_kept_and_have_no_effect(kind):
+    model, bare = Parallel(), Parallel()
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=LINEARS, init_lora_weights=False), "mine")
+    mine = dict(adapter_layers(model))
+    starts = [ALL[kind](each, config_of(), each.losses(data()))[1] for each in (model, bare)]
+    assert adapter_layers(model) == mine
+    assert all(set(layer.adapters) == {"mine"} for layer in mine.values())
+    assert all(torch.equal(*pair) for path in LINEARS for pair in zip(*(start[path] for start in starts), strict=True))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(kind, tmp_path):
     model, rows = tiny_model(WHOLE, dtype=torch.float32), random_rows(2, 6)
     batches = [collate([row], torch.device("cpu")) for row in rows]
     before, ids = model.state_dict(), batches[0].tokens[None]
     logits = model(ids)
-    config, start = start_of(model, ml.LoraConfig(r=2, lora_alpha=6), (token_loss(model, b)[0] for b in batches))
+    config, start = ALL[kind](model, ml.LoraConfig(r=2, lora_alpha=6), (token_loss(model, b)[0] for b in batches))
     ml.attach(model, config, start=start)
     layers = adapter_layers(model)
     assert layers.keys() == start.keys()
-    assert all(
-        torch.equal(trained_of(layers[path].adapters["default"])["lora_A"], A.float()) for path, (A, _) in start.items()
-    )
+    for path, (A, _) in start.items():
+        assert torch.equal(trained_of(layers[path].adapters["default"])["lora_A"], A.float())
     assert relative(model(ids), logits, NEAR) < 1
     ml.train(model, rows, ml.TrainConfig(max_steps=3, learning_rate=0.01))
     trained = model(ids)
@@ -136,27 +148,6 @@ def assert_changes_nothing_trains_and_is_saved_as_a_plain_one(start_of, tmp_path
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     ml.load_adapter(model, tmp_path)
     assert relative(model(ids), trained, NEAR) < 1
-
-
-def assert_other_adapters_are_kept_and_have_no_effect(start_of):
-    """Those that the model has before `start_of` is called; see below."""
-    model, bare = Parallel(), Parallel()
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=LINEARS, init_lora_weights=False), "mine")
-    mine = dict(adapter_layers(model))
-    starts = [start_of(each, config_of(), each.losses(data()))[1] for each in (model, bare)]
-    assert adapter_layers(model) == mine
-    assert all(set(layer.adapters) == {"mine"} for layer in mine.values())
-    assert all(torch.equal(*pair) for path in LINEARS for pair in zip(*(start[path] for start in starts), strict=True))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_adapters_are_kept_and_have_no_effect(kind):
-    assert_other_adapters_are_kept_and_have_no_effect(KINDS[kind])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(kind, tmp_path):
-    assert_changes_nothing_trains_and_is_saved_as_a_plain_one(KINDS[kind], tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,19 +31,6 @@ NEAR = 1e-5  # of what float32 decompositions amplify
 IDS = token_ids(0, 2, 7)
 
 
-@pytest.fixture
-def theirs_linear():
-    """Make PEFT's layer of a linear, and the linear."""
-    peft = pytest.importorskip("peft")
-
-    def make(init):
-        linear = filled(nn.Linear(12, 20))
-        config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["0"], init_lora_weights=init)
-        return peft.get_peft_model(nn.Sequential(linear), config).base_model.model[0], filled(nn.Linear(12, 20))
-
-    return make
-
-
 def filled(module):
     fill_(module, 0)
     return module
@@ -100,14 +87,17 @@ def test_a_model_in_four_bits_with_loftq_is_nearer_to_the_dense_one(tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-def test_olora_moves_out_of_the_weight_what_peft_moves(theirs_linear):
-    layer, linear = theirs_linear("olora")
-    lora_A, lora_B = olora(nn.Sequential(linear), ml.LoraConfig(r=4, lora_alpha=12, target_modules=("0",)))["0"]
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    signs = (lora_A * A).sum(1).sign()
-    assert_parity(signs[:, None] * lora_A, A, 1e-4)
-    assert_parity(lora_B * signs, B, 1e-4)
-    assert_parity(linear.weight - 3 * lora_B @ lora_A, layer.base_layer.weight, 1e-4)
+def test_olora_moves_out_of_the_weight_what_peft_moves():
+    peft = pytest.importorskip("peft")
+    from tests.parity.theirs import ALLOWED, assert_same_but_for_signs, theirs_factors
+
+    linear, theirs = (filled(nn.Linear(12, 20)) for _ in range(2))
+    factors = olora(nn.Sequential(linear), ml.LoraConfig(r=4, lora_alpha=12, target_modules=("0",)))["0"]
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["0"], init_lora_weights="olora")
+    model = peft.get_peft_model(nn.Sequential(theirs), config)
+    assert_same_but_for_signs(factors, theirs_factors(model, "0"))
+    lora_A, lora_B = factors
+    assert_parity(linear.weight - 3 * lora_B @ lora_A, model.base_model.model[0].base_layer.weight, ALLOWED)
 
 
 @pytest.mark.parity
@@ -115,10 +105,10 @@ def test_olora_moves_out_of_the_weight_what_peft_moves(theirs_linear):
 def test_loftq_s_factors_are_peft_s_of_the_same_rounding_and_divided_by_the_scale():
     """Theirs are not: with another scale than 1, PEFT's layer begins as Q + s·(W - Q) and not near W."""
     loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
+    from tests.parity.theirs import assert_same_but_for_signs
+
     weight, scale = filled(nn.Linear(12, 20)).weight.detach(), 3.0
     rounding = weight - NF4Linear.quantize(weight).weight
     theirs = loftq_utils._low_rank_decomposition(rounding, reduced_rank=4)
-    lora_A, lora_B = best_factors(rounding / scale, 4)
-    signs = (lora_A * theirs["R"]).sum(1).sign()
-    assert_parity(math.sqrt(scale) * signs[:, None] * lora_A, theirs["R"], 1e-4)
-    assert_parity(math.sqrt(scale) * lora_B * signs, theirs["L"], 1e-4)
+    ours = [math.sqrt(scale) * factor for factor in best_factors(rounding / scale, 4)]
+    assert_same_but_for_signs(ours, (theirs["R"], theirs["L"]))
