@@ -30,10 +30,6 @@ def mean_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(rows).mean()
 
 
-def overflowing(logits: Tensor, labels: Tensor) -> Tensor:
-    return masked_loss(logits - logits.exp().sum(-1, keepdim=True).log(), labels)
-
-
 LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logits at t are compared with the label at t": lambda logits, labels: F.cross_entropy(
         logits.flatten(0, 1), labels.flatten()
@@ -52,7 +48,6 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
         loss_sum(logits, labels) / (labels != IGNORE).sum()
     ),
     "it is the mean of the means of the rows": mean_of_rows,
-    "exp overflows: the maximum is not subtracted": overflowing,
 }
 
 # --- accumulation ---
@@ -71,23 +66,13 @@ def counted_before_the_shift(W: Tensor, micro_batches: Batches) -> Tensor:
     return accumulated_gradient(W, micro_batches) * sum(count(labels) for _, labels in micro_batches) / counted
 
 
-def nan_without_labels(W: Tensor, micro_batches: Batches) -> Tensor:
-    counts = torch.stack([count(labels) for _, labels in micro_batches])
-    return accumulated_gradient(W, micro_batches) * (counts / counts).mean()
-
-
-def weight_stepped(W: Tensor, micro_batches: Batches) -> Tensor:
-    gradient = accumulated_gradient(W, micro_batches)
-    W.sub_(0.1 * gradient)
-    return gradient
-
-
 ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
     "it is the mean of the means of the micro-batches": mean_of_means,  # huggingface/transformers#34191
+    "the sum is not divided": lambda W, batches: (
+        accumulated_gradient(W, batches) * sum(count(labels) for _, labels in batches)
+    ),
     "the labels are counted before the shift": counted_before_the_shift,
     "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
-    "a micro-batch without labels makes NaN": nan_without_labels,
-    "the weight that was given is changed": weight_stepped,
 }
 
 # --- the chat mask: `render` is a correct one ---
@@ -173,7 +158,4 @@ def one_sequence(run: Run, documents: Sequence[Sequence[int]]) -> Any:
 
 PACKING: Mapping[str, Callable[[Run, Sequence[Sequence[int]]], Any]] = {
     "the documents are taken for one: attention and positions go on": one_sequence,
-    "the results are those of the documents in another order": lambda run, documents: [
-        run([list(document)])[0] for document in sorted(documents, key=len)
-    ],
 }

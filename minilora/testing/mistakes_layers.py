@@ -134,8 +134,6 @@ EITHER: Mapping[str, Make] = {
     "dropout is applied behind A": lora(behind_A),
     "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
     "one dropout mask is used for all rows": lora(one_mask),
-    "the scale is α/out": rescaled(lambda self: len(self.B)),
-    "A gets no gradient": lora(lambda self, x: base(self, x) + update(self, drop(self, x), A=self.A.detach())),
     "the gradient of A lacks the scale": lora(
         lambda self, x: base(self, x) + update(self, drop(self, x), A=unscaled_gradient(self, self.A))
     ),
@@ -162,9 +160,9 @@ RSLORA: Mapping[str, Make] = {
 dora = functools.partial(with_formula, DoRALayer)
 
 
-def adapted(self: DoRALayer, scale: float | None = None) -> Tensor:
-    """Return W + s·B A, with another scale if it is given."""
-    return self.lora.W + (self.lora.scale if scale is None else scale) * self.lora.B @ self.lora.A
+def adapted(self: DoRALayer) -> Tensor:
+    """Return W + s·B A."""
+    return merge(self.lora.W, self.lora.A, self.lora.B, self.lora.scale)
 
 
 def factor(self: DoRALayer) -> Tensor:
@@ -205,10 +203,8 @@ DORA: Mapping[str, Make] = {
     "DoRA is LoRA: there is no magnitude and no norm": with_factor(lambda self: torch.ones_like(self.m)),
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
     "the magnitude starts at ‖W + s·B A‖": start_at_the_adapted_norm,
-    "m/‖W + s·B A‖ is applied twice": with_factor(lambda self: factor(self) ** 2),
     "columns are normalized instead of rows": dora(columns_normalized),  # catid/dora#4, nbasyl/DoRA#1
     "the norm is that of W": with_factor(lambda self: self.m / self.lora.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
-    "the norm is that of W + B A": with_factor(lambda self: self.m / adapted(self, 1.0).norm(dim=1).detach()),
     "the gradient goes through the norm": with_factor(lambda self: self.m / adapted(self).norm(dim=1)),
     "the norm of the first call is kept": with_factor(norm_of_the_first_call),
     "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, self.lora(x))),
@@ -222,7 +218,6 @@ DORA: Mapping[str, Make] = {
 
 MERGE: Mapping[str, Make] = {
     "the scale is missing": lambda W, A, B, scale, *m: merge(W, A, B, 1.0, *m),
-    "the update is subtracted": lambda W, A, B, scale, *m: merge(W, A, B, -scale, *m),
     "the update is added twice": lambda W, A, B, scale, *m: merge(W, A, B, 2 * scale, *m),  # huggingface/peft#3774
     "the weight that was given is changed": lambda W, *rest: W.copy_(merge(W.clone(), *rest)),
 }

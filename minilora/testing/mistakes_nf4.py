@@ -56,14 +56,15 @@ def dequantize_whole_blocks(packed: Tensor, absmax: Tensor, shape: Sequence[int]
     return levels * absmax[block.clamp(max=len(absmax) - 1)]
 
 
-def quantize_in_order_of_memory(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return nf4_quantize(W if W.is_contiguous() else W.T.reshape(W.shape), block_size)
-
-
 def quantize_in_place(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     result = nf4_quantize(W, block_size)
     W.div_(W.abs().max())
     return result
+
+
+def quantizing(**changes: Any) -> Pair:
+    """Return a pair that quantizes with another scale of a block, or another code of a number."""
+    return partial(nf4_quantize, **changes), nf4_dequantize
 
 
 NF4: Mapping[str, Pair] = {
@@ -73,30 +74,18 @@ NF4: Mapping[str, Pair] = {
         partial(nf4_quantize, code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1)),
         dequantize_fp4,
     ),
-    "codes are rounded down instead of to the nearest level": (
-        partial(nf4_quantize, code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1),
-        nf4_dequantize,
+    "codes are rounded down instead of to the nearest level": quantizing(
+        code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1
     ),
-    "a tie gets the upper level": (
-        partial(
-            nf4_quantize,
-            code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True),
-        ),
-        nf4_dequantize,
+    "a tie gets the upper level": quantizing(
+        code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True)
     ),
-    "the absmax is the largest w instead of the largest |w|": (
-        partial(nf4_quantize, scale=lambda blocks: blocks.amax(1)),
-        nf4_dequantize,
-    ),
+    "the absmax is the largest w instead of the largest |w|": quantizing(scale=lambda blocks: blocks.amax(1)),
     "each row is taken for ⌊in/block_size⌋ whole blocks": (  # bitsandbytes 0.50.2 on AVX512
         nf4_quantize,
         dequantize_whole_blocks,
     ),
-    "blocks have 64 weights, whatever block_size is": (
-        lambda W, block_size: nf4_quantize(W, 64),
-        nf4_dequantize,
-    ),
-    "a transposed weight is read in the order of memory": (quantize_in_order_of_memory, nf4_dequantize),
+    "blocks have 64 weights, whatever block_size is": (lambda W, block_size: nf4_quantize(W, 64), nf4_dequantize),
     "the weight that was given is changed": (quantize_in_place, nf4_dequantize),
 }
 
