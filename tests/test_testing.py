@@ -21,7 +21,6 @@ from minilora.testing import (
     cases,
     check,
     check_adapter_sum,
-    check_gradients,
     check_lora_linear,
     check_merge,
     laws,
@@ -171,10 +170,9 @@ def test_a_known_deviation_must_be_there_still():
         laws("lorra")
 
 
-def test_gradients_alone_can_be_checked():
-    assert check_gradients(LoRALayer, "rslora").law == "rslora-gradients"
+def test_a_law_can_be_checked_by_itself():
     with pytest.raises(CheckFailure, match="the gradient of x, in evaluation mode: wrong"):
-        check_gradients(lora(lambda self, x: self(x).detach() + 0 * x.sum()))
+        laws("lora")["gradients"].check(lora(lambda self, x: self(x).detach() + 0 * x.sum()))
 
 
 class Subtracting(DoRALayer):

@@ -156,11 +156,6 @@ def check_dora_linear(make_layer: Callable[..., Any], sizes: Sequence[tuple[int,
     return check(make_layer, "dora", sizes=sizes)
 
 
-def check_gradients(make_layer: Callable[..., Any], kind: str = "lora") -> Report:
-    """Check the gradients of x, A, B and the magnitude of a layer alone; kind: lora, rslora or dora."""
-    return laws(kind)["gradients"].check(make_layer)
-
-
 def check_merge(merge: Callable[..., Any], use_dora: bool = False) -> list[Report]:
     """Check a merged weight: merge(W, A, B, scale) = W + s·B A, or with DoRA's magnitude as a fifth argument."""
     return check(merge, "merge_dora" if use_dora else "merge")

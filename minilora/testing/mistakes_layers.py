@@ -66,9 +66,9 @@ def base(self: LoRALayer, x: Tensor) -> Tensor:
     return F.linear(x, self.W, self.b)
 
 
-def update(self: LoRALayer, x: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
-    """Return s·(x Aᵀ) Bᵀ, with other factors if they are given."""
-    return self.scale * F.linear(F.linear(x, self.A if A is None else A), self.B if B is None else B)
+def update(self: LoRALayer, x: Tensor) -> Tensor:
+    """Return s·(x Aᵀ) Bᵀ."""
+    return self.scale * F.linear(F.linear(x, self.A), self.B)
 
 
 def drop(self: LoRALayer, x: Tensor) -> Tensor:
@@ -84,14 +84,6 @@ def plus_bias(self: Any, y: Tensor) -> Tensor:
     return y if self.b is None else y + self.b
 
 
-def behind_A(self: LoRALayer, x: Tensor) -> Tensor:
-    return base(self, x) + self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
-
-
-def one_mask(self: LoRALayer, x: Tensor) -> Tensor:
-    return base(self, x) + update(self, x * drop(self, x.new_ones(x.shape[-1])))
-
-
 def unscaled_mask(self: LoRALayer, x: Tensor) -> Tensor:
     kept = 1 - self.p if self.training else 1.0
     return base(self, x) + kept * update(self, drop(self, x))
@@ -102,9 +94,15 @@ def transposed_update(self: LoRALayer, x: Tensor) -> Tensor:
     return base(self, x) + self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
 
 
-def unscaled_gradient(self: LoRALayer, factor: Tensor) -> Tensor:
-    frozen = factor.detach()
-    return frozen + (factor - frozen) / self.scale
+def with_unscaled_gradient(name: str) -> Make:
+    """Return a maker of LoRA layers whose gradient of A or B is divided by the scale."""
+
+    def wrong(self: LoRALayer, x: Tensor) -> Tensor:
+        factor = self.get_parameter(name)
+        frozen = factor.detach()
+        return torch.func.functional_call(self, {name: frozen + (factor - frozen) / self.scale}, x)
+
+    return lora(wrong)
 
 
 def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
@@ -131,15 +129,15 @@ EITHER: Mapping[str, Make] = {
     "dropout is applied to the input of the base": lora(
         lambda self, x: F.linear(drop(self, x), self.W + self.scale * self.B @ self.A, self.b)
     ),
-    "dropout is applied behind A": lora(behind_A),
+    "dropout is applied behind A": lora(
+        lambda self, x: base(self, x) + self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
+    ),
     "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
-    "one dropout mask is used for all rows": lora(one_mask),
-    "the gradient of A lacks the scale": lora(
-        lambda self, x: base(self, x) + update(self, drop(self, x), A=unscaled_gradient(self, self.A))
+    "one dropout mask is used for all rows": lora(
+        lambda self, x: base(self, x) + update(self, x * drop(self, x.new_ones(x.shape[-1])))
     ),
-    "the gradient of B lacks the scale": lora(
-        lambda self, x: base(self, x) + update(self, drop(self, x), B=unscaled_gradient(self, self.B))
-    ),
+    "the gradient of A lacks the scale": with_unscaled_gradient("A"),
+    "the gradient of B lacks the scale": with_unscaled_gradient("B"),
     "the gradient of x lacks that of the update": lora(
         lambda self, x: base(self, x) + update(self, drop(self, x.detach()))
     ),
@@ -175,10 +173,6 @@ def with_factor(wrong: Callable[[DoRALayer], Tensor]) -> Make:
     return dora(lambda self, x: plus_bias(self, wrong(self) * self.lora(x)))
 
 
-def columns_normalized(self: DoRALayer, x: Tensor) -> Tensor:
-    return plus_bias(self, self.m * self.lora(x / adapted(self).norm(dim=0).detach()))
-
-
 def dropout_of_the_difference(self: DoRALayer, x: Tensor) -> Tensor:
     difference = factor(self)[:, None] * adapted(self) - self.lora.W
     return plus_bias(self, base(self.lora, x) + F.linear(drop(self.lora, x), difference))
@@ -203,7 +197,9 @@ DORA: Mapping[str, Make] = {
     "DoRA is LoRA: there is no magnitude and no norm": with_factor(lambda self: torch.ones_like(self.m)),
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
     "the magnitude starts at ‖W + s·B A‖": start_at_the_adapted_norm,
-    "columns are normalized instead of rows": dora(columns_normalized),  # catid/dora#4, nbasyl/DoRA#1
+    "columns are normalized instead of rows": dora(  # catid/dora#4, nbasyl/DoRA#1
+        lambda self, x: plus_bias(self, self.m * self.lora(x / adapted(self).norm(dim=0).detach()))
+    ),
     "the norm is that of W": with_factor(lambda self: self.m / self.lora.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
     "the gradient goes through the norm": with_factor(lambda self: self.m / adapted(self).norm(dim=1)),
     "the norm of the first call is kept": with_factor(norm_of_the_first_call),
