@@ -108,23 +108,20 @@ def test_a_text_that_is_lost_or_changed_is_said_and_no_mistake_of_labels_is_name
     with pytest.raises(CheckFailure, match=re.escape(f"in which {lost} or what follows it is lost")) as caught:
         laws("chat_mask")[law].check(render, case)
     assert caught.value.causes == ()
-    with pytest.raises(CheckFailure, match="the end tokens: wrong") as caught:
-        laws("chat_mask")["white_space"].check(without_end)
-    assert caught.value.causes == ()
 
 
-def with_tools(messages, drops="", learns=("assistant",), reasons=True):
+def with_tools(messages, drops="", learns=("assistant",), reasons=True, calls=True, unlearned=""):
     """Render calls and results of tools; the reasoning of earlier turns is dropped."""
     tokens, flags = [], []
     for i, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant" and (not reasons or i + 1 < len(messages)):
             content = content.rpartition("</think>")[2].lstrip("\n")
-        parts = [content, *(json.dumps(call["function"]) for call in message.get("tool_calls", []))]
+        parts = [content, *(json.dumps(call["function"]) for call in message.get("tool_calls", []) if calls)]
         words = [*re.findall(r"\w+|\W", " ".join(parts)), "[/]"]
         if message["role"] != drops:
             tokens += [f"[{message['role']}]", *words]
-            flags += [False] + [message["role"] in learns] * len(words)
+            flags += [False, *(message["role"] in learns and word != unlearned for word in words)]
     return tokens, flags
 
 
@@ -135,29 +132,18 @@ def test_calls_of_tools_and_reasoning_that_is_kept_or_dropped_pass(reasons):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("law", "wrong", "word"),
     [
-        ({"drops": "tool"}, "the word Qd: wrong"),
-        ({"learns": ("assistant", "tool")}, "the word Qd: wrong"),
-        ({"learns": ("tool",)}, "the word Qc: wrong"),
+        ("chat_tools-calls", {"drops": "tool"}, "Qd"),
+        ("chat_tools-calls", {"learns": ("assistant", "tool")}, "Qd"),
+        ("chat_tools-calls", {"learns": ("tool",)}, "Qc"),
+        ("chat_tools-calls", {"calls": False}, "Qc"),
+        ("chat_mask-reasoning", {"unlearned": "Qe"}, "Qe"),
     ],
 )
-def test_a_result_that_is_lost_or_learned_and_a_call_that_is_not_learned_are_refused(wrong, said):
-    with pytest.raises(CheckFailure, match=said):
-        laws("chat_tools")["calls"].check(lambda messages: with_tools(messages, **wrong))
-
-
-def test_a_call_that_the_template_leaves_out_and_reasoning_that_is_not_learned_are_refused():
-    without = lambda messages: with_tools([{**each, "tool_calls": []} for each in messages])  # noqa: E731
-    with pytest.raises(CheckFailure, match="the word Qc: wrong"):
-        laws("chat_tools")["calls"].check(without)
-
-    def unlearned(messages):
-        tokens, flags = with_tools(messages)
-        return tokens, [flag and token != "Qe" for token, flag in zip(tokens, flags, strict=True)]
-
-    with pytest.raises(CheckFailure, match="the word Qe: wrong"):
-        check_chat_mask(unlearned)
+def test_what_is_lost_and_what_has_wrong_labels_among_calls_and_reasoning_is_refused(law, wrong, word):
+    with pytest.raises(CheckFailure, match=f"the word {word}: wrong"):
+        laws()[law].check(lambda messages: with_tools(messages, **wrong))
 
 
 def test_a_question_that_quotes_the_mark_by_which_replies_are_found_is_refused():

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.cli.selftest import implementations as ours
-from minilora.testing import AdapterSum, Chat, Lengths, MaskedLogits, MicroBatches, NotApplicable, laws
-from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, conversations, nf4_weights, seeds
+from minilora.testing import AdapterSum, Chat, Lengths, MaskedLogits, MicroBatches, NF4Weight, NotApplicable, laws
+from minilora.testing.nf4_cases import DrawnKind
+from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
 from tests.test_catalogue import CORRECT
 
 DTYPES = ("float64", "float32", "bfloat16")
@@ -31,18 +33,27 @@ def rows(draw, length, count):
     return tuple(draw(st.lists(st.text("x.", min_size=width, max_size=width), min_size=1, max_size=count)))
 
 
+texts = st.text(max_size=20) | st.sampled_from(("<|", "|>", "assistant", "user:", "</s>"))  # words of templates
+
+
 @st.composite
 def chats(draw):
-    turns = [(each["role"], each["content"]) for each in draw(conversations())]
-    return Chat((*turns, ("assistant", "No.")) if draw(st.booleans()) else tuple(turns))
+    """Perhaps a system message, then turns of user and assistant, and perhaps a second reply."""
+    roles = ["user", "assistant"] * draw(st.integers(1, 4))
+    if draw(st.booleans()):
+        roles = ["system", *roles]
+    if draw(st.booleans()):
+        roles.append("assistant")
+    return Chat(tuple((role, draw(texts)) for role in roles))
 
 
 sizes = st.integers(1, 9)
+kinds = st.sampled_from([kind for literal in get_args(DrawnKind) for kind in get_args(literal)])
 groups = st.lists(rows((2, 8), 2), min_size=1, max_size=4).map(lambda groups: (("xx",), *groups))
 CASES = {
     **{kind: layers(kind) for kind in ("lora", "rslora", "dora", "merge", "merge_dora")},
     "adapter_sum": st.builds(AdapterSum, sizes, sizes, st.lists(sizes, min_size=1, max_size=4).map(tuple), seeds),
-    "nf4": nf4_weights(),
+    "nf4": st.builds(NF4Weight, sizes, st.integers(1, 200), kind=kinds, seed=seeds),
     "loss_masking": st.builds(
         MaskedLogits,
         rows((2, 12), 4),

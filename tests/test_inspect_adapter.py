@@ -7,33 +7,16 @@ from hypothesis import example, given
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import WEIGHTS_FILE, adapter_layers, own_parameters
+from minilora.adapter import WEIGHTS_FILE, adapter_layers
 from minilora.adapters.layout import read_adapter
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.tools.inspect import adapter_facts, update_norm
-from tests.files import edit, save_file, saved, write_base
+from tests.files import edit, save_file, saved
 from tests.models import randn, scales, seeds, sizes
 
 
 def assert_number(found, expected, check=assert_maths):
     check(torch.tensor(found, dtype=torch.float64), torch.tensor(float(expected), dtype=torch.float64))
-
-
-def write(directory, model, seed=0, **config):
-    """The model with an adapter that changes everything that it trains, which is saved."""
-    ml.attach(model, ml.LoraConfig(**{"r": 3, "lora_alpha": 6, **config}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for place in adapter_layers(model).values():
-            for parameter in (each for name in place.adapters for each in own_parameters(place, name)):
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    ml.save_adapter(model, directory)
-    return model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"), attention_bias=True, mlp_bias=True)
 
 
 # --- norms ---
@@ -61,10 +44,9 @@ ENDS = {"target_modules": ("lm_head", "embed_tokens")}
 
 
 @pytest.mark.parametrize("config", [PATTERNS, ENDS, {"use_dora": True}])
-def test_each_module_has_its_rank_its_scale_and_the_norm_of_its_update(tmp_path, base, config):
-    model = write(tmp_path, ml.load_model(base), **config)
+def test_each_module_has_its_rank_its_scale_and_the_norm_of_its_update(tmp_path, config):
+    layers = adapter_layers(saved(tmp_path, **config))
     found = {each["module"]: each for each in adapter_facts(tmp_path)["modules"]}
-    layers = adapter_layers(model)
     assert list(found) == sorted(layers)
     for module, facts in found.items():
         adapter = layers[module].adapters["default"]

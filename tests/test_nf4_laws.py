@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from minilora import nf4
-from minilora.nf4 import NF4Linear, dequantize_absmax, quantize, quantize_absmax
+from minilora.cli.selftest import implementations
+from minilora.nf4 import quantize
 from minilora.testing import (
     AbsmaxVector,
     Chat,
@@ -31,25 +32,10 @@ def dequantize(packed, absmax, shape, block_size):
     return nf4.dequantize(packed, absmax, shape, torch.float32, block_size)
 
 
-def make_linear(W, b, double_quant=False):
-    return NF4Linear.quantize(W, b, double_quant)
-
-
 @either
-@parametrize_laws("nf4")
+@parametrize_laws("nf4", "double_quant", "linear4bit")
 def test_ours_keeps_the_laws_of_nf4(law):
-    law.check((quantize, dequantize))
-
-
-@parametrize_laws("double_quant")
-def test_ours_keeps_the_laws_of_double_quantization(law):
-    law.check((quantize_absmax, dequantize_absmax))
-
-
-@either
-@parametrize_laws("linear4bit")
-def test_ours_keeps_the_laws_of_4_bit_linears(law):
-    law.check(make_linear)
+    law.check(implementations(torch.device("cpu"))[law.kind])
 
 
 def test_numpy_passes():

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import minilora
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minilora"
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -120,10 +118,6 @@ def test_the_page_of_architecture_names_every_file_of_the_package_and_no_other()
     assert {name for name in named if name.endswith("/")} == {f"minilora/{name}/" for name in folders}
 
 
-def test_the_public_names_are_sorted():
-    assert list(minilora.__all__) == sorted(minilora.__all__)
-
-
 def test_the_six_pages_and_each_file_of_a_family_keep_to_their_numbers_of_lines():
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert sum(lengths[page] for page in PAGES) <= PAGES_LINES
@@ -131,9 +125,3 @@ def test_the_six_pages_and_each_file_of_a_family_keep_to_their_numbers_of_lines(
     assert max(map(len, pages.splitlines())) <= PAGES_COLUMNS
     families = {name for name, path in MODULES.items() if " = Family(" in path.read_text(encoding="utf-8")}
     assert not {name: lengths[name] for name in families - {"models/config"} if lengths[name] > 90}
-
-
-def test_pytest_runs_without_xdist():
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--collect-only", "-q", "tests/test_options.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr

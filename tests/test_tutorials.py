@@ -33,14 +33,12 @@ MISTAKES = {
     ],
     "04": [
         ("dy @ W + h @ A", "dy @ W"),
-        ("s * dy.flatten", "dy.flatten"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
     ],
     "05": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
     "06": [
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
         ("name in names", "name.endswith(tuple(names))"),
-        ("isinstance(child, nn.Linear) and name", "name"),
     ],
     "07": [
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
@@ -49,34 +47,27 @@ MISTAKES = {
     "08": [
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
         ("-1, 0, 1\n", "-1, levels[7], 1\n"),
-        ("range(100)", "range(0)"),
     ],
     "09": [
         ("** 0.5)", ")"),
         ("min(1.0, (budget / kl(after)) ** 0.5)", "(budget / kl(after)) ** 0.5"),
-        ("W + c * (after[name] - W)", "after[name] + c * (W - after[name])"),
     ],
     "10": [
         ("effect += delta", "effect += W.double()"),
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
-        ("(error / effect) ** 0.5", "error / effect"),
     ],
     "11": [
         ("s * B @ A", "B @ A"),
         ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
-        (".sum(dim=0)", ".mean(dim=0)"),
     ],
     "12": [
         ("s * B @ A", "B @ A"),
-        ("svd(s * B @ A", "svd(W"),
         ("sigma[:k].norm()", "sigma.norm()"),
-        ("(sigma[:k].norm() / inside.norm())", "(sigma[:k].norm() / inside.norm()) ** 2"),
     ],
     "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
     "A2": [
         ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
         (" + 1e-6", ""),
-        ("-(weights", "(weights"),
         ("weights.detach()", "weights"),
     ],
 }

@@ -1,6 +1,6 @@
 """Check anybody's LoRA, DoRA, NF4, loss masking and adapter files: see `checks`.
 
-The module `strategies` draws hypothesis examples; nothing else needs the extra `testing`.
+The module `strategies` draws layers with Hypothesis; nothing else needs the extra `testing`.
 """
 
 from minilora.testing.cases import AdaptedLinear
