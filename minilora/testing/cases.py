@@ -205,7 +205,7 @@ class AdaptedLinear:
 
 
 @lru_cache(maxsize=256)
-def kept(case: AdaptedLinear) -> AdaptedLinear:
+def interned(case: AdaptedLinear) -> AdaptedLinear:
     """Return the first case that was equal, with the results that it has computed: laws make equal cases anew."""
     return case
 

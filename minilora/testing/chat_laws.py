@@ -65,7 +65,7 @@ def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
         unclosed = f"found {''.join(tokens)!r}; accepted is an end token after each reply"
         replies = sum(role == "assistant" for role, _ in case.turns)
         yield claim("the end tokens", "" if closings == replies else unclosed)
-        shown = f"learned are    {marked(tokens, flags)}\n  accepted are   {marked(tokens, right)}"
+        shown = f"learned are    {bracketed(tokens, flags)}\n  accepted are   {bracketed(tokens, right)}"
         yield claim("the labelled text", "" if right == [bool(flag) for flag in flags] else shown)
 
 
@@ -82,7 +82,7 @@ def marked_words(render: Render, case: MarkedWords) -> Iterator[Comparison]:
         is_learned = np.array(flags, dtype=bool)[(begins < end) & (ends > begin)]
         is_right = is_learned.any() == is_learned.all() == (word not in case.read)
         wanted = "read alone" if word in case.read else "learned"
-        shown = f"found {marked(tokens, flags)}; accepted is that {word!r} is {wanted}"
+        shown = f"found {bracketed(tokens, flags)}; accepted is that {word!r} is {wanted}"
         yield claim(f"the word {word}", "" if is_right else shown)
 
 
@@ -157,7 +157,7 @@ def in_its_template(render: Render, mistake: Callable[..., Any], case: Chat) -> 
     return functools.partial(mistake, render=corrected)
 
 
-def marked(tokens: Sequence[str], flags: Sequence[bool]) -> str:
+def bracketed(tokens: Sequence[str], flags: Sequence[bool]) -> str:
     """Return the text with ⟦ ⟧ around what is learned."""
     pairs = zip(tokens, flags, strict=True)
     return repr("".join(f"⟦{token}⟧" if flag else token for token, flag in pairs).replace("⟧⟦", ""))

@@ -130,7 +130,7 @@ def config(adapter: Adapter) -> Problems:
             yield f"{CONFIG}: {key}: found {value!r:.60}, accepted is {need}"
 
 
-def values(adapter: Adapter) -> Problems:
+def finite_values(adapter: Adapter) -> Problems:
     for name, tensor in adapter.tensors.items():
         if not tensor.is_floating_point():
             yield f"{WEIGHTS}: {name}: found {tensor.dtype}, accepted are floating-point numbers"
@@ -159,7 +159,7 @@ def pairs(adapter: Adapter) -> Problems:
         yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors"
 
 
-def shapes(adapter: Adapter) -> Problems:
+def shapes_of_factors(adapter: Adapter) -> Problems:
     ranks = adapter.config.get("rank_pattern") or {}
     for where, (lora_A, lora_B) in adapter.factors.items():
         r, source, key = adapter.config["r"], "r is", first_match(ranks, where)
@@ -314,10 +314,12 @@ def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problem
 LAWS = (
     _law("files", "the directory", f"{CONFIG} and {WEIGHTS} can be read, and there is no adapter_model.bin", files),
     _law("config", CONFIG, "the settings have the types and ranges of PEFT's", config),
-    _law("values", WEIGHTS, "all numbers are floating-point and finite", values),
+    _law("values", WEIGHTS, "all numbers are floating-point and finite", finite_values),
     _law("names", "the name of a tensor", "each tensor is a part of an adapter, or of a module trained in full", names),
     _law("pairs", "a pair of factors", "A and B are there for each module", pairs),
-    _law("shapes", "the shape of a factor", "A is (r, in) and B (out, r), r being that of the module", shapes),
+    _law(
+        "shapes", "the shape of a factor", "A is (r, in) and B (out, r), r being that of the module", shapes_of_factors
+    ),
     _law("patterns", "a pattern", "each key of rank_pattern and alpha_pattern matches a module", patterns),
     _law("dora", "a magnitude", "with use_dora each module has a magnitude of a number an output, else none", dora),
     _law("biases", "a bias", "the biases are those that `bias` and `lora_bias` name", biases),

@@ -101,13 +101,13 @@ def largest(blocks: Tensor) -> Tensor:
     return blocks.abs().amax(1)
 
 
-def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
+def nearest_code(scaled: Tensor, levels: Tensor) -> Tensor:
     """Return the code of the nearest level: how many midpoints of neighbouring levels are below."""
     return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
 
 
 def blockwise(
-    numbers: Tensor, block_size: int, levels: Tensor, scale: Any = largest, code: Any = nearest
+    numbers: Tensor, block_size: int, levels: Tensor, scale: Any = largest, code: Any = nearest_code
 ) -> tuple[Tensor, Tensor]:
     """Quantize each number, divided by the scale of its block: numbers (n) -> codes (n), scales (⌈n/block_size⌉)."""
     blocks = F.pad(numbers, (0, -len(numbers) % block_size)).view(-1, block_size)
@@ -116,7 +116,7 @@ def blockwise(
     return codes.flatten()[: len(numbers)], scales
 
 
-def nf4_quantize(W: Tensor, block_size: int, scale: Any = largest, code: Any = nearest) -> tuple[Tensor, Tensor]:
+def nf4_quantize(W: Tensor, block_size: int, scale: Any = largest, code: Any = nearest_code) -> tuple[Tensor, Tensor]:
     """Quantize a weight to the nearest of the 16 levels of NF4, relative to the absmax of its block  [QLoRA §3].
 
     Shapes: W (out, in) -> packed (⌈n/2⌉) uint8, absmax (⌈n/block⌉) float32

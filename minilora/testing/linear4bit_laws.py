@@ -18,7 +18,7 @@ from minilora.testing.nf4_cases import QuantizedLinear
 Make = Callable[..., Any]
 
 
-def build(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
+def make_linear(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
     """Make a layer, and return it with the tensors that it was given."""
     options = accepted(make, double_quant=case.double_quant)
     if case.double_quant and not options:
@@ -29,26 +29,26 @@ def build(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
     return make(given["W"], given.get("b"), **options), given
 
 
-def forward(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
+def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = make_linear(make, case)
     y = layer(tensor(np.asfortranarray(case.x), case.dtype))  # its strides are those of a transposed view
     yield from with_dtype("y", y, case.output(case.x))
 
 
 def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
+    layer, _ = make_linear(make, case)
     one = np.eye(case.inner)
     yield Comparison("layer(1), the weight that is applied", layer(tensor(one, case.dtype)), case.output(one))
 
 
-def gradients(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
+def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = make_linear(make, case)
     x, _ = backward(layer, case)
     yield Comparison("dx", x.grad, case.dx)
 
 
-def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, given = build(make, case)
+def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, given = make_linear(make, case)
     layer(tensor(case.x, case.dtype))  # a layer may quantize when it is first called
     parameters = dict(layer.named_parameters()) if hasattr(layer, "named_parameters") else {}
     buffers = dict(layer.named_buffers()) if hasattr(layer, "named_buffers") else {}
@@ -69,7 +69,7 @@ def frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 
 
 def evaluation(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = build(make, case)
+    layer, _ = make_linear(make, case)
     x = tensor(case.x, case.dtype)
     before = as_array(layer(x))
     for training in (False, True):
@@ -102,15 +102,15 @@ _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
 _DX = "dx = dy dequantize(quantize(W))"
 _LAWS = (
     ("weight", f"{_LINEAR}, for x = 1", LINEARS, weight),
-    ("forward", _LINEAR, LINEARS, forward),
-    ("gradients", _DX, LINEARS, gradients),
-    ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", LEADS, forward),
-    ("shapes_dx", f"{_DX}, for such x", LEADS, gradients),
+    ("forward", _LINEAR, LINEARS, product),
+    ("gradients", _DX, LINEARS, input_gradient),
+    ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", LEADS, product),
+    ("shapes_dx", f"{_DX}, for such x", LEADS, input_gradient),
     ("ragged", f"{_LINEAR}, where rows end within a block", RAGGED, weight),
-    ("ragged_dx", f"{_DX}, where rows end within a block", RAGGED, gradients),
-    ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, frozen),
+    ("ragged_dx", f"{_DX}, where rows end within a block", RAGGED, input_gradient),
+    ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
     ("evaluation", "an evaluation leaves the output of training as it was", LINEARS, evaluation),
     ("double_quant", f"{_LINEAR}, with absmaxes in eight bits", NESTED, weight),
-    ("16-bit", f"{_LINEAR}, in bfloat16 and float16", LOW, forward),
+    ("16-bit", f"{_LINEAR}, in bfloat16 and float16", LOW, product),
 )
 LAWS = tuple(Law("linear4bit", *row) for row in _LAWS)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.cases import SCALES, AdaptedLinear, Method, kept, tensor
+from minilora.testing.cases import SCALES, AdaptedLinear, Method, interned, tensor
 from minilora.testing.compare import Array, Bounded, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
 
@@ -81,7 +81,7 @@ def leaves(y: Tensor) -> list[Tensor]:
     return found
 
 
-def build(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, AdaptedLinear]:
+def make_layer(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, AdaptedLinear]:
     """Make a layer in evaluation mode; the case is returned with W's norm as magnitude where the maker takes none."""
     if case.method == "dora":
         options |= {"use_dora": True} | ({"magnitude": None} if case.has_magnitude else {})
@@ -96,7 +96,7 @@ def build(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, Adapt
     b = None if case.b is None else tensor(case.b, case.dtype)
     layer = make(given["W"], b, given["A"], given["B"], case.alpha, **extra)
     set_mode(layer, training=False)
-    return Built(layer, given if b is None else given | {"b": b}), kept(case)
+    return Built(layer, given if b is None else given | {"b": b}), interned(case)
 
 
 def set_mode(layer: Any, training: bool) -> None:
@@ -113,11 +113,11 @@ def with_dtype(what: str, y: Any, right: Bounded) -> Iterator[Comparison]:
 
 def output(layer: Any, case: AdaptedLinear, what: str = "y") -> Comparison:
     """Compare what a layer makes of the case's x."""
-    return Comparison(what, layer(tensor(case.x, case.dtype)), kept(case).y)
+    return Comparison(what, layer(tensor(case.x, case.dtype)), interned(case).y)
 
 
 def forward(make: Make, case: AdaptedLinear, what: str = "y") -> Iterator[Comparison]:
-    built, case = build(make, case)
+    built, case = make_layer(make, case)
     yield from with_dtype(what, built.layer(tensor(case.x, case.dtype)), case.y)
 
 
@@ -128,13 +128,13 @@ def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     for lead in LEADS:
         yield from forward(make, replace(case, lead=lead), f"y of x {(*lead, case.inner)}")
-    built, case = build(make, replace(case, lead=(2, 3)))
+    built, case = make_layer(make, replace(case, lead=(2, 3)))
     turned = tensor(np.asfortranarray(case.x), case.dtype)  # its strides are those of a transposed view
     yield Comparison(f"y of a view of x {tuple(turned.shape)}", built.layer(turned), case.y)
 
 
 def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    built, case = build(make, replace(case, has_magnitude=False))
+    built, case = make_layer(make, replace(case, has_magnitude=False))
     yield output(built.layer, case)
 
 
@@ -145,7 +145,7 @@ def with_rslora(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 
 def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    built, probe = build(make, replace(case, lead=(case.inner,)).changed(x=np.eye(case.inner)))
+    built, probe = make_layer(make, replace(case, lead=(case.inner,)).changed(x=np.eye(case.inner)))
     yield output(built.layer, probe, "layer(1), the weight that is applied")
     weight = getattr(built.layer, "merged_weight", None)
     if weight is not None:
@@ -154,7 +154,7 @@ def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 
 def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    built, case = build(make, case)
+    built, case = make_layer(make, case)
     x, y = backward(built.layer, case)
     for name, expected in case.gradients.items():
         if name == "magnitude" and not case.has_magnitude:
@@ -189,7 +189,7 @@ def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    built, case = build(make, case)
+    built, case = make_layer(make, case)
     set_mode(built.layer, training=True)
     base = {name: built.tensor(name) for name in ("W", "b") if name in built.given}
     x, _ = backward(built.layer, case)
@@ -205,7 +205,7 @@ def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 
 def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    built, case = build(make, case)
+    built, case = make_layer(make, case)
     if hasattr(built.layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
     B = built.tensor("B", built.layer(tensor(case.x, case.dtype)))
@@ -229,7 +229,7 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     if not case.x.size:
         return
     p, row = 0.25, case.rows[:1]
-    built, one = build(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
+    built, one = make_layer(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
     x = tensor(one.x, one.dtype).repeat(MASKS, 1)
     yield Comparison("a second y in evaluation mode", built.layer(x[:1]), as_array(built.layer(x[:1])))
     yield output(built.layer, one, "y in evaluation mode")

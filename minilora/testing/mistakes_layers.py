@@ -30,19 +30,19 @@ class Wrong(nn.Module):
         return self.formula(self.layer, x)
 
 
-def like(make: Make, wrong: Make) -> Make:
+def with_signature(make: Make, wrong: Make) -> Make:
     """Return a maker of layers with the signature of another one, so that the same options are passed to it."""
     return functools.wraps(make, updated=())(functools.partial(wrong))
 
 
 def with_formula(make: Make, formula: Callable[[Any, Tensor], Tensor]) -> Make:
     """Return a maker of layers that compute another formula."""
-    return like(make, lambda *tensors, **options: Wrong(make(*tensors, **options), formula))
+    return with_signature(make, lambda *tensors, **options: Wrong(make(*tensors, **options), formula))
 
 
 def without_rslora(make: Make) -> Make:
     """Return a maker that ignores `use_rslora`."""
-    return like(make, lambda *tensors, use_rslora=False, **options: make(*tensors, **options))
+    return with_signature(make, lambda *tensors, use_rslora=False, **options: make(*tensors, **options))
 
 
 def with_trained_weight(make: Make) -> Make:
@@ -54,7 +54,7 @@ def with_trained_weight(make: Make) -> Make:
         layer.register_parameter("weight", weight)
         return layer
 
-    return like(make, wrong)
+    return with_signature(make, wrong)
 
 
 # --- LoRA ---
@@ -66,7 +66,7 @@ def base(self: LoRALayer, x: Tensor) -> Tensor:
     return F.linear(x, self.W, self.b)
 
 
-def update(self: LoRALayer, x: Tensor) -> Tensor:
+def delta(self: LoRALayer, x: Tensor) -> Tensor:
     """Return s·(x Aᵀ) Bᵀ."""
     return self.scale * F.linear(F.linear(x, self.A), self.B)
 
@@ -77,7 +77,7 @@ def drop(self: LoRALayer, x: Tensor) -> Tensor:
 
 def rescaled(factor: Callable[[LoRALayer], float]) -> Make:
     """Return a maker of LoRA layers with `factor(layer)` times the right scale."""
-    return lora(lambda self, x: base(self, x) + factor(self) * update(self, drop(self, x)))
+    return lora(lambda self, x: base(self, x) + factor(self) * delta(self, drop(self, x)))
 
 
 def plus_bias(self: Any, y: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def plus_bias(self: Any, y: Tensor) -> Tensor:
 
 def unscaled_mask(self: LoRALayer, x: Tensor) -> Tensor:
     kept = 1 - self.p if self.training else 1.0
-    return base(self, x) + kept * update(self, drop(self, x))
+    return base(self, x) + kept * delta(self, drop(self, x))
 
 
 def transposed_update(self: LoRALayer, x: Tensor) -> Tensor:
@@ -119,12 +119,12 @@ EITHER: Mapping[str, Make] = {
     "the scale is missing": rescaled(lambda self: 1 / self.scale),
     "the update is missing": lora(base),
     "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
-    "the bias is missing": lora(lambda self, x: F.linear(x, self.W) + update(self, drop(self, x))),
+    "the bias is missing": lora(lambda self, x: F.linear(x, self.W) + delta(self, drop(self, x))),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
-    "dropout is never applied": lora(lambda self, x: base(self, x) + update(self, x)),  # meta-pytorch/torchtune#996
+    "dropout is never applied": lora(lambda self, x: base(self, x) + delta(self, x)),  # meta-pytorch/torchtune#996
     "dropout is applied in evaluation mode": lora(  # karpathy/nanoGPT#240
-        lambda self, x: base(self, x) + update(self, F.dropout(x, self.p))
+        lambda self, x: base(self, x) + delta(self, F.dropout(x, self.p))
     ),
     "dropout is applied to the input of the base": lora(
         lambda self, x: F.linear(drop(self, x), self.W + self.scale * self.B @ self.A, self.b)
@@ -134,12 +134,12 @@ EITHER: Mapping[str, Make] = {
     ),
     "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
     "one dropout mask is used for all rows": lora(
-        lambda self, x: base(self, x) + update(self, x * drop(self, x.new_ones(x.shape[-1])))
+        lambda self, x: base(self, x) + delta(self, x * drop(self, x.new_ones(x.shape[-1])))
     ),
     "the gradient of A lacks the scale": with_unscaled_gradient("A"),
     "the gradient of B lacks the scale": with_unscaled_gradient("B"),
     "the gradient of x lacks that of the update": lora(
-        lambda self, x: base(self, x) + update(self, drop(self, x.detach()))
+        lambda self, x: base(self, x) + delta(self, drop(self, x.detach()))
     ),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),

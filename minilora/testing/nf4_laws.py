@@ -50,20 +50,20 @@ def stored(case: NF4Weight) -> tuple[Tensor, Tensor]:
     return tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
 
 
-def nearest(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
+def nearest_codes(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
     packed, _ = quantized(pair, case)
     yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
     found = as_codes(packed, case.W.size)
     yield Comparison("codes", found if is_exact else case.rounding.certain(found), case.codes)
 
 
-def largest(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+def largest_absmax(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     yield Comparison("absmax", quantized(pair, case)[1], case.stored_absmax)
 
 
 def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     _, absmax = quantized(pair, case)
-    yield from nearest(pair, case, is_exact=True)
+    yield from nearest_codes(pair, case, is_exact=True)
     yield form("absmax", absmax, (-(-case.W.size // case.block_size),), "float32")
     weight = dequantized(pair, case, *stored(case))
     yield form("the dequantized weight", weight, (case.rows, case.columns), "float32")
@@ -74,7 +74,7 @@ def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     yield Comparison("codes of a transposed view", as_codes(packed, case.W.size), case.codes)
 
 
-def values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+def dequantized_values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     weight = dequantized(pair, case, *stored(case))
     yield Comparison("dequantize", weight, case.values)
 
@@ -84,7 +84,7 @@ def error(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     yield Comparison("dequantize(quantize(W))", weight, case.approximated)
 
 
-def kept(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
+def kept_exactly(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     weight = as_array(dequantized(pair, case, *quantized(pair, case)))
     absmax = case.absmax[case.block].reshape(case.W.shape)
     for what, chosen in (("zeros", case.W == 0), ("the largest numbers of the blocks", abs(case.W) == absmax)):
@@ -110,9 +110,9 @@ def powers(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 
 def all_of(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    yield from nearest(pair, case)
-    yield from largest(pair, case)
-    yield from values(pair, case)
+    yield from nearest_codes(pair, case)
+    yield from largest_absmax(pair, case)
+    yield from dequantized_values(pair, case)
     yield from error(pair, case)
 
 
@@ -202,23 +202,23 @@ SURE = weights("levels")
 LOW = weights("normal", "outlier", dtype="bfloat16") + weights("normal", "outlier", dtype="float16")
 _CODE = "each code is that of the level nearest to w / absmax"
 _NF4 = (
-    ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", PLAIN, nearest),
+    ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", PLAIN, nearest_codes),
     (
         "ties",
         "a number midway between two levels gets the lower one, its neighbours the nearest",
         weights("ties"),
-        functools.partial(nearest, is_exact=True),
+        functools.partial(nearest_codes, is_exact=True),
     ),
     (
         "absmax",
         "absmax = max |w| of each block, bit for bit; below the smallest normal number, within it",
         PLAIN,
-        largest,
+        largest_absmax,
     ),
     ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", SURE, layout),
-    ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, values),
+    ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
     ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", PLAIN, error),
-    ("kept", "zeros and the largest number of each block are kept exactly", PLAIN, kept),
+    ("kept", "zeros and the largest number of each block are kept exactly", PLAIN, kept_exactly),
     ("idempotence", "a dequantized weight has the same codes and absmaxes", PLAIN, idempotence),
     ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", PLAIN, powers),
     ("hard", f"{_CODE}, for outliers, constants and small numbers; of denormals and zeros, any", HARD, all_of),

@@ -124,7 +124,7 @@ def cross_entropy(logits: Array, labels: Array) -> float:
     Shapes: logits (N, V), labels (N) -> ()
     """
     pairs = zip(logits, labels.tolist(), strict=True)
-    return math.fsum(_loss(row, label) for row, label in pairs if label != IGNORED)
+    return math.fsum(_token_loss(row, label) for row, label in pairs if label != IGNORED)
 
 
 def masked_loss(logits: Array, labels: Array) -> float:
@@ -132,7 +132,7 @@ def masked_loss(logits: Array, labels: Array) -> float:
 
     Shapes: logits (B, T, V), labels (B, T) -> ()
     """
-    losses = [_loss(logits[row, t], label) for row, t, label in predicted(labels)]
+    losses = [_token_loss(logits[row, t], label) for row, t, label in predicted(labels)]
     return math.fsum(losses) / len(losses) if losses else math.nan
 
 
@@ -171,7 +171,7 @@ def predicted(labels: Array) -> Iterator[tuple[int, int, int]]:
                 yield row, t, own[t + 1]
 
 
-def _loss(logits: Array, label: int) -> float:
+def _token_loss(logits: Array, label: int) -> float:
     """-log p(label), (V) -> ()."""
     scores = _wide(logits)[0]
     most = scores.max()

@@ -121,7 +121,7 @@ def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
             yield Comparison(what, as_array(other)[:-1], near(own, own)[:-1])
 
 
-def gradients(packed: Packed, case: Lengths) -> Iterator[Comparison]:
+def summed_gradients(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     if not packed.parameters:
         raise NotApplicable("no parameters were given")
     documents = case.tokens(packed.vocabulary)
@@ -184,7 +184,7 @@ _PACKING = (
     ("alone", "each document has the result that it has by itself", SEVERAL, by_itself, in_its_model),
     ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours, in_its_model),
     ("causal", "a token changes results, and none in front of it", SEVERAL, causal),  # which is the model's own
-    ("gradients", "gradients are the sums of the documents' own", SEVERAL, gradients, in_its_model),
+    ("gradients", "gradients are the sums of the documents' own", SEVERAL, summed_gradients, in_its_model),
 )
 _GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy)
 LAWS = (

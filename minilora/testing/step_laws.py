@@ -36,7 +36,7 @@ def check_trains_everything(
             as far as it shows.
         ValueError: `trained` is missing, empty, or has a name that the model does not have.
     """
-    before = values(model)
+    before = snapshot(model)
     if trained is None and isinstance(model, nn.Module):
         trained = [name for name, each in named(model).items() if each.requires_grad]
     meant = set(trained or ())
@@ -47,7 +47,7 @@ def check_trains_everything(
     with watched(model) as gradients:
         for _ in range(steps):
             step()
-    after = values(model)
+    after = snapshot(model)
     problems = []
     for name, old in before.items():
         new = after.get(name)
@@ -73,16 +73,16 @@ def named(model: nn.Module | Read) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
 
 
-def values(model: nn.Module | Read) -> dict[str, Any]:
+def snapshot(model: nn.Module | Read) -> dict[str, Any]:
     """Return copies of all parameters and buffers, except the statistics of batch norms."""
     if not isinstance(model, nn.Module):
         return {name: np.array(each) for name, each in model().items()}
     norms = [path for path, each in model.named_modules() if isinstance(each, nn.modules.batchnorm._NormBase)]
     buffers = {name: each for name, each in model.named_buffers() if name.rpartition(".")[0] not in norms}
-    return {name: copied(each) for name, each in {**named(model), **buffers}.items()}
+    return {name: array_copy(each) for name, each in {**named(model), **buffers}.items()}
 
 
-def copied(tensor: torch.Tensor) -> Any:
+def array_copy(tensor: torch.Tensor) -> Any:
     own = tensor.detach().cpu()
     return (own.double() if own.is_floating_point() else own).numpy().copy()
 
