@@ -6,7 +6,6 @@ import pytest
 
 from minilora.testing import CheckFailure, NotApplicable, implementations, laws
 from minilora.testing.catalogue import CATALOGUE
-from tests.test_sequence_laws import PACKED
 
 CORRECT = {
     "lora": implementations.LoRALayer,
@@ -21,7 +20,6 @@ CORRECT = {
     "loss_masking": implementations.masked_loss,
     "accumulation": implementations.accumulated_gradient,
     "chat_mask": implementations.render_chat,
-    "packing": PACKED,
 }
 MISTAKES = [
     pytest.param(kind, name, id=f"{kind}: {name}", marks=() if i % 8 == 0 else pytest.mark.long)
@@ -41,7 +39,7 @@ def test_the_right_implementation_keeps_every_law(kind):
 def test_a_mistake_is_refused_and_named(kind, name):
     for law in laws(kind).values():
         try:
-            law.check(mistaken(law, CATALOGUE[kind][name]))
+            law.check(CATALOGUE[kind][name])
         except NotApplicable:
             continue
         except CheckFailure as failure:
@@ -50,19 +48,11 @@ def test_a_mistake_is_refused_and_named(kind, name):
     pytest.fail("no law refuses it by name")
 
 
-def mistaken(law, mistake):
-    """A mistake as the law takes it: that of packing is made with a model."""
-    return law.like(PACKED, mistake, None) if law.kind == "packing" else mistake
-
-
 def refuses(law, mistake, case):
     with suppress(NotApplicable):
-        return any(each.verdict[0] > 1 for each in law.comparisons(mistaken(law, mistake), case))
+        return any(each.verdict[0] > 1 for each in law.comparisons(mistake, case))
 
 
-NAMED = [law for law in laws(*CATALOGUE).values() if law.id != "packing-causal"]  # which is of the model itself
-
-
-@pytest.mark.parametrize("law", NAMED, ids=lambda law: law.id)
+@pytest.mark.parametrize("law", laws(*CATALOGUE).values(), ids=lambda law: law.id)
 def test_a_law_refuses_a_mistake(law):
     assert any(refuses(law, mistake, case) for mistake in CATALOGUE[law.kind].values() for case in law.cases)

@@ -14,6 +14,7 @@ from minilora.testing import AdapterSum, Chat, Lengths, MaskedLogits, MicroBatch
 from minilora.testing.nf4_cases import DrawnKind
 from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
 from tests.test_catalogue import CORRECT
+from tests.test_sequence_laws import PACKED
 
 DTYPES = ("float64", "float32", "bfloat16")
 EXACT = ("ties", "layout", "kept", "idempotence", "powers")  # laws of codes; of denormal blocks any code is right
@@ -68,7 +69,12 @@ CASES = {
     "packing": st.builds(Lengths, st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple), seeds),
     "chat_mask": chats(),
 }
-RIGHT = [(kind, each[kind]) for each in (ours(torch.device("cpu")), CORRECT) for kind in each if kind in CASES]
+RIGHT = [
+    (kind, each[kind])
+    for each in (ours(torch.device("cpu")), CORRECT, {"packing": PACKED})
+    for kind in each
+    if kind in CASES
+]
 
 
 @pytest.mark.parametrize(("kind", "implementation"), RIGHT, ids=lambda each: each if isinstance(each, str) else "")

@@ -66,7 +66,6 @@ class Tiny(nn.Module):
 MODEL = Tiny()
 PARAMETERS = tuple(MODEL.parameters())
 PACKED = Packed(MODEL.logits, VOCABULARY, PARAMETERS)
-ONE = ("positions go on", "attention looks across")
 
 
 @pytest.mark.parametrize("run", [MODEL.logits, MODEL.losses, MODEL.mean])
@@ -114,8 +113,11 @@ def test_plain_tuples_are_checked_as_the_arguments_of_the_functions_are():
     assert [report.checked for report in check(packed, "packing")] == [True, True, True, False]
     assert laws("packing")["gradients"].check((*packed, PARAMETERS)).checked
     assert laws("generation")["greedy"].check(decoder("")).checked
-    with pytest.raises(CheckFailure, match="the documents are taken for one"):
-        check((lambda documents: MODEL.logits(documents, *ONE), VOCABULARY), "packing")
+    for law in ("alone", "neighbours"):
+        with pytest.raises(CheckFailure, match=f"packing-{law}: document"):
+            laws("packing")[law].check(
+                (lambda documents: MODEL.logits(documents, "attention looks across"), VOCABULARY)
+            )
     with pytest.raises(TypeError, match="'vocabulary'"):
         check((MODEL.logits,), "packing")
 

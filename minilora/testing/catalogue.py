@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minilora.testing.mistakes_data import ACCUMULATION, CHAT_MASK, LOSS_MASKING, PACKING
+from minilora.testing.mistakes_data import ACCUMULATION, CHAT_MASK, LOSS_MASKING
 from minilora.testing.mistakes_layers import ADAPTER_SUM, DORA, LORA, MERGE, MERGE_DORA, RSLORA
 from minilora.testing.mistakes_nf4 import DOUBLE_QUANT, LINEAR4BIT, NF4
 
@@ -31,5 +31,4 @@ CATALOGUE: Mapping[str, Mapping[str, Any]] = {
     "loss_masking": LOSS_MASKING,
     "accumulation": ACCUMULATION,
     "chat_mask": CHAT_MASK,
-    "packing": PACKING,
 }

@@ -159,7 +159,7 @@ def pairs(adapter: Adapter) -> Problems:
         yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors"
 
 
-def shapes_of_factors(adapter: Adapter) -> Problems:
+def factor_ranks(adapter: Adapter) -> Problems:
     ranks = adapter.config.get("rank_pattern") or {}
     for where, (lora_A, lora_B) in adapter.factors.items():
         r, source, key = adapter.config["r"], "r is", first_match(ranks, where)
@@ -317,9 +317,7 @@ LAWS = (
     _law("values", WEIGHTS, "all numbers are floating-point and finite", finite_values),
     _law("names", "the name of a tensor", "each tensor is a part of an adapter, or of a module trained in full", names),
     _law("pairs", "a pair of factors", "A and B are there for each module", pairs),
-    _law(
-        "shapes", "the shape of a factor", "A is (r, in) and B (out, r), r being that of the module", shapes_of_factors
-    ),
+    _law("shapes", "the shape of a factor", "A is (r, in) and B (out, r), r being that of the module", factor_ranks),
     _law("patterns", "a pattern", "each key of rank_pattern and alpha_pattern matches a module", patterns),
     _law("dora", "a magnitude", "with use_dora each module has a magnitude of a number an output, else none", dora),
     _law("biases", "a bias", "the biases are those that `bias` and `lora_bias` name", biases),

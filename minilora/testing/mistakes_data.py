@@ -1,4 +1,4 @@
-"""Mistakes in masked losses, in accumulated gradients, in chat masks and in packing: see `catalogue`.
+"""Mistakes in masked losses, in accumulated gradients and in chat masks: see `catalogue`.
 
 The threads in comments are those where a mistake was seen.
 """
@@ -6,8 +6,7 @@ The threads in comments are those where a mistake was seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -140,22 +139,4 @@ CHAT_MASK: Mapping[str, Render] = {
     ),
     "a reply is found by its text, even in the question": with_spans(found_by_its_text),
     "the system message is learned": system_learned,
-}
-
-# --- documents in one batch: `run` is what is checked, right for one document ---
-
-Run = Callable[[list[list[int]]], Any]
-
-
-def one_sequence(run: Run, documents: Sequence[Sequence[int]]) -> Any:
-    """Return the results of documents that are taken for one."""
-    whole = run([[token for document in documents for token in document]])
-    if not isinstance(whole, list | tuple):
-        return whole
-    ends = accumulate(len(document) for document in documents)
-    return [whole[0][end - len(document) : end] for document, end in zip(documents, ends, strict=True)]
-
-
-PACKING: Mapping[str, Callable[[Run, Sequence[Sequence[int]]], Any]] = {
-    "the documents are taken for one: attention and positions go on": one_sequence,
 }

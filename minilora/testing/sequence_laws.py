@@ -146,11 +146,6 @@ def slopes(packed: Packed, documents: list[Tokens]) -> list[torch.Tensor]:
     return [torch.zeros_like(parameter) if own is None else own for own, parameter in pairs]
 
 
-def in_its_model(packed: Packed, mistake: Callable[..., Any], case: Lengths) -> Packed:
-    """Return a mistake of the catalogue, made with the model that an implementation runs."""
-    return packed._replace(run=lambda documents: mistake(packed.run, documents))
-
-
 # --- generation ---
 
 
@@ -181,10 +176,10 @@ _LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (9, 2, 17), (33, 1, 8, 2
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 SEVERAL = CASES[1:]
 _PACKING = (
-    ("alone", "each document has the result that it has by itself", SEVERAL, by_itself, in_its_model),
-    ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours, in_its_model),
-    ("causal", "a token changes results, and none in front of it", SEVERAL, causal),  # which is the model's own
-    ("gradients", "gradients are the sums of the documents' own", SEVERAL, summed_gradients, in_its_model),
+    ("alone", "each document has the result that it has by itself", SEVERAL, by_itself),
+    ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours),
+    ("causal", "a token changes results, and none in front of it", SEVERAL, causal),
+    ("gradients", "gradients are the sums of the documents' own", SEVERAL, summed_gradients),
 )
 _GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy)
 LAWS = (
