@@ -41,10 +41,6 @@ def difference(ones, others, digits=3):
     return f"{abs(statistics.mean(more)):.{digits}f} ± {half:.{digits}f}"
 
 
-def signed(values):
-    return f"{min(values):+.2f} to {max(values):+.2f}"
-
-
 def percent(values):
     return f"{100 * statistics.mean(values):.0f} %"
 
@@ -101,12 +97,8 @@ def methods():
     def values(method, rate, key):
         return [run[key] for run in runs if run["method"] == method and rate in (None, run["rate"])]
 
-    for method in ("full", "LoRA", "DoRA"):
-        yield signed([each["q_proj"] for each in values(method, None, "all checkpoints")])
     tests = {m: mean(values(m, rate, "test")) for m, rate in (("LoRA", 2e-3), ("DoRA", 2e-3), ("PiSSA", 5e-4))}
     yield f"LoRA {tests['LoRA']}, DoRA {tests['DoRA']}, PiSSA {tests['PiSSA']}"
-    yield f"or {mean(values('PiSSA', 1e-3, 'test'))} at another rate"
-    yield f"accuracy {tests['LoRA']} against {mean(values('full', 4e-4, 'test'))}"
     lora, full = ([values(*each, key) for key in ("kl", "test")] for each in (("LoRA", 2e-3), ("full", 4e-4)))
     yield f"KL {spread(lora[0], 2)} against {mean(full[0], 2)}, a difference of {difference(lora[0], full[0], 2)}"
     slow = [values("full", 2e-4, key) for key in ("kl", "test")]
