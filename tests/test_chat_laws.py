@@ -101,7 +101,7 @@ def test_each_law_of_masks_finds_what_breaks_it(mistake):
         ("turns", str.lower, "'Is it day?'", None),
     ],
 )
-def test_a_text_that_is_lost_or_changed_is_said_and_no_mistake_of_labels_is_named(law, change, lost, case):
+def test_a_lost_or_changed_text_has_no_mistake_of_labels_as_its_cause(law, change, lost, case):
     def render(messages):
         return render_chat([{**each, "content": change(each["content"])} for each in messages])
 
@@ -141,12 +141,12 @@ def test_calls_of_tools_and_reasoning_that_is_kept_or_dropped_pass(reasons):
         ("chat_mask-reasoning", {"unlearned": "Qe"}, "Qe"),
     ],
 )
-def test_what_is_lost_and_what_has_wrong_labels_among_calls_and_reasoning_is_refused(law, wrong, word):
+def test_lost_words_and_wrong_labels_of_calls_and_reasoning_are_refused(law, wrong, word):
     with pytest.raises(CheckFailure, match=f"the word {word}: wrong"):
         laws()[law].check(lambda messages: with_tools(messages, **wrong))
 
 
-def test_a_question_that_quotes_the_mark_by_which_replies_are_found_is_refused():
+def test_finding_replies_by_a_mark_that_a_question_quotes_is_refused():
     def found_by_a_mark(messages):
         tokens = [token for token in re.split(r"(<\|\w+\|>)", "".join(render_chat(messages)[0])) if token]
         flags, is_reply = [], False

@@ -50,7 +50,7 @@ def test_an_embedding_and_a_conv1d_pass(case, tmp_path):
     check_adapter_directory(saved(tmp_path, model, r=2, target_modules=("0", "1", "2"), **KINDS[case]))
 
 
-def test_one_name_of_a_classifier_s_head_is_enough_and_numbers_of_16_bits_and_a_path_as_text_pass(tmp_path):
+def test_a_classifier_s_head_16_bit_numbers_and_a_path_as_text_pass(tmp_path):
     saved(tmp_path, modules_to_save=("lm_head",))
     edit(tmp_path, modules_to_save=["classifier", "score"])
     change(tmp_path, renamed("lm_head", "score"))

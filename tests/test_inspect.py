@@ -61,7 +61,7 @@ def header_bytes(path):
 
 
 @given(st.dictionaries(names, st.sampled_from("xy"), min_size=1, max_size=30))
-def test_folding_keeps_each_name_once_with_its_kind_and_a_label_has_a_star_for_each_number(kinds):
+def test_folding_keeps_each_name_once_and_puts_a_star_for_each_number(kinds):
     folds = fold(kinds)
     assert sorted(name for _, names in folds for name in names) == sorted(kinds)
     for label, names in folds:
@@ -192,7 +192,7 @@ def run(tmp_path):
     return directory
 
 
-def test_a_run_tells_its_settings_and_how_far_it_is_and_damage_names_file_and_place(run, page):
+def test_a_run_tells_its_settings_and_its_progress_and_damage_is_named(run, page):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # cut off by a crash
     facts = run_facts(run)
@@ -225,7 +225,7 @@ def test_files_are_compared_with_their_manifests_also_those_of_checkpoints(run, 
 # --- pages and JSON ---
 
 
-def test_json_tells_what_the_files_of_a_run_that_is_an_adapter_and_a_model_hold(run, base, page):
+def test_json_has_what_the_files_of_a_run_an_adapter_and_a_model_have(run, base, page):
     shutil.copytree(base, run, dirs_exist_ok=True)
     model = saved(run, rank_pattern={"o_proj": 2})
     write_json(run / "summary.json", {"after": {"loss": 2.5}})
@@ -243,7 +243,7 @@ def test_json_tells_what_the_files_of_a_run_that_is_an_adapter_and_a_model_hold(
     assert {module["module"]: module["rank"] for module in told["adapter"]["modules"]} == ranks
 
 
-def test_the_page_of_an_adapter_has_every_module_with_its_rank_scale_and_features(tmp_path, page):
+def test_the_page_of_an_adapter_has_every_module_and_its_features(tmp_path, page):
     model = saved(tmp_path, rank_pattern={"layers.2.self_attn.q_proj": 6}, use_rslora=True)
     text = page(tmp_path)
     title, *rows = rows_of(text)

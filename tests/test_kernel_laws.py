@@ -137,7 +137,7 @@ def changing(x, W):
         (lambda x, W: softmax(x, W)[:1], r"the shape is \(1, 32\), expected \(8, 32\)"),
     ],
 )
-def test_what_breaks_the_call_is_a_failure_of_the_check_and_leaves_the_inputs(kernel, said):
+def test_what_breaks_the_call_fails_the_check_and_leaves_the_inputs(kernel, said):
     given = inputs(0, torch.float32)
     with pytest.raises(CheckFailure, match=f"(?s)kernel-mine: .*{said}"):
         check_kernel(kernel, softmax, given, "mine")

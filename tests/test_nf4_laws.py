@@ -121,7 +121,7 @@ def test_a_case_is_made_again_by_its_repr():
         assert eval(repr(case), {type(case).__name__: type(case)}) == case
 
 
-def test_a_number_within_the_rounding_of_a_midpoint_may_get_either_level_and_others_only_one():
+def test_only_numbers_within_the_rounding_of_a_midpoint_have_two_levels():
     case = NF4Weight(9, 96)
     assert case.rounding.admissible.sum() == 9 * 96
     assert NF4Weight(1, 64, kind="ties").rounding.admissible.sum(1).max() == 2

@@ -159,7 +159,7 @@ def test_what_is_not_quoted_is_encoded_as_ever(tokenizer, kind, text, add_specia
 
 
 @given(kinds, hostile)
-def test_quoted_text_holds_no_control_token_and_its_characters_are_those_of_the_text(tokenizer, kind, text):
+def test_quoted_text_has_its_own_characters_and_no_control_token(tokenizer, kind, text):
     chosen = tokenizer(kind)
     quoted = chosen.quote(text)
     assert quoted.replace(QUOTE, "") == text
@@ -169,7 +169,7 @@ def test_quoted_text_holds_no_control_token_and_its_characters_are_those_of_the_
 
 @given(st.sampled_from(EXACT), st.lists(st.tuples(hostile, st.booleans()), max_size=3))
 @example("byte-level", [(CLOSE, False), (f"a{CLOSE}", True), (f"{EOS}b", False)])
-def test_spans_of_text_that_is_quoted_in_places_are_the_characters_of_each_token(tokenizer, kind, pieces):
+def test_spans_of_quoted_text_are_the_characters_of_each_token(tokenizer, kind, pieces):
     chosen = tokenizer(kind)
     text = "".join(chosen.quote(text) if is_quoted else text for text, is_quoted in pieces)
     ids, spans = chosen.encode_spans(text)
@@ -306,7 +306,7 @@ def control(*names, **options):
     "names", [("¤",), ("<a>", "<a><b>", "a"), ("<<s>>", "<s>"), ("aa", "aaa"), ("[x]", "]", "^-\\")]
 )
 @given(data=st.data())
-def test_control_tokens_of_one_character_or_within_each_other_do_not_act_either(names, data):
+def test_control_tokens_of_one_character_or_within_others_do_not_act(names, data):
     tokens, backend = control(*names)
     text = "".join(data.draw(st.lists(st.sampled_from([*names, *"".join(names), " "]), max_size=8)))
     ids = tokens.backend.encode(tokens.rename(tokens.quote(text))[0]).ids
@@ -315,7 +315,7 @@ def test_control_tokens_of_one_character_or_within_each_other_do_not_act_either(
     assert unquoted == backend.encode(text).ids
 
 
-def test_the_name_that_stands_for_a_control_token_is_never_seen_whatever_the_tokenizer_normalizes():
+def test_a_renamed_control_token_is_decoded_as_its_own_text():
     data = json.loads(source_of("legacy metaspace"))
     data["added_tokens"] = [{**token, "normalized": True} for token in data["added_tokens"]]
     backend = tokenizers.Tokenizer.from_str(json.dumps(data))

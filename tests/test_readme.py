@@ -86,7 +86,7 @@ def test_what_the_tables_for_users_of_other_libraries_name_is_there():
         assert name in cli.COMMANDS
 
 
-def test_the_readme_is_short_and_names_the_six_pages_in_their_order_the_guide_every_command():
+def test_the_readme_is_short_and_names_the_pages_the_guide_every_command():
     assert len(README.splitlines()) <= 140
     pages = re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|", README, flags=re.MULTILINE)
     assert pages == ["lora", "nf4", "llama", "adapter", "data", "training"]
@@ -121,7 +121,7 @@ def test_the_figures_of_a_release_were_measured_at_its_own_code():
     assert newest == "Unreleased" or (newest, code) == (ml.__version__, selftest.code_hash())
 
 
-def test_the_tables_of_readme_and_docs_are_what_was_measured_forecast_and_said_in_docstrings():
+def test_the_tables_of_readme_and_docs_are_what_scripts_write():
     measured = front.measured()
     assert front.table_of_readme(*measured, PAGES["results.md"]) in README
     assert front.table(*measured, front.IN_RESULTS) in PAGES["results.md"]
@@ -142,7 +142,7 @@ def test_the_command_of_the_readme_repeats_its_table():
     assert {*peers.split()} == {peer for _, peer in front.IN_README}
 
 
-def test_the_run_that_the_readme_shows_and_the_bag_of_words_are_those_of_the_results():
+def test_the_run_and_the_bag_of_words_of_the_readme_are_in_the_results():
     losses, accuracies = zip(*re.findall(r"^(?:base|adapter) +([\d.]+) +([\d.]+)$", README, re.MULTILINE), strict=True)
     figures = " | ".join(f"{float(number):.3f}" for number in (*accuracies, *losses))
     assert f"| 0 | {figures} |" in PAGES["results.md"]

@@ -102,7 +102,7 @@ def test_a_document_that_is_another_beside_others_is_refused(run, fault):
         (lambda documents: [z[:, 0] for z in MODEL.logits(documents)], "alone", r"found the shape \(3,\)"),
     ],
 )
-def test_what_would_pass_because_nothing_can_be_seen_is_refused_without_a_cause(run, law, said):
+def test_what_would_pass_because_nothing_can_be_seen_is_refused(run, law, said):
     with pytest.raises(CheckFailure, match=f"(?s)packing-{law}: .*{said}") as caught:
         check_packing(run, VOCABULARY, PARAMETERS)
     assert caught.value.causes == ()

@@ -60,7 +60,7 @@ def python(code, *words):
 # --- what does not need PyTorch ---
 
 
-def test_the_list_of_commands_the_version_and_a_wrong_command_import_no_torch():
+def test_help_the_version_and_a_wrong_command_import_no_torch():
     assert python(NO_PYTORCH, json.dumps([["--help"], [], ["--version"], ["what"]]))[-1] == "needless: []"
 
 
@@ -84,14 +84,14 @@ def test_every_public_name_is_what_its_module_has():
         assert getattr(ml, name) is getattr(public, name)
 
 
-def test_training_imports_little_and_public_names_are_found_whatever_was_imported_before():
+def test_training_imports_little_and_public_names_are_always_found():
     """No template engine, no tokenizer and no command line; all in one process, since it imports PyTorch."""
     printed = python(ONE_AFTER_THE_OTHER, json.dumps([code for code, _ in IMPORTS]))
     for (code, beginning), line in zip(IMPORTS, printed, strict=True):
         assert line.startswith(beginning), code
 
 
-def test_another_name_is_an_attribute_error_that_names_ours_if_it_is_of_another_library():
+def test_a_name_of_another_library_is_an_error_that_names_ours():
     for name in ("load_modle", "__wrapped__", "Mapping", "storag"):
         with pytest.raises(AttributeError, match=f"^module 'minilora' has no attribute '{name}'$"):
             getattr(ml, name)

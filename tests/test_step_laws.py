@@ -81,7 +81,7 @@ def test_what_no_gradient_reaches_is_named(layer, cause):
     assert "2.weight" not in message
 
 
-def test_what_the_optimizer_does_not_have_is_named_and_so_is_what_rounding_swallows():
+def test_what_the_optimizer_lacks_and_what_rounding_swallows_are_named():
     model = model_of()
     refused("2.weight: unchanged; its gradient was not 0: the optimizer", model, stepper(model, model[0].parameters()))
     refused("rounded away in torch.float32", model, stepper(model, lr=1e-30))

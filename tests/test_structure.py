@@ -110,7 +110,7 @@ def tree(page):
     return found
 
 
-def test_the_page_of_architecture_names_every_file_of_the_package_and_no_other():
+def test_the_page_of_architecture_names_every_file_and_no_other():
     named = tree((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
     written = {f"minilora/{name}.py" for name, path in MODULES.items() if path.stat().st_size}
     assert sorted(name for name in named if name.endswith(".py")) == sorted(written)
@@ -118,7 +118,7 @@ def test_the_page_of_architecture_names_every_file_of_the_package_and_no_other()
     assert {name for name in named if name.endswith("/")} == {f"minilora/{name}/" for name in folders}
 
 
-def test_the_six_pages_and_each_file_of_a_family_keep_to_their_numbers_of_lines():
+def test_the_six_pages_and_each_family_keep_to_their_numbers_of_lines():
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert sum(lengths[page] for page in PAGES) <= PAGES_LINES
     pages = "".join(MODULES[page].read_text(encoding="utf-8") for page in PAGES)

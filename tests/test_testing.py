@@ -132,7 +132,7 @@ def test_a_layer_that_takes_no_view_or_returns_another_dtype_is_refused(law, wro
             laws(kind)[law].check(with_formula(right, wrong))
 
 
-def test_a_failure_names_the_place_the_bound_the_smallest_case_the_cause_and_how_to_repeat_it():
+def test_a_failure_names_place_bound_smallest_case_cause_and_repetition():
     broken = LORA["the scale is α·r"]
     with pytest.raises(CheckFailure) as caught:
         check_lora_linear(broken)
@@ -209,7 +209,7 @@ def test_a_bound_is_a_few_units_of_what_is_summed(case):
 
 
 @pytest.mark.parametrize("is_flushed", [False, True])
-def test_a_product_of_denormal_numbers_is_right_whether_they_are_replaced_by_zero_or_not(is_flushed):
+def test_denormal_numbers_may_be_replaced_by_zero(is_flushed):
     x, W = randn(1, 3, 33, dtype=torch.float32), 1e-40 * randn(2, 33, 4, dtype=torch.float32)
     expected = Bounded.exact(as_array(x), "float32") @ Bounded.exact(as_array(W), "float32")
     assert worst(0 * (x @ W) if is_flushed else x @ W, expected)[0] <= 1
@@ -289,7 +289,7 @@ def test_a_weight_that_changes_is_not_taken_for_dropout():
     assert causes_of(laws("lora")["dropout"], lora(drifting)) == ()
 
 
-def test_the_right_results_of_a_case_are_computed_once_however_many_mistakes_are_tried(monkeypatch):
+def test_right_results_are_computed_once_whatever_mistakes_are_tried(monkeypatch):
     computed = []
     monkeypatch.setattr(cases, "lora_forward", lambda *given: computed.append(given) or reference.lora_forward(*given))
     law = laws("lora")["merge"]

@@ -131,7 +131,7 @@ def test_a_chapter_has_the_parts_that_every_chapter_has():
         assert all(cell["code"].count("\n") <= 40 for cell in run.CELL.finditer(text)), number
 
 
-def test_what_a_page_quotes_is_what_the_file_says_and_a_name_that_links_to_a_file_is_defined_in_it():
+def test_quotations_are_what_the_file_says_and_linked_names_are_defined():
     for page in EXECUTED:
         for quotation in run.QUOTATION.finditer(text_of(page)):
             assert quotation["code"] == run.source(quotation["name"]), page.name
@@ -225,7 +225,7 @@ def differences(page):
     return chapter.differences
 
 
-def test_what_a_page_quotes_and_prints_is_written_and_what_differs_is_noticed(tmp_path):
+def test_quotations_and_outputs_are_written_and_differences_noticed(tmp_path):
     page = tmp_path / "01_page.md"
     page.write_text(PAGE, encoding="utf-8")
     assert differences(page)

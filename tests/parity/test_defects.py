@@ -60,7 +60,7 @@ def test_two_doras_with_dropout_that_drops_nothing_train_as_they_evaluate():
     assert_parity(logits(ours.train()), logits(ours.eval()))
 
 
-def test_what_was_moved_out_of_a_bfloat16_weight_and_what_is_left_are_the_weight():
+def test_pissa_s_parts_of_a_bfloat16_weight_add_up_to_it():
     fields = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
     theirs = layer_of(theirs_attached(theirs_of().bfloat16(), **fields))
     weight = theirs_of().bfloat16().get_submodule(Q_PROJ).weight

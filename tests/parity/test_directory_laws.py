@@ -98,7 +98,7 @@ def test_what_peft_saves_passes(case, tmp_path):
     assert len(check_adapter_directory(saved(tmp_path, make_model, **fields))) == len(LAWS)
 
 
-def test_a_pattern_that_peft_sorts_a_target_that_it_passes_over_and_a_new_adapter_are_found(tmp_path):
+def test_what_peft_saves_wrongly_is_found(tmp_path):
     """The model has rank 8, and PEFT itself cannot load what it saved."""
     saved(tmp_path, llama, rank_pattern={"self_attn.q_proj": 8, "q_proj": 2})
     with pytest.raises(CheckFailure, match=", the first key that matches, is"):

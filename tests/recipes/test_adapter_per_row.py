@@ -56,7 +56,7 @@ def test_rows_are_generated_with_their_adapters_also_when_some_have_ended(model,
         assert new == ml.generate(model, [prompt], 6, stop_ids=stop_ids)[0]
 
 
-def test_rows_in_the_first_dimension_need_no_lengths_and_the_active_adapters_come_back():
+def test_rows_in_the_first_dimension_need_no_lengths():
     """Also of PyTorch's encoder, whose fast path reads the weights of its linears and does not call them."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64)
     model, x, outputs = nn.TransformerEncoder(layer, 1).eval(), randn(0, 2, 3, 8), []

@@ -73,7 +73,7 @@ def learn(model, tokenizer, folder, **config):
     return losses, before, recipe.measure(model, held_out)
 
 
-def test_the_class_of_a_word_is_at_its_first_token_and_words_cut_off_have_none():
+def test_the_class_of_a_word_is_at_its_first_token():
     words, classes = ["a", "doggy", "young"], [0, 1, 0]
     row = recipe.encode(words, classes, tokenizer)
     assert [VOCABULARY[token] for token in row.tokens] == ["[CLS]", "a", "dog", "##gy", "yo", "##un", "##g", "[SEP]"]
@@ -82,7 +82,7 @@ def test_the_class_of_a_word_is_at_its_first_token_and_words_cut_off_have_none()
     assert recipe.encode(words, classes, tokenizer, max_length=5).labels == [none, 0, 1, none, none]
 
 
-def test_the_loss_of_padded_sentences_is_the_sum_of_their_own_over_their_words():
+def test_the_loss_of_padded_sentences_is_the_sum_of_their_own():
     model = Tagger().double()
     rows = [recipe.encode(words, [0] * len(words), tokenizer) for words in (["a"], ["young", "cat", "oak"], ["sea"])]
     total, count = recipe.class_loss(model, rows)

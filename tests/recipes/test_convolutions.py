@@ -51,7 +51,7 @@ def test_forward_is_the_merged_weight_applied_and_a_new_adapter_changes_nothing(
     assert_maths(model(x), expected)
 
 
-def test_only_the_adapter_is_trained_and_groups_and_unknown_names_are_refused():
+def test_only_the_adapter_is_trained_and_groups_are_refused():
     model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv1d(6, 4, 1, groups=2), nn.Linear(3, 2))
     attach_convolutions(model, ["0"], 2, 14)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"0.lora_A.weight", "0.lora_B.weight"}

@@ -62,7 +62,7 @@ def run(seed, ratio, scale=1.0, **config):
 
 @examples(0.3)
 @given(seeds, st.sampled_from([0.5, 4.0, 16.0]))
-def test_the_first_step_moves_a_as_its_rate_says_and_b_as_that_times_the_ratio_does(seed, ratio):
+def test_the_first_step_moves_a_and_b_each_by_its_own_rate(seed, ratio):
     """LoRA+ §4: whatever the rate of B, A goes where it would go; and the other way round."""
     _, found = run(seed, ratio, max_steps=1)
     _, slow = run(seed, 1.0, max_steps=1)

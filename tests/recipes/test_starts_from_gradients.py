@@ -12,7 +12,7 @@ from tests.recipes.test_starts_from_inputs import LINEARS, NEAR, Parallel, R, be
 
 @examples(0.3)
 @given(seeds, scales)
-def test_a_first_step_of_lora_ga_is_the_best_of_rank_2r_for_a_step_of_the_weight(seed, scale):
+def test_a_first_step_is_the_best_of_rank_2r_for_a_step_of_the_weight(seed, scale):
     model = Parallel(seed)
     sum(model.losses(data(seed))).backward()
     gradients = {path: model.get_submodule(path).weight.grad.clone() for path in LINEARS}

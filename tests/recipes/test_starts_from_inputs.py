@@ -128,7 +128,7 @@ def test_other_adapters_are_kept_and_have_no_effect(kind):
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_the_adapter_of_a_decoder_changes_nothing_trains_and_is_saved_as_a_plain_one(kind, tmp_path):
+def test_a_start_changes_nothing_trains_and_is_saved_as_a_plain_adapter(kind, tmp_path):
     model, rows = tiny_model(WHOLE, dtype=torch.float32), random_rows(2, 6)
     batches = [collate([row], torch.device("cpu")) for row in rows]
     before, ids = model.state_dict(), batches[0].tokens[None]

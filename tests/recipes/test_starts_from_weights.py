@@ -102,7 +102,7 @@ def test_olora_moves_out_of_the_weight_what_peft_moves():
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-def test_loftq_s_factors_are_peft_s_of_the_same_rounding_and_divided_by_the_scale():
+def test_loftq_s_factors_are_peft_s_divided_by_the_scale():
     """Theirs are not: with another scale than 1, PEFT's layer begins as Q + s·(W - Q) and not near W."""
     loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
     from tests.parity.theirs import assert_same_but_for_signs

@@ -67,7 +67,7 @@ def test_what_is_combined_is_what_brute_force_combines(seed, density, given, ele
         assert relative(delta(model, path, "all"), expected, 1e-5) < 1
 
 
-def test_the_result_is_the_best_of_its_rank_alone_active_and_leaves_the_others():
+def test_the_result_is_the_best_of_its_rank_and_leaves_the_others():
     model, names = adapted(), {"a": 0.7, "b": 0.3}
     before = {name: delta(model, "1", name) for name in "abc"}
     combine(model, names, "whole", r=6, density=0.5)

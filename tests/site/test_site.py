@@ -30,7 +30,7 @@ def pages(site: Path) -> list[Path]:
     return sorted(path for path in site.rglob("*.html") if not path.is_relative_to(site / "_static"))
 
 
-def test_every_page_opens_from_the_disk_without_an_error_a_request_or_a_missing_link(site, open_page):
+def test_every_page_opens_from_the_disk_without_an_error(site, open_page):
     found = pages(site)
     assert len(found) > 60
     page = open_page(site / "index.html")
@@ -78,7 +78,7 @@ def test_the_search_finds_double_quantization(site, open_page):
     assert "Four bits" in page.inner_text("#search-results li >> nth=0")
 
 
-def test_a_page_of_the_code_stands_beside_its_notes_with_its_kernel_test_and_chapter(site, open_page):
+def test_a_page_of_the_code_has_its_notes_kernel_test_and_chapter(site, open_page):
     page = open_page(site / "minilora" / "lora.py.html")
     row = page.locator(".row", has_text="def lora_linear(").first
     notes, code = row.locator(".notes"), row.locator(".code")
@@ -108,7 +108,7 @@ def test_equations_keep_their_words_apart_and_code_stays_code(site, open_page):
     assert "for step, rows in enumerate(steps):\n    optimizer" in "".join(page.locator("pre").all_text_contents())
 
 
-def test_the_print_version_is_one_page_without_controls_and_with_what_is_folded(tmp_path, open_page):
+def test_the_print_version_is_one_page_without_controls(tmp_path, open_page):
     page = open_page(build("singlehtml", tmp_path) / "index.html")
     page.emulate_media(media="print")
     assert {"1. A LoRA layer in 30 lines", "9. Did it forget?"} <= set(page.locator("h2").all_inner_texts())
