@@ -100,7 +100,7 @@ def first_match(keys: Iterable[str], where: str) -> str | None:
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", where)), None)
 
 
-def is_target(where: str, target: str | list[str]) -> bool:
+def matches_target(where: str, target: str | list[str]) -> bool:
     """Return whether `target_modules` means a module: a regular expression, or ends of paths."""
     if isinstance(target, str):
         return re.fullmatch(target, where) is not None
@@ -233,12 +233,12 @@ def targets(adapter: Adapter) -> Problems:
         return
     for where in adapted:
         outer = where.partition(".base_layer")[0]  # of a module in a module, or of several parameters of one
-        ways = (is_target(path, target or []) for path in (where, outer))
-        if not any(ways) and not any(is_target(outer, [entry]) or not entry for entry in parameters):
+        ways = (matches_target(path, target or []) for path in (where, outer))
+        if not any(ways) and not any(matches_target(outer, [entry]) or not entry for entry in parameters):
             need = f"accepted is what matches all modules of {WEIGHTS}, {where} too"
             yield f"{CONFIG}: target_modules: found {target!r:.80}, {need}"
     for entry in [] if isinstance(target, str) else target or []:
-        if not any(is_target(path.partition(".base_layer")[0], [entry]) for path in adapted):
+        if not any(matches_target(path.partition(".base_layer")[0], [entry]) for path in adapted):
             yield f"{CONFIG}: target_modules: found {entry!r}, {matching(adapter)}"
 
 

@@ -96,7 +96,7 @@ def model_facts(directory: Path) -> dict[str, Any]:
     try:  # on the device "meta", loading checks the same and reads no weight
         load_model(directory, device="meta")
     except MiniloraError as error:
-        problems = _problems(error)
+        problems = _reasons(error)
     for name, parts in packed_weights(files).items() if not problems else ():
         layout, _ = read_layout(files[parts[0]], parts[0])
         size = sum(tensors.pop(part).bytes for part in parts)
@@ -135,7 +135,7 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
         stored = read_adapter(directory)
         config = stored.config()
     except MiniloraError as error:
-        return {**facts, "modules": [], "problems": _problems(error)}
+        return {**facts, "modules": [], "problems": _reasons(error)}
     modules = []
     for path, held in sorted(stored.tensors.items()):
         if "lora_A" in held:
@@ -166,6 +166,6 @@ def _locate(name_or_path: str) -> Path:
         return fetch(name_or_path, "adapter")
 
 
-def _problems(error: MiniloraError) -> list[str]:
+def _reasons(error: MiniloraError) -> list[str]:
     first, *details = (line.strip() for line in str(error).splitlines())
     return details or [first]
