@@ -19,7 +19,7 @@ from minilora.files import TensorFile, read_json, write_json
 from minilora.models.bitsandbytes import (
     CODEBOOKS,
     QuantizeConfig,
-    describe,
+    describe_quantization,
     packed_tensors,
     packed_weights,
     read_packed,
@@ -435,13 +435,13 @@ def test_a_model_that_is_quantized_is_loaded_as_it_is_and_not_otherwise(packed):
 
 def test_how_a_model_is_held_names_what_was_skipped_a_head_that_others_packed_and_fp4_if_only_one_is(tmp_path):
     model = ml.load_model(small_base(tmp_path, quantize=SKIP_O))
-    held = describe(linear_layers(model), "lm_head")
+    held = describe_quantization(linear_layers(model), "lm_head")
     assert held == {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["o_proj"]}
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)
-    assert describe(linear_layers(model), "lm_head") == held | {"head": "nf4"}
+    assert describe_quantization(linear_layers(model), "lm_head") == held | {"head": "nf4"}
     last = packed_linears(model)["model.layers.1.mlp.down_proj"]
     last.layout = replace(last.layout, levels=CODEBOOKS["fp4"])
-    assert describe(linear_layers(model), "lm_head")["quantize"] == "fp4"
+    assert describe_quantization(linear_layers(model), "lm_head")["quantize"] == "fp4"
 
 
 def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path):

@@ -38,7 +38,7 @@ from minilora.adapters.modules_to_save import unties
 from minilora.errors import ConfigError, TargetError
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper
-from minilora.models.bitsandbytes import describe
+from minilora.models.bitsandbytes import describe_quantization
 from minilora.models.fsdp import is_sharded
 from minilora.nf4 import NF4Linear
 
@@ -236,7 +236,7 @@ def _ends(path: str) -> Iterator[str]:
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """Describe how the base's weights are stored, dense or quantized, with the fields of `QuantizeConfig` as keys."""
-    return describe(linear_layers(model), path_of(model, "get_output_embeddings"))
+    return describe_quantization(linear_layers(model), path_of(model, "get_output_embeddings"))
 
 
 def path_of(model: nn.Module, method: str) -> str | None:

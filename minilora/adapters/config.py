@@ -175,7 +175,7 @@ def select_targets(
     if not chosen and (config.target_modules or not does_more):
         problems.append("target_modules, exclude_modules and modules_to_save leave nothing to adapt")
     if problems:
-        raise TargetError(f"{'; '.join(problems)}. The model's modules that can be adapted end in {_endings(paths)}")
+        raise TargetError(f"{'; '.join(problems)}. The model's modules that can be adapted end in {_last_parts(paths)}")
     return chosen
 
 
@@ -188,7 +188,7 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
         TargetError: an entry that does not name a head matches nothing; the message lists what there is.
     """
     if unknown := _unmatched([name for name in config.modules_to_save if name not in _heads(config)], paths):
-        there = _endings([path for path in paths if not path.rpartition(".")[2].isdecimal()])
+        there = _last_parts([path for path in paths if not path.rpartition(".")[2].isdecimal()])
         raise TargetError(f"no module matches modules_to_save {unknown}. The model's modules end in {there}")
     saved = [path for path in paths if matches(config.modules_to_save + _heads(config), path)]
     return [path for path in saved if not any(path.startswith(f"{other}.") for other in saved)]
@@ -235,7 +235,7 @@ def _unmatched(entries: str | Sequence[str], paths: Sequence[str]) -> list[str]:
     return [entry for entry in entries if not any(matches((entry,), path) for path in paths)]
 
 
-def _endings(paths: Sequence[str]) -> list[str]:
+def _last_parts(paths: Sequence[str]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
 
 

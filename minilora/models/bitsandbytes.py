@@ -61,10 +61,12 @@ class QuantizeConfig:
         if self.quantize == "none":
             return set()
         for entry in self.quantize_skip:
-            if not any(_names(entry, path) for path in linears):
+            if not any(_is_within(entry, path) for path in linears):
                 kinds = sorted({path.rpartition(".")[2] for path in linears})
                 raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
-        found = {path for path in linears if not any(_names(entry, path) for entry in ("lm_head", *self.quantize_skip))}
+        found = {
+            path for path in linears if not any(_is_within(entry, path) for entry in ("lm_head", *self.quantize_skip))
+        }
         if not found:
             raise ConfigError(f"quantize_skip {list(self.quantize_skip)} leaves nothing to quantize")
         return found
@@ -81,7 +83,7 @@ def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool 
     return sorted(endings) if meant == set(chosen) else sorted(chosen)
 
 
-def _names(entry: str, path: str) -> bool:
+def _is_within(entry: str, path: str) -> bool:
     """Return whether an entry is the path, or consecutive components of it."""
     return f".{entry}." in f".{path}."
 
@@ -230,7 +232,7 @@ def quantization_config(linears: Mapping[str, object], dtype: torch.dtype) -> di
 
     Dense linears are named, unless that is only `lm_head`, which transformers leaves dense by itself.
     """
-    quantization = describe(linears, "lm_head")
+    quantization = describe_quantization(linears, "lm_head")
     if quantization["quantize"] == "none":
         return None
     dense = [*quantization["quantize_skip"], *([] if "head" in quantization else ["lm_head"])]
@@ -251,7 +253,7 @@ def quantization_config(linears: Mapping[str, object], dtype: torch.dtype) -> di
     }
 
 
-def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
+def describe_quantization(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
     """Describe how a model's linears (path -> linear) are stored, with the names of the flags as keys.
 
     The head is mentioned only if it is packed, which other tools do.
@@ -273,7 +275,7 @@ def describe(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
 
 
 def describe_in_words(quantization: Mapping[str, Any]) -> str:
-    """Return in words what `describe` returns.
+    """Return in words what `describe_quantization` returns.
 
     >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]})
     'nf4 with double quantization except for down_proj'

@@ -89,7 +89,7 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
     values = COMMON | dict(family.defaults)
     values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON.keys() | HIGHEST.keys()}
     values |= {ours: values[theirs] for theirs, ours in family.names.items() if values.get(theirs) is not None}
-    _check(values, family)
+    _check_values(values, family)
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
@@ -130,7 +130,7 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
     return {**source, "rope_scaling": scaling, **given}
 
 
-def _check(values: Mapping[str, Any], family: Family) -> None:
+def _check_values(values: Mapping[str, Any], family: Family) -> None:
     """Raise a `ConfigError` that names every key with an impossible value."""
     bad = {}
     for key, most in LARGEST.items():

@@ -188,7 +188,7 @@ def generate(
         ShapeError: input_ids are not rows of the model's token ids, or a prompt is empty.
         TrainingError: the model computes NaN or infinity.
     """
-    _check(max_new_tokens, temperature, top_p, top_k, seed)
+    _check_sampling(max_new_tokens, temperature, top_p, top_k, seed)
     weight = model.model.embed_tokens.weight
     prompts = _prompts(input_ids, weight.size(0))
     generators = [None if seed is None else torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -262,7 +262,7 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) ->
     return model.lm_head(model.model(tokens, cache)[last])
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
     needs = [
         (max_new_tokens >= 1, f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
         (0 <= temperature < math.inf, f"temperature {temperature}, need a finite number of at least 0"),

@@ -71,7 +71,7 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
     original = "original_max_position_embeddings"
     max_length = values["max_position_embeddings"]
     trained_length = values.get(original) or scaling.get(original) or max_length
-    _check(kind, width, scaling, trained_length)
+    _check_scaling(kind, width, scaling, trained_length)
     if kind == "dynamic":
         return LengthRope(partial(dynamic_frequencies, width, theta, scaling["factor"], max_length))
     if kind == "longrope":
@@ -154,7 +154,7 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
-def _check(kind: str, width: int, scaling: Scaling, trained_length: int) -> None:
+def _check_scaling(kind: str, width: int, scaling: Scaling, trained_length: int) -> None:
     if not isinstance(kind, str) or kind not in NUMBERS:
         raise ConfigError(f"rope type {kind!r:.80} is not supported; supported are {sorted(NUMBERS)}")
     bad, pairs = [], (width + 1) // 2

@@ -143,7 +143,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         is_tied = False
     squares: list[tuple[float, float]] = []
-    weights = _merged_weights(prefetch(_pairs(merge, target)), layers, target, squares)
+    weights = _merged_weights(prefetch(_weight_pairs(merge, target)), layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
     save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
@@ -194,7 +194,7 @@ def _needed_modules(adapter: Path) -> set[str]:
     return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
-def _pairs(merge: Merge, target: Target) -> Iterator[tuple[str, Weight, Weight]]:
+def _weight_pairs(merge: Merge, target: Target) -> Iterator[tuple[str, Weight, Weight]]:
     """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
     if target == "original" and merge.quantize.quantize != "none":
         originals = merge.weights(QuantizeConfig())
