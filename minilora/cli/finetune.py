@@ -24,7 +24,7 @@ from minilora.adapters.attach import count_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, nearest, say
-from minilora.cli.flags import add_fields, from_flags, read_config
+from minilora.cli.flags import add_fields, from_flags, read_flags
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_record
 from minilora.cli.messages import describe, report, run_notes
@@ -80,7 +80,7 @@ def read_settings(options: Options) -> Settings:
     Raises:
         ConfigError: data without a model; an unknown key of --config.
     """
-    file = {} if options["config"] is None else read_config(options["config"])
+    file = {} if options["config"] is None else read_flags(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
     for key in file:

@@ -74,7 +74,7 @@ def run(options: Options) -> int:
     adapter = "".join(options["adapter"])
     if options["compare_base"] and not adapter:
         raise ConfigError("--compare-base needs --adapter")
-    rows = read_prompts(options)
+    rows = prompt_rows(options)
     model, tokenizer = load(options)
     prompts = encode_prompts(rows, tokenizer, options)
     titles = {"base": "--- base\n", "text": f"--- {adapter}\n"} if options["compare_base"] else {"text": ""}
@@ -95,7 +95,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def read_prompts(options: Options) -> list[Row]:
+def prompt_rows(options: Options) -> list[Row]:
     """Read the prompts as rows.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped, say
-from minilora.cli.flags import read_config
+from minilora.cli.flags import read_flags
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
@@ -139,7 +139,7 @@ def describe(run: Run, model: Llama, config: Path | None) -> None:
     )
     for note in run_notes(run, model):
         say(note)
-    if config and read_config(config).get("data_sha256", data.files) != data.files:
+    if config and read_flags(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
     for found in run.history.damaged:
         say(f"skipped a damaged checkpoint: {found}")

@@ -61,12 +61,10 @@ class QuantizeConfig:
         if self.quantize == "none":
             return set()
         for entry in self.quantize_skip:
-            if not any(_is_within(entry, path) for path in linears):
+            if not any(_is_in(entry, path) for path in linears):
                 kinds = sorted({path.rpartition(".")[2] for path in linears})
                 raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
-        found = {
-            path for path in linears if not any(_is_within(entry, path) for entry in ("lm_head", *self.quantize_skip))
-        }
+        found = {path for path in linears if not any(_is_in(entry, path) for entry in ("lm_head", *self.quantize_skip))}
         if not found:
             raise ConfigError(f"quantize_skip {list(self.quantize_skip)} leaves nothing to quantize")
         return found
@@ -83,7 +81,7 @@ def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool 
     return sorted(endings) if meant == set(chosen) else sorted(chosen)
 
 
-def _is_within(entry: str, path: str) -> bool:
+def _is_in(entry: str, path: str) -> bool:
     """Return whether an entry is the path, or consecutive components of it."""
     return f".{entry}." in f".{path}."
 
