@@ -42,9 +42,9 @@ def run(options: Options) -> int:
     if options["memory"]:
         print(memory_page(options["path"]))
         return 0
-    found = inspect_path(options["path"])
-    print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))
-    return int("manifest" in found and bool(found["manifest"]["problems"]))
+    facts = inspect_path(options["path"])
+    print(json.dumps(facts, default=vars) if options["json"] else "\n\n".join(page(*kind) for kind in facts.items()))
+    return int("manifest" in facts and bool(facts["manifest"]["problems"]))
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:
@@ -59,7 +59,7 @@ def page(kind: str, facts: Mapping[str, Any]) -> str:
         tables.append(_tensor_rows(facts["tensors"]))
         shown["tensors"] = _total(list(facts["tensors"].values()))
     path = shown.pop("path")
-    values = [each for key, value in shown.items() for each in _flatten(key, value)]
+    values = [line for key, value in shown.items() for line in _flatten(key, value)]
     width = max(len(key) for key, _ in values)
     lines = [f"{kind}  {path}", *(f"  {key:<{width}}  {text}" for key, text in values)]
     for rows in map(list, tables):
@@ -82,11 +82,11 @@ def fold(kinds: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
 def _flatten(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
     """Yield (key, text) for each value in an object, as "config.r", and for each item of a list at the top."""
     if isinstance(value, Mapping) and value and depth < 3:
-        for inner, each in value.items():
-            yield from _flatten(f"{key}.{inner}", each, depth + 1)
+        for inner, entry in value.items():
+            yield from _flatten(f"{key}.{inner}", entry, depth + 1)
     elif isinstance(value, list) and value and depth == 0:
-        for each in value:
-            yield from _flatten(key, each, 3)
+        for entry in value:
+            yield from _flatten(key, entry, 3)
     elif value in (None, [], {}):
         if depth == 0:
             yield key, "none"
@@ -104,10 +104,10 @@ def _total(entries: Sequence[TensorEntry]) -> str:
 
 def _module_rows(modules: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
     yield "n", "rank", "scale", "norm", "module"
-    found = {each["module"]: each for each in modules}
-    for label, names in fold({name: (each["rank"], each["scale"]) for name, each in found.items()}):
-        rank, scale = found[names[0]]["rank"], found[names[0]]["scale"]
-        norms = [found[name]["norm"] for name in names]
+    by_name = {module["module"]: module for module in modules}
+    for label, names in fold({name: (module["rank"], module["scale"]) for name, module in by_name.items()}):
+        rank, scale = by_name[names[0]]["rank"], by_name[names[0]]["scale"]
+        norms = [by_name[name]["norm"] for name in names]
         low, high = f"{min(norms):.2g}", f"{max(norms):.2g}"
         yield str(len(names)), str(rank), f"{scale:.4g}", low if low == high else f"{low}..{high}", label
 

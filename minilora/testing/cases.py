@@ -129,7 +129,7 @@ class AdaptedLinear:
     @cached_property
     def y(self) -> Bounded:
         """x W'ᵀ + b, whether W' or the two products of LoRA are formed, and wherever b is added."""
-        x, B, A = (self._exact(each) for each in (self.rows, self.B, self.A))
+        x, B, A = (self._exact(array) for array in (self.rows, self.B, self.A))
         b, base = np.zeros(self.outer) if self.b is None else self.b, self._base
         update = scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
         y = (base + update + b).widened(x.beside(x @ A.T * self.scale, 1) @ self._exact(self.W).beside(B, 1).T + b)
@@ -146,7 +146,7 @@ class AdaptedLinear:
     @cached_property
     def gradients(self) -> dict[str, Bounded]:
         """The gradients of Σ dy·y: x, A, B and, of DoRA, magnitude; the norm is a constant."""
-        x, W, A, B, dy = (self._exact(each) for each in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        x, W, A, B, dy = (self._exact(array) for array in (self.rows, self.W, self.A, self.B, self.dy_rows))
         if self.method == "dora":
             dy = (dy * self._ratio).widened(dy * (self._ratio - 1) + dy)
         s, dW = self.scale, dy.T @ x
@@ -165,12 +165,12 @@ class AdaptedLinear:
         else:
             exact = [dx, *lora_gradients(self.rows, self.dy_rows, self.A, self.B, self.scale)]
         named = zip(bounds.items(), exact, strict=True)
-        found = {name: Bounded(right, bound.error, self.dtype) for (name, bound), right in named}
-        return found | {"x": found["x"].reshape(*self.x.shape)}
+        results = {name: Bounded(right, bound.error, self.dtype) for (name, bound), right in named}
+        return results | {"x": results["x"].reshape(*self.x.shape)}
 
     def _magnitude_gradient(self) -> Bounded:
         """Σ dy·x Vᵀ / ‖V‖ over the rows, V = W + s·B A, whatever is summed first."""
-        x, A, B, dy = (self._exact(each) for each in (self.rows, self.A, self.B, self.dy_rows))
+        x, A, B, dy = (self._exact(array) for array in (self.rows, self.A, self.B, self.dy_rows))
         over_rows, over_inputs = (self._exact(np.ones(n)) for n in self.rows.shape)
         base, update = dy * self._base, dy * scaled(x @ A.T, B.T, self.scale)
         dm = (over_rows @ (base + update)).widened(

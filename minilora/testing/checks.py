@@ -280,7 +280,7 @@ def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function, updated=())
     def call(*arguments: Any, **options: Any) -> Any:
-        result = function(*map(_to_numpy, arguments), **{name: _to_numpy(each) for name, each in options.items()})
+        result = function(*map(_to_numpy, arguments), **{name: _to_numpy(option) for name, option in options.items()})
         return on_numpy(result) if callable(result) else result  # of a layer that was made
 
     vars(call)["is_numpy"] = True  # by which the laws know a layer without gradients

@@ -62,7 +62,8 @@ class Call:
 
     @property
     def dtype(self) -> torch.dtype:
-        return min((each.dtype for each in self.tensors if each.is_floating_point()), key=lambda each: each.itemsize)
+        dtypes = (tensor.dtype for tensor in self.tensors if tensor.is_floating_point())
+        return min(dtypes, key=lambda dtype: dtype.itemsize)
 
     @cached_property
     def plain(self) -> Results:
@@ -79,20 +80,20 @@ class Call:
 
     def copies(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Return the tensors, or those of another dtype on the CPU: some devices have no float64."""
-        copies = [each.detach().clone() for each in self.tensors]
+        copies = [tensor.detach().clone() for tensor in self.tensors]
         if dtype:
-            copies = [each.cpu().to(dtype) if each.is_floating_point() else each.cpu() for each in copies]
-        return [nn.Parameter(own, each.requires_grad) for own, each in zip(copies, self.tensors, strict=True)]
+            copies = [tensor.cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu() for tensor in copies]
+        return [nn.Parameter(copy, tensor.requires_grad) for copy, tensor in zip(copies, self.tensors, strict=True)]
 
     def results(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Results:
         """Return the result of a function and the gradients that there are; what comes in is drawn, and rounded."""
         y = function(*tensors)
-        trained = {f"the gradient of tensor {i}": each for i, each in enumerate(tensors) if each.requires_grad}
+        trained = {f"the gradient of tensor {i}": tensor for i, tensor in enumerate(tensors) if tensor.requires_grad}
         if not y.requires_grad:
             return {RESULT: y}
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(self.dtype)
-        found = torch.autograd.grad(y, [*trained.values()], dy.to(y), allow_unused=True)
-        return {RESULT: y} | {name: own for name, own in zip(trained, found, strict=True) if own is not None}
+        grads = torch.autograd.grad(y, [*trained.values()], dy.to(y), allow_unused=True)
+        return {RESULT: y} | {name: grad for name, grad in zip(trained, grads, strict=True) if grad is not None}
 
     def compare(self, kernel: Callable[..., Any], _: None) -> Iterator[Comparison]:
         given = self.copies()
@@ -104,8 +105,8 @@ class Call:
                 yield claim(name, "found no gradient")
                 continue
             our = ours[name]
-            found = "" if our.dtype == their.dtype else f"found {our.dtype}, expected {their.dtype}"
-            yield claim(f"the dtype of {name}", found)
+            problem = "" if our.dtype == their.dtype else f"found {our.dtype}, expected {their.dtype}"
+            yield claim(f"the dtype of {name}", problem)
             our = our if name == RESULT else our.to(self.dtype)  # that of a wider tensor is computed in this dtype, too
             yield Comparison(name, our, self.expected(name, our))
 
@@ -129,13 +130,13 @@ class MovedOperations(TorchDispatchMode):
     """Every operation's result is moved by a unit in the last place, up or down at random."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
         is_exact = operation.is_view or operation.overloadpacket in CHOICES
-        for each in [] if is_exact else tree_leaves(found):
-            if isinstance(each, Tensor) and each.is_floating_point():
-                units: Any = torch.randint(2, each.shape).to(each) * 2 - 1
+        for tensor in [] if is_exact else tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                units: Any = torch.randint(2, tensor.shape).to(tensor) * 2 - 1
                 if operation.overloadpacket == aten._softmax:
-                    exponents = torch.where(each > 0, args[0].abs(), 0)  # others are masked, by -inf or the like
+                    exponents = torch.where(tensor > 0, args[0].abs(), 0)  # others are masked, by -inf or the like
                     units *= 1 + exponents.amax(args[1], keepdim=True) / 2
-                each.mul_(1 + units * torch.finfo(each.dtype).eps)
-        return found
+                tensor.mul_(1 + units * torch.finfo(tensor.dtype).eps)
+        return result

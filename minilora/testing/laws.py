@@ -75,15 +75,19 @@ class Comparison:
             hint = "; `on_numpy` adapts callables on numpy arrays" if is_numpy else ""
             return float("inf"), f"{kind}{error}{hint}"
 
-    def is_like(self, found: Any) -> bool:
+    @property
+    def holds(self) -> bool:
+        return self.verdict[0] <= 1
+
+    def is_like(self, other: Any) -> bool:
         """Return whether another result or claim is the same, except for rounding: within the bound, or to float32."""
-        if isinstance(self.actual, Exception) or isinstance(found, Exception):
-            return isinstance(found, AssertionError) and repr(self.actual) == repr(found)
-        if self.actual.shape != found.shape:
+        if isinstance(self.actual, Exception) or isinstance(other, Exception):
+            return isinstance(other, AssertionError) and repr(self.actual) == repr(other)
+        if self.actual.shape != other.shape:
             return False
-        ours, theirs = (np.nan_to_num(each, nan=np.inf, posinf=np.inf) for each in (self.actual, found))
+        ours, theirs = (np.nan_to_num(array, nan=np.inf, posinf=np.inf) for array in (self.actual, other))
         allowed = GRADIENT_PARITY * abs(ours).max(where=np.isfinite(ours), initial=0.0)
-        if isinstance(self.expected, Bounded) and self.expected.error.shape == found.shape:
+        if isinstance(self.expected, Bounded) and self.expected.error.shape == other.shape:
             allowed = allowed + 4 * self.expected.error
         return worst(ours, theirs, allowed)[0] <= 1
 
@@ -152,8 +156,8 @@ class Law:
         """
         implementation = self.takes(*implementation) if self.takes else implementation
         cases = self.cases if case is None else [case]
-        found = [(each, self.comparisons(implementation, each)) for each in cases]
-        failing = [(each, own) for each, own in found if any(one.verdict[0] > 1 for one in own)]
+        tried = [(example, self.comparisons(implementation, example)) for example in cases]
+        failing = [(example, results) for example, results in tried if not all(result.holds for result in results)]
         if failing:
             failure = self._failure(implementation, failing, len(cases))
             if self.known and self.known in str(failure):
@@ -161,33 +165,33 @@ class Law:
             raise failure
         if self.known:
             raise CheckFailure(f"{self.id}: the known deviation {self.known!r} is no longer there", self.id, case)
-        ratios = [one.verdict[0] for _, own in found for one in own]
+        ratios = [result.verdict[0] for _, results in tried for result in results]
         return Report(self.id, self.statement, max(ratios, default=0.0), len(ratios))
 
     def comparisons(self, implementation: Any, case: Any) -> list[Comparison]:
         """Return what an implementation makes of a case beside what it should; an exception is a result as well."""
-        found = []
+        comparisons = []
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(RANDOM)  # so that a mistake draws the same masks as an implementation
             try:
                 for comparison in self.compare(implementation, case):
-                    found.append(comparison)
+                    comparisons.append(comparison)
             except NotApplicable:
                 raise
             except Exception as error:
-                found.append(Comparison(CALL, error, np.asarray(0.0)))
-        return found
+                comparisons.append(Comparison(CALL, error, np.asarray(0.0)))
+        return comparisons
 
     def _failure(self, implementation: Any, failing: list[Tried], cases: int) -> CheckFailure:
         case, comparisons = failing[0]
-        first = next(each for each in comparisons if each.verdict[0] > 1)
+        first = next(comparison for comparison in comparisons if not comparison.holds)
         mistakes = {} if first.what == CALL else CATALOGUE.get(self.kind, {})  # no mistake of it is an exception
         some = failing[:: 1 + len(failing) // TRIED]
         causes = tuple(name for name, mistake in mistakes.items() if self._explains(mistake, implementation, some))
         title, law = f"{self.id}: {first.what}: wrong", f"  law: {self.statement}"
-        found = [f"  {first.verdict[1]}", *(f"  likely cause: {cause}" for cause in causes)]
+        details = [f"  {first.verdict[1]}", *(f"  likely cause: {cause}" for cause in causes)]
         if case is None:
-            lines = [title, law, *found]
+            lines = [title, law, *details]
         else:
             made_with = [(f.name, getattr(case, f.name), f.default) for f in fields(case) if f.repr]
             given = ", ".join(f"{name}={value!r}" for name, value, default in made_with if value != default)
@@ -195,7 +199,7 @@ class Law:
                 f"{title} in {len(failing)} of {cases} cases",
                 law,
                 f"  smallest failing case: {case}",
-                *found,
+                *details,
                 "  to repeat:",
                 f"    from minilora.testing import {type(case).__name__}, laws",
                 f"    case = {type(case).__name__}({given})",
@@ -215,7 +219,7 @@ class Law:
                 return False
             pairs = zip(ours, theirs, strict=False)
             is_like = len(ours) == len(theirs) and all(a.is_like(b.actual) for a, b in pairs)
-            is_far = is_far or (is_like and not all(each.is_like(each.right) for each in theirs))
+            is_far = is_far or (is_like and not all(their.is_like(their.right) for their in theirs))
             misses += not is_like
             if 4 * misses > len(failing):
                 return False

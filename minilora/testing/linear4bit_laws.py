@@ -37,8 +37,8 @@ def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 
 def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     layer, _ = make_linear(make, case)
-    one = np.eye(case.inner)
-    yield Comparison("layer(1), the weight that is applied", layer(tensor(one, case.dtype)), case.output(one))
+    identity = np.eye(case.inner)
+    yield Comparison("layer(1), the weight that is applied", layer(tensor(identity, case.dtype)), case.output(identity))
 
 
 def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
@@ -54,17 +54,17 @@ def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     buffers = dict(layer.named_buffers()) if hasattr(layer, "named_buffers") else {}
     b = None if case.b is None else given["b"]
     kept = {  # all but the bias, which may be trained
-        name: each
-        for name, each in {**parameters, **buffers, "the given W": given["W"]}.items()
-        if b is None or each.shape != b.shape or not torch.equal(each.detach().to(b), b)
+        name: value
+        for name, value in {**parameters, **buffers, "the given W": given["W"]}.items()
+        if b is None or value.shape != b.shape or not torch.equal(value.detach().to(b), b)
     }
-    before = {name: as_array(each.data).copy() for name, each in kept.items()}
+    before = {name: as_array(value.data).copy() for name, value in kept.items()}
     x, _ = backward(layer, case)
-    for name, each in kept.items():
-        yield Comparison(f"the gradient of {name}", 0.0 if each.grad is None else 1.0, np.asarray(0.0))
-        if each.grad is not None:
-            each.data -= 0.1 * each.grad
-        yield Comparison(f"{name} after a step", each.data, before[name])
+    for name, value in kept.items():
+        yield Comparison(f"the gradient of {name}", 0.0 if value.grad is None else 1.0, np.asarray(0.0))
+        if value.grad is not None:
+            value.data -= 0.1 * value.grad
+        yield Comparison(f"{name} after a step", value.data, before[name])
     yield Comparison("x, which is only read", x, case.x)
 
 

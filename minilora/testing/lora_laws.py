@@ -46,10 +46,10 @@ class Built(NamedTuple):
 
         It is a tensor that was given, one that y was computed from, or a parameter.
         """
-        given, found = self.given[name], leaves(y) if isinstance(y, Tensor) else []
-        if any(leaf is given for leaf in found):
+        given, reached = self.given[name], leaves(y) if isinstance(y, Tensor) else []
+        if any(leaf is given for leaf in reached):
             return given
-        for parameter in [*found, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]:
+        for parameter in [*reached, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]:
             both = (parameter, parameter.T) if parameter.ndim == 2 else (parameter,)
             for own in sorted(both, key=lambda each: each.shape != given.shape):
                 flat = own.detach().to(given)
@@ -178,8 +178,8 @@ def backward(layer: Any, case: Any) -> tuple[Tensor, Tensor]:
 
 
 def scaling(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    for each in (case, replace(case, scale=2 * case.scale)):
-        yield from forward(make, each, f"y with alpha {each.alpha:g}")
+    for scaled in (case, replace(case, scale=2 * case.scale)):
+        yield from forward(make, scaled, f"y with alpha {scaled.alpha:g}")
 
 
 def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -216,9 +216,9 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     if case.method == "lora":  # DoRA's start of m depends on W
         given, layer = built.given["W"], built.layer
         tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, torch.nn.Module) else []
-        matrices = [each for each in tensors if each.ndim == 2]
-        own = [each for each in matrices if any(torch.equal(W.to(given), given) for W in (each, each.T))]
-        for W in {each.data_ptr(): each for each in (given, *own)}.values():
+        matrices = [matrix for matrix in tensors if matrix.ndim == 2]
+        own = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
+        for W in {matrix.data_ptr(): matrix for matrix in (given, *own)}.values():
             W.data.mul_(2)
         yield output(built.layer, case.changed(W=2 * case.W, B=2 * case.B), "y after W was doubled in place as well")
 
@@ -229,29 +229,30 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     if not case.x.size:
         return
     p, row = 0.25, case.rows[:1]
-    built, one = make_layer(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
-    x = tensor(one.x, one.dtype).repeat(MASKS, 1)
+    built, single = make_layer(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
+    x = tensor(single.x, single.dtype).repeat(MASKS, 1)
     yield Comparison("a second y in evaluation mode", built.layer(x[:1]), as_array(built.layer(x[:1])))
-    yield output(built.layer, one, "y in evaluation mode")
+    yield output(built.layer, single, "y in evaluation mode")
     set_mode(built.layer, training=True)
     torch.manual_seed(case.seed)
     y = as_array(built.layer(x)).copy()
-    yield Comparison("x, which is only read", x[0], one.x[0])
-    yield from statistics(one, p, y)
+    yield Comparison("x, which is only read", x[0], single.x[0])
+    yield from statistics(single, p, y)
 
 
-def statistics(one: AdaptedLinear, p: float, y: Array) -> Iterator[Comparison]:
+def statistics(case: AdaptedLinear, p: float, y: Array) -> Iterator[Comparison]:
     """Compare the variance and the mean of outputs (MASKS, out) of one row by different dropout masks.
 
     Each term of Δy[o] = s Σᵢ (B A)[o, i] x[i] becomes 0 or 1/(1 - p) times as large. For 0.211 < p < 0.789 the fourth
     moment of such a sum is at most that of a normal variable, 3σ⁴: a measured variance varies by 2σ⁴ / MASKS at most.
     """
-    ratio = one.merged.value / (one.W + one.scale * one.B @ one.A) if one.method == "dora" else np.ones_like(one.W)
-    terms = ratio * one.scale * (one.B @ one.A) * one.rows
-    rounding, variance, measured = one.y.error[0], p / (1 - p) * (terms**2).sum(1), y.var(0)
+    update = case.scale * case.B @ case.A
+    ratio = case.merged.value / (case.W + update) if case.method == "dora" else 1.0
+    terms = ratio * update * case.rows
+    rounding, variance, measured = case.y.error[0], p / (1 - p) * (terms**2).sum(1), y.var(0)
     spread = Bounded(variance, 6 * variance * math.sqrt(2 / MASKS) + rounding)
     yield Comparison("the variance of y over dropout masks", measured, spread)
-    mean = Bounded(one.y.value[0], 6 * np.sqrt(np.maximum(variance, measured) / MASKS) + rounding)
+    mean = Bounded(case.y.value[0], 6 * np.sqrt(np.maximum(variance, measured) / MASKS) + rounding)
     yield Comparison("the mean of y over dropout masks", y.mean(0), mean)
 
 

@@ -53,8 +53,8 @@ def stored(case: NF4Weight) -> tuple[Tensor, Tensor]:
 def nearest_codes(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
     packed, _ = quantized(pair, case)
     yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
-    found = as_codes(packed, case.W.size)
-    yield Comparison("codes", found if is_exact else case.rounding.certain(found), case.codes)
+    codes = as_codes(packed, case.W.size)
+    yield Comparison("codes", codes if is_exact else case.rounding.certain(codes), case.codes)
 
 
 def largest_absmax(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
@@ -94,7 +94,7 @@ def kept_exactly(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     packed, absmax = quantized(pair, case)
     again, largest = pair[0](dequantized(pair, case, packed, absmax), case.block_size)
-    first, second = (as_codes(each, case.W.size) for each in (packed, again))
+    first, second = (as_codes(data, case.W.size) for data in (packed, again))
     yield Comparison("codes of a dequantized weight", second, first)
     yield Comparison("absmax of a dequantized weight", largest, as_array(absmax))
 
@@ -104,7 +104,7 @@ def powers(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     for k in (-12, 7):
         scaled = replace(case, power=k)
         other, larger = quantized(pair, scaled)
-        first, second = (as_codes(each, case.W.size) for each in (packed, other))
+        first, second = (as_codes(data, case.W.size) for data in (packed, other))
         yield Comparison(f"codes of 2^{k}·W", second, first)
         yield Comparison(f"absmax of 2^{k}·W", larger, scaled.stored_absmax)
 
@@ -179,7 +179,7 @@ def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     pair[0](absmax)
     yield Comparison("absmax, which is only read", absmax, case.absmax)
     given = nested_stored(case)[:3]
-    before = [each.clone() for each in given]
+    before = [tensor.clone() for tensor in given]
     pair[1](*given)
     for name, now, then in zip(("codes", "scales", "offset"), given, before, strict=True):
         yield Comparison(f"{name}, which are only read", now, as_array(then))

@@ -63,12 +63,12 @@ def near(right: Any, result: Any) -> Bounded:
 
 def results(packed: Packed, documents: list[Tokens]) -> list[Any]:
     """Return the result of each document, or of one number, the mean loss, the sum of the losses."""
-    found = packed.run([list(document) for document in documents])
-    if isinstance(found, list | tuple):
-        assert len(found) == len(documents), f"found {len(found)} results for {len(documents)} documents"
-        return list(found)
+    result = packed.run([list(document) for document in documents])
+    if isinstance(result, list | tuple):
+        assert len(result) == len(documents), f"found {len(result)} results for {len(documents)} documents"
+        return list(result)
     predictions = sum(len(document) - 1 for document in documents)
-    return [found * predictions if predictions else torch.zeros(())]  # the mean of nothing may be NaN
+    return [result * predictions if predictions else torch.zeros(())]  # the mean of nothing may be NaN
 
 
 def result_of(packed: Packed, document: Tokens) -> Any:
@@ -83,13 +83,13 @@ def result_of(packed: Packed, document: Tokens) -> Any:
 
 def compared(packed: Packed, documents: list[Tokens], right: list[Any], what: str) -> Iterator[Comparison]:
     """Compare the results of documents in one batch with those of the documents by themselves."""
-    found = results(packed, documents)
-    if len(found) == len(right):
-        for i, (ours, alone) in enumerate(zip(found, right, strict=True)):
-            yield Comparison(f"document {i} {what}", ours, near(alone, ours))
+    together = results(packed, documents)
+    if len(together) == len(right):
+        for i, (result, alone) in enumerate(zip(together, right, strict=True)):
+            yield Comparison(f"document {i} {what}", result, near(alone, result))
     else:
         total = sum(as_array(alone) for alone in right)
-        yield Comparison(f"the sum of the losses {what}", found[0], near(total, found[0]))
+        yield Comparison(f"the sum of the losses {what}", together[0], near(total, together[0]))
 
 
 def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
@@ -113,7 +113,7 @@ def neighbours(packed: Packed, case: Lengths) -> Iterator[Comparison]:
 def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     for i, document in enumerate(case.tokens(packed.vocabulary)):
         changed = [*document[:-1], (document[-1] + 1) % packed.vocabulary]
-        own, other = (result_of(packed, each) for each in (document, changed))
+        own, other = (result_of(packed, tokens) for tokens in (document, changed))
         if len(document) > 1 and np.array_equal(as_array(own), as_array(other)):
             raise AssertionError("found the same result for other tokens: nothing can be compared")
         if as_array(own).ndim:
@@ -141,9 +141,9 @@ def slopes(packed: Packed, documents: list[Tokens]) -> list[torch.Tensor]:
         total = total.to(result) + (result * weight.cos()).sum()
     if not total.requires_grad:  # of single tokens, or under no_grad
         return [torch.zeros_like(parameter) for parameter in packed.parameters]
-    found = torch.autograd.grad(total, packed.parameters, allow_unused=True)
-    pairs = zip(found, packed.parameters, strict=True)
-    return [torch.zeros_like(parameter) if own is None else own for own, parameter in pairs]
+    gradients = torch.autograd.grad(total, packed.parameters, allow_unused=True)
+    pairs = zip(gradients, packed.parameters, strict=True)
+    return [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]
 
 
 # --- generation ---
@@ -156,7 +156,7 @@ def greedy(decoder: Decoder, case: Lengths) -> Iterator[Comparison]:
         counts = f"found {len(answers)} answers to {len(chosen)} prompts"
         yield claim(f"the answers{what}", "" if len(answers) == len(chosen) else counts)
         for i, (prompt, answer) in enumerate(zip(chosen, answers, strict=False)):
-            yield claim(f"the answer to prompt {i}{what}", unlikely(decoder, prompt, [int(each) for each in answer]))
+            yield claim(f"the answer to prompt {i}{what}", unlikely(decoder, prompt, [int(token) for token in answer]))
 
 
 def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens) -> str:

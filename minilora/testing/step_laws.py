@@ -38,7 +38,7 @@ def check_trains_everything(
     """
     before = snapshot(model)
     if trained is None and isinstance(model, nn.Module):
-        trained = [name for name, each in named(model).items() if each.requires_grad]
+        trained = [name for name, parameter in named(model).items() if parameter.requires_grad]
     meant = set(trained or ())
     if unknown := sorted(meant - set(before)):
         raise ValueError(f"trained: the model has no {unknown[0]!r}; it has {', '.join(before)}")
@@ -76,10 +76,10 @@ def named(model: nn.Module | Read) -> dict[str, nn.Parameter]:
 def snapshot(model: nn.Module | Read) -> dict[str, Any]:
     """Return copies of all parameters and buffers, except the statistics of batch norms."""
     if not isinstance(model, nn.Module):
-        return {name: np.array(each) for name, each in model().items()}
-    norms = [path for path, each in model.named_modules() if isinstance(each, nn.modules.batchnorm._NormBase)]
-    buffers = {name: each for name, each in model.named_buffers() if name.rpartition(".")[0] not in norms}
-    return {name: array_copy(each) for name, each in {**named(model), **buffers}.items()}
+        return {name: np.array(array) for name, array in model().items()}
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in norms}
+    return {name: array_copy(tensor) for name, tensor in {**named(model), **buffers}.items()}
 
 
 def array_copy(tensor: torch.Tensor) -> Any:
@@ -132,7 +132,7 @@ def why_changed(model: nn.Module | Read, name: str) -> str:
     parameter = named(model).get(name)
     if parameter is None:
         return "it is not meant to be trained"
-    others = [other for other, each in named(model).items() if each is parameter and other != name]
+    others = [other for other, tensor in named(model).items() if tensor is parameter and other != name]
     if others and parameter.requires_grad:
         return f"it is tied: one tensor with {others[0]}"
     if parameter.requires_grad:

@@ -53,10 +53,10 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
         facts["model"] = model_facts(path)
     if not facts:
         raise FormatError(f"{path}: holds no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
-    written = [each for each in (path, *checkpoints(path / "checkpoints")) if (each / MANIFEST).is_file()]
+    written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / MANIFEST).is_file()]
     if written:
-        changed = [f"{each / name}: not as it was written" for each in written for name in changed_files(each)]
-        count = sum(len(read_manifest(each)) for each in written)
+        changed = [f"{folder / name}: not as it was written" for folder in written for name in changed_files(folder)]
+        count = sum(len(read_manifest(folder)) for folder in written)
         facts["manifest"] = {"path": str(path), "files": count, "problems": changed}
     return facts
 
@@ -103,8 +103,8 @@ def model_facts(directory: Path) -> dict[str, Any]:
         tensors[name] = TensorEntry(quant_type(layout).upper(), layout.shape, size)
     tokenizer: dict[str, Any]
     try:
-        found = Tokenizer(directory)
-        tokenizer = {"tokens": len(found), **found.special_tokens, "chat_template": found.template is not None}
+        loaded = Tokenizer(directory)
+        tokenizer = {"tokens": len(loaded), **loaded.special_tokens, "chat_template": loaded.template is not None}
     except MiniloraError as error:
         tokenizer = {"problem": str(error)}
     return {
