@@ -9,7 +9,7 @@ from minilora.cli.streaming import TextStream
 from tests.models import examples
 from tests.test_quote import source_of
 
-KINDS = ("metaspace", "byte-level", "unigram", "word piece")
+KINDS = ("metaspace", "byte-level", "unigram")
 
 
 @pytest.fixture(scope="module")
