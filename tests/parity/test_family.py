@@ -29,7 +29,6 @@ transformers = pytest.importorskip("transformers")
 IDS = token_ids(3, 2, 7)
 # In float32 ours is our decoder, whose roundings are others; in float64 it is theirs, which rounds to float32 inside.
 ALLOWED = {torch.float32: PARITY, torch.float64: MATHS}
-Q_PROJ = "model.layers.0.self_attn.q_proj"
 MOVED = ("pissa", "olora")  # PEFT takes a part off the weight, in float32
 PATTERNS = (  # names and ends, overlapping, in both orders; sorted, as PEFT writes them, is only the second
     {},
