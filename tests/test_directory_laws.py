@@ -157,10 +157,7 @@ FIELDS = {
         "since rank_pattern['q_proj'], the first key that matches, is 2",
     ),
     "alpha of nothing": ("patterns", {"alpha_pattern": {"k_proj": 2}}, "alpha_pattern: found 'k_proj', accepted is"),
-    "DoRA": ("dora", {"use_dora": True}, "found none, accepted is (40,) since use_dora is true"),
-    "whole module": ("modules_to_save", {"modules_to_save": ["head"]}, "found 'head', accepted are modules whose"),
     "head of no classifier": ("modules_to_save", {"modules_to_save": ["classifier", "score"]}, "found 'classifier'"),
-    "tokens": ("rows", {"trainable_token_indices": [1]}, "found [1], accepted are as many rows"),
     "a target of nothing": ("targets", {"target_modules": ["q_proj", "up_proj", "query"]}, "found 'query', accepted"),
     "an expression's end": ("targets", {"target_modules": "q_proj|up_proj"}, "found 'q_proj|up_proj', accepted is"),
 }

@@ -161,7 +161,6 @@ def test_shards_hold_together_what_one_file_holds(tmp_path, base):
     [
         {"model_type": ["gpt_neox"]},
         {"quantization_config": {"quant_method": "bitsandbytes"}},
-        {"rope_scaling": 5},
         {"hidden_size": "wide", "architectures": 3, "tie_word_embeddings": {}},
     ],
 )

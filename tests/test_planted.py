@@ -1,85 +1,78 @@
 """The tests of the laws can fail: each is run against a copy of minilora with one mistake planted in it."""
 
-from typing import NamedTuple
-
 import pytest
 
 from tests.planting import Copy
 
-
-class Mistake(NamedTuple):
-    file: str
-    right: str
-    wrong: str
-    test: str  # the test that must notice, as pytest names it
-
-
-NORM = "test_lora.py::test_the_norm_is_that_of_the_rows_and_has_no_gradient"
-NF4 = "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4"
 FORWARD = "test_layers.py::test_forward_is_the_merged_weight_applied"
-GRADIENTS = "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied"
-MISTAKES = {
-    "law 1: the update is not scaled": Mistake(
-        "kernels/lora.py", "lora_A.to(x.dtype)).mul_(scale)", "lora_A.to(x.dtype))", f"{FORWARD}[linear-kernels]"
+MISTAKES = {  # file, what it says, the mistake in its place, and the test that must notice
+    "law 1: the update is not scaled": (
+        "kernels/lora.py",
+        "lora_A.to(x.dtype)).mul_(scale)",
+        "lora_A.to(x.dtype))",
+        f"{FORWARD}[linear-kernels]",
     ),
-    "law 1: a norm is that of columns": Mistake(
-        "lora.py", "(weight.to(wide) + delta).norm(dim=1)", "(weight.to(wide) + delta).norm(dim=0)", NORM
+    "law 1: a norm is that of columns": (
+        "lora.py",
+        "(weight.to(wide) + delta).norm(dim=1)",
+        "(weight.to(wide) + delta).norm(dim=0)",
+        "test_lora.py::test_the_norm_is_that_of_the_rows_and_has_no_gradient",
     ),
-    "law 2: B does not start at 0": Mistake(
+    "law 2: B does not start at 0": (
         "lora.py",
         "B = torch.zeros(outer, r, dtype=torch.float32)",
         "B = torch.full((outer, r), 1e-3, dtype=torch.float32)",
         "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
     ),
-    "law 3: the base is trained too": Mistake(
+    "law 3: the base is trained too": (
         "adapter.py",
         "    model.requires_grad_(False)",
         "    [p.requires_grad_(p.dim() == 1) for p in model.parameters()]",
         "test_loop.py::test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter",
     ),
-    "law 4: ranks of A are concatenated in another order than those of B": Mistake(
+    "law 4: ranks of A are concatenated in another order than those of B": (
         "adapters/weighted.py",
         "torch.cat([part.lora_A.to(widest(part.lora_A)) for part in parts])",
         "torch.cat([part.lora_A.to(widest(part.lora_A)) for part in reversed(parts)])",
         "test_weighted.py::test_adapters_add_by_concatenating_ranks",
     ),
-    "law 5: the gradient of A lacks the scale": Mistake(
+    "law 5: the gradient of A lacks the scale": (
         "kernels/lora.py",
         "h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)",
         "h = dy @ lora_B.to(dy.dtype)",
-        f"{GRADIENTS}[linear-kernels]",
+        "test_layers.py::test_gradients_are_those_of_the_merged_weight_applied[linear-kernels]",
     ),
-    "law 6: of two levels as near the higher one": Mistake(
+    "law 6: of two levels as near the higher one": (
         "kernels/nf4.py",
         "(x > torch.index_select(within",
         "(x >= torch.index_select(within",
-        f"{NF4}[nf4-ties-kernels]",
+        "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4[nf4-ties-kernels]",
     ),
-    "law 7: the JSON of a packed weight says another dtype of its scales": Mistake(
+    "law 7: the JSON of a packed weight says another dtype of its scales": (
         "models/bitsandbytes.py",
         '"nested_dtype": "float32"',
         '"nested_dtype": "bfloat16"',
         "test_quant_files.py::test_names_bytes_statistics_and_json_of_a_packed_weight_are_those_of_bitsandbytes",
     ),
-    "law 8: a row's last token predicts the next row": Mistake(
+    "law 8: a row's last token predicts the next row": (
         "data.py",
         "labels[1:], IGNORE_INDEX]",
         "labels[1:], examples[0].tokens[0]]",
         "test_loop.py::test_rows_in_micro_batches_of_any_size_give_the_same_gradient",
     ),
-    "law 9: documents see each other": Mistake(
+    "law 9: documents see each other": (
         "llama.py",
         "causal_attention(q, k, v, self.lengths, self.lengths, window)",
         "causal_attention(q, k, v, [len(q)], [len(q)], window)",
         "test_llama.py::test_documents_beside_each_other_do_not_see_each_other",
     ),
-    "law 10: an adapter of twice the rank acts by half": Mistake(
+    "law 10: an adapter of twice the rank acts by half": (
         "adapters/files.py",
         '"lora_alpha": growth * config.lora_alpha',
         '"lora_alpha": config.lora_alpha',
         "test_files.py::test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes[PiSSA]",
     ),
-    "law 11: a resumed run forgets the best adapter": Mistake(
+    "law 11: a resumed run forgets the best adapter": (
         "runs/loop.py",
         "return state, best, damaged",
         "return state, {}, damaged",

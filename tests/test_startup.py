@@ -29,7 +29,6 @@ print("needless:", [name for name in needless if name in sys.modules])
 """
 TRAIN = "import minilora\n{}\nfrom minilora import train\nprint(minilora.train is train, train)"
 NAME = "import minilora\nprint(minilora.{})"
-AGAIN = "import importlib, sys, minilora\nminilora.train\n{}\nprint(minilora.train)"
 IMPORTS = [  # Python, and how what it prints begins
     (TRAINING, "needless: []"),
     ("from minilora import *\nprint([name for name in dir() if name[:2] != '__'])", str(ml.__all__)),
@@ -39,8 +38,6 @@ IMPORTS = [  # Python, and how what it prints begins
     (TRAIN.format("minilora.DataConfig"), "True <function train"),
     (NAME.format("llama.Llama"), "<class 'minilora.llama.Llama'>"),
     (NAME.format("errors.ConfigError"), "<class 'minilora.errors.ConfigError'>"),
-    (AGAIN.format("importlib.reload(minilora)"), "<function train"),
-    (AGAIN.format("del sys.modules['minilora']\nimport minilora"), "<function train"),
 ]
 ONE_AFTER_THE_OTHER = """
 import json, sys
