@@ -1,6 +1,6 @@
 """Make the built-in instruction set, the pretraining text that must not know it, and general text, from WordNet 3.0.
 
-    python scripts/make_data.py --wordnet DIR        # DIR holds data.noun, data.verb, data.adj and data.adv
+    python scripts/make_data.py --wordnet DIR        # DIR contains data.noun, data.verb, data.adj and data.adv
 
 A row asks for the category of a noun's definition; the answer is the WordNet lexicographer file that holds the noun.
 One relation keeps the splits apart: two definitions are *near-twins* if their sets of words have a Jaccard index of at

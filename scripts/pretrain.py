@@ -1,9 +1,9 @@
 """Pretrain the built-in model from nothing on the glosses of WordNet 3.0, without those of the held-out rows.
 
-    python scripts/pretrain.py --wordnet DIR         # DIR holds data.noun, ...; run scripts/make_data.py first
+    python scripts/pretrain.py --wordnet DIR         # DIR contains data.noun, ...; run scripts/make_data.py first
     python scripts/pretrain.py --wordnet DIR --large MODEL     # another, six times as large, in hours, to MODEL
 
-A byte-level BPE of 2,048 tokens and a Llama of 1.67 million parameters. Each synset stands in the text twice, in two
+A byte-level BPE of 2,048 tokens and a Llama of 1.67 million parameters. Each synset is in the text twice, in two
 forms, and the text is seen in two passes, each in an order of its own: a fixed number of steps, about twelve minutes on
 two cores. The same machine, versions and thread count give the same bytes. Held-out loss is taken on the bfloat16
 weights that are written.

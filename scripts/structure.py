@@ -24,7 +24,7 @@ PAGES = ("lora", "nf4", "llama", "adapter", "data", "training")
 
 
 def modules_of(package: Path) -> dict[str, Path]:
-    """Return the modules of a package that hold anything, by their dotted names in it."""
+    """Return the modules of a package that are not empty, by their dotted names in it."""
     files = sorted(package.rglob("*.py"))
     return {".".join(each.relative_to(package).with_suffix("").parts): each for each in files if each.stat().st_size}
 
@@ -71,7 +71,7 @@ def repeated_names(modules: Mapping[str, Path]) -> list[str]:
 
 class Trace:
     """What is called between `start` and `stop` of a package: its functions, and pairs of them, of which the first one
-    called the second, maybe through other packages (final). A lambda belongs to the function that it stands in.
+    called the second, maybe through other packages (final). A lambda belongs to the function that it is in.
     """
 
     def __init__(self, package: Path):

@@ -30,7 +30,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class MarkedWords:
-    """A conversation of any messages, in which words that occur once are to be learned, or read alone.
+    """A conversation of any messages, in which words that occur once should be learned, or only read.
 
     A word of `optional` may be left out by the template, as the reasoning of earlier turns is; if it is there, it is
     learned.
@@ -81,7 +81,7 @@ def marked_words(render: Render, case: MarkedWords) -> Iterator[Comparison]:
             continue
         is_learned = np.array(flags, dtype=bool)[(begins < end) & (ends > begin)]
         is_right = is_learned.any() == is_learned.all() == (word not in case.read)
-        wanted = "read alone" if word in case.read else "learned"
+        wanted = "only read" if word in case.read else "learned"
         shown = f"found {bracketed(tokens, flags)}; accepted is that {word!r} is {wanted}"
         yield claim(f"the word {word}", "" if is_right else shown)
 
@@ -97,7 +97,7 @@ def opening(render: Render, case: Chat) -> Iterator[Comparison]:
 def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]]:
     """Return where each message's content is in the text, in order, up to the first that is not found.
 
-    What stands between them is known from the same conversation with other words.
+    The text between them is known from the same conversation with other words.
     """
     names = [f"Qz{i}zQ" for i in range(len(case.turns))]
     renamed = [{**message, "content": name} for message, name in zip(case.messages, names, strict=True)]
@@ -124,7 +124,7 @@ def right_labels(
     """Return the labels that are right, and how many replies have an end token.
 
     The end token is that of the first character after a reply that is not white space. Where both labels are right, it
-    is that of `flags`: of white space beside an end token, and of a token with the ends of a header and the beginning
+    is that of `flags`: of white space next to an end token, and of a token with the ends of a header and the beginning
     of a reply.
     """
     text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens])
@@ -205,11 +205,11 @@ TOOLS = MarkedWords(
         {"role": "tool", "content": "Qd degrees", "tool_call_id": "call00001", "name": "Qb"},
         {"role": "assistant", "content": "Qe, it is."},
     ),
-    learned=("Qc", "Qe"),  # the name of the function may stand in the tool's result as well
+    learned=("Qc", "Qe"),  # the name of the function may be in the tool's result as well
     read=("Qa", "Qd"),
 )
 QUOTED = "a question that quotes what opens a reply in its template is not learned"
-THINKING = "replies are learned where they hold reasoning, which a template may drop; questions are not"
+THINKING = "replies with reasoning, which a template may drop, are learned; questions are not"
 CALLING = "calls of tools and the replies are learned, questions and results of tools are not; no text is lost"
 LAWS = (
     *(Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()),

@@ -136,10 +136,10 @@ def check_lora_linear(
 
     Args:
         make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
-            takes `dropout` or `use_rslora` too, those are passed. It may hold A and B, or parameters equal to them
+            takes `dropout` or `use_rslora` too, those are passed. It may contain A and B, or parameters equal to them
             or to their transposes. Gradients are taken in evaluation mode.
         use_rslora: check the scale of rsLoRA.
-        sizes: (in, out, r) to be tried beside those that always are, up to 144 features and rank 40.
+        sizes: (in, out, r) to try in addition to the usual ones, which have up to 144 features and rank 40.
     """
     return check(make_layer, "rslora" if use_rslora else "lora", sizes=sizes)
 

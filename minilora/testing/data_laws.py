@@ -186,7 +186,7 @@ _LOSS = (
     ("masked", "logits in front of a label of -100 do not matter", SOME, unlabelled),
     ("padding", "neither padding nor the order of the rows matters", SOME, padding),
     ("one_label", "a single label, wherever it is, gives its own loss", ONE_LABEL, both),
-    ("empty_rows", "a row without labels beside others does not matter", EMPTY_ROWS, both),
+    ("empty_rows", "a row without labels in a batch with others does not matter", EMPTY_ROWS, both),
     ("unequal", "a label counts as much in a row of many labels as in one of few", UNEQUAL, both),
     ("no_labels", "a batch without labels has the loss 0 or nan, or is an error", NO_LABELS, nothing),
     ("huge", "the loss of logits of 10⁴ is finite", HUGE, both),

@@ -115,7 +115,7 @@ def files(path: Path) -> Problems:
         if not (path / name).is_file():
             yield f"{name}: found no such file in {path}; accepted is a directory with {CONFIG} and {WEIGHTS}"
     if (path / "adapter_model.bin").exists():
-        yield f"adapter_model.bin: found, accepted is {WEIGHTS} alone: loading the other one can run code"
+        yield f"adapter_model.bin: found, accepted is only {WEIGHTS}: loading the other file can run code"
     if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         try:
             read(path)
@@ -153,8 +153,8 @@ def names(adapter: Adapter) -> Problems:
 def pairs(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         if own.keys() != {ROWS} and not {A, B} <= own.keys():
-            found = f"{WEIGHTS}: {PREFIX}{where}: found {', '.join(own)} alone"
-            yield f"{found}, accepted are {A} and {B} and what stands beside them"
+            found = f"{WEIGHTS}: {PREFIX}{where}: found only {', '.join(own)}"
+            yield f"{found}, accepted are {A} and {B} and what belongs to them"
     if not adapter.parts and not adapter.others:
         yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors"
 

@@ -45,7 +45,7 @@ class NotApplicable(unittest.SkipTest):  # by which pytest skips a test
 
 @dataclass(frozen=True)
 class Comparison:
-    """A result of an implementation beside what it should be."""
+    """A result of an implementation, and what it should be."""
 
     what: str  # its name, such as "dA"
     actual: Any  # an array, or an exception that was raised in its place
@@ -137,7 +137,7 @@ class Law:
     kind: str  # of what it is a law: "lora", "nf4", …
     name: str  # unique in its kind
     statement: str  # the law in words
-    cases: Sequence[Any]  # from small to large; of what takes no input, such as files, None alone
+    cases: Sequence[Any]  # from small to large; only None if nothing is drawn, as for files
     compare: Callable[[Any, Any], Iterator[Comparison]]  # (implementation, case) -> comparisons
     like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
     takes: Callable[..., Any] | None = None  # of what is given as a tuple: its fields by name
@@ -169,7 +169,7 @@ class Law:
         return Report(self.id, self.statement, max(ratios, default=0.0), len(ratios))
 
     def comparisons(self, implementation: Any, case: Any) -> list[Comparison]:
-        """Return what an implementation makes of a case beside what it should; an exception is a result as well."""
+        """Return the results of an implementation for a case, and the right ones; an exception is a result as well."""
         comparisons = []
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(RANDOM)  # so that a mistake draws the same masks as an implementation

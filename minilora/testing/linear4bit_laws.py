@@ -110,7 +110,7 @@ _LAWS = (
     ("ragged_dx", f"{_DX}, where rows end within a block", RAGGED, input_gradient),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
     ("evaluation", "an evaluation leaves the output of training as it was", LINEARS, evaluation),
-    ("double_quant", f"{_LINEAR}, with absmaxes in eight bits", NESTED, weight),
+    ("double_quant", f"{_LINEAR}, with 8-bit absmaxes", NESTED, weight),
     ("16-bit", f"{_LINEAR}, in bfloat16 and float16", LOW, product),
 )
 LAWS = tuple(Law("linear4bit", *row) for row in _LAWS)

@@ -42,7 +42,7 @@ class Built(NamedTuple):
     given: dict[str, Tensor]  # W, b, A, B, magnitude
 
     def tensor(self, name: str, y: Any = None) -> Tensor | None:
-        """Return the tensor that the layer holds as W, A, B, …, or its transpose; None if it has none.
+        """Return the tensor that is W, A, B, … in the layer, or its transpose; None if there is none.
 
         It is a tensor that was given, one that y was computed from, or a parameter.
         """
@@ -61,7 +61,7 @@ class Built(NamedTuple):
         """Return the gradient of A, B or magnitude after a backward pass from y: zeros if there is none."""
         tensor = self.tensor(name, y)
         if tensor is None:
-            return AssertionError(f"no parameter of the layer holds {name}")
+            return AssertionError(f"no parameter of the layer is {name}")
         leaf = tensor if tensor.is_leaf else tensor._base
         if leaf is None or leaf.grad is None:
             return torch.zeros_like(self.given[name])
@@ -210,7 +210,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
     B = built.tensor("B", built.layer(tensor(case.x, case.dtype)))
     if B is None:
-        raise AssertionError("no parameter of the layer holds B")
+        raise AssertionError("no parameter of the layer is B")
     B.data.mul_(2)
     yield output(built.layer, case.changed(B=2 * case.B), "y after B was doubled in place")
     if case.method == "lora":  # DoRA's start of m depends on W

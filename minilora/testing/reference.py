@@ -222,7 +222,7 @@ def nf4_quantize(weight: Array, block_size: int) -> tuple[Array, Array]:
 
 
 def nf4_pack(codes: Sequence[int]) -> bytes:
-    """Two codes a byte, the first in the high half; beside a last one alone stands the code of 0.
+    """Two codes per byte, the first in the high half; the code of 0 follows a last code without a second one.
 
     Shapes: codes (n) -> ⌈n/2⌉ bytes
     """

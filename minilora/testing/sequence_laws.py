@@ -48,7 +48,7 @@ class Lengths:
 
 
 def allowed(result: Any) -> float:
-    """Return the allowed error of a result beside the largest number, by its dtype."""
+    """Return the allowed error of a result relative to the largest number, by its dtype."""
     return ALLOWED.get(str(getattr(result, "dtype", "float64")).removeprefix("torch."), ALLOWED["float32"])
 
 
@@ -95,7 +95,7 @@ def compared(packed: Packed, documents: list[Tokens], right: list[Any], what: st
 def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     documents = case.tokens(packed.vocabulary)
     right = [result_of(packed, document) for document in documents]
-    yield from compared(packed, documents, right, "beside the others")
+    yield from compared(packed, documents, right, "in a batch with the others")
     yield from compared(packed, documents[::-1], right[::-1], "in reverse order")
 
 
@@ -107,7 +107,7 @@ def neighbours(packed: Packed, case: Lengths) -> Iterator[Comparison]:
         raise NotApplicable("the result is one number for all documents")
     for i, own in enumerate(before):
         changed = [document if j == i else others[j] for j, document in enumerate(documents)]
-        yield Comparison(f"document {i} beside other tokens", results(packed, changed)[i], near(own, own))
+        yield Comparison(f"document {i} next to other tokens", results(packed, changed)[i], near(own, own))
 
 
 def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:

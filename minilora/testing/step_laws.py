@@ -59,7 +59,7 @@ def check_trains_everything(
             problems.append(f"{name}: unchanged; {why_unchanged(model, name, gradients)}")
         elif name in meant and gradients.get(name) is False:
             reason = why_unchanged(model, name, gradients)
-            problems.append(f"{name}: changed by weight decay or momentum alone; {reason}")
+            problems.append(f"{name}: changed only by weight decay or momentum; {reason}")
         elif name not in meant and not np.array_equal(old, new, equal_nan=True):
             problems.append(f"{name}: changed; {why_changed(model, name)}")
     if problems:

@@ -1,4 +1,4 @@
-"""Describe what a path holds: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
+"""Describe what is in a path: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from minilora.runs.settings import Settings
 def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     """Describe a path or a hub id as "run", "adapter", "model" or "file"; a finished run is an adapter too.
 
-    "manifest" says whether the files are as they were written, if there is one.
+    "manifest" has the files that changed since they were written, if there is one.
 
     Raises:
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
@@ -52,7 +52,7 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     if (path / "config.json").is_file():
         facts["model"] = model_facts(path)
     if not facts:
-        raise FormatError(f"{path}: holds no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
+        raise FormatError(f"{path}: has no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
     written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / MANIFEST).is_file()]
     if written:
         changed = [f"{folder / name}: not as it was written" for folder in written for name in changed_files(folder)]
@@ -62,7 +62,7 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
 
 
 def run_facts(directory: Path) -> dict[str, Any]:
-    """Describe a run: run.json as it is, summary.json, and the last step, evaluation and checkpoint.
+    """Describe a run: run.json, summary.json, and the last step, evaluation and checkpoint.
 
     "settings" are the values of the configuration that differ from the defaults.
 
