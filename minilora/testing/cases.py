@@ -204,7 +204,7 @@ class AdaptedLinear:
         return Bounded.exact(array, self.dtype)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def interned(case: AdaptedLinear) -> AdaptedLinear:
     """Return the first case that was equal, with the results that it has computed: laws make equal cases anew."""
     return case

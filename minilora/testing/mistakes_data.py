@@ -41,7 +41,6 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
         logits, labels.masked_fill(labels == 0, IGNORE)
     ),
     "the sum is not divided": loss_sum,
-    "the sum is divided by all positions": lambda logits, labels: loss_sum(logits, labels) / labels.numel(),
     "the sum is divided by all predictions": lambda logits, labels: loss_sum(logits, labels) / labels[:, 1:].numel(),
     "the labels are counted before the shift": lambda logits, labels: (
         loss_sum(logits, labels) / (labels != IGNORE).sum()
