@@ -50,7 +50,7 @@ def test_a_mistake_is_refused_and_named(kind, name):
 
 def refuses(law, mistake, case):
     with suppress(NotApplicable):
-        return any(not each.holds for each in law.comparisons(mistake, case))
+        return any(not result.holds for result in law.comparisons(mistake, case))
 
 
 @pytest.mark.parametrize("law", laws(*CATALOGUE).values(), ids=lambda law: law.id)

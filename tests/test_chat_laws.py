@@ -16,16 +16,6 @@ from tests.text import CHATML, DEFAULT_SYSTEM, MARKED
 MISTAKES = CATALOGUE["chat_mask"]
 
 
-def with_mask(change):
-    """Render with other labels."""
-
-    def render(messages):
-        tokens, flags = render_chat(messages)
-        return tokens, change(tokens, flags)
-
-    return render
-
-
 def bracketed(messages):
     """Render in another form than that of the catalogue."""
     tokens, flags = [], []
@@ -62,15 +52,19 @@ def test_a_mistake_of_a_mask_is_named_in_any_template(cause):
     assert cause in failure.value.causes
 
 
-def test_a_wrong_mask_of_no_known_mistake_has_no_cause():
-    for change in (lambda tokens, flags: [False] * len(flags), lambda tokens, flags: [*flags[1:], False]):
-        with pytest.raises(CheckFailure, match="learned are") as failure:
-            check_chat_mask(with_mask(change))
-        assert failure.value.causes == ()
+@pytest.mark.parametrize("change", [lambda flags: [False] * len(flags), lambda flags: [*flags[1:], False]])
+def test_a_wrong_mask_of_no_known_mistake_has_no_cause(change):
+    def render(messages):
+        tokens, flags = render_chat(messages)
+        return tokens, change(flags)
+
+    with pytest.raises(CheckFailure, match="learned are") as failure:
+        check_chat_mask(render)
+    assert failure.value.causes == ()
 
 
 def test_a_template_may_strip_white_space_around_a_text():
-    check_chat_mask(lambda m: render_chat([{**each, "content": each["content"].strip()} for each in m]))
+    check_chat_mask(lambda m: render_chat([{**message, "content": message["content"].strip()} for message in m]))
 
 
 def without_end(messages):
@@ -103,7 +97,7 @@ def test_each_law_of_masks_finds_what_breaks_it(mistake):
 )
 def test_a_lost_or_changed_text_has_no_mistake_of_labels_as_its_cause(law, change, lost, case):
     def render(messages):
-        return render_chat([{**each, "content": change(each["content"])} for each in messages])
+        return render_chat([{**message, "content": change(message["content"])} for message in messages])
 
     with pytest.raises(CheckFailure, match=re.escape(f"in which {lost} or what follows it is lost")) as caught:
         laws("chat_mask")[law].check(render, case)

@@ -28,7 +28,7 @@ def in_blocks(x, W):
     blocks = (x @ W).split(16, dim=-1)
     most = torch.stack([z.amax(-1, keepdim=True) for z in blocks])
     terms = [(z - own).exp() * (own - most.amax(0)).exp() for z, own in zip(blocks, most, strict=True)]
-    return torch.cat(terms, -1) / sum(each.sum(-1, keepdim=True) for each in terms)
+    return torch.cat(terms, -1) / sum(term.sum(-1, keepdim=True) for term in terms)
 
 
 def by_the_maximum(x, W):
@@ -115,7 +115,7 @@ def test_a_right_kernel_passes_in_whatever_order_it_sums(kernel, definition, dty
 def test_a_wrong_kernel_exceeds_the_bound_tenfold_and_in_bfloat16_too(wrong):
     failures = refused(WRONG[wrong], softmax, torch.float32)
     assert len(failures) == len(SEEDS)
-    assert min(float(each.rpartition("error/bound ")[2]) for each in failures) > 10
+    assert min(float(failure.rpartition("error/bound ")[2]) for failure in failures) > 10
     if "rounded" not in wrong:
         assert len(refused(WRONG[wrong], softmax, torch.bfloat16)) == len(SEEDS)
 

@@ -14,7 +14,7 @@ def most_used(mistake, kind, dtype):
     """How much of a bound the outputs and gradients of a layer use, in the worst case."""
     compared = [laws(kind)[name].compare for name in ("forward", "gradients")]
     cases = linear_cases("dora" if kind == "dora" else "lora", dtype, kind == "rslora")
-    return max(each.verdict[0] for compare in compared for case in cases for each in compare(mistake, case))
+    return max(result.verdict[0] for compare in compared for case in cases for result in compare(mistake, case))
 
 
 @matrix(3, dtype=("float64", "float32", "float16", "bfloat16"), kind=("lora", "rslora", "dora"))
@@ -28,7 +28,7 @@ def test_a_mistake_of_a_layer_exceeds_the_bound_in_some_case(kind, dtype):
 
 def exceeds_tenfold(law, mistake, case):
     with suppress(NotApplicable):
-        return any(each.verdict[0] > 10 for each in law.comparisons(mistake, case))
+        return any(result.verdict[0] > 10 for result in law.comparisons(mistake, case))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CATALOGUE if kind not in ("lora", "rslora", "dora")])

@@ -122,12 +122,9 @@ def test_plain_tuples_are_checked_as_the_arguments_of_the_functions_are():
         check((MODEL.logits,), "packing")
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_model(dtype=torch.float64)
+def test_our_documents_and_our_cache_pass():
+    llama = tiny_model(dtype=torch.float64)
 
-
-def test_our_documents_and_our_cache_pass(llama):
     def run(documents):
         lengths = [len(document) for document in documents]
         hidden = llama.model(torch.tensor([*chain(*documents)]), Documents(lengths))

@@ -1,7 +1,5 @@
 """The public checks: right implementations pass them, and wrong ones are refused with their mistake."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ from hypothesis import given
 from hypothesis.strategies import floats
 from torch import nn
 
-from minilora import testing
 from minilora.cli.selftest import implementations
 from minilora.testing import (
     AdaptedLinear,
@@ -27,15 +24,13 @@ from minilora.testing import (
 )
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
-from minilora.testing.implementations import DoRALayer, Linear4bit, LoRALayer, add_adapters, merge
+from minilora.testing.implementations import DoRALayer, Linear4bit, LoRALayer, merge
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mistakes_layers import lora, with_formula
 from minilora.testing.strategies import METHODS, adapted_linears
 from tests.models import long, randn
 
-FOLDER = Path(testing.__file__).parent
 DTYPES = tuple(UNITS)
-RIGHT = {"lora": LoRALayer, "dora": DoRALayer, "adapter_sum": add_adapters}
 LORA = CATALOGUE["lora"]
 
 

@@ -55,7 +55,7 @@ def test_forward_is_that_of_the_changed_parameters(seed, experts, inner, middle,
     assert_maths(y, expected)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 4
-    for our, their in zip(*(torch.autograd.grad(each, trained, dy) for each in (y, expected)), strict=True):
+    for our, their in zip(*(torch.autograd.grad(output, trained, dy) for output in (y, expected)), strict=True):
         assert_maths(our, their)
     merge_experts(model)
     assert type(model[0]) is Experts

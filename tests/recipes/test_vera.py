@@ -33,8 +33,8 @@ def fill(model, seed, name="default"):
 
 def written_out(W, adapter):
     """W + Λ_b B Λ_d A, number by number of the rank."""
-    lambda_b, lambda_d = (adapter.tensors()[f"vera_lambda_{each}"].detach().double() for each in "bd")
-    A, B = (getattr(adapter.shared, each).double() for each in "AB")
+    lambda_b, lambda_d = (adapter.tensors()[f"vera_lambda_{letter}"].detach().double() for letter in "bd")
+    A, B = (getattr(adapter.shared, letter).double() for letter in "AB")
     for i in range(len(lambda_d)):
         W = W + lambda_d[i] * torch.outer(lambda_b * B[: W.size(0), i], A[i, : W.size(1)])
     return W
