@@ -27,10 +27,10 @@ def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     yield same(loss_fn, case, "the loss", case.logits, case.labels)
 
 
-def same(loss_fn: LossFn, case: MaskedLogits, what: str, logits: Array, labels: Array) -> Comparison:
+def same(loss_fn: LossFn, case: MaskedLogits, name: str, logits: Array, labels: Array) -> Comparison:
     """Compare the loss of these logits and labels with that of the case."""
     actual = loss_fn(tensor(logits, case.dtype), tensor(labels, "int64"))
-    return Comparison(what, actual, computed(case, actual).loss)
+    return Comparison(name, actual, computed(case, actual).loss)
 
 
 def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
@@ -119,9 +119,9 @@ def regrouped(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
         "a micro-batch for each row, in reverse": [[row] for row in reversed(rows)],
         "a micro-batch of the first row, and the rest": [rows[:1], rows[1:]],
     }
-    for what, groups in ways.items():
+    for way, groups in ways.items():
         actual = step_fn(tensor(case.W, case.dtype), tensors(case, groups))
-        yield Comparison(f"dW of {what}", actual, case.gradient)
+        yield Comparison(f"dW of {way}", actual, case.gradient)
 
 
 def tensors(case: MicroBatches, groups: list[list[Row]]) -> list[tuple[Tensor, Tensor]]:

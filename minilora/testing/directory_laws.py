@@ -295,7 +295,7 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default,
 }
 
 
-def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problems]) -> Law:
+def _law(name: str, subject: str, statement: str, problems: Callable[[Any], Problems]) -> Law:
     """Return a law whose claim lists all problems that are found."""
 
     def compare(path: str | Path, case: None) -> Iterator[Comparison]:
@@ -306,7 +306,7 @@ def _law(name: str, what: str, statement: str, problems: Callable[[Any], Problem
             except Exception as error:
                 raise NotApplicable(f"the files cannot be read: {error}") from error
         found = list(problems(directory))
-        yield claim(what, "\n  ".join(found[:SHOWN]))
+        yield claim(subject, "\n  ".join(found[:SHOWN]))
 
     return Law("adapter_directory", name, statement, [None], compare)
 

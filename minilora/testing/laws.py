@@ -47,7 +47,7 @@ class NotApplicable(unittest.SkipTest):  # by which pytest skips a test
 class Comparison:
     """A result of an implementation, and what it should be."""
 
-    what: str  # its name, such as "dA"
+    name: str  # such as "dA"
     actual: Any  # an array, or an exception that was raised in its place
     expected: Bounded | Array  # without a bound, bits must be equal
 
@@ -92,9 +92,9 @@ class Comparison:
         return worst(ours, theirs, allowed)[0] <= 1
 
 
-def claim(what: str, problem: str) -> Comparison:
+def claim(name: str, problem: str) -> Comparison:
     """Return a statement about an implementation that is true or not: `problem` is what was found, or ""."""
-    return Comparison(what, AssertionError(problem) if problem else 0.0, np.asarray(0.0))
+    return Comparison(name, AssertionError(problem) if problem else 0.0, np.asarray(0.0))
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,10 @@ class Law:
     def _failure(self, implementation: Any, failing: list[Tried], cases: int) -> CheckFailure:
         case, comparisons = failing[0]
         first = next(comparison for comparison in comparisons if not comparison.holds)
-        mistakes = {} if first.what == CALL else CATALOGUE.get(self.kind, {})  # no mistake of it is an exception
+        mistakes = {} if first.name == CALL else CATALOGUE.get(self.kind, {})  # no mistake of it is an exception
         some = failing[:: 1 + len(failing) // TRIED]
         causes = tuple(name for name, mistake in mistakes.items() if self._explains(mistake, implementation, some))
-        title, law = f"{self.id}: {first.what}: wrong", f"  law: {self.statement}"
+        title, law = f"{self.id}: {first.name}: wrong", f"  law: {self.statement}"
         details = [f"  {first.verdict[1]}", *(f"  likely cause: {cause}" for cause in causes)]
         if case is None:
             lines = [title, law, *details]

@@ -104,21 +104,21 @@ def set_mode(layer: Any, training: bool) -> None:
         layer.train(training)
 
 
-def with_dtype(what: str, y: Any, right: Bounded) -> Iterator[Comparison]:
+def with_dtype(name: str, y: Any, right: Bounded) -> Iterator[Comparison]:
     """Compare the output of a layer and, if it is a tensor, its dtype, which is that of x."""
-    yield Comparison(what, y, right)
+    yield Comparison(name, y, right)
     found = str(y.dtype).removeprefix("torch.") if isinstance(y, Tensor) else right.dtype
-    yield claim(f"the dtype of {what}", "" if found == right.dtype else f"found {found}, expected {right.dtype}")
+    yield claim(f"the dtype of {name}", "" if found == right.dtype else f"found {found}, expected {right.dtype}")
 
 
-def output(layer: Any, case: AdaptedLinear, what: str = "y") -> Comparison:
+def output(layer: Any, case: AdaptedLinear, name: str = "y") -> Comparison:
     """Compare what a layer makes of the case's x."""
-    return Comparison(what, layer(tensor(case.x, case.dtype)), interned(case).y)
+    return Comparison(name, layer(tensor(case.x, case.dtype)), interned(case).y)
 
 
-def forward(make: Make, case: AdaptedLinear, what: str = "y") -> Iterator[Comparison]:
+def forward(make: Make, case: AdaptedLinear, name: str = "y") -> Iterator[Comparison]:
     built, case = make_layer(make, case)
-    yield from with_dtype(what, built.layer(tensor(case.x, case.dtype)), case.y)
+    yield from with_dtype(name, built.layer(tensor(case.x, case.dtype)), case.y)
 
 
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:

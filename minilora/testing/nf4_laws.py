@@ -27,10 +27,10 @@ def as_codes(packed: Any, count: int) -> Array:
     return np.stack([flat >> 4 & 15, flat & 15], axis=1).reshape(-1)[:count]
 
 
-def form(what: str, array: Any, shape: tuple[int, ...], dtype: str) -> Comparison:
+def form(name: str, array: Any, shape: tuple[int, ...], dtype: str) -> Comparison:
     """Compare the shape and the dtype of a result."""
     found, expected = (str(array.dtype).removeprefix("torch."), tuple(array.shape)), (dtype, shape)
-    return claim(f"dtype and shape of {what}", "" if found == expected else f"found {found}, expected {expected}")
+    return claim(f"dtype and shape of {name}", "" if found == expected else f"found {found}, expected {expected}")
 
 
 # --- laws of NF4 ---
@@ -87,8 +87,8 @@ def error(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 def kept_exactly(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     weight = as_array(dequantized(pair, case, *quantized(pair, case)))
     absmax = case.absmax[case.block].reshape(case.W.shape)
-    for what, chosen in (("zeros", case.W == 0), ("the largest numbers of the blocks", abs(case.W) == absmax)):
-        yield Comparison(what, np.where(chosen, weight, 0.0), np.where(chosen, case.W, 0.0))
+    for name, chosen in (("zeros", case.W == 0), ("the largest numbers of the blocks", abs(case.W) == absmax)):
+        yield Comparison(name, np.where(chosen, weight, 0.0), np.where(chosen, case.W, 0.0))
 
 
 def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:

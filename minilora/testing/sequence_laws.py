@@ -81,15 +81,15 @@ def result_of(packed: Packed, document: Tokens) -> Any:
     return result
 
 
-def compared(packed: Packed, documents: list[Tokens], right: list[Any], what: str) -> Iterator[Comparison]:
+def compared(packed: Packed, documents: list[Tokens], right: list[Any], place: str) -> Iterator[Comparison]:
     """Compare the results of documents in one batch with those of the documents by themselves."""
     together = results(packed, documents)
     if len(together) == len(right):
         for i, (result, alone) in enumerate(zip(together, right, strict=True)):
-            yield Comparison(f"document {i} {what}", result, near(alone, result))
+            yield Comparison(f"document {i} {place}", result, near(alone, result))
     else:
         total = sum(as_array(alone) for alone in right)
-        yield Comparison(f"the sum of the losses {what}", together[0], near(total, together[0]))
+        yield Comparison(f"the sum of the losses {place}", together[0], near(total, together[0]))
 
 
 def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
@@ -117,8 +117,8 @@ def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
         if len(document) > 1 and np.array_equal(as_array(own), as_array(other)):
             raise AssertionError("found the same result for other tokens: nothing can be compared")
         if as_array(own).ndim:
-            what = f"document {i} by itself, in front of a last token that is another"
-            yield Comparison(what, as_array(other)[:-1], near(own, own)[:-1])
+            name = f"document {i} by itself, in front of a last token that is another"
+            yield Comparison(name, as_array(other)[:-1], near(own, own)[:-1])
 
 
 def summed_gradients(packed: Packed, case: Lengths) -> Iterator[Comparison]:
@@ -151,12 +151,12 @@ def slopes(packed: Packed, documents: list[Tokens]) -> list[torch.Tensor]:
 
 def greedy(decoder: Decoder, case: Lengths) -> Iterator[Comparison]:
     prompts = case.tokens(decoder.vocabulary)
-    for what, chosen in (("", prompts), (" in reverse order", prompts[::-1]), (" by itself", prompts[:1])):
+    for way, chosen in (("", prompts), (" in reverse order", prompts[::-1]), (" by itself", prompts[:1])):
         answers = decoder.generate([list(prompt) for prompt in chosen], NEW)
         counts = f"found {len(answers)} answers to {len(chosen)} prompts"
-        yield claim(f"the answers{what}", "" if len(answers) == len(chosen) else counts)
+        yield claim(f"the answers{way}", "" if len(answers) == len(chosen) else counts)
         for i, (prompt, answer) in enumerate(zip(chosen, answers, strict=False)):
-            yield claim(f"the answer to prompt {i}{what}", unlikely(decoder, prompt, [int(token) for token in answer]))
+            yield claim(f"the answer to prompt {i}{way}", unlikely(decoder, prompt, [int(token) for token in answer]))
 
 
 def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens) -> str:
