@@ -114,12 +114,6 @@ def second_reply_lost(messages: Messages, tokens: Sequence[str], spans: Spans) -
     return [span for span, before in zip(spans, previous, strict=False) if before != "assistant"]
 
 
-def system_learned(messages: Messages, render: Render = render_chat) -> Rendered:
-    tokens, mask = render(messages)
-    learned = len(render(messages[:1])[0]) if messages and messages[0]["role"] == "system" else 0
-    return tokens, [True] * learned + list(mask[learned:])
-
-
 CHAT_MASK: Mapping[str, Render] = {
     "everything is learned": with_spans(lambda messages, tokens, spans: [(0, len(tokens))]),
     "only the last reply is learned": with_spans(lambda messages, tokens, spans: spans[-1:]),
@@ -137,5 +131,4 @@ CHAT_MASK: Mapping[str, Render] = {
         lambda messages, tokens, spans: [(begin + 1, end + 1) for begin, end in spans]
     ),
     "a reply is found by its text, even in the question": with_spans(found_by_its_text),
-    "the system message is learned": system_learned,
 }
