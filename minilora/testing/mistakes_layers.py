@@ -184,9 +184,19 @@ def norm_of_the_first_call(self: DoRALayer) -> Tensor:
     return self.m / self.get_buffer("norm")
 
 
+def start_at_the_adapted_norm(
+    W: Tensor, b: Any, A: Tensor, B: Tensor, alpha: float, magnitude: Tensor | None = None
+) -> DoRALayer:
+    layer = DoRALayer(W, b, A, B, alpha, magnitude=magnitude)
+    if magnitude is None:
+        layer.m.data = adapted(layer).norm(dim=1).detach()
+    return layer
+
+
 DORA: Mapping[str, Make] = {
     "DoRA is LoRA: there is no magnitude and no norm": with_factor(lambda self: torch.ones_like(self.m)),
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
+    "the magnitude starts at ‖W + s·B A‖": start_at_the_adapted_norm,
     "columns are normalized instead of rows": dora(  # catid/dora#4, nbasyl/DoRA#1
         lambda self, x: plus_bias(self, self.m * self.lora(x / adapted(self).norm(dim=0).detach()))
     ),
