@@ -3,7 +3,7 @@
     python scripts/methods.py DIR [--methods LoRA DoRA ...] [--log FILE]
     python scripts/methods.py DIR --cost
 
-DIR is SmolLM2-135M-Instruct (`scripts/smollm2.py`). Each method's learning rate is the best of at least three on the
+DIR is SmolLM2-135M-Instruct (`scripts/pretrained.py`). Each method's learning rate is the best of at least three on the
 400 validation rows, with seed 0; with that one it is measured on the 800 test rows, with three seeds. One line of JSON
 is logged for each training, so that a second call goes on where the first one was stopped. `--cost` tells time and
 memory instead, of 12 steps of each method in a fresh process: nothing else may run then.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -13,6 +11,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import minilora as ml
+import scripts.pretrained
 from minilora.adapter import CONFIG_FILE
 from minilora.files import MANIFEST
 from tests.models import randomize_adapters_, tiny_model
@@ -20,13 +19,16 @@ from tests.models import randomize_adapters_, tiny_model
 ROOT = Path(__file__).parents[1]
 
 
-def smollm2():
-    """The directory of SmolLM2, which is made once: processes that ask for it at once wait for each other."""
-    directory = ROOT / ".cache" / "smollm2"
-    directory.parent.mkdir(exist_ok=True)
+def pretrained(name):
+    """The directory of a pretrained model, made once: processes that ask for it at once wait for each other."""
+    directory = ROOT / ".cache" / "pretrained" / name
+    directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
+        file = directory.with_suffix(".gguf")
+        if not file.exists():
+            scripts.pretrained.download(name, file)
         if not directory.exists():
-            subprocess.run([sys.executable, ROOT / "scripts" / "smollm2.py", directory], check=True)
+            scripts.pretrained.convert(file, directory)
     return directory
 
 

@@ -186,6 +186,12 @@ def test_a_mistyped_data_file_is_not_looked_for_on_the_hub(hub):
     assert fetch("rows/a.jsonl", "dataset") == path
 
 
+def test_a_gguf_file_is_pointed_to_its_recipe(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ml.FormatError, match=r"model\.gguf.*recipes/from_gguf\.py"):
+        ml.load_model(tmp_path / "model.gguf")
+
+
 def test_what_is_built_in_has_a_name_that_never_means_the_hub(hub):
     for name in (BUILTIN, f"datasets/{BUILTIN}"):
         hub.add(name, {"adapter_model.safetensors": b""})

@@ -13,7 +13,7 @@ import pytest
 
 import minilora as ml
 from minilora.cli import parse
-from tests.files import smollm2
+from tests.files import pretrained
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
@@ -113,7 +113,7 @@ def test_a_chapter_comes_out_as_it_stands(chapter):
 @pytest.mark.long
 @pytest.mark.parametrize("chapter", by_name(path for path in EXECUTED if is_slow(path)))
 def test_a_slow_chapter_comes_out_as_it_stands(chapter):
-    smollm2()
+    pretrained("smollm2")
     test_a_chapter_comes_out_as_it_stands(chapter)
 
 

@@ -272,7 +272,7 @@ def link_checkout() -> None:
     """Make the working directory look like the checkout."""
     root = HERE.parent
     links = {name: root / name for name in ("tutorials", "scripts", "recipes")}
-    for model in (root / ".cache" / "smollm2", root / "smollm2"):
+    for model in (root / ".cache" / "pretrained" / "smollm2", root / "smollm2"):
         if model.is_dir():
             links["smollm2"] = model
     for name, target in links.items():

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from minilora.errors import FormatError
+from minilora.errors import FormatError, in_recipe
 from minilora.files import ASSETS, BUILTIN
 
 Kind = Literal["model", "tokenizer", "adapter", "dataset"]
@@ -65,6 +65,8 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
             _explain_missing_adapter(path)
         return Location(path, name)
+    if path.suffix == ".gguf" and kind != "dataset":
+        raise FormatError(f"{path}: a GGUF file has to become a directory first; {in_recipe('from_gguf')}")
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path and not (kind == "dataset" and name.endswith(DATA_ENDINGS)):  # mistyped
         return _download(name, kind)

@@ -1,0 +1,68 @@
+"""Freeze what llama.cpp's converter makes of small models, so that tests need no llama.cpp.
+
+python -m tests.golden.make_gguf LLAMA_CPP        (a checkout of llama.cpp, or its copy in llama-cpp-python's sources;
+                                                  extra `parity`, and sentencepiece)
+"""
+
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import minilora as ml
+from minilora.llama import Llama
+from tests.models import tiny_model
+from tests.text import write_tokenizer
+
+DIRECTORY = Path(__file__).parent / "gguf"
+ROPE_3_1 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "factor": 8.0}
+TWO_ROPES = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}
+MODELS = {  # name: how its text is split, and what differs from the family's model of tests/models.py
+    "llama-bias-tied-wide-heads": ("smollm", {}),
+    "llama-3.1": ("llama-bpe", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **ROPE_3_1}}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen2", {"tie_word_embeddings": True}),
+    "smollm3": ("llama-bpe", {"num_hidden_layers": 4}),
+    "phi3": ("smollm", {}),
+    "olmo2": ("smollm", {"tie_word_embeddings": True}),
+    "granite": ("smollm", {}),
+    "gemma3": (
+        "smollm",
+        {"vocab_size": 356, "num_hidden_layers": 6, "layer_types": None, "rope_parameters": TWO_ROPES},
+    ),
+    "lfm2": ("smollm", {"conv_bias": False, "layer_types": ["conv", "full_attention"], "norm_eps": 1e-5}),
+}
+WRITTEN = {"lfm2": {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0}}  # that the converter needs
+
+
+def model_of(name: str) -> Llama:
+    """The model that a file has, in bfloat16."""
+    changes = {
+        "vocab_size": 400,
+        "num_hidden_layers": 2,
+        "query_pre_attn_scalar": 256,
+        **WRITTEN.get(name, {}),
+        **MODELS[name][1],
+    }
+    return tiny_model(name, dtype=torch.bfloat16, **changes)
+
+
+def main() -> None:
+    sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/gguf-py"]
+    from conversion.base import TextModel
+    from conversion.phi import Phi3MiniModel
+
+    Phi3MiniModel.set_vocab = TextModel._set_vocab_gpt2  # the tokenizers of tests/text.py have no SentencePiece
+    DIRECTORY.mkdir(exist_ok=True)
+    for name, (split, _) in MODELS.items():
+        TextModel.get_vocab_base_pre = lambda self, tokenizer, split=split: split  # by a hash of known tokenizers there
+        with tempfile.TemporaryDirectory() as directory:
+            ml.save_model(model_of(name), directory, write_tokenizer(Path(directory) / "tokenizer"))
+            sys.argv[:] = ["convert", directory, "--outtype", "bf16", "--outfile", str(DIRECTORY / f"{name}.gguf")]
+            runpy.run_path(f"{sys.path[0]}/convert_hf_to_gguf.py", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
