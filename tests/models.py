@@ -37,7 +37,6 @@ SIZES = {
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.1, 1.3, 1.2], "long_factor": [2.0, 3.0, 4.0]}
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 QUERY = {"query_pre_attn_scalar": 3, "head_dim": 8}  # of Gemma 3, as are its rotations
@@ -63,7 +62,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-no-gqa": {"model_type": "llama", "num_key_value_heads": 4},
     "llama-3.1": {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}},
     "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 700.0},
-    "llama-dynamic": {"model_type": "llama", "max_position_embeddings": 12, "rope_scaling": DYNAMIC},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -119,7 +117,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # multipliers, norms after both branches, and convolutions.
 MOST_DIFFERENT = (
     "llama-bias-tied-wide-heads",
-    "llama-dynamic",
     "qwen3",
     "smollm3-window",
     "phi3-longrope",

@@ -6,7 +6,6 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [RMS]   Zhang & Sennrich 2019, Root Mean Square Layer Normalization
 [RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
 [PI]    Chen et al. 2023, Extending Context Window of Large Language Models via Positional Interpolation
-[NTK]   bloc97 and emozilla 2023, NTK-aware and dynamically scaled RoPE, as transformers publishes them
 [L31]   llama-models, models/llama3/model.py, apply_scaling
 [Long]  Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens
 [GLU]   Shazeer 2020, GLU Variants Improve Transformer
@@ -100,7 +99,6 @@ def rope_frequencies(rope: Any, length: int) -> Array:
 
         default   f
         linear    f / factor  [PI eq. 4]
-        dynamic   θ'^(-2i/R), θ' = θ·(factor·L/L₀ - (factor - 1))^(R/(R - 2)) once L > L₀ = max_length  [NTK]
         llama3    f where λ < L₀/high; f/factor where λ > L₀/low; between them (1 - t)·f/factor + t·f,
                   t = (L₀/λ - low)/(high - low), L₀ = trained_length  [L31]
         longrope  f / short_factor[i], or long_factor[i] once L > trained_length  [Long eq. 3]
@@ -114,9 +112,6 @@ def rope_frequencies(rope: Any, length: int) -> Array:
 
 def _frequency(rope: Any, i: int, length: int) -> float:
     scaling, theta, trained = rope.scaling, rope.theta, rope.trained_length
-    if rope.kind == "dynamic" and length > rope.max_length:
-        stretch = scaling["factor"] * length / rope.max_length - (scaling["factor"] - 1)
-        theta = theta * stretch ** (rope.width / (rope.width - 2))
     plain = float(theta ** (-2 * i / rope.width))
     if rope.kind == "linear":
         return plain / float(scaling["factor"])

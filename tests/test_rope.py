@@ -96,21 +96,12 @@ def test_the_default_kind_is_the_rotation_of_a_plain_llama(rope, length):
     assert all(map(torch.equal, plain.rotation([range(length)], CPU), built(rope).rotation([range(length)], CPU)))
 
 
-@given(ropes(kinds=["dynamic", "longrope"]), document_lengths, document_lengths)
+@given(ropes(kinds=["longrope"]), document_lengths, document_lengths)
 def test_a_rotation_changes_where_its_table_does(rope, before, longer):
     ours, after = built(rope), before + longer
     (cos, sin), (cos_after, sin_after) = (ours.rotation([range(n)], CPU) for n in (before, after))
     is_equal = torch.equal(cos, cos_after[:before]) and torch.equal(sin, sin_after[:before])
     assert ours.changes(before, after) != is_equal
-
-
-@given(ropes(kinds=["dynamic"]), st.floats(0, 1))
-def test_dynamic_changes_nothing_up_to_the_longest_trained_document(rope, share):
-    ours, default = built(rope), built(rope, kind="default", scaling={})
-    length = max(1, int(share * rope.max_length))
-    assert torch.equal(frequencies(ours, length), frequencies(default, length))
-    beyond = rope.max_length + 1
-    assert not torch.equal(frequencies(ours, beyond), frequencies(default, beyond))
 
 
 @given(ropes(kinds=["longrope"]))
@@ -135,7 +126,5 @@ def test_what_a_kind_cannot_do_is_refused():
         scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
         with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
             build("longrope", 8, 1e4, scaling, 16, 16)
-    with pytest.raises(ConfigError, match="only 2 coordinates of a head turn"):
-        build("dynamic", 2, 1e4, {"factor": 2.0}, 16, 16)
-    with pytest.raises(ConfigError, match=r"'yarn' is not supported.*default.*dynamic.*linear.*llama3.*longrope"):
-        build("yarn", 8, 1e4, {"factor": 2.0}, 16, 16)
+    with pytest.raises(ConfigError, match=r"'dynamic' is not supported.*default.*linear.*llama3.*longrope"):
+        build("dynamic", 8, 1e4, {"factor": 2.0}, 16, 16)

@@ -44,9 +44,9 @@ class KVCache:
     """The cached keys and values of a batch, so that a new token computes one row instead of all.
 
     A layer's are two tensors that are allocated once; new rows are written in place, and attention reads views. Each
-    call gives the number of new tokens of each document, 0 for one that has ended. With `dynamic` and `longrope` the
-    rotation of all tokens changes when a document outgrows a length (`LengthRope.changes`); then its tokens have to be
-    given again (`reuse`).
+    call gives the number of new tokens of each document, 0 for one that has ended. With `longrope` the rotation of all
+    tokens changes when a document outgrows the trained length (`LengthRope.changes`); then its tokens have to be given
+    again (`reuse`).
 
     Attributes:
         lengths: the number of cached tokens of each document.

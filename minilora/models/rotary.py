@@ -2,13 +2,12 @@
 
     default   f_i = θ^(-2i/R)                               Su et al. 2021, RoFormer, eq. 15
     linear    f_i / factor                                  Chen et al. 2023, Position Interpolation, eq. 4
-    dynamic   θ grows with documents beyond a length        "NTK-aware" scaling, 2023
     llama3    low frequencies / factor, high ones kept      Llama 3.1's reference code
     longrope  f_i / a factor of each pair, one for short    Ding et al. 2024, LongRoPE, eq. 3 and §3.3
               and one for long documents
 
-Pair i of a head turns by position · f_i. The frequencies of `dynamic` and `longrope` depend on the length n of the
-document, so all its tokens are rotated anew when it outgrows a length.
+Pair i of a head turns by position · f_i. The frequencies of `longrope` depend on the length of the document, so all its
+tokens are rotated anew when it outgrows the trained length.
 
     N  tokens of all spans    R  rotated width of a head
 """
@@ -33,7 +32,6 @@ Scaling = Mapping[str, Any]
 NUMBERS: dict[str, tuple[str, ...]] = {  # that each kind needs
     "default": (),
     "linear": ("factor",),
-    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
@@ -72,8 +70,6 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
     max_length = values["max_position_embeddings"]
     trained_length = values.get(original) or scaling.get(original) or max_length
     _check_scaling(kind, width, scaling, trained_length)
-    if kind == "dynamic":
-        return LengthRope(partial(dynamic_frequencies, width, theta, scaling["factor"], max_length))
     if kind == "longrope":
         amplitude = longrope_amplitude(scaling, trained_length, max_length)
         return LengthRope(partial(longrope_frequencies, width, theta, scaling, trained_length), amplitude)
@@ -125,15 +121,6 @@ def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
     return RopeByWindow((ropes[0], ropes[1]))
 
 
-def dynamic_frequencies(width: int, theta: float, factor: float, max_length: int, length: int) -> Tensor:
-    """Compute the frequencies of a document of n tokens with a larger base, beyond L = `max_length`.
-
-    θ ← θ (factor·n/L - (factor - 1))^(R/(R - 2))
-    """
-    growth = factor * max(length, max_length) / max_length - (factor - 1)
-    return rope_frequencies(width, theta * growth ** (width / (width - 2)))
-
-
 def longrope_frequencies(width: int, theta: float, scaling: Scaling, trained_length: int, length: int) -> Tensor:
     """Divide each frequency by its factor for short documents or, beyond the trained length, for long ones."""
     name = "long_factor" if length > trained_length else "short_factor"
@@ -172,7 +159,5 @@ def _check_scaling(kind: str, width: int, scaling: Scaling, trained_length: int)
     if kind == "llama3" and not bad and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         bad.append(f"low_freq_factor: found {low!r}, need less than high_freq_factor, {high!r}")
-    if kind == "dynamic" and width <= 2:
-        bad.append(f"only {width} coordinates of a head turn, and it needs more than 2")
     if bad:
         raise ConfigError(f"rope type {kind!r:.80}: " + "; ".join(bad))

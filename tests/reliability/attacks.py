@@ -82,7 +82,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "400 digits as the end of text": {"eos_token_id": 10**400},
     "trained on one token": {"rope_scaling": {**LONG, "original_max_position_embeddings": 1}},
     "a factor of 10^400": {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
-    "dynamic beyond float64": {"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}, "max_position_embeddings": 1},
     "equal ends of a ramp": {"rope_scaling": RAMP},
     "many windows": {"layer_types": ["sliding_attention"] * 10**5, "model_type": "qwen2", "use_sliding_window": True},
     "code to run": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "evil/kernel"},
