@@ -106,7 +106,7 @@ def test_eval_measures_with_the_template_and_the_system_prompt_beside_the_adapte
     (tmp_path / "own.jinja").write_text(OWN)
     flags = (f"--prompt-style={tmp_path / 'own.jinja'}", "--system=Be kind.")
     adapter = shutil.copytree(runs / "run" / "chat", tmp_path / "bare")
-    for name in ("run.json", PROMPTS_FILE, "chat_template.jinja"):
+    for name in (PROMPTS_FILE, "chat_template.jinja"):
         (adapter / name).unlink()
     assert json.loads(run(*words, "--adapter", adapter, *flags).out)["value"] == found
     assert json.loads(run(*words, "--adapter", adapter).out)["value"] != found
@@ -130,18 +130,6 @@ def test_chat_says_that_a_model_was_not_trained_on_conversations(runs, run, monk
     assert "plain" not in run("chat", "--adapter", runs / "run" / "chat").err
 
 
-def test_a_directory_of_version_0_2_has_its_prompts_in_run_json(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"system": "Be kind."}, "prompts": "template"}))
-    assert read_prompt_files(tmp_path) == {PROMPTS_FILE: Prompts(system="Be kind.").to_json()}
-    (tmp_path / PROMPTS_FILE).write_text(Prompts("plain").to_json())
-    assert read_prompt_files(tmp_path) == {PROMPTS_FILE: Prompts("plain").to_json()}
-
-
-def test_a_run_json_of_another_program_says_nothing(tmp_path):
-    (tmp_path / "run.json").write_text('{"config": "a"}')
-    assert read_prompt_files(tmp_path) == {}
-
-
 @pytest.mark.parametrize("values", [{"form": "other"}, {"system": 5}, {"form": "plain", "more": 1}, {"form": None}])
 def test_a_record_that_is_malformed_is_named(runs, tmp_path, values):
     adapter = shutil.copytree(runs / "chat-adapter", tmp_path / "adapter")
@@ -151,7 +139,6 @@ def test_a_record_that_is_malformed_is_named(runs, tmp_path, values):
 
 
 def test_checkpoints_of_a_training_in_python_take_nothing_from_the_directory_around_them(tmp_path):
-    (tmp_path / "run.json").write_text("[]")
     (tmp_path / "chat_template.jinja").write_text("of another program")
     model = tiny_model()
     ml.attach(model, ml.LoraConfig(r=1))

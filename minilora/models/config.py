@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,39 @@ from minilora.models.rotary import FLOAT, build_rope
 from minilora.models.smollm3 import SMOLLM3
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-LARGEST = {  # whole numbers above 0, and the largest that is accepted: weights may not say that it is too large
-    **dict.fromkeys(("vocab_size", "intermediate_size", "block_multiple_of"), 2**24),
-    "conv_L_cache": 2**12,
-    **dict.fromkeys(("hidden_size", "head_dim"), 2**18),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**12),
-    "num_hidden_layers": 160,  # Llama 3.1 405B has 126
-    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), 2**31 - 1),
-    **dict.fromkeys(("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"), 2**31 - 1),
-}
-HIGHEST = {  # numbers above 0, and the largest that is accepted
-    **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq"), FLOAT),
-    **dict.fromkeys(("query_pre_attn_scalar", *MULTIPLIERS), FLOAT),
-    "partial_rotary_factor": 1.0,
-}
-TYPES: dict[str, tuple[type, str]] = {
-    "rope_scaling": (Mapping, "a JSON object"),
-    **dict.fromkeys(("layer_types", "no_rope_layers", "full_attn_idxs"), (list, "a JSON list")),
-    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias"), (bool, "true or false")),
-    **dict.fromkeys(("mlp_bias", "conv_bias", "block_auto_adjust_ff_dim"), (bool, "true or false")),
+Need = tuple[Callable[[Any], bool], str]  # whether a value is right, and what is said if it is not
+
+
+def whole_number(most: int, least: int = 1) -> Need:
+    return lambda value: type(value) is int and least <= value <= most, f"need a whole number from {least} to {most}"
+
+
+def number(most: float = FLOAT) -> Need:
+    return lambda value: type(value) in (int, float) and 0 < value <= most, f"need a number above 0, at most {most:g}"
+
+
+def of_type(kind: type, words: str) -> Need:
+    return lambda value: isinstance(value, kind), f"need {words}"
+
+
+SIZE = whole_number(2**19)  # no product of them overflows
+LENGTH = whole_number(2**31 - 1)
+FLAG = of_type(bool, "true or false")
+NEEDS: dict[str, Need] = {  # of a value that is not null
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "block_multiple_of"), SIZE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "conv_L_cache"), SIZE),
+    "num_hidden_layers": whole_number(160),  # Llama 3.1 405B has 126
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
+    **dict.fromkeys(("sliding_window_pattern", "no_rope_layer_interval"), LENGTH),
+    "max_window_layers": whole_number(2**31 - 1, least=0),  # 0: every layer has a window
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq"), number()),
+    **dict.fromkeys(("query_pre_attn_scalar", *MULTIPLIERS), number()),
+    "partial_rotary_factor": number(1.0),
+    "block_ffn_dim_multiplier": number(100.0),
+    "rope_scaling": of_type(Mapping, "a JSON object"),
+    **dict.fromkeys(("layer_types", "no_rope_layers", "full_attn_idxs"), of_type(list, "a JSON list")),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias"), FLAG),
+    **dict.fromkeys(("mlp_bias", "conv_bias", "block_auto_adjust_ff_dim"), FLAG),
 }
 UNKNOWN = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
@@ -87,7 +101,7 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         raise ConfigError(f"architectures {architectures!r:.80}: is a classifier; {in_recipe('classify_texts')}")
     family = FAMILIES[name]
     values = COMMON | dict(family.defaults)
-    values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON.keys() | HIGHEST.keys()}
+    values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
     values |= {ours: values[theirs] for theirs, ours in family.names.items() if values.get(theirs) is not None}
     _check_values(values, family)
     heads = values["num_attention_heads"]
@@ -98,9 +112,9 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
         )
     own = {"source": dict(source), **family.fields(values)}
-    if "rope" not in own and values["partial_rotary_factor"] != 1:
-        raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
-    if "rope" not in own and (values["rope_scaling"] or values["head_dim"] % 2):  # an odd width is an error there
+    if "rope" not in own:
+        if values["partial_rotary_factor"] != 1:
+            raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
         own["rope"] = build_rope(values, values["head_dim"])
     return replace(LlamaConfig.from_dict({key: values.get(key) for key in (*COPIED, *family.biases)}), **own)
 
@@ -133,21 +147,11 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Any]:
 def _check_values(values: Mapping[str, Any], family: Family) -> None:
     """Raise a `ConfigError` that names every key with an impossible value."""
     bad = {}
-    for key, most in LARGEST.items():
-        value, least = values.get(key), 0 if key == "max_window_layers" else 1  # 0: every layer has a window
-        is_right = type(value) is int and least <= value <= most
-        if not is_right and (value is not None or key in REQUIRED):
-            bad[key] = f"found {value!r:.80}, need a whole number from {least} to {most}"
-    for key, highest in HIGHEST.items():
+    for key, (is_right, need) in NEEDS.items():
         value = values.get(key)
-        if value is not None and not (type(value) in (int, float) and 0 < value <= highest):
-            bad[key] = f"found {value!r:.80}, need a number above 0 and at most {highest:g}"
-    for key, (kind, need) in TYPES.items():
-        if values.get(key) is not None and not isinstance(values[key], kind):
-            bad[key] = f"found {values[key]!r:.80}, need {need}"
-    for key in UNKNOWN:
-        if values.get(key):
-            bad[key] = f"found {values[key]!r:.80}, which none of the families has"
+        if (value is not None or key in REQUIRED) and not is_right(value):
+            bad[key] = f"found {value!r:.80}, {need}"
+    bad |= {key: f"found {values[key]!r:.80}, which none of the families has" for key in UNKNOWN if values.get(key)}
     act = family.defaults.get("hidden_act", "silu")
     if values["hidden_act"] not in (act, "swish" if act == "silu" else act):
         bad["hidden_act"] = f"found {values['hidden_act']!r:.80}, supported is {act!r}"

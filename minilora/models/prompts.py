@@ -2,19 +2,18 @@
 
     minilora-prompts.json    {"form": "template", "system": "Be brief."}
 
-The file lies beside the tokenizer's, or an adapter's, and goes wherever the chat template goes.
+The file is in the directory of the tokenizer or of an adapter, and is copied wherever the chat template is.
 """
 
 from __future__ import annotations
 
 import json
-from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minilora.errors import FormatError
-from minilora.files import parse_object, read_json, read_text
+from minilora.files import parse_object, read_text
 
 PROMPTS_FILE = "minilora-prompts.json"
 PROMPT_FILES = ("chat_template.jinja", PROMPTS_FILE)
@@ -28,7 +27,7 @@ class Prompts:
 
     Attributes:
         form: "template" if they were conversations, written by the chat template, or "plain" text.
-        system: the system prompt of conversations that have none.
+        system: the system prompt of conversations that give none.
     """
 
     form: str = "template"
@@ -48,8 +47,14 @@ class Prompts:
 
 
 def read_prompt_files(*directories: Path) -> dict[str, str]:
-    """Return the texts of `PROMPT_FILES` in directories, each of the first that has it."""
-    return dict(ChainMap(*map(_read_one, directories)))
+    """Return the texts of `PROMPT_FILES` in directories, each of the first that has it; an empty one is none."""
+    texts: dict[str, str] = {}
+    for path in [directory / name for directory in directories for name in PROMPT_FILES]:
+        if path.name not in texts and path.exists() and (text := read_text(path)):
+            texts[path.name] = text
+            if path.name == PROMPTS_FILE:
+                Prompts.parse(text, str(path))
+    return texts
 
 
 def read_prompts(*directories: Path) -> Prompts:
@@ -61,17 +66,3 @@ def copy_prompt_files(sources: Iterable[Path], out: Path) -> None:
     """Write `PROMPT_FILES` of directories, each of the first that has it, to another one."""
     for name, text in read_prompt_files(*sources).items():
         (out / name).write_text(text, encoding="utf-8")
-
-
-def _read_one(directory: Path) -> dict[str, str]:
-    paths = [directory / name for name in PROMPT_FILES]
-    texts = {path.name: text for path in paths if path.exists() and (text := read_text(path))}  # an empty one is none
-    where, run = directory / PROMPTS_FILE, directory / "run.json"
-    if PROMPTS_FILE not in texts and run.exists():  # a run of version 0.2 recorded its prompts there
-        where, values = run, read_json(run)
-        if isinstance(config := values.get("config", {}), dict):
-            form = "plain" if values.get("prompts") == "plain" else "template"
-            texts[PROMPTS_FILE] = json.dumps({"form": form, "system": config.get("system")}, indent=2)
-    if PROMPTS_FILE in texts:
-        Prompts.parse(texts[PROMPTS_FILE], str(where))
-    return texts
