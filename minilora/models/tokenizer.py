@@ -32,7 +32,14 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises:
         FormatError: no such directory or repository, no `tokenizer.json`, or a file that is not what its name says.
     """
-    return Tokenizer(fetch(name_or_path, "tokenizer"))
+    directory = fetch(name_or_path, "tokenizer")
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise FormatError(f"{directory}: there is no tokenizer.json")
+    configs = [directory / name for name in (*CONFIGS, "config.json")]
+    texts = {config.name: read_text(config) for config in configs if config.exists()}
+    texts["tokenizer.json"] = read_text(path, TOKENIZER_BYTES)
+    return Tokenizer(path, texts | read_prompt_files(directory))
 
 
 def find_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
@@ -44,7 +51,12 @@ def find_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
 
 
 class Tokenizer:
-    """A `tokenizer.json` with the special tokens and the chat template of the files beside it.
+    """A `tokenizer.json` with the special tokens and the chat template of the files in its directory.
+
+    Args:
+        path: of `tokenizer.json`, for messages.
+        texts: the contents of the files, by name.
+        now: what the chat template takes for the date; by default, the time of rendering.
 
     Attributes:
         special_tokens: the text of `bos_token`, `eos_token`, …
@@ -54,21 +66,12 @@ class Tokenizer:
         prompts: the prompts that the model was trained on.
     """
 
-    def __init__(self, directory: Path):
-        self._path = directory / "tokenizer.json"
-        if not self._path.exists():
-            raise FormatError(f"{directory}: there is no tokenizer.json")
-        configs = [directory / name for name in (*CONFIGS, "config.json")]
-        texts = {path.name: read_text(path) for path in configs if path.exists()}
-        texts["tokenizer.json"] = read_text(self._path, TOKENIZER_BYTES)
-        self._build(texts | read_prompt_files(directory), None)
-
-    def _build(self, texts: dict[str, str], now: datetime | None) -> None:
+    def __init__(self, path: Path, texts: Mapping[str, str], now: datetime | None = None):
         import tokenizers  # here, because it takes long
 
         from minilora.models.control_tokens import ControlTokens
 
-        self._texts, self._now = texts, now
+        self._path, self._texts, self._now = path, dict(texts), now
         self._ids: dict[int, int] = {}  # one object for each id: in a data set a third of the memory
         source = _untrimmed(texts["tokenizer.json"], str(self._path))
         with _no_panic(str(self._path)):
@@ -91,16 +94,13 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> set[int]:
-        """Those that the files name, and the one that the template ends an answer with, which some do not name."""
+        """Those that the files name, and the one that the template ends an answer with, if no file names it."""
         ids = self.encode(self.template.turn_end, add_special_tokens=False)[:1] if self.template else []
         return self._stops.union(self._backend.get_added_tokens_decoder().keys() & ids)
 
     def with_files(self, texts: Mapping[str, str], now: datetime | None = None) -> Tokenizer:
         """Return the same tokenizer with other files, which it is saved with; its chat template takes `now` as date."""
-        other = object.__new__(Tokenizer)
-        other._path = self._path
-        other._build({**self._texts, **texts}, now or self._now)
-        return other
+        return Tokenizer(self._path, {**self._texts, **texts}, now or self._now)
 
     def with_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with another chat template, which it is saved with; an empty one is none."""

@@ -23,7 +23,7 @@ from minilora.files import (
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import load_model
 from minilora.models.hub import fetch
-from minilora.models.tokenizer import Tokenizer
+from minilora.models.tokenizer import load_tokenizer
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
 from minilora.runs.settings import Settings
@@ -103,7 +103,7 @@ def model_facts(directory: Path) -> dict[str, Any]:
         tensors[name] = TensorEntry(quant_type(layout).upper(), layout.shape, size)
     tokenizer: dict[str, Any]
     try:
-        loaded = Tokenizer(directory)
+        loaded = load_tokenizer(directory)
         tokenizer = {"tokens": len(loaded), **loaded.special_tokens, "chat_template": loaded.template is not None}
     except MiniloraError as error:
         tokenizer = {"problem": str(error)}

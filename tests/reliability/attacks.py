@@ -20,7 +20,7 @@ from minilora.cli import main as command
 from minilora.files import TensorFile, read_json
 from minilora.models.hub import BUILTINS
 from minilora.models.template import ChatTemplate
-from minilora.models.tokenizer import Tokenizer
+from minilora.models.tokenizer import load_tokenizer
 from minilora.runs.formats import Row
 from minilora.runs.rows import stream_rows
 from minilora.tools.inspect import inspect_path
@@ -182,7 +182,7 @@ def tensor_calls(root: Path) -> Iterator[Call]:
 def data_calls(root: Path) -> Iterator[Call]:
     def write_and_read(text: bytes, skips: bool = False, name: str = "rows.jsonl") -> None:
         (root / name).write_bytes(text)
-        ml.load_dataset(root / name, Tokenizer(MODEL), ml.DataConfig(skip_bad_rows=skips))
+        ml.load_dataset(root / name, load_tokenizer(MODEL), ml.DataConfig(skip_bad_rows=skips))
 
     yield "data: a line of 9 MB", partial(write_and_read, b'{"text": "' + b"a" * 9_000_000 + b'"}')
     yield "data: bad rows", partial(write_and_read, b"[]\n" * 400_000, True)
@@ -212,7 +212,7 @@ def odd_calls(root: Path) -> Iterator[Call]:
         "tokenizer_config.json": ml.load_tokenizer,
         "adapter_config.json": lambda path: ml.load_adapter(_model(), path),
         "adapter_model.safetensors": lambda path: ml.load_adapter(_model(), path),
-        "train.jsonl": lambda path: ml.load_dataset(str(path), Tokenizer(MODEL)),
+        "train.jsonl": lambda path: ml.load_dataset(str(path), load_tokenizer(MODEL)),
         "run.json": lambda path: inspect_path(str(path)),
         "metrics.jsonl": lambda path: inspect_path(str(path)),
         "chat_template.jinja": ml.load_tokenizer,
@@ -252,7 +252,7 @@ def _tokenizer(root: Path, changes: dict[str, Any]) -> None:
     directory = root / "tokenizer"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(MODEL, directory)
-    tokenizer = Tokenizer(edit(directory / "tokenizer.json", **changes))
+    tokenizer = load_tokenizer(edit(directory / "tokenizer.json", **changes))
     tokenizer.decode(tokenizer.encode(TEXT))
     tokenizer.encode(tokenizer.quote(TEXT + "<|endoftext|>"))
     tokenizer.with_tokens(["<new>"]).encode("a<new>")

@@ -20,7 +20,7 @@ from minilora.cli import main as command
 from minilora.files import TensorFile
 from minilora.models.hub import BUILTINS
 from minilora.models.prompts import read_prompt_files
-from minilora.models.tokenizer import Tokenizer
+from minilora.models.tokenizer import load_tokenizer
 from minilora.tools.inspect import inspect_path
 from tests.files import without_manifests
 from tests.models import tiny_model
@@ -128,7 +128,7 @@ def write_all(root: Path) -> None:
 
 
 def use_tokenizer(directory: Path) -> None:
-    tokenizer = Tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     tokenizer.decode(tokenizer.encode("The heron waits; 12 <|endoftext|> \u00e9"))
     if tokenizer.template:
         tokenizer.encode_chat([{"role": "user", "content": "a <|endoftext|>"}])
@@ -210,7 +210,7 @@ def json_mutants(root: Path, seeds: range) -> Iterator[Call]:
 
 
 def data_mutants(root: Path, seeds: range) -> Iterator[Call]:
-    tokenizer = Tokenizer(BUILTINS["model"])
+    tokenizer = load_tokenizer(BUILTINS["model"])
     for seed in seeds:
         draw = random.Random(f"data {seed}")
         rows = [changed_json(row, draw) if draw.random() < 0.3 else row for row in draw.choices(ROWS, k=4)]
