@@ -24,23 +24,10 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "MAX_BATCH", 6)
 
 
-def dense_attention(q, k, v, lengths, key_lengths, window):
-    """The obvious way: all scores of a document, those of what is not seen at -inf, in the dtype of q."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    outputs = []
-    for queries, keys, values in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
-        n, m = len(queries), len(keys)
-        distance = torch.arange(m - n, m).unsqueeze(1) - torch.arange(m)
-        hidden = (distance < 0) | (distance >= (m if window is None else window))
-        scores = torch.einsum("qhe,khe->hqk", queries, keys) / q.size(-1) ** 0.5
-        outputs.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
-    return torch.cat(outputs)
+PLAIN = causal_attention.function
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [block_attention, fused_attention, causal_attention, causal_attention.function],
-)
+@pytest.mark.parametrize("kernel", [block_attention, fused_attention, causal_attention, PLAIN])
 @given(attention_inputs(), windows)
 def test_attention_equals_the_loops(kernel, case, window):
     q, k, v, lengths, key_lengths = case
@@ -64,27 +51,34 @@ def test_keys_that_are_repeated_for_a_gpu_give_the_same(case):
     assert_maths(on_gpu.as_subclass(torch.Tensor), fused_attention(q, k, v, lengths, lengths, None))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("n", "m", "window", "is_masked"), [(5, 5, None, 0), (1, 5, None, 0), (3, 5, None, 1), (5, 5, 5, 0), (5, 5, 4, 1)]
 )
-def test_the_fused_kernel_is_chosen_only_where_it_needs_no_mask_which_grows_with_the_square(n, m, window, is_masked):
-    kernel = select_kernel(torch.empty(0, 9, 64), [n], [m], window)
-    assert kernel is (block_attention if is_masked else fused_attention)
-    if not is_masked:
-        q, k, v = randn(0, n, 2, 4), randn(1, m, 1, 4), randn(2, m, 1, 4)
-        assert_maths(fused_attention(q, k, v, [n], [m], window), dense_attention(q, k, v, [n], [m], window))
+def test_the_fused_kernel_is_chosen_where_it_needs_no_mask(n, m, window, is_masked, device):
+    """A mask grows with the square of the length."""
+    with FakeTensorMode():
+        q = torch.empty(n, 9, 64, device=device)
+    assert select_kernel(q, [n], [m], window) is (block_attention if is_masked else fused_attention)
+
+
+@given(attention_inputs())
+def test_the_fused_kernel_lets_a_single_query_see_all_keys(case):
+    q, k, v, _, key_lengths = case
+    q, ones = q[: len(key_lengths)], [1] * len(key_lengths)
+    assert_maths(fused_attention(q, k, v, ones, key_lengths, None), PLAIN(q, k, v, ones, key_lengths))
 
 
 @given(attention_inputs(longest=20), windows, st.sampled_from([1, 4, 7, 128]))
-def test_blocks_of_any_size_have_the_values_and_gradients_of_the_dense_mask(case, window, size):
+def test_blocks_of_any_size_have_the_values_and_gradients_of_the_definition(case, window, size):
     leaves = [leaf.requires_grad_() for leaf in case[:3]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "query_block_size", lambda dtype: size)
-        ours, dense = (
+        ours, plain = (
             (o, *torch.autograd.grad(o, leaves, randn(1, *o.shape)))
-            for o in (f(*case, window) for f in (block_attention, dense_attention))
+            for o in (f(*case, window) for f in (block_attention, PLAIN))
         )
-    for our, expected in zip(ours, dense, strict=True):
+    for our, expected in zip(ours, plain, strict=True):
         assert_maths(our, expected)
 
 
@@ -97,7 +91,7 @@ def test_the_gradient_of_a_key_that_many_blocks_see_is_summed_in_float32(seed):
     v = randn(seed + 1, n, 1, 8, dtype=dtype).requires_grad_()
     (ours,) = torch.autograd.grad(block_attention(q, q, v, [n], [n], None), v, do)
     exact = v.detach().double().requires_grad_()
-    (oracle,) = torch.autograd.grad(dense_attention(q.double(), q.double(), exact, [n], [n], None), exact, do.double())
+    (oracle,) = torch.autograd.grad(PLAIN(q.double(), q.double(), exact, [n], [n]), exact, do.double())
     error = (ours[0].double() - oracle[0]).norm() / oracle[0].norm()
     assert error <= 4 * torch.finfo(dtype).eps  # of each P and of the sum, not of each of a hundred sums
 
@@ -128,10 +122,3 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
         return allocated(lambda: causal_attention(q, k, v, [length], [length], window).sum().backward())[1]
 
     assert most(length) <= 2.2 * most(length // 2)
-
-
-@pytest.mark.parametrize(("window", "kernel"), [(None, fused_attention), (3, block_attention), (4, fused_attention)])
-def test_a_gpu_takes_the_fused_kernel_where_no_mask_is_needed(window, kernel):
-    with FakeTensorMode():
-        q = torch.empty(4, 9, 64, dtype=torch.bfloat16, device="cuda")
-    assert select_kernel(q, [4], [4], window) is kernel
