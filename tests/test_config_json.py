@@ -91,11 +91,6 @@ def test_lfm2_convolves_where_it_does_not_attend_and_has_the_width_that_its_bloc
         tiny_config("lfm2", norm_eps=-1)
 
 
-def test_gemma3_slides_but_in_every_so_many_layers_or_as_its_layer_types_say():
-    assert tiny_config("gemma3").windows == (4, None, 4, None)
-    assert tiny_config("gemma3", layer_types=None, sliding_window_pattern=3).windows == (4, 4, None, 4)
-
-
 def test_a_granite_whose_config_lacks_its_multipliers_multiplies_by_1():
     one, none = (tiny_model("granite", **dict.fromkeys(MULTIPLIERS, value)) for value in (1.0, None))
     ids = token_ids(0, 2, 5)
@@ -139,24 +134,27 @@ def test_biases_are_read_where_the_family_has_them():
     }
 
 
-def test_windows_are_used_where_the_config_asks_for_them():
-    for family in ["qwen2", "qwen3", "smollm3"]:
-        asked = {"model_type": family, "use_sliding_window": True, "sliding_window": 3}
-        types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
-        assert tiny_config(**asked, layer_types=types).windows == (None, 3, 3, None)
-        assert tiny_config(**{**asked, "use_sliding_window": False}).windows == (None,) * 4
-        for first in (0, 3, 4) if family != "smollm3" else ():  # qwen slides from its first window layer on
-            assert tiny_config(**asked, max_window_layers=first).windows == (None,) * first + (3,) * (4 - first)
+ASKED = {"use_sliding_window": True, "sliding_window": 3}
+MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+WINDOWS = [
+    *((family, {**ASKED, "layer_types": MIXED}, (None, 3, 3, None)) for family in ("qwen2", "qwen3", "smollm3")),
+    *((family, {"sliding_window": 3}, (None,) * 4) for family in ("qwen2", "qwen3", "smollm3")),  # not asked for
+    *(("qwen3", {**ASKED, "max_window_layers": n}, (None,) * n + (3,) * (4 - n)) for n in (0, 3, 4)),
+    ("smollm3", {"sliding_window": 3, "layer_types": MIXED}, (None, 3, 3, None)),
+    ("smollm3", {**ASKED, "no_rope_layers": [1, 0, 0, 1, 0]}, (None, 3, 3, None)),  # where it does not rotate
+    ("gemma3", {"layer_types": MIXED}, (None, 4, 4, None)),
+    ("gemma3", {"layer_types": None, "sliding_window_pattern": 3}, (4, 4, None, 4)),  # all but every third
+]
 
 
-def test_smollm3_slides_as_its_layer_types_say_or_where_it_does_not_rotate():
-    types = ["sliding_attention", "full_attention"] * 2
-    assert tiny_config("smollm3", layer_types=types, sliding_window=3).windows == (3, None, 3, None)
-    asked = {"use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1, 0, 0, 1, 0]}
-    config = tiny_config("smollm3", **asked)
-    assert rotated_layers(config.source) == [True, False, False, True]
-    assert config.windows == (None, 3, 3, None)
-    for interval in (1, 2, 3):  # every so many layers one is not rotated
+@pytest.mark.parametrize(("family", "keys", "windows"), WINDOWS)
+def test_a_layer_has_a_window_where_the_config_says_so(family, keys, windows):
+    assert tiny_config(family, **keys).windows == windows
+
+
+def test_smollm3_rotates_where_its_config_says_so():
+    assert rotated_layers(tiny_config("smollm3", no_rope_layers=[1, 0, 0, 1, 0]).source) == [True, False, False, True]
+    for interval in (1, 2, 3):  # one of so many layers does not rotate
         config = tiny_config("smollm3", no_rope_layer_interval=interval)
         assert rotated_layers(config.source) == [i % interval != 0 for i in range(1, 5)]
     assert rotated_layers(read(model_type="smollm3", **MINIMAL).source) == [True, True, True, False] * 7 + [True, True]
@@ -166,12 +164,6 @@ def test_a_part_of_each_head_is_rotated():
     for key in ["partial_rotary_factor", "rope_parameters"]:
         value = 0.34 if key == "partial_rotary_factor" else {"rope_type": "default", "partial_rotary_factor": 0.34}
         assert len(tiny_config("phi3", **{key: value}).rope.frequencies) == 1
-
-
-def test_another_model_type_is_refused_with_those_that_are_supported():
-    for family in ["gpt2", None, "Llama", ["llama"]]:
-        with pytest.raises(ConfigError, match=r"llama.*smollm3"):
-            read(model_type=family, **MINIMAL)
 
 
 def test_every_key_that_cannot_work_is_named_in_one_message():
@@ -213,6 +205,7 @@ def test_what_does_not_fit_together_or_to_the_family_is_refused_by_name():
         ({"attention_bias": "false"}, "attention_bias"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"model_type": "gemma3"}, "'gemma3' is not supported.*'gemma3_text'"),  # with its images
+        *(({"model_type": other}, "llama.*smollm3") for other in ("gpt2", None, "Llama", ["llama"])),
         ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "activation: found 'gelu', .*tanh"),
     ):
         with pytest.raises(ConfigError, match=message):
