@@ -1,5 +1,7 @@
 """On a device other than the CPU, a simulated one: results are the CPU's, and a step waits for the device only once."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +11,7 @@ from minilora import definition
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import selftest
 from minilora.testing.compare import assert_maths
-from tests.models import four_bit, of_kernels, token_ids
+from tests.models import four_bit, matrix, of_kernels, token_ids
 from tests.test_selftest import some_cases
 from tests.training import adapted, number, random_rows
 
@@ -26,7 +28,6 @@ METHODS = {  # the base of a dense model, and whether to use DoRA
 }
 STEPS = 2
 IDS = token_ids(1, 2, 9)
-methods = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(autouse=True)
@@ -71,14 +72,12 @@ def results(device, method, checkpointing, folder):
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
 
-@methods
-@pytest.mark.parametrize(
-    ("_kernels", "checkpointing"),
-    [("kernels", "none"), ("kernels", "mlp"), ("kernels", "block"), ("plain", "none")],
-    indirect=["_kernels"],
-)
-def test_training_generation_merging_and_files_are_those_of_the_definitions_on_the_cpu(method, checkpointing, tmp_path):
-    found = results("sim", method, checkpointing, tmp_path / "sim")
+@matrix(3, method=METHODS, way=("none", "mlp", "block", "plain"))
+def test_training_generation_merging_and_files_are_those_of_the_definitions_on_the_cpu(method, way, tmp_path):
+    is_plain = way == "plain"
+    checkpointing = "none" if is_plain else way
+    with ml.plain() if is_plain else nullcontext():
+        found = results("sim", method, checkpointing, tmp_path / "sim")
     with ml.plain():
         expected = results("cpu", method, checkpointing, tmp_path / "cpu")
     assert found.keys() == expected.keys()
@@ -112,7 +111,7 @@ def assert_busy(model, checkpointing):
 
 
 @of_kernels
-@methods
+@pytest.mark.parametrize("method", METHODS)
 def test_a_step_waits_once_and_copies_at_most_eight_tensors(method):
     assert_busy(adapted_on("sim", method), "block")  # which computes everything, and most of it twice
 
