@@ -13,18 +13,13 @@ def render(source, messages=USER):
     return ChatTemplate(source, {}).render(messages)
 
 
-ESCAPES = [
+ESCAPES = [  # one of each kind: jinja2's own tests have more
     "{{ ''.__class__.__mro__ }}",
-    "{{ cycler.__init__.__globals__ }}",
     "{{ raise_exception.__globals__['json'] }}",
-    "{{ strftime_now.__code__.co_code }}",
-    "{{ self._TemplateReference__context.vars }}",
-    "{{ dict.fromkeys.__func__.__globals__ }}",
     "{{ (''|attr('__class__')).x }}",
-    "{{ ''['__class__'].x }}",
     "{{ (messages|map(attribute='__class__')|first).x }}",
+    "{% for x in [1] %}{{ loop._iterator.gi_frame.f_globals.x }}{% endfor %}",
     "{{ messages.append(1) }}",
-    "{{ messages[0].update({}) }}",
     "{{ messages[0].setdefault('a', 1) }}",
     "{% include 'config.json' %}",
     "{% import 'os' as os %}",
@@ -32,22 +27,12 @@ ESCAPES = [
     "{{ range(10**6) }}",
     "{{ messages[9].role.x }}",
     "{{ 1 // 0 }}",
-    "{{ 'a' + 1 }}",
-    "{{ nothing() }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ messages.copy.__self__.__class__.__base__ }}",
-    "{{ loop.__init__.__globals__ }}",
-    "{% for x in [1] %}{{ loop._iterator.gi_frame.f_globals.x }}{% endfor %}",
 ]
 HARMLESS = [  # jinja2's sandbox writes nothing where Python's internals would be
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__ }}",
-    "{{ ''.__class__ }}",
-    "{{ ''['__class__'] }}",
     "{{ ''|attr('__class__') }}",
-    "{{ self._TemplateReference__context }}",
-    "{{ cycler.__init__ }}",
     "{{ strftime_now.__globals__ }}",
-    "{{ ''.join.__self__ }}",
     "{{ messages | map('attr', '__class__') | first | attr('__mro__') | first }}",
 ]
 
