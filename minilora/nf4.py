@@ -49,7 +49,7 @@ class Packed(NamedTuple):
     packed: Tensor  # (⌈n/2⌉) uint8
     absmax: Tensor  # (b) float32, or with double quantization uint8 codes
     scales: Tensor | None  # (⌈b/256⌉), of the codes
-    offset: Tensor | None  # (), likewise
+    offset: Tensor | None  # (1), likewise
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Rounded as bitsandbytes does on the CPU, by a table of 65,536 entries, so two codes in a
     thousand are not the nearest.
 
-    Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉) float32, offset () float32
+    Shapes: absmax (b) -> codes (b) uint8, scales (⌈b/256⌉) float32, offset (1) float32
     """
-    offset = absmax.mean()
+    offset = absmax.mean().view(1)
     b = absmax.numel()
     blocks = F.pad(absmax - offset, (0, -b % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scales = blocks.abs().amax(1)
@@ -174,7 +174,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     """Dequantize absmaxes: level[code] · scale + offset, rounded after each of the two.
 
-    Shapes: codes (b), scales (⌈b/256⌉), offset () -> (b)
+    Shapes: codes (b), scales (⌈b/256⌉), offset (1) -> (b)
     """
     level = on_device(DYNAMIC_MAP, codes.device)[codes.int()]
     return level * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset

@@ -7,8 +7,6 @@ import torch
 
 import minilora as ml
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.fsdp import avoid_scalars
-from minilora.nf4 import NF4Linear
 from minilora.runs import forecast as forecasts
 from minilora.runs.plan import Plan
 from minilora.runs.settings import TrainConfig
@@ -39,9 +37,6 @@ def model_of(quantize, dtype=torch.bfloat16):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
 def test_a_rank_holds_its_share_of_each_tensor_of_a_block_up_to_a_row_and_the_others_whole(quantize, ranks):
     model = model_of(quantize)
-    for module in model.modules():
-        if isinstance(module, NF4Linear):
-            avoid_scalars(module)
     parameters = dict(model.named_parameters())
     blocks = {name for name in parameters if name.startswith("model.layers.")}
     held = sum(p.chunk(ranks)[0].nbytes if name in blocks else p.nbytes for name, p in parameters.items())

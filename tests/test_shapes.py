@@ -77,7 +77,7 @@ def packed_dimensions(draw):
     b = math.ceil(n / 64)
     letters = {"out": shape[0], "in": shape[1], "n": n, "b": b, "⌈n/2⌉": (n + 1) // 2, "⌈b/256⌉": math.ceil(b / 256)}
     more = {"shape": shape, "...": draw(st.lists(sizes, max_size=2))}
-    return {letter: [size] for letter, size in letters.items()} | {"256": [256]} | more, {}
+    return {letter: [size] for letter, size in letters.items()} | {"256": [256], "1": [1]} | more, {}
 
 
 def argument(name, shape, seed, V, dtype):

@@ -178,7 +178,7 @@ def read_packed(
     if nested_offset is not None:
         check(f"{weight}.nested_quant_map", DYNAMIC_MAP)
         scales = read(f"{weight}.nested_absmax", -(-blocks // NESTED_BLOCK_SIZE), torch.float32).to(device, copy=copy)
-        offset = torch.tensor(nested_offset, dtype=torch.float32, device=device)
+        offset = torch.tensor([nested_offset], dtype=torch.float32, device=device)
     return Packed(packed.to(device, copy=copy), absmax.to(device, copy=copy), scales, offset), layout
 
 

@@ -50,8 +50,6 @@ def load_sharded(
     model.tie_weights()
     for name, weight in stored_weights(location.path, build_on_meta(config), target, device, quantization):
         path, _, leaf = name.rpartition(".")
-        if isinstance(weight, NF4Linear):
-            avoid_scalars(weight)
         tensors = dict(weight.named_parameters()) if isinstance(weight, NF4Linear) else {leaf: weight}
         for part, tensor in tensors.items():
             parameter = model.get_submodule(path).get_parameter(part)
@@ -71,17 +69,8 @@ def shard_blocks(model: Llama, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     decoder = model.requires_grad_(False).model
     for block in decoder.layers:
-        for module in block.modules():
-            if isinstance(module, NF4Linear):
-                avoid_scalars(module)
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh, ignored_params={*decoder.embed_tokens.parameters(), *decoder.norm.parameters()})
-
-
-def avoid_scalars(module: NF4Linear) -> None:
-    """Give the offset of double quantization a dimension, because `fully_shard` refuses scalars."""
-    if module.offset is not None:
-        module.offset = nn.Parameter(module.offset.view(1), requires_grad=False)
 
 
 def own_rows(count: int) -> slice:
