@@ -60,7 +60,7 @@ def kernel(of: Definition[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def is_plain() -> bool:
     """Return whether a block of `plain` disables all kernels."""
-    return all(each.disabled for each in WITH_KERNEL.values())
+    return all(own.disabled for own in WITH_KERNEL.values())
 
 
 @contextmanager
@@ -75,13 +75,13 @@ def plain(*names: str) -> Iterator[None]:
     if unknown := [name for name in names if name not in WITH_KERNEL]:
         raise ConfigError(f"plain: no kernel is named {unknown}; there are {list(WITH_KERNEL)}")
     chosen = [WITH_KERNEL[name] for name in names or WITH_KERNEL]
-    for each in chosen:
-        each.disabled += 1
+    for own in chosen:
+        own.disabled += 1
     try:
         yield
     finally:
-        for each in chosen:
-            each.disabled -= 1
+        for own in chosen:
+            own.disabled -= 1
 
 
 def no_autocast(device_type: str) -> Any:
@@ -93,10 +93,10 @@ def no_autocast(device_type: str) -> Any:
 
 
 def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """Return a constant tensor on a device. It is copied there once, not in each step."""
+    """Return a constant tensor on a device. It is copied there once, not in every step."""
     import torch
 
-    # A compiler's copy has no numbers that could be kept, nor has one on "meta".
+    # Copies of a compiler and on "meta" have no numbers, so they are not cached.
     has_numbers = device.type != "meta" and not torch.compiler.is_compiling()
     return _copy(table, device) if has_numbers else table.to(device)
 

@@ -20,7 +20,7 @@ from minilora.cli import forecast as pages
 from minilora.data import Batch
 from minilora.kernels import llama as heads
 from minilora.kernels import lora as tiles
-from minilora.kernels.attention import OutlinedAttention, causal_attention
+from minilora.kernels.attention import MetaAttention, causal_attention
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
@@ -156,7 +156,7 @@ def attention_bytes(device, attend, dtype, lengths):
 @pytest.mark.parametrize("lengths", [[5, 9], [40], [600, 7]])
 def test_outlined_attention_keeps_what_attention_keeps(dtype, lengths):
     real = attention_bytes(CPU, lambda q, k, v, n: causal_attention(q, k, v, n, n), dtype, lengths)
-    outlined = OutlinedAttention(CPU, lengths)
+    outlined = MetaAttention(CPU, lengths)
     assert attention_bytes("meta", lambda q, k, v, n: outlined.attend(q, k, v, None), dtype, lengths) == real
 
 

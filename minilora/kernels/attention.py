@@ -221,10 +221,10 @@ def _mask(like: Tensor, n: int, m: int, window: int | None) -> Tensor:
     return mask if window is None else mask.add_(hidden.tril(m - n - window))
 
 
-class OutlinedAttention:
-    """Attention of documents on "meta", which keeps for the backward pass what it would keep on another device.
+class MetaAttention:
+    """Attention of documents on "meta" that keeps for the backward pass what it would keep on another device.
 
-    The decoder takes it in the place of `llama.Documents`. On "meta" itself, PyTorch's attention would keep all scores.
+    The decoder takes it in place of `llama.Documents`. PyTorch's own attention on "meta" would keep all scores.
     """
 
     def __init__(self, device: torch.device, lengths: Sequence[int]):
@@ -244,7 +244,7 @@ class OutlinedAttention:
 
 
 class _Outline(torch.autograd.Function):
-    """What a kernel keeps, without what it computes: q, k, v; a fused one also o, and log Σ exp of the scores."""
+    """The tensors that a kernel keeps, without its result: q, k, v; fused also o, and log Σ exp of the scores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:

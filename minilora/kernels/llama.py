@@ -128,7 +128,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )  # the parameters of an inactive adapter are unused
             row_grads.copy_(hidden_grad)
             trained_grads = [total.add_(grad) for total, grad in zip(trained_grads, grads, strict=True)]
-            del logits, dlogits, hidden_grad, grads  # or they would exist beside those of the next chunk
+            del logits, dlogits, hidden_grad, grads  # or they would exist together with those of the next chunk
         ctx.save_for_backward(hidden_grads, *trained_grads)
         ctx.dtypes = [hidden.dtype, *(parameter.dtype for parameter in trained)]
         return loss_sum
@@ -150,7 +150,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            nodes += [each for each, _ in node.next_functions]
+            nodes += [function for function, _ in node.next_functions]
             if node.name() == "torch::autograd::AccumulateGrad":
                 yield node.variable
 

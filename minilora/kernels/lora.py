@@ -106,7 +106,7 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     with torch.no_grad(), no_autocast(weight.device.type):
         pairs = zip(weight.split(size), lora_B.to(wide).split(size), strict=True)
         sums = (torch.addmm(w.to(wide), b, lora_A, alpha=scale) for w, b in pairs)
-        norm = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in sums])
+        norm = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in sums])
     return norm.clamp_(min=torch.finfo(torch.float32).tiny)
 
 

@@ -28,7 +28,7 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
     parts = [_quantize_blocks(x.float().view(len(x) // block_size, block_size)) for x in flat[:whole].split(tile)]
     if whole < flat.numel():  # the last blocks, of which one may be incomplete
         parts.append(nf4.quantize.function(flat[whole:], block_size))
-    packed, absmax = (torch.cat(each) for each in zip(*parts, strict=True))
+    packed, absmax = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return packed, absmax
 
 
@@ -42,7 +42,7 @@ def _quantize_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _codes(x: Tensor) -> Tensor:
-    """Return how many of the 15 midpoints lie below each x in [-1, 1], as uint8.
+    """Return how many of the 15 midpoints are below each x in [-1, 1], as uint8.
 
     The bin of x gives the count, except for a midpoint within the bin, which x is compared with.
     """
@@ -51,7 +51,7 @@ def _codes(x: Tensor) -> Tensor:
     return torch.index_select(below, 0, bins) + (x > torch.index_select(within, 0, bins))
 
 
-# The smallest number of equal bins of [-1, 1] with at most one midpoint in each; none of these lies at an edge.
+# The smallest number of equal bins of [-1, 1] with at most one midpoint in each; none of them is at an edge.
 NUM_BINS = 22
 
 
@@ -60,7 +60,7 @@ def _bin_of(x: Tensor) -> Tensor:
 
 
 def _tables() -> tuple[Tensor, Tensor]:
-    """Return by bin, with one for 1: how many midpoints lie in lower bins, and the midpoint in the bin, or infinity."""
+    """Return by bin, with one for 1: how many midpoints are in lower bins, and the midpoint in the bin, or infinity."""
     midpoints = nf4.midpoints(nf4.NF4)
     bins = _bin_of(midpoints).long()
     within = midpoints.new_full((NUM_BINS + 1,), math.inf).scatter(0, bins, midpoints)

@@ -1,6 +1,6 @@
 """Which linears are quantized, and 4-bit weights on disk in the layout of bitsandbytes 0.50.
 
-Beside `<path>.weight`, the packed weight (⌈n/2⌉, 1), a file holds
+A file contains `<path>.weight`, the packed weight (⌈n/2⌉, 1), and
 
     .absmax             uint8 (b) with double quantization, else float32 (b)
     .quant_map          float32 (16), the levels
@@ -49,7 +49,7 @@ class QuantizeConfig:
 
     @classmethod
     def of(cls, value: QuantizeConfig | Quantize | None) -> QuantizeConfig:
-        """Return a config as it is, or make one of a format's name; None is "none"."""
+        """Return a config unchanged, or make one from the name of a format; None is "none"."""
         return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
 
     def chosen(self, linears: Sequence[str]) -> set[str]:
@@ -64,10 +64,11 @@ class QuantizeConfig:
             if not any(_is_in(entry, path) for path in linears):
                 kinds = sorted({path.rpartition(".")[2] for path in linears})
                 raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
-        found = {path for path in linears if not any(_is_in(entry, path) for entry in ("lm_head", *self.quantize_skip))}
-        if not found:
+        skipped = ("lm_head", *self.quantize_skip)
+        chosen = {path for path in linears if not any(_is_in(entry, path) for entry in skipped)}
+        if not chosen:
             raise ConfigError(f"quantize_skip {list(self.quantize_skip)} leaves nothing to quantize")
-        return found
+        return chosen
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool = False) -> list[str]:
@@ -104,20 +105,20 @@ PACKED_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfl
 
 
 def packed_weights(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of all tensors of each packed weight by its name; the first is that of the JSON object."""
+    """Return for each packed weight the names of its tensors: the JSON object, the weight, the statistics."""
     names = set(names)
-    found: dict[str, list[str]] = {}
+    packed: dict[str, list[str]] = {}
     for name in sorted(names):
         if (state := STATE.fullmatch(name)) and (weight := state["weight"]) in names:
-            found[weight] = [name, weight, *(f"{weight}.{part}" for part in STATISTICS if f"{weight}.{part}" in names)]
-    return found
+            packed[weight] = [name, weight, *(f"{weight}.{part}" for part in STATISTICS if f"{weight}.{part}" in names)]
+    return packed
 
 
 def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     """Read the JSON object of a packed weight; return the layout, and the offset of double quantization."""
     stored = file.read(name)
     if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
-        raise FormatError(f"{file.path}: {name} holds {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
+        raise FormatError(f"{file.path}: {name} has {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
     state = parse_object(bytes(stored.flatten().tolist()), f"{file.path}: {name}")
     values: list[Any] = [state.get(key) for key in ("shape", "dtype", "blocksize", "quant_type", "nested_offset")]
     shape, dtype, block_size, kind, offset = values
@@ -131,7 +132,7 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
         is_right["nested_blocksize"] = state.get("nested_blocksize") == NESTED_BLOCK_SIZE
         is_right["nested_offset"] = type(offset) is float and abs(offset) <= FLOAT32_MAX
     if wrong := {key: state.get(key) for key, right in is_right.items() if not right}:
-        raise FormatError(f"{file.path}: {name} says {wrong!s:.300}, which cannot be read")
+        raise FormatError(f"{file.path}: {name}: found {wrong!s:.300}, which cannot be read")
     return Layout((shape[0], shape[1]), PACKED_DTYPES[dtype], block_size, CODEBOOKS[kind]), offset
 
 
@@ -148,7 +149,7 @@ def level_table(layout: Layout) -> Tensor:
 def read_packed(
     files: Mapping[str, TensorFile], names: list[str], device: torch.device, copy: bool
 ) -> tuple[Packed, Layout]:
-    """Read the packed weight whose tensors have these names, the first being that of the JSON object."""
+    """Read the packed weight whose tensors have these names, in the order of `packed_weights`."""
     state_name, weight, *_ = names
     layout, nested_offset = read_layout(files[state_name], state_name)
     n = layout.shape[0] * layout.shape[1]
@@ -161,15 +162,15 @@ def read_packed(
         if name == weight:  # bytes, which may be stored as any dtype
             tensor = tensor.flatten().view(torch.uint8)
         if tensor.numel() != size or tensor.dtype != dtype:
-            found = f"{tensor.numel()} of {tensor.dtype}"
-            raise FormatError(f"{files[name].path}: {name} holds {found}, need {size} of {dtype}")
+            stored = f"{tensor.numel()} of {tensor.dtype}"
+            raise FormatError(f"{files[name].path}: {name} has {stored}, need {size} of {dtype}")
         if dtype == torch.float32 and not tensor.isfinite().all():
-            raise FormatError(f"{files[name].path}: {name} holds numbers that are not finite")
+            raise FormatError(f"{files[name].path}: {name} has numbers that are not finite")
         return tensor.flatten()
 
     def check(name: str, levels: Tensor) -> None:  # the last bits differ between machines
         if not torch.allclose(read(name, len(levels), torch.float32), levels, rtol=1e-6, atol=0):
-            raise FormatError(f"{files[state_name].path}: {name} holds other levels than those of the format")
+            raise FormatError(f"{files[state_name].path}: {name} has other levels than those of the format")
 
     packed = read(weight, (n + 1) // 2, torch.uint8)
     check(f"{weight}.quant_map", level_table(layout))
@@ -273,7 +274,7 @@ def describe_quantization(linears: Mapping[str, object], head: str | None) -> di
 
 
 def describe_in_words(quantization: Mapping[str, Any]) -> str:
-    """Return in words what `describe_quantization` returns.
+    """Return a description by `describe_quantization` as text.
 
     >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]})
     'nf4 with double quantization except for down_proj'

@@ -37,12 +37,12 @@ from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
 SHARD_BYTES = 5_000_000_000
-PREFETCHED = 2  # weights that a thread makes before they are needed
+PREFETCHED = 2  # weights that a thread makes ahead
 MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetensors")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-NOT_COPIED = {  # of a config.json: what is written anew, and names of code to download and run
+NOT_COPIED = {  # keys of a config.json that are written anew, or name code to download and run
     *("dtype", "torch_dtype", "quantization_config", "tie_embedding"),
     *("auto_map", "custom_pipelines", "_attn_implementation_internal"),
 }
@@ -67,7 +67,7 @@ def load_model(
         dtype: a dtype or its name; "auto" is that of config.json, but float32 where the device computes it slowly.
             4-bit weights are dequantized to it, all other weights are stored in it.
         device: the device of the model; "auto" is CUDA, else MPS, else the CPU.
-        quantize: "nf4" or a `QuantizeConfig`: store the linears in four bits. A model that is nf4 already is loaded as
+        quantize: "nf4" or a `QuantizeConfig`: quantize the linears to 4 bits. A model that is nf4 already is loaded as
             it is, and other options than the defaults are refused.
 
     Raises:
@@ -92,8 +92,8 @@ def usable_device(device: torch.device | str | int) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of PyTorch without CUDA
-        found = f"device {str(device)!r} cannot be used here"
-        raise ConfigError(f"{found}; need cpu, cuda, cuda:N or mps, if it is there") from error
+        message = f"device {str(device)!r} cannot be used here; need cpu, cuda, cuda:N or mps, if it is there"
+        raise ConfigError(message) from error
 
 
 def stored_weights(
@@ -158,7 +158,7 @@ def save_model(
     Args:
         model: the model.
         path: the directory.
-        tokenizer: its files are written beside the model.
+        tokenizer: its files are written to the same directory.
         shard_bytes: the maximum size of a file.
 
     Raises:
@@ -185,8 +185,8 @@ def save_model_files(
     bare = build_on_meta(model.config)
     if unknown := sorted(set(own) - set(bare.state_dict())):
         raise ConfigError(
-            f"the model holds {unknown[:3]}, which its config.json has no place for: merge or detach adapters before "
-            "saving the model; one with lora_bias adds biases, so save the adapter alone"
+            f"the model has {unknown[:3]}, which its config.json has no place for: merge or detach adapters before "
+            "saving the model; one with lora_bias adds biases, so save only the adapter"
         )
     embedding = model.model.embed_tokens.weight
     source = model.config.source
@@ -205,7 +205,7 @@ def save_model_files(
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, which a thread makes in order, `PREFETCHED` of them before they are needed."""
+    """Yield the items in order. A thread makes them, `PREFETCHED` ahead."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
         pending = deque(thread.submit(next, iterator, end) for _ in range(PREFETCHED))
@@ -273,12 +273,12 @@ def _check_names(
     directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
     inside = {part for parts in packed.values() for part in parts}
-    found = {name: file.shapes[name] for name, file in files.items() if name not in inside}
-    found |= {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in packed.items()}
+    stored = {name: file.shapes[name] for name, file in files.items() if name not in inside}
+    stored |= {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in packed.items()}
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in found]
+    problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in stored]
     linears = _linears(model)
-    for name, shape in found.items():
+    for name, shape in stored.items():
         if name not in expected:
             if not name.endswith("rotary_emb.inv_freq"):  # a table in old Llama files
                 problems.append(f"unexpected: {name} {shape}")

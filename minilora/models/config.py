@@ -22,7 +22,7 @@ from minilora.models.rotary import FLOAT, build_rope
 from minilora.models.smollm3 import SMOLLM3
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-Need = tuple[Callable[[Any], bool], str]  # whether a value is right, and what is said if it is not
+Need = tuple[Callable[[Any], bool], str]  # whether a value is right, and the message if it is not
 
 
 def whole_number(most: int, least: int = 1) -> Need:

@@ -49,17 +49,17 @@ class ControlTokens:
         return [self.quote(entry) for entry in value] if isinstance(value, list | tuple) else value
 
     def _quote(self, text: str) -> str:
-        if found := NONCHARACTERS.search(text):
-            raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
+        if match := NONCHARACTERS.search(text):
+            raise DataError(f"the text has U+{ord(match[0]):04X}, which is not a character")
         end = len(text.rstrip())  # templates strip
 
-        def marked(found: re.Match[str]) -> str:
-            at = found.start()
+        def marked(first: re.Match[str]) -> str:
+            at = first.start()
             is_whole = text.startswith(self._names, at)
-            # At the end of a text also the beginning of one, which the text that follows could complete.
+            # Also a beginning of one at the end of a text, which the text that follows could complete.
             is_short = end - at < len(self._names[0])
             is_begun = is_short and any(name.startswith(text[at:end]) for name in self._names)
-            return found[0] + QUOTE if is_whole or is_begun else found[0]
+            return first[0] + QUOTE if is_whole or is_begun else first[0]
 
         quoted = self._begins.sub(marked, text)
         if quoted == text and self._normalizer:
@@ -79,13 +79,13 @@ class ControlTokens:
         pieces: list[str] = []
         origin: list[int] = []
         position = 0
-        for found in self._whole_or_mark.finditer(text):
-            pieces.append(text[position : found.start()])
-            origin += range(position, found.start())
-            position = found.end()
-            if found[0] != QUOTE:
-                pieces.append(RENAMED + found[0])
-                origin += [found.start(), *range(*found.span())]
+        for match in self._whole_or_mark.finditer(text):
+            pieces.append(text[position : match.start()])
+            origin += range(position, match.start())
+            position = match.end()
+            if match[0] != QUOTE:
+                pieces.append(RENAMED + match[0])
+                origin += [match.start(), *range(*match.span())]
         return "".join([*pieces, text[position:]]), [*origin, *range(position, len(text) + 1)]
 
     @cached_property

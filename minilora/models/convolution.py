@@ -2,8 +2,8 @@
 
     b, c, x = W_in x;   u = b ∘ x;   y_t = Σ_j w_j ∘ u_(t-j), j < L;   out = W_out (c ∘ y)
 
-It never looks across documents that lie end to end: before the first token of a document u is 0, and before the first
-of those that follow in generation it is what the cache has kept.
+It does not cross documents laid end to end: before the first token of a document u is 0, and before new tokens in
+generation u comes from the cache.
 
     N  tokens laid end to end    D  channels    L  tokens that a channel sees
 """
@@ -31,7 +31,7 @@ class ShortConvolution(nn.Module):
         self.out_proj = nn.Linear(D, D, bias)
 
     def forward(self, x: Tensor, rotation: Any, documents: Attends) -> Tensor:
-        """Compute what attention would in its place, without a rotation: (N, D) -> (N, D)."""
+        """Compute the branch of the block in place of attention, without a rotation: (N, D) -> (N, D)."""
         b, c, x = self.in_proj(x).chunk(3, dim=-1)
         before = self.conv.kernel_size[0] - 1
         if isinstance(documents, KVCache):

@@ -21,7 +21,7 @@ class Family:
         defaults: the values that transformers gives to missing keys.
         fields: (values) -> the fields of a `LlamaConfig` that the family computes in its own way, by name.
         build_model: builds the model; in the family's own file if its structure differs from Llama's.
-        names: keys that only this family's config.json has, with the usual names of what they say.
+        names: keys that only this family's config.json has, and the usual keys of the same meaning.
         biases: which of the keys `attention_bias` (of q, k, v and o) and `mlp_bias` are read.
     """
 
@@ -47,9 +47,10 @@ def some_windows(values: Values, slides: Sequence[bool]) -> dict[str, Any]:
 
 
 def layers_of_kind(values: Values, kind: str, default: Sequence[bool]) -> list[bool]:
-    """Return which layers `layer_types` says to be of a kind; without it those of the default."""
-    types = values.get("layer_types")
-    found = list(default) if types is None else [each == kind for each in types]
-    if len(found) != values["num_hidden_layers"]:
-        raise ConfigError(f"layer_types has {len(found)} entries; the model has {values['num_hidden_layers']} layers")
-    return found
+    """Return whether each layer is of a kind, by `layer_types` or, without it, by the default."""
+    types, layers = values.get("layer_types"), values["num_hidden_layers"]
+    if types is None:
+        return list(default)
+    if len(types) != layers:
+        raise ConfigError(f"layer_types has {len(types)} entries; the model has {layers} layers")
+    return [layer_type == kind for layer_type in types]

@@ -1,6 +1,6 @@
 """A base model whose blocks are divided among processes, for one that does not fit into the memory of a device.
 
-Each rank holds N/R rows of every parameter of a block, dense or in four bits, by PyTorch's `fully_shard`. A block is
+Each rank holds N/R rows of every parameter of a block, dense or packed, by PyTorch's `fully_shard`. A block is
 gathered when it is about to compute, the next one meanwhile, and freed afterwards; the backward pass gathers it again.
 The embedding, the last norm and the head stay whole on every rank: they may be trained or tied to each other, and the
 head is called outside the decoder. Adapters are attached afterwards, so they are whole too, as are their gradients.
@@ -35,7 +35,7 @@ def load_sharded(
     """Load what `load_model` loads, with the decoder's blocks divided among all ranks, and frozen.
 
     Every rank must call it. A rank reads one weight after the other, quantizes it if asked, and keeps its own rows.
-    Peak memory is what the rank holds and two weights.
+    Peak memory is the rank's share and two weights.
 
     Raises:
         FormatError, ConfigError: as for `load_model`.
@@ -80,7 +80,7 @@ def own_rows(count: int) -> slice:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this rank holds only a part of a tensor's rows."""
+    """Return whether this rank has only a part of a tensor's rows."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor

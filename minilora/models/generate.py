@@ -67,7 +67,7 @@ class KVCache:
         self._windows, self._rope = set(config.windows), config.rope
 
     def reuse(self, document: int, length: int) -> int:
-        """Return how many cached tokens of a document of this length hold; none if their rotation changes with it."""
+        """Return how many cached tokens a document of this length can use; none if their rotation has changed."""
         if isinstance(self._rope, LengthRope) and self._rope.changes(self.lengths[document], length):
             self.lengths[document] = 0
         return self.lengths[document]
@@ -75,7 +75,7 @@ class KVCache:
     def begin(self, lengths: Sequence[int]) -> None:
         """Begin a call with these numbers of new tokens, whose positions in each document become `spans`.
 
-        What all layers share is computed here. The layers then call `attend` in order.
+        This computes what all layers share. The layers then call `attend` in order.
         """
         spans = [range(before, before + new) for before, new in zip(self.lengths, lengths, strict=True)]
         self._new, self._layer = list(lengths), 0
@@ -117,13 +117,13 @@ class KVCache:
 
         Shapes: x (N, D) -> (count + new, D) for each document
         """
-        held = self.inputs.setdefault(layer, x.new_zeros(len(self.lengths), count, x.size(1)))
+        cached = self.inputs.setdefault(layer, x.new_zeros(len(self.lengths), count, x.size(1)))
         extended = []
         for document, new in enumerate(x.split(self._new)):
             if self.spans[document].start == 0:
-                held[document] = 0
-            extended.append(torch.cat((held[document], new)))
-            held[document] = extended[-1][len(new) :]
+                cached[document] = 0
+            extended.append(torch.cat((cached[document], new)))
+            cached[document] = extended[-1][len(new) :]
         return extended
 
     def _common_view(self, window: int | None) -> tuple[slice, Tensor | None]:

@@ -84,8 +84,8 @@ def _explain_missing_adapter(path: Path) -> None:
 
 def unpinned(name: str) -> tuple[str, str | None]:
     """Divide the name of a `Location` as PEFT does: into the repository and the commit, or a path and None."""
-    found = PINNED.fullmatch(name)
-    return (found[1], found[2]) if found else (name, None)
+    pinned = PINNED.fullmatch(name)
+    return (pinned[1], pinned[2]) if pinned else (name, None)
 
 
 def with_revision(name: str, revision: str | None) -> str:
@@ -108,7 +108,7 @@ def _download(name: str, kind: Kind) -> Location:
     except Exception as error:  # of the hub, or of its HTTP library
         raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
     path = Path(directory)
-    if not any(found for pattern in NEEDED[kind] for found in path.glob(pattern)):
+    if not any(any(path.glob(pattern)) for pattern in NEEDED[kind]):
         convert = f'; in Python, datasets.load_dataset("{repository}", split="train").to_json("rows.jsonl") writes one'
         how = convert if kind == "dataset" else ""
         raise FormatError(f"{name}: the repository has no {' or '.join(NEEDED[kind])} at its top{how}")
@@ -116,5 +116,5 @@ def _download(name: str, kind: Kind) -> Location:
 
 
 def reason_of(error: Exception) -> str:
-    """Return in one line what another library says of an error."""
+    """Return another library's message of an error, as one line."""
     return " ".join(str(error).split()) or type(error).__name__

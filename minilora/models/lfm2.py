@@ -1,4 +1,4 @@
-"""LFM2: in most blocks a short convolution stands in place of attention  [Liquid AI 2025, LFM2 Technical Report, §2].
+"""LFM2: most blocks have a short convolution in place of attention  [Liquid AI 2025, LFM2 Technical Report, §2].
 
 Attention norms q and k, as in Qwen3. Properties give modules the names of the page.
 """

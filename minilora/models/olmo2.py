@@ -1,4 +1,4 @@
-"""OLMo 2: a Llama that normalizes what a branch of the residual stream puts out, not what it takes in.
+"""OLMo 2: a Llama that normalizes the output of each branch of the residual stream, not its input.
 
     x ← x + rms_norm(attention(x)),  x ← x + rms_norm(mlp(x))        [OLMo Team 2024, 2 OLMo 2 Furious, §2]
     q ← rotate(rms_norm(q)),  k ← rotate(rms_norm(k))                before q and k are divided into heads
@@ -24,7 +24,7 @@ class Olmo2Attention(Attention):
 
     def heads(self, x: Tensor) -> list[Tensor]:
         rows = (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x))
-        return [each.unflatten(-1, (-1, self.head_dim)) for each in rows]
+        return [part.unflatten(-1, (-1, self.head_dim)) for part in rows]
 
 
 class Olmo2Block(Block):

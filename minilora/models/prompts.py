@@ -1,4 +1,4 @@
-"""How a model is asked for an answer: what its files say, besides the chat template.
+"""The record of how a model is asked for an answer, besides the chat template.
 
     minilora-prompts.json    {"form": "template", "system": "Be brief."}
 
@@ -40,10 +40,10 @@ class Prompts:
     def parse(cls, text: str, where: str) -> Prompts:
         """Return the prompts that a file's text describes."""
         values = parse_object(text, where)
-        found = cls(**values) if values.keys() <= {"form", "system"} else cls("")
-        if found.form not in FORMS or not isinstance(found.system, str | None):
+        prompts = cls(**values) if values.keys() <= {"form", "system"} else cls("")
+        if prompts.form not in FORMS or not isinstance(prompts.system, str | None):
             raise FormatError(f"{where}: found {values!r:.80}, need `form`, one of {FORMS}, and `system`, text or null")
-        return found
+        return prompts
 
 
 def read_prompt_files(*directories: Path) -> dict[str, str]:

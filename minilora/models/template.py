@@ -68,7 +68,7 @@ class ChatTemplate:
         """Return the conversation as text, and the spans [begin, end) of the template's outermost `generation` blocks.
 
         Raises:
-            DataError: as for `render`; or the template changes what a block says before it writes it.
+            DataError: as for `render`; or the template changes the text of a block before it writes it.
         """
         messages = self.adapt(messages)
         expected = self._run(messages, False, tools)
@@ -110,7 +110,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _takes_text(self) -> bool:
-        """Whether the template writes a content that is text; those of models that see may take parts alone."""
+        """Whether the template writes a content that is text; those of models that see may take only parts."""
         return PROBE in self._probe(str, "user") or PROBE not in self._probe(_as_parts, "user")
 
     @functools.cached_property
@@ -168,7 +168,7 @@ def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox without powers, and with limits on products and on what is written."""
+    """jinja2's sandbox without powers, and with limits on products and on the length of what is written."""
 
     intercepted_binops = frozenset(("*", "**"))
 

@@ -72,7 +72,7 @@ class Tokenizer:
         from minilora.models.control_tokens import ControlTokens
 
         self._path, self._texts, self._now = path, dict(texts), now
-        self._ids: dict[int, int] = {}  # one object for each id: in a data set a third of the memory
+        self._ids: dict[int, int] = {}  # one object for each id: a third of the memory of a data set
         source = _untrimmed(texts["tokenizer.json"], str(self._path))
         with _no_panic(str(self._path)):
             self._backend = tokenizers.Tokenizer.from_str(source)
@@ -152,8 +152,8 @@ class Tokenizer:
         The span of a token that is not from the text is empty. Characters that the tokenizer drops, such as white
         space, belong to the token after them.
         """
-        if found := re.search("[\ud800-\udfff]", text):
-            raise DataError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
+        if half := re.search("[\ud800-\udfff]", text):
+            raise DataError(f"the text has U+{ord(half[0]):04X}, which is not a character")
         with _no_panic(str(self._path)):
             encoding, origin = self._control.encode(text, add_special_tokens)
         spans, previous = [], 0
@@ -176,7 +176,7 @@ class Tokenizer:
         return self.template.render(messages, add_generation_prompt, tools)
 
     def save(self, directory: Path, names: Collection[str] = TOKENIZER_FILES) -> None:
-        """Write the files that the tokenizer was read from, without what names code of a repository, `auto_map`."""
+        """Write the files that the tokenizer was read from, without `auto_map`, which names code of a repository."""
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in self._texts.items():
             if name not in names:
@@ -187,7 +187,7 @@ class Tokenizer:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Return the entries `*_token`, which are text or an object that holds it."""
+    """Return the entries `*_token`, which are text or an object with a text."""
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
     return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
 

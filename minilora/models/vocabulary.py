@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 
-GROWTH = 1024  # rows that the tokens of an adapter may add, beside as many as there are
+GROWTH = 1024  # a vocabulary may double and grow by so many rows
 
 
 def resize_token_embeddings(model: Llama, size: int) -> None:
@@ -19,8 +19,8 @@ def resize_token_embeddings(model: Llama, size: int) -> None:
     Rows are never removed: a smaller `size` changes nothing.
 
     Raises:
-        ConfigError: the model has adapters, or its head is in four bits; `size` is more than twice as large, and 1024
-            more, than the vocabulary: a mistaken id of an adapter could take all memory.
+        ConfigError: the model has adapters, or its head is packed; `size` is more than twice the vocabulary and 1024: a
+            mistaken id of an adapter could take all memory.
     """
     if size <= model.config.vocab_size:
         return

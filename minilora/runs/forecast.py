@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.attach import attach
-from minilora.kernels.attention import OutlinedAttention
+from minilora.kernels.attention import MetaAttention
 from minilora.llama import Checkpointing, Llama, assign, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import build_on_meta
@@ -152,7 +152,7 @@ def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way
     with Live([*model.parameters(), *model.buffers(), *gradients]) as live:
         modules = (*decoder.layers, decoder.norm)
         hooks = [module.register_forward_pre_hook(lambda *_: marks.append(live.now)) for module in modules]
-        hidden = decoder(tokens, OutlinedAttention(plan.device, lengths), way).index_select(0, targets)
+        hidden = decoder(tokens, MetaAttention(plan.device, lengths), way).index_select(0, targets)
         loss = cross_entropy(hidden, targets, model.get_output_embeddings())
         del hidden
         kept = live.now
