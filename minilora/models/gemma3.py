@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.llama import MLP, Attends, Attention, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm, rms_norm
+from minilora.llama import MLP, Attends, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm, rms_norm
 from minilora.models.family import Family, Values, some_windows
+from minilora.models.qwen3 import Qwen3Attention
 from minilora.models.rotary import build_rope_by_window
 
 
@@ -32,16 +33,12 @@ class GemmaNorm(RMSNorm):
         return rms_norm(x, self.scale * (1 + wide), self.eps).to(x.dtype)
 
 
-class GemmaAttention(Attention):
+class GemmaAttention(Qwen3Attention):  # which applies the norms of q and k
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__(config, layer)
         c = config.source.get("query_pre_attn_scalar") or 256
         self.q_norm = GemmaNorm(self.head_dim, config, math.sqrt(self.head_dim / c))
         self.k_norm = GemmaNorm(self.head_dim, config)
-
-    def heads(self, x: Tensor) -> list[Tensor]:
-        q, k, v = super().heads(x)
-        return [self.q_norm(q), self.k_norm(k), v]
 
 
 class GemmaMLP(MLP):
