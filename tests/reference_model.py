@@ -128,20 +128,6 @@ def _frequency(rope: Any, i: int, length: int) -> float:
     return float((1 - t) * plain / scaling["factor"] + t * plain)
 
 
-def rope_table(rope: Any, length: int) -> tuple[Array, Array]:
-    """cos and sin of position · frequency; longrope stretches both by √(1 + ln(L/L₀)/ln L₀)  [Long §3.3].
-
-    Shapes: -> (L, R/2), (L, R/2)
-    """
-    stretch = 1.0
-    if rope.kind == "longrope":
-        ratio = rope.scaling.get("factor") or rope.max_length / rope.trained_length
-        stretch = math.sqrt(1 + math.log(ratio) / math.log(rope.trained_length)) if ratio > 1 else 1.0
-        stretch = rope.scaling.get("attention_factor") or stretch
-    angles = [[position * turn for turn in rope_frequencies(rope, length)] for position in range(length)]
-    return stretch * np.cos(angles), stretch * np.sin(angles)
-
-
 # --- a whole decoder ---
 
 

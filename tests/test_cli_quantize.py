@@ -18,7 +18,7 @@ from minilora.models import checkpoint
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import held_out_loss
 from minilora.tools.merging import Merge, merge_directory
-from tests.files import same_state
+from tests.files import change, same_state
 from tests.models import WHOLE, allocated, long, tiny_model
 from tests.runs import QUICK, everything, unfinished, write_rows
 from tests.text import write_tokenizer
@@ -205,11 +205,7 @@ def test_what_is_dense_is_written_in_the_dtype_of_the_config_though_slow(
 
 def test_a_weight_that_is_not_finite_is_found_while_others_are_written_and_nothing_stays(directory, run, tmp_path):
     shutil.copytree(directory / "model", tmp_path / "bad")
-    path = tmp_path / "bad" / "model.safetensors"
-    file = TensorFile(path)
-    tensors = {name: file.read(name).clone() for name in file.shapes}
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
-    write_tensors(path, tensors)
+    change(tmp_path / "bad", {"model.layers.0.mlp.up_proj.weight": torch.full((40, 24), torch.nan)})
     assert "not finite" in run("quantize", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'out'}", status=1).err
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import PEFT_DEFAULTS, READ_FIELDS
 from minilora.data import collate
 from minilora.testing.compare import MATHS, PARITY, assert_parity
@@ -274,44 +274,6 @@ def test_a_fine_tune_falls_step_by_step_as_with_peft(name, tmp_path):
     ours_fall, theirs_fall = torch.tensor(losses).unbind(1)
     assert_parity(ours_fall, theirs_fall)
     assert ours_fall[-1] < 0.7 * ours_fall[0]
-
-
-BIASED = {"target_modules": ["q_proj"], "bias": "lora_only"}
-
-
-def test_several_adapters_may_train_biases_where_peft_takes_one():
-    with pytest.raises(ValueError, match="only 1 adapter with bias"):
-        theirs_attached(**BIASED).add_adapter("second", peft.LoraConfig(**BIASED))
-    ours = ours_of()
-    for name in ("first", "second"):
-        ml.attach(ours, ml.LoraConfig(**BIASED), name)
-        perturb_(ours, len(name))
-    both = logits(ours)
-    ml.set_adapter(ours, "first")
-    assert not torch.equal(logits(ours), both)
-
-
-PLACES = st.lists(st.sampled_from("abc"), min_size=1, unique=True)
-
-
-@given(st.dictionaries(st.sampled_from(["zero", "one", "two", "3"]), PLACES, min_size=2))
-def test_what_acts_in_a_layer_after_the_active_adapter_is_deleted_acts_there_in_peft(places):
-    """PEFT chooses in each layer, so that adapters of other layers may act together there; ours is one of them."""
-    first, *others = places
-    ours, base = (torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in "abc"}) for _ in range(2))
-    theirs = theirs_attached(base, first, target_modules=places[first])
-    for name in others:
-        theirs.add_adapter(name, peft.LoraConfig(target_modules=places[name]))
-    for name in places:
-        ml.attach(ours, ml.LoraConfig(target_modules=places[name]), name)
-    ml.set_adapter(ours, first)
-    with pytest.warns(UserWarning, match="was active which is now deleted"):
-        theirs.delete_adapter(first)
-    ml.delete_adapter(ours, first)
-    acting = {path: layer.active for path, layer in adapter_layers(ours).items() if layer.active}
-    assert acting
-    for path, active in acting.items():
-        assert list(active) == base[path].active_adapters
 
 
 def saved_by_peft(directory, name="default", **fields):
