@@ -179,7 +179,7 @@ def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_l
 
 def test_quantize_holds_the_work_on_one_weight_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "prefetch", lambda items: items)  # the profiler sees one thread
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=14, hidden_size=64, intermediate_size=64)
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=9, hidden_size=64, intermediate_size=64)
     ml.save_model(model, tmp_path / "model", shard_bytes=1)  # a file that is mapped counts as a whole
     words = ["quantize", f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'nf4'}"]
     _, peak, code = allocated(lambda: cli.main(words))

@@ -234,12 +234,6 @@ def test_the_backward_pass_computes_again_what_checkpointing_names(checkpointing
     assert runs == {"self_attn": attention, "mlp": mlp}
 
 
-def test_a_tied_head_is_the_embedding():
-    model = tiny_model("qwen2")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert tiny_model("llama").lm_head.weight is not tiny_model("llama").model.embed_tokens.weight
-
-
 def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_and_lengths_that_do_not_fit_are_refused():
     model = tiny_model()
     for shape in ((5,), (1, 2, 3), (), (0, 3), (2, 0)):

@@ -162,6 +162,7 @@ def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_sto
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.long
 def test_a_compiled_layer_computes_the_same():
     """And no cache of ours is called while it is compiled, or PyTorch would warn."""
     layer, x = make_linear((4, 64), 7), randn(8, 2, 64)
