@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 import minilora as ml
 from tests.runs import runner, write_inputs
@@ -12,6 +12,7 @@ from tests.text import write_tokenizer
 
 collect_ignore_glob = ["golden/make_*.py"]  # scripts, which need the extra `parity`
 settings.register_profile("default", max_examples=10, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("find", settings.get_profile("default"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("default")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))  # tiny tensors gain nothing from more
 torch.set_num_threads(THREADS)
