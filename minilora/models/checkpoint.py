@@ -319,8 +319,11 @@ def _weights(model: nn.Module) -> dict[str, Weight]:
 
 
 def build_model(config: llama.LlamaConfig) -> Llama:
-    """Build a model of any of the families, with weights that are to be loaded or drawn."""
-    return FAMILIES[config.source["model_type"]].build_model(config)
+    """Build a model of any of the families, whose weights are loaded or drawn later."""
+    family = FAMILIES[config.source["model_type"]]
+    model = Llama(config, family.build_block)
+    family.adjust_(model)
+    return model
 
 
 def build_on_meta(config: llama.LlamaConfig) -> Llama:

@@ -1,4 +1,4 @@
-"""What a family of models is: how its config.json is read, and its model built, if it is not a `minilora.llama`."""
+"""What a family of models is: how its config.json is read, and what its model has that a Llama does not have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.errors import ConfigError
-from minilora.llama import Llama, LlamaConfig
+from minilora.llama import BuildBlock, Llama, llama_block
 
 Values = Mapping[str, Any]  # of a config.json, with the family's defaults for missing keys
 
@@ -20,7 +20,8 @@ class Family:
         name: the prefix of the names of transformers' classes.
         defaults: the values that transformers gives to missing keys.
         fields: (values) -> the fields of a `LlamaConfig` that the family computes in its own way, by name.
-        build_model: builds the model; in the family's own file if its structure differs from Llama's.
+        build_block: (config, index of the layer) -> a block of the decoder.
+        adjust_: changes in a new model what is outside the blocks.
         names: keys that only this family's config.json has, and the usual keys of the same meaning.
         biases: which of the keys `attention_bias` (of q, k, v and o) and `mlp_bias` are read.
     """
@@ -28,7 +29,8 @@ class Family:
     name: str
     defaults: Values
     fields: Callable[[Values], dict[str, Any]] = lambda values: {}
-    build_model: Callable[[LlamaConfig], Llama] = Llama
+    build_block: BuildBlock = llama_block
+    adjust_: Callable[[Llama], None] = lambda model: None
     names: Mapping[str, str] = field(default_factory=dict)
     biases: Sequence[str] = ()
 

@@ -68,10 +68,8 @@ class GemmaBlock(Block):
         return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-def build_model(config: LlamaConfig) -> Llama:
-    model = Llama(config, GemmaBlock)
-    model.model.norm = GemmaNorm(config.hidden_size, config)
-    return model
+def adjust_(model: Llama) -> None:
+    model.model.norm = GemmaNorm(model.config.hidden_size, model.config)
 
 
 def fields(values: Values) -> dict[str, Any]:
@@ -82,4 +80,5 @@ def fields(values: Values) -> dict[str, Any]:
 
 SIZES = {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 DEFAULTS = {**SIZES, "rope_theta": 1e6, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
-GEMMA3 = Family("Gemma3", DEFAULTS, fields, build_model, {"hidden_activation": "hidden_act"}, ("attention_bias",))
+NAMES = {"hidden_activation": "hidden_act"}
+GEMMA3 = Family("Gemma3", DEFAULTS, fields, GemmaBlock, adjust_, NAMES, ("attention_bias",))

@@ -59,13 +59,15 @@ def multiplier(config: LlamaConfig, name: str) -> float:
     return config.source.get(name) or 1.0
 
 
-def build_model(config: LlamaConfig) -> Llama:
-    model = Llama(config, GraniteBlock)
-    model.model.norm = DividedNorm(config)
-    return model
+def adjust_(model: Llama) -> None:
+    model.model.norm = DividedNorm(model.config)
 
 
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 GRANITE = Family(
-    "Granite", {"max_position_embeddings": 2048}, build_model=build_model, biases=("attention_bias", "mlp_bias")
+    "Granite",
+    {"max_position_embeddings": 2048},
+    build_block=GraniteBlock,
+    adjust_=adjust_,
+    biases=("attention_bias", "mlp_bias"),
 )

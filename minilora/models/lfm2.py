@@ -63,12 +63,10 @@ class Lfm2Decoder(Decoder):
     norm: Any = property(attrgetter("embedding_norm"))
 
 
-def build_model(config: LlamaConfig) -> Llama:
-    model = Llama(config, Lfm2Block)
-    model.model = Lfm2Decoder(config, Lfm2Block)
+def adjust_(model: Llama) -> None:
+    model.model = Lfm2Decoder(model.config, Lfm2Block)
     model.model.register_module("embedding_norm", model.model._modules.pop("norm"))
     model.tie_weights()
-    return model
 
 
 def fields(values: Values) -> dict[str, Any]:
@@ -83,4 +81,4 @@ def fields(values: Values) -> dict[str, Any]:
 SIZES = {"max_position_embeddings": 128_000, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "conv_L_cache": 3}
 NAMES = {"norm_eps": "rms_norm_eps", "block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
 DEFAULTS = {**SIZES, "rope_theta": 1e6, "tie_word_embeddings": True}
-LFM2 = Family("Lfm2", DEFAULTS, fields, build_model, NAMES)
+LFM2 = Family("Lfm2", DEFAULTS, fields, Lfm2Block, adjust_, NAMES)

@@ -8,11 +8,9 @@ So `post_attention_layernorm` belongs to attention here; in a Llama it is the no
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from minilora.llama import MLP, Attends, Attention, Block, CosSin, Llama, LlamaConfig, RMSNorm
+from minilora.llama import MLP, Attends, Attention, Block, CosSin, LlamaConfig, RMSNorm
 from minilora.models.family import Family
 
 
@@ -43,6 +41,6 @@ class Olmo2Block(Block):
 OLMO2 = Family(
     "Olmo2",
     {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-    build_model=partial(Llama, build_block=Olmo2Block),
+    build_block=Olmo2Block,
     biases=("attention_bias",),
 )

@@ -6,12 +6,11 @@ LongRoPE was called "su" or "yarn".
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import Attends, Block, CosSin, Llama, LlamaConfig, rotate, swiglu
+from minilora.llama import Attends, Block, CosSin, LlamaConfig, rotate, swiglu
 from minilora.models.family import Family, Values, equal_windows
 from minilora.models.rotary import build_rope
 
@@ -59,5 +58,5 @@ PHI3 = Family(
     "Phi3",
     {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     fields,
-    partial(Llama, build_block=build_block),
+    build_block,
 )

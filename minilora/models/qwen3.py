@@ -8,12 +8,11 @@ names, have a window if `use_sliding_window` says so; here biases are read from 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.llama import MLP, Attention, Block, Llama, LlamaConfig, RMSNorm
+from minilora.llama import MLP, Attention, Block, LlamaConfig, RMSNorm
 from minilora.models.family import Family, Values, some_windows
 
 
@@ -46,6 +45,6 @@ QWEN3 = Family(
     "Qwen3",
     {**DEFAULTS, "head_dim": 128},
     windows,
-    partial(Llama, build_block=build_block),
+    build_block,
     biases=("attention_bias",),
 )

@@ -7,13 +7,12 @@ the layers that do not rotate.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.llama import MLP, Attends, Attention, Block, CosSin, Llama, LlamaConfig
+from minilora.llama import MLP, Attends, Attention, Block, CosSin, LlamaConfig
 from minilora.models.family import Family, Values, some_windows
 
 
@@ -59,6 +58,6 @@ SMOLLM3 = Family(
         "tie_word_embeddings": True,
     },
     fields,
-    partial(Llama, build_block=build_block),
+    build_block,
     biases=("attention_bias", "mlp_bias"),
 )
