@@ -46,7 +46,7 @@ FILES = {  # content, and how the message goes on
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_read_is_refused_in_one_line_and_not_in_words_of_python(name, tmp_path, tokenizer):
+def test_a_file_that_cannot_be_read_is_refused_in_one_plain_line(name, tmp_path, tokenizer):
     content, said = FILES[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises((ml.DataError, ml.FormatError)) as error:

@@ -136,7 +136,7 @@ def _overridden():
     return linear
 
 
-def test_a_layer_that_does_more_than_its_class_or_makes_its_weight_anew_is_no_target():
+def test_a_layer_with_hooks_or_a_computed_weight_is_no_target():
     for layer, message in (
         (_hooked, "0: has hooks or a forward of its own"),
         (_overridden, "0: has hooks or a forward of its own"),

@@ -80,7 +80,7 @@ NEW = st.lists(st.sampled_from([0, 1, 1, 2, 9]), min_size=3, max_size=3).filter(
 
 
 @given(seeds, st.lists(NEW, min_size=1, max_size=5), st.integers(0, 3), st.booleans())
-def test_before_new_inputs_of_a_convolution_are_the_last_ones_and_0_before_a_document(seed, calls, count, restarts):
+def test_a_convolution_sees_its_last_inputs_and_0_before_a_document(seed, calls, count, restarts):
     cache, layer = KVCache(tiny_config(), len(calls[0]), 64, CPU), torch.nn.Identity()
     past = [torch.zeros(count, 3, dtype=torch.float64) for _ in calls[0]]
     for n, lengths in enumerate(calls):

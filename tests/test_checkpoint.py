@@ -85,7 +85,7 @@ def test_no_shard_is_larger_than_asked_but_for_a_larger_tensor(tmp_path):
     ids=["same", "one", "many"],
 )
 @pytest.mark.parametrize("allowed", [0, *long(1), 2, *long(3), math.inf])
-def test_a_save_over_an_earlier_one_leaves_the_new_model_or_if_interrupted_the_old_one_or_an_error(
+def test_a_save_over_another_leaves_the_new_model_the_old_one_or_an_error(
     before, after, allowed, tmp_path, monkeypatch
 ):
     old, new = (tiny_model(seed=seed, dtype=torch.float32, num_hidden_layers=1) for seed in (1, 2))
@@ -116,9 +116,7 @@ def names_in(directory):
     return {path.name for path in directory.iterdir()}
 
 
-def test_a_loaded_model_and_its_file_do_not_change_each_other_and_it_is_not_saved_with_adapters(
-    saved, tmp_path_factory
-):
+def test_a_loaded_model_and_its_file_do_not_change_each_other(saved, tmp_path_factory):
     model, out = ml.load_model(saved), tmp_path_factory.mktemp("out")
     before, content = copy.deepcopy(model), (saved / "model.safetensors").read_bytes()
     with torch.no_grad():
@@ -164,7 +162,7 @@ def test_auto_is_the_stored_dtype_where_the_device_is_fast_in_it(monkeypatch):
             assert resolve_dtype("auto", {key: stored}, torch.device(device)) == expected
 
 
-def test_the_builtin_model_knows_its_name_and_a_device_that_is_not_there_is_refused_in_one_line():
+def test_the_builtin_model_knows_its_name_and_a_missing_device_is_refused():
     model = ml.load_model("minilora/builtin")
     assert model.name_or_path == "minilora/builtin"
     assert model(token_ids(0, 1, 3)).shape == (1, 3, model.config.vocab_size)
@@ -217,7 +215,7 @@ def test_a_stored_tensor_that_follows_from_the_config_is_passed_over(tmp_path):
         ml.load_model(tmp_path / "qwen2")
 
 
-def test_weights_that_are_no_plain_floating_point_numbers_are_refused_and_dtypes_that_are_not_supported(saved):
+def test_a_dtype_that_is_not_supported_is_refused_of_weights_and_of_models(saved):
     for asked, stored in (("int8", None), (torch.int64, None), ("auto", "float8_e4m3fn"), ("Float32", None)):
         with pytest.raises(ConfigError, match=r"auto.*bfloat16.*float16.*float32.*float64"):
             resolve_dtype(asked, {"dtype": stored}, torch.device("cpu"))

@@ -169,7 +169,7 @@ def unanswered(row):
 
 
 @given(turns, systems, systems, st.sampled_from([None, [TOOL]]), texts, st.booleans())
-def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_answer_after(
+def test_a_row_of_any_format_is_asked_with_the_prompt_of_its_training(
     tokenizer, turns, own, system, tools, extra, has_template
 ):
     turns[-1] = turns[-1][0], f"a{turns[-1][1]}"  # no token spans the seam
@@ -193,7 +193,7 @@ def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion,
             assert encode_prompt(Row({"prompt": prompt}), chosen, None, asking) == expected
 
 
-def test_an_empty_prompt_lets_the_model_begin_a_text_and_another_format_is_read_where_it_is_empty(tokenizer):
+def test_an_empty_prompt_begins_a_text_unless_the_row_has_another_format(tokenizer):
     chosen = tokenizer(template=CHATML, post="bos")
     assert encode_prompt(Row({"prompt": ""}), chosen, None, "plain") == [chosen.token_id(BOS)]
     asked = [user("a")]
@@ -217,7 +217,7 @@ def test_an_answer_need_not_be_a_good_one(tokenizer):
         assert encode_prompt(Row(fields, "x"), chosen, None, "template") == expected
 
 
-def test_instruction_rows_are_asked_in_alpacas_form_where_the_model_has_no_template(directory, command, tmp_path):
+def test_instruction_rows_have_alpacas_form_where_there_is_no_template(directory, command, tmp_path):
     rows = [{"instruction": "the cat", "input": "sat"}, {"instruction": "the sea", "output": ""}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     chosen = use_prompt_style(ml.load_tokenizer(directory / "model"), "alpaca")
@@ -237,9 +237,7 @@ def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_lin
 
 
 @pytest.mark.parametrize("header", ["q,a", "prompt,a", "instruction,output"])
-def test_a_file_with_the_columns_of_the_training_is_read_as_in_training_and_any_other_as_it_is(
-    directory, command, tmp_path, header
-):
+def test_columns_of_the_training_are_read_as_in_training_and_others_unchanged(directory, command, tmp_path, header):
     adapter = shutil.copytree(directory / "model-adapter", tmp_path / "run")
     (adapter / "run.json").write_text(json.dumps({"config": {"columns": {"prompt": "q", "completion": "a"}}}))
     (tmp_path / "prompts.csv").write_text(f"{header}\nthe cat?,yes\n")
@@ -250,7 +248,7 @@ def test_a_file_with_the_columns_of_the_training_is_read_as_in_training_and_any_
     assert command("--prompts", tmp_path / "prompts.txt").startswith('{"prompt": "naïve 漢字", "text": ')
 
 
-def test_rows_keep_their_fields_and_messages_are_a_conversation_without_the_last_answer(directory, command, tmp_path):
+def test_rows_keep_their_fields_and_messages_lose_the_last_answer(directory, command, tmp_path):
     talk = [user("the cat"), {"role": "assistant", "content": "sat"}]
     system = {"role": "system", "content": "be kind"}
     rows = [
@@ -282,7 +280,7 @@ def test_prompts_have_seeds_of_their_own_and_the_batch_size_changes_nothing(dire
 # --- beside the base model ---
 
 
-def test_the_base_model_is_found_by_the_adapter_and_its_text_stands_above_that_of_the_adapter(directory, command):
+def test_the_adapter_names_its_base_and_the_text_of_the_base_comes_first(directory, command):
     adapter = directory / "model-adapter"
     base, ours = (written(directory, "the sea", name) for name in (None, "model-adapter"))
     assert base != ours
@@ -318,9 +316,7 @@ def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path):
         assert phrase in refused("--prompts", tmp_path / name, model="chat")
 
 
-def test_messages_need_a_template_standard_input_is_utf_8_and_a_terminal_is_not_waited_for(
-    refused, monkeypatch, tmp_path
-):
+def test_messages_need_a_template_and_standard_input_is_utf_8_and_no_terminal(refused, monkeypatch, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [user("a")]}))
     assert "rows.jsonl:1: the model has no chat template" in refused("--prompts", tmp_path / "rows.jsonl")
     assert "a raw prompt leaves out" in refused("--prompts", tmp_path / "rows.jsonl", "--raw", model="chat")

@@ -72,7 +72,7 @@ def test_gemma3_has_a_rotation_for_layers_with_a_window_and_another_for_the_rest
             rotations(**keys)
 
 
-def test_lfm2_convolves_where_it_does_not_attend_and_has_the_width_that_its_block_asks_for():
+def test_lfm2_convolves_where_it_does_not_attend_and_computes_its_width():
     assert convolves(tiny_config("lfm2").source) == [True, False, True, False]
     assert convolves(tiny_config("lfm2", full_attn_idxs=None).source) == [False] * 4
     types = ["conv", "conv", "full_attention", "conv"]

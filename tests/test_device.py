@@ -73,7 +73,7 @@ def results(device, method, checkpointing, folder):
 
 
 @matrix(3, method=METHODS, way=("none", "mlp", "block", "plain"))
-def test_training_generation_merging_and_files_are_those_of_the_definitions_on_the_cpu(method, way, tmp_path):
+def test_a_run_merging_and_files_are_those_of_the_definitions_on_the_cpu(method, way, tmp_path):
     is_plain = way == "plain"
     checkpointing = "none" if is_plain else way
     with ml.plain() if is_plain else nullcontext():

@@ -62,7 +62,7 @@ def test_a_row_that_has_ended_is_computed_no_more(seed, lengths, stop_ids):
     assert sum(counts) == sum(given)
 
 
-def test_generation_makes_no_gradients_and_no_changes_and_continues_equal_prompts_in_different_ways():
+def test_generation_changes_no_weight_and_samples_each_prompt_anew():
     model, prompts = tiny_model().requires_grad_(), token_ids(1, 1, 5).repeat(2, 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     one, other = ml.generate(model, prompts, NEW, temperature=2.0, seed=0)
@@ -152,7 +152,7 @@ def test_a_batch_is_its_prompts_one_by_one_each_with_the_next_seed(temperature, 
     assert ml.generate(model, prompts, NEW, seed=seed, **settings) == alone
 
 
-def test_a_temperature_next_to_zero_is_greedy_and_other_extreme_numbers_have_a_meaning():
+def test_a_temperature_next_to_zero_is_greedy_and_other_extremes_work():
     model, prompts = tiny_model(), [[1, 2], [3]]
     for temperature in (1e-40, 5e-324):
         assert ml.generate(model, prompts, 8, temperature=temperature) == ml.generate(model, prompts, 8)

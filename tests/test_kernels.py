@@ -285,7 +285,7 @@ def test_a_4_bit_linear_by_tiles_keeps_the_dtype_of_autocast():
 
 
 @pytest.mark.parametrize("trained", ["A", "B", "AB"])
-def test_an_input_is_kept_only_for_the_gradient_of_A_and_its_projection_only_for_that_of_B(trained):
+def test_x_is_kept_only_for_the_gradient_of_A_and_x_A_only_for_that_of_B(trained):
     (x, A, B), saved = (randn(i, *shape) for i, shape in enumerate([(5, 4), (2, 4), (3, 2)])), []
     A.requires_grad_("A" in trained)
     B.requires_grad_("B" in trained)

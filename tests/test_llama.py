@@ -203,7 +203,7 @@ def test_recomputation_changes_no_bit_of_logits_and_gradients(family, checkpoint
 
 
 @families
-def test_under_autocast_logits_and_gradients_are_as_good_as_those_of_a_model_in_16_bits(family):
+def test_autocast_is_as_exact_as_a_model_in_16_bits(family):
     lengths, tokens = [3, 17], token_ids(1, 20)
 
     def outcome(dtype, autocast=False):
@@ -234,7 +234,7 @@ def test_the_backward_pass_computes_again_what_checkpointing_names(checkpointing
     assert runs == {"self_attn": attention, "mlp": mlp}
 
 
-def test_input_ids_that_are_no_tensor_of_rank_2_or_hold_no_tokens_and_lengths_that_do_not_fit_are_refused():
+def test_input_ids_and_lengths_of_a_wrong_shape_are_refused():
     model = tiny_model()
     for shape in ((5,), (1, 2, 3), (), (0, 3), (2, 0)):
         with pytest.raises(ShapeError, match="input_ids"):

@@ -66,7 +66,7 @@ def test_a_default_dtype_or_device_at_the_import_changes_no_table(default):
 
 @either
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_weight_without_numbers_is_packed_and_unpacked_to_tensors_without_numbers(double_quant):
+def test_a_weight_on_meta_is_packed_and_unpacked_on_meta(double_quant):
     size = (3, 65)
     parts = quantize_weight(torch.empty(size, device="meta"), double_quant)
     numbers = quantize_weight(torch.ones(size), double_quant)
@@ -86,7 +86,7 @@ def test_ends_of_blocks_midpoints_zeros_and_constants_are_those_of_bitsandbytes(
     assert_same([part for part in found if part is not None], [frozen[part].view(-1) for part in names])
 
 
-def test_the_second_levels_are_256_from_below_minus_one_to_one_with_zero_in_the_middle():
+def test_the_second_levels_are_256_with_zero_in_the_middle():
     assert (DYNAMIC_MAP - torch.from_numpy(reference.absmax_levels())).abs().max() < 2**-24
     assert len(DYNAMIC_MAP.unique()) == 256
     assert (DYNAMIC_MAP[127], DYNAMIC_MAP[-1]) == (0, 1)
@@ -151,7 +151,7 @@ def test_nothing_is_trained_and_nothing_dense_is_stored():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_another_dtype_is_that_of_the_computation_and_rounds_nothing_that_is_stored(dtype, double_quant):
+def test_another_dtype_of_the_computation_rounds_nothing_that_is_stored(dtype, double_quant):
     layer = make_linear((4, 64), 6, double_quant=double_quant, dtype=torch.float32)
     before = [None if part is None else part.clone() for part in layer.parts]
     layer.to(dtype)

@@ -52,7 +52,7 @@ MISTAKES = {  # file, what it says, the mistake in its place, and the test that 
         "models/bitsandbytes.py",
         '"nested_dtype": "float32"',
         '"nested_dtype": "bfloat16"',
-        "test_quant_files.py::test_names_bytes_statistics_and_json_of_a_packed_weight_are_those_of_bitsandbytes",
+        "test_quant_files.py::test_the_tensors_of_a_packed_weight_are_those_of_bitsandbytes",
     ),
     "law 8: a row's last token predicts the next row": (
         "data.py",

@@ -138,7 +138,7 @@ def test_a_record_that_is_malformed_is_named(runs, tmp_path, values):
         asked(adapter=[str(adapter)])
 
 
-def test_checkpoints_of_a_training_in_python_take_nothing_from_the_directory_around_them(tmp_path):
+def test_checkpoints_in_python_take_no_prompts_from_the_directory_around(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("of another program")
     model = tiny_model()
     ml.attach(model, ml.LoraConfig(r=1))

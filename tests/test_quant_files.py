@@ -68,7 +68,7 @@ def packed_entry(path, name):
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_names_bytes_statistics_and_json_of_a_packed_weight_are_those_of_bitsandbytes(case):
+def test_the_tensors_of_a_packed_weight_are_those_of_bitsandbytes(case):
     frozen, (kind, is_double) = load_file(FILE), KINDS[case]
     theirs = {name: tensor for name, tensor in frozen.items() if name.startswith(f"{case}.weight")}
     if kind == "nf4":
@@ -103,7 +103,7 @@ def test_absmaxes_are_rounded_as_bitsandbytes_does_on_the_cpu():
 
 @layouts
 @pytest.mark.parametrize(("shard_bytes", "double_quant"), [(SHARD_BYTES, True), (SHARD, False)])
-def test_a_4_bit_model_that_was_saved_loads_bit_for_bit_and_is_saved_in_the_same_bytes(
+def test_a_saved_4_bit_model_loads_bit_for_bit_and_is_saved_in_the_same_bytes(
     family, shard_bytes, double_quant, tmp_path
 ):
     write_base(tmp_path / "dense", family)
@@ -173,7 +173,7 @@ def test_embeddings_norms_biases_and_head_are_held_in_the_dtype_of_the_computati
 
 
 @matrix(3, dtype=(torch.float32, torch.bfloat16), stored=list(DTYPES))
-def test_the_numbers_of_the_file_are_quantized_whatever_the_dtype_of_the_computation(stored, dtype, tmp_path):
+def test_the_numbers_of_the_file_are_quantized_whatever_the_dtype(stored, dtype, tmp_path):
     small_base(tmp_path, dtype=DTYPES[stored])
     linear = packed_linears(ml.load_model(tmp_path, dtype, quantize="nf4"))[UP]
     expected = NF4Linear.quantize(load_file(tmp_path / "model.safetensors")[W])
@@ -382,7 +382,7 @@ def test_a_model_that_is_quantized_is_loaded_as_it_is_and_not_otherwise(packed):
     assert packed_linears(ml.load_model(packed, quantize="none"))
 
 
-def test_how_a_model_is_held_names_what_was_skipped_a_head_that_others_packed_and_fp4_if_only_one_is(tmp_path):
+def test_a_description_names_skipped_linears_a_packed_head_and_fp4(tmp_path):
     model = ml.load_model(small_base(tmp_path, quantize=SKIP_O))
     held = describe_quantization(linear_layers(model), "lm_head")
     assert held == {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["o_proj"]}

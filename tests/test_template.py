@@ -23,7 +23,7 @@ def messages_of(turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def test_a_template_sees_messages_tools_special_tokens_and_whether_to_write_the_generation_prompt():
+def test_a_template_sees_messages_tools_special_tokens_and_the_prompt_flag():
     source = "{{ bos_token }}{{ messages[0].role }}|{{ messages[0]['content'] }}|{{ tools | length }}|{{ documents }}"
     assert render(source, special_tokens={"bos_token": "<s>"}, tools=[{}, {}]) == "<s>user|hi|2|None"
     assert render("{{ tools }}") == "None"
@@ -68,7 +68,7 @@ def test_reasoning_goes_by_all_its_names_of_which_the_first_wins():
         assert render(source, [{"thinking": "b", "reasoning": "c"}]) == "b b"
 
 
-def test_what_is_no_conversation_is_refused_and_a_template_can_refuse_one_and_change_none():
+def test_a_wrong_conversation_is_refused_and_a_template_changes_none():
     for messages, message in (
         ([], "at least one message"),
         (["hi"], "found str"),
@@ -134,7 +134,7 @@ def test_a_span_is_where_the_text_of_its_block_is(source, expected):
 
 
 @pytest.mark.parametrize("source", HIDDEN)
-def test_where_a_template_changes_the_text_of_a_block_it_is_written_but_its_place_is_not_known(source):
+def test_a_template_that_changes_the_text_of_a_block_has_no_spans(source):
     chosen = ChatTemplate(source, {})
     assert chosen.render(USER) == "<a>"
     with pytest.raises(DataError, match="changes the text of a generation block"):

@@ -114,7 +114,7 @@ def test_spans_of_characters_of_several_tokens_of_added_tokens_and_of_white_spac
     assert ml.load_tokenizer(tmp_path).encode_spans(" a  b") == ([0, 1], [(0, 2), (2, 5)])
 
 
-def test_special_tokens_are_text_or_an_object_and_the_older_file_counts_where_the_newer_one_says_nothing(directory):
+def test_special_tokens_are_text_or_objects_and_the_newer_file_overrides(directory):
     added = {"content": EOS, "lstrip": False, "special": True}
     config = {"bos_token": BOS, "eos_token": added, "pad_token": None, "added_tokens_decoder": {}}
     tokenizer = ml.load_tokenizer(write(directory, tokenizer_config=config))
@@ -160,7 +160,7 @@ def test_what_a_template_ends_an_answer_with_stops_also_if_no_file_names_it(toke
 HI = [{"role": "user", "content": "hi"}]
 
 
-def test_a_template_comes_from_its_own_file_or_from_the_config_and_without_one_there_is_nothing_to_render(directory):
+def test_a_template_comes_from_its_own_file_or_from_the_config(directory):
     for template in (None, [{"name": "rag", "template": "a"}], [], 3, ["default"]):
         tokenizer = ml.load_tokenizer(write(directory, tokenizer_config={"chat_template": template}))
         assert tokenizer.template is None

@@ -111,7 +111,7 @@ def test_we_load_what_peft_saves_and_merge_to_the_same(family, what, tmp_path):
         assert_parity(logits(ours, family), logits(theirs.merge_and_unload(), family))
 
 
-def test_all_linear_is_only_linears_where_peft_means_the_experts_and_the_router_of_mixtral_too(tmp_path):
+def test_all_linear_leaves_out_the_experts_of_mixtral_unlike_in_peft(tmp_path):
     theirs = theirs_with("mixtral", "all-linear")
     perturb_(theirs)
     theirs.save_pretrained(tmp_path)

@@ -197,7 +197,7 @@ def test_tied_modules_in_full_stay_tied_in_files_both_ways(names, tmp_path):
         (False, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
     ],
 )
-def test_what_peft_has_tied_in_other_ways_or_not_at_all_loads_as_adapters_of_their_own(is_tied, fields, tmp_path):
+def test_what_peft_has_tied_otherwise_loads_as_adapters_of_their_own(is_tied, fields, tmp_path):
     theirs = theirs_attached(theirs_of(is_tied), ensure_weight_tying=True, r=3, lora_alpha=21, **fields).eval()
     perturb_(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -238,7 +238,7 @@ ROWS_OF_TIED += [{SHARED: [3, 1], other: ids} for other in (ENCODER, HEAD) for i
 
 
 @pytest.mark.parametrize("rows", ROWS_OF_TIED, ids=str)
-def test_tied_modules_share_the_rows_of_the_input_embedding_if_none_is_given_others(rows, tmp_path):
+def test_tied_modules_share_the_rows_of_the_input_embedding(rows, tmp_path):
     base, fields = scaled("bart"), {"target_modules": ["q_proj"], "trainable_token_indices": rows}
     theirs = theirs_attached(copy.deepcopy(base), **fields).eval()
     perturb_(theirs)
@@ -367,7 +367,7 @@ OF_OTHER_KINDS = {
 }
 
 
-def test_a_field_of_a_later_version_is_accepted_if_it_says_nothing_and_else_refused_by_name(tmp_path):
+def test_a_field_of_a_later_version_is_accepted_only_if_it_is_empty(tmp_path):
     """PEFT drops it with a warning, and computes without it."""
     theirs = saved_by_peft(tmp_path)
     for value in (None, False, 0, 0.0, "", [], {}):
