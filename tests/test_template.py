@@ -105,9 +105,9 @@ def test_spans_are_what_stands_in_generation_blocks_which_add_nothing_to_the_tex
     assert not {BEGIN, END} & set(text)
 
 
-NESTED = "a{% generation %}b{% generation %}{{ messages[0].content }}{% endgeneration %}d{% endgeneration %}e"
 SAID = "{% generation %} a {% endgeneration %}"
 HIDDEN = [
+    "{% generation %}<{% generation %}a{% endgeneration %}>{% endgeneration %}",  # nested
     "{% set x %}" + SAID + "{% endset %}<{{ x | trim }}>",
     "{% set x | trim %}" + SAID + "{% endset %}<{{ x }}>",
     "<{% filter trim %}" + SAID + "{% endfilter %}>",
@@ -124,7 +124,6 @@ SPANS = {
     "no tag, no span": ("a", ("a", [])),
     "an empty block": ("a{% generation %}{% endgeneration %}", ("a", [(1, 1)])),
     "trimming as other tags do": ("a \n{%- generation -%} b {%- endgeneration -%} \n c", ("abc", [(1, 2)])),
-    "the outermost of nested blocks": (NESTED * 2, ("abhideabhide", [(1, 5), (7, 11)])),
 }
 
 
@@ -143,8 +142,9 @@ def test_a_template_that_changes_the_text_of_a_block_has_no_spans(source):
 
 @pytest.mark.parametrize("mark", [BEGIN, END])
 def test_text_cannot_forge_the_marks_of_a_span(mark):
-    with pytest.raises(DataError, match="changes the text of a generation block"):
-        ChatTemplate(MARKED, {}).render_spans([{"role": "user", "content": f"a{mark}"}])
+    for role in ("user", "assistant"):
+        with pytest.raises(DataError, match="changes the text of a generation block"):
+            ChatTemplate(MARKED, {}).render_spans([{"role": role, "content": f"a{mark}"}])
 
 
 def test_what_is_no_template_is_refused_at_once():

@@ -7,6 +7,7 @@ A template runs in jinja2's immutable sandbox, with limits on what it writes and
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,34 +66,23 @@ class ChatTemplate:
         return self._run(self.adapt(messages), add_generation_prompt, tools)
 
     def render_spans(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[tuple[int, int]]]:
-        """Return the conversation as text, and the spans [begin, end) of the template's outermost `generation` blocks.
+        """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks.
 
         Raises:
-            DataError: as for `render`; or the template changes the text of a block before it writes it.
+            DataError: as for `render`; the template changes the text of a block before it writes it, or nests blocks.
         """
         messages = self.adapt(messages)
         expected = self._run(messages, False, tools)
         if "endgeneration" not in self.source:
             return expected, []
-        text, spans = "", []
-        depth = begin = 0
-        for piece in re.split(f"([{BEGIN}{END}])", self._run(messages, False, tools, is_marked=True)):
-            if piece == BEGIN:
-                if depth == 0:
-                    begin = len(text)
-                depth += 1
-            elif piece == END:
-                depth -= 1
-                if depth == 0:
-                    spans.append((begin, len(text)))
-            else:
-                text += piece
-        if text != expected or depth:
+        pieces = re.split(f"{BEGIN}([^{BEGIN}{END}]*){END}", self._run(messages, False, tools, is_marked=True))
+        if "".join(pieces) != expected or BEGIN in expected or END in expected:
             raise DataError(
                 "chat template: it changes the text of a generation block before it writes it, so what the assistant "
                 "says cannot be found"
             )
-        return text, spans
+        ends = itertools.accumulate(map(len, pieces))  # every other piece is a block
+        return expected, [(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)][1::2]
 
     def adapt(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages with each content as text, or as a list of parts for a template that takes no text."""
