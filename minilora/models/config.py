@@ -18,7 +18,7 @@ from minilora.models.lfm2 import LFM2
 from minilora.models.olmo2 import OLMO2
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
-from minilora.models.rotary import FLOAT, build_rope
+from minilora.models.rotary import FLOAT, build_rope, is_positive
 from minilora.models.smollm3 import SMOLLM3
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -30,7 +30,7 @@ def whole_number(most: int, least: int = 1) -> Need:
 
 
 def number(most: float = FLOAT) -> Need:
-    return lambda value: type(value) in (int, float) and 0 < value <= most, f"need a number above 0, at most {most:g}"
+    return lambda value: is_positive(value) and value <= most, f"need a number above 0, at most {most:g}"
 
 
 def of_type(kind: type, words: str) -> Need:
@@ -41,7 +41,8 @@ SIZE = whole_number(2**19)  # no product of them overflows
 LENGTH = whole_number(2**31 - 1)
 FLAG = of_type(bool, "true or false")
 NEEDS: dict[str, Need] = {  # of a value that is not null
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "block_multiple_of"), SIZE),
+    "vocab_size": whole_number(2**21),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "block_multiple_of"), SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "conv_L_cache"), SIZE),
     "num_hidden_layers": whole_number(160),  # Llama 3.1 405B has 126
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
