@@ -97,9 +97,7 @@ def assert_writes_the_same(run, adapter, merged):
     assert_parity(model(ids), ml.load_model(merged)(ids))
 
 
-@pytest.mark.parametrize(
-    "command", ["generate --prompt=cat --max-new-tokens=1", "merge", "merge --as-adapter", "export"]
-)
+@pytest.mark.parametrize("command", ["generate --prompt=cat --max-new-tokens=1", "merge", "merge --as-adapter"])
 def test_a_changed_config_is_said_and_obeyed_and_changed_weights_are_refused(
     directory, tmp_path, capsys, monkeypatch, command
 ):
@@ -319,7 +317,7 @@ def test_what_needs_no_tokenizer_works_without_one(run, tmp_path):
     chosen, out = [f"--model={tmp_path / 'model'}", f"--adapter={tmp_path / 'adapter'}"], tmp_path / "out"
     run("merge", *chosen, f"--out={out / 'merged'}")
     run("quantize", chosen[0], f"--out={out / 'packed'}")
-    run("export", chosen[1], f"--out={out / 'plain'}")
+    run("merge", *chosen, "--as-adapter", f"--out={out / 'plain'}")
     assert sorted(path.name for path in out.iterdir()) == ["merged", "packed", "plain"]
     assert not list(out.glob("*/tokenizer.json"))
     assert "model: there is no tokenizer.json" in run("generate", *chosen, "--prompt=a", status=1)

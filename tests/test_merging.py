@@ -115,7 +115,6 @@ KINDS = {
     "bias": {"bias": "all"},
     "copies": {"modules_to_save": ("norm", "o_proj")},
     "head": {"modules_to_save": ("lm_head",)},
-    "tied": {"modules_to_save": ("lm_head",), "ensure_weight_tying": True},
     "rows": {"trainable_token_indices": (3, 60)},
     "rows of the head": {"trainable_token_indices": {"embed_tokens": (3,), "lm_head": (3, 60)}},
     "embedding": {"target_modules": ("embed_tokens", "up_proj")},
@@ -123,7 +122,7 @@ KINDS = {
 }
 
 
-UNTIED = [(kind, "llama") for kind in KINDS if kind != "tied"]
+UNTIED = [(kind, "llama") for kind in KINDS]
 
 
 @pytest.mark.parametrize(("kind", "family"), [*((kind, WHOLE) for kind in KINDS), UNTIED[-1], *long(*UNTIED[:-1])])

@@ -107,37 +107,6 @@ def test_a_head_that_was_tied_is_its_own_after_merging_only_if_its_copy_was_trai
     assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
-def test_tied_modules_are_trained_as_one_and_stay_tied_after_merging_if_it_is_asked(name):
-    model, plain = with_copies(name, ensure_weight_tying=True, own=torch.float64), base_model()
-    assert ml.count_parameters(model).trainable == 61 * 24
-    model(IDS).square().sum().backward()
-    plain(IDS).square().sum().backward()
-    (trained,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert_maths(trained.grad, plain.lm_head.weight.grad)
-    trained.data.add_(trained.grad)
-    logits = model(IDS)
-    ml.merge(model)
-    assert_maths(model(IDS), logits)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"modules_to_save": ("norm",)}, "neither modules in full nor token rows share a weight"),
-        ({"target_modules": ("embed_tokens", "lm_head")}, "the A and B of tied modules are not shared"),
-        ({"trainable_token_indices": {"lm_head": (3,)}}, "nor token rows share a weight"),
-        ({"trainable_token_indices": {"embed_tokens": (3,), "lm_head": (3, 5)}}, "tied, but are given other tokens"),
-    ],
-)
-def test_where_no_tie_can_be_kept_asking_for_it_is_an_error(fields, said):
-    model = base_model()
-    with pytest.raises(ml.TargetError, match=f"ensure_weight_tying: .*{said}"):
-        ml.attach(model, ml.LoraConfig(**{"target_modules": ("q_proj",), "ensure_weight_tying": True} | fields))
-    assert not adapter_layers(model)
-
-
 def test_all_biases_are_trained_once_each_and_no_weight():
     model = base_model()
     biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}

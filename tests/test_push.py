@@ -179,12 +179,12 @@ def local(tmp_path_factory):
     for name, rows, changes in (("chat", "talks", own), ("plain", "texts", {}), ("next", "talks", again)):
         settings = {"model": directory / "chat", "data": directory / f"{rows}.jsonl", "max_steps": 1, **changes}
         assert finetune(directory, directory / f"{name}-run", **settings) == 0
-    for command in ("merge", "export"):
-        assert main([command, f"--adapter={directory / 'chat-run'}", f"--out={directory / command}"]) == 0
+    for name, flags in (("merge", []), ("plain", ["--as-adapter"])):
+        assert main(["merge", f"--adapter={directory / 'chat-run'}", *flags, f"--out={directory / name}"]) == 0
     return directory
 
 
-@pytest.mark.parametrize("name", ["chat-run", "plain-run", "next-run", "merge", "export", "chat"])
+@pytest.mark.parametrize("name", ["chat-run", "plain-run", "next-run", "merge", "plain", "chat"])
 def test_nothing_that_is_uploaded_has_a_path_of_this_machine(hub, local, name):
     place = local.name.encode()
     assert any(place in path.read_bytes() for path in (local / name).iterdir() if path.is_file())
@@ -192,7 +192,7 @@ def test_nothing_that_is_uploaded_has_a_path_of_this_machine(hub, local, name):
     files = committed(hub)
     assert not [path for path, content in files.items() if place in content]
     message = json.dumps({"role": "system", "content": SYSTEM}).encode()
-    assert (message in files["README.md"]) == (name in ("chat-run", "next-run", "merge", "export"))
+    assert (message in files["README.md"]) == (name in ("chat-run", "next-run", "merge", "plain"))
 
 
 def asked(tokenizer, question):
@@ -203,7 +203,7 @@ def asked(tokenizer, question):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["chat-run", "plain-run", "merge", "export"])
+@pytest.mark.parametrize("name", ["chat-run", "plain-run", "merge", "plain"])
 def test_the_code_of_a_card_writes_what_minilora_writes(hub, local, tmp_path, name):
     pytest.importorskip("peft")
     assert main(["push", str(local / name), "me/mine", "--base-name=org/base"]) == 0
@@ -215,6 +215,6 @@ def test_the_code_of_a_card_writes_what_minilora_writes(hub, local, tmp_path, na
     model = ml.load_model(local / ("merge" if name == "merge" else "chat"))
     if name != "merge":
         ml.load_adapter(model, local / name)
-    tokenizer = ml.load_tokenizer(local / ("chat-run" if name == "export" else name))
+    tokenizer = ml.load_tokenizer(local / ("chat-run" if name == "plain" else name))
     ours = ml.generate(model, [asked(tokenizer, "Hello")], max_new_tokens=100)[0]
     assert written.stdout.decode() == tokenizer.decode(ours) + "\n"

@@ -30,7 +30,6 @@ from minilora.adapters.build import (
     check_layers,
     find_targets,
     has_hooks,
-    has_ties,
     low_rank_tensors,
 )
 from minilora.adapters.config import LoraConfig
@@ -84,9 +83,6 @@ def attach(
     tensors = {path: low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
     check_name(name)
     layers = build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
-    if config.ensure_weight_tying and not has_ties(layers, name):
-        what = "neither modules in full nor token rows share a weight with another module"
-        raise TargetError(f"ensure_weight_tying: {what}, and the A and B of tied modules are not shared")
     inject_layers(model, layers, config, name)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import own_parameters
 from minilora.adapters.config import (
     LoraConfig,
     is_all_linear,
@@ -195,12 +194,6 @@ def build_layers(
     return layers | {path: ModulesToSave(modules[path], path, {name: copy}) for path, copy in copies.items()}
 
 
-def has_ties(layers: Mapping[str, AdapterWrapper], name: str) -> bool:
-    """Return whether two layers of an adapter share a parameter."""
-    own = [id(parameter) for layer in layers.values() for parameter in own_parameters(layer, name)]
-    return len(set(own)) < len(own)
-
-
 def copied(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return copies of tensors, which may be the model's own, in a dtype; empty ones of those on "meta"."""
     return {key: copied_tensor(tensor, dtype) for key, tensor in tensors.items()}
@@ -215,17 +208,14 @@ def copied_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _trained_copies(modules: Mapping[str, Any], config: LoraConfig, dtype: torch.dtype) -> dict[str, TrainedCopy]:
     """Return copies of the modules that are trained in full."""
     copies: dict[str, TrainedCopy] = {}
-    saved = select_saved([path for path in modules if path], config)
-    tied = _tied_modules(modules, saved) if config.ensure_weight_tying else {}
-    for path in dict.fromkeys((*tied.values(), *saved, *tied)):  # owners first
+    for path in select_saved([path for path in modules if path], config):
         held = {name: whole(parameter) for name, parameter in modules[path].named_parameters()}
         if not held or not all(parameter.is_floating_point() for parameter in held.values()):
             what = "packed weights, which cannot be trained" if held else "no parameters"
             raise TargetError(f"modules_to_save: {path} has {what}")
         if type(modules[path]).forward is nn.Module.forward:
             raise TargetError(f"modules_to_save: {path} is a container, which has no forward; name what it holds")
-        owner = copies[tied[path]] if path in tied else None
-        copies[path] = TrainedCopy(modules[path], copied(held, dtype), owner)
+        copies[path] = TrainedCopy(modules[path], copied(held, dtype))
     return copies
 
 
@@ -243,15 +233,6 @@ def _trained_biases(
         if path not in layers and not any(f"{path}.".startswith(f"{outer}.") for outer in full):
             copies[path] = TrainedCopy(module, copied({"bias": whole(bias)}, dtype))
     return copies
-
-
-def _tied_modules(modules: Mapping[str, Any], saved: Sequence[str]) -> dict[str, str]:
-    """Return the modules that share a weight with one that is trained in full, and the first that has it."""
-    tied: dict[str, str] = {}
-    for weight in [modules[path]._parameters.get("weight") for path in saved]:
-        first, *others = [path for path, module in modules.items() if module._parameters.get("weight") is weight]
-        tied |= {path: first for path in others if weight is not None}
-    return tied
 
 
 def _token_rows(
@@ -288,9 +269,7 @@ def _token_rows(
     for path in [path for path in tokens if is_embedding(modules[path]) and embedding in (None, path)]:
         weight = modules[path].weight
         tied = [other for other, module in modules.items() if _has_rows(module) and module.weight is weight]
-        if others := [other for other in tied if tokens.get(other, tokens[path]) != tokens[path]]:
-            if config.ensure_weight_tying:
-                raise TargetError(f"ensure_weight_tying: {path} and {others[0]} are tied, but are given other tokens")
+        if any(tokens.get(other, tokens[path]) != tokens[path] for other in tied):
             continue
         for other in tied:
             if other not in tokens or type(modules[other]) is nn.Linear:

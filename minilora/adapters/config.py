@@ -73,7 +73,6 @@ class LoraConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(
         None, "tokens whose embeddings are trained: ids, or JSON of module names and ids"
     )
-    ensure_weight_tying: bool = option(False, "modules in full that share a weight share the trained one, as when tied")
     task_type: Task | None = option(
         None, "what the model is for; a head that its name implies, such as a classifier's, is trained in full"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,14 +23,13 @@ from minilora.adapter import (
     layers_of,
 )
 from minilora.adapters.attach import check_name, config_of_adapter, describe_base, inject_layers, path_of
-from minilora.adapters.build import LINEARS, build_layers, factor_shapes, has_ties, kind_of, low_rank_layer, matrix_of
+from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
 from minilora.adapters.layout import (
     BASE_METADATA,
     DETERMINISTIC_INITS,
-    FIELD_OF_TENSOR,
     Stored,
     check_language_task,
     fields_of,
@@ -49,7 +48,7 @@ from minilora.models.hub import fetch, unpinned
 from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
-Key = tuple[str, str]  # of a tensor: the path of its module, and its name there; see `parse_tensor_name`
+TENSOR_FIELDS = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -107,16 +106,13 @@ def load_adapter(
     config = stored.config()
     if isinstance(model, Llama):
         check_language_task(stored.path, config)
-    config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
+    config = replace(config, modules_to_save=_saved(stored, config.modules_to_save))
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
     embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)
     if dtype is None:
         dtype = widest(*(tensor for held in stored.tensors.values() for tensor in held.values()))
     layers = build_layers(modules, config, name, _blank_tensors(stored, modules, config), dtype, embedding)
-    own = {parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
-    if not has_ties(layers, name):  # PEFT also writes it where nothing or A and B are tied
-        config = replace(config, ensure_weight_tying=False)
-    copy_tensors_(own, _fitting_tensors(stored, own, layers, modules, config))
+    _copy_stored(stored, layers, modules, config, name)
     if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
         layers |= _restarted(layers, init, config, name)
     inject_layers(model, layers, config, name)
@@ -136,51 +132,41 @@ def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfi
         has_bias = is_trained and modules[path]._parameters.get("bias") is not None
         asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
         shapes = {"lora_A": shape_A, "lora_B": shape_B, **{key: shape_B[:1] for key in asked if asked[key]}}
-        found[path] = {key: torch.empty(shape) for key, shape in shapes.items()}
+        found[path] = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     return found
 
 
-def _fitting_tensors(
-    stored: Stored,
-    own: Mapping[Key, Tensor],
-    layers: Mapping[str, AdapterWrapper],
-    modules: Mapping[str, Any],
-    config: LoraConfig,
-) -> dict[Key, Tensor]:
-    """Return the tensors of a file, which must be those that are asked for; without copies of the base's weights.
+def _copy_stored(
+    stored: Stored, layers: Mapping[str, AdapterWrapper], modules: Mapping[str, Any], config: LoraConfig, name: str
+) -> None:
+    """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared.
 
     Raises:
-        TargetError: the model has no such module, or another shape or weight; the first two are named.
+        TargetError: the model lacks a module, or has it in another shape or weight; the first two are named.
         FormatError: config and tensors contradict each other.
     """
+    own = {parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
     held = {(where, key): tensor for where, tensors in stored.tensors.items() for key, tensor in tensors.items()}
-    copies = {key: held.pop(key) for key in list(held) if key[0] and key[1] == "weight"}
-    misfits = [
-        f"{where}: the model has no such layer"
-        for where in stored.tensors
-        if where and where not in layers and kind_of(modules.get(where)) is None
-    ]
-    for key in held.keys() & own.keys():
-        if (shape := tuple(held[key].shape)) != tuple(own[key].shape):
-            misfits.append(f"{_spelled(key)}: the adapter has {shape}, the model needs {tuple(own[key].shape)}")
-    for (where, _), weight in copies.items():
-        if where in layers and not _is_weight_of(layers[where].base, weight):
+    misfits = []
+    for where, key in list(held):
+        if where and where not in layers and kind_of(modules.get(where)) is None:
+            misfits.append(f"{where}: the model has no such layer")
+        elif where and key == "weight" and not _is_weight_of(modules[where], held.pop((where, key))):
             misfits.append(f"{where}.base_layer.weight is not the weight of this model")
+    for where, key in held.keys() & own.keys():
+        theirs, needed = (tuple(tensors[where, key].shape) for tensors in (held, own))
+        if theirs != needed:
+            misfits.append(f"{where}.{key}: the adapter has {theirs}, the model needs {needed}".lstrip("."))
     if misfits:
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
-        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(sorted(misfits), most=2)}")
-    wrong = [f"{_spelled(key)} is not asked for{_asked_by(key, config)}" for key in sorted(held.keys() - own)]
-    wrong += [f"there is no {_spelled(key)}{_asked_by(key, config)}" for key in sorted(own.keys() - held)]
-    if wrong:
-        raise FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(wrong, most=4)}")
-    first: dict[int, Key] = {}
-    for key, tensor in own.items():
-        tied = first.setdefault(id(tensor), key)
-        if tied != key and not torch.equal(held[key], held[tied]):
-            both = f"{_spelled(key)} and {_spelled(tied)}"
-            raise FormatError(f"{stored.path}: ensure_weight_tying: {both} are different")
-    return held
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(sorted({*misfits}), most=2)}")
+    try:
+        copy_tensors_(own, held)
+    except FormatError as error:
+        asked = {field: getattr(config, field) for field in TENSOR_FIELDS}
+        there = f"{CONFIG_FILE}: does not go with {WEIGHTS_FILE}: {error}; it has {asked!r:.400}"
+        raise FormatError(str(stored.path / there)) from error
 
 
 def _restarted(
@@ -196,17 +182,6 @@ def _restarted(
             tensors = layer.adapters[name].tensors() | dict(zip(("start_A", "start_B"), start, strict=True))
             found[path] = low_rank_layer(layer.base, path, config, name, tensors)
     return found
-
-
-def _spelled(key: Key) -> str:
-    """Return a tensor's name in a message."""
-    return ".".join(filter(None, key))
-
-
-def _asked_by(key: Key, config: LoraConfig) -> str:
-    """Return which field of the config asks for a tensor, or should, for the end of a message."""
-    field = FIELD_OF_TENSOR.get(key[1].rpartition(".")[2], "modules_to_save")
-    return f"; {field} is {getattr(config, field)!r:.80}"
 
 
 def _is_weight_of(module: Any, copy: Tensor) -> bool:
@@ -253,12 +228,14 @@ def _pattern(pattern: Mapping[str, T], meant: Callable[[str], T], values: Mappin
     return {f"^{where}": value for where, value in values.items() if value != default}
 
 
-def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:
+def _saved(stored: Stored, entries: Sequence[str]) -> tuple[str, ...]:
     """Return the paths of the modules that a file holds in full; PEFT matches the ends of their paths as text.
 
     An entry that matches nothing is kept, so that it is reported as missing.
     """
-    paths = []
+    own, paths = stored.tensors.get("", {}), []
+    if stored.values.get("ensure_weight_tying"):  # by which PEFT adds modules that the JSON does not name
+        entries = (*entries, *(name.removesuffix(".weight") for name in own if name.endswith(".weight")))
     for name in own:
         prefixes = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
         paths += [path for path in prefixes if path.endswith(tuple(entries))][:1]

@@ -58,12 +58,12 @@ PEFT_DEFAULTS: dict[str, Any] = {
 IGNORED_FIELDS = {  # how the adapter was made; without effect on what it computes
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "peft_version", "revision", "target_modules", "fan_in_fan_out", "eva_config"),
+    "ensure_weight_tying",
 }
 READ_FIELDS = {field.name for field in fields(LoraConfig)} - IGNORED_FIELDS
 PEFT_FALLBACKS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # where the file does not say
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base's weights alone
 DETERMINISTIC_INITS = ("pissa", "olora")  # those whose part of the weights can be computed again
-FIELD_OF_TENSOR = {"magnitude": "use_dora", "lora_bias": "lora_bias", "rows": "trainable_token_indices", "bias": "bias"}
 
 DUPLICATE_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved in full
 TENSOR_ENDINGS = {  # key in `build_adapter` -> end of the tensor's name; older files have the adapter's in it
