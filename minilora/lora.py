@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.definition import definition, no_autocast
+from minilora.errors import TargetError
 from minilora.nf4 import NF4Linear, nf4_linear
 
 Linear = nn.Linear | NF4Linear
@@ -71,16 +72,14 @@ def base_linear(x: Tensor, base: Linear, bias: Tensor | None) -> Tensor:
     return F.linear(x, base.weight, bias)
 
 
-def initial_factors(
-    r: int, inner: int, outer: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+def initial_factors(r: int, inner: int, out: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw A ~ U(-1/√in, 1/√in) and set B = 0.
 
     A must not be zero as well: the gradient of B is a product with A x.
     """
     bound = inner**-0.5
     A = torch.zeros(r, inner, dtype=torch.float32)
-    B = torch.zeros(outer, r, dtype=torch.float32)
+    B = torch.zeros(out, r, dtype=torch.float32)
     return {"lora_A": A.uniform_(-bound, bound, generator=generator), "lora_B": B}
 
 
@@ -106,7 +105,10 @@ class AdapterWrapper(nn.Module, ABC):
     def add(self, name: str, adapter: nn.Module) -> None:
         """Add an adapter on the base's device. It is inactive until `active` names it."""
         example = next(self.base.parameters())
-        self.adapters[name] = adapter if example.is_meta else adapter.to(example.device)
+        try:
+            self.adapters[name] = adapter if example.is_meta else adapter.to(example.device)
+        except KeyError as error:  # it has a dot, or a ModuleDict has an attribute of this name
+            raise TargetError(f"adapter name {name!r}: {error}") from error
         adapter.train(self.training)
 
     def active_adapters(self) -> list[Any]:

@@ -81,15 +81,8 @@ def attach(
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     generator = torch.Generator().manual_seed(seed)
     tensors = {path: low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
-    check_name(name)
     layers = build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
     inject_layers(model, layers, config, name)
-
-
-def check_name(name: str) -> None:
-    """Raise a `TargetError` for a name that no adapter can have."""
-    if not name or "." in name or name in dir(nn.ModuleDict()):
-        raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
 
 
 def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str) -> None:

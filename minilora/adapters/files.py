@@ -22,7 +22,7 @@ from minilora.adapter import (
     copy_tensors_,
     layers_of,
 )
-from minilora.adapters.attach import check_name, config_of_adapter, describe_base, inject_layers, path_of
+from minilora.adapters.attach import config_of_adapter, describe_base, inject_layers, path_of
 from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.initialize import factors_from_weight
@@ -101,7 +101,6 @@ def load_adapter(
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
-    check_name(name)
     stored, modules = read_adapter(fetch(path, "adapter")), base_modules(model)
     config = stored.config()
     if isinstance(model, Llama):
