@@ -17,11 +17,12 @@ import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError
 from minilora.adapter import WEIGHTS_FILE, adapter_layers, linear_layers
 from minilora.adapters.layers import as_matrix
-from minilora.files import holds_files, publishing
+from minilora.files import publishing
 from minilora.lora import LoraLinear, merge_weight
 from minilora.models import checkpoint
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
+from minilora.runs.lock import holds_files
 from minilora.testing.implementations import nf4_dequantize
 from minilora.tools import merging
 from minilora.tools.merging import Merge, merge_directory, squared_norms

@@ -18,8 +18,6 @@ from minilora.files import (
     INDEX,
     MANIFEST,
     TensorFile,
-    holds_files,
-    lock,
     publishing,
     read_json,
     read_text,
@@ -28,6 +26,7 @@ from minilora.files import (
     write_json,
     write_tensors,
 )
+from minilora.runs.lock import holds_files, locked
 from minilora.runs.reports import append_line
 from tests.models import randn
 
@@ -284,7 +283,8 @@ def test_temporary_files_of_other_programs_are_files_and_stay(tmp_path):
     (tmp_path / ".draft.tmp" / "notes.txt").write_text("mine")
     (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
     assert holds_files(tmp_path)
-    lock(tmp_path).release()
+    with locked(tmp_path):
+        pass
     assert {path.name for path in tmp_path.glob(".*.tmp")} == {".draft.tmp"}
     with publishing(tmp_path / ".q.tmp") as directory:
         (directory / "config.json").write_text("{}")
@@ -295,8 +295,8 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "letter.txt")
-    with pytest.raises(TrainingError, match=r"run: cannot be written"):
-        lock(tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"run: cannot be written"), locked(tmp_path / "run"):
+        pass
     assert (tmp_path / "letter.txt").read_text() == "mine"
 
 
