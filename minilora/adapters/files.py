@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from minilora.adapters.layout import (
     Stored,
     check_language_task,
     fields_of,
-    is_name,
     parse_tensor_name,
     read_adapter,
     write_adapter,
@@ -47,7 +46,6 @@ from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.nf4 import NF4Linear
 
-T = TypeVar("T")
 TENSOR_FIELDS = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
 
 
@@ -206,8 +204,8 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         "target_modules": shortest_names(list(low_rank), modules),
         "r": times * config.r,
         "lora_alpha": growth * config.lora_alpha,
-        "rank_pattern": _pattern(config.rank_pattern, config.rank, ranks, times * config.r),
-        "alpha_pattern": _pattern(config.alpha_pattern, config.alpha, alphas, growth * config.lora_alpha),
+        "rank_pattern": {f"^{where}": r for where, r in ranks.items() if r != times * config.r},
+        "alpha_pattern": {f"^{where}": alpha for where, alpha in alphas.items() if alpha != growth * config.lora_alpha},
         "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in low_rank.values()),
         "modules_to_save": shortest_names(whole, modules, as_text=True) or None,  # as PEFT compares them
     }
@@ -218,13 +216,6 @@ def _alpha(config: LoraConfig, where: str, adapter: LoraAdapter) -> float:
     growth = len(adapter.lora_A) / config.rank(where)
     factor = adapter.scale / config.scale(where) * (math.sqrt(growth) if config.use_rslora else growth)
     return config.alpha(where) if factor == 1 else factor * config.alpha(where)
-
-
-def _pattern(pattern: Mapping[str, T], meant: Callable[[str], T], values: Mapping[str, T], default: T) -> dict[str, T]:
-    """Return a pattern whose keys are names, as `load_adapter` requires: the given one, or one key for each module."""
-    if all(map(is_name, pattern)) and all(meant(where) == value for where, value in values.items()):
-        return dict(pattern)
-    return {f"^{where}": value for where, value in values.items() if value != default}
 
 
 def _saved(stored: Stored, entries: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,17 +97,15 @@ class Stored:
         """Return the config of the adapter, with the ranks that its A have."""
         ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
         values = self.values
-        init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
+        init = values.get("init_lora_weights", True)
         given = {key: values[key] for key in READ_FIELDS & values.keys() if values[key] or key in PEFT_FALLBACKS}
         given |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
-        given["rank_pattern"] = ranked if all(map(is_name, ranked)) else {}
+        given = {**PEFT_FALLBACKS, "task_type": None, **given}
+        given["rank_pattern"] = {f"^{where}": r for where, r in ranks.items() if r != given["r"]}
         try:
-            config = LoraConfig(**{**PEFT_FALLBACKS, "task_type": None, **given})
-            if any(config.rank(where) != r for where, r in ranks.items()):  # the tensors are right
-                config = replace(config, rank_pattern={f"^{where}": r for where, r in ranks.items() if r != config.r})
+            return LoraConfig(**given)
         except (ConfigError, TypeError) as error:
             raise FormatError(f"{self.path / CONFIG_FILE}: {error}") from error
-        return config
 
 
 def read_adapter(directory: Path) -> Stored:

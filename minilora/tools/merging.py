@@ -31,7 +31,7 @@ from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
 from minilora.llama import Llama, LlamaConfig, assign
-from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
+from minilora.lora import AdapterWrapper, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
@@ -49,8 +49,6 @@ from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear
-
-TILE = 2**19  # numbers whose error is computed at a time: 2 MB in float32
 
 
 @dataclass(frozen=True)
@@ -252,7 +250,7 @@ def dense(weight: Weight) -> Tensor:
 
 @torch.no_grad()
 def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:
-    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖², a tile of rows at a time, so that nothing wide leaves the cache.
+    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖².
 
     Computed in float64 on the CPU (some devices lack it), or for W′ in 16 bits, whose rounding is coarse, in float32.
 
@@ -261,20 +259,6 @@ def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tup
     now, before = (as_matrix(layer.base, dense(weight).detach()).cpu() for weight in (merged, trained))
     wide = torch.float64 if now.dtype.itemsize > 2 else torch.float32
     adapters = [copy.deepcopy(layer.adapters[name]).cpu().to(wide) for name in layer.active]
-    size = max(1, TILE // now.size(1))
-    error = effect = 0.0
-    for begin in range(0, len(now), size):
-        rows = slice(begin, begin + size)
-        start = before[rows].to(wide)
-        exact = merge_weight(start, [_rows(adapter, rows) for adapter in adapters])
-        error += (now[rows].to(wide) - exact).square_().sum().item()
-        effect += (exact - start).square_().sum().item()
-    return error, effect
-
-
-def _rows(adapter: LoraAdapter, rows: slice) -> LoraAdapter:
-    """Return the adapter of some rows of a weight."""
-    tensors = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B[rows]}
-    if adapter.magnitude is not None:
-        tensors["magnitude"] = adapter.magnitude[rows]
-    return LoraAdapter(tensors, adapter.scale)
+    start = before.to(wide)
+    exact = merge_weight(start, adapters)
+    return (now.to(wide) - exact).square_().sum().item(), (exact - start).square_().sum().item()
