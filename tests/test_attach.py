@@ -343,7 +343,8 @@ def test_a_merge_that_unties_a_head_says_so_in_the_config_that_transformers_save
     """Otherwise the head would be tied again when the merged model is loaded."""
     model = tiny_model(WHOLE)
     model.config, model.save_pretrained = SimpleNamespace(tie_word_embeddings=True, source={}), lambda path: None
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=("lm_head",), init_lora_weights=False))
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("lm_head",)))
+    randomize_adapters_(model)
     ml.merge(model)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     assert model.config.tie_word_embeddings is False
@@ -472,7 +473,8 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("target", ["head", "embedding"])
 def test_a_tie_that_the_model_computes_with_is_not_broken_by_a_merge(target):
     model, ids = Scaled(), torch.arange(7)
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=[target]))
+    randomize_adapters_(model)
     before = model(ids)
     with pytest.raises(ml.TargetError, match="may change what the model computes"):
         ml.merge(model)

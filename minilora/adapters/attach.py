@@ -54,8 +54,8 @@ def attach(
 
     An adapter that the model has is frozen too; `set_adapter` with both names lets both act and learn.
 
-    The new adapter changes nothing until it is trained, unless `init_lora_weights` is False. With DoRA and a bias the
-    last bit may differ, since the bias is added after the scaling by m/‖W‖ = 1.
+    The new adapter changes nothing until it is trained. With DoRA and a bias the last bit may differ, since the bias is
+    added after the scaling by m/‖W‖ = 1.
 
     Args:
         model: any module; its modules are replaced in place.

@@ -19,7 +19,7 @@ from minilora.adapters.config import (
     select_saved,
     select_targets,
 )
-from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
+from minilora.adapters.initialize import factors_from_weight, gaussian_factors
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
 from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
@@ -122,12 +122,10 @@ def low_rank_tensors(
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
     elif is_part_of_weight and not next(module.parameters()).is_meta:
         lora_A, lora_B = factors_from_weight("pissa", matrix_of(module), r, config.scale(path))
-    elif is_embedding(module):
-        lora_A, lora_B = embedding_factors(is_part_of_weight or init, shape_A, shape_B, generator)
-    elif init is True or is_part_of_weight:  # the latter on "meta", where W has no numbers
+    elif init == "gaussian" or is_embedding(module):
+        lora_A, lora_B = gaussian_factors(shape_A, shape_B, generator, is_embedding(module))
+    else:  # also for "pissa" on "meta", where W has no numbers
         lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
-    else:
-        lora_A, lora_B = drawn_factors(init, shape_A, shape_B, generator)
     tensors = {"lora_A": lora_A, "lora_B": lora_B}
     if is_part_of_weight:
         tensors |= {"start_A": lora_A, "start_B": lora_B}

@@ -24,7 +24,7 @@ HEADS = {  # names of heads in transformers; they start at random, so they are t
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("score", "classifier", "pre_classifier", "classification_head")),
     "QUESTION_ANS": ("qa_outputs",),
 }
-INITS = (True, False, "gaussian", "pissa")
+INITS = (True, "gaussian", "pissa")
 RECIPES = {  # start values that are recipes
     **dict.fromkeys(("eva", "corda"), "starts_from_inputs"),
     "lora_ga": "starts_from_gradients",
@@ -104,7 +104,7 @@ class LoraConfig:
         if init not in INITS:
             elsewhere = f"; {in_recipe(RECIPES[init])}" if init in RECIPES else ""
             bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS]}{elsewhere}")
-        if self.lora_bias and (self.use_dora or init not in (True, False)):
+        if self.lora_bias and (self.use_dora or init is not True):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
         if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self.token_lists()):
             need = "need ids from 0, each once, or module names with such ids"

@@ -89,17 +89,15 @@ def logits(model):
 
 
 @st.composite
-def families(draw, patterns, moved, bases=BASES):
-    """Fields of a config that go together, and of a base: is it tied, its dtype and family; `moved` are the starts from
-    weights.
-    """
+def families(draw, patterns, inits, bases=BASES):
+    """Fields of a config that go together, and of a base: is it tied, its dtype and family."""
 
     def some(*values):
         return draw(st.sampled_from(values))
 
     base = some(*bases)
     kind = some("lora", "dora", "lora_bias")
-    init = True if kind == "lora_bias" else some(True, False, "gaussian", *moved)
+    init = True if kind == "lora_bias" else some(True, "gaussian", *inits)
     others = [] if init in MOVED or (base, kind) == ("granite", "lora_bias") else ["lm_head"]
     if init is True and kind != "lora_bias":
         others += ["embed_tokens"]
@@ -157,7 +155,7 @@ def test_what_we_save_peft_computes_with(tmp_path_factory, family, seed):
 
 
 @examples(3)
-@given(families(tuple(dict(sorted(pattern.items())) for pattern in PATTERNS), MOVED), seeds)
+@given(families(tuple(dict(sorted(pattern.items())) for pattern in PATTERNS), [False, *MOVED]), seeds)
 def test_what_peft_saves_we_compute_with(tmp_path_factory, family, seed):
     """A raw PiSSA or OLoRA among it: there the decomposition is repeated."""
     (fields, base), directory = family, tmp_path_factory.mktemp("theirs")

@@ -22,6 +22,7 @@ from tests.models import (
     fill_,
     four_bit,
     randn,
+    randomize_adapters_,
     scales,
     seeds,
     tiny_model,
@@ -141,7 +142,8 @@ def assert_changes_nothing_trains_and_is_saved_as_a_plain_one(start_of, tmp_path
 def assert_other_adapters_are_kept_and_have_no_effect(start_of):
     """Those that the model has before `start_of` is called; see below."""
     model, bare = Parallel(), Parallel()
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=LINEARS, init_lora_weights=False), "mine")
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=LINEARS), "mine")
+    randomize_adapters_(model)
     mine = dict(adapter_layers(model))
     starts = [start_of(each, config_of(), each.losses(data()))[1] for each in (model, bare)]
     assert adapter_layers(model) == mine
