@@ -247,31 +247,29 @@ def _token_rows(
         if embedding is None:
             raise TargetError("trainable_token_indices: the model does not say which its embedding is; name the module")
         wanted = {embedding: wanted}
-    tokens: dict[str, Sequence[int]] = {}
+    tokens: dict[str, tuple[int, ...]] = {}
     for entry, ids in wanted.items():
         named = [path for path in modules if path and matches((entry,), path)]
-        paths = [path for path in named if _has_rows(modules[path])]
-        if not paths:
-            found = sorted({type(modules[path]).__name__ for path in named}) or "no module"
-            raise TargetError(f"trainable_token_indices: {entry!r} names {found}, need an embedding or a linear head")
+        if not (paths := [path for path in named if _has_rows(modules[path])]):
+            kinds = sorted({type(modules[path]).__name__ for path in named}) or "no module"
+            raise TargetError(f"trainable_token_indices: {entry!r} names {kinds}, need an embedding or a linear head")
         for path in paths:
             size = len(modules[path].weight)
             if bad := [token for token in ids if token >= size]:
-                there = f"{size}, the rows of {path}, which has none for {len(bad)} tokens"
-                raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
+                raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {size}, the rows of {path}")
             tokens[path] = ids
     rows = {}
-    for path in tokens:
-        start = modules[path].weight.detach()[list(tokens[path])]
-        rows[path] = Rows(tokens[path], nn.Parameter(copied_tensor(start, dtype)))
-    for path in [path for path in tokens if is_embedding(modules[path]) and embedding in (None, path)]:
+    for path, ids in tokens.items():
+        start = modules[path].weight.detach()[list(ids)]
+        rows[path] = Rows(ids, nn.Parameter(copied_tensor(start, dtype)))
+    for path, ids in tokens.items():
+        if not is_embedding(modules[path]) or embedding not in (None, path):
+            continue
         weight = modules[path].weight
         tied = [other for other, module in modules.items() if _has_rows(module) and module.weight is weight]
-        if any(tokens.get(other, tokens[path]) != tokens[path] for other in tied):
-            continue
-        for other in tied:
-            if other not in tokens or type(modules[other]) is nn.Linear:
-                rows[other] = Rows(tokens[path], rows[path].rows, is_shared=True)
+        if all(tokens.get(other, ids) == ids for other in tied):
+            shared = [other for other in tied if other not in tokens or type(modules[other]) is nn.Linear]
+            rows |= {other: Rows(ids, rows[path].rows, is_shared=True) for other in shared}
     return rows
 
 
