@@ -176,17 +176,6 @@ def test_adapters_without_weights_are_merged_as_ever_whatever_they_are(directory
     same_state(ml.load_model(tmp_path), model)
 
 
-def test_a_weighted_sum_is_merged_as_the_adapter_that_it_makes(directory, run, tmp_path):
-    run("merge", "--adapter=a:0.7", "--adapter=b:0.3", f"--out={tmp_path / 'merged'}")
-    model = ml.load_model(directory / "model")
-    for name in ("a", "b"):
-        ml.load_adapter(model, directory / name, name)
-    ml.combine_adapters(model, {"a": 0.7, "b": 0.3}, "sum")
-    ml.save_adapter(model, tmp_path / "adapter", "sum")
-    run("merge", f"--adapter={tmp_path / 'adapter'}", "--model=model", f"--out={tmp_path / 'expected'}")
-    assert same_tensors(*(tmp_path / name / "model.safetensors" for name in ("merged", "expected")))
-
-
 # --- one adapter ---
 
 

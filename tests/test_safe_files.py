@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import stat
 import struct
 from pathlib import Path
 
@@ -164,20 +163,6 @@ def test_an_error_leaves_the_old_file_and_nothing_else(path):
         assert path.read_text() == "old"
 
 
-def test_nothing_is_under_the_name_before_all_of_it_is(path):
-    with replacing(path) as temporary:
-        temporary.write_text("whole")
-        assert not path.exists()
-        assert temporary.parent == path.parent  # or the rename could not be atomic
-    assert path.read_text() == "whole"
-    with replacing(path.with_name("directory")) as temporary:
-        (temporary / "below").mkdir(parents=True)
-        (temporary / "below" / "a").write_text("a")
-        assert not path.with_name("directory").exists()
-    assert (path.with_name("directory") / "below" / "a").read_text() == "a"
-    assert {file.name for file in path.parent.iterdir()} == {"file", "directory"}
-
-
 def test_everything_is_flushed_before_it_gets_its_name_and_each_name_before_the_next(path, monkeypatch):
     """So a loss of power leaves what a kill may leave."""
     events = []
@@ -198,22 +183,6 @@ def test_everything_is_flushed_before_it_gets_its_name_and_each_name_before_the_
         (temporary / "config.json").write_text("new")
     # two files; the config is removed; weights, config and manifest get their names
     assert events == ["fsync", "fsync", "unlink", *["fsync", "replace"] * 3, "fsync"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
-def test_file_modes_follow_the_umask(path):
-    for umask in [0o022, 0o027, 0o077]:
-        before = os.umask(umask)
-        try:
-            for file in path.parent.iterdir():
-                file.unlink()
-            write_json(path, {})
-            write_tensors(path.with_name("tensors"), {"a": torch.ones(2)})
-            now = os.umask(umask)
-        finally:
-            os.umask(before)
-        assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o666 & ~umask}
-        assert now == umask  # it was only looked at
 
 
 def test_json_keeps_its_order_and_letters_missing_directories_are_made_and_lines_are_an_object_each(path):
@@ -242,16 +211,6 @@ def test_tensors_are_read_as_they_were_written(path):
         for name, tensor in tensors.items():
             assert file.read(name).dtype == dtype
             assert torch.equal(file.read(name), tensor)
-
-
-def test_metadata_has_one_order_and_the_format_that_transformers_asks_for(path):
-    tensors, metadata = {"ä": torch.arange(3.0), "b": torch.ones(2, 2)}, {f"key {i}": "ü" * i for i in range(9)}
-    contents = set()
-    for _ in range(5):
-        write_tensors(path, tensors, metadata)
-        contents.add(path.read_bytes())
-    assert len(contents) == 1
-    assert TensorFile(path).metadata == {"format": "pt", **metadata}
 
 
 def test_a_write_that_cannot_be_done_leaves_nothing_behind(path):
