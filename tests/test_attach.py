@@ -45,19 +45,6 @@ def adapted(family="llama", scale=7.0, seed=0, base=lambda model: model, **confi
     return model
 
 
-@models.examples(0.5)
-@given(families, seeds, scales, bases)
-def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
-    model = base(tiny_model(family, seed=seed))
-    before, kinds = copy.deepcopy(model), kinds_of(model)
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3))
-    randomize_adapters_(model)
-    model(IDS)
-    ml.detach(model)
-    same_state(model, before)
-    assert kinds_of(model) == kinds
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def trained_once(request):
     """A model after some steps of training, what it was before, and what it computed then."""
@@ -169,10 +156,7 @@ def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
 def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, base, targets):
     model = adapted(family, scale, seed, base, target_modules=targets)
-    before, without, state = model(IDS), base(tiny_model(family, seed=seed))(IDS), copy.deepcopy(model)
-    with merged(model):
-        assert_maths(model(IDS), before)
-    same_state(model, state)
+    before, without = model(IDS), base(tiny_model(family, seed=seed))(IDS)
     ml.merge(model)
     for linear in linear_layers(model).values():
         assert type(linear) is nn.Linear
