@@ -66,12 +66,12 @@ def same_bytes(one, other):
 @pytest.mark.parametrize(
     "text",
     [
-        *("{", "[]", '"nf4"', "{}", '{"quantize": "none", "quantize_skip": ["a"]}', "[" * 100_000),
-        *(json.dumps({**HELD, "quantize": value}) for value in ("int8", ["nf4"], None)),
-        *(json.dumps({**HELD, "double_quant": value}) for value in ("no", 1, None)),
-        *(json.dumps({**HELD, "block_size": value}) for value in (0, 48, "64", "\x1b[31m")),
-        *(json.dumps({**HELD, "quantize_skip": value}) for value in ("down_proj", {"a": 1}, [1], ["\x1b[31m"])),
-        *(json.dumps({key: value for key, value in HELD.items() if key != lacking}) for lacking in HELD),
+        *("{", "[]", "{}", "[" * 100_000),
+        *(
+            json.dumps({**HELD, **wrong})
+            for wrong in ({"quantize": None}, {"double_quant": 1}, {"block_size": "\x1b[31m"})
+        ),
+        *(json.dumps({**HELD, "quantize_skip": value}) for value in ("down_proj", {"a": 1}, [1])),
     ],
 )
 def test_what_an_adapter_says_of_its_base_is_refused_where_it_is_not_understood(text, tmp_path):

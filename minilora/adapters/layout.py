@@ -13,10 +13,8 @@ expressions. Another `rank_pattern` is not needed and ignored; another `alpha_pa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,16 +25,18 @@ from torch import Tensor
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
-from minilora.files import MANIFEST, TensorFile, read_json, verify, write_json, write_tensors
-from minilora.models.bitsandbytes import BLOCK_SIZES, CODEBOOKS, is_finite
+from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify, write_json, write_tensors
+from minilora.models.bitsandbytes import is_finite
 from minilora.models.hub import fetch, with_revision
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
+from minilora.options import fits
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
 
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BASE_METADATA = "base_quantization"  # in the metadata of the weights' file
+BASE_METADATA = "base_quantization"  # in the metadata of the weights' file, with these fields
+BASE_FIELDS = {"quantize": str, "double_quant": bool, "block_size": int, "quantize_skip": tuple[str, ...], "head": str}
 T = TypeVar("T")
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
@@ -194,17 +194,12 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
     file = TensorFile(fetch(path, "adapter") / WEIGHTS_FILE)
     if BASE_METADATA not in file.metadata:
         return None
-    text = file.metadata[BASE_METADATA]
-    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        value = json.loads(text)
-        if value == {"quantize": "none"}:
-            return {"quantize": "none"}
-        found = {key: value[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}
-        is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
-        is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
-        if is_known and is_typed and all(map(is_name, found["quantize_skip"])):
-            return found | ({"head": value["head"]} if value.get("head") in CODEBOOKS else {})
-    raise FormatError(f"{file.path}: metadata {BASE_METADATA}: found {text!r:.80}, need how a base is quantized")
+    where = f"{file.path}: metadata {BASE_METADATA}"
+    values = parse_object(file.metadata[BASE_METADATA], where)
+    found = {key: values[key] for key in BASE_FIELDS if key in values}
+    if "quantize" not in found or not all(fits(value, BASE_FIELDS[key]) for key, value in found.items()):
+        raise FormatError(f"{where}: found {values!r:.80}, need how a base is quantized")
+    return found
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:

@@ -10,9 +10,9 @@ Example:
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -34,7 +34,6 @@ from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt
 from minilora.tools.merging import Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
 
 
 def add_flags(parser: Parser) -> None:
@@ -75,8 +74,11 @@ def split_weight(text: str) -> tuple[str, float]:
     >>> split_weight("org/name@v1:0.7"), split_weight("-"), split_weight("C:/adapters/a:-1"), split_weight("C:/7")
     (('org/name@v1', 0.7), ('-', 1.0), ('C:/adapters/a', -1.0), ('C:/7', 1.0))
     """
-    found = re.fullmatch(rf"(.+):({NUMBER})", text, re.ASCII)
-    return (text, 1.0) if found is None or Path(text).exists() else (found[1], float(found[2]))
+    name, _, number = text.rpartition(":")
+    with suppress(ValueError):
+        if name and not Path(text).exists():
+            return name, float(number)
+    return text, 1.0
 
 
 def _note_prompts(names: Sequence[str]) -> None:
