@@ -141,7 +141,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         is_tied = False
     squares: list[tuple[float, float]] = []
-    weights = _merged_weights(prefetch(_pairs(merge, target)), layers, target, squares)
+    weights = _merged_weights(merge, quantized, layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
     save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
@@ -192,38 +192,34 @@ def _needed_modules(adapter: Path) -> set[str]:
     return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
-def _pairs(merge: Merge, target: Target) -> Iterator[tuple[str, Weight, Weight]]:
-    """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
-    if target == "original" and merge.quantize.quantize != "none":
-        originals = merge.weights(QuantizeConfig())
-        for (name, weight), (_, trained) in zip(originals, merge.weights(merge.quantize), strict=True):
-            yield name, weight, trained
-    else:
-        for name, weight in merge.weights(merge.quantize):
-            yield name, weight, weight
-
-
 def _merged_weights(
-    pairs: Iterator[tuple[str, Weight, Weight]],
+    merge: Merge,
+    quantized: Llama,
     layers: Mapping[str, AdapterWrapper],
     target: Target,
     squares: list[tuple[float, float]],
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`."""
-    for path, group in itertools.groupby(pairs, key=lambda pair: _adapted_module(pair[0], layers)):
+    """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`.
+
+    The adapters were trained on the weights of `quantized`, a model on "meta".
+    """
+    read = prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize))
+    for path, group in itertools.groupby(read, key=lambda named: _adapted_module(named[0], layers)):
         if path is None:
-            yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight, _ in group)
+            yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight in group)
             continue
-        layer, weights = layers[path], {name.removeprefix(f"{path}."): each for name, *each in group}
-        merged = _merge_layer(layer, {key: dense(weight) for key, (weight, _) in weights.items()})
+        layer, weights = layers[path], {name.removeprefix(f"{path}."): weight for name, weight in group}
+        merged = _merge_layer(layer, {key: dense(weight) for key, weight in weights.items()})
         if more := merged.keys() - weights.keys():
             raise ConfigError(f"{path}: the adapters add {sorted(more)}, but the model has no such parameter")
-        for key, (weight, trained) in weights.items():
+        for key, weight in weights.items():
             result: Weight = merged[key]
             if target == "requantized" and isinstance(weight, NF4Linear):
                 result = NF4Linear.quantize(merged[key], None, weight.scales is not None)
             if key == "weight" and isinstance(layer, LowRankWrapper):
-                squares.append(squared_norms(result, trained, layer))
+                if target == "original" and isinstance(quantized.get_submodule(path), NF4Linear):
+                    weight = NF4Linear.quantize(dense(weight), None, merge.quantize.double_quant)
+                squares.append(squared_norms(result, weight, layer))
             yield f"{path}.{key}", result
 
 
