@@ -141,20 +141,16 @@ def merge(model: nn.Module) -> None:
             in a model whose forward depends on that.
         TrainingError: a merged weight is not finite; the model is left as it was.
     """
-    layers = _mergeable_layers(model)
+    layers = {layer.path: layer for layer in _mergeable_layers(model)}
     sharing: dict[int, list[str]] = {}
-    for path, each in base_modules(model).items():
-        if (own := each._parameters.get("weight")) is not None:
+    for path, base in base_modules(model).items():
+        if (own := base._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
-    adapted = {layer.path: layer for layer in layers}
+    untied = [paths[0] for paths in sharing.values() if unties(map(layers.get, paths))]
     config = getattr(model, "config", None)
     # Of the encoder-decoders without this setting some scale the input of the head if it is tied.
-    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "scale_decoder_outputs"):
-        for paths in sharing.values():
-            if unties(adapted.get(path) for path in paths):
-                raise TargetError(
-                    f"{paths[0]}: a merge would untie its weight, which may change what the model computes"
-                )
+    if untied and getattr(config, "is_encoder_decoder", False) and not hasattr(config, "scale_decoder_outputs"):
+        raise TargetError(f"{untied[0]}: a merge would untie its weight, which may change what the model computes")
     adapter.merge(model)
     for first, *others in sharing.values():
         weight: Any = model.get_submodule(first).weight
