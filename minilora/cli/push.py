@@ -127,16 +127,13 @@ def model_card(directory: Path, name: str, base: str) -> str:
 def _code(directory: Path, name: str, base: str, library: str, loader: str) -> list[str]:
     """Return the lines of Python that load what is uploaded, with its tokenizer or the base's, and ask it."""
     texts, prompts, own = read_prompt_files(directory), read_prompts(directory), find_tokenizer(directory)
-    imports = [f"from {library} import {loader}"]
-    lines = ["", f'model = {loader}.from_pretrained("{name}")']
-    if own is None and not base:
-        return imports + lines
-    imports += ["from transformers import AutoTokenizer"]
-    repository, _, revision = (name if own else base).partition("@")
+    repository, _, revision = (name if own or not base else base).partition("@")
     pinned = f', revision="{revision}"' if revision else ""
+    lines = [f"from {library} import {loader}", "from transformers import AutoTokenizer", ""]
+    lines += [f'model = {loader}.from_pretrained("{name}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{pinned})']
     if own is None and "chat_template.jinja" in texts:
-        imports.insert(0, "from huggingface_hub import hf_hub_download")
+        lines.insert(0, "from huggingface_hub import hf_hub_download")
         template = f'hf_hub_download("{name}", "chat_template.jinja")'
         lines += [f'tokenizer.chat_template = open({template}, encoding="utf-8").read()']
     if prompts.form == "template" and (texts or (own and own.template)):
@@ -147,4 +144,4 @@ def _code(directory: Path, name: str, base: str, library: str, loader: str) -> l
         lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
     else:
         lines += ['inputs = tokenizer("Hello", return_tensors="pt")']
-    return imports + lines + ANSWER.splitlines()
+    return lines + ANSWER.splitlines()
