@@ -266,26 +266,20 @@ def test_a_config_that_does_not_go_with_its_tensors_is_refused_by_key(tmp_path, 
             loaded(tmp_path, WHOLE, num_hidden_layers=2)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, CONFIG_FILE])
-def test_a_missing_file_is_told_by_name(tmp_path, name):
-    saved(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(ml.FormatError, match=name):
-        loaded(tmp_path)
-
-
-def test_adapters_in_folders_of_the_directory_are_named(tmp_path):
+def test_what_is_no_adapter_is_refused_by_the_file_that_is_missing(tmp_path):
     """PEFT saves an adapter with another name than "default" in a folder of that name."""
-    for name in ("first", "second"):
+    ml.save_model(tiny_model(), tmp_path / "model")
+    for name in ("several/first", "several/second", CONFIG_FILE, WEIGHTS_FILE):
         saved(tmp_path / name)
-    with pytest.raises(ml.FormatError, match=rf"{tmp_path}: .*'{tmp_path}/first', '{tmp_path}/second'"):
-        loaded(tmp_path)
-
-
-def test_a_model_is_no_adapter_whose_files_have_changed(tmp_path):
-    ml.save_model(tiny_model(), tmp_path)
-    with pytest.raises(ml.FormatError, match=rf"{CONFIG_FILE}: cannot be read"):
-        loaded(tmp_path)
+        (tmp_path / name / name).unlink(missing_ok=True)
+    folders = f"'{tmp_path}/several/first', '{tmp_path}/several/second'"
+    for name, said in (
+        ("model", CONFIG_FILE),
+        ("several", folders),
+        *((name, name) for name in (CONFIG_FILE, WEIGHTS_FILE)),
+    ):
+        with pytest.raises(ml.FormatError, match=f"{tmp_path / name}.*{said}"):
+            loaded(tmp_path / name)
 
 
 def test_what_cannot_be_saved_leaves_no_file_behind(tmp_path):

@@ -6,7 +6,6 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.attach import delete_adapter
 from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
@@ -78,23 +77,6 @@ def test_two_adapters_that_train_one_module_or_bias_cannot_act_together():
         ml.attach(biased, ml.LoraConfig(bias="lora_only"), name=name)
     with pytest.raises(ml.TargetError, match=r"q_proj: \('first', 'second'\)"):
         ml.set_adapter(biased, ["first", "second"])
-
-
-def test_each_adapter_has_its_own_copy():
-    model = with_copies("norm", own=torch.float64)
-    fill_(model.model.norm.adapters["default"], 1)
-    first = model(IDS)
-    ml.attach(model, ml.LoraConfig(target_modules=(), modules_to_save=("norm",)), name="second", dtype=torch.float64)
-    with ml.disable_adapter(model):
-        base = model(IDS)
-    assert torch.equal(model(IDS), base)
-    fill_(model.model.norm.adapters["second"], 2)
-    assert not torch.equal(model(IDS), base)
-    ml.set_adapter(model, "default")
-    assert torch.equal(model(IDS), first)
-    delete_adapter(model, "default")
-    delete_adapter(model, "second")
-    assert torch.equal(model(IDS), base)
 
 
 @pytest.mark.parametrize(("name", "is_tied"), [("lm_head", False), ("norm", True)])
