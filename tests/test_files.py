@@ -187,15 +187,6 @@ def test_a_scale_that_was_set_is_the_one_that_is_saved(case, tmp_path):
     assert relative(again(IDS), model(IDS), PARITY) < 1
 
 
-def test_a_copy_of_the_base_s_weight_must_be_this_base_s(tmp_path):
-    model = saved(tmp_path, target_modules=("lm_head", "q_proj"))
-    copy = {"base_model.model.lm_head.base_layer.weight": model.lm_head.base.weight.detach().clone()}
-    save_file(tensors_of(tmp_path) | copy, tmp_path / WEIGHTS_FILE)
-    assert torch.equal(loaded(tmp_path)(IDS), model(IDS))
-    with pytest.raises(ml.TargetError, match=r"lm_head\.base_layer\.weight"):
-        ml.load_adapter(tiny_model(seed=1, dtype=torch.float32), tmp_path)
-
-
 @pytest.mark.parametrize(
     "change",
     [
