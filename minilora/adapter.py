@@ -175,7 +175,7 @@ def set_adapter(
     """
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     layers = require_layers(model, *names)
-    own = [(key, p) for each in layers for key in each.adapters for p in own_parameters(each, key)]
+    own = [(k, p) for layer in layers for k in layer.adapters for p in own_parameters(layer, k)]
     active = [tuple(name for name in names if name in layer.adapters) for layer in layers]
     for layer, chosen in zip(layers, active, strict=True):
         replaced = [part for name in chosen for part in layer.adapters[name].replaced()]
@@ -220,7 +220,7 @@ def merge(model: nn.Module) -> None:
         raise TargetError("no adapter is active, so there is nothing to merge")
     replace_modules(model, [(layer, merged_module(layer)) for layer in layers])
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    replace_modules(model, ((each, dense_linear(each.weight, each.bias)) for each in packed))
+    replace_modules(model, ((layer, dense_linear(layer.weight, layer.bias)) for layer in packed))
 
 
 @torch.no_grad()
@@ -246,8 +246,8 @@ def adapter_tensors(layers: Mapping[str, AdapterWrapper], name: str) -> dict[str
 @torch.no_grad()
 def copy_tensors_(own: Mapping[Any, Tensor], stored: Mapping[Any, Tensor]) -> None:
     """Copy the tensors of a file into those of an adapter, which have the same names and shapes."""
-    found, wanted = ({(key, t.shape) for key, t in each.items()} for each in (stored, own))
-    if wrong := sorted(found ^ wanted)[:5]:
+    given, wanted = ({(key, t.shape) for key, t in tensors.items()} for tensors in (stored, own))
+    if wrong := sorted(given ^ wanted)[:5]:
         raise FormatError(f"missing, unexpected or misshapen tensors: {wrong}")
     for key, tensor in own.items():
         tensor.copy_(stored[key])

@@ -1,4 +1,4 @@
-"""Files: reading that a hostile file cannot hurt, and writing that a crash cannot tear.
+"""Files: safe reading of files from outside, and atomic writing.
 
 Memory and time of reading may grow with the bytes of a file, but not with a number that it states: that is compared
 with what is there, or with a limit, before anything is allocated.
@@ -38,6 +38,7 @@ DTYPES = {  # by their names in a safetensors file
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -50,7 +51,7 @@ JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as
 
 
 def open_file(path: Path, most: int | None = None, is_named: bool = False) -> BufferedReader:
-    """Open a file to read its bytes; `is_named` says that the user named it, and not a directory that it lies in.
+    """Open a file to read its bytes; `is_named` means that the user named it, and not only its directory.
 
     Raises:
         FormatError: there is no such file; reading it might never end; `check_link` refuses it; or it is too large.
@@ -157,7 +158,7 @@ class TensorFile:
 
 
 def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
-    """Return for each tensor of a model directory the file that holds it; for `is_mapped_once` see `TensorFile`."""
+    """Return for each tensor of a model directory the file that has it; for `is_mapped_once` see `TensorFile`."""
     index = directory / INDEX
     if not index.is_file():
         file = TensorFile(directory / "model.safetensors", is_mapped_once)
@@ -170,7 +171,7 @@ def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, Ten
             raise FormatError(f"{index}: {name!r} is not a plain file name")
     shards = {name: TensorFile(directory / name, is_mapped_once) for name in sorted(set(weight_map.values()))}
     if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
-        raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
+        raise FormatError(f"{index}: names tensors that their shards do not have: {lacking[:5]}")
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 

@@ -66,7 +66,7 @@ def lora_linear(
 
 
 def base_linear(x: Tensor, base: Linear, bias: Tensor | None) -> Tensor:
-    """Apply the weight of a linear layer, dense or in four bits, with a given bias: x Wᵀ + b."""
+    """Apply the weight of a linear layer, dense or 4-bit, with a given bias: x Wᵀ + b."""
     if isinstance(base, NF4Linear):
         return nf4_linear(x, base, bias)
     return F.linear(x, base.weight, bias)
@@ -145,10 +145,10 @@ class LoraLinear(AdapterWrapper):
             return self.base(x)
         x = x.to(self.base.dtype) if isinstance(self.base, NF4Linear) else x
         first, *others = self.active_adapters()
-        if any(each.magnitude is not None for each in (first, *others)):
+        if any(adapter.magnitude is not None for adapter in (first, *others)):
             return self.dora_forward(x)
         y = first(x, self.base, self.merged_bias())  # lora_linear
-        return sum((each.update(x) for each in others), start=y)
+        return sum((adapter.update(x) for adapter in others), start=y)
 
     def dora_forward(self, x: Tensor) -> Tensor:
         """Compute y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖ for each adapter, from y = W x; then add b.
@@ -170,7 +170,7 @@ class LoraLinear(AdapterWrapper):
     def merged_bias(self) -> Tensor | None:
         """Return b, or an adapter's `bias` in its place, plus s·`lora_bias` of each adapter."""
         adapters, base = self.active_adapters(), self.base
-        bias = next((each.bias for each in adapters if each.bias is not None), base.bias)
+        bias = next((a.bias for a in adapters if a.bias is not None), base.bias)
         for adapter in adapters:
             if adapter.lora_bias is not None:
                 bias = adapter.scale * adapter.lora_bias + (0 if bias is None else bias)

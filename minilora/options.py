@@ -18,14 +18,14 @@ C = TypeVar("C", bound=type)
 
 
 def option(default: Any, help: str, group: str | None = None) -> Any:
-    """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
+    """A field that is a flag, with its help, and the group of the help page that it is in if not in its class's."""
     given: Any = {"default_factory": dict} if default is dict else {"default": default}
     return field(**given, metadata={"help": help} | ({"group": group} if group else {}))
 
 
 def document_fields(cls: C) -> C:
     """Add the help of each field to the docstring of a data class whose fields are options."""
-    lines = (f"{each.name}: {each.metadata['help']}" for each in fields(cls))
+    lines = (f"{entry.name}: {entry.metadata['help']}" for entry in fields(cls))
     helps = [textwrap.fill(line, 112, initial_indent=" " * 4, subsequent_indent=" " * 8) for line in lines]
     cls.__doc__ = "\n".join([inspect.cleandoc(str(cls.__doc__)), "", "Attributes:", *helps])
     return cls

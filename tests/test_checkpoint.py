@@ -230,7 +230,7 @@ def test_weights_that_are_no_plain_floating_point_numbers_are_refused_and_dtypes
 
 def test_tensors_that_a_shard_does_not_hold_are_named(saved):
     write_json(saved / INDEX, {"weight_map": {"model.norm.bias": "model.safetensors"}})
-    with pytest.raises(FormatError, match=r"do not hold: \['model.norm.bias'\]"):
+    with pytest.raises(FormatError, match=r"do not have: \['model.norm.bias'\]"):
         ml.load_model(saved)
 
 

@@ -312,7 +312,7 @@ HOSTILE = {
         shaped("q_proj.lora_A.weight", lambda t: t.sum()),
         r"A.* \(\), need a matrix",
     ),
-    "no tensors": ("LoRA", lambda name, tensor: (), "holds no tensors"),
+    "no tensors": ("LoRA", lambda name, tensor: (), "has no tensors"),
     "one magnitude missing": ("DoRA", renamed("1.self_attn.q_proj.lora_magnitude_vector", "1.x.y"), "1.x.y"),
     "a bias of A": ("a bias of B", renamed("q_proj.lora_B.bias", "q_proj.lora_A.bias"), "q_proj.lora_A.bias"),
     "a bias of another size": ("all biases", shaped("up_proj.bias", lambda t: t[:3]), r"up_proj\.bias.*\(3,\)"),

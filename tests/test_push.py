@@ -96,7 +96,7 @@ def test_the_card_has_base_results_and_how_to_load_it_and_a_dry_run_shows_it(hub
 def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, capsys):
     hub.status = 403
     for path, name, said in (
-        (run / "checkpoints", "me/mine", "holds no adapter_config.json and no config.json; need an adapter or a model"),
+        (run / "checkpoints", "me/mine", "has no adapter_config.json and no config.json; need an adapter or a model"),
         *((run, name, "is no name of a repository") for name in ("me/mine@main", '"/x', "../x", "mine")),
         (run, "me/mine", "me/mine: not uploaded: "),
     ):

@@ -50,7 +50,7 @@ def attach(
     dtype: torch.dtype = torch.float32,
     start: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
-    """Add a new adapter to the modules that `config` selects, activate it alone, and freeze everything else.
+    """Add a new adapter to the modules that `config` selects, activate only it, and freeze everything else.
 
     An adapter that the model has is frozen too; `set_adapter` with both names lets both act and learn.
 
@@ -123,11 +123,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     was_trained = any(p.requires_grad for layer in layers for p in own_parameters(layer, name))
     for layer in layers:
         del layer.adapters[name]
-        layer.active = tuple(each for each in layer.active if each != name)
+        layer.active = tuple(other for other in layer.active if other != name)
     replace_modules(model, ((layer, layer.base) for layer in layers if not layer.adapters))
     left = adapter_layers(model).values()
     if acted and left and not any(layer.active for layer in left):
-        adapter.set_adapter(model, min(each for layer in left for each in layer.adapters), trainable=was_trained)
+        first = min(other for layer in left for other in layer.adapters)
+        adapter.set_adapter(model, first, trainable=was_trained)
 
 
 def merge(model: nn.Module) -> None:
@@ -176,7 +177,7 @@ def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
 def merged(model: nn.Module) -> Iterator[None]:
     """Fold the active adapters into the weights inside the block.
 
-    The model computes as fast as without adapters, and holds the adapted weights twice. Afterwards it is bit for bit as
+    The model computes as fast as without adapters, and keeps the adapted weights twice. Afterwards it is bit for bit as
     it was: the bases were kept, and nothing is subtracted. Adapters that were attached inside the block are lost. No
     other thread may use the model meanwhile.
 
@@ -228,10 +229,10 @@ def path_of(model: nn.Module, method: str) -> str | None:
     """Return the path of the module that a method gives, such as `get_input_embeddings`; None if there is none."""
     find = getattr(model, method, None)
     try:
-        found = find() if callable(find) else None
+        wanted = find() if callable(find) else None
     except NotImplementedError:  # transformers raises it for models without embeddings
-        found = None
-    return next((path for path, module in walk(model) if module is found), None) if found is not None else None
+        return None
+    return next((path for path, module in walk(model) if module is wanted), None)
 
 
 class ParameterCount(NamedTuple):

@@ -117,8 +117,8 @@ def low_rank_tensors(
     if start is not None:
         lora_A, lora_B = start
         if (lora_A.shape, lora_B.shape) != (shape_A, shape_B):
-            found = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
-            raise ShapeError(f"{path}: start has {found}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
+            given = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
+            raise ShapeError(f"{path}: start has {given}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
     elif is_part_of_weight and not next(module.parameters()).is_meta:
         lora_A, lora_B = factors_from_weight("pissa", matrix_of(module), r, config.scale(path))
@@ -280,7 +280,7 @@ def _has_rows(module: Any) -> bool:
 def check_layers(
     modules: Mapping[str, nn.Module], held: Mapping[str, AdapterWrapper], layers: Mapping[str, AdapterWrapper]
 ) -> None:
-    """Raise a TargetError for new layers that would not act as configured, beside those that the model has."""
+    """Raise a TargetError for new layers that would not act as configured, together with those of the model."""
     if "" in layers:
         raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
     model = modules[""]
@@ -298,7 +298,7 @@ def check_layers(
     for path, _ in both:
         if outer := [where for where in full if path.startswith(f"{where}.")]:
             raise TargetError(
-                f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"
+                f"{path}: is in {outer[0]}, which an adapter trains in full, so one of them would not act"
             )
 
 

@@ -169,7 +169,7 @@ def select_targets(
         chosen = [path for path in linears if path != head and not is_excluded(path, config)]
     else:
         chosen = [path for path in paths if is_target(path, config)]
-    problems = _problems(paths, chosen, config)
+    problems = _unmatched_fields(paths, chosen, config)
     does_more = config.modules_to_save or config.trainable_token_indices
     if not chosen and (config.target_modules or not does_more):
         problems.append("target_modules, exclude_modules and modules_to_save leave nothing to adapt")
@@ -179,7 +179,7 @@ def select_targets(
 
 
 def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
-    """Return the paths of the modules that are trained in full; none lies in another.
+    """Return the paths of the modules that are trained in full; none is in another.
 
     They are those of `modules_to_save` and, if `task_type` is a classifier's, its head.
 
@@ -207,24 +207,24 @@ def matches(entries: str | Sequence[str], path: str) -> bool:
     return any(path == entry or path.endswith("." + entry) for entry in entries)
 
 
-def _problems(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
+def _unmatched_fields(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
     """Return a message for each entry of the config that matches nothing."""
-    found = []
+    bad = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
         if not (name == "target_modules" and is_all_linear(config)):
-            found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
+            bad += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
     for number in config.layers_to_transform or ():
         if not any(matches(config.target_modules, path) and _layer(path, config) == number for path in paths):
-            found.append(f"no module of target_modules is in layer {number} of layers_to_transform")
+            bad.append(f"no module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, name)
-        found += [
+        bad += [
             f"no adapted module matches {name} {key!r}"
             for key in keys
             if not any(_first_match({key: True}, path, False) for path in chosen)
         ]
-    return found
+    return bad
 
 
 def _unmatched(entries: str | Sequence[str], paths: Sequence[str]) -> list[str]:
@@ -258,11 +258,11 @@ def _is_name(text: str) -> bool:
 
 
 def _layer(path: str, config: LoraConfig) -> int | None:
-    """Return the number of the layer that a module lies in, by the first of `layers_pattern` that matches."""
+    """Return the number of the layer that a module is in, by the first of `layers_pattern` that matches."""
     named = [rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\." for name in config.layers_pattern]
     for pattern in named or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
-        if found := re.match(pattern, path):
-            return int(found["number"])
+        if match := re.match(pattern, path):
+            return int(match["number"])
     return None
 
 

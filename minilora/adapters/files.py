@@ -120,7 +120,7 @@ def load_adapter(
 
 def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, Tensor]]:
     """Return tensors for the low-rank adapters that the config asks for, without their numbers."""
-    found: dict[str, dict[str, Tensor]] = {}
+    blank: dict[str, dict[str, Tensor]] = {}
     for path, tensors in stored.tensors.items():
         if "lora_A" not in tensors or kind_of(modules.get(path)) is None:
             continue
@@ -129,8 +129,8 @@ def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfi
         has_bias = is_trained and modules[path]._parameters.get("bias") is not None
         asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
         shapes = {"lora_A": shape_A, "lora_B": shape_B, **{key: shape_B[:1] for key in asked if asked[key]}}
-        found[path] = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    return found
+        blank[path] = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return blank
 
 
 def _copy_stored(
@@ -170,15 +170,15 @@ def _restarted(
     layers: Mapping[str, AdapterWrapper], init: str, config: LoraConfig, name: str
 ) -> dict[str, AdapterWrapper]:
     """Return the layers of linears again, from whose weights PEFT took the start, which is computed again."""
-    found = {}
+    restarted = {}
     for path, layer in layers.items():
         if isinstance(layer, LINEARS):  # PEFT takes the word for True on other layers
             if isinstance(layer.base, NF4Linear):
                 raise TargetError(f"{path}: {init} starts from the dense weight, and this one is 4-bit")
             start = factors_from_weight(init, matrix_of(layer.base), config.rank(path), config.scale(path))
             tensors = layer.adapters[name].tensors() | dict(zip(("start_A", "start_B"), start, strict=True))
-            found[path] = low_rank_layer(layer.base, path, config, name, tensors)
-    return found
+            restarted[path] = low_rank_layer(layer.base, path, config, name, tensors)
+    return restarted
 
 
 def _is_weight_of(module: Any, copy: Tensor) -> bool:

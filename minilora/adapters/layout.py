@@ -136,7 +136,7 @@ def read_adapter(directory: Path) -> Stored:
             raise FormatError(f"{file.path}: {name} is {tuple(tensor.shape)}, need a matrix that is not empty{more}")
         tensors[where][key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     if not tensors:
-        raise FormatError(f"{file.path}: holds no tensors, so it is no adapter")
+        raise FormatError(f"{file.path}: has no tensors, so it is not an adapter")
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
@@ -196,10 +196,10 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
         return None
     where = f"{file.path}: metadata {BASE_METADATA}"
     values = parse_object(file.metadata[BASE_METADATA], where)
-    found = {key: values[key] for key in BASE_FIELDS if key in values}
-    if "quantize" not in found or not all(fits(value, BASE_FIELDS[key]) for key, value in found.items()):
+    known = {key: values[key] for key in BASE_FIELDS if key in values}
+    if "quantize" not in known or not all(fits(value, BASE_FIELDS[key]) for key, value in known.items()):
         raise FormatError(f"{where}: found {values!r:.80}, need how a base is quantized")
-    return found
+    return known
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:
@@ -208,8 +208,8 @@ def parse_tensor_name(name: str) -> tuple[str, str]:
     "weight" is a copy of the base's weight. A parameter of the model itself has the path "" and its full name.
     """
     name = name.removeprefix(PREFIX)
-    found = TENSOR_NAME.fullmatch(name)
-    return (found["path"], str(found.lastgroup)) if found else ("", name)
+    match = TENSOR_NAME.fullmatch(name)
+    return (match["path"], str(match.lastgroup)) if match else ("", name)
 
 
 def fields_of(config: LoraConfig) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def find_base_name(directory: Path, given: str | None) -> str:
     """
     is_adapter = (directory / CONFIG_FILE).is_file()
     if not is_adapter and not (directory / "config.json").is_file():
-        raise ConfigError(f"{directory}: holds no {CONFIG_FILE} and no config.json; need an adapter or a model")
+        raise ConfigError(f"{directory}: has no {CONFIG_FILE} and no config.json; need an adapter or a model")
     if given is not None and (not HUB_ID.fullmatch(given) or given == BUILTIN):
         raise ConfigError(f"--base-name: found {given!r}, need org/name or org/name@revision")
     if given is not None or not is_adapter:

@@ -187,9 +187,9 @@ def _load_adapters(merge: Merge) -> dict[str, AdapterWrapper]:
 
 def _needed_modules(adapter: Path) -> set[str]:
     """Return the paths of the modules whose weights are needed to read an adapter."""
-    found = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
+    keys = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
     is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in DETERMINISTIC_INITS
-    return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
+    return {path for path, key in keys if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
 def _merged_weights(
@@ -234,9 +234,9 @@ def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[s
     """Merge the adapters into the parameters of a module, by name, in the same dtype."""
     for key, weight in weights.items():
         assign(layer.base, key, weight)
-    found = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
+    merged = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
     layer.base.to("meta")  # frees the weights
-    return found
+    return merged
 
 
 def dense(weight: Weight) -> Tensor:
