@@ -101,10 +101,11 @@ def test_switching_moves_no_number_and_deleting_leaves_the_others():
     for seed, (kind, config) in enumerate(kinds.items()):
         ml.attach(model, config, kind, seed=seed, dtype=torch.float64)
         models.perturb_(model, seed)
+        logits[kind] = model(IDS)
     held = {name: p.data_ptr() for name, p in model.named_parameters()}
     for kind in kinds:
         ml.set_adapter(model, kind)
-        logits[kind] = model(IDS)
+        assert torch.equal(model(IDS), logits[kind])
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
     delete_adapter(model, "linears")
     for kind in ("dora", "norm"):
