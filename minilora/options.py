@@ -8,7 +8,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -70,8 +70,6 @@ def fits(value: object, hint: Any) -> bool:
         return any(type(value) is type(part) and value == part for part in parts)
     if origin is tuple:
         return isinstance(value, list | tuple | set | frozenset) and all(fits(element, parts[0]) for element in value)
-    if origin is Sequence and isinstance(value, list | tuple):
-        return all(fits(element, parts[0]) for element in value)
     if origin is Mapping and isinstance(value, Mapping):
         return all(fits(key, parts[0]) and fits(element, parts[1]) for key, element in value.items())
     kind = {float: (int, float)}.get(hint, origin or hint)
