@@ -42,8 +42,8 @@ MISTAKES = {  # those named after a law run by default, the others in the long f
     ),
     "law 2: B does not start at 0": Mistake(
         "lora.py",
-        "B = torch.zeros(outer, r, dtype=torch.float32)",
-        "B = torch.full((outer, r), 1e-3, dtype=torch.float32)",
+        "B = torch.zeros(out, r, dtype=torch.float32)",
+        "B = torch.full((out, r), 1e-3, dtype=torch.float32)",
         "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
     ),
     "law 3: the base is trained too": Mistake(
