@@ -152,8 +152,7 @@ def inject_adapter(model: nn.Module, layers: Mapping[str, AdapterWrapper], name:
             raise TargetError(f"{path}: has hooks, which an adapter would skip")
     for path in layers.keys() & held.keys():
         held[path].add(name, layers[path].adapters[name])
-    new = [(layer.base, layer) for path, layer in layers.items() if path not in held]
-    replace_modules(model, new)
+    replace_modules(model, [(new.base, new) for path, new in layers.items() if path not in held])
     activate(model, name, trainable=True)
 
 
@@ -176,14 +175,12 @@ def set_adapter(
     """
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     layers = require_layers(model, *names)
-    own = [(key, p) for each in layers for key in each.adapters for p in own_parameters(each, key)]
+    own = [(k, p) for layer in layers for k in layer.adapters for p in own_parameters(layer, k)]
     active = [tuple(name for name in names if name in layer.adapters) for layer in layers]
     for layer, chosen in zip(layers, active, strict=True):
         replaced = [part for name in chosen for part in layer.adapters[name].replaced()]
         if len(set(replaced)) < len(replaced):
-            raise TargetError(
-                f"{layer.path}: {list(chosen)} train the same parameter; activate one"
-            )
+            raise TargetError(f"{layer.path}: {chosen} train the same parameter; activate one")
     if trainable is None:
         trainable = any(p.requires_grad for _, p in own)
     for key, parameter in own if names else ():  # without names, all stay as they are
@@ -223,7 +220,7 @@ def merge(model: nn.Module) -> None:
         raise TargetError("no adapter is active, so there is nothing to merge")
     replace_modules(model, [(layer, merged_module(layer)) for layer in layers])
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    replace_modules(model, ((each, dense_linear(each.weight, each.bias)) for each in packed))
+    replace_modules(model, ((layer, dense_linear(layer.weight, layer.bias)) for layer in packed))
 
 
 @torch.no_grad()
@@ -249,8 +246,8 @@ def adapter_tensors(layers: Mapping[str, AdapterWrapper], name: str) -> dict[str
 @torch.no_grad()
 def copy_tensors_(own: Mapping[Any, Tensor], stored: Mapping[Any, Tensor]) -> None:
     """Copy the tensors of a file into those of an adapter, which have the same names and shapes."""
-    found, wanted = ({(key, t.shape) for key, t in each.items()} for each in (stored, own))
-    if wrong := sorted(found ^ wanted)[:5]:
+    given, wanted = ({(key, t.shape) for key, t in tensors.items()} for tensors in (stored, own))
+    if wrong := sorted(given ^ wanted)[:5]:
         raise FormatError(f"missing, unexpected or misshapen tensors: {wrong}")
     for key, tensor in own.items():
         tensor.copy_(stored[key])
@@ -261,8 +258,9 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
     layers = layers_of(model, name)
     first, *others = (layer.adapters[name] for layer in layers.values())
     r, scale = len(first.lora_A), first.scale
-    if any((len(other.lora_A), other.scale) != (r, scale) for other in others):
-        raise TargetError(f"{name!r} has several ranks or scales; see `ml.save_adapter`")
+    kinds = [(len(a.lora_A), a.scale, a.bias, a.lora_bias) for a in (first, *others)]
+    if any(kind != (r, scale, None, None) for kind in kinds):
+        raise TargetError(f"{name!r} has biases, several ranks or scales; see `ml.save_adapter`")
     config = {"peft_type": "LORA", "r": r, "lora_alpha": scale * r, "lora_dropout": first.dropout.p}
     config["use_dora"] = first.magnitude is not None
     config["target_modules"] = sorted({where.rpartition(".")[2] for where in layers})

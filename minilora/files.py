@@ -1,12 +1,11 @@
-"""Files: reading that a hostile file cannot hurt, and writing that a crash cannot tear.
+"""Files: safe reading of files from outside, and atomic writing.
 
 Memory and time of reading may grow with the bytes of a file, but not with a number that it states: that is compared
 with what is there, or with a limit, before anything is allocated.
 
 A file or a whole directory is written by `replacing`: under another name beside it, flushed to the disk, renamed.
 `publishing` replaces some files of a directory: the old config is removed first and the new one comes last, so what a
-killed process leaves has no config and cannot be loaded. A manifest has size and SHA-256 of each file. One process at a
-time writes a directory (`lock`).
+killed process leaves has no config and cannot be loaded. A manifest has size and SHA-256 of each file.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BufferedReader
@@ -26,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.errors import ConfigError, FormatError, TrainingError
+from minilora.errors import FormatError
 
 BUILTIN = "minilora/builtin"
 ASSETS = Path(__file__).parent / "assets"
@@ -51,14 +48,13 @@ DTYPES = {  # by their names in a safetensors file
 INDEX = "model.safetensors.index.json"
 MANIFEST = "minilora-manifest.json"
 LAST = ("adapter_config.json", "config.json", "summary.json")  # a run that has a summary is finished
-TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
 ALIGNMENT = 64  # of a tensor that is written: a line of the cache
 JSON_BYTES = 2**24  # of a JSON or text file; the index of 100,000 tensors has 10 MB
 JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as 3 in the file
 
 
 def open_file(path: Path, most: int | None = None, is_named: bool = False) -> BufferedReader:
-    """Open a file to read its bytes; `is_named` says that the user named it, and not a directory that it lies in.
+    """Open a file to read its bytes; `is_named` means that the user named it, and not only its directory.
 
     Raises:
         FormatError: there is no such file; reading it might never end; `check_link` refuses it; or it is too large.
@@ -132,20 +128,21 @@ class TensorFile:
             size = int.from_bytes(file.read(8), "little")
             text = file.read(min(size, 2 * JSON_BYTES))
         header = parse_object(text, f"{path}: not a safetensors file")
+        self.entries: dict[str, TensorEntry] = {}
+        self._spans: dict[str, slice] = {}
         try:
             # `safe_open` checks that sizes fit dtypes and shapes, without gaps. For PyTorch, it would map the file.
             with safe_open(path, framework="numpy") as checked:
                 self.metadata: dict[str, str] = checked.metadata() or {}
-            tensors = {name: header[name] for name in sorted(header.keys() - {"__metadata__"})}
-            self.shapes = {name: tuple(each["shape"]) for name, each in tensors.items()}
-            self._spans = {name: [8 + size + at for at in each["data_offsets"]] for name, each in tensors.items()}
+            for name in sorted(header.keys() - {"__metadata__"}):
+                dtype, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+                self.entries[name] = TensorEntry(dtype, tuple(shape), end - begin)
+                self._spans[name] = slice(8 + size + begin, 8 + size + end)
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
             raise FormatError(f"{path}: not a safetensors file ({error})") from error
+        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
         if odd := [name for name, shape in self.shapes.items() if len(shape) > 64 or max(shape, default=0) >= 2**63]:
             raise FormatError(f"{path}: {odd[0]:.80} has a shape that no tensor can have")
-        self.entries: dict[str, TensorEntry] = {}
-        for name, (begin, end) in self._spans.items():
-            self.entries[name] = TensorEntry(tensors[name]["dtype"], self.shapes[name], end - begin)
         map_file = partial(torch.UntypedStorage.from_file, str(path), False, path.stat().st_size)
         self._map = cache(map_file) if is_mapped_once else map_file
 
@@ -155,16 +152,16 @@ class TensorFile:
         With `is_mapped_once` all tensors share one mapping, for those that stay views. Otherwise each tensor maps the
         file anew, because one mapping would keep every page that was read in memory.
         """
-        entry, (begin, end) = self.entries[name], self._spans[name]
+        entry = self.entries[name]
         try:
-            content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(self._map()[begin:end])
+            content = torch.empty(0, dtype=torch.uint8, device="cpu").set_(self._map()[self._spans[name]])
             return content.view(DTYPES[entry.dtype]).view(entry.shape)
         except (KeyError, RuntimeError) as error:  # no such dtype, not mapped, or a file that has become shorter
             raise FormatError(f"{self.path}: {name} cannot be read: {error}; dtypes are {[*DTYPES]}") from error
 
 
 def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
-    """Return for each tensor of a model directory the file that holds it; for `is_mapped_once` see `TensorFile`."""
+    """Return for each tensor of a model directory the file that has it; for `is_mapped_once` see `TensorFile`."""
     index = directory / INDEX
     if not index.is_file():
         file = TensorFile(directory / "model.safetensors", is_mapped_once)
@@ -177,7 +174,7 @@ def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, Ten
             raise FormatError(f"{index}: {name!r} is not a plain file name")
     shards = {name: TensorFile(directory / name, is_mapped_once) for name in sorted(set(weight_map.values()))}
     if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
-        raise FormatError(f"{index}: names tensors that their shards do not hold: {lacking[:5]}")
+        raise FormatError(f"{index}: names tensors that their shards do not have: {lacking[:5]}")
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 
@@ -338,37 +335,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def holds_files(out: Path) -> bool:
-    """Return whether a directory to write to holds anything other than a lock and temporary files."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file, need a directory")
-    return out.exists() and any(path.name != ".lock" and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
-
-
-def lock(out: Path) -> BaseFileLock:
-    """Create a directory, and lock it until the lock is released or the process ends, in whatever way.
-
-    The file `.lock` names the process and its machine. Temporary files of a writer that was killed are removed.
-
-    Raises:
-        TrainingError: the directory cannot be written, or another process has locked it.
-    """
-    path = out / ".lock"
-    try:
-        make_directory(out)
-        held = FileLock(path, timeout=0)
-        held.acquire()
-        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-    except Timeout as error:
-        owner = "another process"
-        with suppress(OSError):  # it has just ended and removed its file
-            owner = path.read_text(encoding="utf-8") or owner
-        raise TrainingError(f"{out}: {owner} is at work there") from error
-    except OSError as error:
-        raise TrainingError(f"{out}: cannot be written ({error.strerror})") from error
-    for left in (path for folder in (out, out / "checkpoints") for path in folder.glob(".*.tmp")):
-        if TEMPORARY.fullmatch(left.name):
-            remove(left)
-    return held

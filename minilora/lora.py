@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.definition import definition, no_autocast
+from minilora.errors import TargetError
 from minilora.nf4 import NF4Linear, nf4_linear
 
 Linear = nn.Linear | NF4Linear
@@ -65,22 +66,20 @@ def lora_linear(
 
 
 def base_linear(x: Tensor, base: Linear, bias: Tensor | None) -> Tensor:
-    """Apply the weight of a linear layer, dense or in four bits, with a given bias: x Wᵀ + b."""
+    """Apply the weight of a linear layer, dense or 4-bit, with a given bias: x Wᵀ + b."""
     if isinstance(base, NF4Linear):
         return nf4_linear(x, base, bias)
     return F.linear(x, base.weight, bias)
 
 
-def initial_factors(
-    r: int, inner: int, outer: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+def initial_factors(r: int, inner: int, out: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw A ~ U(-1/√in, 1/√in) and set B = 0.
 
     A must not be zero as well: the gradient of B is a product with A x.
     """
     bound = inner**-0.5
     A = torch.zeros(r, inner, dtype=torch.float32)
-    B = torch.zeros(outer, r, dtype=torch.float32)
+    B = torch.zeros(out, r, dtype=torch.float32)
     return {"lora_A": A.uniform_(-bound, bound, generator=generator), "lora_B": B}
 
 
@@ -106,7 +105,10 @@ class AdapterWrapper(nn.Module, ABC):
     def add(self, name: str, adapter: nn.Module) -> None:
         """Add an adapter on the base's device. It is inactive until `active` names it."""
         example = next(self.base.parameters())
-        self.adapters[name] = adapter if example.is_meta else adapter.to(example.device)
+        try:
+            self.adapters[name] = adapter if example.is_meta else adapter.to(example.device)
+        except KeyError as error:  # it has a dot, or a ModuleDict has an attribute of this name
+            raise TargetError(f"adapter name {name!r}: {error}") from error
         adapter.train(self.training)
 
     def active_adapters(self) -> list[Any]:
@@ -143,10 +145,10 @@ class LoraLinear(AdapterWrapper):
             return self.base(x)
         x = x.to(self.base.dtype) if isinstance(self.base, NF4Linear) else x
         first, *others = self.active_adapters()
-        if any(each.magnitude is not None for each in (first, *others)):
+        if any(adapter.magnitude is not None for adapter in (first, *others)):
             return self.dora_forward(x)
         y = first(x, self.base, self.merged_bias())  # lora_linear
-        return sum((each.update(x) for each in others), start=y)
+        return sum((adapter.update(x) for adapter in others), start=y)
 
     def dora_forward(self, x: Tensor) -> Tensor:
         """Compute y ← m ⊙ (y + s·B A x) / ‖W + s·B A‖ for each adapter, from y = W x; then add b.
@@ -168,7 +170,7 @@ class LoraLinear(AdapterWrapper):
     def merged_bias(self) -> Tensor | None:
         """Return b, or an adapter's `bias` in its place, plus s·`lora_bias` of each adapter."""
         adapters, base = self.active_adapters(), self.base
-        bias = next((each.bias for each in adapters if each.bias is not None), base.bias)
+        bias = next((a.bias for a in adapters if a.bias is not None), base.bias)
         for adapter in adapters:
             if adapter.lora_bias is not None:
                 bias = adapter.scale * adapter.lora_bias + (0 if bias is None else bias)

@@ -8,7 +8,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -18,14 +18,14 @@ C = TypeVar("C", bound=type)
 
 
 def option(default: Any, help: str, group: str | None = None) -> Any:
-    """A field that is a flag, with its help, and the group of the help page that it stands in if not in its class's."""
+    """A field that is a flag, with its help, and the group of the help page that it is in if not in its class's."""
     given: Any = {"default_factory": dict} if default is dict else {"default": default}
     return field(**given, metadata={"help": help} | ({"group": group} if group else {}))
 
 
 def document_fields(cls: C) -> C:
     """Add the help of each field to the docstring of a data class whose fields are options."""
-    lines = (f"{each.name}: {each.metadata['help']}" for each in fields(cls))
+    lines = (f"{entry.name}: {entry.metadata['help']}" for entry in fields(cls))
     helps = [textwrap.fill(line, 112, initial_indent=" " * 4, subsequent_indent=" " * 8) for line in lines]
     cls.__doc__ = "\n".join([inspect.cleandoc(str(cls.__doc__)), "", "Attributes:", *helps])
     return cls
@@ -70,8 +70,6 @@ def fits(value: object, hint: Any) -> bool:
         return any(type(value) is type(part) and value == part for part in parts)
     if origin is tuple:
         return isinstance(value, list | tuple | set | frozenset) and all(fits(element, parts[0]) for element in value)
-    if origin is Sequence and isinstance(value, list | tuple):
-        return all(fits(element, parts[0]) for element in value)
     if origin is Mapping and isinstance(value, Mapping):
         return all(fits(key, parts[0]) and fits(element, parts[1]) for key, element in value.items())
     kind = {float: (int, float)}.get(hint, origin or hint)

@@ -96,7 +96,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all biases beside DoRA": {"bias": "all", "target_modules": ("q_proj",), "use_dora": True},
     "the head in full": {"modules_to_save": ("lm_head",)},
     "the embedding in full": {"modules_to_save": ("embed_tokens",)},
-    "embedding and head in full, tied": {"modules_to_save": ("embed_tokens",), "ensure_weight_tying": True},
     "norms in full": {"modules_to_save": ("norm", "layers.1.mlp"), "bias": "all"},
     "only norms": {"target_modules": (), "modules_to_save": ("norm",)},
     "rows of tokens": {"trainable_token_indices": (7, 2, 40)},

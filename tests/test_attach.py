@@ -45,19 +45,6 @@ def adapted(family="llama", scale=7.0, seed=0, base=lambda model: model, **confi
     return model
 
 
-@models.examples(0.5)
-@given(families, seeds, scales, bases)
-def test_attach_then_detach_leaves_every_bit(family, seed, scale, base):
-    model = base(tiny_model(family, seed=seed))
-    before, kinds = copy.deepcopy(model), kinds_of(model)
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3))
-    randomize_adapters_(model)
-    model(IDS)
-    ml.detach(model)
-    same_state(model, before)
-    assert kinds_of(model) == kinds
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def trained_once(request):
     """A model after some steps of training, what it was before, and what it computed then."""
@@ -106,21 +93,22 @@ def test_merging_keeps_the_logits_and_comes_back_to_every_bit_or_leaves_no_adapt
 
 def test_switching_moves_no_number_and_deleting_leaves_the_others():
     kinds = {
-        "linears": ml.LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj", "down_proj")),
+        "linears": ml.LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj",), modules_to_save=("norm",)),
         "dora": ml.LoraConfig(r=3, lora_alpha=2, use_dora=True, use_rslora=True),
-        "lora_bias": ml.LoraConfig(r=1, lora_alpha=3, target_modules=("v_proj", "up_proj"), lora_bias=True),
+        "norm": ml.LoraConfig(r=1, target_modules=("v_proj",), lora_bias=True, modules_to_save=("norm",)),
     }
     model, logits = tiny_model(WHOLE, num_hidden_layers=2), {}
     for seed, (kind, config) in enumerate(kinds.items()):
         ml.attach(model, config, kind, seed=seed, dtype=torch.float64)
         models.perturb_(model, seed)
+        logits[kind] = model(IDS)
     held = {name: p.data_ptr() for name, p in model.named_parameters()}
     for kind in kinds:
         ml.set_adapter(model, kind)
-        logits[kind] = model(IDS)
+        assert torch.equal(model(IDS), logits[kind])
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
     delete_adapter(model, "linears")
-    for kind in ("dora", "lora_bias"):
+    for kind in ("dora", "norm"):
         ml.set_adapter(model, kind)
         assert torch.equal(model(IDS), logits[kind])
 
@@ -169,10 +157,7 @@ def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("o_proj",)]))
 def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, base, targets):
     model = adapted(family, scale, seed, base, target_modules=targets)
-    before, without, state = model(IDS), base(tiny_model(family, seed=seed))(IDS), copy.deepcopy(model)
-    with merged(model):
-        assert_maths(model(IDS), before)
-    same_state(model, state)
+    before, without = model(IDS), base(tiny_model(family, seed=seed))(IDS)
     ml.merge(model)
     for linear in linear_layers(model).values():
         assert type(linear) is nn.Linear
@@ -343,7 +328,8 @@ def test_a_merge_that_unties_a_head_says_so_in_the_config_that_transformers_save
     """Otherwise the head would be tied again when the merged model is loaded."""
     model = tiny_model(WHOLE)
     model.config, model.save_pretrained = SimpleNamespace(tie_word_embeddings=True, source={}), lambda path: None
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=("lm_head",), init_lora_weights=False))
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=("lm_head",)))
+    randomize_adapters_(model)
     ml.merge(model)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     assert model.config.tie_word_embeddings is False
@@ -472,7 +458,8 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("target", ["head", "embedding"])
 def test_a_tie_that_the_model_computes_with_is_not_broken_by_a_merge(target):
     model, ids = Scaled(), torch.arange(7)
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=[target]))
+    randomize_adapters_(model)
     before = model(ids)
     with pytest.raises(ml.TargetError, match="may change what the model computes"):
         ml.merge(model)

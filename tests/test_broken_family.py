@@ -87,10 +87,10 @@ def test_an_inner_block_has_the_say_and_the_outer_one_after_it():
 
 def test_a_module_trained_in_full_has_no_adapter_within():
     model, _ = _adapted(inner=LINEAR)
-    with pytest.raises(ml.TargetError, match=r"block\.0: lies in block, which an adapter trains in full"):
+    with pytest.raises(ml.TargetError, match=r"block\.0: is in block, which an adapter trains in full"):
         ml.attach(model, LoraConfig(target_modules=[], modules_to_save=["block"]), "outer")
     model, _ = _adapted(outer=LoraConfig(target_modules=[], modules_to_save=["block"]))
-    with pytest.raises(ml.TargetError, match=r"block\.0: lies in block"):
+    with pytest.raises(ml.TargetError, match=r"block\.0: is in block"):
         ml.attach(model, LINEAR, "inner")
 
 

@@ -148,7 +148,7 @@ train_configs = configs(ml.TrainConfig, warmup_steps=shares_or_counts, eval_step
 @given(run_configs | quantize_configs | lora_configs() | data_configs | train_configs, st.booleans())
 @example(ml.LoraConfig(target_modules=("q", "v"), layers_to_transform=(1, 3), layers_pattern=("h", "layers")), True)
 @example(ml.LoraConfig(use_dora=True, use_rslora=True, modules_to_save=("a", "b"), trainable_token_indices=(5,)), True)
-@example(ml.LoraConfig(lora_bias=True, bias="all", init_lora_weights=False, trainable_token_indices={"a": (3,)}), True)
+@example(ml.LoraConfig(lora_bias=True, bias="all", trainable_token_indices={"a": (3,)}), True)
 @example(ml.LoraConfig(exclude_modules=r".*\.0\..*"), True)
 def test_every_field_is_a_flag_in_two_spellings_and_survives_the_command_line(config, has_dashes):
     words = as_words(config, (lambda name: "--" + name.replace("_", "-")) if has_dashes else (lambda name: f"--{name}"))

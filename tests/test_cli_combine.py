@@ -1,6 +1,5 @@
 """minilora merge with weights: what is written and what is said."""
 
-import json
 import math
 import re
 import shutil
@@ -83,11 +82,6 @@ def update(adapter):
     return update
 
 
-def same_tensors(one, other):
-    one, other = load_file(one), load_file(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
-
-
 def assert_writes_the_same(run, adapter, merged):
     """An adapter of the model writes what a merged model writes, and computes the same logits."""
     asked = ["--prompt=the cat", "--max-new-tokens=5"]
@@ -97,9 +91,7 @@ def assert_writes_the_same(run, adapter, merged):
     assert_parity(model(ids), ml.load_model(merged)(ids))
 
 
-@pytest.mark.parametrize(
-    "command", ["generate --prompt=cat --max-new-tokens=1", "merge", "merge --as-adapter", "export"]
-)
+@pytest.mark.parametrize("command", ["generate --prompt=cat --max-new-tokens=1", "merge", "merge --as-adapter"])
 def test_a_changed_config_is_said_and_obeyed_and_changed_weights_are_refused(
     directory, tmp_path, capsys, monkeypatch, command
 ):
@@ -144,7 +136,7 @@ def test_only_a_number_after_the_last_colon_is_a_weight_and_what_exists_under_th
         (r"C:\adapters\run", r"C:\adapters\run", 1.0),
         ("./a:b:0.5", "./a:b", 0.5),
         ("run:inf", "run", math.inf),
-        *((text, text, 1.0) for text in ("C:/7", "run:0,7", "run:1_0", "run:", ":0.5", "run:٣")),
+        *((text, text, 1.0) for text in ("C:/7", "run:0,7", "run:", ":0.5")),
     ):
         assert split_weight(text) == (name, weight), text
     monkeypatch.chdir(tmp_path)
@@ -179,17 +171,6 @@ def test_adapters_without_weights_are_merged_as_ever_whatever_they_are(directory
     same_state(ml.load_model(tmp_path), model)
 
 
-def test_a_weighted_sum_is_merged_as_the_adapter_that_it_makes(directory, run, tmp_path):
-    run("merge", "--adapter=a:0.7", "--adapter=b:0.3", f"--out={tmp_path / 'merged'}")
-    model = ml.load_model(directory / "model")
-    for name in ("a", "b"):
-        ml.load_adapter(model, directory / name, name)
-    ml.combine_adapters(model, {"a": 0.7, "b": 0.3}, "sum")
-    ml.save_adapter(model, tmp_path / "adapter", "sum")
-    run("merge", f"--adapter={tmp_path / 'adapter'}", "--model=model", f"--out={tmp_path / 'expected'}")
-    assert same_tensors(*(tmp_path / name / "model.safetensors" for name in ("merged", "expected")))
-
-
 # --- one adapter ---
 
 
@@ -203,12 +184,6 @@ def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one
     run("merge", *both, f"--out={tmp_path / 'merged'}")
     assert base_model_of(tmp_path / "adapter") == str(directory / "model")
     assert_writes_the_same(run, tmp_path / "adapter", tmp_path / "merged")
-
-
-def test_the_sum_is_an_adapter_of_the_model_that_is_given(run, elsewhere, tmp_path):
-    both = [f"--adapter={elsewhere}:0.7", f"--adapter={elsewhere}", "--as-adapter", "--model=model"]
-    run("merge", *both, f"--out={tmp_path / 'sum'}")
-    assert base_model_of(tmp_path / "sum") == "model"
 
 
 def test_how_the_base_was_held_in_the_training_is_written_with_the_sum(run, tmp_path):
@@ -238,6 +213,7 @@ def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(run
         both = ["--adapter=a", f"--adapter={elsewhere}", *flags, f"--out={tmp_path / f'out{len(flags)}'}"]
         assert "name different base models" in run("merge", *both, status=1)
         run("merge", "--model=model", *both)
+    assert base_model_of(tmp_path / "out1") == "model"
 
 
 def test_adapters_that_were_asked_differently_are_merged_as_the_first_was_and_this_is_said(
@@ -257,25 +233,6 @@ def test_adapters_that_were_asked_differently_are_merged_as_the_first_was_and_th
             assert "trained with different prompts (chat_template.jinja)" in note
             assert f"those of {first} are kept; to keep another's, name it first" in note
             assert (out / "chat_template.jinja").read_text()[-1] == "?!"[i]
-
-
-def test_a_merge_into_another_dtype_than_that_of_the_training_is_said(directory, tmp_path, capsys, monkeypatch):
-    said = runner(directory, capsys, monkeypatch)
-    record = {"config": {}, "data_sha256": {}, "inputs_sha256": {}}
-    start = {"time": "2026-01-01T00:00:00+00:00", "dtype": "float32"}
-    for name, text in (("run", json.dumps({**record, "starts": [start]})), ("other", '{"starts": 1}')):
-        (shutil.copytree("a", tmp_path / name) / "run.json").write_text(text)
-    cases = (
-        ("run", ["--dtype=bfloat16"], True),
-        ("run", ["--dtype=bfloat16", "--adapter=b"], True),
-        ("run", [], False),  # the base is in float32
-        ("other", ["--dtype=bfloat16"], False),
-        ("run", ["--dtype=bfloat16", "--as-adapter"], False),
-    )
-    for i, (name, words, is_said) in enumerate(cases):
-        note = said("merge", f"--adapter={tmp_path / name}", *words, f"--out={tmp_path / str(i)}").err
-        text = f"{tmp_path / 'run'}: trained in float32, merged into bfloat16: "
-        assert (text in note) == is_said
 
 
 def test_an_adapter_is_not_applied_to_the_model_that_it_is_merged_into(directory, run, tmp_path):
@@ -319,7 +276,7 @@ def test_what_needs_no_tokenizer_works_without_one(run, tmp_path):
     chosen, out = [f"--model={tmp_path / 'model'}", f"--adapter={tmp_path / 'adapter'}"], tmp_path / "out"
     run("merge", *chosen, f"--out={out / 'merged'}")
     run("quantize", chosen[0], f"--out={out / 'packed'}")
-    run("export", chosen[1], f"--out={out / 'plain'}")
+    run("merge", *chosen, "--as-adapter", f"--out={out / 'plain'}")
     assert sorted(path.name for path in out.iterdir()) == ["merged", "packed", "plain"]
     assert not list(out.glob("*/tokenizer.json"))
     assert "model: there is no tokenizer.json" in run("generate", *chosen, "--prompt=a", status=1)

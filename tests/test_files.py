@@ -66,12 +66,12 @@ def same_bytes(one, other):
 @pytest.mark.parametrize(
     "text",
     [
-        *("{", "[]", '"nf4"', "{}", '{"quantize": "none", "quantize_skip": ["a"]}', "[" * 100_000),
-        *(json.dumps({**HELD, "quantize": value}) for value in ("int8", ["nf4"], None)),
-        *(json.dumps({**HELD, "double_quant": value}) for value in ("no", 1, None)),
-        *(json.dumps({**HELD, "block_size": value}) for value in (0, 48, "64", "\x1b[31m")),
-        *(json.dumps({**HELD, "quantize_skip": value}) for value in ("down_proj", {"a": 1}, [1], ["\x1b[31m"])),
-        *(json.dumps({key: value for key, value in HELD.items() if key != lacking}) for lacking in HELD),
+        *("{", "[]", "{}", "[" * 100_000),
+        *(
+            json.dumps({**HELD, **wrong})
+            for wrong in ({"quantize": None}, {"double_quant": 1}, {"block_size": "\x1b[31m"})
+        ),
+        *(json.dumps({**HELD, "quantize_skip": value}) for value in ("down_proj", {"a": 1}, [1])),
     ],
 )
 def test_what_an_adapter_says_of_its_base_is_refused_where_it_is_not_understood(text, tmp_path):
@@ -118,19 +118,10 @@ def test_all_that_a_config_can_ask_for_loads_equal_and_saves_the_same_bytes(tmp_
 
 
 def numbers_of_a_file(model):
-    """As many as are trained; with their start if they began as a part of the weights, and twice if two share them."""
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    """As many as are trained; with their start if they began as a part of the weights."""
     factors = 2 if "start_A" in str([name for name, _ in model.named_buffers()]) else 1
     trained = [(name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad]
-    trained += [("weight", model.lm_head.weight)] * (tied and model.lm_head.weight.requires_grad)
     return sum(factors ** (kind in ("lora_A", "lora_B")) * p.numel() for kind, p in trained)
-
-
-def test_tied_modules_in_full_whose_weights_are_not_the_same_in_a_file_are_refused(tmp_path):
-    ml.save_adapter(with_adapter("embedding and head in full, tied"), tmp_path)
-    write_changed(tmp_path, lambda name, tensor: (name, tensor + 1 if "lm_head" in name else tensor))
-    with pytest.raises(ml.FormatError, match=r"lm_head\.weight and .*embed_tokens\.weight are different"):
-        loaded(tmp_path, WHOLE, num_hidden_layers=2)
 
 
 def test_what_began_as_a_part_of_the_weights_is_a_plain_adapter_of_twice_the_rank(tmp_path):
@@ -194,15 +185,6 @@ def test_a_scale_that_was_set_is_the_one_that_is_saved(case, tmp_path):
     ml.save_adapter(model, tmp_path)
     again = loaded(tmp_path, WHOLE, num_hidden_layers=2)
     assert relative(again(IDS), model(IDS), PARITY) < 1
-
-
-def test_a_copy_of_the_base_s_weight_must_be_this_base_s(tmp_path):
-    model = saved(tmp_path, target_modules=("lm_head", "q_proj"))
-    copy = {"base_model.model.lm_head.base_layer.weight": model.lm_head.base.weight.detach().clone()}
-    save_file(tensors_of(tmp_path) | copy, tmp_path / WEIGHTS_FILE)
-    assert torch.equal(loaded(tmp_path)(IDS), model(IDS))
-    with pytest.raises(ml.TargetError, match=r"lm_head\.base_layer\.weight"):
-        ml.load_adapter(tiny_model(seed=1, dtype=torch.float32), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -275,26 +257,20 @@ def test_a_config_that_does_not_go_with_its_tensors_is_refused_by_key(tmp_path, 
             loaded(tmp_path, WHOLE, num_hidden_layers=2)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, CONFIG_FILE])
-def test_a_missing_file_is_told_by_name(tmp_path, name):
-    saved(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(ml.FormatError, match=name):
-        loaded(tmp_path)
-
-
-def test_adapters_in_folders_of_the_directory_are_named(tmp_path):
+def test_what_is_no_adapter_is_refused_by_the_file_that_is_missing(tmp_path):
     """PEFT saves an adapter with another name than "default" in a folder of that name."""
-    for name in ("first", "second"):
+    ml.save_model(tiny_model(), tmp_path / "model")
+    for name in ("several/first", "several/second", CONFIG_FILE, WEIGHTS_FILE):
         saved(tmp_path / name)
-    with pytest.raises(ml.FormatError, match=rf"{tmp_path}: .*'{tmp_path}/first', '{tmp_path}/second'"):
-        loaded(tmp_path)
-
-
-def test_a_model_is_no_adapter_whose_files_have_changed(tmp_path):
-    ml.save_model(tiny_model(), tmp_path)
-    with pytest.raises(ml.FormatError, match=rf"{CONFIG_FILE}: cannot be read"):
-        loaded(tmp_path)
+        (tmp_path / name / name).unlink(missing_ok=True)
+    folders = f"'{tmp_path}/several/first', '{tmp_path}/several/second'"
+    for name, said in (
+        ("model", CONFIG_FILE),
+        ("several", folders),
+        *((name, name) for name in (CONFIG_FILE, WEIGHTS_FILE)),
+    ):
+        with pytest.raises(ml.FormatError, match=f"{tmp_path / name}.*{said}"):
+            loaded(tmp_path / name)
 
 
 def test_what_cannot_be_saved_leaves_no_file_behind(tmp_path):
@@ -331,30 +307,20 @@ HOSTILE = {
     "a factor of whole numbers": ("DoRA", shaped("q_proj.lora_A.weight", torch.Tensor.long), "q_proj.lora_A.*int64"),
     "a factor that is there twice": ("DoRA", beside("1.self_attn.q_proj.lora_A.weight", f"{Q}.lora_A.x.weight"), "one"),
     "a factor that is NaN": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t * torch.nan), "lora_A.*not finite"),
-    "a magnitude too short": ("DoRA", shaped("q_proj.lora_magnitude_vector", lambda t: t[1:]), "magnitude"),
     "a factor that is a number": (
         "DoRA",
         shaped("q_proj.lora_A.weight", lambda t: t.sum()),
         r"A.* \(\), need a matrix",
     ),
-    "a factor that is a column": ("DoRA", shaped("q_proj.lora_B.weight", lambda t: t[:, 0]), r"B.* \(40,\), need a"),
-    "no tensors": ("LoRA", lambda name, tensor: (), "holds no tensors"),
-    "factors of no rank": ("DoRA", shaped("q_proj.lora_A.weight", lambda t: t[:0]), r"q_proj.lora_A.*\(0, "),
+    "no tensors": ("LoRA", lambda name, tensor: (), "has no tensors"),
     "one magnitude missing": ("DoRA", renamed("1.self_attn.q_proj.lora_magnitude_vector", "1.x.y"), "1.x.y"),
     "a bias of A": ("a bias of B", renamed("q_proj.lora_B.bias", "q_proj.lora_A.bias"), "q_proj.lora_A.bias"),
     "a bias of another size": ("all biases", shaped("up_proj.bias", lambda t: t[:3]), r"up_proj\.bias.*\(3,\)"),
-    "a weight as a bias": ("all biases", renamed("up_proj.bias", "up_proj.weight"), "up_proj.weight"),
     "a head of another size": ("the head in full", shaped("head.weight", lambda t: t[:5]), r"lm_head.*\(5, 24\)"),
-    "another name in a copy": ("the head in full", renamed("head.weight", "head.evil"), "lm_head"),
-    "a module of no name": ("the head in full", renamed("lm_head.weight", "weight"), "weight"),
     "rows too few": ("rows of tokens", shaped("tokens_delta", lambda t: t[:2]), r"embed_tokens.*\(2, 24\)"),
     "rows of a linear": ("rows of tokens", renamed("model.embed_tokens", "model.layers.1.mlp.up_proj"), "up_proj"),
-    "rows of a norm": ("rows of tokens", renamed("model.embed_tokens", "model.norm"), "norm"),
-    "rows and a magnitude": ("rows of tokens", beside("_delta", f"{E}.lora_magnitude_vector", lambda t: t[0]), "embed"),
     "a stack for a matrix": ("LoRA", shaped("up_proj.lora_A.weight", lambda t: t[None]), "up_proj"),
-    "a wrapper too deep": ("LoRA", renamed("up_proj.lora", "up_proj.base_layer.lora"), "up_proj"),
     "an embedding's bias": ("the embedding adapted", beside("ding_A", f"{E}.lora_B.bias", lambda t: t[0]), "embed"),
-    "another embedding's factors": ("the embedding adapted", renamed("embed_tokens", "layers.1.mlp"), "mlp"),
     "a head that is infinite": ("the head in full", shaped("head.weight", lambda t: t * torch.inf), "not finite"),
 }
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minilora import ConfigError, TrainingError
 from minilora.adapter import adapter_layers, adapter_tensors, attach_lora
-from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
+from minilora.adapters.initialize import factors_from_weight, gaussian_factors
 from minilora.lora import initial_factors
 from minilora.testing.compare import assert_maths, relative
 from tests.models import best_of_rank, default_dtype, generator, randn, scales, seeds, sizes, tiny_model
@@ -19,10 +19,10 @@ MOVED = ("pissa", "olora")
 
 
 def drawn(kind, r, inner, outer, seed=0):
-    """A and B of a new adapter of a linear layer."""
+    """A and B of a new adapter."""
     if kind is True:
         return initial_factors(r, inner, outer, generator(seed)).values()
-    return drawn_factors(kind, (r, inner), (outer, r), generator(seed))
+    return gaussian_factors((r, inner), (outer, r), generator(seed), kind == "embedding")
 
 
 @pytest.mark.parametrize("kind", [True, "gaussian"])
@@ -48,47 +48,27 @@ def test_the_default_is_uniform_within_one_over_the_root_of_the_inputs_of_an_out
     assert_moments(lora_A, bound**2 / 3, kurtosis=9 / 5)
 
 
-def test_false_draws_both_factors_as_pytorch_starts_them():
-    lora_A, lora_B = drawn_factors(False, (64, 100), (80, 64), generator())
-    for factor, bound in ((lora_A, 1 / 10), (lora_B, 1 / 8)):
-        assert 0.99 * bound < factor.abs().max() <= bound
-
-
-@pytest.mark.parametrize("kind", [True, False, "gaussian"])
-def test_the_same_generator_draws_the_same_factors_and_another_others(kind):
-    first, second, other = ([*drawn(kind, 4, 6, 5, seed)] for seed in (3, 3, 4))
-    assert all(map(torch.equal, first, second))
-    assert not torch.equal(first[0], other[0])
-
-
-@pytest.mark.parametrize("kind", [True, False, "gaussian"])
-def test_the_default_dtype_changes_no_start_value(kind):
-    def draw():
-        embedding = embedding_factors(kind, (2, 6), (3, 2), generator()) if isinstance(kind, bool) else ()
+@pytest.mark.parametrize("kind", [True, "gaussian", "embedding"])
+def test_the_generator_alone_decides_what_is_drawn_and_no_default_dtype(kind):
+    def draw(seed=3):
         model = tiny_model(num_hidden_layers=1)
         attach_lora(model, ["q_proj"], r=2)
-        on_the_page = adapter_tensors(adapter_layers(model), "default").values()
-        return [*drawn(kind, 2, 5, 4), *embedding, *on_the_page]
+        return [*drawn(kind, 4, 6, 5, seed), *adapter_tensors(adapter_layers(model), "default").values()]
 
-    expected = draw()
+    first, other = draw(), draw(4)
     with default_dtype(torch.float64):
-        found = draw()
-    assert [factor.dtype for factor in found] == [torch.float32] * len(expected)
-    assert all(map(torch.equal, found, expected))
+        second = draw()
+    assert [factor.dtype for factor in second] == [torch.float32] * len(first)
+    assert all(map(torch.equal, first, second))
+    assert not all(map(torch.equal, first[:2], other))
 
 
 def test_a_new_adapter_of_an_embedding_has_a_zero_and_b_normal():
-    lora_A, lora_B = embedding_factors(True, (8, 100), (300, 8), generator())
+    lora_A, lora_B = drawn("embedding", 8, 100, 300)
     assert lora_A.shape == (8, 100)
     assert not lora_A.any()
     assert lora_B.shape == (300, 8)
     assert_moments(lora_B, 1)
-    assert embedding_factors(False, (8, 100), (300, 8), generator())[0].all()
-
-
-def test_an_embedding_has_no_other_start_values():
-    with pytest.raises(ConfigError, match="'gaussian', for an embedding"):
-        embedding_factors("gaussian", (2, 4), (3, 2), generator())
 
 
 @st.composite

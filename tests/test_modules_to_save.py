@@ -6,7 +6,6 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.attach import delete_adapter
 from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.testing.compare import assert_maths
 from tests.models import WHOLE, fill_, four_bit, randn, tiny_model, token_ids, train_a_little
@@ -67,7 +66,7 @@ def test_gradients_reach_the_copy_and_not_the_base_as_if_it_stood_there_alone():
 def test_two_adapters_that_train_one_module_or_bias_cannot_act_together():
     model = with_copies("norm", target_modules=("q_proj",))
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",), modules_to_save=("norm",)), name="second")
-    with pytest.raises(ml.TargetError, match=r"model\.norm: \['default', 'second'\] train the same parameter"):
+    with pytest.raises(ml.TargetError, match=r"model\.norm: \('default', 'second'\) train the same parameter"):
         ml.set_adapter(model, ["default", "second"])
     assert adapter_layers(model)["model.norm"].active == ("second",)
     ml.attach(model, ml.LoraConfig(target_modules=("q_proj",)), name="third")
@@ -76,25 +75,8 @@ def test_two_adapters_that_train_one_module_or_bias_cannot_act_together():
     biased = nn.ModuleDict({"q_proj": nn.Linear(3, 2)})
     for name in ("first", "second"):
         ml.attach(biased, ml.LoraConfig(bias="lora_only"), name=name)
-    with pytest.raises(ml.TargetError, match=r"q_proj: \['first', 'second'\]"):
+    with pytest.raises(ml.TargetError, match=r"q_proj: \('first', 'second'\)"):
         ml.set_adapter(biased, ["first", "second"])
-
-
-def test_each_adapter_has_its_own_copy():
-    model = with_copies("norm", own=torch.float64)
-    fill_(model.model.norm.adapters["default"], 1)
-    first = model(IDS)
-    ml.attach(model, ml.LoraConfig(target_modules=(), modules_to_save=("norm",)), name="second", dtype=torch.float64)
-    with ml.disable_adapter(model):
-        base = model(IDS)
-    assert torch.equal(model(IDS), base)
-    fill_(model.model.norm.adapters["second"], 2)
-    assert not torch.equal(model(IDS), base)
-    ml.set_adapter(model, "default")
-    assert torch.equal(model(IDS), first)
-    delete_adapter(model, "default")
-    delete_adapter(model, "second")
-    assert torch.equal(model(IDS), base)
 
 
 @pytest.mark.parametrize(("name", "is_tied"), [("lm_head", False), ("norm", True)])
@@ -105,37 +87,6 @@ def test_a_head_that_was_tied_is_its_own_after_merging_only_if_its_copy_was_trai
     ml.merge(model)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
     assert torch.equal(model.model.embed_tokens.weight, embedding)
-
-
-@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
-def test_tied_modules_are_trained_as_one_and_stay_tied_after_merging_if_it_is_asked(name):
-    model, plain = with_copies(name, ensure_weight_tying=True, own=torch.float64), base_model()
-    assert ml.count_parameters(model).trainable == 61 * 24
-    model(IDS).square().sum().backward()
-    plain(IDS).square().sum().backward()
-    (trained,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert_maths(trained.grad, plain.lm_head.weight.grad)
-    trained.data.add_(trained.grad)
-    logits = model(IDS)
-    ml.merge(model)
-    assert_maths(model(IDS), logits)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"modules_to_save": ("norm",)}, "neither modules in full nor token rows share a weight"),
-        ({"target_modules": ("embed_tokens", "lm_head")}, "the A and B of tied modules are not shared"),
-        ({"trainable_token_indices": {"lm_head": (3,)}}, "nor token rows share a weight"),
-        ({"trainable_token_indices": {"embed_tokens": (3,), "lm_head": (3, 5)}}, "tied, but are given other tokens"),
-    ],
-)
-def test_where_no_tie_can_be_kept_asking_for_it_is_an_error(fields, said):
-    model = base_model()
-    with pytest.raises(ml.TargetError, match=f"ensure_weight_tying: .*{said}"):
-        ml.attach(model, ml.LoraConfig(**{"target_modules": ("q_proj",), "ensure_weight_tying": True} | fields))
-    assert not adapter_layers(model)
 
 
 def test_all_biases_are_trained_once_each_and_no_weight():

@@ -20,8 +20,8 @@ MISTAKES = {  # file, what it says, the mistake in its place, and the test that 
     ),
     "law 2: B does not start at 0": (
         "lora.py",
-        "B = torch.zeros(outer, r, dtype=torch.float32)",
-        "B = torch.full((outer, r), 1e-3, dtype=torch.float32)",
+        "B = torch.zeros(out, r, dtype=torch.float32)",
+        "B = torch.full((out, r), 1e-3, dtype=torch.float32)",
         "test_attach.py::test_a_new_adapter_leaves_the_logits_bit_equal",
     ),
     "law 3: the base is trained too": (

@@ -15,15 +15,16 @@ import torch
 from filelock import Timeout
 
 import minilora as ml
-from minilora import cli, files
+from minilora import cli
 from minilora.cli import finetune as command
-from minilora.files import lock
 from minilora.models import checkpoint, template
 from minilora.runs import directory as run_directory
+from minilora.runs import lock
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general
+from minilora.runs.lock import locked
 from minilora.runs.reports import beginning, ending
 from minilora.runs.settings import FLAG_NAMES
 from minilora.testing.compare import assert_parity
@@ -71,7 +72,7 @@ def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **c
 
 def test_a_finished_run_holds_the_files_of_the_contract_and_no_others_and_names_its_base(directory, whole):
     names = {*runs.ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
-    names |= {"tokenizer.json", "tokenizer_config.json", "minilora-prompts.json", "held_out.jsonl", ".lock"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "minilora-prompts.json", "held_out.jsonl"}
     assert {path.name for path in whole.iterdir()} == names
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
     base = json.loads((whole / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -267,9 +268,9 @@ def test_the_command_of_a_finished_run_has_nothing_left_to_do(directory, whole, 
 
 
 def hold_lock(directory, connection):
-    held = lock(directory)
-    connection.send(held.is_locked)
-    connection.recv()
+    with locked(directory):
+        connection.send(True)
+        connection.recv()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
@@ -283,16 +284,16 @@ def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(
     process.join()
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 8)
-    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_directory_is_refused_even_if_the_other_process_has_just_removed_its_lock(tmp_path, monkeypatch):
     def time_out(held):
         raise Timeout(held.lock_file)
 
-    monkeypatch.setattr(files.FileLock, "acquire", time_out)
-    with pytest.raises(ml.TrainingError, match="another process is at work there"):
-        lock(tmp_path)
+    monkeypatch.setattr(lock.FileLock, "acquire", time_out)
+    with pytest.raises(ml.TrainingError, match="another process is at work there"), locked(tmp_path):
+        pass
 
 
 def test_of_two_new_runs_in_one_directory_the_second_is_refused_before_it_reads_data(

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import stat
 import struct
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from minilora.files import (
     INDEX,
     MANIFEST,
     TensorFile,
-    holds_files,
-    lock,
     publishing,
     read_json,
     read_text,
@@ -28,6 +25,7 @@ from minilora.files import (
     write_json,
     write_tensors,
 )
+from minilora.runs.lock import holds_files, locked
 from minilora.runs.reports import append_line
 from tests.models import randn
 
@@ -165,20 +163,6 @@ def test_an_error_leaves_the_old_file_and_nothing_else(path):
         assert path.read_text() == "old"
 
 
-def test_nothing_is_under_the_name_before_all_of_it_is(path):
-    with replacing(path) as temporary:
-        temporary.write_text("whole")
-        assert not path.exists()
-        assert temporary.parent == path.parent  # or the rename could not be atomic
-    assert path.read_text() == "whole"
-    with replacing(path.with_name("directory")) as temporary:
-        (temporary / "below").mkdir(parents=True)
-        (temporary / "below" / "a").write_text("a")
-        assert not path.with_name("directory").exists()
-    assert (path.with_name("directory") / "below" / "a").read_text() == "a"
-    assert {file.name for file in path.parent.iterdir()} == {"file", "directory"}
-
-
 def test_everything_is_flushed_before_it_gets_its_name_and_each_name_before_the_next(path, monkeypatch):
     """So a loss of power leaves what a kill may leave."""
     events = []
@@ -199,22 +183,6 @@ def test_everything_is_flushed_before_it_gets_its_name_and_each_name_before_the_
         (temporary / "config.json").write_text("new")
     # two files; the config is removed; weights, config and manifest get their names
     assert events == ["fsync", "fsync", "unlink", *["fsync", "replace"] * 3, "fsync"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
-def test_file_modes_follow_the_umask(path):
-    for umask in [0o022, 0o027, 0o077]:
-        before = os.umask(umask)
-        try:
-            for file in path.parent.iterdir():
-                file.unlink()
-            write_json(path, {})
-            write_tensors(path.with_name("tensors"), {"a": torch.ones(2)})
-            now = os.umask(umask)
-        finally:
-            os.umask(before)
-        assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o666 & ~umask}
-        assert now == umask  # it was only looked at
 
 
 def test_json_keeps_its_order_and_letters_missing_directories_are_made_and_lines_are_an_object_each(path):
@@ -243,16 +211,6 @@ def test_tensors_are_read_as_they_were_written(path):
         for name, tensor in tensors.items():
             assert file.read(name).dtype == dtype
             assert torch.equal(file.read(name), tensor)
-
-
-def test_metadata_has_one_order_and_the_format_that_transformers_asks_for(path):
-    tensors, metadata = {"ä": torch.arange(3.0), "b": torch.ones(2, 2)}, {f"key {i}": "ü" * i for i in range(9)}
-    contents = set()
-    for _ in range(5):
-        write_tensors(path, tensors, metadata)
-        contents.add(path.read_bytes())
-    assert len(contents) == 1
-    assert TensorFile(path).metadata == {"format": "pt", **metadata}
 
 
 def test_a_write_that_cannot_be_done_leaves_nothing_behind(path):
@@ -284,7 +242,8 @@ def test_temporary_files_of_other_programs_are_files_and_stay(tmp_path):
     (tmp_path / ".draft.tmp" / "notes.txt").write_text("mine")
     (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
     assert holds_files(tmp_path)
-    lock(tmp_path).release()
+    with locked(tmp_path):
+        pass
     assert {path.name for path in tmp_path.glob(".*.tmp")} == {".draft.tmp"}
     with publishing(tmp_path / ".q.tmp") as directory:
         (directory / "config.json").write_text("{}")
@@ -295,8 +254,8 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "letter.txt")
-    with pytest.raises(TrainingError, match=r"run: cannot be written"):
-        lock(tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"run: cannot be written"), locked(tmp_path / "run"):
+        pass
     assert (tmp_path / "letter.txt").read_text() == "mine"
 
 

@@ -21,6 +21,7 @@ from minilora.testing.compare import assert_parity
 from scripts.structure import trace_pages, unentered
 from tests.files import SHARD, change, same_state, saved
 from tests.models import (
+    WHOLE,
     bases,
     examples,
     matrix,
@@ -141,7 +142,8 @@ def test_what_the_pages_take_by_default_is_what_the_package_does(function, confi
         ([], {}, ml.TargetError),
         (["q_proj", "no_proj"], {}, ml.TargetError),
         (["v_proj", "k_proj"], {"name": "there"}, ml.TargetError),
-        (["q_proj"], {"name": "a.b"}, KeyError),
+        (["q_proj"], {"name": "a.b"}, ml.TargetError),
+        (["q_proj"], {"name": "keys"}, ml.TargetError),
         (["q_proj"], {"lora_dropout": 2.0}, ValueError),
     ],
 )
@@ -165,8 +167,11 @@ def test_the_page_of_adapters_refuses_a_layer_whose_hooks_it_would_skip(register
 
 def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
     model = saved(tmp_path, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 3})
-    with pytest.raises(ml.TargetError, match="several ranks or scales"):
-        adapter.save_lora(model, tmp_path)
+    biased = tiny_model(WHOLE)
+    ml.attach(biased, ml.LoraConfig(target_modules=["q_proj"], bias="lora_only"))
+    for wrong in (model, biased):
+        with pytest.raises(ml.TargetError, match="biases, several ranks or scales"):
+            adapter.save_lora(wrong, tmp_path)
     with pytest.raises(ml.FormatError, match=r"v_proj\.lora_A"):
         adapter.load_lora(tiny_model(), tmp_path)
 

@@ -30,7 +30,6 @@ from minilora.adapters.build import (
     check_layers,
     find_targets,
     has_hooks,
-    has_ties,
     low_rank_tensors,
 )
 from minilora.adapters.config import LoraConfig
@@ -51,12 +50,12 @@ def attach(
     dtype: torch.dtype = torch.float32,
     start: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
-    """Add a new adapter to the modules that `config` selects, activate it alone, and freeze everything else.
+    """Add a new adapter to the modules that `config` selects, activate only it, and freeze everything else.
 
     An adapter that the model has is frozen too; `set_adapter` with both names lets both act and learn.
 
-    The new adapter changes nothing until it is trained, unless `init_lora_weights` is False. With DoRA and a bias the
-    last bit may differ, since the bias is added after the scaling by m/‖W‖ = 1.
+    The new adapter changes nothing until it is trained. With DoRA and a bias the last bit may differ, since the bias is
+    added after the scaling by m/‖W‖ = 1.
 
     Args:
         model: any module; its modules are replaced in place.
@@ -82,18 +81,8 @@ def attach(
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     generator = torch.Generator().manual_seed(seed)
     tensors = {path: low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
-    check_name(name)
     layers = build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
-    if config.ensure_weight_tying and not has_ties(layers, name):
-        what = "neither modules in full nor token rows share a weight with another module"
-        raise TargetError(f"ensure_weight_tying: {what}, and the A and B of tied modules are not shared")
     inject_layers(model, layers, config, name)
-
-
-def check_name(name: str) -> None:
-    """Raise a `TargetError` for a name that no adapter can have."""
-    if not name or "." in name or name in dir(nn.ModuleDict()):
-        raise TargetError(f"adapter name {name!r}: need a name without a dot that is no attribute of a ModuleDict")
 
 
 def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str) -> None:
@@ -134,11 +123,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     was_trained = any(p.requires_grad for layer in layers for p in own_parameters(layer, name))
     for layer in layers:
         del layer.adapters[name]
-        layer.active = tuple(each for each in layer.active if each != name)
+        layer.active = tuple(other for other in layer.active if other != name)
     replace_modules(model, ((layer, layer.base) for layer in layers if not layer.adapters))
     left = adapter_layers(model).values()
     if acted and left and not any(layer.active for layer in left):
-        adapter.set_adapter(model, min(each for layer in left for each in layer.adapters), trainable=was_trained)
+        first = min(other for layer in left for other in layer.adapters)
+        adapter.set_adapter(model, first, trainable=was_trained)
 
 
 def merge(model: nn.Module) -> None:
@@ -152,20 +142,16 @@ def merge(model: nn.Module) -> None:
             in a model whose forward depends on that.
         TrainingError: a merged weight is not finite; the model is left as it was.
     """
-    layers = _mergeable_layers(model)
+    layers = {layer.path: layer for layer in _mergeable_layers(model)}
     sharing: dict[int, list[str]] = {}
-    for path, each in base_modules(model).items():
-        if (own := each._parameters.get("weight")) is not None:
+    for path, base in base_modules(model).items():
+        if (own := base._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
-    adapted = {layer.path: layer for layer in layers}
+    untied = [paths[0] for paths in sharing.values() if unties(map(layers.get, paths))]
     config = getattr(model, "config", None)
     # Of the encoder-decoders without this setting some scale the input of the head if it is tied.
-    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "scale_decoder_outputs"):
-        for paths in sharing.values():
-            if unties(adapted.get(path) for path in paths):
-                raise TargetError(
-                    f"{paths[0]}: a merge would untie its weight, which may change what the model computes"
-                )
+    if untied and getattr(config, "is_encoder_decoder", False) and not hasattr(config, "scale_decoder_outputs"):
+        raise TargetError(f"{untied[0]}: a merge would untie its weight, which may change what the model computes")
     adapter.merge(model)
     for first, *others in sharing.values():
         weight: Any = model.get_submodule(first).weight
@@ -191,7 +177,7 @@ def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
 def merged(model: nn.Module) -> Iterator[None]:
     """Fold the active adapters into the weights inside the block.
 
-    The model computes as fast as without adapters, and holds the adapted weights twice. Afterwards it is bit for bit as
+    The model computes as fast as without adapters, and keeps the adapted weights twice. Afterwards it is bit for bit as
     it was: the bases were kept, and nothing is subtracted. Adapters that were attached inside the block are lost. No
     other thread may use the model meanwhile.
 
@@ -243,10 +229,10 @@ def path_of(model: nn.Module, method: str) -> str | None:
     """Return the path of the module that a method gives, such as `get_input_embeddings`; None if there is none."""
     find = getattr(model, method, None)
     try:
-        found = find() if callable(find) else None
+        wanted = find() if callable(find) else None
     except NotImplementedError:  # transformers raises it for models without embeddings
-        found = None
-    return next((path for path, module in walk(model) if module is found), None) if found is not None else None
+        return None
+    return next((path for path, module in walk(model) if module is wanted), None)
 
 
 class ParameterCount(NamedTuple):

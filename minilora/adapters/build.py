@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import own_parameters
 from minilora.adapters.config import (
     LoraConfig,
     is_all_linear,
@@ -20,7 +19,7 @@ from minilora.adapters.config import (
     select_saved,
     select_targets,
 )
-from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
+from minilora.adapters.initialize import factors_from_weight, gaussian_factors
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
 from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
@@ -118,17 +117,15 @@ def low_rank_tensors(
     if start is not None:
         lora_A, lora_B = start
         if (lora_A.shape, lora_B.shape) != (shape_A, shape_B):
-            found = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
-            raise ShapeError(f"{path}: start has {found}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
+            given = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
+            raise ShapeError(f"{path}: start has {given}, need A {tuple(shape_A)} and B {tuple(shape_B)}")
         is_part_of_weight = bool(lora_A.any() and lora_B.any())
     elif is_part_of_weight and not next(module.parameters()).is_meta:
         lora_A, lora_B = factors_from_weight("pissa", matrix_of(module), r, config.scale(path))
-    elif is_embedding(module):
-        lora_A, lora_B = embedding_factors(is_part_of_weight or init, shape_A, shape_B, generator)
-    elif init is True or is_part_of_weight:  # the latter on "meta", where W has no numbers
+    elif init == "gaussian" or is_embedding(module):
+        lora_A, lora_B = gaussian_factors(shape_A, shape_B, generator, is_embedding(module))
+    else:  # also for "pissa" on "meta", where W has no numbers
         lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
-    else:
-        lora_A, lora_B = drawn_factors(init, shape_A, shape_B, generator)
     tensors = {"lora_A": lora_A, "lora_B": lora_B}
     if is_part_of_weight:
         tensors |= {"start_A": lora_A, "start_B": lora_B}
@@ -195,12 +192,6 @@ def build_layers(
     return layers | {path: ModulesToSave(modules[path], path, {name: copy}) for path, copy in copies.items()}
 
 
-def has_ties(layers: Mapping[str, AdapterWrapper], name: str) -> bool:
-    """Return whether two layers of an adapter share a parameter."""
-    own = [id(parameter) for layer in layers.values() for parameter in own_parameters(layer, name)]
-    return len(set(own)) < len(own)
-
-
 def copied(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return copies of tensors, which may be the model's own, in a dtype; empty ones of those on "meta"."""
     return {key: copied_tensor(tensor, dtype) for key, tensor in tensors.items()}
@@ -215,17 +206,14 @@ def copied_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _trained_copies(modules: Mapping[str, Any], config: LoraConfig, dtype: torch.dtype) -> dict[str, TrainedCopy]:
     """Return copies of the modules that are trained in full."""
     copies: dict[str, TrainedCopy] = {}
-    saved = select_saved([path for path in modules if path], config)
-    tied = _tied_modules(modules, saved) if config.ensure_weight_tying else {}
-    for path in dict.fromkeys((*tied.values(), *saved, *tied)):  # owners first
+    for path in select_saved([path for path in modules if path], config):
         held = {name: whole(parameter) for name, parameter in modules[path].named_parameters()}
         if not held or not all(parameter.is_floating_point() for parameter in held.values()):
             what = "packed weights, which cannot be trained" if held else "no parameters"
             raise TargetError(f"modules_to_save: {path} has {what}")
         if type(modules[path]).forward is nn.Module.forward:
             raise TargetError(f"modules_to_save: {path} is a container, which has no forward; name what it holds")
-        owner = copies[tied[path]] if path in tied else None
-        copies[path] = TrainedCopy(modules[path], copied(held, dtype), owner)
+        copies[path] = TrainedCopy(modules[path], copied(held, dtype))
     return copies
 
 
@@ -245,15 +233,6 @@ def _trained_biases(
     return copies
 
 
-def _tied_modules(modules: Mapping[str, Any], saved: Sequence[str]) -> dict[str, str]:
-    """Return the modules that share a weight with one that is trained in full, and the first that has it."""
-    tied: dict[str, str] = {}
-    for weight in [modules[path]._parameters.get("weight") for path in saved]:
-        first, *others = [path for path, module in modules.items() if module._parameters.get("weight") is weight]
-        tied |= {path: first for path in others if weight is not None}
-    return tied
-
-
 def _token_rows(
     modules: Mapping[str, Any], config: LoraConfig, dtype: torch.dtype, embedding: str | None
 ) -> dict[str, Rows]:
@@ -268,33 +247,29 @@ def _token_rows(
         if embedding is None:
             raise TargetError("trainable_token_indices: the model does not say which its embedding is; name the module")
         wanted = {embedding: wanted}
-    tokens: dict[str, Sequence[int]] = {}
+    tokens: dict[str, tuple[int, ...]] = {}
     for entry, ids in wanted.items():
         named = [path for path in modules if path and matches((entry,), path)]
-        paths = [path for path in named if _has_rows(modules[path])]
-        if not paths:
-            found = sorted({type(modules[path]).__name__ for path in named}) or "no module"
-            raise TargetError(f"trainable_token_indices: {entry!r} names {found}, need an embedding or a linear head")
+        if not (paths := [path for path in named if _has_rows(modules[path])]):
+            kinds = sorted({type(modules[path]).__name__ for path in named}) or "no module"
+            raise TargetError(f"trainable_token_indices: {entry!r} names {kinds}, need an embedding or a linear head")
         for path in paths:
             size = len(modules[path].weight)
             if bad := [token for token in ids if token >= size]:
-                there = f"{size}, the rows of {path}, which has none for {len(bad)} tokens"
-                raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {there}")
+                raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {size}, the rows of {path}")
             tokens[path] = ids
     rows = {}
-    for path in tokens:
-        start = modules[path].weight.detach()[list(tokens[path])]
-        rows[path] = Rows(tokens[path], nn.Parameter(copied_tensor(start, dtype)))
-    for path in [path for path in tokens if is_embedding(modules[path]) and embedding in (None, path)]:
+    for path, ids in tokens.items():
+        start = modules[path].weight.detach()[list(ids)]
+        rows[path] = Rows(ids, nn.Parameter(copied_tensor(start, dtype)))
+    for path, ids in tokens.items():
+        if not is_embedding(modules[path]) or embedding not in (None, path):
+            continue
         weight = modules[path].weight
         tied = [other for other, module in modules.items() if _has_rows(module) and module.weight is weight]
-        if others := [other for other in tied if tokens.get(other, tokens[path]) != tokens[path]]:
-            if config.ensure_weight_tying:
-                raise TargetError(f"ensure_weight_tying: {path} and {others[0]} are tied, but are given other tokens")
-            continue
-        for other in tied:
-            if other not in tokens or type(modules[other]) is nn.Linear:
-                rows[other] = Rows(tokens[path], rows[path].rows, is_shared=True)
+        if all(tokens.get(other, ids) == ids for other in tied):
+            shared = [other for other in tied if other not in tokens or type(modules[other]) is nn.Linear]
+            rows |= {other: Rows(ids, rows[path].rows, is_shared=True) for other in shared}
     return rows
 
 
@@ -305,7 +280,7 @@ def _has_rows(module: Any) -> bool:
 def check_layers(
     modules: Mapping[str, nn.Module], held: Mapping[str, AdapterWrapper], layers: Mapping[str, AdapterWrapper]
 ) -> None:
-    """Raise a TargetError for new layers that would not act as configured, beside those that the model has."""
+    """Raise a TargetError for new layers that would not act as configured, together with those of the model."""
     if "" in layers:
         raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
     model = modules[""]
@@ -323,7 +298,7 @@ def check_layers(
     for path, _ in both:
         if outer := [where for where in full if path.startswith(f"{where}.")]:
             raise TargetError(
-                f"{path}: lies in {outer[0]}, which an adapter trains in full, so one would act without it"
+                f"{path}: is in {outer[0]}, which an adapter trains in full, so one of them would not act"
             )
 
 

@@ -24,7 +24,7 @@ HEADS = {  # names of heads in transformers; they start at random, so they are t
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("score", "classifier", "pre_classifier", "classification_head")),
     "QUESTION_ANS": ("qa_outputs",),
 }
-INITS = (True, False, "gaussian", "pissa")
+INITS = (True, "gaussian", "pissa")
 RECIPES = {  # start values that are recipes
     **dict.fromkeys(("eva", "corda"), "starts_from_inputs"),
     "lora_ga": "starts_from_gradients",
@@ -73,7 +73,6 @@ class LoraConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(
         None, "tokens whose embeddings are trained: ids, or JSON of module names and ids"
     )
-    ensure_weight_tying: bool = option(False, "modules in full that share a weight share the trained one, as when tied")
     task_type: Task | None = option(
         None, "what the model is for; a head that its name implies, such as a classifier's, is trained in full"
     )
@@ -105,7 +104,7 @@ class LoraConfig:
         if init not in INITS:
             elsewhere = f"; {in_recipe(RECIPES[init])}" if init in RECIPES else ""
             bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS]}{elsewhere}")
-        if self.lora_bias and (self.use_dora or init not in (True, False)):
+        if self.lora_bias and (self.use_dora or init is not True):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
         if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self.token_lists()):
             need = "need ids from 0, each once, or module names with such ids"
@@ -170,7 +169,7 @@ def select_targets(
         chosen = [path for path in linears if path != head and not is_excluded(path, config)]
     else:
         chosen = [path for path in paths if is_target(path, config)]
-    problems = _problems(paths, chosen, config)
+    problems = _unmatched_fields(paths, chosen, config)
     does_more = config.modules_to_save or config.trainable_token_indices
     if not chosen and (config.target_modules or not does_more):
         problems.append("target_modules, exclude_modules and modules_to_save leave nothing to adapt")
@@ -180,7 +179,7 @@ def select_targets(
 
 
 def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
-    """Return the paths of the modules that are trained in full; none lies in another.
+    """Return the paths of the modules that are trained in full; none is in another.
 
     They are those of `modules_to_save` and, if `task_type` is a classifier's, its head.
 
@@ -208,24 +207,24 @@ def matches(entries: str | Sequence[str], path: str) -> bool:
     return any(path == entry or path.endswith("." + entry) for entry in entries)
 
 
-def _problems(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
+def _unmatched_fields(paths: Sequence[str], chosen: Sequence[str], config: LoraConfig) -> list[str]:
     """Return a message for each entry of the config that matches nothing."""
-    found = []
+    bad = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
         if not (name == "target_modules" and is_all_linear(config)):
-            found += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
+            bad += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
     for number in config.layers_to_transform or ():
         if not any(matches(config.target_modules, path) and _layer(path, config) == number for path in paths):
-            found.append(f"no module of target_modules is in layer {number} of layers_to_transform")
+            bad.append(f"no module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, name)
-        found += [
+        bad += [
             f"no adapted module matches {name} {key!r}"
             for key in keys
             if not any(_first_match({key: True}, path, False) for path in chosen)
         ]
-    return found
+    return bad
 
 
 def _unmatched(entries: str | Sequence[str], paths: Sequence[str]) -> list[str]:
@@ -259,11 +258,11 @@ def _is_name(text: str) -> bool:
 
 
 def _layer(path: str, config: LoraConfig) -> int | None:
-    """Return the number of the layer that a module lies in, by the first of `layers_pattern` that matches."""
+    """Return the number of the layer that a module is in, by the first of `layers_pattern` that matches."""
     named = [rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\." for name in config.layers_pattern]
     for pattern in named or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
-        if found := re.match(pattern, path):
-            return int(found["number"])
+        if match := re.match(pattern, path):
+            return int(match["number"])
     return None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,17 @@ from minilora.adapter import (
     copy_tensors_,
     layers_of,
 )
-from minilora.adapters.attach import check_name, config_of_adapter, describe_base, inject_layers, path_of
-from minilora.adapters.build import LINEARS, build_layers, factor_shapes, has_ties, kind_of, low_rank_layer, matrix_of
+from minilora.adapters.attach import config_of_adapter, describe_base, inject_layers, path_of
+from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
 from minilora.adapters.layout import (
     BASE_METADATA,
     DETERMINISTIC_INITS,
-    FIELD_OF_TENSOR,
     Stored,
     check_language_task,
     fields_of,
-    is_name,
     parse_tensor_name,
     read_adapter,
     write_adapter,
@@ -48,8 +46,7 @@ from minilora.models.bitsandbytes import shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.nf4 import NF4Linear
 
-T = TypeVar("T")
-Key = tuple[str, str]  # of a tensor: the path of its module, and its name there; see `parse_tensor_name`
+TENSOR_FIELDS = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -102,21 +99,17 @@ def load_adapter(
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
-    check_name(name)
     stored, modules = read_adapter(fetch(path, "adapter")), base_modules(model)
     config = stored.config()
     if isinstance(model, Llama):
         check_language_task(stored.path, config)
-    config = replace(config, modules_to_save=_saved(stored.tensors.get("", {}), config.modules_to_save))
+    config = replace(config, modules_to_save=_saved(stored, config.modules_to_save))
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
     embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)
     if dtype is None:
         dtype = widest(*(tensor for held in stored.tensors.values() for tensor in held.values()))
     layers = build_layers(modules, config, name, _blank_tensors(stored, modules, config), dtype, embedding)
-    own = {parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
-    if not has_ties(layers, name):  # PEFT also writes it where nothing or A and B are tied
-        config = replace(config, ensure_weight_tying=False)
-    copy_tensors_(own, _fitting_tensors(stored, own, layers, modules, config))
+    _copy_stored(stored, layers, modules, config, name)
     if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
         layers |= _restarted(layers, init, config, name)
     inject_layers(model, layers, config, name)
@@ -127,7 +120,7 @@ def load_adapter(
 
 def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, Tensor]]:
     """Return tensors for the low-rank adapters that the config asks for, without their numbers."""
-    found: dict[str, dict[str, Tensor]] = {}
+    blank: dict[str, dict[str, Tensor]] = {}
     for path, tensors in stored.tensors.items():
         if "lora_A" not in tensors or kind_of(modules.get(path)) is None:
             continue
@@ -136,77 +129,56 @@ def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfi
         has_bias = is_trained and modules[path]._parameters.get("bias") is not None
         asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
         shapes = {"lora_A": shape_A, "lora_B": shape_B, **{key: shape_B[:1] for key in asked if asked[key]}}
-        found[path] = {key: torch.empty(shape) for key, shape in shapes.items()}
-    return found
+        blank[path] = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return blank
 
 
-def _fitting_tensors(
-    stored: Stored,
-    own: Mapping[Key, Tensor],
-    layers: Mapping[str, AdapterWrapper],
-    modules: Mapping[str, Any],
-    config: LoraConfig,
-) -> dict[Key, Tensor]:
-    """Return the tensors of a file, which must be those that are asked for; without copies of the base's weights.
+def _copy_stored(
+    stored: Stored, layers: Mapping[str, AdapterWrapper], modules: Mapping[str, Any], config: LoraConfig, name: str
+) -> None:
+    """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared.
 
     Raises:
-        TargetError: the model has no such module, or another shape or weight; the first two are named.
+        TargetError: the model lacks a module, or has it in another shape or weight; the first two are named.
         FormatError: config and tensors contradict each other.
     """
+    own = {parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
     held = {(where, key): tensor for where, tensors in stored.tensors.items() for key, tensor in tensors.items()}
-    copies = {key: held.pop(key) for key in list(held) if key[0] and key[1] == "weight"}
-    misfits = [
-        f"{where}: the model has no such layer"
-        for where in stored.tensors
-        if where and where not in layers and kind_of(modules.get(where)) is None
-    ]
-    for key in held.keys() & own.keys():
-        if (shape := tuple(held[key].shape)) != tuple(own[key].shape):
-            misfits.append(f"{_spelled(key)}: the adapter has {shape}, the model needs {tuple(own[key].shape)}")
-    for (where, _), weight in copies.items():
-        if where in layers and not _is_weight_of(layers[where].base, weight):
+    misfits = []
+    for where, key in list(held):
+        if where and where not in layers and kind_of(modules.get(where)) is None:
+            misfits.append(f"{where}: the model has no such layer")
+        elif where and key == "weight" and not _is_weight_of(modules[where], held.pop((where, key))):
             misfits.append(f"{where}.base_layer.weight is not the weight of this model")
+    for where, key in held.keys() & own.keys():
+        theirs, needed = (tuple(tensors[where, key].shape) for tensors in (held, own))
+        if theirs != needed:
+            misfits.append(f"{where}.{key}: the adapter has {theirs}, the model needs {needed}".lstrip("."))
     if misfits:
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
-        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(sorted(misfits), most=2)}")
-    wrong = [f"{_spelled(key)} is not asked for{_asked_by(key, config)}" for key in sorted(held.keys() - own)]
-    wrong += [f"there is no {_spelled(key)}{_asked_by(key, config)}" for key in sorted(own.keys() - held)]
-    if wrong:
-        raise FormatError(f"{stored.path / CONFIG_FILE}: does not go with {WEIGHTS_FILE}:{listed(wrong, most=4)}")
-    first: dict[int, Key] = {}
-    for key, tensor in own.items():
-        tied = first.setdefault(id(tensor), key)
-        if tied != key and not torch.equal(held[key], held[tied]):
-            both = f"{_spelled(key)} and {_spelled(tied)}"
-            raise FormatError(f"{stored.path}: ensure_weight_tying: {both} are different")
-    return held
+        raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(sorted({*misfits}), most=2)}")
+    try:
+        copy_tensors_(own, held)
+    except FormatError as error:
+        asked = {field: getattr(config, field) for field in TENSOR_FIELDS}
+        there = f"{CONFIG_FILE}: does not go with {WEIGHTS_FILE}: {error}; it has {asked!r:.400}"
+        raise FormatError(str(stored.path / there)) from error
 
 
 def _restarted(
     layers: Mapping[str, AdapterWrapper], init: str, config: LoraConfig, name: str
 ) -> dict[str, AdapterWrapper]:
     """Return the layers of linears again, from whose weights PEFT took the start, which is computed again."""
-    found = {}
+    restarted = {}
     for path, layer in layers.items():
         if isinstance(layer, LINEARS):  # PEFT takes the word for True on other layers
             if isinstance(layer.base, NF4Linear):
                 raise TargetError(f"{path}: {init} starts from the dense weight, and this one is 4-bit")
             start = factors_from_weight(init, matrix_of(layer.base), config.rank(path), config.scale(path))
             tensors = layer.adapters[name].tensors() | dict(zip(("start_A", "start_B"), start, strict=True))
-            found[path] = low_rank_layer(layer.base, path, config, name, tensors)
-    return found
-
-
-def _spelled(key: Key) -> str:
-    """Return a tensor's name in a message."""
-    return ".".join(filter(None, key))
-
-
-def _asked_by(key: Key, config: LoraConfig) -> str:
-    """Return which field of the config asks for a tensor, or should, for the end of a message."""
-    field = FIELD_OF_TENSOR.get(key[1].rpartition(".")[2], "modules_to_save")
-    return f"; {field} is {getattr(config, field)!r:.80}"
+            restarted[path] = low_rank_layer(layer.base, path, config, name, tensors)
+    return restarted
 
 
 def _is_weight_of(module: Any, copy: Tensor) -> bool:
@@ -232,8 +204,8 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         "target_modules": shortest_names(list(low_rank), modules),
         "r": times * config.r,
         "lora_alpha": growth * config.lora_alpha,
-        "rank_pattern": _pattern(config.rank_pattern, config.rank, ranks, times * config.r),
-        "alpha_pattern": _pattern(config.alpha_pattern, config.alpha, alphas, growth * config.lora_alpha),
+        "rank_pattern": {f"^{where}": r for where, r in ranks.items() if r != times * config.r},
+        "alpha_pattern": {f"^{where}": alpha for where, alpha in alphas.items() if alpha != growth * config.lora_alpha},
         "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in low_rank.values()),
         "modules_to_save": shortest_names(whole, modules, as_text=True) or None,  # as PEFT compares them
     }
@@ -246,19 +218,14 @@ def _alpha(config: LoraConfig, where: str, adapter: LoraAdapter) -> float:
     return config.alpha(where) if factor == 1 else factor * config.alpha(where)
 
 
-def _pattern(pattern: Mapping[str, T], meant: Callable[[str], T], values: Mapping[str, T], default: T) -> dict[str, T]:
-    """Return a pattern whose keys are names, as `load_adapter` requires: the given one, or one key for each module."""
-    if all(map(is_name, pattern)) and all(meant(where) == value for where, value in values.items()):
-        return dict(pattern)
-    return {f"^{where}": value for where, value in values.items() if value != default}
-
-
-def _saved(own: Iterable[str], entries: Sequence[str]) -> tuple[str, ...]:
+def _saved(stored: Stored, entries: Sequence[str]) -> tuple[str, ...]:
     """Return the paths of the modules that a file holds in full; PEFT matches the ends of their paths as text.
 
     An entry that matches nothing is kept, so that it is reported as missing.
     """
-    paths = []
+    own, paths = stored.tensors.get("", {}), []
+    if stored.values.get("ensure_weight_tying"):  # by which PEFT adds modules that the JSON does not name
+        entries = (*entries, *(name.removesuffix(".weight") for name in own if name.endswith(".weight")))
     for name in own:
         prefixes = itertools.accumulate(name.split("."), lambda path, part: f"{path}.{part}")
         paths += [path for path in prefixes if path.endswith(tuple(entries))][:1]

@@ -11,7 +11,6 @@ So nothing changes at the start. W_res is never formed: the layer computes W x +
     out, in   shape of W    r  rank    s  scale of the adapter
 
     [LoRA]   Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
-    [He]     He et al. 2015, Delving Deep into Rectifiers
     [PiSSA]  Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs
     [OLoRA]  Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
 """
@@ -26,43 +25,23 @@ from torch import Tensor
 from minilora.errors import ConfigError, TrainingError
 
 
-def drawn_factors(
-    kind: bool | str, shape_A: Sequence[int], shape_B: Sequence[int], generator: torch.Generator
+def gaussian_factors(
+    shape_A: Sequence[int], shape_B: Sequence[int], generator: torch.Generator, is_embedding: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Draw A and B of a new adapter, float32 on the CPU, so that every device starts from the same numbers.
 
-    "gaussian": A ~ N(0, 1/r²) as in PEFT; B = 0  [LoRA §4.1]
-    False:      A and B both ~ U(-1/√in, 1/√in), as PyTorch starts a layer ([He], slope √5), for tests
+    linear:     A ~ N(0, 1/r²), B = 0, "gaussian"  [LoRA §4.1]
+    embedding:  A = 0, B ~ N(0, 1), as in PEFT, also for `init_lora_weights=True`
 
     Shapes: shape_A (r, in), shape_B (out, r) -> shape_A, shape_B
     """
-    if kind == "gaussian":
-        return _zeros(shape_A).normal_(0, 1 / shape_A[0], generator=generator), _zeros(shape_B)
-    return _uniform(shape_A, generator), _uniform(shape_B, generator)
-
-
-def embedding_factors(
-    kind: bool | str, shape_A: Sequence[int], shape_B: Sequence[int], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw A and B of a new adapter of an embedding: B ~ N(0, 1), and A = 0 (True) or A ~ N(0, 1) (False, for tests).
-
-    PEFT 0.21 takes other kinds for True; here they are refused.
-
-    Shapes: shape_A (r, num), shape_B (dim, r) -> shape_A, shape_B
-    """
-    if not isinstance(kind, bool):
-        raise ConfigError(f"init_lora_weights is {kind!r}, for an embedding accepted are True and False")
-    lora_A = _zeros(shape_A) if kind else _zeros(shape_A).normal_(generator=generator)
-    return lora_A, _zeros(shape_B).normal_(generator=generator)
-
-
-def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    bound = shape[1] ** -0.5
-    return _zeros(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _zeros(shape: Sequence[int]) -> Tensor:
-    return torch.zeros(*shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
+    # With a dtype, whatever torch.set_default_dtype says.
+    lora_A, lora_B = (torch.zeros(*shape, dtype=torch.float32) for shape in (shape_A, shape_B))
+    if is_embedding:
+        lora_B.normal_(generator=generator)
+    else:
+        lora_A.normal_(0, 1 / shape_A[0], generator=generator)
+    return lora_A, lora_B
 
 
 def factors_from_weight(kind: str, weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:

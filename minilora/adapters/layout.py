@@ -13,11 +13,9 @@ expressions. Another `rank_pattern` is not needed and ignored; another `alpha_pa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,16 +25,18 @@ from torch import Tensor
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
-from minilora.files import MANIFEST, TensorFile, read_json, verify, write_json, write_tensors
-from minilora.models.bitsandbytes import BLOCK_SIZES, CODEBOOKS, is_finite
+from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify, write_json, write_tensors
+from minilora.models.bitsandbytes import is_finite
 from minilora.models.hub import fetch, with_revision
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
+from minilora.options import fits
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
 
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BASE_METADATA = "base_quantization"  # in the metadata of the weights' file
+BASE_METADATA = "base_quantization"  # in the metadata of the weights' file, with these fields
+BASE_FIELDS = {"quantize": str, "double_quant": bool, "block_size": int, "quantize_skip": tuple[str, ...], "head": str}
 T = TypeVar("T")
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
@@ -58,12 +58,12 @@ PEFT_DEFAULTS: dict[str, Any] = {
 IGNORED_FIELDS = {  # how the adapter was made; without effect on what it computes
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "peft_version", "revision", "target_modules", "fan_in_fan_out", "eva_config"),
+    "ensure_weight_tying",
 }
 READ_FIELDS = {field.name for field in fields(LoraConfig)} - IGNORED_FIELDS
 PEFT_FALLBACKS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # where the file does not say
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base's weights alone
 DETERMINISTIC_INITS = ("pissa", "olora")  # those whose part of the weights can be computed again
-FIELD_OF_TENSOR = {"magnitude": "use_dora", "lora_bias": "lora_bias", "rows": "trainable_token_indices", "bias": "bias"}
 
 DUPLICATE_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved in full
 TENSOR_ENDINGS = {  # key in `build_adapter` -> end of the tensor's name; older files have the adapter's in it
@@ -97,17 +97,15 @@ class Stored:
         """Return the config of the adapter, with the ranks that its A have."""
         ranks = {where: held["lora_A"].size(0) for where, held in self.tensors.items() if "lora_A" in held}
         values = self.values
-        init, ranked = values.get("init_lora_weights", True), values.get("rank_pattern") or {}
+        init = values.get("init_lora_weights", True)
         given = {key: values[key] for key in READ_FIELDS & values.keys() if values[key] or key in PEFT_FALLBACKS}
         given |= {"init_lora_weights": init if init in (True, "gaussian") else True, "target_modules": tuple(ranks)}
-        given["rank_pattern"] = ranked if all(map(is_name, ranked)) else {}
+        given = {**PEFT_FALLBACKS, "task_type": None, **given}
+        given["rank_pattern"] = {f"^{where}": r for where, r in ranks.items() if r != given["r"]}
         try:
-            config = LoraConfig(**{**PEFT_FALLBACKS, "task_type": None, **given})
-            if any(config.rank(where) != r for where, r in ranks.items()):  # the tensors are right
-                config = replace(config, rank_pattern={f"^{where}": r for where, r in ranks.items() if r != config.r})
+            return LoraConfig(**given)
         except (ConfigError, TypeError) as error:
             raise FormatError(f"{self.path / CONFIG_FILE}: {error}") from error
-        return config
 
 
 def read_adapter(directory: Path) -> Stored:
@@ -138,7 +136,7 @@ def read_adapter(directory: Path) -> Stored:
             raise FormatError(f"{file.path}: {name} is {tuple(tensor.shape)}, need a matrix that is not empty{more}")
         tensors[where][key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     if not tensors:
-        raise FormatError(f"{file.path}: holds no tensors, so it is no adapter")
+        raise FormatError(f"{file.path}: has no tensors, so it is not an adapter")
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
@@ -196,17 +194,12 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
     file = TensorFile(fetch(path, "adapter") / WEIGHTS_FILE)
     if BASE_METADATA not in file.metadata:
         return None
-    text = file.metadata[BASE_METADATA]
-    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        value = json.loads(text)
-        if value == {"quantize": "none"}:
-            return {"quantize": "none"}
-        found = {key: value[key] for key in ("quantize", "double_quant", "block_size", "quantize_skip")}
-        is_known = found["quantize"] in CODEBOOKS and found["block_size"] in BLOCK_SIZES
-        is_typed = isinstance(found["double_quant"], bool) and isinstance(found["quantize_skip"], list)
-        if is_known and is_typed and all(map(is_name, found["quantize_skip"])):
-            return found | ({"head": value["head"]} if value.get("head") in CODEBOOKS else {})
-    raise FormatError(f"{file.path}: metadata {BASE_METADATA}: found {text!r:.80}, need how a base is quantized")
+    where = f"{file.path}: metadata {BASE_METADATA}"
+    values = parse_object(file.metadata[BASE_METADATA], where)
+    known = {key: values[key] for key in BASE_FIELDS if key in values}
+    if "quantize" not in known or not all(fits(value, BASE_FIELDS[key]) for key, value in known.items()):
+        raise FormatError(f"{where}: found {values!r:.80}, need how a base is quantized")
+    return known
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:
@@ -215,8 +208,8 @@ def parse_tensor_name(name: str) -> tuple[str, str]:
     "weight" is a copy of the base's weight. A parameter of the model itself has the path "" and its full name.
     """
     name = name.removeprefix(PREFIX)
-    found = TENSOR_NAME.fullmatch(name)
-    return (found["path"], str(found.lastgroup)) if found else ("", name)
+    match = TENSOR_NAME.fullmatch(name)
+    return (match["path"], str(match.lastgroup)) if match else ("", name)
 
 
 def fields_of(config: LoraConfig) -> dict[str, Any]:

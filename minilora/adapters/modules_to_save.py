@@ -26,14 +26,12 @@ from minilora.lora import AdapterWrapper
 class TrainedCopy(nn.Module):
     """A copy of a module for one adapter, which trains its own parameters of it and shares the others (final)."""
 
-    def __init__(self, base: nn.Module, tensors: Mapping[str, Tensor], tied: TrainedCopy | None = None):
+    def __init__(self, base: nn.Module, tensors: Mapping[str, Tensor]):
         super().__init__()
         self.copy: Any = shallow_copy(base, tensors)
         self.own = {*tensors}
         # FSDP replaces parameters by plain tensors while it computes, so they are looked up by their names.
         self.shared = {key for key, _ in base.named_parameters()} - self.own
-        if tied is not None:  # to the copy of another module
-            self.copy.weight = tied.copy.weight
 
     @property
     def is_whole(self) -> bool:

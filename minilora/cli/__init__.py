@@ -31,7 +31,6 @@ COMMANDS = {
     "generate": "generate text from prompts",
     "chat": "chat with a model",
     "merge": "merge adapters into a model's weights and save the model",
-    "export": "save an adapter in a plain form that more tools can read",
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
     "inspect": "show what a model, an adapter, a run or a safetensors file holds, and whether it is as it was written",

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from minilora.cli import Parser
 from minilora.errors import ConfigError
-from minilora.files import holds_files, lock, publishing, read_json, read_text, remove
+from minilora.files import publishing, read_json, read_text
+from minilora.runs.lock import holds_files, locked
 from minilora.runs.settings import FLAG_NAMES, flag
 
 T = TypeVar("T")
@@ -91,18 +92,11 @@ def new_directory(out: Path) -> Iterator[Path]:
         ConfigError: there is anything in it.
         TrainingError: it cannot be written, or another process is at work there.
     """
-    is_new = not out.exists()
-    held = lock(out)
-    try:
+    with locked(out):
         if holds_files(out):
             raise ConfigError(f"{out}: holds files; give another --out")
         with publishing(out) as directory:
             yield directory
-    finally:
-        remove(out / ".lock")
-        held.release()
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
 
 
 def read_flags(path: Path) -> dict[str, Any]:

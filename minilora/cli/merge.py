@@ -10,9 +10,8 @@ Example:
 
 from __future__ import annotations
 
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,17 +25,15 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Found, add_model_flags, check_not_merged, find
 from minilora.cli.messages import base_notes, changed_notes, say_system_prompt
-from minilora.errors import ConfigError, FormatError
+from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
-from minilora.runs.reports import read_run_record
 from minilora.tools.merging import Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|[+-]?inf"
 
 
 def add_flags(parser: Parser) -> None:
@@ -77,8 +74,11 @@ def split_weight(text: str) -> tuple[str, float]:
     >>> split_weight("org/name@v1:0.7"), split_weight("-"), split_weight("C:/adapters/a:-1"), split_weight("C:/7")
     (('org/name@v1', 0.7), ('-', 1.0), ('C:/adapters/a', -1.0), ('C:/7', 1.0))
     """
-    found = re.fullmatch(rf"(.+):({NUMBER})", text, re.ASCII)
-    return (text, 1.0) if found is None or Path(text).exists() else (found[1], float(found[2]))
+    name, _, number = text.rpartition(":")
+    with suppress(ValueError):
+        if name and not Path(text).exists():
+            return name, float(number)
+    return text, 1.0
 
 
 def _note_prompts(names: Sequence[str]) -> None:
@@ -115,8 +115,7 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
     quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
     device = usable_device(options["device"])
     merge = Merge(found.base.path, found.adapters, target, found.quantize, options["dtype"], device)
-    dtype = str(merge.weight_dtype).removeprefix("torch.")
-    for note in (*base_notes(found.base, found.adapters, quantization), *_dtype_notes(found.adapters, dtype)):
+    for note in base_notes(found.base, found.adapters, quantization):
         say(note)
     with tempfile.TemporaryDirectory() as scratch:
         if not is_plain:
@@ -125,16 +124,6 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
         error = merge_directory(merge, out, found.tokenizer)
     _record_adapters(out, options["adapter"], found.adapters)
     return f"{_describe_error(error)}\nmerged model"
-
-
-def _dtype_notes(adapters: Sequence[Path], merged: str) -> Iterator[str]:
-    """Yield which adapters were trained on a base of another dtype, by the record of their runs."""
-    for path in adapters:
-        with suppress(FormatError):  # there is no record, or it is another program's
-            trained = read_run_record(path / "run.json")["starts"][0]["dtype"]
-            if trained != merged:
-                rounding = f"its weights are rounded in another way; --dtype {trained} merges as it was trained"
-                yield f"{path}: trained in {trained}, merged into {merged}: {rounding}"
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) -> None:

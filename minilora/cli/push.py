@@ -10,12 +10,10 @@ Example:
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import base_model_of
-from minilora.cli import Options, say
-from minilora.cli.load import MERGED
+from minilora.cli import Options
 from minilora.cli.messages import say_system_prompt
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN, read_json
@@ -41,8 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-name",
         metavar="ORG/NAME",
-        help="name of the base model on the hub, org/name[@revision] (default: the one that the adapter or the base "
-        "model's config.json records)",
+        help="name of the base model on the hub, org/name[@revision] (default: the one that the adapter records)",
     )
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private by default")
     parser.add_argument("--dry-run", action="store_true", help="show the card, and upload nothing")
@@ -72,7 +69,7 @@ def run(options: Options) -> int:
 
 
 def find_base_name(directory: Path, given: str | None) -> str:
-    """Return the name of an adapter's base on the Hub: the given one, or what the adapter or its base records.
+    """Return the name of an adapter's base on the Hub: the given one, or what the adapter records.
 
     A model has none, unless one is given: "".
 
@@ -81,29 +78,18 @@ def find_base_name(directory: Path, given: str | None) -> str:
     """
     is_adapter = (directory / CONFIG_FILE).is_file()
     if not is_adapter and not (directory / "config.json").is_file():
-        raise ConfigError(f"{directory}: holds no {CONFIG_FILE} and no config.json; need an adapter or a model")
+        raise ConfigError(f"{directory}: has no {CONFIG_FILE} and no config.json; need an adapter or a model")
     if given is not None and (not HUB_ID.fullmatch(given) or given == BUILTIN):
         raise ConfigError(f"--base-name: found {given!r}, need org/name or org/name@revision")
     if given is not None or not is_adapter:
         return given or ""
     recorded = base_model_of(directory) or ""
     is_run = (directory / "run.json").is_file()  # which records the commit of a repository
-    if PINNED.fullmatch(recorded) or (_is_hub_name(recorded) and not is_run):
+    is_name = HUB_ID.fullmatch(recorded) and recorded != BUILTIN and not Path(recorded).exists()
+    if PINNED.fullmatch(recorded) or (is_name and not is_run):
         return recorded
-    config = Path(recorded, "config.json")
-    values = read_json(config) if recorded and config.is_file() else {}
-    if _is_hub_name(name := values.get("_name_or_path")) and MERGED not in values:
-        say(f"the base model is published as {name}, `_name_or_path` of {config}; if it is another, give --base-name")
-        return str(name)
-    raise ConfigError(
-        f"{directory}: the base model is {recorded!r}, which is no model on the Hub; give --base-name ORG/NAME, "
-        "its name there"
-    )
-
-
-def _is_hub_name(name: Any) -> bool:
-    """Return whether this is a name of the Hub, by the rule of `locate`: an existing path is a path."""
-    return isinstance(name, str) and bool(HUB_ID.fullmatch(name)) and name != BUILTIN and not Path(name).exists()
+    need = "which is no model on the Hub; give --base-name ORG/NAME, its name there"
+    raise ConfigError(f"{directory}: the base model is {recorded!r}, {need}")
 
 
 def without_paths(file: Path, base: str) -> Path | bytes:
@@ -141,16 +127,13 @@ def model_card(directory: Path, name: str, base: str) -> str:
 def _code(directory: Path, name: str, base: str, library: str, loader: str) -> list[str]:
     """Return the lines of Python that load what is uploaded, with its tokenizer or the base's, and ask it."""
     texts, prompts, own = read_prompt_files(directory), read_prompts(directory), find_tokenizer(directory)
-    imports = [f"from {library} import {loader}"]
-    lines = ["", f'model = {loader}.from_pretrained("{name}")']
-    if own is None and not base:
-        return imports + lines
-    imports += ["from transformers import AutoTokenizer"]
-    repository, _, revision = (name if own else base).partition("@")
+    repository, _, revision = (name if own or not base else base).partition("@")
     pinned = f', revision="{revision}"' if revision else ""
+    lines = [f"from {library} import {loader}", "from transformers import AutoTokenizer", ""]
+    lines += [f'model = {loader}.from_pretrained("{name}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{pinned})']
     if own is None and "chat_template.jinja" in texts:
-        imports.insert(0, "from huggingface_hub import hf_hub_download")
+        lines.insert(0, "from huggingface_hub import hf_hub_download")
         template = f'hf_hub_download("{name}", "chat_template.jinja")'
         lines += [f'tokenizer.chat_template = open({template}, encoding="utf-8").read()']
     if prompts.form == "template" and (texts or (own and own.template)):
@@ -161,4 +144,4 @@ def _code(directory: Path, name: str, base: str, library: str, loader: str) -> l
         lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
     else:
         lines += ['inputs = tokenizer("Hello", return_tensors="pt")']
-    return imports + lines + ANSWER.splitlines()
+    return lines + ANSWER.splitlines()

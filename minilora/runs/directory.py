@@ -8,7 +8,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     metrics.jsonl                                    a JSON object a step
     run.json                                         the resolved configuration, versions, data, every start
     checkpoints/                                     from which the run can be resumed
-    .lock                                            the process that is at work there, or was the last one
+    .lock                                            the process that is at work there
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import BaseFileLock
 
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.files import save_adapter_files
 from minilora.definition import is_plain
 from minilora.errors import TrainingError
-from minilora.files import holds_files, lock, publishing, remove, replacing, sha256_of, write_json
+from minilora.files import publishing, replacing, sha256_of, write_json
 from minilora.llama import Llama
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES
 from minilora.runs import checkpoints, processes
 from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.inputs import Data
+from minilora.runs.lock import holds_files, locked
 from minilora.runs.loop import Record, TrainResult
 from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.plan import Base, Plan
@@ -130,8 +130,7 @@ class RunDirectory:
         now = self._settings.by_flag
         if holds_files(self.path) and not path.is_file():
             raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
-        is_new = not self.path.exists()
-        self._at_close.callback(self._leave, is_new, lock(self.path))
+        self._at_close.enter_context(locked(self.path))
         if not path.is_file():
             return RunHistory(self._settings.run.dtype)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
@@ -243,13 +242,6 @@ class RunDirectory:
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory; leave no empty one."""
         self._at_close.close()
-
-    def _leave(self, is_new: bool, held: BaseFileLock) -> None:
-        if not holds_files(self.path):
-            remove(self.path / ".lock")
-        held.release()
-        if is_new and not any(self.path.iterdir()):
-            self.path.rmdir()
 
 
 def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import TensorFile, read_json
 from minilora.llama import Llama, LlamaConfig, assign
-from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
+from minilora.lora import AdapterWrapper, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     EMBEDDING,
@@ -49,8 +49,6 @@ from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.nf4 import NF4Linear
-
-TILE = 2**19  # numbers whose error is computed at a time: 2 MB in float32
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         is_tied = False
     squares: list[tuple[float, float]] = []
-    weights = _merged_weights(prefetch(_weight_pairs(merge, target)), layers, target, squares)
+    weights = _merged_weights(merge, quantized, layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
     save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
@@ -189,43 +187,39 @@ def _load_adapters(merge: Merge) -> dict[str, AdapterWrapper]:
 
 def _needed_modules(adapter: Path) -> set[str]:
     """Return the paths of the modules whose weights are needed to read an adapter."""
-    found = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
+    keys = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
     is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in DETERMINISTIC_INITS
-    return {path for path, key in found if key == "weight" or (is_repeated and key == "lora_A")} - {""}
-
-
-def _weight_pairs(merge: Merge, target: Target) -> Iterator[tuple[str, Weight, Weight]]:
-    """Yield each name, the weight to merge into, and the weight that the adapters were trained on."""
-    if target == "original" and merge.quantize.quantize != "none":
-        originals = merge.weights(QuantizeConfig())
-        for (name, weight), (_, trained) in zip(originals, merge.weights(merge.quantize), strict=True):
-            yield name, weight, trained
-    else:
-        for name, weight in merge.weights(merge.quantize):
-            yield name, weight, weight
+    return {path for path, key in keys if key == "weight" or (is_repeated and key == "lora_A")} - {""}
 
 
 def _merged_weights(
-    pairs: Iterator[tuple[str, Weight, Weight]],
+    merge: Merge,
+    quantized: Llama,
     layers: Mapping[str, AdapterWrapper],
     target: Target,
     squares: list[tuple[float, float]],
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`."""
-    for path, group in itertools.groupby(pairs, key=lambda pair: _adapted_module(pair[0], layers)):
+    """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`.
+
+    The adapters were trained on the weights of `quantized`, a model on "meta".
+    """
+    read = prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize))
+    for path, group in itertools.groupby(read, key=lambda named: _adapted_module(named[0], layers)):
         if path is None:
-            yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight, _ in group)
+            yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight in group)
             continue
-        layer, weights = layers[path], {name.removeprefix(f"{path}."): each for name, *each in group}
-        merged = _merge_layer(layer, {key: dense(weight) for key, (weight, _) in weights.items()})
+        layer, weights = layers[path], {name.removeprefix(f"{path}."): weight for name, weight in group}
+        merged = _merge_layer(layer, {key: dense(weight) for key, weight in weights.items()})
         if more := merged.keys() - weights.keys():
             raise ConfigError(f"{path}: the adapters add {sorted(more)}, but the model has no such parameter")
-        for key, (weight, trained) in weights.items():
+        for key, weight in weights.items():
             result: Weight = merged[key]
             if target == "requantized" and isinstance(weight, NF4Linear):
                 result = NF4Linear.quantize(merged[key], None, weight.scales is not None)
             if key == "weight" and isinstance(layer, LowRankWrapper):
-                squares.append(squared_norms(result, trained, layer))
+                if target == "original" and isinstance(quantized.get_submodule(path), NF4Linear):
+                    weight = NF4Linear.quantize(dense(weight), None, merge.quantize.double_quant)
+                squares.append(squared_norms(result, weight, layer))
             yield f"{path}.{key}", result
 
 
@@ -240,9 +234,9 @@ def _merge_layer(layer: AdapterWrapper, weights: Mapping[str, Tensor]) -> dict[s
     """Merge the adapters into the parameters of a module, by name, in the same dtype."""
     for key, weight in weights.items():
         assign(layer.base, key, weight)
-    found = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
+    merged = {key: parameter.detach() for key, parameter in layer.merged().named_parameters()}
     layer.base.to("meta")  # frees the weights
-    return found
+    return merged
 
 
 def dense(weight: Weight) -> Tensor:
@@ -252,7 +246,7 @@ def dense(weight: Weight) -> Tensor:
 
 @torch.no_grad()
 def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:
-    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖², a tile of rows at a time, so that nothing wide leaves the cache.
+    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖².
 
     Computed in float64 on the CPU (some devices lack it), or for W′ in 16 bits, whose rounding is coarse, in float32.
 
@@ -261,20 +255,6 @@ def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tup
     now, before = (as_matrix(layer.base, dense(weight).detach()).cpu() for weight in (merged, trained))
     wide = torch.float64 if now.dtype.itemsize > 2 else torch.float32
     adapters = [copy.deepcopy(layer.adapters[name]).cpu().to(wide) for name in layer.active]
-    size = max(1, TILE // now.size(1))
-    error = effect = 0.0
-    for begin in range(0, len(now), size):
-        rows = slice(begin, begin + size)
-        start = before[rows].to(wide)
-        exact = merge_weight(start, [_rows(adapter, rows) for adapter in adapters])
-        error += (now[rows].to(wide) - exact).square_().sum().item()
-        effect += (exact - start).square_().sum().item()
-    return error, effect
-
-
-def _rows(adapter: LoraAdapter, rows: slice) -> LoraAdapter:
-    """Return the adapter of some rows of a weight."""
-    tensors = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B[rows]}
-    if adapter.magnitude is not None:
-        tensors["magnitude"] = adapter.magnitude[rows]
-    return LoraAdapter(tensors, adapter.scale)
+    start = before.to(wide)
+    exact = merge_weight(start, adapters)
+    return (now.to(wide) - exact).square_().sum().item(), (exact - start).square_().sum().item()

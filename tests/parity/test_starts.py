@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.adapters.initialize import drawn_factors, embedding_factors, factors_from_weight
+from minilora.adapters.initialize import factors_from_weight, gaussian_factors
 from minilora.lora import initial_factors, lora_scale
 from minilora.testing.compare import assert_parity
 from tests.models import fill_
@@ -47,13 +47,13 @@ def test_the_same_numbers_are_drawn():
         if kind is True:
             lora_A, lora_B = initial_factors(R, 12, 20, generator).values()
         else:
-            lora_A, lora_B = drawn_factors(kind, (R, 12), (20, R), generator)
+            lora_A, lora_B = gaussian_factors((R, 12), (20, R), generator)
         assert_parity(lora_A, layer.lora_A["default"].weight)
         assert torch.equal(lora_B, layer.lora_B["default"].weight)
     layer = theirs_model(True, ["lookup"]).base_model.model.lookup
     torch.manual_seed(7)
     layer.reset_lora_parameters("default", True)
-    lora_A, lora_B = embedding_factors(True, (R, 10), (6, R), torch.Generator().manual_seed(7))
+    lora_A, lora_B = gaussian_factors((R, 10), (6, R), torch.Generator().manual_seed(7), is_embedding=True)
     assert torch.equal(lora_A, layer.lora_embedding_A["default"])
     assert torch.equal(lora_B, layer.lora_embedding_B["default"])
 

@@ -23,6 +23,7 @@ from tests.models import (
     fill_,
     four_bit,
     randn,
+    randomize_adapters_,
     scales,
     seeds,
     tiny_model,
@@ -119,7 +120,8 @@ ALL = {**KINDS, "lora_ga": lambda *arguments: (arguments[1], lora_ga(*arguments)
 @pytest.mark.parametrize("kind", ALL)
 def test_other_adapters_are_kept_and_have_no_effect(kind):
     model, bare = Parallel(), Parallel()
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=LINEARS, init_lora_weights=False), "mine")
+    ml.attach(model, ml.LoraConfig(r=2, target_modules=LINEARS), "mine")
+    randomize_adapters_(model)
     mine = dict(adapter_layers(model))
     starts = [ALL[kind](each, config_of(), each.losses(data()))[1] for each in (model, bare)]
     assert adapter_layers(model) == mine

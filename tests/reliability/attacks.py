@@ -258,33 +258,15 @@ def _tokenizer(root: Path, changes: dict[str, Any]) -> None:
     tokenizer.with_tokens(["<new>"]).encode("a<new>")
 
 
-PIECE = {"Sequence": {"id": "A", "type_id": 0}}
-PAIR = [PIECE, {"Sequence": {"id": "B", "type_id": 1}}]
-
-
-def template(single: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"type": "TemplateProcessing", "single": single, "pair": PAIR, "special_tokens": {}}
-
-
-def model(kind: str, **options: Any) -> dict[str, Any]:
-    return {"model": {"type": kind, **options}}
-
-
 PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "an id below 0": {"model__vocab__zzz": -1},
     "an empty pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "abc"}},
-    "a table of zeros": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}},
-    "the second of one text": {"post_processor": template([PAIR[1]])},
     "a text padded to 2^40": {"padding": {**PADDING, "strategy": {"Fixed": 2**40}}},
     "a stride beyond the length": {
         "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
     },
-    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
-    "a prefix of subwords of a million": {"model__continuing_subword_prefix": "x" * 10**6},
     "no model": {"model": None},
-    "added tokens that are empty": {"added_tokens": [{"id": 0, "content": ""}]},
-    "a word without its unknown": model("WordLevel", unk_token="nope", vocab={"a": 0}),
 }
 
 

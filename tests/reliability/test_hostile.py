@@ -1,6 +1,5 @@
 """Files from outside run no code, take no more time and memory than their bytes call for, and are refused by name."""
 
-import ast
 import json
 import os
 from pathlib import Path
@@ -16,7 +15,6 @@ from minilora.tools.inspect import inspect_path
 from tests.files import saved, write_base
 from tests.models import randn
 from tests.reliability.watch import figures, watched
-from tests.test_structure import MODULES
 
 pytestmark = pytest.mark.reliability
 HARMLESS = {  # of the attacks: what they change has no effect, and is not said
@@ -88,48 +86,6 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(text, tmp_path, 
     out = "".join(capsys.readouterr())
     assert all(c.isprintable() or c in "\n\t" for c in out)
     assert "model." in out
-
-
-BUILTIN = {"eval", "exec", "compile", "__import__", "breakpoint"}
-UNPICKLING = {"pickle", "marshal", "shelve", "dill", "joblib"}
-IMPORTED = {*UNPICKLING, "subprocess", "pty", "runpy", "code", "codeop", "multiprocessing"}
-LOADING = {"torch.load", "torch.save", "torch.hub", "torch.package", "yaml.load", "np.load"}
-CALLED = {*LOADING, "os.system", "os.popen", "os.fork"}
-FLAGS = {"shell", "allow_pickle", "trust_remote_code", "weights_only"}
-
-
-def running(text):
-    """The names in a program that run what they are given."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names = [*module, *(alias.name for alias in node.names)]
-            yield from (name for name in names if name.split(".")[0] in IMPORTED)
-            yield from (f"{at}.{name}" for at in module for name in names if f"{at}.{name}" in CALLED)
-        elif isinstance(node, ast.Name) and node.id in BUILTIN and isinstance(node.ctx, ast.Load):
-            yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            name = f"{node.value.id}.{node.attr}"
-            if name in CALLED or name.startswith(("os.exec", "os.spawn", "os.posix_spawn")):
-                yield name
-        elif isinstance(node, ast.keyword) and node.arg in FLAGS:
-            yield node.arg
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_no_module_unpickles_evaluates_or_starts_anything(module):
-    assert not {*running(MODULES[module].read_text(encoding="utf-8"))}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("eval('1')", "f = exec", "import pickle", "from os import system", "os.popen('a')", "torch.load(path)"),
-        *("f(shell=True)", "from multiprocessing import Process", "import subprocess as s", "os.execv(a, b)"),
-    ],
-)
-def test_the_walk_of_the_syntax_tree_finds_what_it_looks_for(text):
-    assert [*running(text)]
 
 
 def test_merge_writes_no_name_of_code(tmp_path):

@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(directory, tmp_pa
 def test_a_directory_that_is_read_only_is_one_line(capsys, directory):
     assert cli.main(command(directory, Path("/sys/kernel/run"))) == 1
     assert "/sys/kernel/run: cannot be written" in capsys.readouterr().err
-    assert cli.main(["export", "--adapter=nowhere", "--out=/sys/kernel/run"]) == 1
+    assert cli.main(["merge", "--adapter=nowhere", "--out=/sys/kernel/run"]) == 1
     assert "/sys/kernel/run: cannot be written" in capsys.readouterr().err
 
 
