@@ -11,7 +11,7 @@ Example:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +25,13 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Found, add_model_flags, check_not_merged, find
 from minilora.cli.messages import base_notes, changed_notes, say_system_prompt
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
+from minilora.runs.reports import read_run_record
 from minilora.tools.merging import Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -115,7 +116,8 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
     quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
     device = usable_device(options["device"])
     merge = Merge(found.base.path, found.adapters, target, found.quantize, options["dtype"], device)
-    for note in base_notes(found.base, found.adapters, quantization):
+    dtype = str(merge.weight_dtype).removeprefix("torch.")
+    for note in (*base_notes(found.base, found.adapters, quantization), *_dtype_notes(found.adapters, dtype)):
         say(note)
     with tempfile.TemporaryDirectory() as scratch:
         if not is_plain:
@@ -124,6 +126,16 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
         error = merge_directory(merge, out, found.tokenizer)
     _record_adapters(out, options["adapter"], found.adapters)
     return f"{_describe_error(error)}\nmerged model"
+
+
+def _dtype_notes(adapters: Sequence[Path], merged: str) -> Iterator[str]:
+    """Yield which adapters were trained on a base of another dtype, by the record of their runs."""
+    for path in adapters:
+        with suppress(FormatError):  # there is no record, or it is another program's
+            trained = read_run_record(path / "run.json")["starts"][0]["dtype"]
+            if trained != merged:
+                rounding = f"its weights are rounded in another way; --dtype {trained} merges as it was trained"
+                yield f"{path}: trained in {trained}, merged into {merged}: {rounding}"
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) -> None:
