@@ -236,7 +236,7 @@ def test_a_file_that_is_missing_is_named(pattern, tmp_path):
 
 def test_a_tensor_that_its_shard_lacks_is_named(saved):
     write_json(saved / INDEX, {"weight_map": {"model.norm.bias": "model.safetensors"}})
-    with pytest.raises(FormatError, match=r"do not hold: \['model.norm.bias'\]"):
+    with pytest.raises(FormatError, match=r"do not have: \['model.norm.bias'\]"):
         ml.load_model(saved)
 
 
