@@ -112,22 +112,21 @@ class Live(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
-        self.now = self.most = 0
-        self._storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self.most = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._sizes = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
+
+    @property
+    def now(self) -> int:
+        return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count its results that are no views of tensors that were there."""
         result = func(*args, **(kwargs or {}))
-        found = {tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
-        for storage in [each for each in found if each not in self._storages]:
-            self._storages.add(storage)
-            self._change(storage.nbytes())
-            weakref.finalize(storage, self._change, -storage.nbytes())
-        return result
-
-    def _change(self, size: int) -> None:
-        self.now += size
+        storages = {tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        self._sizes.update((storage, storage.nbytes()) for storage in storages if storage not in self._known)
         self.most = max(self.most, self.now)
+        return result
 
 
 def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way: Checkpointing) -> tuple[int, int]:
