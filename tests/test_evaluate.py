@@ -11,8 +11,8 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.models import generate as generation
 from minilora.models.generate import generate
-from minilora.runs import evaluate, objective
-from minilora.runs.encoders import encode_rows
+from minilora.runs import evaluate, sampler
+from minilora.runs.encoders import Dataset, encode_rows
 from minilora.runs.evaluate import answer_of, choice_accuracy, held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.formats import Row
 from minilora.testing.compare import assert_maths
@@ -33,7 +33,7 @@ def row(prompt, answer):
 def measured(budget, function, *args):
     """The result with so many tokens in a forward pass."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "EVAL_TOKENS", budget)
+        patch.setattr(sampler, "EVAL_TOKENS", budget)
         return function(*args)
 
 
@@ -182,7 +182,7 @@ def test_a_row_that_is_cut_in_its_answer_is_no_choice_and_counts_for_no_accuracy
     tokenizer.stop_ids = {*range(400)} - {*tokenizer.encode(" yes")}  # so the model writes nothing
     assert evaluate.exact_match(model, encoded[1], tokenizer) == evaluate.exact_match(model, encoded[0], tokenizer) > 0
     with pytest.raises(ml.DataError, match="all are cut"):
-        evaluate.exact_match(model, encoded[1][9:], tokenizer)
+        evaluate.exact_match(model, Dataset(encoded[1][9:], encoded[1].cut), tokenizer)
 
 
 # --- exact match ---

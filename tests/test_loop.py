@@ -15,7 +15,7 @@ from minilora import training
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX
 from minilora.runs.evaluate import held_out_loss, measure_forgetting
-from minilora.runs.objective import warmup_steps
+from minilora.runs.loop import warmup_steps
 from minilora.runs.settings import COUNTS, RunConfig
 from minilora.testing.compare import assert_maths, assert_parity
 from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model

@@ -28,8 +28,8 @@ from minilora.runs import forecast as forecasts
 from minilora.runs import memory as host
 from minilora.runs.forecast import Live, choose_plan
 from minilora.runs.inputs import read_data
+from minilora.runs.loop import build_optimizer
 from minilora.runs.memory import amount, free_memory_bytes, peak_memory_bytes
-from minilora.runs.objective import build_optimizer
 from minilora.runs.plan import Plan, find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
 from minilora.runs.settings import RunConfig, Settings, TrainConfig

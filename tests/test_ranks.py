@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
-from minilora.runs import objective
+from minilora.runs import sampler
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
 from minilora.runs.sampler import plan_steps
 from minilora.testing.compare import assert_parity
@@ -70,7 +70,7 @@ def scores():
     chosen = [ml.Example([i, i + 1, *a], [-100, -100, *a]) for i in range(7) for a in answers]
     model = adapted(layers=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "EVAL_TOKENS", 30)
+        patch.setattr(sampler, "EVAL_TOKENS", 30)
         forgetting = measure_forgetting(model, draw)
         numbers = [held_out_loss(model, draw), choice_accuracy(model, chosen, answers)]
     return torch.tensor([*numbers, forgetting.before, forgetting.after, forgetting.kl], dtype=torch.float64)

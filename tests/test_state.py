@@ -350,25 +350,6 @@ def test_a_run_of_the_pages_adapter_is_not_resumed_with_another_scale_or_dropout
         run(tmp_path, from_the_page(**other), max_steps=1)
 
 
-def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path):
-    model = torch.nn.Linear(2, 2, dtype=torch.complex64)
-    steps = []
-    with pytest.raises(ml.FormatError, match=r"weight is torch\.complex64; supported are"):
-        ml.train(model, [1], on_step=steps.append, checkpoint_dir=tmp_path, loss=lambda model, rows: (model.weight, 1))
-    model = fresh()
-    for layer in adapter_layers(model).values():
-        config = layer.adapters["default"].lora_config
-        layer.adapters["default"] = torch.nn.Linear(1, 1)
-        layer.adapters["default"].lora_config = config
-    with pytest.raises(AttributeError, match="lora_A"):
-        run(tmp_path, model, on_step=steps.append)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        run(tmp_path / "file", on_step=steps.append)
-    assert steps == []
-
-
 # --- a loss that samples ---
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped, say
 from minilora.cli.flags import read_config
+from minilora.data import Example
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
@@ -21,7 +23,8 @@ from minilora.models.checkpoint import stored_dtype
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import PROMPTS_FILE, read_prompts
-from minilora.runs.dataset import Dataset, repeated_prompts
+from minilora.runs.encoders import Dataset
+from minilora.runs.evaluate import prompt_of
 from minilora.runs.reports import beginning, ending
 
 if TYPE_CHECKING:  # of finetune alone
@@ -119,6 +122,19 @@ def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
         )
     if rows.bad:
         yield describe_skipped(f"{name} ", rows.bad)
+
+
+def repeated_prompts(held_out: Sequence[Example], training: Sequence[Example]) -> int:
+    """Return the number of held-out rows that begin with the prompt of a training row, or equal one that has none."""
+    counts = Counter(map(_prompt_or_row, held_out))
+    repeated = {prompt for prompt in map(_prompt_or_row, training) if prompt in counts}
+    return sum(counts[prompt] for prompt in repeated)
+
+
+def _prompt_or_row(row: Example) -> tuple[int, ...]:
+    """Return the prompt, or the whole row if at most one token, as BOS is, comes before the first label."""
+    prompt = prompt_of(row)
+    return tuple(prompt if len(prompt) > 1 else row.tokens)
 
 
 def describe(run: Run, model: Llama, config: Path | None) -> None:

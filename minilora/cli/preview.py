@@ -13,7 +13,7 @@ from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.dataset import Dataset
+from minilora.runs.encoders import Dataset
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record, train
 from minilora.runs.sampler import plan_steps

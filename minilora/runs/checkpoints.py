@@ -40,7 +40,6 @@ from minilora.files import (
     MANIFEST,
     TensorFile,
     flush,
-    make_directory,
     manifest_of,
     read_json,
     remove,
@@ -52,7 +51,6 @@ from minilora.files import (
 from minilora.lora import LoraAdapter
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.options import fits
-from minilora.runs.objective import trained_parameters
 from minilora.runs.settings import TrainConfig
 
 
@@ -119,24 +117,6 @@ def trained_adapters(model: nn.Module) -> dict[str, Any]:
     return {name: each[0] if all(isinstance(one, LoraConfig) for one in each) else each for name, each in found.items()}
 
 
-def try_to_save(folder: Path, model: nn.Module) -> None:
-    """Write a checkpoint's files for a trial and remove them, so that what cannot be saved is refused before a step.
-
-    Raises:
-        FormatError: a tensor that is trained has a dtype that no file has.
-        OSError: the folder cannot be written to.
-    """
-    trial = folder / ".trial.tmp"
-    remove(trial)  # of a start that was killed
-    make_directory(trial)
-    try:
-        empty = {name: tensor.flatten()[:0] for name, tensor in trained_tensors(model).items()}
-        write_tensors(trial / "trained.safetensors", empty)
-        _save_trained_adapter(trial, model)
-    finally:
-        remove(trial)
-
-
 def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
     """Write the files of the trained adapter, if there is one, made from a config; return whether there is."""
     adapters = trained_adapters(model)
@@ -144,6 +124,12 @@ def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
     if is_savable:
         save_adapter_files(model, directory, next(iter(adapters)))
     return is_savable
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters of an optimizer by name."""
+    pairs = (zip(group["param_names"], group["params"], strict=True) for group in optimizer.param_groups)
+    return {name: parameter for group in pairs for name, parameter in group}
 
 
 def save_checkpoint(

@@ -15,21 +15,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from minilora.data import Example, Span, label_completion, label_tokens
+from minilora.data import IGNORE_INDEX, Example, Span, label_completion, label_tokens
 from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.conversations import encode_question, render_conversation
-from minilora.runs.dataset import Dataset
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row
 from minilora.runs.settings import DataConfig
 
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 SHOWN = 10_000  # rows from one line on the progress to the next
+
+
+@dataclass(repr=False, eq=False)
+class Dataset(list[Example]):
+    """A list of tokenized rows, with counts of what was changed or dropped.
+
+    `truncated` rows were cut to `max_length`; `unlabelled` rows had no label left and were dropped, as were rows that
+    cannot be used: `bad` has an error message for each. `conversations` are rows rendered by a chat template;
+    in `quoted` ones control tokens are encoded as plain text. `system` is the system prompt that all rows have.
+    `cut` has the sources of rows that lost labels. A slice is a plain list.
+    """
+
+    examples: InitVar[Iterable[Example]] = ()
+    cut: set[str] = field(default_factory=set)
+    truncated: int = 0
+    unlabelled: int = 0
+    bad: list[str] = field(default_factory=list)
+    conversations: int = 0
+    quoted: int = 0
+    system: str | None = None
+
+    def __post_init__(self, examples: Iterable[Example]) -> None:
+        self.extend(examples)
+
+    def __repr__(self) -> str:
+        counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
+        return f"Dataset({len(self)} rows, {sum(len(example.tokens) for example in self)} tokens, {counts})"
 
 
 def encode_rows(
@@ -67,7 +94,7 @@ def encode_rows(
         is_document = isinstance(parsed, PromptCompletion) and not parsed.prompt
         pieces = _pieces(replace(whole, source=row.source), config.max_length, is_document)
         labelled = [piece for piece in pieces if piece.labelled]
-        dataset.examples += labelled
+        dataset += labelled
         dataset.truncated += len(pieces) == 1 and len(pieces[0].tokens) < len(whole.tokens)
         dataset.unlabelled += len(pieces) - len(labelled)
         if sum(piece.labelled for piece in labelled) < whole.labelled:
@@ -190,3 +217,22 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
     if style == "alpaca":
         begin += "{% set preamble = true %}"
     return tokenizer.with_template(begin + source)
+
+
+def check_examples(model: Any, examples: Sequence[Example]) -> None:
+    """Raise a `DataError` if a row is no example, has not a label for each token, or a token that the model has not.
+
+    A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
+    place.
+    """
+    size = model.model.embed_tokens.num_embeddings
+    for example in examples:
+        if not isinstance(example, Example):
+            raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
+        T = len(example.tokens)
+        found = len(example.labels)
+        if found != T:
+            raise DataError(f"{example.source!r} has {found} labels for {T} tokens; need one for each")
+        learned = [label for label in example.labels if label != IGNORE_INDEX]
+        if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
+            raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")

@@ -16,8 +16,7 @@ from minilora.errors import DataError, check_utf8
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.dataset import Dataset
-from minilora.runs.encoders import encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, Question, find_choices
 from minilora.runs.formats import PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows

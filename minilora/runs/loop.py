@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,22 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minilora.data import collate
 from minilora.errors import DataError, TrainingError
+from minilora.llama import Decoder
 from minilora.runs import checkpoints, processes
+from minilora.runs.encoders import check_examples
 from minilora.runs.evaluate import mean_loss
 from minilora.runs.memory import peak_memory_bytes
-from minilora.runs.objective import Objective, build_optimizer, check_token_loss, warmup_steps
 from minilora.runs.sampler import (
     MicroBatch,
     Step,
     adapters_with_dropout,
+    eval_groups,
     kept_random_state,
     plan_steps,
     seed_dropout,
     seed_random_state,
 )
 from minilora.runs.settings import TrainConfig
-from minilora.training import Loss, accumulate, learning_rate, parameters_of, update
+from minilora.training import Loss, accumulate, adamw, learning_rate, parameters_of, token_loss, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
@@ -103,23 +107,29 @@ def train(
     on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     run = _check_run(model, dataset, held_out, config, loss, folder)
-    objective = Objective(config, loss)
+    device = next(model.parameters()).device
     optimizer = build_optimizer(model, config)
     adapters = adapters_with_dropout(model)
     steps = plan_steps(len(dataset), config)
+    rows = list(range(len(held_out)))
+    size = config.batch_size
+    groups = list(eval_groups(held_out)) if loss is None else [rows[i : i + size] for i in rows[::size]]
     total = len(steps)
     warmup = warmup_steps(config, total)
     save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
     patience = config.early_stopping or math.inf
 
+    def loss_of_rows(model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+        if loss is None:
+            return token_loss(model, collate(rows, device), config.gradient_checkpointing)  # type: ignore[arg-type]
+        return _check_loss(loss(model, rows))
+
     def seeded_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
-        seed_random_state(next(model.parameters()).device, f"{config.seed}/{batch.number}")
+        seed_random_state(device, f"{config.seed}/{batch.number}")
         seed_dropout(adapters, config.seed, batch.number)
-        part, number = objective(model, batch.rows)
+        part, number = loss_of_rows(model, batch.rows)
         return (part, number) if batch.is_counted else (0 * part, 0)
 
-    if folder is not None:
-        processes.run_on_rank0(checkpoints.try_to_save, folder, model)
     try:
         state, best, damaged = _resume(model, optimizer, run, total, folder, config.save_total_limit)
         processes.broadcast_(checkpoints.trained_tensors(model).values())
@@ -142,7 +152,7 @@ def train(
             stops = on_step(record)
             finished = state.step == total
             if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
-                eval_loss = mean_loss(model, objective, held_out)
+                eval_loss = mean_loss(model, loss_of_rows, held_out, groups, seed=config.seed)
                 if state.note(eval_loss) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
                     best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -188,7 +198,14 @@ def _check_run(
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     if loss is None:
-        check_token_loss(model, dataset, held_out)
+        if not isinstance(getattr(model, "model", None), Decoder):
+            raise TrainingError(
+                f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
+                "give loss=, a function (model, rows) -> (sum, count)"
+            )
+        check_examples(model, [*dataset, *held_out])
+        if blank := [example.source for example in dataset if not example.labelled]:
+            raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
     run = ""
@@ -197,6 +214,41 @@ def _check_run(
     if processes.differing({"": (repr(config), len(dataset), len(held_out), run)}):
         raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     return run
+
+
+def _check_loss(found: Any) -> tuple[Tensor, int]:
+    """Return the sum and the count that a given loss has returned, if they are such."""
+    is_pair = isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor)
+    if not is_pair or found[0].numel() != 1 or not _is_count(found[1]):
+        raise TrainingError(
+            f"loss has to give (sum, count), a tensor of one number and a whole number, found {found!r:.80}"
+        )
+    if torch.is_grad_enabled() and not found[0].requires_grad:
+        raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
+    return found[0], int(found[1])
+
+
+def _is_count(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return is_number and 0 <= float(value) < 2**63 and float(value) == int(value)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Build AdamW over the trainable parameters, named, in groups of one weight decay.
+
+    Only matrices decay: biases, norms and magnitudes have no reason to be near 0.
+    """
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append((name, parameter))
+    return adamw({"params": named, "weight_decay": decay} for decay, named in groups.items())
+
+
+def warmup_steps(config: TrainConfig, total: int) -> int:
+    """Return in how many of the steps of a run the learning rate rises."""
+    share = config.warmup_steps
+    return math.ceil(round(share * total, 9)) if share < 1 else int(share)  # 0.07 * 100 is a little more than 7
 
 
 def _batches(dataset: Sequence[Any], step: Step, first: int) -> list[MicroBatch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
+from minilora.data import Example
 from minilora.errors import ConfigError
 from minilora.lora import LoraAdapter
 from minilora.runs.settings import TrainConfig
@@ -24,6 +25,7 @@ from minilora.runs.settings import TrainConfig
 Rows = list[int]  # indices of the rows of one micro-batch
 Step = list[Rows]  # those of each micro-batch
 MAX_STEPS = 1_000_000
+EVAL_TOKENS = 4096  # of a forward pass of an evaluation
 SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds differ; the generator keeps 32 bits
 
 
@@ -60,6 +62,20 @@ def plan_steps(rows: int, config: TrainConfig) -> list[Step]:
         if len(steps) == max_steps:
             break
     return steps
+
+
+def eval_groups(examples: Iterable[Example], copies: int = 1) -> Iterator[Rows]:
+    """Yield the indices of consecutive rows, with `copies` of each at most `EVAL_TOKENS`, or of one row."""
+    group, size = Rows(), 0
+    for row, example in enumerate(examples):
+        length = copies * len(example.tokens)
+        if group and size + length > EVAL_TOKENS:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += length
+    if group:
+        yield group
 
 
 class SeededDropout(nn.Dropout):
