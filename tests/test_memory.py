@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import cli
 from minilora.cli import forecast as pages
+from minilora.cli.finetune import find_base, plan_run
 from minilora.data import Batch
 from minilora.kernels import llama as heads
 from minilora.kernels import lora as tiles
@@ -26,11 +27,10 @@ from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.runs import forecast as forecasts
 from minilora.runs import memory as host
-from minilora.runs.forecast import Live, choose_plan
+from minilora.runs.forecast import Live, Plan, choose_plan
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import build_optimizer
 from minilora.runs.memory import amount, free_memory_bytes, peak_memory_bytes
-from minilora.runs.plan import Plan, find_base, plan_run
 from minilora.runs.sampler import set_dropout_step
 from minilora.runs.settings import RunConfig, Settings, TrainConfig
 from minilora.training import token_loss, train_step

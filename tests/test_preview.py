@@ -136,7 +136,7 @@ def test_two_steps_are_timed_as_the_run_makes_them_and_without_timing_no_weight_
         r"\ntime: 5 steps of [\d.]+ s, about 0:\d\d:\d\d, without evaluations\n",
         dry_run("--max-steps=5", *chooses),
     )
-    devices, load = [], finetune.load_base
-    monkeypatch.setattr(finetune, "load_base", lambda *args: devices.append(args[2]) or load(*args))
+    devices, load = [], finetune.load_adapted
+    monkeypatch.setattr(finetune, "load_adapted", lambda *args: devices.append(args[2]) or load(*args))
     assert "time:" not in dry_run("--max-steps=5", "--no-timing")
     assert devices == ["meta"]

@@ -330,7 +330,7 @@ def test_a_run_that_fails_before_it_starts_leaves_nothing(directory, tmp_path, c
     ],
 )
 def test_what_is_no_place_for_a_run_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch, out, phrase):
-    monkeypatch.setattr(command, "load_base", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(command, "load_adapted", lambda *arguments: pytest.fail("the model was loaded"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("all of it")
     refused(tmp_path / out, f"{tmp_path / out}: {phrase}", unchanged=tmp_path)

@@ -10,7 +10,7 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.fsdp import avoid_scalars
 from minilora.nf4 import NF4Linear
 from minilora.runs import forecast as forecasts
-from minilora.runs.plan import Plan
+from minilora.runs.forecast import Plan
 from minilora.runs.settings import TrainConfig
 from tests.models import four_bit, tiny_config, tiny_model
 

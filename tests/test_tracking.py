@@ -4,8 +4,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import minilora as ml
-from minilora.cli.finetune import check_settings
-from minilora.runs.plan import find_base
+from minilora.cli.finetune import check_settings, find_base
 from minilora.runs.settings import RunConfig, Settings
 from tests import runs
 

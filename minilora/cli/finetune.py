@@ -12,37 +12,43 @@ Example:
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minilora.adapter import disable_adapter
-from minilora.adapters.attach import count_parameters
+from minilora.adapters.attach import attach, count_parameters
 from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, nearest, say
-from minilora.cli.flags import add_fields, from_flags, read_config
+from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_record
 from minilora.cli.messages import describe, report, run_notes
 from minilora.cli.preview import duration, preview
-from minilora.errors import ConfigError, TrainingError
+from minilora.errors import ConfigError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.hub import fetch
+from minilora.models.checkpoint import load_model, resolve_dtype
+from minilora.models.config import read_config
+from minilora.models.fsdp import load_sharded
+from minilora.models.hub import fetch, locate
 from minilora.models.prompts import read_prompts
+from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import processes
-from minilora.runs.directory import Run, RunDirectory, RunHistory, RunSummary
+from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
-from minilora.runs.forecast import Forecasts, choose_plan
-from minilora.runs.inputs import read_data
+from minilora.runs.forecast import Forecasts, Plan, check_memory, choose_plan
+from minilora.runs.inputs import Data, read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import amount, kept_memory
-from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
+from minilora.runs.memory import kept_memory, peak_memory_bytes
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 
@@ -80,7 +86,7 @@ def read_settings(options: Options) -> Settings:
     Raises:
         ConfigError: data without a model; an unknown key of --config.
     """
-    file = {} if options["config"] is None else read_config(options["config"])
+    file = {} if options["config"] is None else read_config_file(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
     for key in file:
@@ -115,6 +121,13 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 
+def find_base(settings: Settings) -> Base:
+    """Find the model and the adapter that the settings name."""
+    location = locate(settings.run.model, "model")
+    adapters = () if settings.run.adapter is None else (fetch(settings.run.adapter, "adapter"),)
+    return Base(location, adapters, read_config(location.path))
+
+
 def check_settings(settings: Settings, base: Base) -> None:
     """Check that the library for the metrics is there, and what is trained against what the run starts from."""
     tracker = settings.run.report
@@ -132,16 +145,43 @@ def check_settings(settings: Settings, base: Base) -> None:
             raise ConfigError(f"--adapter {directory}: leave out what it decides itself: {', '.join(bad)}")
 
 
-def check_memory(plan: Plan, found: Forecasts) -> None:
-    """Raise a `TrainingError` if a run does not fit into memory."""
-    chosen = found[plan.training.gradient_checkpointing]
-    if not plan.has_room(chosen.peak):
-        raise TrainingError(
-            f"the run needs {amount(chosen.peak)} of memory, and {amount(plan.free or 0)} are "
-            f"free on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
-            "gradient is the same), --gradient-checkpointing block, --quantize nf4, a smaller --max-length, or --shard "
-            "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
-        )
+def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> Plan:
+    """Return what a run is asked to do; its gradient checkpointing may be "auto"."""
+    ranks, lora = processes.size(), settings.lora
+    ids = map(data.tokenizer.token_id, settings.run.add_tokens)
+    new_tokens = [token for token in ids if token is not None]
+    needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else lora.vocabulary
+    if new_tokens:
+        if isinstance(lora.trainable_token_indices, Mapping):
+            raise ConfigError("add_tokens needs trainable_token_indices to be ids, or left out")
+        lora = replace(lora, trainable_token_indices=(*(lora.trainable_token_indices or ()), *new_tokens))
+    return Plan(
+        replace(base.config, vocab_size=max(base.config.vocab_size, needed)),
+        lora,
+        settings.training,
+        settings.quantization,
+        resolve_dtype(dtype, base.config.source, device),
+        device,
+        [(len(example.tokens), example.labelled) for example in data.train],
+        ranks,
+        "none" if ranks == 1 else settings.run.shard,
+    )
+
+
+def load_adapted(plan: Plan, base: Base, device: torch.device | str) -> Llama:
+    """Load the base model, quantized as it is read, and attach a new adapter, or the one to start from.
+
+    On the device "meta" the model has no storage.
+    """
+    load = load_model if plan.shard == "none" or device == "meta" else load_sharded
+    model = load(base.location.name, plan.dtype, device, plan.quantization)
+    if plan.config.vocab_size > model.config.vocab_size:
+        resize_token_embeddings(model, plan.config.vocab_size)
+    if base.adapters:
+        load_adapter(model, base.adapters[0], trainable=True)
+    elif plan.lora is not None:
+        attach(model, plan.lora, seed=plan.training.seed)
+    return model
 
 
 def run(options: Options) -> int:
@@ -170,8 +210,7 @@ def run(options: Options) -> int:
             return 0
         with ProgressBar() as bar:
             bar.show("loading the model", 0, 1)
-            model = load_base(plan, base, device)
-            attach_adapter(model, plan, base)
+            model = load_adapted(plan, base, device)
         processes.run_on_rank0(directory.start, run, model)
         describe(run, model, options["config"])
         bar = stack.enter_context(ProgressBar("held-out" if data.valid is data.test else "validation"))
@@ -189,16 +228,16 @@ def run(options: Options) -> int:
         samples = settings.run.samples
         answers = answer(model, data.tokenizer, data.questions, samples, bar.rows("answering held-out rows"))
         bar.close()
-        summary = RunSummary(result, before, start, after, forgetting, answers)
-        processes.run_on_rank0(directory.finish, run, model, summary)
-        report(run, summary)
+        totals = (result.steps, result.kept, result.tokens, result.seconds, peak_memory_bytes(device))
+        summary = RunSummary(before, start, after, forgetting, *totals)
+        processes.run_on_rank0(directory.finish, model, data.tokenizer, summary, answers)
+        report(run, result, summary, answers)
         return 0
 
 
 def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
     """Show what the run would learn, with a model that has no storage, and what memory and time it would take."""
-    model = load_base(run.plan, run.base, "meta")
-    attach_adapter(model, run.plan, run.base)
+    model = load_adapted(run.plan, run.base, "meta")
     for note in run_notes(run, model):
         say(note)
     print(preview(run.data, run.plan.training, count_parameters(model)))
@@ -206,8 +245,7 @@ def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
     if not options["force"]:
         check_memory(run.plan, memory)
     if not options["no_timing"]:
-        model = load_base(run.plan, run.base, run.plan.device)
-        attach_adapter(model, run.plan, run.base)
+        model = load_adapted(run.plan, run.base, run.plan.device)
         print(duration(model, run.data.train, run.plan.training))
     return 0
 

@@ -105,7 +105,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             out.rmdir()
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """Read a flat .toml or .json file of flags and their values.
 
     Raises:

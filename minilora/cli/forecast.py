@@ -10,9 +10,8 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import usable_device
 from minilora.models.config import read_config
 from minilora.models.hub import fetch
-from minilora.runs.forecast import Forecast, Forecasts, forecast
+from minilora.runs.forecast import Forecast, Forecasts, Plan, forecast
 from minilora.runs.memory import amount
-from minilora.runs.plan import Plan
 from minilora.runs.settings import DataConfig, TrainConfig
 
 METHODS: dict[str, tuple[Checkpointing, ...]] = {

@@ -14,7 +14,7 @@ import torch
 from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped, say
-from minilora.cli.flags import read_config
+from minilora.cli.flags import read_config_file
 from minilora.data import Example
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
@@ -29,6 +29,7 @@ from minilora.runs.reports import beginning, ending
 
 if TYPE_CHECKING:  # of finetune alone
     from minilora.runs.directory import Run, RunSummary
+    from minilora.runs.loop import TrainResult
 
 FEW_ROWS = 10
 SHOWN = 3  # answers to held-out rows
@@ -155,7 +156,7 @@ def describe(run: Run, model: Llama, config: Path | None) -> None:
     )
     for note in run_notes(run, model):
         say(note)
-    if config and read_config(config).get("data_sha256", data.files) != data.files:
+    if config and read_config_file(config).get("data_sha256", data.files) != data.files:
         say(f"the data are not those that {config} was written with")
     for found in run.history.damaged:
         say(f"skipped a damaged checkpoint: {found}")
@@ -165,10 +166,9 @@ def describe(run: Run, model: Llama, config: Path | None) -> None:
         say("starting again at step 0: there is no checkpoint to resume from")
 
 
-def report(run: Run, summary: RunSummary) -> None:
+def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence[Mapping[str, Any]]) -> None:
     """Print what the run has changed, as a table, and show the first answers to held-out rows."""
-    result = summary.result
-    forgetting = summary.forgetting
+    forgetting = summary.general
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
     if result.kept != result.steps:
@@ -187,7 +187,7 @@ def report(run: Run, summary: RunSummary) -> None:
     lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
     width = shutil.get_terminal_size().columns
-    for row in summary.answers[: min(SHOWN, run.settings.run.samples)]:
+    for row in answers[: min(SHOWN, run.settings.run.samples)]:
         say(ending(str(row["prompt"]), width))
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             title = f"  {name:<8}-> "

@@ -32,15 +32,15 @@ from minilora.adapters.files import save_adapter_files
 from minilora.definition import is_plain
 from minilora.errors import TrainingError
 from minilora.files import holds_files, lock, publishing, remove, replacing, sha256_of, write_json
-from minilora.llama import Llama
+from minilora.llama import Llama, LlamaConfig
+from minilora.models.hub import Location
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
-from minilora.models.tokenizer import TOKENIZER_FILES
+from minilora.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from minilora.runs import checkpoints, processes
 from minilora.runs.evaluate import Forgetting, Scores
+from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
-from minilora.runs.loop import Record, TrainResult
-from minilora.runs.memory import peak_memory_bytes
-from minilora.runs.plan import Base, Plan
+from minilora.runs.loop import Record
 from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
 from minilora.runs.settings import Settings
 from minilora.runs.tracking import Tracker
@@ -51,6 +51,15 @@ WHOLE = 2**29  # bytes of a file up to which all of it is hashed
 PIECES = 64  # of a larger file that are hashed
 PIECE = 2**16  # bytes of one
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model and the adapters, one at most, that a run starts from."""
+
+    location: Location
+    adapters: tuple[Path, ...]
+    config: LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -89,14 +98,17 @@ class Run:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run has come to."""
+    """What a run has come to, as summary.json has it."""
 
-    result: TrainResult
     before: Scores
     start: Scores | None  # of the adapter that the run continues
     after: Scores
-    forgetting: Forgetting | None
-    answers: Sequence[Mapping[str, Any]]  # held-out rows, of which the first are answered
+    general: Forgetting | None
+    steps: int
+    kept_step: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
 
 
 class RunDirectory:
@@ -214,31 +226,21 @@ class RunDirectory:
             if self._tracker:
                 self._tracker(line)
 
-    def finish(self, run: Run, model: Llama, summary: RunSummary) -> None:
-        """Save the adapter, the tokenizer, the answers to held-out rows and the summary, all at once.
+    def finish(
+        self, model: Llama, tokenizer: Tokenizer, summary: RunSummary, answers: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Save the adapter, the tokenizer, the held-out rows with some answers, and the summary, all at once.
 
         The summary marks the run as finished.
         """
-        result = summary.result
-        record = {
-            "before": asdict(summary.before),
-            "start": asdict(summary.start) if summary.start else None,
-            "after": asdict(summary.after),
-            "general": asdict(summary.forgetting) if summary.forgetting else None,
-            "steps": result.steps,
-            "kept_step": result.kept,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-            "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
-        }
         with publishing(self.path) as directory:
             save_adapter_files(model, directory)
-            run.data.tokenizer.save(directory)
+            tokenizer.save(directory)
             copy_prompt_files([self.path], directory)
-            if summary.answers:
-                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in summary.answers)
+            if answers:
+                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
                 (directory / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
-            write_json(directory / "summary.json", without_nan(record))
+            write_json(directory / "summary.json", without_nan(asdict(summary)))
 
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory; leave no empty one."""

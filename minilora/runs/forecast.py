@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.attach import attach
+from minilora.adapters.config import LoraConfig
+from minilora.errors import TrainingError
 from minilora.kernels.attention import OutlinedAttention
-from minilora.llama import Checkpointing, Llama, assign, cross_entropy
+from minilora.llama import Checkpointing, Llama, LlamaConfig, assign, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import build_on_meta
 from minilora.nf4 import NF4Linear
 from minilora.runs import processes
-from minilora.runs.memory import free_memory_bytes
-from minilora.runs.plan import Plan
-from minilora.runs.sampler import adapters_with_dropout, plan_steps, seed_dropout
+from minilora.runs.memory import amount, free_memory_bytes
+from minilora.runs.sampler import plan_steps, set_dropout_step
+from minilora.runs.settings import TrainConfig
+
+Shard = Literal["none", "base"]
 
 # What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 175_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does."""
+
+    config: LlamaConfig
+    lora: LoraConfig | None  # None trains all weights
+    training: TrainConfig
+    quantization: QuantizeConfig
+    dtype: torch.dtype
+    device: torch.device
+    rows: Sequence[tuple[int, int]]  # tokens and labelled tokens of each training row
+    ranks: int = 1
+    shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
+    free: int | None = None  # bytes of memory on every rank, if known
+
+    def has_room(self, size: int) -> bool:
+        """Return whether so many bytes are free on every rank."""
+        return self.free is None or size <= self.free
+
+    def checkpointed(self, way: Checkpointing) -> Plan:
+        """Return the plan with another gradient checkpointing."""
+        return replace(self, training=replace(self.training, gradient_checkpointing=way))
 
 
 @dataclass(frozen=True)
@@ -76,7 +104,7 @@ def forecast(plan: Plan) -> Forecasts:
     sent = gradients if plan.ranks > 1 else 0  # the buffer in which the ranks' gradients are added
     gathered = 2 * max(blocks) if shards > 1 else 0
     libraries = LIBRARIES if plan.device.type == "cpu" else 0
-    seed_dropout(adapters_with_dropout(model.to("meta").train()), 0)
+    set_dropout_step(model.to("meta").train(), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     micro_batches = (batch for step in plan_steps(len(plan.rows), plan.training) for batch in step)
@@ -172,3 +200,15 @@ def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
         ways = [way for way in get_args(Checkpointing) if plan.has_room(forecasts[way].peak)]
         plan = plan.checkpointed(ways[0] if ways else "block")
     return plan, forecasts
+
+
+def check_memory(plan: Plan, forecasts: Forecasts) -> None:
+    """Raise a `TrainingError` if a run does not fit into memory."""
+    chosen = forecasts[plan.training.gradient_checkpointing]
+    if not plan.has_room(chosen.peak):
+        raise TrainingError(
+            f"the run needs {amount(chosen.peak)} of memory, and {amount(plan.free or 0)} are "
+            f"free on {plan.device}; what helps is a smaller batch_size with more gradient_accumulation_steps (the "
+            "gradient is the same), --gradient-checkpointing block, --quantize nf4, a smaller --max-length, or --shard "
+            "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
+        )
