@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.runs.encoders import use_prompt_style
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
-from minilora.runs.settings import DataConfig
 from tests.text import (
     BOS,
     CHATML,
@@ -93,14 +92,14 @@ def test_tools_and_calls_are_read_and_what_tools_answer_is_learned_with_all_alon
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
 def test_no_tools_are_none(tools):
-    assert parse_row({"messages": conversation([("a", "b")]), "tools": tools}, DataConfig()).tools is None
+    assert parse_row({"messages": conversation([("a", "b")]), "tools": tools}).tools is None
 
 
 def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
     calls = [{"name": "look", "arguments": {"\ud800": 1}}]
     messages = [{"role": "user", "content": "c"}, {"role": "assistant", "tool_calls": calls}]
     with pytest.raises(ml.DataError, match=r"^messages\[1\]\.tool_calls\[0\]\.arguments: found U\+D800"):
-        parse_row({"messages": messages}, DataConfig())
+        parse_row({"messages": messages})
 
 
 @given(some_text, train_on)
@@ -112,26 +111,26 @@ def test_text_is_learned_whole(tokenizer, text, train_on):
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     asked = conversation([("a", "b")])
-    config = DataConfig(system="from outside")
+    system = "from outside"
     own = [{"role": role, "content": "own"}, *asked]
-    assert parse_row({"messages": own}, config).messages == own
+    assert parse_row({"messages": own}, system).messages == own
     for absent in ({}, {"system": None}, {"system": ""}):
-        assert parse_row({"messages": asked, **absent}, config).messages[0]["content"] == "from outside"
-    found = parse_row({"messages": asked, "system": "own"}, config).messages
+        assert parse_row({"messages": asked, **absent}, system).messages[0]["content"] == "from outside"
+    found = parse_row({"messages": asked, "system": "own"}, system).messages
     assert found == [{"role": "system", "content": "own"}, *asked]
-    assert parse_row({"messages": asked}, DataConfig()).messages == asked
+    assert parse_row({"messages": asked}).messages == asked
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
 def test_plain_text_has_no_place_for_a_system_prompt(row):
-    assert isinstance(parse_row(row, DataConfig()), PromptCompletion)
-    assert isinstance(parse_row(row, DataConfig(system="")), PromptCompletion)
+    assert isinstance(parse_row(row), PromptCompletion)
+    assert isinstance(parse_row(row, ""), PromptCompletion)
     said = "system: found 'c', but plain text has no place for a system prompt"
     where = "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
     with pytest.raises(ml.DataError, match=f"{said}; {where}"):
-        parse_row(row, DataConfig(system="c"))
+        parse_row(row, "c")
     with pytest.raises(ml.DataError, match=said):
-        parse_row({**row, "system": "c"}, DataConfig())
+        parse_row({**row, "system": "c"})
 
 
 @pytest.mark.parametrize(
@@ -149,14 +148,14 @@ def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, colum
     with pytest.raises(
         ml.DataError, match=r"^keys \[.*'length', 'number'.*\] are of no known shape; known are "
     ) as error:
-        parse_row({"number": "7", "length": 3, **dict.fromkeys(keys, "a")}, DataConfig())
+        parse_row({"number": "7", "length": 3, **dict.fromkeys(keys, "a")})
     assert f"; columns {columns}" in str(error.value)
 
 
 def test_what_is_read_is_not_changed():
     row = {"messages": conversation([("a", "b")]), "tools": [TOOL], "system": "c"}
     before = json.dumps(row)
-    assert isinstance(parse_row(row, DataConfig()), Conversation)
+    assert isinstance(parse_row(row), Conversation)
     assert json.dumps(row) == before
 
 

@@ -24,7 +24,7 @@ from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general
-from minilora.runs.reports import beginning, ending
+from minilora.runs.reports import shorten
 from minilora.runs.settings import FLAG_NAMES
 from minilora.testing.compare import assert_parity
 from tests import runs
@@ -241,12 +241,11 @@ def test_a_finished_run_is_never_overwritten(refused, whole):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
-@pytest.mark.parametrize("place", ["model", "data", "out", "file"])
+@pytest.mark.parametrize("place", ["model", "data", "out"])
 def test_a_name_that_is_not_utf_8_is_refused_in_one_line_before_anything_is_written(directory, tmp_path, capsys, place):
     named = tmp_path / "caf\udce9.jsonl"
     named.write_bytes((directory / "rows.jsonl").read_bytes())
-    given = {"data": tmp_path} if place == "file" else {place: named}
-    assert finetune(directory, **{"out": tmp_path / "out", "max_steps": 1, **given}) == 1
+    assert finetune(directory, **{"out": tmp_path / "out", "max_steps": 1, place: named}) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("minilora: a")
@@ -477,9 +476,9 @@ def test_at_the_end_base_and_result_answer_the_first_of_the_held_out_rows_and_th
             (ids,) = ml.generate(model, [prompt_of(example)], limit, stop_ids=data.tokenizer.stop_ids)
             reason = "length" if len(ids) == limit else "stop"
             row |= {key: data.tokenizer.decode(ids), f"{prefix}finish_reason": reason}
-        shown.append(ending(row["prompt"], 50))
+        shown.append(shorten(row["prompt"], 50, keeps_end=True))
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
-            shown.append(f"  {name:<8}-> {beginning(row[key], 37)}")
+            shown.append(f"  {name:<8}-> {shorten(row[key], 37)}")
     assert [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()] == expected
     assert len(expected) == 4
     assert any(row["base"] != row["text"] for row in expected[:3])
@@ -544,7 +543,7 @@ def test_twenty_held_out_rows_are_answered_and_two_at_each_evaluation_unless_sam
     (record,) = (record for record in metrics(tmp_path / "two") if "eval_loss" in record)
     pairs = list(zip(map(decode, prompts), texts, strict=True))
     assert record["samples"] == [{"prompt": prompt, "text": text} for prompt, text in pairs]
-    assert f"  {ending(pairs[0][0])} -> {beginning(texts[0])}" in told
+    assert f"  {shorten(pairs[0][0], 30, keeps_end=True)} -> {shorten(texts[0], 42)}" in told
     assert finetune(directory, tmp_path / "none", **{**changes, "samples": 0}) == 0
     assert " -> " not in capsys.readouterr().err
     assert answered(tmp_path / "none") == 22 * [False]

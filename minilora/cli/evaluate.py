@@ -22,10 +22,11 @@ from minilora.errors import ConfigError
 from minilora.files import sha256_of
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
+from minilora.runs.directory import without_nan
 from minilora.runs.encoders import Dataset, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Progress, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import HELD_OUT, files_to_evaluate
-from minilora.runs.reports import ProgressBar, without_nan
+from minilora.runs.reports import ProgressBar
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig
 

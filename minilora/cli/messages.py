@@ -25,7 +25,7 @@ from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import PROMPTS_FILE, read_prompts
 from minilora.runs.encoders import Dataset
 from minilora.runs.evaluate import prompt_of
-from minilora.runs.reports import beginning, ending
+from minilora.runs.reports import shorten
 
 if TYPE_CHECKING:  # of finetune alone
     from minilora.runs.directory import Run, RunSummary
@@ -188,8 +188,8 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
     print("\n".join(lines), flush=True)
     width = shutil.get_terminal_size().columns
     for row in answers[: min(SHOWN, run.settings.run.samples)]:
-        say(ending(str(row["prompt"]), width))
+        say(shorten(str(row["prompt"]), width, keeps_end=True))
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             title = f"  {name:<8}-> "
-            say(title + beginning(str(row[key]), width - len(title)))
+            say(title + shorten(str(row[key]), width - len(title)))
     print(f"adapter written to {run.settings.run.out}")

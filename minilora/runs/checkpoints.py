@@ -167,7 +167,6 @@ def prune(folder: Path, step: int, keep: int) -> None:
     """Remove the checkpoints up to a step except for the newest `keep` of them."""
     for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep]:
         remove(old)
-    flush(folder)
 
 
 def read_state(directory: Path) -> State:

@@ -41,7 +41,7 @@ from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
 from minilora.runs.loop import Record
-from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
+from minilora.runs.reports import read_records, read_run_record
 from minilora.runs.settings import Settings
 from minilora.runs.tracking import Tracker
 
@@ -121,6 +121,7 @@ class RunDirectory:
     def __init__(self, settings: Settings):
         self.path = Path(settings.run.out)
         self._settings = settings
+        self._config = settings.by_flag
         self._inputs: Mapping[str, str] = {}  # name -> hash of the base, the adapter and the template
         self._tracker: Tracker | None = None
         self._at_close = ExitStack()
@@ -139,7 +140,6 @@ class RunDirectory:
 
     def _open(self) -> RunHistory:
         path = self.path / "run.json"
-        now = self._settings.by_flag
         if holds_files(self.path) and not path.is_file():
             raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
         is_new = not self.path.exists()
@@ -148,7 +148,7 @@ class RunDirectory:
             return RunHistory(self._settings.run.dtype)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
-        before = record["config"]
+        before, config = record["config"], self._config
         is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
             raise TrainingError(f"{self.path}: holds a run, which is not to be resumed; use another directory")
@@ -159,10 +159,10 @@ class RunDirectory:
                 f"{self.path}: minilora {ours} does not resume a run of {theirs}; use another directory"
             )
         free = checkpoints.bookkeeping(self._settings.training) | {*FREE, *HASHED}
-        if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
+        if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), config["prompt_style"])):
             free.add("prompt_style")
-        if different := [key for key in now if key not in free and before.get(key) != now[key]]:
-            changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
+        if different := [key for key in config if key not in free and before.get(key) != config[key]]:
+            changes = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in different)
             what = "a finished run" if is_finished else "a run"
             raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); use another directory")
         what = f"{self.path}: files of the base, the adapter or the template"
@@ -194,7 +194,7 @@ class RunDirectory:
         }
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         record = {
-            "config": self._settings.by_flag,
+            "config": self._config,
             "versions": {**versions, "python": platform.python_version()},
             "data_sha256": run.data.files,
             "inputs_sha256": self._inputs,
@@ -209,7 +209,7 @@ class RunDirectory:
         with replacing(self.path / PROMPTS_FILE) as temporary:
             temporary.write_text(prompts.to_json(), encoding="utf-8")
         if self._settings.run.report != "none":
-            self._tracker = Tracker(self._settings.run.report, self.path, self._settings.by_flag, run.history.step)
+            self._tracker = Tracker(self._settings.run.report, self.path, self._config, run.history.step)
             self._at_close.callback(self._tracker.close)
         metrics = self.path / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
@@ -277,6 +277,17 @@ def hash_of(path: Path) -> str:
             file.seek(i * (size - PIECE) // (PIECES - 1))
             digest.update(file.read(PIECE))
     return digest.hexdigest()
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(without_nan(value), allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with null for each number that is not finite: JSON has no such numbers."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def _check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -79,8 +79,10 @@ def encode_rows(
         try:
             if row.problem:
                 raise DataError(row.problem)
-            parsed = parse_row(row.fields, config)
+            parsed = parse_row(row.fields, config.system)
             whole, is_quoted = label_row(parsed, tokenizer, config)
+            if not whole.labelled:
+                raise DataError("nothing to learn: no token of an answer can be predicted")
         except DataError as error:
             dataset.bad.append(f"{row.source}: {error}")
             if not config.skip_bad_rows:
@@ -137,8 +139,6 @@ def label_row(
     else:
         text, learned = render_conversation(parsed, tokenizer, config.train_on)
         example = _encode_conversation(text, learned, tokenizer)
-    if not example.labelled:
-        raise DataError("nothing to learn: no token of an answer can be predicted")
     return example, parsed != given
 
 
@@ -174,7 +174,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
         fields, text = row.fields, row.fields.get("prompt")
         if isinstance(text, str) and form == "template" and tokenizer.template and fields.get("completion") is None:
             fields = {**fields, "prompt": [{"role": "user", "content": text}]}
-        parsed = parse_prompt(fields, DataConfig(system=system))
+        parsed = parse_prompt(fields, system)
         if isinstance(parsed, PromptCompletion):
             ids, spans = tokenizer.encode_spans(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt))
             _drop_added_end(ids, spans)

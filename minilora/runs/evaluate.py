@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minilora.adapter import disable_adapter
 from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.errors import DataError
-from minilora.llama import Documents, Llama
+from minilora.llama import Checkpointing, Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import processes, sampler
@@ -91,12 +91,12 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
         DataError: the model does not have a token, or no token is labelled.
     """
     check_examples(model, examples)
-    device = next(model.parameters()).device
+    return mean_loss(model, example_loss, examples, eval_groups(examples), progress)
 
-    def loss(model: Any, rows: list[Example]) -> tuple[Tensor, int]:
-        return token_loss(model, collate(rows, device))
 
-    return mean_loss(model, loss, examples, eval_groups(examples), progress)
+def example_loss(model: Any, examples: Iterable[Example], checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:
+    """Sum the losses of the labels of examples, laid end to end; return it with their number."""
+    return token_loss(model, collate(examples, next(model.parameters()).device), checkpointing)
 
 
 def mean_loss(
@@ -146,8 +146,8 @@ def measure_forgetting(
     def compute(rows: Rows) -> list[float]:
         batch = collate([examples[row] for row in rows], device)
         with as_before():
-            expected = before.model(batch.tokens, Documents(batch.lengths))
-        hidden = model.model(batch.tokens, Documents(batch.lengths))
+            expected = _hidden(before, batch.tokens, batch.lengths)
+        hidden = _hidden(model, batch.tokens, batch.lengths)
         sums = torch.zeros(3, dtype=torch.float64)
         chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
         for chunk, labels in chunks:
@@ -232,7 +232,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
     lengths = [len(document) for document in documents]
     device = next(model.parameters()).device
     tokens = torch.tensor([token for document in documents for token in document], device=device)
-    hidden = iter(model.model(tokens, Documents(lengths)).split(lengths))
+    hidden = iter(_hidden(model, tokens, lengths).split(lengths))
     for prompt in prompts:
         states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}
         logs = {stem: _log_probabilities(model.lm_head(state)).cpu() for stem, state in states.items()}
@@ -332,6 +332,11 @@ def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example
     written = write_answers(model, tokenizer, prompts, [SAMPLE_TOKENS] * len(prompts))
     pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
     return [{"prompt": prompt, "text": text} for prompt, text in pairs]
+
+
+def _hidden(model: Llama, tokens: Tensor, lengths: list[int]) -> Tensor:
+    """Return the decoder's output (N, D) of documents laid end to end."""
+    return model.model(tokens, Documents(lengths))
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.errors import DataError, in_recipe
-from minilora.runs.settings import DataConfig
 
 Fields = dict[str, Any]
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
@@ -61,21 +60,21 @@ class Conversation:
         return first["content"] if first["role"] == "system" and isinstance(first["content"], str) else None
 
 
-def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
-    """Recognise the format of a row and check its fields."""
+def parse_row(fields: Fields, system: str | None = None) -> PromptCompletion | Conversation:
+    """Recognise the format of a row and check its fields; `system` is the system prompt of rows that have none."""
     _check_unicode(fields, "")
     parsed, own = _format_of(fields)(fields), _optional_text(fields, "system")
     if isinstance(parsed, list):
-        return _as_conversation(parsed, own, _tools(fields), config)
-    if system := own or config.system:
+        return _as_conversation(parsed, own, _tools(fields), system)
+    if given := own or system:
         raise DataError(
-            f"system: found {system!r:.60}, but plain text has no place for a system prompt; "
+            f"system: found {given!r:.60}, but plain text has no place for a system prompt; "
             "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
         )
     return parsed
 
 
-def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
+def parse_prompt(fields: Fields, system: str | None = None) -> PromptCompletion | Conversation:
     """Parse a row to generate from: its last answer is dropped, and may be missing or malformed."""
     answer = {"role": "assistant", "content": "…"}  # in place of the row's own, if there is one
     if "instruction" in fields:
@@ -89,7 +88,7 @@ def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conve
             fields = {**fields, key: [*(turns[:-1] if has_answer else turns), answer]}
     if _format_of(fields) is _from_prompt_completion and fields["prompt"] == "":
         return PromptCompletion("", "")  # the model begins a text
-    parsed = parse_row(fields, config)
+    parsed = parse_row(fields, system)
     if isinstance(parsed, PromptCompletion):
         return PromptCompletion(parsed.prompt, "")
     return Conversation(parsed.messages[:-1], parsed.tools)
@@ -112,12 +111,12 @@ def _format_of(fields: Fields) -> Format:
     )
 
 
-def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
+def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, system: str | None) -> Conversation:
     """Put the system prompt, the row's `own` or that of all rows, before the messages."""
     has_system = messages[0]["role"] in ("system", "developer")
     if own and has_system:
         raise DataError(f"system: found {own!r:.60}, but the first message is a system prompt too; need one")
-    system = own or config.system
+    system = own or system
     if system and not has_system:
         messages = [{"role": "system", "content": system}, *messages]
     if all(message["role"] != "assistant" for message in messages):

@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.errors import DataError, check_utf8
+from minilora.errors import DataError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
@@ -35,8 +34,8 @@ def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = 
         DataError: a row cannot be used (with file and line); a file without rows.
     """
     config, paths = config or DataConfig(), find_files(path)["train"]
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths, columns=config.columns))
-    return encode_rows(stream_rows(*paths, columns=config.columns), tokenizer, config)
+    rows = list(stream_rows(*paths, columns=config.columns))
+    return encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,18 @@ def read_data(
     """
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)
-    tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)
+    tokenizer = tokenizer_of(run.model, adapters)
+    tokenizer = load_tokenizer(run.model) if tokenizer is None else tokenizer
     tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
-    rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
-    encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
+    rows = {split: list(stream_rows(*paths, columns=config.columns)) for split, paths in files.items()}
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"])
+    encoded = {split: encode_rows(rows[split], tokenizer, config, show) for split in rows}
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
     questions: list[Question] = []
     if splits["test"]:
         split = next(split for split in files if splits["test"][0] in encoded[split])  # that they are from
-        questions = find_questions(rows[split](), splits["test"], tokenizer, config)
+        questions = find_questions(rows[split], splits["test"], tokenizer, config)
     return Data(
         tokenizer,
         **splits,
@@ -115,7 +115,7 @@ def find_questions(rows: Iterable[Row], test: Dataset, tokenizer: Tokenizer, con
 
 def _wanted_answer(row: Row, config: DataConfig) -> Any:
     """Return what a row wants as the answer to its prompt: text, or a message; None if nothing is asked in it."""
-    parsed = parse_row(row.fields, config)
+    parsed = parse_row(row.fields, config.system)
     if config.train_on == "all":
         return None
     if isinstance(parsed, PromptCompletion):
@@ -168,7 +168,6 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     documents = [file for file in named if file.suffix in (".txt", ".parquet") and not files]
     for file in (*files, *documents):
         check_link(file)
-        check_utf8("a file's name", file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
             if split in found:

@@ -7,6 +7,7 @@ import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minilora.data import collate
 from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.runs import checkpoints, processes
 from minilora.runs.encoders import check_examples
-from minilora.runs.evaluate import mean_loss
+from minilora.runs.evaluate import example_loss, mean_loss
 from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.sampler import (
     MicroBatch,
@@ -32,7 +32,7 @@ from minilora.runs.sampler import (
     seed_random_state,
 )
 from minilora.runs.settings import TrainConfig
-from minilora.training import Loss, accumulate, adamw, learning_rate, parameters_of, token_loss, update
+from minilora.training import Loss, accumulate, adamw, learning_rate, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
@@ -108,26 +108,20 @@ def train(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     run = _check_run(model, dataset, held_out, config, loss, folder)
     device = next(model.parameters()).device
+    way: Any = config.gradient_checkpointing  # not "auto"
+    compute_loss = _checked(loss) if loss else partial(example_loss, checkpointing=way)
     optimizer = build_optimizer(model, config)
     adapters = adapters_with_dropout(model)
     steps = plan_steps(len(dataset), config)
-    rows = list(range(len(held_out)))
-    size = config.batch_size
-    groups = list(eval_groups(held_out)) if loss is None else [rows[i : i + size] for i in rows[::size]]
     total = len(steps)
     warmup = warmup_steps(config, total)
     save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
     patience = config.early_stopping or math.inf
 
-    def loss_of_rows(model: Any, rows: list[Any]) -> tuple[Tensor, int]:
-        if loss is None:
-            return token_loss(model, collate(rows, device), config.gradient_checkpointing)  # type: ignore[arg-type]
-        return _check_loss(loss(model, rows))
-
     def seeded_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         seed_random_state(device, f"{config.seed}/{batch.number}")
         seed_dropout(adapters, config.seed, batch.number)
-        part, number = loss_of_rows(model, batch.rows)
+        part, number = compute_loss(model, batch.rows)
         return (part, number) if batch.is_counted else (0 * part, 0)
 
     try:
@@ -140,10 +134,13 @@ def train(
         while not (stopped or finished):
             before = time.perf_counter()
             rate = learning_rate(state.step, total, config.learning_rate, warmup, config.lr_scheduler)
-            batches = _batches(dataset, steps[state.step], state.step * config.gradient_accumulation_steps)
+            numbered = list(enumerate(steps[state.step], state.step * config.gradient_accumulation_steps))
+            own = processes.split_for_rank(numbered)
+            batches = [MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own]
             made = _step(model, optimizer, batches, seeded_loss, rate, config.max_grad_norm)
             record = {"step": state.step + 1, **made}
-            _check_finite(record, dataset, steps[state.step])
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise _not_finite(record, dataset, steps[state.step])
             now = time.perf_counter()
             state.step += 1
             state.tokens += record["tokens"]
@@ -152,7 +149,8 @@ def train(
             stops = on_step(record)
             finished = state.step == total
             if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
-                eval_loss = mean_loss(model, loss_of_rows, held_out, groups, seed=config.seed)
+                groups = eval_groups(held_out, count=config.batch_size if loss else None)
+                eval_loss = mean_loss(model, compute_loss, held_out, groups, seed=config.seed)
                 if state.note(eval_loss) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
                     best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -168,8 +166,7 @@ def train(
                     processes.run_on_rank0(checkpoints.save_checkpoint, folder, model, optimizer, state, best, limit)
                 saved = time.perf_counter()
     finally:
-        for parameter in parameters_of(optimizer):
-            parameter.grad = None
+        optimizer.zero_grad()
         seed_dropout(adapters, None)
     model.eval()
     kept = state.step
@@ -216,16 +213,21 @@ def _check_run(
     return run
 
 
-def _check_loss(found: Any) -> tuple[Tensor, int]:
-    """Return the sum and the count that a given loss has returned, if they are such."""
-    is_pair = isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor)
-    if not is_pair or found[0].numel() != 1 or not _is_count(found[1]):
-        raise TrainingError(
-            f"loss has to give (sum, count), a tensor of one number and a whole number, found {found!r:.80}"
-        )
-    if torch.is_grad_enabled() and not found[0].requires_grad:
-        raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
-    return found[0], int(found[1])
+def _checked(loss: Loss) -> Loss:
+    """Return a loss that raises a `TrainingError` where the given one returns no sum and count."""
+
+    def compute(model: Any, rows: Any) -> tuple[Tensor, int]:
+        result = loss(model, rows)
+        is_pair = isinstance(result, tuple | list) and len(result) == 2 and isinstance(result[0], Tensor)
+        if not is_pair or result[0].numel() != 1 or not _is_count(result[1]):
+            raise TrainingError(
+                f"loss has to give (sum, count), a tensor of one number and a whole number, found {result!r:.80}"
+            )
+        if torch.is_grad_enabled() and not result[0].requires_grad:
+            raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
+        return result[0], int(result[1])
+
+    return compute
 
 
 def _is_count(value: Any) -> bool:
@@ -251,12 +253,6 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
     return math.ceil(round(share * total, 9)) if share < 1 else int(share)  # 0.07 * 100 is a little more than 7
 
 
-def _batches(dataset: Sequence[Any], step: Step, first: int) -> list[MicroBatch]:
-    """Return the micro-batches of a step, numbered from `first`, that this rank computes."""
-    dealt = processes.split_for_rank(list(enumerate(step, first)))
-    return [MicroBatch(n, [dataset[row] for row in rows], counts) for (n, rows), counts in dealt]
-
-
 def _step(
     model: nn.Module,
     optimizer: Optimizer,
@@ -270,7 +266,7 @@ def _step(
         group["lr"] = rate
     with kept_random_state(next(model.parameters()).device):  # backward may draw as well
         total, count = accumulate(model, optimizer, batches, loss)
-    processes.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
+    processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
     count, tokens = map(int, processes.sum_over_ranks(count, tokens))
     mean, grad_norm = torch.stack(update(optimizer, total, count, max_grad_norm)).tolist()  # waits for the device
@@ -283,14 +279,13 @@ def _step(
     }
 
 
-def _check_finite(record: Record, dataset: Sequence[Any], step: Step) -> None:
-    """Raise a `TrainingError` if the loss or the gradient of a step is not finite."""
-    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-        sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
-        raise TrainingError(
-            f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; rows: {sources}. The "
-            "weights are those of before the step; a lower learning rate or float32 may help"
-        )
+def _not_finite(record: Record, dataset: Sequence[Any], step: Step) -> TrainingError:
+    """Return the error of a step whose loss or gradient is not finite."""
+    sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
+    return TrainingError(
+        f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; rows: {sources}. The "
+        "weights are those of before the step; a lower learning rate or float32 may help"
+    )
 
 
 def _resume(

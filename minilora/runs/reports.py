@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -131,7 +129,7 @@ class ProgressBar:
         note = ", the lowest so far" if best == step else f", lowest at step {best}" if best else ""
         self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
         for sample in record.get("samples", ()):
-            self.keep(f"  {ending(sample['prompt'])} -> {beginning(sample['text'])}")
+            self.keep(f"  {shorten(sample['prompt'], 30, keeps_end=True)} -> {shorten(sample['text'], 42)}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Let the step finish at the first signal; stop at once at the second."""
@@ -149,27 +147,12 @@ class ProgressBar:
             self._bar = None
 
 
-def ending(text: str, most: int = 30) -> str:
-    """Return the end of a text in one line of at most that many characters."""
+def shorten(text: str, most: int, keeps_end: bool = False) -> str:
+    """Return a text in one line of at most that many characters: its beginning, or its end."""
     text = printable(" ".join(text.split()))
-    return text if len(text) <= most else "…" + text[1 - most :]
-
-
-def beginning(text: str, most: int = 42) -> str:
-    """Return the beginning of a text in one line of at most that many characters."""
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(without_nan(value), allow_nan=False) + "\n")
-
-
-def without_nan(value: Any) -> Any:
-    """Return a JSON value with null for each number that is not finite: JSON has no such numbers."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+    if len(text) <= most:
+        return text
+    return "…" + text[1 - most :] if keeps_end else text[: most - 1] + "…"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

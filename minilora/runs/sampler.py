@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import adapter_layers
-from minilora.data import Example
 from minilora.errors import ConfigError
 from minilora.lora import LoraAdapter
 from minilora.runs.settings import TrainConfig
@@ -64,15 +63,20 @@ def plan_steps(rows: int, config: TrainConfig) -> list[Step]:
     return steps
 
 
-def eval_groups(examples: Iterable[Example], copies: int = 1) -> Iterator[Rows]:
-    """Yield the indices of consecutive rows, with `copies` of each at most `EVAL_TOKENS`, or of one row."""
+def eval_groups(rows: Sequence[Any], copies: int = 1, count: int | None = None) -> Iterator[Rows]:
+    """Yield the indices of the rows of each forward pass of an evaluation, which are consecutive.
+
+    They are `count` rows or, where that is None, examples whose tokens, `copies` of each, are at most `EVAL_TOKENS`; or
+    one.
+    """
     group, size = Rows(), 0
-    for row, example in enumerate(examples):
-        length = copies * len(example.tokens)
-        if group and size + length > EVAL_TOKENS:
+    limit = EVAL_TOKENS if count is None else count
+    for i, row in enumerate(rows):
+        length = copies * len(row.tokens) if count is None else 1
+        if group and size + length > limit:
             yield group
             group, size = [], 0
-        group.append(row)
+        group.append(i)
         size += length
     if group:
         yield group
