@@ -10,6 +10,7 @@ from huggingface_hub import constants
 import minilora as ml
 from minilora.adapter import CONFIG_FILE
 from minilora.adapters.layout import base_model_of
+from minilora.cli.finetune import pinned
 from minilora.files import ASSETS, BUILTIN, MANIFEST
 from minilora.models.hub import Location, fetch, locate, unpinned
 from minilora.runs.settings import RunConfig
@@ -125,7 +126,7 @@ def test_every_name_in_the_settings_of_a_run_has_its_commit(hub, models, adapter
     hub.add("datasets/org/rows", {"train.jsonl": b"{}"})
     names = {"model": "org/tiny", "adapter": "org/adapter"}
     names |= {"eval_data": "org/rows", "general_data": "org/rows", "data": ("org/rows",)}
-    found = vars(RunConfig(**names).located())
+    found = vars(pinned(RunConfig(**names)))
     assert all("@" in (found[name] if name != "data" else found[name][0]) for name in names)
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import training
 from minilora.adapter import adapter_layers
-from minilora.data import IGNORE_INDEX
 from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.loop import warmup_steps
 from minilora.runs.settings import COUNTS, RunConfig
@@ -365,18 +364,6 @@ def test_where_the_fused_optimizer_does_not_skip_a_step_the_definition_does():
     weight.grad = torch.full((3,), math.inf)
     training.update(optimizer, torch.ones(()).as_subclass(OnMPS), 1, 1.0)
     assert torch.equal(weight, torch.ones(3))
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([IGNORE_INDEX] * 3, r"1 of 3 examples have no label, the first is 'rows\.jsonl:3'"),
-        ([1, IGNORE_INDEX, IGNORE_INDEX], r"the first is 'rows\.jsonl:3'"),  # the first token is never predicted
-    ],
-)
-def test_an_example_needs_a_label(labels, message):
-    with pytest.raises(ml.DataError, match=message):
-        ml.train(small(), [*random_rows(14, 2), ml.Example([1, 2, 3], labels, "rows.jsonl:3")])
 
 
 @pytest.mark.parametrize(

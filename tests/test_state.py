@@ -113,7 +113,6 @@ def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path)
     other = {
         "save_steps": 4,
         "save_total_limit": 1,
-        "eval_steps": 3,
         "logging_steps": 7,
         "gradient_checkpointing": "block",
     }

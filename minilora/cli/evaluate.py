@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,8 @@ def run(options: Options) -> int:
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
-    with ProgressBar() as bar:
-        value = _measure(model, tokenizer, examples, options, bar.rows(options["metric"]))
+    with closing(ProgressBar()) as bar:
+        value = _measure(model, tokenizer, examples, options, partial(bar.show, f"{options['metric']}: row"))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
     if examples.bad:
         counts["bad"] = len(examples.bad)

@@ -15,6 +15,7 @@ import signal
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from minilora.models.hub import fetch, locate
 from minilora.models.prompts import read_prompts
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import processes
-from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary
+from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
 from minilora.runs.forecast import Forecasts, Plan, check_memory, choose_plan
 from minilora.runs.inputs import Data, read_data
@@ -121,6 +122,18 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 
+def pinned(run: RunConfig) -> RunConfig:
+    """Return the config with the commit of each repository in its name, so that it means the same later."""
+    return replace(
+        run,
+        model=locate(run.model, "model").name,
+        adapter=run.adapter and locate(run.adapter, "adapter").name,
+        data=tuple(locate(name, "dataset").name for name in run.data),
+        eval_data=run.eval_data and locate(run.eval_data, "dataset").name,
+        general_data=run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name,
+    )
+
+
 def find_base(settings: Settings) -> Base:
     """Find the model and the adapter that the settings name."""
     location = locate(settings.run.model, "model")
@@ -189,13 +202,16 @@ def run(options: Options) -> int:
     is_dry = options["dry_run"]
     with processes.joined(options["device"]) as device, ExitStack() as stack:
         settings = read_settings(options)
-        settings = replace(settings, run=settings.run.located())
+        settings = replace(settings, run=pinned(settings.run))
         directory = stack.enter_context(closing(RunDirectory(settings)))
         base = find_base(settings)
         check_settings(settings, base)
         history = RunHistory(settings.run.dtype) if is_dry else directory.open(base)
-        with ProgressBar() as bar:
-            data = read_data(settings, base.adapters, history.began, bar.show)  # a chat template may write the date
+        bar = stack.enter_context(closing(ProgressBar()))
+        data = read_data(settings, base.adapters, history.began, bar.show)  # a chat template may write the date
+        bar.close()
+        if history.starts:
+            check_same(f"{directory.path}: the data", history.data_sha256, data.files)
         plan, memory = choose_plan(plan_run(settings, base, data, history.dtype, device))
         run = Run(settings, base, history, data, plan)
         if is_dry:
@@ -208,26 +224,25 @@ def run(options: Options) -> int:
                 f"to train its adapter further, add --adapter {directory.path}"
             )
             return 0
-        with ProgressBar() as bar:
-            bar.show("loading the model", 0, 1)
-            model = load_adapted(plan, base, device)
+        bar.show("loading the model", 0, 1)
+        model = load_adapted(plan, base, device)
+        bar.close()
         processes.run_on_rank0(directory.start, run, model)
         describe(run, model, options["config"])
-        bar = stack.enter_context(ProgressBar("held-out" if data.valid is data.test else "validation"))
+        bar.evaluated = "held-out" if data.valid is data.test else "validation"
         with disable_adapter(model):
-            before = evaluate(model, data.test, data.choices, bar.rows("measuring the base model"))
+            before = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the base model: row"))
         start = None
         if base.adapters:
-            start = evaluate(model, data.test, data.choices, bar.rows("measuring the adapter to continue"))
+            start = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the first adapter: row"))
         bar.show("first step", 0, 1)
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
             return _stop(result, bar)
-        after = evaluate(model, data.test, data.choices, bar.rows("measuring the adapter"))
-        forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"))
-        samples = settings.run.samples
-        answers = answer(model, data.tokenizer, data.questions, samples, bar.rows("answering held-out rows"))
-        bar.close()
+        after = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the adapter: row"))
+        forgetting = measure_forgetting(model, data.general, partial(bar.show, "measuring general text: row"))
+        progress = partial(bar.show, "answering held-out rows: row")
+        answers = answer(model, data.tokenizer, data.questions, settings.run.samples, progress)
         totals = (result.steps, result.kept, result.tokens, result.seconds, peak_memory_bytes(device))
         summary = RunSummary(before, start, after, forgetting, *totals)
         processes.run_on_rank0(directory.finish, model, data.tokenizer, summary, answers)

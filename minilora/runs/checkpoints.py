@@ -53,6 +53,9 @@ from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.options import fits
 from minilora.runs.settings import TrainConfig
 
+# Settings that may change between two starts of a run, since its weights do not depend on them.
+BOOKKEEPING = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
+
 
 @dataclass
 class State:
@@ -246,12 +249,6 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def bookkeeping(config: TrainConfig) -> set[str]:
-    """Return the settings that may change between two starts of a run, since its weights do not depend on them."""
-    names = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
-    return names | (set() if config.selects else {"eval_steps"})
-
-
 def fingerprint(
     dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, Any]
 ) -> str:
@@ -260,7 +257,7 @@ def fingerprint(
     Raises:
         DataError: a row holds an object whose content is unknown.
     """
-    idle = bookkeeping(config) | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
+    idle = BOOKKEEPING | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
     for rows in (dataset, held_out):

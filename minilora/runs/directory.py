@@ -46,7 +46,7 @@ from minilora.runs.settings import Settings
 from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
-FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
+FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `BOOKKEEPING` names
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed
 PIECES = 64  # of a larger file that are hashed
 PIECE = 2**16  # bytes of one
@@ -80,9 +80,6 @@ class Run:
     """A run that is about to start.
 
     `settings` are what it is asked for, `plan` is what it does.
-
-    Raises:
-        TrainingError: the data are not those of its first start.
     """
 
     settings: Settings
@@ -90,10 +87,6 @@ class Run:
     history: RunHistory
     data: Data
     plan: Plan
-
-    def __post_init__(self) -> None:
-        if self.history.starts:
-            _check_same(f"{self.settings.run.out}: the data", self.history.data_sha256, self.data.files)
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,7 @@ class RunDirectory:
             raise TrainingError(
                 f"{self.path}: minilora {ours} does not resume a run of {theirs}; use another directory"
             )
-        free = checkpoints.bookkeeping(self._settings.training) | {*FREE, *HASHED}
+        free = checkpoints.BOOKKEEPING | {*FREE, *HASHED}
         if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), config["prompt_style"])):
             free.add("prompt_style")
         if different := [key for key in config if key not in free and before.get(key) != config[key]]:
@@ -166,7 +159,7 @@ class RunDirectory:
             what = "a finished run" if is_finished else "a run"
             raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); use another directory")
         what = f"{self.path}: files of the base, the adapter or the template"
-        _check_same(what, record["inputs_sha256"], self._inputs)
+        check_same(what, record["inputs_sha256"], self._inputs)
         first = record["starts"][0]
         return RunHistory(
             first["dtype"] if self._settings.run.dtype == "auto" else self._settings.run.dtype,
@@ -290,7 +283,7 @@ def without_nan(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
-def _check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise a `TrainingError` that names the files whose hashes are not those of the run's first start."""
     if changed := sorted(name for name in before.keys() | now if before.get(name) != now.get(name)):
         raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; use another directory")

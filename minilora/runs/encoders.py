@@ -131,9 +131,7 @@ def label_row(
         parsed = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
     if isinstance(parsed, PromptCompletion):
         text = parsed.prompt + parsed.completion
-        tokens, spans = tokenizer.encode_spans(text)
-        if tokenizer.eos_id is not None:  # takes the place of what the tokenizer adds
-            _drop_added_end(tokens, spans)
+        tokens, spans = _encode_open(text, tokenizer) if tokenizer.eos_id is not None else tokenizer.encode_spans(text)
         begin = 0 if config.train_on == "all" else len(parsed.prompt)
         example = label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id)
     else:
@@ -176,8 +174,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
             fields = {**fields, "prompt": [{"role": "user", "content": text}]}
         parsed = parse_prompt(fields, system)
         if isinstance(parsed, PromptCompletion):
-            ids, spans = tokenizer.encode_spans(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt))
-            _drop_added_end(ids, spans)
+            ids, _ = _encode_open(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
         elif form == "raw":
             raise DataError("a conversation needs the chat template, which a raw prompt leaves out")
         else:
@@ -189,11 +186,13 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
     return ids
 
 
-def _drop_added_end(ids: list[int], spans: list[Span]) -> None:
-    """Remove the tokens that a tokenizer adds at the end of a text, which have no characters; one token stays."""
-    while len(ids) > 1 and spans[-1][0] == spans[-1][1]:
+def _encode_open(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
+    """Tokenize a text without the tokens that a tokenizer adds at its end; one token stays."""
+    ids, spans = tokenizer.encode_spans(text)
+    while len(ids) > 1 and spans[-1][0] == spans[-1][1]:  # it has no characters
         ids.pop()
         spans.pop()
+    return ids, spans
 
 
 def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ()) -> Tokenizer:

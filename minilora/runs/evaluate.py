@@ -23,7 +23,7 @@ from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import processes, sampler
 from minilora.runs.encoders import Dataset, check_examples
-from minilora.runs.sampler import Rows, eval_groups, kept_random_state, seed_random_state
+from minilora.runs.sampler import Rows, eval_groups, kept_random_state
 from minilora.training import Loss, token_loss
 
 SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
@@ -117,12 +117,11 @@ def mean_loss(
     device = next(model.parameters()).device
 
     def compute(group: Rows) -> tuple[float, int]:
-        seed_random_state(device, f"{seed}/held-out/{group[0]}")
-        total, count = loss(model, [rows[row] for row in group])
+        with kept_random_state(device, f"{seed}/held-out/{group[0]}"):
+            total, count = loss(model, [rows[row] for row in group])
         return total.item(), count
 
-    with kept_random_state(device):
-        sums = _sum_over_groups(model, groups, len(rows), compute, progress)
+    sums = _sum_over_groups(model, groups, len(rows), compute, progress)
     if not any(sums[1:]):
         raise DataError("the loss counts nothing in the held-out rows")
     return sums[0] / sums[1]

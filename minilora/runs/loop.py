@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
+from minilora.models.fsdp import is_sharded
 from minilora.runs import checkpoints, processes
 from minilora.runs.encoders import check_examples
 from minilora.runs.evaluate import example_loss, mean_loss
@@ -94,7 +95,7 @@ def train(
             default the loss of tokens.
 
     Raises:
-        DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
+        DataError: there are no rows; an example has not a label for each token, or has a token that the model does
             not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
             rows cannot be compared.
         FormatError: the newest checkpoint holds other tensors than the run trains, or what is trained cannot be saved.
@@ -190,8 +191,6 @@ def _check_run(
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
     adapters = checkpoints.trained_adapters(model)
-    if processes.any_sharded(p for p in model.parameters() if p.requires_grad):
-        raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     if loss is None:
@@ -201,15 +200,16 @@ def _check_run(
                 "give loss=, a function (model, rows) -> (sum, count)"
             )
         check_examples(model, [*dataset, *held_out])
-        if blank := [example.source for example in dataset if not example.labelled]:
-            raise DataError(f"{len(blank)} of {len(dataset)} examples have no label, the first is {blank[0]!r}")
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
     run = ""
     if folder is not None or processes.size() > 1:
         run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
-    if processes.differing({"": (repr(config), len(dataset), len(held_out), run)}):
-        raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
+    if processes.size() > 1:
+        if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
+            raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
+        if processes.differing({"": (repr(config), len(dataset), len(held_out), run)}):
+            raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     return run
 
 

@@ -24,7 +24,6 @@ from torch import distributed as dist
 
 from minilora.errors import ConfigError, MiniloraError, TrainingError
 from minilora.models.checkpoint import usable_device
-from minilora.models.fsdp import is_sharded
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -147,11 +146,6 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors if size() > 1 else ():
         with _connection_errors():
             dist.broadcast(tensor.detach(), 0)
-
-
-def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Return whether a rank holds only a part of one of the tensors."""
-    return size() > 1 and any(map(is_sharded, tensors))
 
 
 @contextmanager

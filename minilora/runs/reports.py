@@ -9,10 +9,8 @@ from __future__ import annotations
 import signal
 import sys
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from threading import Event, RLock, Thread
-from time import time
+from threading import RLock
 from types import FrameType
 from typing import Any
 
@@ -20,12 +18,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minilora.errors import FormatError, printable
 from minilora.files import parse_object, read_json, read_text
-from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 
 RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
-SECONDS = 5.0  # between two lines without a terminal, and between two looks of the clock
+SECONDS = 5.0  # between two lines without a terminal
 BAR = " {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
 
 
@@ -48,8 +45,7 @@ class _Lines:
 class ProgressBar:
     """Show progress on standard error by tqdm: a bar on a terminal, else a line every few seconds.
 
-    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step. In a
-    `with` block, its clock moves even during a long step, and it is closed at the end.
+    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step.
 
     Args:
         evaluated: what the rows of evaluations are called.
@@ -60,26 +56,6 @@ class ProgressBar:
         self.stopped_by: int | None = None  # the number of a signal
         self._what = ""  # that the bar shows
         self._bar: tqdm[Any] | None = None
-        self._ended = Event()
-
-    def __enter__(self) -> ProgressBar:
-        self._clock = Thread(target=self._show_time, daemon=True)
-        self._clock.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._clock.join()
-        self.close()
-
-    def _show_time(self) -> None:
-        """Show the bar again where it was not for some seconds, until the block ends."""
-        while not self._ended.wait(SECONDS):
-            bar = self._bar
-            if bar is not None and time() - bar.last_print_t >= SECONDS:
-                bar.delay = 0  # or `close` would leave it
-                with _Bar.get_lock():  # or it could be closed before it is shown
-                    bar.refresh()
 
     def __call__(self, record: Record) -> bool:
         if "eval_loss" in record:
@@ -89,10 +65,6 @@ class ProgressBar:
             about = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, peak {memory}"
             self.show("step", record["step"], record["total_steps"], about)
         return self.stopped_by is not None
-
-    def rows(self, *what: str) -> Progress:
-        """Return a callback that reports the progress of an evaluation."""
-        return partial(self.show, f"{', '.join(what)}: row")
 
     def show(self, what: str, done: int = 0, total: int | None = None, about: str = "") -> None:
         """Show what is done, and how much of it; the line of something else is replaced."""

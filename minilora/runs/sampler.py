@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -131,9 +131,13 @@ def seed_dropout(adapters: Mapping[str, LoraAdapter], seed: int | None, step: in
         adapter.dropout = dropout
 
 
-def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Return a block after which PyTorch's random state is as before, on the CPU and on CUDA."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+@contextmanager
+def kept_random_state(device: torch.device, key: str | None = None) -> Iterator[None]:
+    """Leave PyTorch's random state as it was before the block, in which it follows from the key, if one is given."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if key is not None:
+            seed_random_state(device, key)
+        yield
 
 
 def seed_random_state(device: torch.device, key: str) -> None:
