@@ -228,7 +228,7 @@ def cells(row):
 def test_a_dry_run_tells_each_term_by_checkpointing_and_what_fits(directory, tmp_path, capsys, monkeypatch, way):
     _, found = planned(directory, tmp_path / "out")
     monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: found[way].peak)
-    assert finetune(directory, tmp_path / "out", "--dry-run", "--no-timing", "--force") == 0
+    assert finetune(directory, tmp_path / "out", "--dry-run", "--force") == 0
     page = capsys.readouterr().out
     head, *rows = page.split("this run has none\n")[1].splitlines()[:4]
     assert cells(head) == [*FIELDS, "peak"]

@@ -32,7 +32,7 @@ from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_record
 from minilora.cli.messages import describe, report, run_notes
-from minilora.cli.preview import duration, preview
+from minilora.cli.preview import preview
 from minilora.errors import ConfigError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
@@ -76,8 +76,7 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
     parser.add_argument(
         "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps, memory and time, and end")
-    parser.add_argument("--no-timing", action="store_true", help="with --dry-run: read no weights to time two steps")
+    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, and end")
     parser.add_argument("--force", action="store_true", help="train even if memory is forecast to be too small")
 
 
@@ -251,7 +250,7 @@ def run(options: Options) -> int:
 
 
 def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
-    """Show what the run would learn, with a model that has no storage, and what memory and time it would take."""
+    """Show what the run would learn, with a model that has no storage, and what memory it would take."""
     model = load_adapted(run.plan, run.base, "meta")
     for note in run_notes(run, model):
         say(note)
@@ -259,9 +258,6 @@ def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
     print(dry_run_lines(run.plan, memory))
     if not options["force"]:
         check_memory(run.plan, memory)
-    if not options["no_timing"]:
-        model = load_adapted(run.plan, run.base, run.plan.device)
-        print(duration(model, run.data.train, run.plan.training))
     return 0
 
 

@@ -1,21 +1,17 @@
-"""What a run would learn: the first rows with what is learned of them, the steps, and how long they take."""
+"""What a run would learn: the first rows with what is learned of them, and the steps."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from datetime import timedelta
 from itertools import groupby
 from statistics import median
 
 from minilora.adapters.attach import ParameterCount
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
-from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.encoders import Dataset
 from minilora.runs.inputs import Data
-from minilora.runs.loop import Record, train
 from minilora.runs.sampler import plan_steps
 from minilora.runs.settings import TrainConfig
 
@@ -42,21 +38,6 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]
     table += [_lengths(name, examples) for name, examples in data.splits.items()]
     return "\n".join([*rows, "", *table, "", *totals])
-
-
-def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
-    """Train two steps, the first of which warms up, and return what `--dry-run` prints about the time of all.
-
-    The model is changed. A step takes the time that its tokens take at the rate of the second step.
-    """
-    records: list[Record] = []
-    first = replace(config, max_steps=2, eval_steps=None, early_stopping=None, keep="last")
-    train(model, rows, first, records.append)
-    steps = plan_steps(len(rows), config)
-    tokens = sum(len(rows[row].tokens) for step in steps for batch in step for row in batch)
-    seconds = tokens / records[-1]["tokens_per_second"]
-    total = timedelta(seconds=round(seconds))
-    return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total}, without evaluations"
 
 
 def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
