@@ -261,8 +261,10 @@ def hash_of(path: Path) -> str:
     size = path.stat().st_size
     if size <= WHOLE:
         return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        return hashlib.sha256(str(size).encode() + file.read(WHOLE)).hexdigest()
+        digest.update(file.read(WHOLE))
+    return digest.hexdigest()
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
