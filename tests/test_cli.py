@@ -25,7 +25,7 @@ from minilora import cli
 from minilora.adapters.config import INITS
 from minilora.cli import evaluate, finetune
 from minilora.cli.flags import FLAG_NAMES, from_flags
-from minilora.files import ASSETS, BUILTIN, sha256_of
+from minilora.files import ASSETS, BUILTIN
 from minilora.runs import inputs
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
@@ -228,17 +228,6 @@ def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_o
         assert f"--{name.replace('_', '-')} {value}" in short
 
 
-def test_the_help_of_eval_shows_which_settings_of_the_run_hold():
-    page = " ".join(cli.command_parser("eval").format_help().split())
-    assert (
-        "maximum tokens of a row; longer rows are cut, those of `text` into pieces (default: as in the adapter's"
-        in page
-    )
-    for default in ("else 1024", "else completion", "else auto"):
-        assert f"(default: as in the adapter's run, {default})" in page
-    assert "system prompt of conversations that have none (default: as in the adapter's run)" in page
-
-
 def test_minilora_alone_is_its_help_page(capsys):
     for words in ([], ["--help"]):
         with pytest.raises(SystemExit, match=r"^0$"):
@@ -405,23 +394,6 @@ def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_o
         expected = held_out_loss(model, encode_rows(rows, tokenizer, ml.DataConfig(**reading)))
         found = json.loads(run("eval", "--model=model", f"--adapter={tmp_path}", "--data=data", *flags).out)
         assert found["value"] == expected
-
-
-def test_eval_says_which_data_were_trained_on(directory, run, tmp_path):
-    write_adapter(ml.load_model(directory / "model"), tmp_path / "adapter", r=2)
-    hashes = {"rows.jsonl": sha256_of(directory / "many.jsonl")}
-    hashes |= {f"{split}.jsonl": sha256_of(directory / "data" / f"{split}.jsonl") for split in ("train", "test")}
-    hashes["questions.jsonl"] = sha256_of(write_rows(tmp_path / "asked.jsonl", 3))
-    record = {"config": {"eval_data": "there/questions.jsonl"}, "data_sha256": hashes}
-    trained, asked = ("many.jsonl", "data/train.jsonl"), tmp_path / "asked.jsonl"
-    held_out, elsewhere = tmp_path / "adapter" / "held_out.jsonl", ""
-    for change, told in (({}, trained), ({"data_sha256": [1]}, ()), ({"config": 1}, (*trained, asked))):
-        (tmp_path / "adapter" / "run.json").write_text(json.dumps(record | change))
-        for file in (*trained, "data", asked):
-            note = f"{file}: was trained on{elsewhere}\n"
-            assert run("eval", f"--adapter={tmp_path / 'adapter'}", f"--data={file}").err == note * (file in told)
-        held_out.touch()
-        elsewhere = f"; rows that were not are in {held_out}"
 
 
 # --- errors ---

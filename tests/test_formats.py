@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.runs.encoders import use_prompt_style
-from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
+from minilora.runs.formats import PromptCompletion, Row, parse_row
 from tests.text import (
     BOS,
     CHATML,
@@ -152,13 +152,6 @@ def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, colum
     assert f"; columns {columns}" in str(error.value)
 
 
-def test_what_is_read_is_not_changed():
-    row = {"messages": conversation([("a", "b")]), "tools": [TOOL], "system": "c"}
-    before = json.dumps(row)
-    assert isinstance(parse_row(row), Conversation)
-    assert json.dumps(row) == before
-
-
 PREAMBLE = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
@@ -217,17 +210,6 @@ def test_a_style_of_ones_own_is_a_file(tokenizer, tmp_path):
         use_prompt_style(tokenizer(), str(tmp_path / "none.jinja"))
     with pytest.raises(ml.ConfigError, match="prompt_style is 'vicuna'; accepted are auto, alpaca, instruction"):
         use_prompt_style(tokenizer(), "vicuna")
-
-
-@pytest.mark.parametrize("style", ["alpaca", "instruction"])
-def test_a_tokenizer_is_saved_with_the_style_that_it_has(tmp_path, style):
-    old = write_tokenizer(tmp_path / "old", post="bos", chat_template="an old one")
-    chosen = use_prompt_style(old, style)
-    chosen.save(tmp_path / "new")
-    loaded = ml.load_tokenizer(tmp_path / "new")
-    messages = conversation([("a", "b"), ("c", "d")])
-    assert loaded.render(messages) == chosen.render(messages) != old.render(messages) == "an old one"
-    assert loaded.encode_chat(messages) == chosen.encode_chat(messages)
 
 
 @pytest.mark.parametrize(

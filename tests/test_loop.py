@@ -54,14 +54,6 @@ def test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mea
     assert_maths(number(record["loss"]), plain_loss(adapted(family), rows))
 
 
-@few
-@given(seeds, st.integers(1, 8))
-def test_rows_in_micro_batches_of_any_size_give_the_same_gradient(seed, size):
-    rows = random_rows(seed, 8)
-    _, found = one_step(small(), rows, batch_size=size, gradient_accumulation_steps=8)
-    assert_same_gradient(found, plain_gradients(small(), rows))
-
-
 @pytest.mark.parametrize(
     ("checkpointing", "base"), [("mlp", four_bit), ("block", dense), *long(("mlp", dense), ("block", four_bit))]
 )

@@ -11,7 +11,6 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-import torch
 from filelock import Timeout
 
 import minilora as ml
@@ -419,9 +418,7 @@ def test_a_run_that_is_not_finished_is_no_adapter(whole, tmp_path, capsys):
 def test_eval_data_are_the_held_out_rows_and_their_bytes_belong_to_the_run(directory, tmp_path, monkeypatch, capsys):
     rows = runs.write_rows(tmp_path / "my_val.jsonl", 5)
     stop(directory, tmp_path / "out", monkeypatch, eval_data=rows)
-    said = capsys.readouterr().err
-    assert "23 rows to learn from, 5 held out" in said
-    assert "held-out rows: 5, too few for their loss or accuracy to say much" in said
+    assert "23 rows to learn from, 5 held out" in capsys.readouterr().err
     assert set(json.loads((tmp_path / "out" / "run.json").read_text())["data_sha256"]) == {"rows.jsonl", rows.name}
     runs.write_rows(rows, 6)
     assert finetune(directory, tmp_path / "out", eval_data=rows) == 1
@@ -580,18 +577,6 @@ def test_the_best_result_is_the_one_that_is_written_and_a_run_that_finds_no_bett
     assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
 
 
-def test_why_a_model_is_not_computed_in_the_dtype_of_its_files_is_told(capsys, monkeypatch, tmp_path):
-    runs.write_inputs(tmp_path, dtype=torch.bfloat16)
-    for dtype, is_fast, line in (
-        ("auto", False, "float32 on cpu, since bfloat16 is slow there (the model is stored in bfloat16)"),
-        ("auto", True, "bfloat16 on cpu"),
-        ("float32", False, "float32 on cpu"),
-    ):
-        monkeypatch.setattr(checkpoint, "_has_fast_bfloat16", lambda device, is_fast=is_fast: is_fast)
-        assert finetune(tmp_path, tmp_path / f"{dtype} {is_fast}", max_steps=1, dtype=dtype) == 0
-        assert line in capsys.readouterr().err.splitlines()
-
-
 def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_tokens_are_told_of(
     capsys, directory, tmp_path
 ):
@@ -628,16 +613,3 @@ def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_
     monkeypatch.setattr(template, "datetime", SimpleNamespace(now=lambda: later))
     assert finetune(directory, tmp_path / "late", **options) == 0
     assert contents(tmp_path / "late") == contents(tmp_path / "whole")
-
-
-def test_a_run_json_that_is_repeated_with_other_data_says_so(capsys, directory, tmp_path):
-    rows = runs.write_rows(tmp_path / "rows.jsonl", 9)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / ".run.json.123.tmp").write_text('{"conf')  # of a writer that was killed: it is not in the way
-    assert finetune(directory, tmp_path / "one", data=rows, max_steps=1) == 0
-    again = ["finetune", f"--config={tmp_path / 'one' / 'run.json'}", "--force"]
-    assert cli.main([*again, f"--out={tmp_path / 'two'}"]) == 0
-    assert "the data are not those" not in capsys.readouterr().err
-    runs.write_rows(rows, 10)
-    assert cli.main([*again, f"--out={tmp_path / 'three'}"]) == 0
-    assert f"the data are not those that {tmp_path / 'one' / 'run.json'} was written with" in capsys.readouterr().err

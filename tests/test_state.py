@@ -1,8 +1,6 @@
 import itertools
 import json
 import re
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,13 +99,6 @@ def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have
     assert contents(tmp_path / "slow", 21) == contents(tmp_path / "long", 21)
 
 
-def test_a_step_may_be_shorter_than_a_tick_of_the_monotonic_clock(tmp_path, monkeypatch):
-    clocks = SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)  # on some systems a tick is 15 ms
-    monkeypatch.setattr(loop, "time", clocks)
-    run(tmp_path)
-    assert saved(tmp_path)
-
-
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):
     copy_checkpoint(whole, 2, tmp_path)
     other = {
@@ -132,19 +123,6 @@ def test_a_checkpoint_is_the_trained_adapter_alone_and_can_be_loaded(tmp_path):
         assert torch.equal(ours.lora_A, theirs.lora_A)
         assert torch.equal(ours.lora_B, theirs.lora_B)
         assert ours.scale == theirs.scale
-
-
-def test_a_parameter_without_moments_in_the_file_begins_anew(whole, tmp_path):
-    """As of one whose gradient a hook removes."""
-    path = copy_checkpoint(whole, 2, tmp_path) / "optimizer.safetensors"
-    moments = load_file(path)
-    first, second = [name.removesuffix("/step") for name in sorted(moments) if name.endswith("/step")][:2]
-    save_file({key: value for key, value in moments.items() if not key.startswith(f"{first}/")}, path)
-    as_written(path.parent)
-    run(tmp_path, on_step=stop_after(3))
-    again = load_file(tmp_path / "step-000003" / "optimizer.safetensors")
-    assert (again[f"{first}/step"], again[f"{second}/step"]) == (1, 3)
-    assert again[f"{first}/exp_avg"].any()
 
 
 @pytest.mark.parametrize("keep", [2, *long(1, 3)])
@@ -214,22 +192,6 @@ def test_what_a_killed_writer_or_a_user_left_is_no_checkpoint_nor_is_a_half_remo
     assert {path.name for path in tmp_path.iterdir()} == {"step-000006", *(path.parent.name for path in left)}
     assert contents(tmp_path) == contents(whole)
     assert all(path.is_file() for path in left)
-
-
-def test_a_checkpoint_has_the_moments_of_every_trained_tensor_by_name_and_says_where_the_run_was(whole):
-    names = {name for name, p in fresh().named_parameters() if p.requires_grad}
-    moments = load_file(whole / "step-000003" / "optimizer.safetensors")
-    assert set(moments) == {f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
-    assert all(moments[f"{name}/step"] == 3 for name in names)
-    state = json.loads((whole / "step-000003" / "state.json").read_text())
-    assert state["step"] == 3
-    assert state["tokens"] == sum(len(row.tokens) for row in ROWS)
-
-
-def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run(None, max_steps=1)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_trained_adapters_are_those_of_which_something_learns():

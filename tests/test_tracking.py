@@ -89,15 +89,6 @@ def test_a_record_is_on_the_disk_when_it_was_told(tmp_path):
     tracker.close()
 
 
-def test_a_tracker_logs_into_the_project_that_is_named(monkeypatch, tmp_path):
-    projects = []
-    library = SimpleNamespace(init=lambda project, **_: projects.append(project))
-    monkeypatch.setitem(sys.modules, "wandb", library)
-    for options in ({}, {"project": "mine"}):
-        ml.Tracker("wandb", tmp_path, **options)
-    assert projects == ["minilora", "mine"]
-
-
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_without_its_library_the_error_says_before_a_run_what_to_install(library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)

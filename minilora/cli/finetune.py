@@ -30,7 +30,7 @@ from minilora.adapters.layout import check_language_task, read_adapter
 from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, nearest, say
 from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.forecast import dry_run_lines
-from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_record
+from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
 from minilora.cli.messages import describe, report, run_notes
 from minilora.cli.preview import preview
 from minilora.errors import ConfigError
@@ -116,7 +116,7 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     quantization = recorded_quantization(fetch(model, "model"), [directory])
     adapted = read_adapter(directory).config()
     system = read_prompts(directory).system
-    columns = run_record({"adapter": [adapter]})[0].get("columns")
+    columns = run_settings({"adapter": [adapter]}).get("columns")
     settings = {"model": model, **quantization, **vars(adapted), "system": system, "columns": columns}
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
@@ -227,7 +227,7 @@ def run(options: Options) -> int:
         model = load_adapted(plan, base, device)
         bar.close()
         processes.run_on_rank0(directory.start, run, model)
-        describe(run, model, options["config"])
+        describe(run, model)
         bar.evaluated = "held-out" if data.valid is data.test else "validation"
         with disable_adapter(model):
             before = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the base model: row"))

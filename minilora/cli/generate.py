@@ -21,7 +21,7 @@ from pathlib import Path
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load, run_record
+from minilora.cli.load import add_model_flags, load, run_settings
 from minilora.cli.streaming import BATCH_SIZE, GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
@@ -112,7 +112,7 @@ def read_prompts(options: Options) -> list[Row]:
     if not file.endswith(".txt"):
         files = files_to_evaluate(file)
         rows = list(stream_rows(*files, columns=options["columns"]))
-        trained = from_flags(DataConfig, {"columns": run_record(options)[0].get("columns")}).columns
+        trained = from_flags(DataConfig, {"columns": run_settings(options).get("columns")}).columns
         has_them = trained and all(row.fields.keys() >= {*trained.values()} for row in rows)
         return list(stream_rows(*files, columns=trained)) if has_them and options["columns"] is None else rows
     lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")

@@ -9,17 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped, say
-from minilora.cli.flags import read_config_file
 from minilora.data import Example
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
-from minilora.models.checkpoint import stored_dtype
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import PROMPTS_FILE, read_prompts
@@ -31,7 +27,6 @@ if TYPE_CHECKING:  # of finetune alone
     from minilora.runs.directory import Run, RunSummary
     from minilora.runs.loop import TrainResult
 
-FEW_ROWS = 10
 SHOWN = 3  # answers to held-out rows
 
 
@@ -96,16 +91,6 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             "the training rows are plain text, for which the model's chat template is not used; write them as "
             "`messages` to use it"
         )
-    if 0 < len(data.test) < FEW_ROWS:
-        yield (
-            f"held-out rows: {len(data.test)}, too few for their loss or accuracy to say much; "
-            "--eval-split or --eval-data gives more"
-        )
-    if run.plan.training.gradient_accumulation_steps < run.plan.ranks:
-        yield (
-            "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
-            "gives each its part"
-        )
     for name, rows in data.splits.items():
         yield from _row_notes(name, rows, data.train)
 
@@ -138,26 +123,20 @@ def _prompt_or_row(row: Example) -> tuple[int, ...]:
     return tuple(prompt if len(prompt) > 1 else row.tokens)
 
 
-def describe(run: Run, model: Llama, config: Path | None) -> None:
+def describe(run: Run, model: Llama) -> None:
     """Say what the run begins with."""
     weight = model.model.embed_tokens.weight
     count = count_parameters(model)
     data = run.data
     training = run.plan.training
-    stored = stored_dtype(run.base.config.source)
-    reason = ""
-    if run.settings.run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
-        reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
         f"batches of {training.batch_size}, learning rate {training.learning_rate:g}\n"
-        f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
+        f"{weight.dtype} on {weight.device}".replace("torch.", "")
     )
     for note in run_notes(run, model):
         say(note)
-    if config and read_config_file(config).get("data_sha256", data.files) != data.files:
-        say(f"the data are not those that {config} was written with")
     for found in run.history.damaged:
         say(f"skipped a damaged checkpoint: {found}")
     if run.history.step:

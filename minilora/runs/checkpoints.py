@@ -205,7 +205,7 @@ def load_checkpoint(
         found = _read(TensorFile(directory / "best.safetensors"), own)
         best = {name: tensor.clone() for name, tensor in found.items()}
     file = TensorFile(directory / "optimizer.safetensors")
-    parameters = {name: p for name, p in trained_parameters(optimizer).items() if f"{name}/step" in file.shapes}
+    parameters = trained_parameters(optimizer)
     expected = {f"{name}/step": torch.zeros((), dtype=torch.float32) for name in parameters}
     expected |= {f"{name}/{key}": p for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
     moments = _read(file, expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -23,7 +22,6 @@ from minilora.runs.settings import DataConfig, Settings, TrainConfig
 
 Names = str | Path | Sequence[str | Path]  # of files, directories and repositories of the hub
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
-HELD_OUT = re.compile(r"(?<![a-z])(valid|validation|val|dev|eval|test)(?![a-z])", re.IGNORECASE)  # in others' names
 MARGIN = 16  # tokens of an answer beyond twice those of the wanted one
 
 
@@ -128,15 +126,12 @@ def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Pat
     """Return the files of a data set by split; those of `eval_data` are the test split.
 
     Raises:
-        DataError: there is no training file; one of several has the name of held-out rows, as `my_val.jsonl` has; or
-            there are two test splits, or one that is trained on.
+        DataError: there is no training file; or there are two test splits, or one that is trained on.
     """
     files = find_splits(names)
     if "train" not in files:
         shown = names if isinstance(names, str | Path) else ", ".join(map(str, names))
         raise DataError(f"{shown}: there are no training rows; found {sorted(files)}")
-    if len(files["train"]) > 1 and (held := [path for path in files["train"] if HELD_OUT.search(path.name)]):
-        raise DataError(f"{held[0]}: would be trained on; give it as eval_data, or under another name")
     if eval_data is not None:
         if "test" in files:
             raise DataError(f"{eval_data}: the data have a test split already, {files['test'][0]}; leave eval_data out")
