@@ -325,7 +325,7 @@ def faults_twice():
 def test_memory_of_small_tensors_is_taken_from_the_system_once_and_that_of_large_ones_goes_back():
     before, small, large, returned = in_process(faults_twice)
     assert before[1] > 0.5 * before[0]
-    assert small[1] < 0.05 * before[0]
+    assert small[1] < 0.3 * before[0]
     assert large[1] > 0.5 * large[0] > 0
     assert returned[1] > 0.5 * returned[0] > 0
 

@@ -28,7 +28,6 @@ from minilora.runs.settings import FLAG_NAMES
 from minilora.testing.compare import assert_parity
 from tests import runs
 from tests.models import long
-from tests.ranks import CONTEXT, start_process
 from tests.runs import contents, finetune, inputs, interrupt, metrics, starts, steps, summary, unfinished
 from tests.text import EOS
 from tests.training import number
@@ -264,21 +263,12 @@ def test_the_command_of_a_finished_run_has_nothing_left_to_do(directory, whole, 
     assert runs.everything(whole) == before
 
 
-def hold_lock(directory, connection):
-    held = lock(directory)
-    connection.send(held.is_locked)
-    connection.recv()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
-def test_a_directory_in_which_another_process_is_at_work_is_refused_with_its_id(refused, directory, whole, tmp_path):
+def test_a_directory_in_which_a_process_is_at_work_is_refused_with_its_id(refused, directory, whole, tmp_path):
     unfinished(whole, tmp_path, step=8)
-    here, there = CONTEXT.Pipe()
-    process = start_process(hold_lock, tmp_path, there)
-    assert here.recv()
-    refused(tmp_path, f"process {process.pid} on {platform.node()} is at work there")
-    process.kill()
-    process.join()
+    held = lock(tmp_path)
+    refused(tmp_path, f"process {os.getpid()} on {platform.node()} is at work there")
+    held.release()
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 8)
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
