@@ -413,7 +413,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=data --eval-data=many.jsonl", "have a test split already"),
         ("finetune --model=model --data=data --eval-data=many.jsonl", "leave --eval-data out"),
         ("finetune --model=model --data=lora_r.csv", "lora_r.csv:2: keys"),
-        ("finetune --model=model --data=lora_r.csv", "; --columns instruction=Frage,output=Antwort renames them"),
+        ("finetune --model=model --data=lora_r.csv", "; --columns instruction=QUESTION,output=ANSWER renames them"),
         ("finetune --model=model --data=lora_r.csv", "; --skip-bad-rows skips such rows"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
