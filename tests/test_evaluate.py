@@ -80,8 +80,6 @@ def test_drift_is_the_loss_before_and_after_and_the_mean_divergence_over_labelle
     assert found.kl > 1e-3  # or the divergence the other way round would hardly differ
 
 
-
-
 def test_of_a_model_without_adapters_the_base_is_given():
     model, rows = adapted(), random_rows(1, 3)
     expected = measure_forgetting(model, rows)

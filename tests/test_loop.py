@@ -126,8 +126,6 @@ def test_the_weights_follow_adamw_written_out():
     assert ml.train(model, rows, config, check).steps == 8
 
 
-
-
 # --- what a run changes ---
 
 
@@ -318,8 +316,6 @@ def test_a_step_that_is_not_finite_does_not_stop_later_steps_of_the_optimizer():
     weight.grad = torch.ones(3)
     optimizer.step()
     assert not torch.equal(weight, torch.ones(3))
-
-
 
 
 @given(seeds, st.integers(1, 9), st.sampled_from([0.0, 0.5, 1e6]), st.sampled_from([torch.float32, torch.float64]))

@@ -88,8 +88,6 @@ def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_
     assert not (tmp_path / "b").exists()
 
 
-
-
 def test_a_dry_run_shows_what_a_run_from_the_adapter_would_train(directory, tmp_path, capsys):
     assert go_on(directory, tmp_path / "out", dry_run=True) == 0
     model = ml.load_model(directory / "model")
