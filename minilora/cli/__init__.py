@@ -146,8 +146,8 @@ def _in_flags(message: str, options: Options) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Ask for the known name that is most like an unknown one; empty if none is alike."""
-    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.7)
-    return f"did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(name, [*known], n=1, cutoff=0.7)
+    return f"did you mean {matches[0]}?" if matches else ""
 
 
 class Parser(argparse.ArgumentParser):

@@ -42,8 +42,8 @@ def memory_page(name_or_path: str) -> str:
     config = read_config(path)
     rows: dict[str, Forecast] = {}
     for method, ways in METHODS.items():
-        found = forecast(default_plan(config, method, device))
-        rows |= {method if way == "none" else f"{method}, {way}": found[way] for way in ways}
+        forecasts = forecast(default_plan(config, method, device))
+        rows |= {method if way == "none" else f"{method}, {way}": forecasts[way] for way in ways}
     batch = {"rows": TrainConfig().batch_size, "tokens": DataConfig().max_length, "lora": LoraConfig()}
     return "\n".join([SETTINGS.format(path=path, device=device, **batch), *_table(rows)])
 

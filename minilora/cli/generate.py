@@ -88,7 +88,7 @@ def run(options: Options) -> int:
             with disable_adapter(model) if key == "base" else nullcontext():
                 written = write(model, tokenizer, batch, seeded)
             reason = "finish_reason" if key == "text" else f"{key}_finish_reason"
-            texts = [{key: each.text, reason: each.finish_reason} for each in written]
+            texts = [{key: text.text, reason: text.finish_reason} for text in written]
             answers = [answer | text for answer, text in zip(answers, texts, strict=True)]
         for answer in answers if as_json else ():
             print(json.dumps(answer, ensure_ascii=False), flush=True)

@@ -42,9 +42,9 @@ def run(options: Options) -> int:
     if options["memory"]:
         print(memory_page(options["path"]))
         return 0
-    found = inspect_path(options["path"])
-    print(json.dumps(found, default=vars) if options["json"] else "\n\n".join(page(*each) for each in found.items()))
-    return int("manifest" in found and bool(found["manifest"]["problems"]))
+    facts = inspect_path(options["path"])
+    print(json.dumps(facts, default=vars) if options["json"] else "\n\n".join(page(*each) for each in facts.items()))
+    return int("manifest" in facts and bool(facts["manifest"]["problems"]))
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:
@@ -104,10 +104,10 @@ def _total(entries: Sequence[TensorEntry]) -> str:
 
 def _module_rows(modules: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
     yield "n", "rank", "scale", "norm", "module"
-    found = {each["module"]: each for each in modules}
-    for label, names in fold({name: (each["rank"], each["scale"]) for name, each in found.items()}):
-        rank, scale = found[names[0]]["rank"], found[names[0]]["scale"]
-        norms = [found[name]["norm"] for name in names]
+    by_name = {module["module"]: module for module in modules}
+    for label, names in fold({name: (module["rank"], module["scale"]) for name, module in by_name.items()}):
+        rank, scale = by_name[names[0]]["rank"], by_name[names[0]]["scale"]
+        norms = [by_name[name]["norm"] for name in names]
         low, high = f"{min(norms):.2g}", f"{max(norms):.2g}"
         yield str(len(names)), str(rank), f"{scale:.4g}", low if low == high else f"{low}..{high}", label
 

@@ -137,8 +137,8 @@ def describe(run: Run, model: Llama) -> None:
     )
     for note in run_notes(run, model):
         say(note)
-    for found in run.history.damaged:
-        say(f"skipped a damaged checkpoint: {found}")
+    for problem in run.history.damaged:
+        say(f"skipped a damaged checkpoint: {problem}")
     if run.history.step:
         say(f"resuming from step {run.history.step}")
     elif run.history.starts:

@@ -58,7 +58,7 @@ def run(options: Options) -> int:
     print(f"PyTorch {torch.__version__}, {device}, {options['dtype']}, threads: {torch.get_num_threads()}")
     print("largest error / derived bound; 1 is the limit")
     print(f"{'law':36} {'definitions':>11} {'kernels':>9}  verdict")
-    failures, found = [], {}
+    failures, ratios_of_law = [], {}
     checks = law_checks(device, options["dtype"]) | kernel_checks(device, getattr(torch, options["dtype"]))
     checks["resume"] = partial(check_resume, device)
     for name, check in checks.items():
@@ -72,9 +72,9 @@ def run(options: Options) -> int:
                 broken.append(str(failure))
         print(f"{name:36} {ratios[0]:11.3f} {ratios[1]:9.3f}  {'BROKEN' if broken else 'holds'}", flush=True)
         failures += broken[:1]
-        found[name] = [ratio if math.isfinite(ratio) else "broken" for ratio in ratios]
+        ratios_of_law[name] = [ratio if math.isfinite(ratio) else "broken" for ratio in ratios]
     if options["json"]:
-        record = surroundings(device) | {"dtype": options["dtype"], "holds": not failures, "laws": found}
+        record = surroundings(device) | {"dtype": options["dtype"], "holds": not failures, "laws": ratios_of_law}
         Path(options["json"]).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(["", *failures]) if failures else "all laws hold")
     return 1 if failures else 0

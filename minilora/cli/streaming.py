@@ -106,11 +106,11 @@ def generate_text(
             on_token=lambda row, token: streams[row].add(token),
             **asdict(generation),
         )
-    found = []
+    texts = []
     for tokens, stream in zip(written, streams, strict=True):
         is_cut = len(tokens) == generation.max_new_tokens
-        found.append(Written(stream.finish(), "length" if is_cut else "stop"))
-    return found
+        texts.append(Written(stream.finish(), "length" if is_cut else "stop"))
+    return texts
 
 
 def say_cut(written: Written, limit: int) -> None:

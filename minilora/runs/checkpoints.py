@@ -107,17 +107,18 @@ def trained_adapters(model: nn.Module) -> dict[str, Any]:
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
-    found: dict[str, list[Any]] = {}
+    origins: dict[str, list[Any]] = {}
     active: set[str] = set()
     for layer in adapter_layers(model).values():
         active |= set(layer.active)
         for name, adapter in layer.adapters.items():
             if any(parameter.requires_grad for parameter in own_parameters(layer, name)):
                 settings = [adapter.scale, adapter.dropout.p] if isinstance(adapter, LoraAdapter) else None
-                found.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
-    if idle := sorted(found.keys() - active):
+                origins.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
+    if idle := sorted(origins.keys() - active):
         raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
-    return {name: each[0] if all(isinstance(one, LoraConfig) for one in each) else each for name, each in found.items()}
+    are_configs = {name: all(isinstance(origin, LoraConfig) for origin in made) for name, made in origins.items()}
+    return {name: made[0] if are_configs[name] else made for name, made in origins.items()}
 
 
 def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
@@ -202,8 +203,8 @@ def load_checkpoint(
     trained = _read(TensorFile(directory / "trained.safetensors"), own)
     best: dict[str, Tensor] = {}
     if (directory / "best.safetensors").is_file():
-        found = _read(TensorFile(directory / "best.safetensors"), own)
-        best = {name: tensor.clone() for name, tensor in found.items()}
+        tensors = _read(TensorFile(directory / "best.safetensors"), own)
+        best = {name: tensor.clone() for name, tensor in tensors.items()}
     file = TensorFile(directory / "optimizer.safetensors")
     parameters = trained_parameters(optimizer)
     expected = {f"{name}/step": torch.zeros((), dtype=torch.float32) for name in parameters}
@@ -219,17 +220,17 @@ def load_checkpoint(
 def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
     tensors = {name: file.read(name) for name in file.shapes}
-    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    stored = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     own = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
-    if differing := sorted(name for name in found | own if found.get(name) != own.get(name)):
+    if differing := sorted(name for name in stored | own if stored.get(name) != own.get(name)):
         raise FormatError(f"{file.path}: holds other tensors than the run trains: {differing[:5]}")
     return tensors
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in paths if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:

@@ -95,8 +95,8 @@ def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
 
 def _marked_spans(marked: Sequence[Span], begin: int, end: int) -> list[Span]:
     """Return what the template marks of an answer that lies in [begin, end); the first span begins with the answer."""
-    found = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
-    return [(begin, found[0][1]), *found[1:]] if found else []
+    spans = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
+    return [(begin, spans[0][1]), *spans[1:]] if spans else []
 
 
 def _earlier_answer(

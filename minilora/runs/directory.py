@@ -154,10 +154,10 @@ class RunDirectory:
             free.add("prompt_style")
         if different := [key for key in config if key not in free and before.get(key) != config[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in different)
-            what = "a finished run" if is_finished else "a run"
-            raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); use another directory")
-        what = f"{self.path}: files of the base, the adapter or the template"
-        check_same(what, record["inputs_sha256"], self._inputs)
+            kind = "a finished run" if is_finished else "a run"
+            raise TrainingError(f"{self.path}: holds {kind} with other settings ({changes}); use another directory")
+        kind = f"{self.path}: files of the base, the adapter or the template"
+        check_same(kind, record["inputs_sha256"], self._inputs)
         first = record["starts"][0]
         return RunHistory(
             first["dtype"] if self._settings.run.dtype == "auto" else self._settings.run.dtype,

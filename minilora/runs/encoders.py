@@ -229,9 +229,9 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
         if not isinstance(example, Example):
             raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
         T = len(example.tokens)
-        found = len(example.labels)
-        if found != T:
-            raise DataError(f"{example.source!r} has {found} labels for {T} tokens; need one for each")
+        labels = len(example.labels)
+        if labels != T:
+            raise DataError(f"{example.source!r} has {labels} labels for {T} tokens; need one for each")
         learned = [label for label in example.labels if label != IGNORE_INDEX]
         if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
             raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")

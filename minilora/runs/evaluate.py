@@ -249,9 +249,10 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
     for example in examples:
         if (prompt := prompt_of(example)) == added[: len(prompt)]:
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
-    answers = [list(takewhile(lambda token: token not in tokenizer.stop_ids, answer_of(each))) for each in examples]
+    stop_ids = tokenizer.stop_ids
+    answers = [list(takewhile(lambda token: token not in stop_ids, answer_of(example))) for example in examples]
     limits = [len(answer) + 1 for answer in answers]
-    written = write_answers(model, tokenizer, [prompt_of(each) for each in examples], limits, progress)
+    written = write_answers(model, tokenizer, [prompt_of(example) for example in examples], limits, progress)
     pairs = zip(map(tokenizer.decode, written), map(tokenizer.decode, answers), strict=True)
     return sum(text.strip() == answer.strip() for text, answer in pairs) / len(examples)
 

@@ -109,13 +109,13 @@ def forecast(plan: Plan) -> Forecasts:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     micro_batches = (batch for step in plan_steps(len(plan.rows), plan.training) for batch in step)
     largest = max(micro_batches, key=lambda batch: sum(plan.rows[row][0] for row in batch))
-    found: dict[str, Forecast] = {}
+    forecasts: dict[str, Forecast] = {}
     for way in get_args(Checkpointing):
         kept, most = _measure_step(plan, model, [plan.rows[row] for row in largest], way)
         working = max(most, sent - kept) + gathered
         overhead = int(FRAGMENTS * (kept + working)) + libraries
-        found[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
-    return found
+        forecasts[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
+    return forecasts
 
 
 def _build_base(plan: Plan) -> Llama:

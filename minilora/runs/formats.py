@@ -223,8 +223,8 @@ def _check_message(message: Fields, where: str) -> Fields:
 
 def _check_calls(calls: Any, where: str) -> None:
     """Raise a DataError if a tool call does not name its function."""
-    found = calls if isinstance(calls, list) else [None]
-    functions = [call.get("function", call) if isinstance(call, dict) else None for call in found]
+    entries = calls if isinstance(calls, list) else [None]
+    functions = [call.get("function", call) if isinstance(call, dict) else None for call in entries]
     if not all(isinstance(called, dict) and isinstance(called.get("name"), str) for called in functions):
         raise DataError(f"{where}: found {calls!r:.60}, need a list of calls, each with the name of a function")
 

@@ -52,8 +52,10 @@ class Data:
     @property
     def splits(self) -> dict[str, Dataset]:
         """Return the splits that have rows, by name, without the validation split where it is the test split."""
-        found = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
-        return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
+        splits = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
+        return {
+            name: rows for name, rows in splits.items() if rows and not (name == "validation" and rows is self.test)
+        }
 
 
 def read_data(
@@ -147,15 +149,15 @@ def find_splits(names: Names) -> dict[str, list[Path]]:
     The splits of a directory are its files `train`, `valid` (or `validation`, `val`) and `test`. A file by itself, the
     only one of a directory, or all its documents are "train". Several names are joined.
     """
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for name in [names] if isinstance(names, str | Path) else names:
         for split, paths in _splits_of(name).items():
-            found.setdefault(split, []).extend(paths)
-    return found
+            files.setdefault(split, []).extend(paths)
+    return files
 
 
 def _splits_of(name: str | Path) -> dict[str, list[Path]]:
-    path, found = fetch(name, "dataset"), dict[str, list[Path]]()
+    path, splits = fetch(name, "dataset"), dict[str, list[Path]]()
     if not path.is_dir():
         return {"train": [path]}
     named = [file for file in sorted(path.iterdir()) if file.name[0] != "." and file.is_file()]
@@ -165,16 +167,16 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
         check_link(file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
-            if split in found:
-                both = f"{found[split][0].name} and {file.name}"
+            if split in splits:
+                both = f"{splits[split][0].name} and {file.name}"
                 raise DataError(f"{path}: {both} are both the {split} split; remove one")
-            found[split] = [file]
-    if not found and (documents or len(files) == 1):
+            splits[split] = [file]
+    if not splits and (documents or len(files) == 1):
         return {"train": documents or files}
-    if not found:
+    if not splits:
         need = f"one data file (*{', *'.join(DATA_ENDINGS)}), documents (*.txt), or train.jsonl and perhaps more"
         raise DataError(f"{path}: need {need}; found {[file.name for file in named[:9]]}")
-    return found
+    return splits
 
 
 def files_to_evaluate(names: Names) -> list[Path]:
@@ -223,6 +225,6 @@ def load_general(name: str, tokenizer: Tokenizer, config: DataConfig) -> Dataset
 
 def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
     """Return SHA-256 by file name, or by path where names repeat."""
-    paths = [path for found in files.values() for path in found]
+    paths = [path for of_split in files.values() for path in of_split]
     is_distinct = len({path.name for path in paths}) == len(paths)
     return {(path.name if is_distinct else str(path)): sha256_of(path) for path in paths}

@@ -34,8 +34,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def high_water_bytes() -> int:
     """Return the most memory that the process has used so far; 0 where the system does not report it."""
     # getrusage would include the process that started this one.
-    if (found := _kilobytes("proc/self/status", "VmHWM")) is not None:
-        return found
+    if (high_water := _kilobytes("proc/self/status", "VmHWM")) is not None:
+        return high_water
     try:
         import resource
     except ImportError:  # Windows has no such module
@@ -47,8 +47,8 @@ def high_water_bytes() -> int:
 def _kilobytes(file: str, field: str) -> int | None:
     """Return a field of one of Linux's files, "NAME: N kB", in bytes."""
     path = LINUX / file
-    found = re.search(rf"^{field}:\s+(\d+) kB$", path.read_text(), re.MULTILINE) if path.is_file() else None
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"^{field}:\s+(\d+) kB$", path.read_text(), re.MULTILINE) if path.is_file() else None
+    return int(match[1]) * 1024 if match else None
 
 
 AT_IMPORT = high_water_bytes()
