@@ -26,7 +26,6 @@ from minilora.runs.encoders import Dataset, check_examples
 from minilora.runs.sampler import Rows, eval_groups, kept_random_state
 from minilora.training import Loss, token_loss
 
-SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-2-7B are 0.5 MB a token
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
@@ -175,7 +174,7 @@ def _sum_over_groups(
     numbers = []
     with evaluating(model):
         for rows, is_counted in processes.split_for_rank(list(groups)):
-            numbers.append([is_counted * number for number in compute(rows)])
+            numbers.append([number if is_counted else 0 for number in compute(rows)])
             progress(rows[-1] + 1, total)
     return processes.sum_over_ranks(*map(sum, zip(*numbers, strict=True)))
 
@@ -324,14 +323,6 @@ def answer(
         add_answers("base", "base_finish_reason")
     add_answers("text", "finish_reason")
     return rows
-
-
-def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Return the prompts of some examples, and what the model generates for each, greedily."""
-    prompts = [prompt for example in examples if (prompt := prompt_of(example))]
-    written = write_answers(model, tokenizer, prompts, [SAMPLE_TOKENS] * len(prompts))
-    pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
-    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
 def _hidden(model: Llama, tokens: Tensor, lengths: list[int]) -> Tensor:
