@@ -233,7 +233,7 @@ def refused(capsys, directory):
 
 
 def test_a_finished_run_is_never_overwritten(refused, whole):
-    refused(whole, "holds a finished run with other settings (--lora-r was 3 and is 4); use another", lora_r=4)
+    refused(whole, "holds a finished run with other settings (lora_r was 3 and is 4); use another", lora_r=4)
     refused(whole, "holds a run, which is not to be resumed", resume="never")
     refused(whole, "epochs was 2.0 and is 3.0", epochs=3)
 
@@ -326,8 +326,8 @@ def test_what_is_no_place_for_a_run_is_refused_before_the_model_is_loaded(refuse
 
 def test_a_run_with_other_settings_is_refused_and_each_difference_named(refused, directory, whole, tmp_path):
     unfinished(whole, tmp_path, step=4)
-    refused(tmp_path, "--learning-rate was 0.01 and is 0.5", learning_rate=0.5)
-    refused(tmp_path, "0.5, --seed was 0 and is 7)", learning_rate=0.5, seed=7)
+    refused(tmp_path, "learning_rate was 0.01 and is 0.5", learning_rate=0.5)
+    refused(tmp_path, "0.5, seed was 0 and is 7)", learning_rate=0.5, seed=7)
     refused(
         tmp_path, "the data changed since the run began: general.jsonl, rows.jsonl", data=directory / "general.jsonl"
     )
@@ -346,7 +346,7 @@ def test_a_run_whose_base_tokenizer_or_template_was_replaced_is_refused(
     stop(directory, tmp_path / "out", monkeypatch, **paths)
     capsys.readouterr()
     files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    changed = {f"model/{file}": tmp_path / "model" / file for file in files} | {"--prompt-style": paths["prompt_style"]}
+    changed = {f"model/{file}": tmp_path / "model" / file for file in files} | {"prompt_style": paths["prompt_style"]}
     for name, path in changed.items():
         before = path.read_bytes()
         last = before[-1] ^ (3 if before.endswith(b"\n") else 1)  # a line end becomes a tab
@@ -419,7 +419,7 @@ def test_eval_data_that_are_trained_on_or_beside_a_test_split_are_refused(direct
     for split in ("train", "test"):
         runs.write_rows(tmp_path / f"{split}.jsonl", 5)
     for data, phrase in (
-        (directory / "rows.jsonl", "rows.jsonl: is in data and in --eval-data"),
+        (directory / "rows.jsonl", "rows.jsonl: is in data and in eval_data"),
         (tmp_path, f"the data have a test split already, {tmp_path}/test.jsonl"),
     ):
         assert finetune(directory, tmp_path / "out", data=data, eval_data=directory / "rows.jsonl") == 1
