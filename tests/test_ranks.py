@@ -127,12 +127,13 @@ def averages(folder):
 
 
 def begun_apart(folder):
-    """The averages of `averages`, and the adapter after a run whose second rank began with another one."""
+    """The averages of `averages`, and the adapter in a run whose second rank began with another one."""
     model = adapted(layers=1)
     factor = next(iter(adapter_layers(model).values())).adapters["default"].lora_A
     factor.data += distributed.get_rank()
-    ml.train(model, ROWS, ml.TrainConfig(**PLAN))
-    return factor.tolist(), averages(folder)
+    factors = []
+    ml.train(model, ROWS, ml.TrainConfig(**PLAN), lambda record: factors.append(factor.tolist()))
+    return factors, averages(folder)
 
 
 def test_ranks_begin_with_the_adapter_of_the_first_one_and_end_with_its_averages(tmp_path):
