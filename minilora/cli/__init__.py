@@ -34,7 +34,7 @@ COMMANDS = {
     "export": "save an adapter in a plain form that more tools can read",
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
-    "inspect": "show what a model, an adapter, a run or a safetensors file holds, and whether it is as it was written",
+    "inspect": "show what is in a model, an adapter, a run or a safetensors file, and whether it was changed",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",

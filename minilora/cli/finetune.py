@@ -184,7 +184,7 @@ def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: tor
 
 
 def load_adapted(plan: Plan, base: Base, device: torch.device | str) -> Llama:
-    """Load the base model, quantized as it is read, and attach a new adapter, or the one to start from.
+    """Load the base model, quantized while it is read, and attach a new adapter, or the one to start from.
 
     On the device "meta" the model has no storage.
     """

@@ -155,7 +155,7 @@ def _bool_or_text(text: str) -> bool | str:
 
 
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:
-    """Return `q_proj,v_proj` as a list of names, and text with other characters, such as `all-linear`, as it is."""
+    """Return `q_proj,v_proj` as a list of names, and text with other characters, such as `all-linear`, unchanged."""
     is_list = all(character.isalnum() or character in "_., " for character in text)
     return _names(text) if is_list else text
 

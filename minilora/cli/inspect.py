@@ -1,4 +1,4 @@
-"""Show what a model, an adapter, a run or a safetensors file holds.
+"""Show what is in a model, an adapter, a run or a safetensors file.
 
 The files of a directory and of its checkpoints are compared with their sizes
 and SHA-256 in the manifest; if one is not as it was written, the exit status

@@ -23,7 +23,7 @@ from minilora.runs.encoders import Dataset
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.reports import shorten
 
-if TYPE_CHECKING:  # of finetune alone
+if TYPE_CHECKING:  # only `finetune` imports it
     from minilora.runs.directory import Run, RunSummary
     from minilora.runs.loop import TrainResult
 

@@ -43,7 +43,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
 def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
     """Return the text of an example, control tokens included, with marks around learned tokens.
 
-    A stretch is what it adds to the decoded text: decoded alone, it could lose the space that it begins with.
+    A stretch is what it adds to the decoded text: decoded by itself, it could lose the space that it begins with.
     """
     text, done, count = "", "", 0
     for is_learned, labels in groupby(example.labels, lambda label: label != IGNORE_INDEX):

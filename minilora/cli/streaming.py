@@ -19,7 +19,7 @@ from minilora.options import option
 
 BATCH_SIZE = 8  # texts that are generated at a time
 MERGE_TOKENS = 40  # below, a merge may take longer than it saves
-MERGE_BYTES = 2**30  # the most that the merged weights may take beside the others
+MERGE_BYTES = 2**30  # limit of the merged weights, which exist in addition to the others
 UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
 
 

@@ -8,11 +8,11 @@
                                                      if one adapter is trained, which `ml.attach` or
                                                      `ml.load_adapter` made: that adapter in PEFT's layout
                             chat_template.jinja, minilora-prompts.json
-                                                     beside it: those of the run's directory
+                                                     with it: those of the run's directory
                             minilora-manifest.json   sizes and hashes of all these
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state is saved. A directory
-appears whole or not at all. A run resumes from the newest one that is as its manifest says, and only if its
+appears whole or not at all. A run resumes from the newest one that matches its manifest, and only if its
 `fingerprint` is the same.
 """
 
@@ -59,7 +59,7 @@ BOOKKEEPING = {"save_steps", "save_total_limit", "logging_steps", "gradient_chec
 
 @dataclass
 class State:
-    """A run's progress, as state.json holds it."""
+    """The progress of a run, as in state.json."""
 
     run: str = ""  # its `fingerprint`
     step: int = 0  # done so far, as are the next two
@@ -141,7 +141,7 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of a step, with the weights of the best one, then remove all but the newest `keep`.
 
-    The metrics beside the folder are flushed before, so that none of a step up to a checkpoint is ever lost.
+    The metrics of the run are flushed first, so no metrics of a step before a checkpoint are lost.
     """
     flush(folder.parent / "metrics.jsonl")
     moments = {
@@ -192,7 +192,7 @@ def load_checkpoint(
     """Restore the model and the optimizer; return the state, and the weights of the best step.
 
     The checkpoint has to be of a run with the fingerprint `run` and of as many steps. If it is not, if a file is
-    damaged, or holds other tensors than the run trains, the model is left as it was.
+    damaged, or has other tensors than the run trains, the model stays unchanged.
     """
     state = read_state(directory)
     if state.run != run:
@@ -234,7 +234,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """Return the newest checkpoint that is as its manifest says, and what is wrong with newer ones."""
+    """Return the newest checkpoint that matches its manifest, and what is wrong with newer ones."""
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -256,7 +256,7 @@ def fingerprint(
     """Return a hash of the settings, of the `trained_adapters`, and of the rows (see `_as_json`).
 
     Raises:
-        DataError: a row holds an object whose content is unknown.
+        DataError: a row has an object whose content is unknown.
     """
     idle = BOOKKEEPING | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     settings = {key: value for key, value in asdict(config).items() if key not in idle}

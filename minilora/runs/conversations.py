@@ -18,10 +18,10 @@ from minilora.runs.formats import Conversation, Fields
 from minilora.runs.settings import TrainOn
 from minilora.runs.unrendered import check_answer, check_context, check_messages, is_written, thoughts_of
 
-if TYPE_CHECKING:  # jinja2 is imported for models with a template alone
+if TYPE_CHECKING:  # jinja2 is imported for models with a template only
     from minilora.models.template import ChatTemplate, Tools
 
-ANSWER = "\ufdd4"  # a noncharacter, which no text holds
+ANSWER = "\ufdd4"  # a noncharacter, which no text has
 
 
 def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
@@ -94,7 +94,7 @@ def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def _marked_spans(marked: Sequence[Span], begin: int, end: int) -> list[Span]:
-    """Return what the template marks of an answer that lies in [begin, end); the first span begins with the answer."""
+    """Return what the template marks of an answer in [begin, end); the first span begins with the answer."""
     spans = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
     return [(begin, spans[0][1]), *spans[1:]] if spans else []
 
@@ -134,7 +134,7 @@ def _answer_alone(conversation: Conversation, template: ChatTemplate) -> tuple[s
     """Return the last answer as it follows the text that asks for it, and the spans of it that the template marks.
 
     Some templates write other text before an answer than where they ask for one: Mistral's without the system prompt,
-    R1's without `<think>`. The answer is found after its question alone; thoughts that were begun are ended.
+    R1's without `<think>`. The answer is rendered after its question only; thoughts that were begun are ended.
     """
     *before, answer = conversation.messages
     tools = conversation.tools

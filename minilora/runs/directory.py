@@ -62,7 +62,7 @@ class Base:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What a directory holds of the earlier starts of a run; of a new one, what it begins with."""
+    """The earlier starts of a run, as its directory records them; of a new run, what it begins with."""
 
     dtype: str  # of the base: "auto" differs between machines, so a run keeps that of its first start
     began: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))  # the first start
@@ -246,7 +246,7 @@ class RunDirectory:
 
 
 def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
-    """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
+    """Return hashes of the files that a run starts from, except its data: base, tokenizer, adapter and template."""
     paths = {f"model/{path.name}": path for path in sorted(base.location.path.glob("*.safetensors"))}
     paths |= {f"model/{name}": base.location.path / name for name in ("config.json", *TOKENIZER_FILES)}
     for adapter in base.adapters:

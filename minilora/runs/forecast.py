@@ -34,7 +34,7 @@ from minilora.runs.settings import TrainConfig
 
 Shard = Literal["none", "base"]
 
-# What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
+# Memory of a process that tensors do not take, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 175_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
 
@@ -51,7 +51,7 @@ class Plan:
     device: torch.device
     rows: Sequence[tuple[int, int]]  # tokens and labelled tokens of each training row
     ranks: int = 1
-    shard: Shard = "none"  # "base": each rank holds its share of the rows of the blocks' frozen weights
+    shard: Shard = "none"  # "base": each rank keeps its share of the rows of the blocks' frozen weights
     free: int | None = None  # bytes of memory on every rank, if known
 
     def has_room(self, size: int) -> bool:
@@ -67,13 +67,13 @@ class Plan:
 class Forecast:
     """A forecast of the bytes at the peak of a run."""
 
-    weights: int  # of the base, dense or in four bits
-    adapters: int  # what is trained besides them, and a copy of the best so far
+    weights: int  # of the base, dense or 4-bit
+    adapters: int  # the trained parameters that are not in `weights`, and a copy of the best so far
     gradients: int  # of everything that is trained
     moments: int
     activations: int  # what autograd saves of a micro-batch
-    working: int  # the most that lives besides; with a sharded base also the weights of this block and the next one
-    overhead: int  # what libraries hold besides tensors
+    working: int  # peak of temporaries beyond `activations`; of a sharded base also the weights of two blocks
+    overhead: int  # memory of libraries
 
     @property
     def peak(self) -> int:
@@ -119,7 +119,7 @@ def forecast(plan: Plan) -> Forecasts:
 
 
 def _build_base(plan: Plan) -> Llama:
-    """Build the base model without storage, in the dtype of the computation, or with linears in four bits."""
+    """Build the base model without storage, in the dtype of the computation, or with 4-bit linears."""
     source, quantization = plan.config.source, plan.quantization
     model = build_on_meta(plan.config).to(plan.dtype).requires_grad_(False)
     if is_four_bit(source):
@@ -158,7 +158,7 @@ class Live(TorchDispatchMode):
 
 
 def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way: Checkpointing) -> tuple[int, int]:
-    """Return what autograd saves of a micro-batch, and the most that lives besides.
+    """Return what autograd saves of a micro-batch, and the peak of temporaries beyond that.
 
     `rows` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share
     counts as often as there are such blocks.

@@ -1,12 +1,12 @@
 """Formats of rows: a row is recognised by its fields, and read as a prompt with its completion or as a conversation.
 
-    {"messages": [{"role": …, "content": …}, …]}        a conversation (OpenAI); tools beside it
-    {"conversations": [{"from": …, "value": …}, …]}     a conversation (ShareGPT); tools beside it
+    {"messages": [{"role": …, "content": …}, …]}        a conversation (OpenAI), maybe with `tools`
+    {"conversations": [{"from": …, "value": …}, …]}     a conversation (ShareGPT), maybe with `tools`
     {"instruction": …, "input": …, "output": …}         an instruction and its answer (Alpaca)
     {"prompt": …, "completion": …}                      plain text; or a conversation in two lists of messages (TRL)
     {"text": …}                                         plain text, all of it a completion
 
-A conversation may have its system prompt in a field `system`. Errors name the field as it is in the file. In rows to
+A conversation may have its system prompt in a field `system`. Errors name the field of the file. In rows to
 generate from (`parse_prompt`), `output`, `completion` or the assistant's last turn may be missing.
 """
 

@@ -1,4 +1,4 @@
-"""The data of a run: files are found, encoded and split, with general text beside them."""
+"""The data of a run: files are found, encoded and split; general text is read."""
 
 from __future__ import annotations
 

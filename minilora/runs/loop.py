@@ -46,7 +46,7 @@ SAVE_SECONDS = 600  # the longest time between two
 class TrainResult:
     """A summary of a run, including the parts before it was resumed.
 
-    `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model holds now; `damaged` says
+    `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model has now; `damaged` lists
     what is wrong with checkpoints that were skipped.
     """
 
@@ -87,7 +87,7 @@ def train(
         held_out: rows to evaluate every `eval_steps` and after the last step.
         checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
-            that is as it was written, and ends in the same bytes as if it had never stopped.
+            undamaged one, and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
             or the count if none has. PyTorch's random state is set from the run's seed and the micro-batch before each
@@ -98,7 +98,7 @@ def train(
         DataError: there are no rows; an example has not a label for each token, or has a token that the model does
             not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
             rows cannot be compared.
-        FormatError: the newest checkpoint holds other tensors than the run trains, or what is trained cannot be saved.
+        FormatError: the newest checkpoint has other tensors than the run trains, or what is trained cannot be saved.
         OSError: checkpoints cannot be written.
         TrainingError: nothing is trainable, or an inactive adapter is; FSDP has divided what is trained; a loss or
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;

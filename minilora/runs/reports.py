@@ -82,7 +82,7 @@ class ProgressBar:
                 delay=interval if total and what != "step" else 0,  # an evaluation that is short is not shown
                 file=file,
                 mininterval=interval,
-                miniters=1,  # the clock decides alone
+                miniters=1,  # only the clock decides
             )
         self._bar.set_postfix_str(about, refresh=False)
         self._bar.update(done - self._bar.n)

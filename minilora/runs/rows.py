@@ -2,7 +2,7 @@
 
     .csv, .tsv      a row a line, or several with quotes, as Python's `csv` reads them; the first row names the columns
     .txt            a document, which is one row
-    other endings   an array of JSON objects, or one object a line; the first character says which
+    other endings   an array of JSON objects, or one object a line; the first character decides
 
 Files are in UTF-8. A byte order mark at the beginning is accepted; lines end in LF or CRLF.
 """

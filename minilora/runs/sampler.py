@@ -1,6 +1,6 @@
 """What a run draws from its seed: the order of rows, and the masks of dropout.
 
-Both are functions of the seed and the step alone, so a resumed run needs no saved random state.
+Both are functions of only the seed and the step, so a resumed run needs no saved random state.
 
     [Dropout]  Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting
 """

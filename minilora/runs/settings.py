@@ -16,7 +16,7 @@ from minilora.options import answers, check_types, document_fields, option
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
-FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
+FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
 COUNTS = (
     *("batch_size", "gradient_accumulation_steps", "max_steps"),
     *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
