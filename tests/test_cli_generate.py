@@ -236,20 +236,6 @@ def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_lin
     assert rows_of(command("--prompts", tmp_path / "prompts.csv", "--columns=prompt=q")) == rows
 
 
-@pytest.mark.parametrize("header", ["q,a", "prompt,a", "instruction,output"])
-def test_a_file_with_the_columns_of_the_training_is_read_as_in_training_and_any_other_as_it_is(
-    directory, command, tmp_path, header
-):
-    adapter = shutil.copytree(directory / "model-adapter", tmp_path / "run")
-    (adapter / "run.json").write_text(json.dumps({"config": {"columns": {"prompt": "q", "completion": "a"}}}))
-    (tmp_path / "prompts.csv").write_text(f"{header}\nthe cat?,yes\n")
-    (row,) = rows_of(command(f"--adapter={adapter}", "--prompts", tmp_path / "prompts.csv"))
-    names = ["prompt", "completion"] if header == "q,a" else header.split(",")
-    assert [row[name] for name in names] == ["the cat?", "yes"]
-    (tmp_path / "prompts.txt").write_text("naïve 漢字")
-    assert command("--prompts", tmp_path / "prompts.txt").startswith('{"prompt": "naïve 漢字", "text": ')
-
-
 def test_rows_keep_their_fields_and_messages_are_a_conversation_without_the_last_answer(directory, command, tmp_path):
     talk = [user("the cat"), {"role": "assistant", "content": "sat"}]
     system = {"role": "system", "content": "be kind"}

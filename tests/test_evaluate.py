@@ -274,12 +274,3 @@ def test_measuring_and_generating_leave_the_mode_as_it_was(is_training):
     choice_accuracy(model, examples, [(1,), (2,)])
     generate(model, [[1, 2]], max_new_tokens=2)
     assert all(module.training == is_training for module in model.modules())
-
-
-@pytest.mark.parametrize("function", [held_out_loss, measure_forgetting])
-def test_progress_counts_the_rows_that_are_done_from_none_up_to_all_of_them(function):
-    told = []
-    measured(20, function, adapted(), random_rows(3, 7), lambda done, total: told.append((done, total)))
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert len(told) > 2
-    assert (told[0], told[-1]) == ((0, 7), (7, 7))

@@ -21,7 +21,7 @@ from pathlib import Path
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load, run_settings
+from minilora.cli.load import add_model_flags, load
 from minilora.cli.streaming import BATCH_SIZE, GenerationConfig, Written, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
@@ -110,11 +110,7 @@ def read_prompts(options: Options) -> list[Row]:
     if file is None:
         return [Row({"prompt": sys.stdin.read().removesuffix("\n")}, "standard input")]
     if not file.endswith(".txt"):
-        files = files_to_evaluate(file)
-        rows = list(stream_rows(*files, columns=options["columns"]))
-        trained = from_flags(DataConfig, {"columns": run_settings(options).get("columns")}).columns
-        has_them = trained and all(row.fields.keys() >= {*trained.values()} for row in rows)
-        return list(stream_rows(*files, columns=trained)) if has_them and options["columns"] is None else rows
+        return list(stream_rows(*files_to_evaluate(file), columns=options["columns"]))
     lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
     rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:

@@ -208,7 +208,7 @@ def check_memory(plan: Plan, forecasts: Forecasts) -> None:
     if not plan.has_room(chosen.peak):
         raise TrainingError(
             f"the run needs {amount(chosen.peak)} of memory, and {amount(plan.free or 0)} are "
-            f"free on {plan.device}; what helps is a smaller batch_size with more gradient_accumulation_steps (the "
+            f"free on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
             "gradient is the same), --gradient-checkpointing block, --quantize nf4, a smaller --max-length, or --shard "
             "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
         )
