@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import cli
 from minilora.cli import forecast as pages
-from minilora.cli.finetune import find_base, plan_run
+from minilora.cli.finetune import find_inputs, plan_run
 from minilora.data import Batch
 from minilora.kernels import llama as heads
 from minilora.kernels import lora as tiles
@@ -213,7 +213,7 @@ def planned(directory, out, **training):
     """The plan of that command, and its forecasts."""
     where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), out=str(out), device="cpu")
     settings = Settings(replace(where, general_data="none"), training=TrainConfig(**training))
-    base = find_base(settings)
+    settings, base = find_inputs(settings)
     return choose_plan(plan_run(settings, base, read_data(settings, base.adapters, datetime.now()), "auto", CPU))
 
 

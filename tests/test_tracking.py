@@ -4,7 +4,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import minilora as ml
-from minilora.cli.finetune import check_settings, find_base
+from minilora.cli.finetune import check_settings, find_inputs
 from minilora.runs.settings import RunConfig, Settings
 from tests import runs
 
@@ -94,7 +94,7 @@ def test_without_its_library_the_error_says_before_a_run_what_to_install(library
     monkeypatch.setitem(sys.modules, library, None)
     settings = Settings(RunConfig(report=library))
     with pytest.raises(ml.ConfigError, match=f"--report {library} needs the package {library}: pip install {library}"):
-        check_settings(settings, find_base(settings))
+        check_settings(*find_inputs(settings))
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(ModuleNotFoundError, match=library):
         ml.Tracker(library, tmp_path)

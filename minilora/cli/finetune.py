@@ -124,23 +124,21 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 
-def pinned(run: RunConfig) -> RunConfig:
-    """Return the config with the commit of each repository in its name, so that it means the same later."""
-    return replace(
+def find_inputs(settings: Settings) -> tuple[Settings, Base]:
+    """Return the settings with the commit of each repository in its name, and the model and the adapter they name."""
+    run = settings.run
+    model = locate(run.model, "model")
+    adapter = None if run.adapter is None else locate(run.adapter, "adapter")
+    run = replace(
         run,
-        model=locate(run.model, "model").name,
-        adapter=run.adapter and locate(run.adapter, "adapter").name,
+        model=model.name,
+        adapter=adapter and adapter.name,
         data=tuple(locate(name, "dataset").name for name in run.data),
         eval_data=run.eval_data and locate(run.eval_data, "dataset").name,
         general_data=run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name,
     )
-
-
-def find_base(settings: Settings) -> Base:
-    """Find the model and the adapter that the settings name."""
-    location = locate(settings.run.model, "model")
-    adapters = () if settings.run.adapter is None else (fetch(settings.run.adapter, "adapter"),)
-    return Base(location, adapters, read_config(location.path))
+    base = Base(model, (adapter.path,) if adapter else (), read_config(model.path))
+    return replace(settings, run=run), base
 
 
 def check_settings(settings: Settings, base: Base) -> None:
@@ -203,10 +201,8 @@ def run(options: Options) -> int:
     """Fine-tune, call by call as in the diagram of docs/architecture.md."""
     is_dry = options["dry_run"]
     with processes.joined(options["device"]) as device, ExitStack() as stack:
-        settings = read_settings(options)
-        settings = replace(settings, run=pinned(settings.run))
+        settings, base = find_inputs(read_settings(options))
         directory = stack.enter_context(closing(RunDirectory(settings)))
-        base = find_base(settings)
         check_settings(settings, base)
         history = RunHistory(settings.run.dtype) if is_dry else directory.open(base)
         bar = stack.enter_context(closing(ProgressBar()))

@@ -156,8 +156,8 @@ class RunDirectory:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in different)
             kind = "a finished run" if is_finished else "a run"
             raise TrainingError(f"{self.path}: holds {kind} with other settings ({changes}); use another directory")
-        kind = f"{self.path}: files of the base, the adapter or the template"
-        check_same(kind, record["inputs_sha256"], self._inputs)
+        inputs = f"{self.path}: files of the base, the adapter or the template"
+        check_same(inputs, record["inputs_sha256"], self._inputs)
         first = record["starts"][0]
         return RunHistory(
             first["dtype"] if self._settings.run.dtype == "auto" else self._settings.run.dtype,
