@@ -165,14 +165,18 @@ def test_a_run_of_another_length_is_refused(whole):
         run(whole, epochs=3)
 
 
-def test_a_checkpoint_of_other_parameters_is_refused_by_their_names_and_nothing_is_put_into_the_model(whole, tmp_path):
-    path = copy_checkpoint(whole, 6, tmp_path) / "trained.safetensors"
+@pytest.mark.parametrize(("file", "part"), [("trained", "down_proj"), ("optimizer", "/exp_avg")])
+def test_a_checkpoint_of_other_tensors_is_refused_by_name_and_the_model_is_unchanged(whole, tmp_path, file, part):
+    path = copy_checkpoint(whole, 6, tmp_path) / f"{file}.safetensors"
     tensors = load_file(path)
-    name = next(name for name in sorted(tensors) if "down_proj" in name)
+    name = next(name for name in sorted(tensors) if part in name)
     model = fresh()
     before = weights(model)
     lacking = {key: value for key, value in tensors.items() if key != name}
-    for spoiled in (lacking, lacking | {name: tensors[name][:1].clone()}, lacking | {name: tensors[name].double()}):
+    for spoiled in (
+        lacking,
+        *(lacking | {name: tensor} for tensor in (tensors[name][:1].clone(), tensors[name].double())),
+    ):
         save_file(spoiled, path)
         as_written(path.parent)
         with pytest.raises(ml.FormatError, match=re.escape(name)):
@@ -352,17 +356,6 @@ def test_a_weight_that_is_not_finite_is_in_no_checkpoint(tmp_path):
     with pytest.raises(ml.TrainingError, match=r"not written, because .*q_proj\.lora_A\.weight has numbers"):
         run(tmp_path, model, on_step=spoil)
     assert saved(tmp_path) == [1]
-
-
-@pytest.mark.parametrize("spoil", [lambda t: t.flatten()[:1], lambda t: t.int(), lambda t: t.t()])
-def test_moments_that_do_not_fit_are_refused_by_name(whole, tmp_path, spoil):
-    path = copy_checkpoint(whole, 2, tmp_path) / "optimizer.safetensors"
-    moments = load_file(path)
-    name = next(name for name in sorted(moments) if name.endswith("/exp_avg"))
-    save_file({**moments, name: spoil(moments[name]).contiguous()}, path)
-    as_written(path.parent)
-    with pytest.raises(ml.FormatError, match=re.escape(name)):
-        run(tmp_path)
 
 
 @pytest.mark.parametrize(
