@@ -110,7 +110,7 @@ def parse(words: Sequence[str]) -> Options:
         print(version if command == "--version" else OVERVIEW.format(commands=commands))
         raise SystemExit(0)
     if command not in COMMANDS:
-        advice = nearest(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
+        advice = closest_name(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
         say(f"minilora: {command} is no command; {advice}")
         raise SystemExit(2)
     if command == "finetune" and not {"-h", "--help"}.isdisjoint(words):
@@ -122,14 +122,14 @@ def parse(words: Sequence[str]) -> Options:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
             flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
-            advice = FOREIGN_FLAGS.get(name) or nearest(name, flags) or f"see `{parser.prog} --help`"
+            advice = FOREIGN_FLAGS.get(name) or closest_name(name, flags) or f"see `{parser.prog} --help`"
             parser.error(f"{name} is unknown; {advice}")
         forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
         parser.error(f"unexpected argument {name!r}; {forms}")
     return {**vars(options), "command": command}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def closest_name(name: str, known: Iterable[str]) -> str:
     """Ask for the known name that is most like an unknown one; empty if none is alike."""
     matches = difflib.get_close_matches(name, [*known], n=1, cutoff=0.7)
     return f"did you mean {matches[0]}?" if matches else ""

@@ -27,11 +27,11 @@ from minilora.adapters.attach import attach, count_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import check_language_task, read_adapter
-from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, nearest, say
+from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, closest_name, say
 from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
-from minilora.cli.messages import describe, report, run_notes
+from minilora.cli.messages import report, run_notes, say_start
 from minilora.cli.preview import preview
 from minilora.data import Example
 from minilora.errors import ConfigError
@@ -95,7 +95,7 @@ def read_settings(options: Options) -> Settings:
     for key in file:
         name = key.replace("-", "_")
         if name not in known:
-            advice = FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}") or nearest(key, known)
+            advice = FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}") or closest_name(key, known)
             advice = advice or "the keys are the flags of `minilora finetune --help-all`"
             raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
     file = {name.replace("-", "_"): value for name, value in file.items()}
@@ -226,7 +226,7 @@ def run(options: Options) -> int:
         model = load_adapted(plan, base, device)
         bar.close()
         processes.run_on_rank0(directory.start, run, model)
-        describe(run, model)
+        say_start(run, model)
         bar.evaluated = "held-out" if data.valid is data.test else "validation"
         with disable_adapter(model):
             before = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the base model: row"))

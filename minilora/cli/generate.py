@@ -22,7 +22,14 @@ from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.streaming import BATCH_SIZE, GenerationConfig, Written, add_generation_flags, generate_text, say_cut
+from minilora.cli.streaming import (
+    BATCH_SIZE,
+    Completion,
+    GenerationConfig,
+    add_generation_flags,
+    generate_text,
+    say_cut,
+)
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.llama import Llama
@@ -74,7 +81,7 @@ def run(options: Options) -> int:
     adapter = "".join(options["adapter"])
     if options["compare_base"] and not adapter:
         raise ConfigError("--compare-base needs --adapter")
-    rows = read_prompts(options)
+    rows = rows_of_flags(options)
     model, tokenizer = load(options)
     prompts = encode_prompts(rows, tokenizer, options)
     titles = {"base": "--- base\n", "text": f"--- {adapter}\n"} if options["compare_base"] else {"text": ""}
@@ -95,7 +102,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def read_prompts(options: Options) -> list[Row]:
+def rows_of_flags(options: Options) -> list[Row]:
     """Read the prompts as rows.
 
     Raises:
@@ -131,7 +138,7 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) 
 
 def _show(
     title: str, model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], generation: GenerationConfig
-) -> list[Written]:
+) -> list[Completion]:
     """Print the text of one prompt while it is generated, after a title."""
     print(title, end="")
     try:

@@ -123,7 +123,7 @@ def _prompt_or_row(row: Example) -> tuple[int, ...]:
     return tuple(prompt if len(prompt) > 1 else row.tokens)
 
 
-def describe(run: Run, model: Llama) -> None:
+def say_start(run: Run, model: Llama) -> None:
     """Say what the run begins with."""
     weight = model.model.embed_tokens.weight
     count = count_parameters(model)

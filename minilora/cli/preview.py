@@ -26,7 +26,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     shown = data.train[:ROWS]
     rows = [f"{len(shown)} of the {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
-        rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
+        rows.append(f"\n--- {example.source}\n{mark_learned(example, data.tokenizer, begin, end)}")
     steps = plan_steps(len(data.train), config)
     seen = [data.train[row] for step in steps for batch in step for row in batch]
     tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
@@ -40,7 +40,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     return "\n".join([*rows, "", *table, "", *totals])
 
 
-def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
+def mark_learned(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
     """Return the text of an example, control tokens included, with marks around learned tokens.
 
     A stretch is what it adds to the decoded text: decoded by itself, it could lose the space that it begins with.

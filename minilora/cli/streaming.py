@@ -63,7 +63,7 @@ class TextStream:
                 self._show(added)
 
 
-class Written(NamedTuple):
+class Completion(NamedTuple):
     """What a model has written after a prompt."""
 
     text: str
@@ -95,7 +95,7 @@ def generate_text(
     prompts: Sequence[list[int]],
     generation: GenerationConfig,
     show: Callable[[str], object] | None = None,
-) -> list[Written]:
+) -> list[Completion]:
     """Return what the model writes after each prompt. `show` is called with each settled piece of a text."""
     streams = [TextStream(tokenizer, show) for _ in prompts]
     with merged_if_faster(model, generation.max_new_tokens):
@@ -109,11 +109,11 @@ def generate_text(
     texts = []
     for tokens, stream in zip(written, streams, strict=True):
         is_cut = len(tokens) == generation.max_new_tokens
-        texts.append(Written(stream.finish(), "length" if is_cut else "stop"))
+        texts.append(Completion(stream.finish(), "length" if is_cut else "stop"))
     return texts
 
 
-def say_cut(written: Written, limit: int) -> None:
+def say_cut(written: Completion, limit: int) -> None:
     """Say that a text was cut, if it was."""
     if written.finish_reason == "length":
         say(f"cut after {limit} tokens; --max-new-tokens allows more")

@@ -113,7 +113,7 @@ def _earlier_answer(
     begin = len(asked)
     spans = _marked_spans(marked, begin, following)
     if text.startswith(asked):
-        endings = _endings(messages[: i + 1], tools, begin, tokenizer)
+        endings = _turn_endings(messages[: i + 1], tools, begin, tokenizer)
         for turn in [text[begin : spans[-1][1]]] if spans else endings:
             if text.startswith(turn, begin) and is_written(turn, messages[i]):
                 return spans or [(begin, begin + len(turn))]
@@ -123,7 +123,7 @@ def _earlier_answer(
     )
 
 
-def _endings(messages: Sequence[Fields], tools: Tools, begin: int, tokenizer: Tokenizer) -> Iterator[str]:
+def _turn_endings(messages: Sequence[Fields], tools: Tools, begin: int, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield what a rendered conversation ends with, from `begin` on and shorter and shorter."""
     whole = tokenizer.render(messages, tools=tools)
     for text in (whole, whole.removesuffix(tokenizer.special_tokens.get("eos_token", ""))):  # which phi3 writes once
