@@ -167,7 +167,7 @@ def test_every_flag_has_the_help_and_the_default_of_its_field():
             assert f"--{flag_name(field).replace('_', '-')}" in page
 
 
-def test_r_is_spelled_lora_r_a_start_is_true_or_a_name_and_names_in_a_file_are_read_as_on_the_command_line(tmp_path):
+def test_names_and_starts_are_spelled_the_same_in_a_file_and_on_the_command_line(tmp_path):
     assert value_of(ml.LoraConfig, ["--lora-r", "5"]) == value_of(ml.LoraConfig, ["--lora_r=5"]) == ml.LoraConfig(r=5)
     assert "r" not in flags_of("finetune")
     columns = {"prompt": "a question", "completion": "answer"}
@@ -300,7 +300,7 @@ def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_nam
 RUN = ("finetune", *QUICK, "--model=model", "--data=data", "--max-steps=2", "--lora-r=2", "--lora-dropout=0.1")
 
 
-def test_the_run_json_of_a_run_makes_the_same_adapter_and_rows_that_were_cut_are_counted(directory, run, tmp_path):
+def test_the_run_json_of_a_run_makes_the_same_adapter(directory, run, tmp_path):
     rows, tokenizer = list(stream_rows(directory / "data" / "train.jsonl")), ml.load_tokenizer(directory / "model")
     lengths = sorted(len(encode_rows([row], tokenizer, ml.DataConfig(max_length=99))[0].tokens) for row in rows)
     cut = sum(length > lengths[4] for length in lengths)
@@ -313,7 +313,7 @@ def test_the_run_json_of_a_run_makes_the_same_adapter_and_rows_that_were_cut_are
 # --- finetune ---
 
 
-def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_their_own(tmp_path, capsys, monkeypatch):
+def test_finetune_without_flags_learns_the_builtin_data(tmp_path, capsys, monkeypatch):
     read = inputs.stream_rows  # the first rows of each file will do
     monkeypatch.setattr(inputs, "stream_rows", lambda *paths, **options: islice(read(*paths, **options), 48))
     run = runner(tmp_path, capsys, monkeypatch)
@@ -332,7 +332,7 @@ def test_finetune_alone_learns_on_the_builtin_model_and_data_with_settings_of_th
     assert table[3].startswith("general text: loss ")
 
 
-def test_the_settings_of_the_builtin_example_are_for_it_alone_and_data_of_ones_own_need_a_model(capsys):
+def test_settings_of_the_builtin_example_apply_only_to_it(capsys):
     def settings(*words):
         return finetune.read_settings(cli.parse(["finetune", *words]))
 
@@ -385,7 +385,7 @@ def test_eval_reads_a_file_as_it_is_and_of_a_directory_the_test_rows_before_othe
     assert run("eval", "--model=model", f"--data={tmp_path}").out == file
 
 
-def test_eval_reads_rows_as_the_adapter_was_trained_on_them_unless_a_flag_says_otherwise(directory, run, tmp_path):
+def test_eval_reads_rows_with_the_settings_of_the_run_or_of_flags(directory, run, tmp_path):
     model = ml.load_model(directory / "model")
     write_adapter(model, tmp_path, r=2)
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train_on": "all", "max_length": 7, "seed": 3}}))

@@ -169,7 +169,7 @@ def unanswered(row):
 
 
 @given(turns, systems, systems, st.sampled_from([None, [TOOL]]), texts, st.booleans())
-def test_a_row_of_any_format_is_asked_with_the_tokens_that_training_learns_its_answer_after(
+def test_a_row_of_any_format_is_asked_with_the_tokens_of_its_training(
     tokenizer, turns, own, system, tools, extra, has_template
 ):
     turns[-1] = turns[-1][0], f"a{turns[-1][1]}"  # no token spans the seam
@@ -193,7 +193,7 @@ def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion,
             assert encode_prompt(Row({"prompt": prompt}), chosen, None, asking) == expected
 
 
-def test_an_empty_prompt_lets_the_model_begin_a_text_and_another_format_is_read_where_it_is_empty(tokenizer):
+def test_an_empty_prompt_lets_the_model_begin_a_text(tokenizer):
     chosen = tokenizer(template=CHATML, post="bos")
     assert encode_prompt(Row({"prompt": ""}), chosen, None, "plain") == [chosen.token_id(BOS)]
     asked = [user("a")]
@@ -236,7 +236,7 @@ def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_lin
     assert rows_of(command("--prompts", tmp_path / "prompts.csv", "--columns=prompt=q")) == rows
 
 
-def test_rows_keep_their_fields_and_messages_are_a_conversation_without_the_last_answer(directory, command, tmp_path):
+def test_rows_keep_their_fields_and_lose_their_last_answer(directory, command, tmp_path):
     talk = [user("the cat"), {"role": "assistant", "content": "sat"}]
     system = {"role": "system", "content": "be kind"}
     rows = [
@@ -268,7 +268,7 @@ def test_prompts_have_seeds_of_their_own_and_the_batch_size_changes_nothing(dire
 # --- beside the base model ---
 
 
-def test_the_base_model_is_found_by_the_adapter_and_its_text_stands_above_that_of_the_adapter(directory, command):
+def test_compare_base_finds_the_base_and_prints_its_text_first(directory, command):
     adapter = directory / "model-adapter"
     base, ours = (written(directory, "the sea", name) for name in (None, "model-adapter"))
     assert base != ours
@@ -304,9 +304,7 @@ def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path):
         assert phrase in refused("--prompts", tmp_path / name, model="chat")
 
 
-def test_messages_need_a_template_standard_input_is_utf_8_and_a_terminal_is_not_waited_for(
-    refused, monkeypatch, tmp_path
-):
+def test_messages_need_a_template_and_standard_input_has_to_be_utf_8(refused, monkeypatch, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [user("a")]}))
     assert "rows.jsonl:1: the model has no chat template" in refused("--prompts", tmp_path / "rows.jsonl")
     assert "a raw prompt leaves out" in refused("--prompts", tmp_path / "rows.jsonl", "--raw", model="chat")

@@ -132,9 +132,7 @@ def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, 
         ("nf4", ["single"], {"quantize": "nf4"}, NF4),
     ],
 )
-def test_flags_decide_how_a_base_is_held_then_the_first_adapter_that_tells_and_never_against_what_lies_there(
-    directory, tmp_path, monkeypatch, model, adapters, flags, expected
-):
+def test_quantization_precedence_flags_then_adapter(directory, tmp_path, monkeypatch, model, adapters, flags, expected):
     monkeypatch.chdir(directory)
     fp4 = {"quantize": "fp4", "double_quant": False, "block_size": 64, "quantize_skip": ["o_proj"]}
     made = {
@@ -156,9 +154,7 @@ def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, ru
 # --- minilora quantize ---
 
 
-def test_quantize_writes_what_loads_to_the_logits_of_the_model_quantized_while_loading_and_counts_the_bits(
-    directory, run, tmp_path
-):
+def test_quantize_writes_the_model_that_quantizing_while_loading_gives(directory, run, tmp_path):
     ids = torch.arange(12).view(1, 12)
     loaded, quantized = ml.load_model(directory / "nf4"), ml.load_model(directory / "model", quantize="nf4")
     assert torch.equal(loaded(ids), quantized(ids))
@@ -201,7 +197,7 @@ def test_what_is_dense_is_written_in_the_dtype_of_the_config_though_slow(
     assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype
 
 
-def test_a_weight_that_is_not_finite_is_found_while_others_are_written_and_nothing_stays(directory, run, tmp_path):
+def test_a_weight_that_is_not_finite_is_refused_and_nothing_is_left(directory, run, tmp_path):
     shutil.copytree(directory / "model", tmp_path / "bad")
     path = tmp_path / "bad" / "model.safetensors"
     file = TensorFile(path)
@@ -261,9 +257,7 @@ def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, 
         ("requantized", f"{HELD_DOUBLE}\n"),
     ],
 )
-def test_merge_tells_how_far_the_result_is_from_what_was_trained_and_says_if_the_base_is_another(
-    run, tmp_path, target, said
-):
+def test_merge_prints_how_far_the_result_is_from_what_was_trained(run, tmp_path, target, said):
     what = Merge(Path("model"), [Path("quantized")], target, ml.QuantizeConfig("nf4"))
     expected = merge_directory(what, tmp_path / "a")
     out, err = run("merge", "--adapter=quantized", f"--target={target}", f"--out={tmp_path / 'b'}")

@@ -71,7 +71,7 @@ def test_there_are_no_choices_where_a_row_has_no_prompt():
     assert find_choices([*few, row([], 5)]) is None
 
 
-def test_held_out_rows_whose_prompt_is_trained_on_are_counted_and_rows_without_a_prompt_are_compared_whole(tokenizer):
+def test_held_out_rows_whose_prompt_is_trained_on_are_counted(tokenizer):
     def rows(*texts):
         pairs = [text.split(";") for text in texts]
         fields = [{"prompt": asked, "completion": answer} if asked else {"text": answer} for asked, answer in pairs]

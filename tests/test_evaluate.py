@@ -64,7 +64,7 @@ def probabilities(model, row):
 
 @few
 @given(families, seeds, budgets, st.sampled_from([1, 3, 512]))
-def test_drift_is_the_loss_before_and_after_and_the_mean_divergence_over_labelled_tokens(family, seed, budget, chunk):
+def test_forgetting_is_two_losses_and_the_mean_divergence(family, seed, budget, chunk):
     base, model, rows = tiny_model(family), adapted(family), random_rows(seed, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "DRIFT_TOKENS", chunk)

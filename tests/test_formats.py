@@ -175,7 +175,7 @@ def test_auto_is_the_models_own_template_and_none_where_no_row_asks_for_one(toke
 
 
 @pytest.mark.parametrize("eos", [None, "no such token"])
-def test_a_style_closes_answers_also_where_only_the_generation_config_names_the_end_token(tmp_path, eos):
+def test_a_style_closes_answers_by_the_end_token_of_the_generation_config(tmp_path, eos):
     end = write_tokenizer(tmp_path).token_id(EOS)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     chosen = use_prompt_style(write_tokenizer(tmp_path, eos=eos), "instruction")

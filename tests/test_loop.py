@@ -45,9 +45,7 @@ def dense(model):
 
 @examples(0.5)
 @given(families, seeds, st.sampled_from([(8, 1), (1, 8), (2, 4), (3, 3)]))
-def test_8_times_1_and_1_times_8_and_2_times_4_rows_give_the_gradient_of_the_mean_over_labelled_tokens(
-    family, seed, cut
-):
+def test_any_micro_batches_give_the_gradient_of_the_mean_over_labelled_tokens(family, seed, cut):
     rows = random_rows(seed, 8)
     record, found = one_step(adapted(family), rows, batch_size=cut[0], gradient_accumulation_steps=cut[1], seed=seed)
     assert_same_gradient(found, plain_gradients(adapted(family), rows))
@@ -167,7 +165,7 @@ def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_a
         assert parameter.grad is None, name
 
 
-def test_a_run_prints_nothing_and_leaves_the_model_ready_for_use_and_no_step_that_would_draw_its_masks(capfd):
+def test_a_run_prints_nothing_and_leaves_the_model_ready_for_use(capfd):
     model, ids = small(lora_dropout=0.5), torch.ones(1, 3, dtype=torch.long)
     ml.train(model, random_rows(8, 4))
     assert capfd.readouterr() == ("", "")
@@ -259,7 +257,7 @@ def break_gradient(model):
 @pytest.mark.parametrize(
     ("break_", "limit"), [(break_loss, 1.0), (break_gradient, 1.0), *long((break_loss, 0), (break_gradient, 0))]
 )
-def test_a_number_that_is_not_finite_stops_the_run_with_step_and_rows_and_the_weights_of_before(break_, limit):
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(break_, limit):
     rows, model = random_rows(13, 6), small()
     kept = {}
 
@@ -368,7 +366,7 @@ def test_no_examples_are_refused_and_a_model_of_another_kind_needs_a_loss():
 # --- evaluation on the way ---
 
 
-def test_held_out_rows_are_evaluated_every_so_many_steps_and_at_the_end_and_change_nothing():
+def test_evaluations_come_every_so_many_steps_and_change_nothing():
     rows, held_out = random_rows(15, 7), random_rows(16, 3)
     config = ml.TrainConfig(batch_size=1, eval_steps=3)
     model, alone, records = small(lora_dropout=0.4), small(lora_dropout=0.4), []

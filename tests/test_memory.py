@@ -111,7 +111,7 @@ adapters = st.builds(
     st.lists(st.integers(100, 300), min_size=2, max_size=6),
     st.floats(0.2, 1),
 )
-def test_the_forecast_of_tensors_is_within_5_percent_of_what_lives_at_the_peak_of_a_step(
+def test_the_forecast_of_tensors_is_within_5_percent_of_the_peak_of_a_step(
     config, lora, quantize, dtype, checkpointing, lengths, share
 ):
     """With tiles and chunks of rows as small beside the model as they are beside a real one."""

@@ -45,7 +45,7 @@ def test_the_first_rows_are_shown_whole_with_what_is_learned_between_marks(direc
 
 
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
-def test_marks_stand_around_the_answers_of_a_conversation_control_tokens_and_spaces_included(tmp_path, train_on):
+def test_marks_enclose_the_answers_of_a_conversation_with_control_tokens(tmp_path, train_on):
     tokenizer = write_tokenizer(tmp_path, template=CHATML, eos=CLOSE)
     messages = [
         *({"role": "user", "content": "the cat"}, {"role": "assistant", "content": " sat  "}),

@@ -110,7 +110,7 @@ def foreign_all():
     return [foreign(kind) for kind in ("plain", "ddp")]
 
 
-def test_a_model_that_its_owner_replicates_trains_through_loss_and_a_divided_one_is_refused():
+def test_a_replicated_model_trains_through_loss_and_a_divided_one_is_refused():
     expected = foreign("plain")
     for found in on_ranks(2, foreign_all):
         for each in found:

@@ -40,7 +40,7 @@ objects = st.dictionaries(st.sampled_from("abc"), texts | st.integers() | st.lis
     st.sampled_from([b"", b"\xef\xbb\xbf"]),
     st.data(),
 )
-def test_an_array_and_one_object_a_line_are_told_apart_by_content_and_each_row_knows_its_place(
+def test_arrays_and_json_lines_are_told_apart_and_each_row_knows_its_place(
     tmp_path_factory, rows, layout, ending, mark, data
 ):
     path = tmp_path_factory.mktemp("rows") / f"rows{ending}"
@@ -120,7 +120,7 @@ def test_a_directory_has_a_file_for_each_split(tmp_path, ending, valid):
     assert find_splits(tmp_path) == {split: [tmp_path / name] for split, name in names.items()}
 
 
-def test_all_documents_of_a_directory_without_other_data_are_trained_on_except_held_out_ones(tmp_path):
+def test_all_documents_of_a_directory_without_other_data_are_trained_on(tmp_path):
     touch(tmp_path, "b.txt", "a.txt", ".c.txt", "c.md")
     assert find_splits(tmp_path) == {"train": [tmp_path / "a.txt", tmp_path / "b.txt"]}
     touch(tmp_path, "train.txt", "test.txt")

@@ -67,7 +67,7 @@ def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **c
 # --- what a run leaves ---
 
 
-def test_a_finished_run_holds_the_files_of_the_contract_and_no_others_and_names_its_base(directory, whole):
+def test_a_finished_run_has_the_files_of_the_contract_and_no_others(directory, whole):
     names = {*runs.ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
     names |= {"tokenizer.json", "tokenizer_config.json", "minilora-prompts.json", "held_out.jsonl", ".lock"}
     assert {path.name for path in whole.iterdir()} == names
@@ -94,7 +94,7 @@ def test_evaluations_stand_among_the_metrics_and_logging_steps_thin_out_the_rest
     assert evaluations == [{"step", "eval_loss", "best_step", "samples"}] * 3
 
 
-def test_the_summary_says_what_the_base_and_the_adapter_on_the_disk_lose_on_the_held_out_rows(directory, whole):
+def test_the_summary_has_the_losses_of_the_base_and_of_the_saved_adapter(directory, whole):
     found = summary(whole)
     assert list(found) == [
         *("before", "start", "after", "general", "steps", "kept_step", "tokens", "seconds", "peak_memory_bytes")
@@ -168,9 +168,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bytes_without_gaps_or_rep
     assert [record["loss"] for record in metrics(tmp_path)] == [record["loss"] for record in metrics(whole)]
 
 
-def test_a_run_on_a_table_resumes_to_the_bytes_of_one_on_json_and_is_evaluated_by_its_columns(
-    directory, whole, tmp_path, monkeypatch, capsys
-):
+def test_a_run_on_a_table_resumes_to_the_bytes_of_one_on_json(directory, whole, tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines()]
     with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
         table = csv.DictWriter(file, ["completion", "id", "prompt"])
@@ -193,9 +191,7 @@ def test_a_run_on_a_table_resumes_to_the_bytes_of_one_on_json_and_is_evaluated_b
     assert "the data changed since the run began: rows.csv" in capsys.readouterr().err
 
 
-def test_a_second_signal_does_not_wait_for_the_step_and_the_run_goes_on_from_its_checkpoint(
-    directory, whole, tmp_path, monkeypatch
-):
+def test_a_second_signal_does_not_wait_for_the_step(directory, whole, tmp_path, monkeypatch):
     for step, which in ((5, signal.SIGINT), (9, signal.SIGTERM)):
         assert stop(directory, tmp_path, monkeypatch, step, which, times=2) == 128 + which
     assert finetune(directory, tmp_path) == 0
@@ -426,7 +422,7 @@ def test_eval_data_that_are_trained_on_or_beside_a_test_split_are_refused(direct
         assert phrase in capsys.readouterr().err
 
 
-def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_are_told(capsys, directory, tmp_path):
+def test_a_run_reports_loss_and_divergence_on_general_text(capsys, directory, tmp_path):
     assert finetune(directory, tmp_path / "a", general_data=directory / "general.jsonl", max_steps=2) == 0
     model = ml.load_model(directory / "model")
     ml.load_adapter(model, tmp_path / "a")
@@ -441,9 +437,7 @@ def test_after_a_run_the_loss_on_general_text_and_the_divergence_from_the_base_a
     assert "general text" not in capsys.readouterr().out
 
 
-def test_at_the_end_base_and_result_answer_the_first_of_the_held_out_rows_and_the_terminal_shows_three(
-    capsys, directory, tmp_path, monkeypatch
-):
+def test_base_and_adapter_answer_held_out_rows_and_three_are_shown(capsys, directory, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     assert finetune(directory, tmp_path, samples=3, max_steps=3, learning_rate=0.1) == 0
     told, data = capsys.readouterr().err, inputs(directory, eval_split=0.2)
@@ -513,9 +507,7 @@ def answered(out):
         return ["text" in json.loads(line) for line in file]
 
 
-def test_twenty_held_out_rows_are_answered_and_two_at_each_evaluation_unless_samples_says_fewer(
-    directory, tmp_path, capsys
-):
+def test_twenty_held_out_rows_are_answered_and_two_at_each_evaluation(directory, tmp_path, capsys):
     changes = {"samples": None, "max_steps": 3, "eval_steps": 3}
     changes["eval_data"] = runs.write_rows(tmp_path / "held.jsonl", 22)
     assert finetune(directory, tmp_path / "two", **changes) == 0
@@ -545,9 +537,7 @@ def test_held_out_rows_have_the_names_that_their_columns_are_given(directory, tm
     assert cli.main(["eval", f"--adapter={tmp_path / 'out'}", f"--data={tmp_path / 'out' / 'held_out.jsonl'}"]) == 0
 
 
-def test_the_best_result_is_the_one_that_is_written_and_a_run_that_finds_no_better_one_ends(
-    capsys, directory, tmp_path
-):
+def test_the_best_adapter_is_written_and_early_stopping_ends_a_run(capsys, directory, tmp_path):
     """What is evaluated contradicts what is learned, so that the loss does not fall for long."""
     for split, choices in (("train", ("yes",)), ("valid", ("no the sea",)), ("test", ("no the sea",))):
         runs.write_rows(tmp_path / f"{split}.jsonl", 20, choices)
@@ -567,9 +557,7 @@ def test_the_best_result_is_the_one_that_is_written_and_a_run_that_finds_no_bett
     assert (out / runs.ADAPTER[1]).read_bytes() == (checkpoint / runs.ADAPTER[1]).read_bytes()
 
 
-def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_tokens_are_told_of(
-    capsys, directory, tmp_path
-):
+def test_bad_rows_and_rows_with_control_tokens_are_counted(capsys, directory, tmp_path):
     rows = (directory / "rows.jsonl").read_text() + '{"prompt": 1}\n' * 7
     rows += json.dumps({"prompt": f"a{EOS}b", "completion": " c"}) + "\n"
     (tmp_path / "rows.jsonl").write_text(rows)
@@ -584,9 +572,7 @@ def test_bad_rows_are_counted_and_the_first_five_shown_and_those_with_control_to
     assert "1 training rows have control tokens in their text, which are taken as plain text" in told
 
 
-def test_a_template_that_writes_the_date_writes_that_of_the_first_start_however_late_the_run_goes_on(
-    directory, tmp_path, monkeypatch
-):
+def test_a_resumed_run_renders_the_date_of_its_first_start(directory, tmp_path, monkeypatch):
     style = tmp_path / "dated.jinja"
     style.write_text(
         "{{ strftime_now('%Y-%m-%d') }}: {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"

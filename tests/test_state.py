@@ -86,7 +86,7 @@ def saved(directory):
     return [int(path.name.removeprefix("step-")) for path in checkpoints(directory)]
 
 
-def test_without_save_steps_a_run_saves_about_ten_times_or_when_ten_minutes_have_passed(tmp_path, monkeypatch):
+def test_by_default_a_run_saves_ten_times_or_every_ten_minutes(tmp_path, monkeypatch):
     single = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 21, "save_steps": None}
     run(tmp_path / "long", **single)
     assert saved(tmp_path / "long") == [3, 6, 9, 12, 15, 18, 21]
@@ -151,7 +151,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_pat
         {"r": 2},
     ],
 )
-def test_a_run_with_other_data_or_settings_is_refused_and_nothing_is_put_into_its_model(whole, other):
+def test_a_run_with_other_data_or_settings_is_refused_and_changes_no_model(whole, other):
     lora = {key: other[key] for key in other if key in ("lora_alpha", "lora_dropout", "r")}
     model = fresh(**lora)
     before = weights(model)
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_other_tensors_is_refused_by_name_and_the_model_is_uncha
         assert torch.equal(weights(model), before)
 
 
-def test_what_a_killed_writer_or_a_user_left_is_no_checkpoint_nor_is_a_half_removed_one(whole, tmp_path):
+def test_leftovers_and_half_removed_directories_are_no_checkpoints(whole, tmp_path):
     copy_checkpoint(whole, 4, tmp_path)
     (tmp_path / "step-000002").mkdir()
     left = [tmp_path / name / "state.json" for name in (".step-000005.123.tmp", "step-000005.old", "notes.txt")]
@@ -286,7 +286,7 @@ WITHOUT_PEFTS_FILES = [
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_whatever_is_trained_a_resumed_run_ends_in_the_same_bytes_and_all_else_keeps_every_bit(tmp_path, build):
+def test_a_resumed_run_ends_in_the_same_bytes_whatever_is_trained(tmp_path, build):
     """Law 11, and no more is written than is trained."""
     config = {"weight_decay": 0.1, "eval_steps": 2, "keep": "best", "held_out": random_rows(2, 3)}
     expected, _ = run(tmp_path / "whole", build(), **config, save_steps=2)
