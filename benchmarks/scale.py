@@ -23,9 +23,8 @@ from benchmarks.make import random_model
 from benchmarks.work import SMOLLM2
 from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
-from minilora.runs.forecast import forecast
+from minilora.runs.forecast import Plan, Shard, forecast
 from minilora.runs.memory import amount
-from minilora.runs.plan import Plan, Shard
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 KEYS = (

@@ -83,7 +83,7 @@ def rows(folder: Path, config: dict[str, object], batch: list[Row], parts: Seque
     train += ["--gradient-checkpointing", "block", "--eval-split", "0", "--general-data", "none"]
     commands = {
         "quantize": ["quantize", "--model", model, "--out", packed],
-        "dry-run": [*train, "--dry-run", "--no-timing"],
+        "dry-run": [*train, "--dry-run"],
         "finetune": train,
         "resume": train,
         "generate": ["generate", "--model", packed, "--adapter", run, "--prompt", "word", "--max-new-tokens", "16"],

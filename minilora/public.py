@@ -30,7 +30,7 @@ from minilora.models.generate import generate as generate
 from minilora.models.tokenizer import Tokenizer as Tokenizer
 from minilora.models.tokenizer import load_tokenizer as load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings as resize_token_embeddings
-from minilora.runs.dataset import Dataset as Dataset
+from minilora.runs.encoders import Dataset as Dataset
 from minilora.runs.inputs import load_dataset as load_dataset
 from minilora.runs.loop import TrainResult as TrainResult
 from minilora.runs.loop import train as train

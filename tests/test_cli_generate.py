@@ -178,7 +178,7 @@ def test_plain_text_is_asked_as_training_reads_it(tokenizer, prompt, completion,
             assert encode_prompt(Row({"prompt": prompt}), chosen, None, asking) == expected
 
 
-def test_an_empty_prompt_begins_a_text_unless_the_row_has_another_format(tokenizer):
+def test_an_empty_prompt_lets_the_model_begin_a_text(tokenizer):
     chosen = tokenizer(template=CHATML, post="bos")
     assert encode_prompt(Row({"prompt": ""}), chosen, None, "plain") == [chosen.token_id(BOS)]
     asked = [user("a")]
@@ -221,19 +221,7 @@ def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_lin
     assert rows_of(command("--prompts", tmp_path / "prompts.csv", "--columns=prompt=q")) == rows
 
 
-@pytest.mark.parametrize("header", ["q,a", "prompt,a", "instruction,output"])
-def test_columns_of_the_training_are_read_as_in_training_and_others_unchanged(directory, command, tmp_path, header):
-    adapter = shutil.copytree(directory / "model-adapter", tmp_path / "run")
-    (adapter / "run.json").write_text(json.dumps({"config": {"columns": {"prompt": "q", "completion": "a"}}}))
-    (tmp_path / "prompts.csv").write_text(f"{header}\nthe cat?,yes\n")
-    (row,) = rows_of(command(f"--adapter={adapter}", "--prompts", tmp_path / "prompts.csv"))
-    names = ["prompt", "completion"] if header == "q,a" else header.split(",")
-    assert [row[name] for name in names] == ["the cat?", "yes"]
-    (tmp_path / "prompts.txt").write_text("naïve 漢字")
-    assert command("--prompts", tmp_path / "prompts.txt").startswith('{"prompt": "naïve 漢字", "text": ')
-
-
-def test_rows_keep_their_fields_and_messages_lose_the_last_answer(directory, command, tmp_path):
+def test_rows_keep_their_fields_and_lose_their_last_answer(directory, command, tmp_path):
     talk = [user("the cat"), {"role": "assistant", "content": "sat"}]
     system = {"role": "system", "content": "be kind"}
     rows = [
@@ -265,7 +253,7 @@ def test_prompts_have_seeds_of_their_own_and_the_batch_size_changes_nothing(dire
 # --- beside the base model ---
 
 
-def test_the_adapter_names_its_base_and_the_text_of_the_base_comes_first(directory, command):
+def test_compare_base_finds_the_base_and_prints_its_text_first(directory, command):
     adapter = directory / "model-adapter"
     base, ours = (written(directory, "the sea", name) for name in (None, "model-adapter"))
     assert base != ours
@@ -286,7 +274,7 @@ def test_what_cannot_work_is_told_in_one_line(refused):
         (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
         (["--prompt=a", *["--adapter=model-adapter"] * 2], "give one --adapter"),
         (["--prompt=a", "--system=b"], "--prompt: system: found 'b', but plain text has no place"),
-        (["--prompt=a", "--top-p=2"], "--top-p 2.0"),
+        (["--prompt=a", "--top-p=2"], "top_p 2.0"),
         (["--prompt=\udcff"], r"an argument is '--prompt=\udcff', which is not UTF-8"),
     ):
         assert phrase in refused(*words)
@@ -301,7 +289,7 @@ def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path):
         assert phrase in refused("--prompts", tmp_path / name, model="chat")
 
 
-def test_messages_need_a_template_and_standard_input_is_utf_8_and_no_terminal(refused, monkeypatch, tmp_path):
+def test_messages_need_a_template_and_standard_input_has_to_be_utf_8(refused, monkeypatch, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [user("a")]}))
     assert "rows.jsonl:1: the model has no chat template" in refused("--prompts", tmp_path / "rows.jsonl")
     assert "a raw prompt leaves out" in refused("--prompts", tmp_path / "rows.jsonl", "--raw", model="chat")

@@ -84,7 +84,7 @@ def test_what_is_asked_is_what_every_answer_was_learned_after_or_an_error_says_w
     check(row, tokenizer(template=FAMILIES[family]))
 
 
-def test_no_token_of_a_conversation_holds_the_end_of_what_asks_and_the_beginning_of_the_answer(tokenizer):
+def test_no_token_spans_the_question_and_the_answer_of_a_conversation(tokenizer):
     chosen = tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}", use_regex=False)
     assert len(chosen.encode("the cat")) == 1
     assert check({"messages": conversation([("the ", "cat")])}, chosen) == 2
@@ -93,7 +93,7 @@ def test_no_token_of_a_conversation_holds_the_end_of_what_asks_and_the_beginning
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_learns_a_plain_conversation_with_nothing_but_the_answer_after_what_asks(tokenizer, family):
+def test_each_family_learns_only_the_answer_of_a_plain_conversation(tokenizer, family):
     chosen = tokenizer(template=FAMILIES[family])
     assert check({"messages": conversation([("what?", "the cat"), ("where?", "sat")])}, chosen) >= 1
     asked, learned = texts_of(conversation([("what?", "the cat")]), chosen)
@@ -183,13 +183,13 @@ def test_thoughts_of_the_learned_answer_that_a_template_leaves_out_are_an_error(
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
-def test_tool_calls_of_an_earlier_learned_answer_that_a_template_leaves_out_are_an_error(tokenizer, train_on):
+def test_tool_calls_of_an_earlier_answer_that_are_left_out_are_an_error(tokenizer, train_on):
     messages = [QUESTION, answer("let me look", tool_calls=[CALL]), {"role": "tool", "content": "c"}, answer("d")]
     with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
         encoded({"messages": messages}, tokenizer(template=CHATML), train_on)
 
 
-def test_a_tool_call_that_a_template_leaves_out_is_an_error_where_there_is_no_content_or_another_call(tokenizer):
+def test_a_tool_call_that_a_template_leaves_out_is_an_error(tokenizer):
     silent = [QUESTION, answer(None, tool_calls=[CALL])]
     first_only = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}")
     for messages, template in ((silent, PARTS_ONLY), ([QUESTION, answer("a", tool_calls=[CALL] * 2)], first_only)):

@@ -57,7 +57,7 @@ def test_a_completion_that_brings_its_closing_token_gets_no_second_one(tokenizer
     assert bare == encoded({"prompt": "the", "completion": " cat" + 2 * EOS}, tokenizer(), allow_special=True)
 
 
-def test_another_token_that_the_tokenizer_puts_at_the_end_gives_way_to_the_one_that_ends_an_answer(tmp_path):
+def test_the_end_token_replaces_another_that_the_tokenizer_appends(tmp_path):
     chosen = write_tokenizer(tmp_path, post="bos and eos", eos=CLOSE)
     assert chosen.encode("the")[-1] == chosen.token_id(EOS)
     found = encoded({"prompt": "the", "completion": " cat"}, chosen)
@@ -131,7 +131,7 @@ with_tools = st.lists(
 @example("default system", "assistant", None, [("a", "b", []), ("c", "d", [])], None, False, "none")
 @example("default system", "assistant", "e", [("a", "b", [])], None, False, "none")
 @example("marked", "completion", None, [("a", "b", []), ("c", "d", [("e", "f")])], "Be brief.", True, "bos")
-def test_every_answer_is_found_however_a_template_writes_the_turns_and_what_tools_answer_between(
+def test_every_answer_is_found_however_a_template_writes_the_turns(
     tokenizer, template, train_on, greeting, turns, system, ends_with_a_question, post
 ):
     chosen = tokenizer(template=WRITTEN[template][0], eos=CLOSE, use_regex=False, post=post)
@@ -148,7 +148,7 @@ def test_every_answer_is_found_however_a_template_writes_the_turns_and_what_tool
 
 
 @given(turns, st.sampled_from(["completion", "assistant"]))
-def test_what_a_template_marks_is_what_is_learned_also_where_that_is_less_than_the_turn(tokenizer, turns, train_on):
+def test_what_a_template_marks_is_what_is_learned(tokenizer, turns, train_on):
     marked = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     chosen = tokenizer(template=CHATML.replace("{{ m.content }}", marked + "{% endif %}"), eos=CLOSE)
     pieces = []
@@ -189,9 +189,7 @@ REWRITING = {  # how the content is written, the fields of the first answer, how
 
 
 @pytest.mark.parametrize(("written", "answer", "last"), REWRITING.values(), ids=REWRITING)
-def test_an_earlier_answer_that_a_template_rewrites_is_refused_for_assistant_but_the_last_one_can_be_learned(
-    tokenizer, written, answer, last
-):
+def test_an_answer_that_a_template_rewrites_later_is_refused_for_assistant(tokenizer, written, answer, last):
     template = written if written == STRIPPING else CHATML.replace("{{ m.content }}", written)
     chosen = tokenizer(template=template, eos=CLOSE)
     question, _, *rest = conversation([("a", "b"), ("f", "ghi")])
@@ -211,7 +209,7 @@ def test_a_template_may_refuse_conversations_that_break_off(tokenizer):
     assert_learned(found, chosen, pieces_written("chatml", messages, "assistant"))
 
 
-def test_an_end_token_that_closes_the_whole_text_is_learned_there_and_not_in_every_turn(tokenizer):
+def test_an_end_token_that_closes_the_whole_text_is_learned_only_there(tokenizer):
     chosen = tokenizer(template=CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", eos=EOS)
     messages = conversation([("a", "b"), ("c", "d")])
     found = encoded({"messages": messages}, chosen, "assistant")
@@ -224,9 +222,7 @@ def test_a_conversation_is_refused_where_there_is_no_template(tokenizer):
 
 
 @given(tokenizer_options, some_text, st.integers(2, 12))
-def test_of_a_document_each_token_but_the_first_is_predicted_once_in_pieces_of_the_length(
-    tokenizer, options, text, size
-):
+def test_each_token_of_a_document_but_the_first_is_predicted_once(tokenizer, options, text, size):
     chosen, row = tokenizer(**options), Row({"text": text}, "a.txt")
     whole = encoded(row.fields, chosen, max_length=10**6)
     found = encode_rows([row], chosen, ml.DataConfig(size))

@@ -1,23 +1,15 @@
 """Data sets: examples and counts are those of the rows one by one, and lean."""
 
-import random
-import re
-import tracemalloc
-
-import numpy as np
 import pytest
 
 import minilora as ml
+from minilora.cli.messages import repeated_prompts
 from minilora.data import IGNORE_INDEX
-from minilora.runs import encoders, inputs
-from minilora.runs.checkpoints import fingerprint
-from minilora.runs.dataset import Dataset, repeated_prompts
-from minilora.runs.encoders import encode_rows, label_row
+from minilora.runs import encoders
+from minilora.runs.encoders import Dataset, encode_rows, label_row
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row, parse_row
-from minilora.runs.objective import check_examples
-from tests.models import tiny_model
-from tests.runs import runner, write_rows
+from tests.runs import runner
 from tests.text import BOS, CHATML, CLOSE, conversation
 
 ROWS = [  # plain, a conversation, cut, without a label that is left, with a control token, bad in two ways, and others
@@ -40,7 +32,9 @@ def one_by_one(rows, tokenizer, config):
         try:
             if row.problem:
                 raise ml.DataError(row.problem)
-            whole, is_quoted = label_row(parse_row(row.fields, config), tokenizer, config)
+            whole, is_quoted = label_row(parse_row(row.fields, config.system), tokenizer, config)
+            if not whole.labelled:
+                raise ml.DataError("nothing to learn: no token of an answer can be predicted")
         except ml.DataError as error:
             bad.append(f"{row.source}: {error}")
             continue
@@ -68,57 +62,6 @@ def test_rows_and_counts_are_those_of_the_rows_encoded_one_by_one(tokenizer, tra
     assert repr(found).startswith(f"Dataset({len(kept)} rows, {sum(len(e.tokens) for e in kept)} tokens, ")
 
 
-def test_a_dataset_is_a_sequence_of_examples(tokenizer):
-    texts = [Row({"text": text}, f"f:{i}") for i, text in enumerate("abcde")]
-    found = encode_rows(texts, tokenizer(), ml.DataConfig())
-    rows = list(found)
-    assert [row.source for row in rows] == [f"f:{i}" for i in range(5)]
-    assert (found[-1], found[np.int64(2)], list(found[4:0:-2])) == (rows[-1], rows[2], rows[4:0:-2])
-    found.cut.add("f:2")
-    assert found[1:][1:].cut == {"f:2"}
-    assert (len(Dataset()), list(Dataset()), repr(Dataset())[:23]) == (0, [], "Dataset(0 rows, 0 token")
-    with pytest.raises(IndexError):
-        found[5]
-
-
-@pytest.fixture
-def rows(tmp_path):
-    """A file of 23 rows, with few answers."""
-    return write_rows(tmp_path / "rows.jsonl", 23)
-
-
-@pytest.mark.parametrize("training", [{}, {"keep": "best", "eval_steps": 1}])
-def test_held_out_rows_are_the_first_of_all_in_random_order(tokenizer, rows, training):
-    training, whole = ml.TrainConfig(seed=3, **training), ml.load_dataset(rows, tokenizer())
-    whole.cut.add(whole[0].source)
-    found = inputs.hold_out({"train": whole}, 0.2, training)
-    assert found["train"].cut == found["valid"].cut == found["test"].cut == whole.cut
-    shuffled = random.Random(3).sample(list(whole), len(whole))
-    assert list(found["test"]) == shuffled[:4]
-    assert list(found["train"]) == shuffled[4:] or training.selects  # others are held out of these then
-    assert (found["valid"] is found["test"]) != training.selects
-
-
-def test_a_fingerprint_is_that_of_the_tokens_and_labels_in_their_order(tokenizer, rows):
-    def of(data, held=()):
-        return fingerprint(data, held, ml.TrainConfig(), {})
-
-    first, again = (ml.load_dataset(rows, tokenizer(), ml.DataConfig(max_length=n)) for n in (1024, 10**6))
-    assert of(first) == of(again)  # the same tokens
-    others = [first[1:], first[::-1], ml.load_dataset(rows, tokenizer(), ml.DataConfig(train_on="all"))]
-    assert len({of(first), *map(of, others), of(first, first[:2])}) == 5
-
-
-def test_a_token_that_the_model_does_not_have_is_named_with_its_row(tokenizer, rows):
-    model, data = tiny_model(vocab_size=400), ml.load_dataset(rows, tokenizer())
-    check_examples(model, data)
-    largest = max(max(example.tokens) for example in data)
-    first = next(example for example in data if largest in example.tokens)
-    message = f"'{first.source}' holds token {largest}; the model has tokens 0 to {largest - 1}"
-    with pytest.raises(ml.DataError, match=re.escape(message)):
-        check_examples(tiny_model(vocab_size=largest), data)
-
-
 def test_there_are_no_choices_where_a_row_has_no_prompt():
     def row(prompt, answer):
         return ml.Example([*prompt, answer], [*[IGNORE_INDEX] * len(prompt), answer])
@@ -128,7 +71,7 @@ def test_there_are_no_choices_where_a_row_has_no_prompt():
     assert find_choices([*few, row([], 5)]) is None
 
 
-def test_held_out_rows_whose_prompt_is_trained_on_are_counted_and_rows_without_a_prompt_are_compared_whole(tokenizer):
+def test_held_out_rows_whose_prompt_is_trained_on_are_counted(tokenizer):
     def rows(*texts):
         pairs = [text.split(";") for text in texts]
         fields = [{"prompt": asked, "completion": answer} if asked else {"text": answer} for asked, answer in pairs]
@@ -138,18 +81,6 @@ def test_held_out_rows_whose_prompt_is_trained_on_are_counted_and_rows_without_a
     held_out = rows("the cat; ate", "the cat; sat", "the town; is", ";the town", ";the", "the sea; is", "; end")
     assert repeated_prompts(held_out, training) == 4
     assert repeated_prompts(training[:1], training[1:]) == repeated_prompts(Dataset(), training) == 0
-
-
-def test_a_token_takes_16_bytes(tokenizer):
-    """Its id and its label are references to one number."""
-    chosen, config, T = tokenizer(), ml.DataConfig(10**6), 2_000
-    rows = [Row({"text": " town" * T}) for _ in range(20)]
-    assert min(encode_rows(rows, chosen, config)[0].tokens[1:-1]) > 256  # Python keeps one of each smaller number
-    tracemalloc.start()
-    kept = encode_rows(rows, chosen, config)
-    used = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert sum(len(example.tokens) for example in kept) * 16 <= used < 20 * (16 * T + 1_500)
 
 
 # --- runs ---

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.runs.encoders import use_prompt_style
-from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
-from minilora.runs.settings import DataConfig
+from minilora.runs.formats import PromptCompletion, Row, parse_row
 from tests.text import (
     BOS,
     CHATML,
@@ -93,14 +92,14 @@ def test_tools_and_calls_are_read_and_what_tools_answer_is_learned_with_all_alon
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
 def test_no_tools_are_none(tools):
-    assert parse_row({"messages": conversation([("a", "b")]), "tools": tools}, DataConfig()).tools is None
+    assert parse_row({"messages": conversation([("a", "b")]), "tools": tools}).tools is None
 
 
 def test_what_is_no_character_is_refused_in_the_name_of_an_argument_too():
     calls = [{"name": "look", "arguments": {"\ud800": 1}}]
     messages = [{"role": "user", "content": "c"}, {"role": "assistant", "tool_calls": calls}]
     with pytest.raises(ml.DataError, match=r"^messages\[1\]\.tool_calls\[0\]\.arguments: found U\+D800"):
-        parse_row({"messages": messages}, DataConfig())
+        parse_row({"messages": messages})
 
 
 @given(some_text, train_on)
@@ -112,52 +111,26 @@ def test_text_is_learned_whole(tokenizer, text, train_on):
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     asked = conversation([("a", "b")])
-    config = DataConfig(system="from outside")
+    system = "from outside"
     own = [{"role": role, "content": "own"}, *asked]
-    assert parse_row({"messages": own}, config).messages == own
+    assert parse_row({"messages": own}, system).messages == own
     for absent in ({}, {"system": None}, {"system": ""}):
-        assert parse_row({"messages": asked, **absent}, config).messages[0]["content"] == "from outside"
-    found = parse_row({"messages": asked, "system": "own"}, config).messages
+        assert parse_row({"messages": asked, **absent}, system).messages[0]["content"] == "from outside"
+    found = parse_row({"messages": asked, "system": "own"}, system).messages
     assert found == [{"role": "system", "content": "own"}, *asked]
-    assert parse_row({"messages": asked}, DataConfig()).messages == asked
+    assert parse_row({"messages": asked}).messages == asked
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
 def test_plain_text_has_no_place_for_a_system_prompt(row):
-    assert isinstance(parse_row(row, DataConfig()), PromptCompletion)
-    assert isinstance(parse_row(row, DataConfig(system="")), PromptCompletion)
+    assert isinstance(parse_row(row), PromptCompletion)
+    assert isinstance(parse_row(row, ""), PromptCompletion)
     said = "system: found 'c', but plain text has no place for a system prompt"
     where = "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
     with pytest.raises(ml.DataError, match=f"{said}; {where}"):
-        parse_row(row, DataConfig(system="c"))
+        parse_row(row, "c")
     with pytest.raises(ml.DataError, match=said):
-        parse_row({**row, "system": "c"}, DataConfig())
-
-
-@pytest.mark.parametrize(
-    ("keys", "columns"),
-    [
-        (["answer", "question"], "instruction=question,output=answer renames them, or columns prompt=question,com"),
-        (["Question", "Answer"], "instruction=Question,output=Answer renames them, or columns prompt=Question,com"),
-        (["input", "output"], "instruction=input,output=output renames them, or columns prompt=input,completion="),
-        (["instruction", "response", "context"], "instruction=instruction,input=context,output=response renames"),
-        (["a", "b"], "instruction=a,output=b renames them, or columns prompt=a,completion=b for plain text; of CSV"),
-        (["a"], "instruction=QUESTION,output=ANSWER renames them, or columns prompt=QUESTION,completion=ANSWER"),
-    ],
-)
-def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, columns):
-    with pytest.raises(
-        ml.DataError, match=r"^keys \[.*'length', 'number'.*\] are of no known shape; known are "
-    ) as error:
-        parse_row({"number": "7", "length": 3, **dict.fromkeys(keys, "a")}, DataConfig())
-    assert f"; columns {columns}" in str(error.value)
-
-
-def test_what_is_read_is_not_changed():
-    row = {"messages": conversation([("a", "b")]), "tools": [TOOL], "system": "c"}
-    before = json.dumps(row)
-    assert isinstance(parse_row(row, DataConfig()), Conversation)
-    assert json.dumps(row) == before
+        parse_row({**row, "system": "c"})
 
 
 PREAMBLE = (
@@ -202,7 +175,7 @@ def test_auto_is_the_models_own_template_and_none_where_no_row_asks_for_one(toke
 
 
 @pytest.mark.parametrize("eos", [None, "no such token"])
-def test_a_style_closes_answers_also_where_only_the_generation_config_names_the_end_token(tmp_path, eos):
+def test_a_style_closes_answers_by_the_end_token_of_the_generation_config(tmp_path, eos):
     end = write_tokenizer(tmp_path).token_id(EOS)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     chosen = use_prompt_style(write_tokenizer(tmp_path, eos=eos), "instruction")
@@ -218,17 +191,6 @@ def test_a_style_of_ones_own_is_a_file(tokenizer, tmp_path):
         use_prompt_style(tokenizer(), str(tmp_path / "none.jinja"))
     with pytest.raises(ml.ConfigError, match="prompt_style is 'vicuna'; accepted are auto, alpaca, instruction"):
         use_prompt_style(tokenizer(), "vicuna")
-
-
-@pytest.mark.parametrize("style", ["alpaca", "instruction"])
-def test_a_tokenizer_is_saved_with_the_style_that_it_has(tmp_path, style):
-    old = write_tokenizer(tmp_path / "old", post="bos", chat_template="an old one")
-    chosen = use_prompt_style(old, style)
-    chosen.save(tmp_path / "new")
-    loaded = ml.load_tokenizer(tmp_path / "new")
-    messages = conversation([("a", "b"), ("c", "d")])
-    assert loaded.render(messages) == chosen.render(messages) != old.render(messages) == "an old one"
-    assert loaded.encode_chat(messages) == chosen.encode_chat(messages)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from huggingface_hub import constants
 import minilora as ml
 from minilora.adapter import CONFIG_FILE
 from minilora.adapters.layout import base_model_of
+from minilora.cli.finetune import find_inputs
 from minilora.files import ASSETS, BUILTIN, MANIFEST
 from minilora.models.hub import Location, fetch, locate, unpinned
-from minilora.runs.settings import RunConfig
+from minilora.runs.settings import RunConfig, Settings
 from tests.files import write_adapter
 from tests.hub import commit_of, serving
 from tests.models import tiny_model, token_ids
@@ -125,7 +126,7 @@ def test_every_name_in_the_settings_of_a_run_has_its_commit(hub, models, adapter
     hub.add("datasets/org/rows", {"train.jsonl": b"{}"})
     names = {"model": "org/tiny", "adapter": "org/adapter"}
     names |= {"eval_data": "org/rows", "general_data": "org/rows", "data": ("org/rows",)}
-    found = vars(RunConfig(**names).located())
+    found = vars(find_inputs(Settings(RunConfig(**names)))[0].run)
     assert all("@" in (found[name] if name != "data" else found[name][0]) for name in names)
 
 

@@ -61,7 +61,7 @@ def header_bytes(path):
 
 
 @given(st.dictionaries(names, st.sampled_from("xy"), min_size=1, max_size=30))
-def test_folding_keeps_each_name_once_and_puts_a_star_for_each_number(kinds):
+def test_folding_keeps_each_name_once_with_its_kind(kinds):
     folds = fold(kinds)
     assert sorted(name for _, names in folds for name in names) == sorted(kinds)
     for label, names in folds:

@@ -110,7 +110,7 @@ def test_cross_entropy_goes_back_to_what_a_head_is_given_besides(case):
     assert_gradients_of_full_logits((hidden.detach(), labels, head), [added])
 
 
-def test_cross_entropy_leaves_a_trained_part_of_the_head_that_does_not_act_without_gradient():
+def test_cross_entropy_gives_an_inactive_adapter_of_the_head_no_gradient():
     hidden, labels, head = randn(0, 5, 4).requires_grad_(), token_ids(0, 5, high=3), make_head("adapted", 1, 4, 3)
     head.active = ()
     llama.cross_entropy(hidden, labels, head).backward()

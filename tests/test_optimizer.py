@@ -1,7 +1,7 @@
 """What weight decay pulls on."""
 
 import minilora as ml
-from minilora.runs.objective import build_optimizer
+from minilora.runs.loop import build_optimizer
 from tests.models import tiny_model
 
 

@@ -58,7 +58,7 @@ MISTAKES = {  # file, what it says, the mistake in its place, and the test that 
         "data.py",
         "labels[1:], IGNORE_INDEX]",
         "labels[1:], examples[0].tokens[0]]",
-        "test_loop.py::test_rows_in_micro_batches_of_any_size_give_the_same_gradient",
+        "test_loop.py::test_any_micro_batches_give_the_gradient_of_the_mean_over_labelled_tokens",
     ),
     "law 9: documents see each other": (
         "llama.py",

@@ -77,15 +77,6 @@ def test_of_many_steps_the_line_is_the_mean_of_those_around_a_step():
         assert value == pytest.approx(sum(losses[step + i] for i in range(-2, 3)) / 5)
 
 
-def test_the_legend_names_every_run_and_reads_no_name_as_mathematics(tmp_path):
-    pytest.importorskip("matplotlib")
-    names = ["_hidden", r"$\frac$", "a&b<c>"]
-    figure = draw({name: list(records(50)) for name in names})
-    figure.savefig(tmp_path / "picture.svg")
-    found = [text.get_text().replace(r"\$", "$") for text in figure.get_axes()[0].get_legend().get_texts()]
-    assert found == [f"{kind}, {name}" for name in names for kind in ("training", "evaluation")]
-
-
 def test_the_picture_is_what_the_name_ends_in(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = write_run(tmp_path / "run", records(5))

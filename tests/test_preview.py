@@ -4,8 +4,7 @@ import re
 import pytest
 
 import minilora as ml
-from minilora.cli import finetune, preview
-from minilora.cli.preview import marked
+from minilora.cli.preview import mark_learned
 from minilora.data import IGNORE_INDEX
 from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row
@@ -46,7 +45,7 @@ def test_the_first_rows_are_shown_whole_with_what_is_learned_between_marks(direc
 
 
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
-def test_marks_stand_around_the_answers_of_a_conversation_control_tokens_and_spaces_included(tmp_path, train_on):
+def test_marks_enclose_the_answers_of_a_conversation_with_control_tokens(tmp_path, train_on):
     tokenizer = write_tokenizer(tmp_path, template=CHATML, eos=CLOSE)
     messages = [
         *({"role": "user", "content": "the cat"}, {"role": "assistant", "content": " sat  "}),
@@ -58,7 +57,7 @@ def test_marks_stand_around_the_answers_of_a_conversation_control_tokens_and_spa
     text += f"⟦{first}⟧" if train_on == "assistant" else first
     text += f"{OPEN}user\né?{CLOSE}\n{OPEN}assistant\n⟦🙂{CLOSE}\n⟧"
     text = f"⟦{re.sub('[⟦⟧]', '', text)}⟧" if train_on == "all" else text
-    assert marked(example, tokenizer, "⟦", "⟧") == text
+    assert mark_learned(example, tokenizer, "⟦", "⟧") == text
 
 
 @pytest.mark.parametrize("flags", [{"epochs": 3, "batch_size": 2}, {"max_steps": 5, "gradient_accumulation_steps": 3}])
@@ -104,39 +103,4 @@ def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
     example = encode_rows(
         [Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c\u3000\u202f!"})], tokenizer, DataConfig()
     )[0]
-    assert marked(example, tokenizer, "⟦", "⟧") == "a\\x1b[2J\nb⟦\\x07c\u3000\u202f!<|end|>⟧"
-
-
-@pytest.mark.parametrize(
-    ("slower", "said"),
-    [(1, "9 steps of 0.5 s, about 0:00:04"), (60, "9 steps of 30 s, about 0:04:30"), (3600, "about 4:30:00")],
-)
-def test_the_time_of_a_run_is_that_of_its_tokens_at_the_rate_of_the_second_step(
-    dry_run, data, monkeypatch, slower, said
-):
-    """Of 4.5 seconds; the first step, which warms up, is many times slower."""
-    steps = plan_steps(len(data), ml.TrainConfig(batch_size=2, max_steps=9))
-    tokens = sum(len(data[row].tokens) for step in steps for batch in step for row in batch)
-
-    def train(model, rows, config, on_step):
-        assert (len(rows), config.max_steps) == (len(data), 2)
-        for rate in (tokens / 1e6, tokens / 4.5 / slower):
-            on_step({"tokens_per_second": rate})
-
-    monkeypatch.setattr(preview, "train", train)
-    assert f"{said}, without evaluations\n" in dry_run("--batch-size=2", "--max-steps=9")
-
-
-def test_two_steps_are_timed_as_the_run_makes_them_and_without_timing_no_weight_is_read(
-    directory, dry_run, monkeypatch
-):
-    (directory / "valid.jsonl").write_text((directory / "rows.jsonl").read_text())
-    chooses = ("--keep=best", "--eval-steps=1", "--early-stopping=1", "--eval-data=valid.jsonl")
-    assert re.search(
-        r"\ntime: 5 steps of [\d.]+ s, about 0:\d\d:\d\d, without evaluations\n",
-        dry_run("--max-steps=5", *chooses),
-    )
-    devices, load = [], finetune.load_base
-    monkeypatch.setattr(finetune, "load_base", lambda *args: devices.append(args[2]) or load(*args))
-    assert "time:" not in dry_run("--max-steps=5", "--no-timing")
-    assert devices == ["meta"]
+    assert mark_learned(example, tokenizer, "⟦", "⟧") == "a\\x1b[2J\nb⟦\\x07c\u3000\u202f!<|end|>⟧"

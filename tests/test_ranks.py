@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.errors import MiniloraError
-from minilora.runs import objective
+from minilora.runs import sampler
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
 from minilora.runs.sampler import plan_steps
 from minilora.testing.compare import assert_parity
-from tests.models import four_bit, long, randn
+from tests.models import four_bit, long
 from tests.ranks import on_ranks
 from tests.training import adapted, gradients, random_rows, weights
 
@@ -70,7 +70,7 @@ def scores():
     chosen = [ml.Example([i, i + 1, *a], [-100, -100, *a]) for i in range(7) for a in answers]
     model = adapted(layers=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "EVAL_TOKENS", 30)
+        patch.setattr(sampler, "EVAL_TOKENS", 30)
         forgetting = measure_forgetting(model, draw)
         numbers = [held_out_loss(model, draw), choice_accuracy(model, chosen, answers)]
     return torch.tensor([*numbers, forgetting.before, forgetting.after, forgetting.kl], dtype=torch.float64)
@@ -110,32 +110,11 @@ def foreign_all():
     return [foreign(kind) for kind in ("plain", "ddp")]
 
 
-def test_a_model_that_its_owner_replicates_trains_through_loss_and_a_divided_one_is_refused():
+def test_a_replicated_model_trains_through_loss_and_a_divided_one_is_refused():
     expected = foreign("plain")
     for found in on_ranks(2, foreign_all):
         for each in found:
             assert_parity(each, expected, SAME)
-
-
-def train_head(kind):
-    """Outputs before and after a step of a model whose last module is trained in full."""
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    model.load_state_dict({name: torch.linspace(-1, 1, p.numel()).view_as(p) for name, p in model.named_parameters()})
-    ml.attach(model, ml.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], modules_to_save=["2"], bias="lora_only"))
-    if kind == "views":  # the older FSDP, in which parameters are views of one flat tensor
-        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    optimizer, x = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1), randn(0, 4, 6).float()
-    before = model(x)
-    before.square().sum().backward()
-    optimizer.step()
-    return torch.stack([before, model(x)]).detach().double()
-
-
-def test_a_module_that_is_trained_in_full_is_so_in_an_fsdp_that_keeps_views():
-    expected = train_head("plain")
-    assert not torch.equal(*expected)
-    for found in on_ranks(2, train_head, "views"):
-        assert_parity(found, expected, 1e-5)
 
 
 def averages(folder):
@@ -147,22 +126,18 @@ def averages(folder):
     return model[1].running_mean.tolist()
 
 
-def test_averages_of_a_model_become_those_of_the_first_rank(tmp_path):
-    first, second = on_ranks(2, averages, tmp_path)
-    assert first == second
-
-
-def begun_apart():
-    """The adapter after a run whose second rank began with another one."""
+def begun_apart(folder):
+    """The averages of `averages`, and the adapter in a run whose second rank began with another one."""
     model = adapted(layers=1)
     factor = next(iter(adapter_layers(model).values())).adapters["default"].lora_A
     factor.data += distributed.get_rank()
-    ml.train(model, ROWS, ml.TrainConfig(**PLAN))
-    return factor.tolist()
+    factors = []
+    ml.train(model, ROWS, ml.TrainConfig(**PLAN), lambda record: factors.append(factor.tolist()))
+    return factors, averages(folder)
 
 
-def test_ranks_begin_with_the_adapter_of_the_first_one():
-    first, second = on_ranks(2, begun_apart)
+def test_ranks_begin_with_the_adapter_of_the_first_one_and_end_with_its_averages(tmp_path):
+    first, second = on_ranks(2, begun_apart, tmp_path)
     assert first == second
 
 

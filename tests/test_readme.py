@@ -15,7 +15,7 @@ from minilora import cli
 from minilora.cli import selftest
 from minilora.cli.forecast import METHODS, default_plan
 from minilora.models.config import FAMILIES
-from minilora.runs.dataset import Dataset
+from minilora.runs.encoders import Dataset
 from minilora.runs.forecast import forecast
 from minilora.runs.memory import amount
 from scripts import api, front

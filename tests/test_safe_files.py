@@ -25,8 +25,8 @@ from minilora.files import (
     write_json,
     write_tensors,
 )
+from minilora.runs.directory import append_line
 from minilora.runs.lock import holds_files, locked
-from minilora.runs.reports import append_line
 from tests.models import randn
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}

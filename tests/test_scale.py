@@ -8,7 +8,7 @@ import torch
 import minilora as ml
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.runs import forecast as forecasts
-from minilora.runs.plan import Plan
+from minilora.runs.forecast import Plan
 from minilora.runs.settings import TrainConfig
 from tests.models import four_bit, tiny_config, tiny_model
 

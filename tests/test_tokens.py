@@ -207,7 +207,7 @@ def test_two_adapters_act_together_where_their_rows_are_others():
         ml.set_adapter(model, ["second", "third"])
 
 
-def test_tokens_that_there_are_not_are_refused_and_a_trained_bias_beside_a_tied_head_that_reads_them():
+def test_unknown_tokens_and_a_trained_bias_of_a_tied_head_are_refused():
     for ids, said in (
         ((3, 61), r"\[61\] are not below 61, the rows of model\.embed_tokens"),
         ((3, 3), "ids from 0, each once"),

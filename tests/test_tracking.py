@@ -4,8 +4,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import minilora as ml
-from minilora.cli.finetune import check_settings
-from minilora.runs.plan import find_base
+from minilora.cli.finetune import check_settings, find_inputs
 from minilora.runs.settings import RunConfig, Settings
 from tests import runs
 
@@ -90,21 +89,12 @@ def test_a_record_is_on_the_disk_when_it_was_told(tmp_path):
     tracker.close()
 
 
-def test_a_tracker_logs_into_the_project_that_is_named(monkeypatch, tmp_path):
-    projects = []
-    library = SimpleNamespace(init=lambda project, **_: projects.append(project))
-    monkeypatch.setitem(sys.modules, "wandb", library)
-    for options in ({}, {"project": "mine"}):
-        ml.Tracker("wandb", tmp_path, **options)
-    assert projects == ["minilora", "mine"]
-
-
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_without_its_library_the_error_says_before_a_run_what_to_install(library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     settings = Settings(RunConfig(report=library))
     with pytest.raises(ml.ConfigError, match=f"--report {library} needs the package {library}: pip install {library}"):
-        check_settings(settings, find_base(settings))
+        check_settings(*find_inputs(settings))
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(ModuleNotFoundError, match=library):
         ml.Tracker(library, tmp_path)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import FormatError, MiniloraError, check_utf8, in_recipe, printable
+from minilora.errors import MiniloraError, check_utf8, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line; those of data classes are None if they are not given
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -33,7 +33,7 @@ COMMANDS = {
     "merge": "merge adapters into a model's weights and save the model",
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
-    "inspect": "show what a model, an adapter, a run or a safetensors file holds, and whether it is as it was written",
+    "inspect": "show what is in a model, an adapter, a run or a safetensors file, and whether it was changed",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
@@ -53,11 +53,6 @@ FOREIGN_FLAGS = {  # settings of other libraries, and where they are here
     "--load-in-4bit": "use --quantize nf4",
     "--bf16": "use --dtype bfloat16",
 }
-SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
-    [a-z]+_\w+
-    | (?: (?<= Config:\ ) | (?<= [;,]\ ) | (?<= \( ) ) [a-z]+ (?= \ (?:is|was)\ )
-    | [a-z]+ (?= \ \w+= )
-    ) (?! \.\w | [\w/'"(=?-] )"""
 OVERVIEW = """\
 usage: minilora COMMAND [flags]
 
@@ -80,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input
-        say(f"minilora: {error if isinstance(error, FormatError) else _in_flags(str(error), options)}")
+        say(f"minilora: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
@@ -114,7 +109,7 @@ def parse(words: Sequence[str]) -> Options:
         print(version if command == "--version" else OVERVIEW.format(commands=commands))
         raise SystemExit(0)
     if command not in COMMANDS:
-        advice = nearest(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
+        advice = closest_name(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
         say(f"minilora: {command} is no command; {advice}")
         raise SystemExit(2)
     if command == "finetune" and not {"-h", "--help"}.isdisjoint(words):
@@ -126,27 +121,17 @@ def parse(words: Sequence[str]) -> Options:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
             flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
-            advice = FOREIGN_FLAGS.get(name) or nearest(name, flags) or f"see `{parser.prog} --help`"
+            advice = FOREIGN_FLAGS.get(name) or closest_name(name, flags) or f"see `{parser.prog} --help`"
             parser.error(f"{name} is unknown; {advice}")
         forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
         parser.error(f"unexpected argument {name!r}; {forms}")
     return {**vars(options), "command": command}
 
 
-def _in_flags(message: str, options: Options) -> str:
-    """Return a message of the library with the names of settings as the flags of the command."""
-    from minilora.runs.settings import FLAG_NAMES, flag
-
-    def as_flag(found: re.Match[str]) -> str:
-        return flag(found["name"]) if FLAG_NAMES.get(found["name"], found["name"]) in options else found[0]
-
-    return re.sub(SETTING, as_flag, message)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
+def closest_name(name: str, known: Iterable[str]) -> str:
     """Ask for the known name that is most like an unknown one; empty if none is alike."""
-    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.7)
-    return f"did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(name, [*known], n=1, cutoff=0.7)
+    return f"did you mean {matches[0]}?" if matches else ""
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from dataclasses import replace
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.streaming import GenerationConfig, Written, add_generation_flags, generate_text, say_cut
+from minilora.cli.streaming import Completion, GenerationConfig, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, MiniloraError
 from minilora.models.config import trained_length
 from minilora.runs.conversations import encode_question
@@ -101,7 +101,7 @@ class Chat:
             print(piece, end="", flush=True)
 
         generation = replace(self._generation, seed=self._generation.seed + self.replies)
-        written: list[Written] = []
+        written: list[Completion] = []
         with suppress(KeyboardInterrupt):
             written = generate_text(self.model, self.tokenizer, [ids], generation, show)
         print(flush=True)

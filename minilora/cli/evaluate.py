@@ -9,24 +9,22 @@ Example:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load, run_record
+from minilora.cli.load import add_model_flags, load, run_settings
 from minilora.cli.streaming import BATCH_SIZE, merged_if_faster
 from minilora.errors import ConfigError
-from minilora.files import sha256_of
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.dataset import Dataset
-from minilora.runs.encoders import encode_rows, use_prompt_style
+from minilora.runs.directory import without_nan
+from minilora.runs.encoders import Dataset, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Progress, choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.runs.inputs import HELD_OUT, files_to_evaluate
-from minilora.runs.reports import ProgressBar, without_nan
+from minilora.runs.inputs import files_to_evaluate
+from minilora.runs.reports import ProgressBar
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig
 
@@ -47,32 +45,21 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    trained, hashes = run_record(options)
+    trained = run_settings(options)
     config = from_flags(DataConfig, options, {**trained, "prompt_style": None, "system": None})  # which have own files
     files = files_to_evaluate(options["data"])
-    held_out = (Path(adapter, "held_out.jsonl") for adapter in options["adapter"])
-    elsewhere = "".join(f"; rows that were not are in {file}" for file in held_out if file.is_file())
-    for file in _trained_on(trained, hashes, files):
-        say(f"{file}: was trained on{elsewhere}")
     rows = list(stream_rows(*files, columns=config.columns))
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
-    with ProgressBar() as bar:
-        value = _measure(model, tokenizer, examples, options, bar.rows(options["metric"]))
+    with closing(ProgressBar()) as bar:
+        value = _measure(model, tokenizer, examples, options, partial(bar.show, f"{options['metric']}: row"))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
     if examples.bad:
         counts["bad"] = len(examples.bad)
         say(describe_skipped("", examples.bad))
     print(json.dumps(without_nan({"metric": options["metric"], "value": value, **counts})))
     return 0
-
-
-def _trained_on(config: Mapping[str, Any], hashes: Mapping[str, Any], files: Sequence[Path]) -> list[Path]:
-    """Return which files hold what a run was trained on: those with a recorded hash, except of held-out rows."""
-    held_out = Path(str(config.get("eval_data"))).name
-    trained = [hashes[name] for name in hashes if Path(name).name != held_out and not HELD_OUT.search(Path(name).name)]
-    return [file for file in files if sha256_of(file) in trained]
 
 
 def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Options, progress: Progress) -> float:

@@ -12,37 +12,46 @@ Example:
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minilora.adapter import disable_adapter
-from minilora.adapters.attach import count_parameters
+from minilora.adapters.attach import attach, count_parameters
 from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import check_language_task, read_adapter
-from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, nearest, say
-from minilora.cli.flags import add_fields, from_flags, read_flags
+from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, closest_name, say
+from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.forecast import dry_run_lines
-from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_record
-from minilora.cli.messages import describe, report, run_notes
-from minilora.cli.preview import duration, preview
-from minilora.errors import ConfigError, TrainingError
+from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
+from minilora.cli.messages import report, run_notes, say_start
+from minilora.cli.preview import preview
+from minilora.data import Example
+from minilora.errors import ConfigError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.hub import fetch
+from minilora.models.checkpoint import load_model, resolve_dtype
+from minilora.models.config import read_config
+from minilora.models.fsdp import load_sharded
+from minilora.models.hub import fetch, locate
 from minilora.models.prompts import read_prompts
+from minilora.models.tokenizer import Tokenizer
+from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import processes
-from minilora.runs.directory import Run, RunDirectory, RunHistory, RunSummary
-from minilora.runs.evaluate import answer, evaluate, measure_forgetting, write_samples
-from minilora.runs.forecast import Forecasts, choose_plan
-from minilora.runs.inputs import read_data
+from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
+from minilora.runs.evaluate import answer, evaluate, measure_forgetting, prompt_of, write_answers
+from minilora.runs.forecast import Forecasts, Plan, check_memory, choose_plan
+from minilora.runs.inputs import Data, read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import amount, kept_memory
-from minilora.runs.plan import Base, Plan, attach_adapter, find_base, load_base, plan_run
+from minilora.runs.memory import kept_memory, peak_memory_bytes
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 
@@ -51,6 +60,7 @@ MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("columns", "skip_bad_rows", "learning_rate", "batch_size", "epochs", "max_steps"),
 )
 SAMPLES = 2  # rows that are answered at each evaluation
+SAMPLE_TOKENS = 48  # of each of these answers
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",
     QuantizeConfig: "quantization",
@@ -69,8 +79,7 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
     parser.add_argument(
         "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps, memory and time, and end")
-    parser.add_argument("--no-timing", action="store_true", help="with --dry-run: read no weights to time two steps")
+    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, and end")
     parser.add_argument("--force", action="store_true", help="train even if memory is forecast to be too small")
 
 
@@ -80,13 +89,13 @@ def read_settings(options: Options) -> Settings:
     Raises:
         ConfigError: data without a model; an unknown key of --config.
     """
-    file = {} if options["config"] is None else read_flags(options["config"])
+    file = {} if options["config"] is None else read_config_file(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
     for key in file:
         name = key.replace("-", "_")
         if name not in known:
-            advice = FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}") or nearest(key, known)
+            advice = FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}") or closest_name(key, known)
             advice = advice or "the keys are the flags of `minilora finetune --help-all`"
             raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
     file = {name.replace("-", "_"): value for name, value in file.items()}
@@ -110,9 +119,26 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     quantization = recorded_quantization(fetch(model, "model"), [directory])
     adapted = read_adapter(directory).config()
     system = read_prompts(directory).system
-    columns = run_record({"adapter": [adapter]})[0].get("columns")
+    columns = run_settings({"adapter": [adapter]}).get("columns")
     settings = {"model": model, **quantization, **vars(adapted), "system": system, "columns": columns}
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def find_inputs(settings: Settings) -> tuple[Settings, Base]:
+    """Return the settings with the commit of each repository in its name, and the model and the adapter they name."""
+    run = settings.run
+    model = locate(run.model, "model")
+    adapter = None if run.adapter is None else locate(run.adapter, "adapter")
+    run = replace(
+        run,
+        model=model.name,
+        adapter=adapter and adapter.name,
+        data=tuple(locate(name, "dataset").name for name in run.data),
+        eval_data=run.eval_data and locate(run.eval_data, "dataset").name,
+        general_data=run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name,
+    )
+    base = Base(model, (adapter.path,) if adapter else (), read_config(model.path))
+    return replace(settings, run=run), base
 
 
 def check_settings(settings: Settings, base: Base) -> None:
@@ -132,30 +158,58 @@ def check_settings(settings: Settings, base: Base) -> None:
             raise ConfigError(f"--adapter {directory}: leave out what it decides itself: {', '.join(bad)}")
 
 
-def check_memory(plan: Plan, found: Forecasts) -> None:
-    """Raise a `TrainingError` if a run does not fit into memory."""
-    chosen = found[plan.training.gradient_checkpointing]
-    if not plan.has_room(chosen.peak):
-        raise TrainingError(
-            f"the run needs {amount(chosen.peak)} of memory, and {amount(plan.free or 0)} are "
-            f"free on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
-            "gradient is the same), --gradient-checkpointing block, --quantize nf4, a smaller --max-length, or --shard "
-            "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
-        )
+def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> Plan:
+    """Return what a run is asked to do; its gradient checkpointing may be "auto"."""
+    ranks, lora = processes.size(), settings.lora
+    ids = map(data.tokenizer.token_id, settings.run.add_tokens)
+    new_tokens = [token for token in ids if token is not None]
+    needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else lora.vocabulary
+    if new_tokens:
+        if isinstance(lora.trainable_token_indices, Mapping):
+            raise ConfigError("add_tokens needs trainable_token_indices to be ids, or left out")
+        lora = replace(lora, trainable_token_indices=(*(lora.trainable_token_indices or ()), *new_tokens))
+    return Plan(
+        replace(base.config, vocab_size=max(base.config.vocab_size, needed)),
+        lora,
+        settings.training,
+        settings.quantization,
+        resolve_dtype(dtype, base.config.source, device),
+        device,
+        [(len(example.tokens), example.labelled) for example in data.train],
+        ranks,
+        "none" if ranks == 1 else settings.run.shard,
+    )
+
+
+def load_adapted(plan: Plan, base: Base, device: torch.device | str) -> Llama:
+    """Load the base model, quantized while it is read, and attach a new adapter, or the one to start from.
+
+    On the device "meta" the model has no storage.
+    """
+    load = load_model if plan.shard == "none" or device == "meta" else load_sharded
+    model = load(base.location.name, plan.dtype, device, plan.quantization)
+    if plan.config.vocab_size > model.config.vocab_size:
+        resize_token_embeddings(model, plan.config.vocab_size)
+    if base.adapters:
+        load_adapter(model, base.adapters[0], trainable=True)
+    elif plan.lora is not None:
+        attach(model, plan.lora, seed=plan.training.seed)
+    return model
 
 
 def run(options: Options) -> int:
     """Fine-tune, call by call as in the diagram of docs/architecture.md."""
     is_dry = options["dry_run"]
     with processes.joined(options["device"]) as device, ExitStack() as stack:
-        settings = read_settings(options)
-        settings = replace(settings, run=settings.run.located())
+        settings, base = find_inputs(read_settings(options))
         directory = stack.enter_context(closing(RunDirectory(settings)))
-        base = find_base(settings)
         check_settings(settings, base)
         history = RunHistory(settings.run.dtype) if is_dry else directory.open(base)
-        with ProgressBar() as bar:
-            data = read_data(settings, base.adapters, history.began, bar.show)  # a chat template may write the date
+        bar = stack.enter_context(closing(ProgressBar()))
+        data = read_data(settings, base.adapters, history.began, bar.show)  # a chat template may write the date
+        bar.close()
+        if history.starts:
+            check_same(f"{directory.path}: the data", history.data_sha256, data.files)
         plan, memory = choose_plan(plan_run(settings, base, data, history.dtype, device))
         run = Run(settings, base, history, data, plan)
         if is_dry:
@@ -168,47 +222,41 @@ def run(options: Options) -> int:
                 f"to train its adapter further, add --adapter {directory.path}"
             )
             return 0
-        with ProgressBar() as bar:
-            bar.show("loading the model", 0, 1)
-            model = load_base(plan, base, device)
-            attach_adapter(model, plan, base)
+        bar.show("loading the model", 0, 1)
+        model = load_adapted(plan, base, device)
+        bar.close()
         processes.run_on_rank0(directory.start, run, model)
-        describe(run, model, options["config"])
-        bar = stack.enter_context(ProgressBar("held-out" if data.valid is data.test else "validation"))
+        say_start(run, model)
+        bar.evaluated = "held-out" if data.valid is data.test else "validation"
         with disable_adapter(model):
-            before = evaluate(model, data.test, data.choices, bar.rows("measuring the base model"))
+            before = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the base model: row"))
         start = None
         if base.adapters:
-            start = evaluate(model, data.test, data.choices, bar.rows("measuring the adapter to continue"))
+            start = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the first adapter: row"))
         bar.show("first step", 0, 1)
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
             return _stop(result, bar)
-        after = evaluate(model, data.test, data.choices, bar.rows("measuring the adapter"))
-        forgetting = measure_forgetting(model, data.general, bar.rows("measuring general text"))
-        samples = settings.run.samples
-        answers = answer(model, data.tokenizer, data.questions, samples, bar.rows("answering held-out rows"))
-        bar.close()
-        summary = RunSummary(result, before, start, after, forgetting, answers)
-        processes.run_on_rank0(directory.finish, run, model, summary)
-        report(run, summary)
+        after = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the adapter: row"))
+        forgetting = measure_forgetting(model, data.general, partial(bar.show, "measuring general text: row"))
+        progress = partial(bar.show, "answering held-out rows: row")
+        answers = answer(model, data.tokenizer, data.questions, settings.run.samples, progress)
+        totals = (result.steps, result.kept, result.tokens, result.seconds, peak_memory_bytes(device))
+        summary = RunSummary(before, start, after, forgetting, *totals)
+        processes.run_on_rank0(directory.finish, model, data.tokenizer, summary, answers)
+        report(run, result, summary, answers)
         return 0
 
 
 def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
-    """Show what the run would learn, with a model that has no storage, and what memory and time it would take."""
-    model = load_base(run.plan, run.base, "meta")
-    attach_adapter(model, run.plan, run.base)
+    """Show what the run would learn, with a model that has no storage, and what memory it would take."""
+    model = load_adapted(run.plan, run.base, "meta")
     for note in run_notes(run, model):
         say(note)
     print(preview(run.data, run.plan.training, count_parameters(model)))
     print(dry_run_lines(run.plan, memory))
     if not options["force"]:
         check_memory(run.plan, memory)
-    if not options["no_timing"]:
-        model = load_base(run.plan, run.base, run.plan.device)
-        attach_adapter(model, run.plan, run.base)
-        print(duration(model, run.data.train, run.plan.training))
     return 0
 
 
@@ -232,6 +280,14 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
+    """Return the prompts of some examples, and what the model generates for each, greedily."""
+    prompts = [prompt for example in examples if (prompt := prompt_of(example))]
+    written = write_answers(model, tokenizer, prompts, [SAMPLE_TOKENS] * len(prompts))
+    pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
+    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
 def _stop(result: TrainResult, bar: ProgressBar) -> int:

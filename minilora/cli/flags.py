@@ -99,7 +99,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             yield directory
 
 
-def read_flags(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """Read a flat .toml or .json file of flags and their values.
 
     Raises:
@@ -127,9 +127,9 @@ def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
     if bool in kinds:
         return _bool_or_text
     if Mapping[str, str] in kinds:
-        return _pairs
+        return _parse_pairs
     if tuple[str, ...] in kinds:
-        return _names_or_pattern if str in kinds else _names
+        return _names_or_pattern if str in kinds else _split_names
     if len(kinds) == 1 and kinds[0] in (str, int, float):
         return kinds[0]
     return _numbers_or_object
@@ -149,20 +149,20 @@ def _bool_or_text(text: str) -> bool | str:
 
 
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:
-    """Return `q_proj,v_proj` as a list of names, and text with other characters, such as `all-linear`, as it is."""
+    """Return `q_proj,v_proj` as a list of names, and text with other characters, such as `all-linear`, unchanged."""
     is_list = all(character.isalnum() or character in "_., " for character in text)
-    return _names(text) if is_list else text
+    return _split_names(text) if is_list else text
 
 
-def _pairs(text: str) -> Any:
+def _parse_pairs(text: str) -> Any:
     """Return `prompt=question,completion=answer`, or a JSON object, as a dictionary."""
     if text.startswith("{"):
         return _numbers_or_object(text)
-    pairs = [name.partition("=") for name in _names(text)]
+    pairs = [name.partition("=") for name in _split_names(text)]
     if not all(name and value for name, _, value in pairs):
         raise argparse.ArgumentTypeError(f"found {text!r:.80}, need name=column, joined with commas")
     return {name: value for name, _, value in pairs}
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))

@@ -10,9 +10,8 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import usable_device
 from minilora.models.config import read_config
 from minilora.models.hub import fetch
-from minilora.runs.forecast import Forecast, Forecasts, forecast
+from minilora.runs.forecast import Forecast, Forecasts, Plan, forecast
 from minilora.runs.memory import amount
-from minilora.runs.plan import Plan
 from minilora.runs.settings import DataConfig, TrainConfig
 
 METHODS: dict[str, tuple[Checkpointing, ...]] = {
@@ -43,8 +42,8 @@ def memory_page(name_or_path: str) -> str:
     config = read_config(path)
     rows: dict[str, Forecast] = {}
     for method, ways in METHODS.items():
-        found = forecast(default_plan(config, method, device))
-        rows |= {method if way == "none" else f"{method}, {way}": found[way] for way in ways}
+        forecasts = forecast(default_plan(config, method, device))
+        rows |= {method if way == "none" else f"{method}, {way}": forecasts[way] for way in ways}
     batch = {"rows": TrainConfig().batch_size, "tokens": DataConfig().max_length, "lora": LoraConfig()}
     return "\n".join([SETTINGS.format(path=path, device=device, **batch), *_table(rows)])
 

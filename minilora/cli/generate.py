@@ -21,8 +21,15 @@ from pathlib import Path
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load, run_record
-from minilora.cli.streaming import BATCH_SIZE, GenerationConfig, Written, add_generation_flags, generate_text, say_cut
+from minilora.cli.load import add_model_flags, load
+from minilora.cli.streaming import (
+    BATCH_SIZE,
+    Completion,
+    GenerationConfig,
+    add_generation_flags,
+    generate_text,
+    say_cut,
+)
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.llama import Llama
@@ -74,7 +81,7 @@ def run(options: Options) -> int:
     adapter = "".join(options["adapter"])
     if options["compare_base"] and not adapter:
         raise ConfigError("--compare-base needs --adapter")
-    rows = prompt_rows(options)
+    rows = rows_of_flags(options)
     model, tokenizer = load(options)
     prompts = encode_prompts(rows, tokenizer, options)
     titles = {"base": "--- base\n", "text": f"--- {adapter}\n"} if options["compare_base"] else {"text": ""}
@@ -88,14 +95,14 @@ def run(options: Options) -> int:
             with disable_adapter(model) if key == "base" else nullcontext():
                 written = write(model, tokenizer, batch, seeded)
             reason = "finish_reason" if key == "text" else f"{key}_finish_reason"
-            texts = [{key: each.text, reason: each.finish_reason} for each in written]
+            texts = [{key: text.text, reason: text.finish_reason} for text in written]
             answers = [answer | text for answer, text in zip(answers, texts, strict=True)]
         for answer in answers if as_json else ():
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     return 0
 
 
-def prompt_rows(options: Options) -> list[Row]:
+def rows_of_flags(options: Options) -> list[Row]:
     """Read the prompts as rows.
 
     Raises:
@@ -110,11 +117,7 @@ def prompt_rows(options: Options) -> list[Row]:
     if file is None:
         return [Row({"prompt": sys.stdin.read().removesuffix("\n")}, "standard input")]
     if not file.endswith(".txt"):
-        files = files_to_evaluate(file)
-        rows = list(stream_rows(*files, columns=options["columns"]))
-        trained = from_flags(DataConfig, {"columns": run_record(options)[0].get("columns")}).columns
-        has_them = trained and all(row.fields.keys() >= {*trained.values()} for row in rows)
-        return list(stream_rows(*files, columns=trained)) if has_them and options["columns"] is None else rows
+        return list(stream_rows(*files_to_evaluate(file), columns=options["columns"]))
     lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
     rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
@@ -135,7 +138,7 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) 
 
 def _show(
     title: str, model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], generation: GenerationConfig
-) -> list[Written]:
+) -> list[Completion]:
     """Print the text of one prompt while it is generated, after a title."""
     print(title, end="")
     try:

@@ -122,9 +122,8 @@ def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:
             )
 
 
-def run_record(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings and the hashes of the data of the run that made the adapter; empty if none."""
+def run_settings(options: Options) -> dict[str, Any]:
+    """Return the settings of the run that made the adapter; empty if there is none."""
     paths = (fetch(name, "adapter") / "run.json" for name in options["adapter"])
-    record = next((read_json(path) for path in paths if path.exists()), {})
-    config, hashes = record.get("config"), record.get("data_sha256")
-    return (config if isinstance(config, dict) else {}), (hashes if isinstance(hashes, dict) else {})
+    config = next((read_json(path).get("config") for path in paths if path.exists()), None)
+    return config if isinstance(config, dict) else {}

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped, say
-from minilora.cli.flags import read_flags
+from minilora.data import Example
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
-from minilora.models.checkpoint import stored_dtype
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import PROMPTS_FILE, read_prompts
-from minilora.runs.dataset import Dataset, repeated_prompts
-from minilora.runs.reports import beginning, ending
+from minilora.runs.encoders import Dataset
+from minilora.runs.evaluate import prompt_of
+from minilora.runs.reports import shorten
 
-if TYPE_CHECKING:  # of finetune alone
+if TYPE_CHECKING:  # only `finetune` imports it
     from minilora.runs.directory import Run, RunSummary
+    from minilora.runs.loop import TrainResult
 
-FEW_ROWS = 10
 SHOWN = 3  # answers to held-out rows
 
 
@@ -92,16 +91,6 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             "the training rows are plain text, for which the model's chat template is not used; write them as "
             "`messages` to use it"
         )
-    if 0 < len(data.test) < FEW_ROWS:
-        yield (
-            f"held-out rows: {len(data.test)}, too few for their loss or accuracy to say much; "
-            "--eval-split or --eval-data gives more"
-        )
-    if run.plan.training.gradient_accumulation_steps < run.plan.ranks:
-        yield (
-            "some processes have nothing to do: a larger --gradient-accumulation-steps, with a smaller --batch-size, "
-            "gives each its part"
-        )
     for name, rows in data.splits.items():
         yield from _row_notes(name, rows, data.train)
 
@@ -121,38 +110,44 @@ def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
         yield describe_skipped(f"{name} ", rows.bad)
 
 
-def describe(run: Run, model: Llama, config: Path | None) -> None:
+def repeated_prompts(held_out: Sequence[Example], training: Sequence[Example]) -> int:
+    """Return the number of held-out rows that begin with the prompt of a training row, or equal one that has none."""
+    counts = Counter(map(_prompt_or_row, held_out))
+    repeated = {prompt for prompt in map(_prompt_or_row, training) if prompt in counts}
+    return sum(counts[prompt] for prompt in repeated)
+
+
+def _prompt_or_row(row: Example) -> tuple[int, ...]:
+    """Return the prompt, or the whole row if at most one token, as BOS is, comes before the first label."""
+    prompt = prompt_of(row)
+    return tuple(prompt if len(prompt) > 1 else row.tokens)
+
+
+def say_start(run: Run, model: Llama) -> None:
     """Say what the run begins with."""
     weight = model.model.embed_tokens.weight
     count = count_parameters(model)
     data = run.data
     training = run.plan.training
-    stored = stored_dtype(run.base.config.source)
-    reason = ""
-    if run.settings.run.dtype == "auto" and weight.dtype == torch.float32 and stored != "float32":
-        reason = f", since bfloat16 is slow there (the model is stored in {stored})"
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
         f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
         f"batches of {training.batch_size}, learning rate {training.learning_rate:g}\n"
-        f"{weight.dtype} on {weight.device}{reason}".replace("torch.", "")
+        f"{weight.dtype} on {weight.device}".replace("torch.", "")
     )
     for note in run_notes(run, model):
         say(note)
-    if config and read_flags(config).get("data_sha256", data.files) != data.files:
-        say(f"the data are not those that {config} was written with")
-    for found in run.history.damaged:
-        say(f"skipped a damaged checkpoint: {found}")
+    for problem in run.history.damaged:
+        say(f"skipped a damaged checkpoint: {problem}")
     if run.history.step:
         say(f"resuming from step {run.history.step}")
     elif run.history.starts:
         say("starting again at step 0: there is no checkpoint to resume from")
 
 
-def report(run: Run, summary: RunSummary) -> None:
+def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence[Mapping[str, Any]]) -> None:
     """Print what the run has changed, as a table, and show the first answers to held-out rows."""
-    result = summary.result
-    forgetting = summary.forgetting
+    forgetting = summary.general
     if result.steps < result.total_steps:
         say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
     if result.kept != result.steps:
@@ -171,9 +166,9 @@ def report(run: Run, summary: RunSummary) -> None:
     lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
     width = shutil.get_terminal_size().columns
-    for row in summary.answers[: min(SHOWN, run.settings.run.samples)]:
-        say(ending(str(row["prompt"]), width))
+    for row in answers[: min(SHOWN, run.settings.run.samples)]:
+        say(shorten(str(row["prompt"]), width, keeps_end=True))
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             title = f"  {name:<8}-> "
-            say(title + beginning(str(row[key]), width - len(title)))
+            say(title + shorten(str(row[key]), width - len(title)))
     print(f"adapter written to {run.settings.run.out}")

@@ -71,5 +71,5 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Return the steps and the values of the records that have a number at a key."""
-    found = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
-    return [step for step, _ in found], [value for _, value in found]
+    pairs = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+    return [step for step, _ in pairs], [value for _, value in pairs]

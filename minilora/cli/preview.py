@@ -1,21 +1,17 @@
-"""What a run would learn: the first rows with what is learned of them, the steps, and how long they take."""
+"""What a run would learn: the first rows with what is learned of them, and the steps."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from datetime import timedelta
 from itertools import groupby
 from statistics import median
 
 from minilora.adapters.attach import ParameterCount
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
-from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.dataset import Dataset
+from minilora.runs.encoders import Dataset
 from minilora.runs.inputs import Data
-from minilora.runs.loop import Record, train
 from minilora.runs.sampler import plan_steps
 from minilora.runs.settings import TrainConfig
 
@@ -30,7 +26,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     shown = data.train[:ROWS]
     rows = [f"{len(shown)} of the {len(data.train):,} training rows; {begin}so marked{end} is learned"]
     for example in shown:
-        rows.append(f"\n--- {example.source}\n{marked(example, data.tokenizer, begin, end)}")
+        rows.append(f"\n--- {example.source}\n{mark_learned(example, data.tokenizer, begin, end)}")
     steps = plan_steps(len(data.train), config)
     seen = [data.train[row] for step in steps for batch in step for row in batch]
     tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
@@ -44,25 +40,10 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     return "\n".join([*rows, "", *table, "", *totals])
 
 
-def duration(model: Llama, rows: Dataset, config: TrainConfig) -> str:
-    """Train two steps, the first of which warms up, and return what `--dry-run` prints about the time of all.
-
-    The model is changed. A step takes the time that its tokens take at the rate of the second step.
-    """
-    records: list[Record] = []
-    first = replace(config, max_steps=2, eval_steps=None, early_stopping=None, keep="last")
-    train(model, rows, first, records.append)
-    steps = plan_steps(len(rows), config)
-    tokens = sum(len(rows[row].tokens) for step in steps for batch in step for row in batch)
-    seconds = tokens / records[-1]["tokens_per_second"]
-    total = timedelta(seconds=round(seconds))
-    return f"time: {len(steps):,} steps of {seconds / len(steps):.2g} s, about {total}, without evaluations"
-
-
-def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
+def mark_learned(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
     """Return the text of an example, control tokens included, with marks around learned tokens.
 
-    A stretch is what it adds to the decoded text: decoded alone, it could lose the space that it begins with.
+    A stretch is what it adds to the decoded text: decoded by itself, it could lose the space that it begins with.
     """
     text, done, count = "", "", 0
     for is_learned, labels in groupby(example.labels, lambda label: label != IGNORE_INDEX):

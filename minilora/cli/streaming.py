@@ -19,7 +19,7 @@ from minilora.options import option
 
 BATCH_SIZE = 8  # texts that are generated at a time
 MERGE_TOKENS = 40  # below, a merge may take longer than it saves
-MERGE_BYTES = 2**30  # the most that the merged weights may take beside the others
+MERGE_BYTES = 2**30  # limit of the merged weights, which exist in addition to the others
 UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
 
 
@@ -63,7 +63,7 @@ class TextStream:
                 self._show(added)
 
 
-class Written(NamedTuple):
+class Completion(NamedTuple):
     """What a model has written after a prompt."""
 
     text: str
@@ -95,7 +95,7 @@ def generate_text(
     prompts: Sequence[list[int]],
     generation: GenerationConfig,
     show: Callable[[str], object] | None = None,
-) -> list[Written]:
+) -> list[Completion]:
     """Return what the model writes after each prompt. `show` is called with each settled piece of a text."""
     streams = [TextStream(tokenizer, show) for _ in prompts]
     with merged_if_faster(model, generation.max_new_tokens):
@@ -106,14 +106,14 @@ def generate_text(
             on_token=lambda row, token: streams[row].add(token),
             **asdict(generation),
         )
-    found = []
+    texts = []
     for tokens, stream in zip(written, streams, strict=True):
         is_cut = len(tokens) == generation.max_new_tokens
-        found.append(Written(stream.finish(), "length" if is_cut else "stop"))
-    return found
+        texts.append(Completion(stream.finish(), "length" if is_cut else "stop"))
+    return texts
 
 
-def say_cut(written: Written, limit: int) -> None:
+def say_cut(written: Completion, limit: int) -> None:
     """Say that a text was cut, if it was."""
     if written.finish_reason == "length":
         say(f"cut after {limit} tokens; --max-new-tokens allows more")

@@ -8,11 +8,11 @@
                                                      if one adapter is trained, which `ml.attach` or
                                                      `ml.load_adapter` made: that adapter in PEFT's layout
                             chat_template.jinja, minilora-prompts.json
-                                                     beside it: those of the run's directory
+                                                     with it: those of the run's directory
                             minilora-manifest.json   sizes and hashes of all these
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state is saved. A directory
-appears whole or not at all. A run resumes from the newest one that is as its manifest says, and only if its
+appears whole or not at all. A run resumes from the newest one that matches its manifest, and only if its
 `fingerprint` is the same.
 """
 
@@ -40,7 +40,6 @@ from minilora.files import (
     MANIFEST,
     TensorFile,
     flush,
-    make_directory,
     manifest_of,
     read_json,
     remove,
@@ -52,13 +51,15 @@ from minilora.files import (
 from minilora.lora import LoraAdapter
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.options import fits
-from minilora.runs.objective import trained_parameters
 from minilora.runs.settings import TrainConfig
+
+# Settings that may change between two starts of a run, since its weights do not depend on them.
+BOOKKEEPING = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
 
 
 @dataclass
 class State:
-    """A run's progress, as state.json holds it."""
+    """The progress of a run, as in state.json."""
 
     run: str = ""  # its `fingerprint`
     step: int = 0  # done so far, as are the next two
@@ -106,35 +107,18 @@ def trained_adapters(model: nn.Module) -> dict[str, Any]:
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
-    found: dict[str, list[Any]] = {}
+    origins: dict[str, list[Any]] = {}
     active: set[str] = set()
     for layer in adapter_layers(model).values():
         active |= set(layer.active)
         for name, adapter in layer.adapters.items():
             if any(parameter.requires_grad for parameter in own_parameters(layer, name)):
                 settings = [adapter.scale, adapter.dropout.p] if isinstance(adapter, LoraAdapter) else None
-                found.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
-    if idle := sorted(found.keys() - active):
+                origins.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
+    if idle := sorted(origins.keys() - active):
         raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
-    return {name: each[0] if all(isinstance(one, LoraConfig) for one in each) else each for name, each in found.items()}
-
-
-def try_to_save(folder: Path, model: nn.Module) -> None:
-    """Write a checkpoint's files for a trial and remove them, so that what cannot be saved is refused before a step.
-
-    Raises:
-        FormatError: a tensor that is trained has a dtype that no file has.
-        OSError: the folder cannot be written to.
-    """
-    trial = folder / ".trial.tmp"
-    remove(trial)  # of a start that was killed
-    make_directory(trial)
-    try:
-        empty = {name: tensor.flatten()[:0] for name, tensor in trained_tensors(model).items()}
-        write_tensors(trial / "trained.safetensors", empty)
-        _save_trained_adapter(trial, model)
-    finally:
-        remove(trial)
+    are_configs = {name: all(isinstance(origin, LoraConfig) for origin in made) for name, made in origins.items()}
+    return {name: made[0] if are_configs[name] else made for name, made in origins.items()}
 
 
 def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
@@ -146,12 +130,18 @@ def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
     return is_savable
 
 
+def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters of an optimizer by name."""
+    pairs = (zip(group["param_names"], group["params"], strict=True) for group in optimizer.param_groups)
+    return {name: parameter for group in pairs for name, parameter in group}
+
+
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, best: dict[str, Tensor], keep: int
 ) -> None:
     """Write the checkpoint of a step, with the weights of the best one, then remove all but the newest `keep`.
 
-    The metrics beside the folder are flushed before, so that none of a step up to a checkpoint is ever lost.
+    The metrics of the run are flushed first, so no metrics of a step before a checkpoint are lost.
     """
     flush(folder.parent / "metrics.jsonl")
     moments = {
@@ -181,7 +171,6 @@ def prune(folder: Path, step: int, keep: int) -> None:
     """Remove the checkpoints up to a step except for the newest `keep` of them."""
     for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep]:
         remove(old)
-    flush(folder)
 
 
 def read_state(directory: Path) -> State:
@@ -203,7 +192,7 @@ def load_checkpoint(
     """Restore the model and the optimizer; return the state, and the weights of the best step.
 
     The checkpoint has to be of a run with the fingerprint `run` and of as many steps. If it is not, if a file is
-    damaged, or holds other tensors than the run trains, the model is left as it was.
+    damaged, or has other tensors than the run trains, the model stays unchanged.
     """
     state = read_state(directory)
     if state.run != run:
@@ -214,10 +203,10 @@ def load_checkpoint(
     trained = _read(TensorFile(directory / "trained.safetensors"), own)
     best: dict[str, Tensor] = {}
     if (directory / "best.safetensors").is_file():
-        found = _read(TensorFile(directory / "best.safetensors"), own)
-        best = {name: tensor.clone() for name, tensor in found.items()}
+        tensors = _read(TensorFile(directory / "best.safetensors"), own)
+        best = {name: tensor.clone() for name, tensor in tensors.items()}
     file = TensorFile(directory / "optimizer.safetensors")
-    parameters = {name: p for name, p in trained_parameters(optimizer).items() if f"{name}/step" in file.shapes}
+    parameters = trained_parameters(optimizer)
     expected = {f"{name}/step": torch.zeros((), dtype=torch.float32) for name in parameters}
     expected |= {f"{name}/{key}": p for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
     moments = _read(file, expected)
@@ -231,21 +220,21 @@ def load_checkpoint(
 def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
     tensors = {name: file.read(name) for name in file.shapes}
-    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    stored = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     own = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
-    if differing := sorted(name for name in found | own if found.get(name) != own.get(name)):
+    if differing := sorted(name for name in stored | own if stored.get(name) != own.get(name)):
         raise FormatError(f"{file.path}: holds other tensors than the run trains: {differing[:5]}")
     return tensors
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in paths if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """Return the newest checkpoint that is as its manifest says, and what is wrong with newer ones."""
+    """Return the newest checkpoint that matches its manifest, and what is wrong with newer ones."""
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -261,21 +250,15 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def bookkeeping(config: TrainConfig) -> set[str]:
-    """Return the settings that may change between two starts of a run, since its weights do not depend on them."""
-    names = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
-    return names | (set() if config.selects else {"eval_steps"})
-
-
 def fingerprint(
     dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, Any]
 ) -> str:
     """Return a hash of the settings, of the `trained_adapters`, and of the rows (see `_as_json`).
 
     Raises:
-        DataError: a row holds an object whose content is unknown.
+        DataError: a row has an object whose content is unknown.
     """
-    idle = bookkeeping(config) | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
+    idle = BOOKKEEPING | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
     digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
     for rows in (dataset, held_out):

@@ -18,10 +18,10 @@ from minilora.runs.formats import Conversation, Fields
 from minilora.runs.settings import TrainOn
 from minilora.runs.unrendered import check_answer, check_context, check_messages, is_written, thoughts_of
 
-if TYPE_CHECKING:  # jinja2 is imported for models with a template alone
+if TYPE_CHECKING:  # jinja2 is imported for models with a template only
     from minilora.models.template import ChatTemplate, Tools
 
-ANSWER = "\ufdd4"  # a noncharacter, which no text holds
+ANSWER = "\ufdd4"  # a noncharacter, which no text has
 
 
 def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
@@ -94,9 +94,9 @@ def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def _marked_spans(marked: Sequence[Span], begin: int, end: int) -> list[Span]:
-    """Return what the template marks of an answer that lies in [begin, end); the first span begins with the answer."""
-    found = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
-    return [(begin, found[0][1]), *found[1:]] if found else []
+    """Return what the template marks of an answer in [begin, end); the first span begins with the answer."""
+    spans = [(max(first, begin), last) for first, last in marked if first < last and begin < last <= end]
+    return [(begin, spans[0][1]), *spans[1:]] if spans else []
 
 
 def _earlier_answer(
@@ -113,7 +113,7 @@ def _earlier_answer(
     begin = len(asked)
     spans = _marked_spans(marked, begin, following)
     if text.startswith(asked):
-        endings = _endings(messages[: i + 1], tools, begin, tokenizer)
+        endings = _turn_endings(messages[: i + 1], tools, begin, tokenizer)
         for turn in [text[begin : spans[-1][1]]] if spans else endings:
             if text.startswith(turn, begin) and is_written(turn, messages[i]):
                 return spans or [(begin, begin + len(turn))]
@@ -123,7 +123,7 @@ def _earlier_answer(
     )
 
 
-def _endings(messages: Sequence[Fields], tools: Tools, begin: int, tokenizer: Tokenizer) -> Iterator[str]:
+def _turn_endings(messages: Sequence[Fields], tools: Tools, begin: int, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield what a rendered conversation ends with, from `begin` on and shorter and shorter."""
     whole = tokenizer.render(messages, tools=tools)
     for text in (whole, whole.removesuffix(tokenizer.special_tokens.get("eos_token", ""))):  # which phi3 writes once
@@ -134,7 +134,7 @@ def _answer_alone(conversation: Conversation, template: ChatTemplate) -> tuple[s
     """Return the last answer as it follows the text that asks for it, and the spans of it that the template marks.
 
     Some templates write other text before an answer than where they ask for one: Mistral's without the system prompt,
-    R1's without `<think>`. The answer is found after its question alone; thoughts that were begun are ended.
+    R1's without `<think>`. The answer is rendered after its question only; thoughts that were begun are ended.
     """
     *before, answer = conversation.messages
     tools = conversation.tools

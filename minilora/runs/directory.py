@@ -31,31 +31,38 @@ from minilora.adapters.files import save_adapter_files
 from minilora.definition import is_plain
 from minilora.errors import TrainingError
 from minilora.files import publishing, replacing, sha256_of, write_json
-from minilora.llama import Llama
+from minilora.llama import Llama, LlamaConfig
+from minilora.models.hub import Location
 from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
-from minilora.models.tokenizer import TOKENIZER_FILES
+from minilora.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from minilora.runs import checkpoints, processes
 from minilora.runs.evaluate import Forgetting, Scores
+from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
 from minilora.runs.lock import holds_files, locked
-from minilora.runs.loop import Record, TrainResult
-from minilora.runs.memory import peak_memory_bytes
-from minilora.runs.plan import Base, Plan
-from minilora.runs.reports import append_line, read_records, read_run_record, without_nan
+from minilora.runs.loop import Record
+from minilora.runs.reports import read_records, read_run_record
 from minilora.runs.settings import Settings
 from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
-FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `bookkeeping` names
-WHOLE = 2**29  # bytes of a file up to which all of it is hashed
-PIECES = 64  # of a larger file that are hashed
-PIECE = 2**16  # bytes of one
+FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `BOOKKEEPING` names
+WHOLE = 2**29  # bytes of a file that are hashed
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
 @dataclass(frozen=True)
+class Base:
+    """The model and the adapters, one at most, that a run starts from."""
+
+    location: Location
+    adapters: tuple[Path, ...]
+    config: LlamaConfig
+
+
+@dataclass(frozen=True)
 class RunHistory:
-    """What a directory holds of the earlier starts of a run; of a new one, what it begins with."""
+    """The earlier starts of a run, as its directory records them; of a new run, what it begins with."""
 
     dtype: str  # of the base: "auto" differs between machines, so a run keeps that of its first start
     began: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))  # the first start
@@ -71,9 +78,6 @@ class Run:
     """A run that is about to start.
 
     `settings` are what it is asked for, `plan` is what it does.
-
-    Raises:
-        TrainingError: the data are not those of its first start.
     """
 
     settings: Settings
@@ -82,21 +86,20 @@ class Run:
     data: Data
     plan: Plan
 
-    def __post_init__(self) -> None:
-        if self.history.starts:
-            _check_same(f"{self.settings.run.out}: the data", self.history.data_sha256, self.data.files)
-
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run has come to."""
+    """What a run has come to, as summary.json has it."""
 
-    result: TrainResult
     before: Scores
     start: Scores | None  # of the adapter that the run continues
     after: Scores
-    forgetting: Forgetting | None
-    answers: Sequence[Mapping[str, Any]]  # held-out rows, of which the first are answered
+    general: Forgetting | None
+    steps: int
+    kept_step: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
 
 
 class RunDirectory:
@@ -109,6 +112,7 @@ class RunDirectory:
     def __init__(self, settings: Settings):
         self.path = Path(settings.run.out)
         self._settings = settings
+        self._config = settings.by_flag
         self._inputs: Mapping[str, str] = {}  # name -> hash of the base, the adapter and the template
         self._tracker: Tracker | None = None
         self._at_close = ExitStack()
@@ -127,7 +131,6 @@ class RunDirectory:
 
     def _open(self) -> RunHistory:
         path = self.path / "run.json"
-        now = self._settings.by_flag
         if holds_files(self.path) and not path.is_file():
             raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
         self._at_close.enter_context(locked(self.path))
@@ -135,7 +138,7 @@ class RunDirectory:
             return RunHistory(self._settings.run.dtype)
         checkpoint, damaged = checkpoints.newest_checkpoint(self.path / "checkpoints")
         record = read_run_record(path)
-        before = record["config"]
+        before, config = record["config"], self._config
         is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
             raise TrainingError(f"{self.path}: holds a run, which is not to be resumed; use another directory")
@@ -145,15 +148,15 @@ class RunDirectory:
             raise TrainingError(
                 f"{self.path}: minilora {ours} does not resume a run of {theirs}; use another directory"
             )
-        free = checkpoints.bookkeeping(self._settings.training) | {*FREE, *HASHED}
-        if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), now["prompt_style"])):
+        free = checkpoints.BOOKKEEPING | {*FREE, *HASHED}
+        if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), config["prompt_style"])):
             free.add("prompt_style")
-        if different := [key for key in now if key not in free and before.get(key) != now[key]]:
-            changes = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in different)
-            what = "a finished run" if is_finished else "a run"
-            raise TrainingError(f"{self.path}: holds {what} with other settings ({changes}); use another directory")
-        what = f"{self.path}: files of the base, the adapter or the template"
-        _check_same(what, record["inputs_sha256"], self._inputs)
+        if different := [key for key in config if key not in free and before.get(key) != config[key]]:
+            changes = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in different)
+            kind = "a finished run" if is_finished else "a run"
+            raise TrainingError(f"{self.path}: holds {kind} with other settings ({changes}); use another directory")
+        inputs = f"{self.path}: files of the base, the adapter or the template"
+        check_same(inputs, record["inputs_sha256"], self._inputs)
         first = record["starts"][0]
         return RunHistory(
             first["dtype"] if self._settings.run.dtype == "auto" else self._settings.run.dtype,
@@ -181,7 +184,7 @@ class RunDirectory:
         }
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         record = {
-            "config": self._settings.by_flag,
+            "config": self._config,
             "versions": {**versions, "python": platform.python_version()},
             "data_sha256": run.data.files,
             "inputs_sha256": self._inputs,
@@ -196,7 +199,7 @@ class RunDirectory:
         with replacing(self.path / PROMPTS_FILE) as temporary:
             temporary.write_text(prompts.to_json(), encoding="utf-8")
         if self._settings.run.report != "none":
-            self._tracker = Tracker(self._settings.run.report, self.path, self._settings.by_flag, run.history.step)
+            self._tracker = Tracker(self._settings.run.report, self.path, self._config, run.history.step)
             self._at_close.callback(self._tracker.close)
         metrics = self.path / "metrics.jsonl"
         records = read_records(metrics) if metrics.is_file() else []
@@ -213,31 +216,21 @@ class RunDirectory:
             if self._tracker:
                 self._tracker(line)
 
-    def finish(self, run: Run, model: Llama, summary: RunSummary) -> None:
-        """Save the adapter, the tokenizer, the answers to held-out rows and the summary, all at once.
+    def finish(
+        self, model: Llama, tokenizer: Tokenizer, summary: RunSummary, answers: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Save the adapter, the tokenizer, the held-out rows with some answers, and the summary, all at once.
 
         The summary marks the run as finished.
         """
-        result = summary.result
-        record = {
-            "before": asdict(summary.before),
-            "start": asdict(summary.start) if summary.start else None,
-            "after": asdict(summary.after),
-            "general": asdict(summary.forgetting) if summary.forgetting else None,
-            "steps": result.steps,
-            "kept_step": result.kept,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-            "peak_memory_bytes": peak_memory_bytes(next(model.parameters()).device),
-        }
         with publishing(self.path) as directory:
             save_adapter_files(model, directory)
-            run.data.tokenizer.save(directory)
+            tokenizer.save(directory)
             copy_prompt_files([self.path], directory)
-            if summary.answers:
-                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in summary.answers)
+            if answers:
+                lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
                 (directory / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
-            write_json(directory / "summary.json", without_nan(record))
+            write_json(directory / "summary.json", without_nan(asdict(summary)))
 
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory; leave no empty one."""
@@ -245,7 +238,7 @@ class RunDirectory:
 
 
 def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
-    """Return hashes of the files that a run starts from, besides its data: base, tokenizer, adapter and template."""
+    """Return hashes of the files that a run starts from, except its data: base, tokenizer, adapter and template."""
     paths = {f"model/{path.name}": path for path in sorted(base.location.path.glob("*.safetensors"))}
     paths |= {f"model/{name}": base.location.path / name for name in ("config.json", *TOKENIZER_FILES)}
     for adapter in base.adapters:
@@ -256,20 +249,28 @@ def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
 
 
 def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a file; of a large one, that of its size, its beginning and evenly spread parts."""
+    """Return the SHA-256 of a file; of a large one, that of its size and its first part."""
     size = path.stat().st_size
     if size <= WHOLE:
         return sha256_of(path)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(8 + int.from_bytes(file.read(8), "little") % WHOLE))  # the header of tensors
-        for i in range(PIECES):
-            file.seek(i * (size - PIECE) // (PIECES - 1))
-            digest.update(file.read(PIECE))
+        digest.update(file.read(WHOLE))
     return digest.hexdigest()
 
 
-def _check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(without_nan(value), allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with null for each number that is not finite: JSON has no such numbers."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def check_same(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise a `TrainingError` that names the files whose hashes are not those of the run's first start."""
     if changed := sorted(name for name in before.keys() | now if before.get(name) != now.get(name)):
         raise TrainingError(f"{what} changed since the run began: {', '.join(changed[:5])}; use another directory")

@@ -3,11 +3,11 @@
     rows.stream_rows                    a line of a file as fields
     formats.parse_row                   prompt and completion, or a conversation
     conversations.render_conversation   its text, and the spans of it that are learned
-    tokenizer.encode_spans              tokens, and the characters that each stands for
+    tokenizer.encode_spans              tokens, and the characters of each
     data.label_completion, label_tokens the label of each token
 
-Targets are spans of characters, which the tokenizer's offsets map to tokens. To count the tokens of the prompt alone
-would be wrong where one token holds the end of the prompt and the beginning of the answer. Only a conversation is cut
+Targets are spans of characters, which the tokenizer's offsets map to tokens. Counting the tokens of the prompt would
+be wrong where one token has the end of the prompt and the beginning of the answer. Only a conversation is cut
 there, because it is always asked for its answer with the same tokens.
 """
 
@@ -15,21 +15,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from minilora.data import Example, Span, label_completion, label_tokens
+from minilora.data import IGNORE_INDEX, Example, Span, label_completion, label_tokens
 from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.conversations import encode_question, render_conversation
-from minilora.runs.dataset import Dataset
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row
 from minilora.runs.settings import DataConfig
 
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 SHOWN = 10_000  # rows from one line on the progress to the next
+
+
+@dataclass(repr=False, eq=False)
+class Dataset(list[Example]):
+    """A list of tokenized rows, with counts of what was changed or dropped.
+
+    `truncated` rows were cut to `max_length`; `unlabelled` rows had no label left and were dropped, as were rows that
+    cannot be used: `bad` has an error message for each. `conversations` are rows rendered by a chat template;
+    in `quoted` ones control tokens are encoded as plain text. `system` is the system prompt that all rows have.
+    `cut` has the sources of rows that lost labels. A slice is a plain list.
+    """
+
+    examples: InitVar[Iterable[Example]] = ()
+    cut: set[str] = field(default_factory=set)
+    truncated: int = 0
+    unlabelled: int = 0
+    bad: list[str] = field(default_factory=list)
+    conversations: int = 0
+    quoted: int = 0
+    system: str | None = None
+
+    def __post_init__(self, examples: Iterable[Example]) -> None:
+        self.extend(examples)
+
+    def __repr__(self) -> str:
+        counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
+        return f"Dataset({len(self)} rows, {sum(len(example.tokens) for example in self)} tokens, {counts})"
 
 
 def encode_rows(
@@ -52,8 +79,10 @@ def encode_rows(
         try:
             if row.problem:
                 raise DataError(row.problem)
-            parsed = parse_row(row.fields, config)
+            parsed = parse_row(row.fields, config.system)
             whole, is_quoted = label_row(parsed, tokenizer, config)
+            if not whole.labelled:
+                raise DataError("nothing to learn: no token of an answer can be predicted")
         except DataError as error:
             dataset.bad.append(f"{row.source}: {error}")
             if not config.skip_bad_rows:
@@ -67,7 +96,7 @@ def encode_rows(
         is_document = isinstance(parsed, PromptCompletion) and not parsed.prompt
         pieces = _pieces(replace(whole, source=row.source), config.max_length, is_document)
         labelled = [piece for piece in pieces if piece.labelled]
-        dataset.examples += labelled
+        dataset += labelled
         dataset.truncated += len(pieces) == 1 and len(pieces[0].tokens) < len(whole.tokens)
         dataset.unlabelled += len(pieces) - len(labelled)
         if sum(piece.labelled for piece in labelled) < whole.labelled:
@@ -102,16 +131,12 @@ def label_row(
         parsed = replace(parsed, **{name: tokenizer.quote(value) for name, value in vars(parsed).items()})
     if isinstance(parsed, PromptCompletion):
         text = parsed.prompt + parsed.completion
-        tokens, spans = tokenizer.encode_spans(text)
-        if tokenizer.eos_id is not None:  # takes the place of what the tokenizer adds
-            _drop_added_end(tokens, spans)
+        tokens, spans = _encode_open(text, tokenizer) if tokenizer.eos_id is not None else tokenizer.encode_spans(text)
         begin = 0 if config.train_on == "all" else len(parsed.prompt)
         example = label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id)
     else:
         text, learned = render_conversation(parsed, tokenizer, config.train_on)
         example = _encode_conversation(text, learned, tokenizer)
-    if not example.labelled:
-        raise DataError("nothing to learn: no token of an answer can be predicted")
     return example, parsed != given
 
 
@@ -147,10 +172,9 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
         fields, text = row.fields, row.fields.get("prompt")
         if isinstance(text, str) and form == "template" and tokenizer.template and fields.get("completion") is None:
             fields = {**fields, "prompt": [{"role": "user", "content": text}]}
-        parsed = parse_prompt(fields, DataConfig(system=system))
+        parsed = parse_prompt(fields, system)
         if isinstance(parsed, PromptCompletion):
-            ids, spans = tokenizer.encode_spans(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt))
-            _drop_added_end(ids, spans)
+            ids, _ = _encode_open(parsed.prompt if form == "raw" else tokenizer.quote(parsed.prompt), tokenizer)
         elif form == "raw":
             raise DataError("a conversation needs the chat template, which a raw prompt leaves out")
         else:
@@ -162,11 +186,13 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
     return ids
 
 
-def _drop_added_end(ids: list[int], spans: list[Span]) -> None:
-    """Remove the tokens that a tokenizer adds at the end of a text, which have no characters; one token stays."""
-    while len(ids) > 1 and spans[-1][0] == spans[-1][1]:
+def _encode_open(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
+    """Tokenize a text without the tokens that a tokenizer adds at its end; one token stays."""
+    ids, spans = tokenizer.encode_spans(text)
+    while len(ids) > 1 and spans[-1][0] == spans[-1][1]:  # it has no characters
         ids.pop()
         spans.pop()
+    return ids, spans
 
 
 def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ()) -> Tokenizer:
@@ -190,3 +216,22 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
     if style == "alpaca":
         begin += "{% set preamble = true %}"
     return tokenizer.with_template(begin + source)
+
+
+def check_examples(model: Any, examples: Sequence[Example]) -> None:
+    """Raise a `DataError` if a row is no example, has not a label for each token, or a token that the model has not.
+
+    A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
+    place.
+    """
+    size = model.model.embed_tokens.num_embeddings
+    for example in examples:
+        if not isinstance(example, Example):
+            raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
+        T = len(example.tokens)
+        labels = len(example.labels)
+        if labels != T:
+            raise DataError(f"{example.source!r} has {labels} labels for {T} tokens; need one for each")
+        learned = [label for label in example.labels if label != IGNORE_INDEX]
+        if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
+            raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")

@@ -13,21 +13,19 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.adapter import disable_adapter
 from minilora.data import IGNORE_INDEX, Example, collate
 from minilora.errors import DataError
-from minilora.llama import Documents, Llama
+from minilora.llama import Checkpointing, Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs import objective, processes
-from minilora.runs.dataset import Dataset, prompt_of
-from minilora.runs.objective import Objective, check_examples, eval_groups
-from minilora.runs.sampler import Rows, kept_random_state, seed_random_state
-from minilora.runs.settings import TrainConfig
+from minilora.runs import processes, sampler
+from minilora.runs.encoders import Dataset, check_examples
+from minilora.runs.sampler import Rows, eval_groups, kept_random_state
+from minilora.training import Loss, token_loss
 
-SAMPLE_TOKENS = 48  # of each text that `write_samples` generates
 CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-2-7B are 0.5 MB a token
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
@@ -65,6 +63,11 @@ class Question:
     limit: int  # tokens of an answer
 
 
+def prompt_of(example: Example) -> list[int]:
+    """Return the tokens before the first learned one."""
+    return example.tokens[: next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)]
+
+
 def answer_of(example: Example) -> tuple[int, ...]:
     """Return the learned tokens after the prompt, up to the first that is not learned."""
     return tuple(takewhile(lambda label: label != IGNORE_INDEX, example.labels[len(prompt_of(example)) :]))
@@ -87,29 +90,40 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
         DataError: the model does not have a token, or no token is labelled.
     """
     check_examples(model, examples)
-    return mean_loss(model, Objective(TrainConfig()), examples, progress)
+    return mean_loss(model, example_loss, examples, eval_groups(examples), progress)
 
 
-def mean_loss(model: nn.Module, objective: Objective, rows: Sequence[Any], progress: Progress = _ignore) -> float:
-    """Return Σ of the losses of all rows / their number.
+def example_loss(model: Any, examples: Iterable[Example], checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:
+    """Sum the losses of the labels of examples, laid end to end; return it with their number."""
+    return token_loss(model, collate(examples, next(model.parameters()).device), checkpointing)
+
+
+def mean_loss(
+    model: nn.Module,
+    loss: Loss,
+    rows: Sequence[Any],
+    groups: Iterable[Rows],
+    progress: Progress = _ignore,
+    seed: int = 0,
+) -> float:
+    """Return Σ of the losses of all rows / their number; each of the groups is a forward pass.
 
     A loss that samples draws the same at every evaluation of a run.
 
     Raises:
         DataError: there are none.
     """
-    total, count = 0.0, 0.0
     device = next(model.parameters()).device
-    with evaluating(model), kept_random_state(device):
-        for group, is_counted in _dealt(objective.eval_batches(rows), len(rows), progress):
-            seed_random_state(device, f"{objective.config.seed}/held-out/{group[0]}")
-            loss, number = objective(model, [rows[row] for row in group])
-            if is_counted:
-                total, count = total + loss.item(), count + number
-    total, count = processes.sum_over_ranks(total, count)
-    if not count:
+
+    def compute(group: Rows) -> tuple[float, int]:
+        with kept_random_state(device, f"{seed}/held-out/{group[0]}"):
+            total, count = loss(model, [rows[row] for row in group])
+        return total.item(), count
+
+    sums = _sum_over_groups(model, groups, len(rows), compute, progress)
+    if not any(sums[1:]):
         raise DataError("the loss counts nothing in the held-out rows")
-    return total / count
+    return sums[0] / sums[1]
 
 
 def measure_forgetting(
@@ -126,33 +140,43 @@ def measure_forgetting(
     device = next(model.parameters()).device
     before = model if base is None else base
     as_before = partial(disable_adapter, model) if base is None else nullcontext
-    sums, labelled = torch.zeros(3, dtype=torch.float64), 0
-    with evaluating(model):
-        for rows, counts in _dealt(eval_groups(examples), len(examples), progress):
-            batch = collate([examples[row] for row in rows], device)
+
+    def compute(rows: Rows) -> list[float]:
+        batch = collate([examples[row] for row in rows], device)
+        with as_before():
+            expected = _hidden(before, batch.tokens, batch.lengths)
+        hidden = _hidden(model, batch.tokens, batch.lengths)
+        sums = torch.zeros(3, dtype=torch.float64)
+        chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
+        for chunk, labels in chunks:
             with as_before():
-                expected = before.model(batch.tokens, Documents(batch.lengths))
-            hidden = model.model(batch.tokens, Documents(batch.lengths))
-            chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
-            for chunk, labels in chunks:
-                with as_before():
-                    log_p = _log_probabilities(before.lm_head(expected[chunk]))
-                log_q = _log_probabilities(model.lm_head(hidden[chunk]))
-                targets = labels.unsqueeze(-1)
-                losses = [-log.gather(-1, targets).sum() for log in (log_p, log_q)]
-                kl = (log_p.exp() * (log_p - log_q)).sum()
-                sums += counts * torch.stack((*losses, kl)).cpu()
-            labelled += counts * len(batch.labels)
-    *totals, number = processes.sum_over_ranks(*sums.tolist(), labelled)
-    return Forgetting(*(total / number for total in totals))
+                log_p = _log_probabilities(before.lm_head(expected[chunk]))
+            log_q = _log_probabilities(model.lm_head(hidden[chunk]))
+            targets = labels.unsqueeze(-1)
+            losses = [-log.gather(-1, targets).sum() for log in (log_p, log_q)]
+            kl = (log_p.exp() * (log_p - log_q)).sum()
+            sums += torch.stack((*losses, kl)).cpu()
+        return [*sums.tolist(), len(batch.labels)]
+
+    *totals, count = _sum_over_groups(model, eval_groups(examples), len(examples), compute, progress)
+    return Forgetting(*(total / count for total in totals))
 
 
-def _dealt(groups: Iterable[Rows], total: int, progress: Progress) -> Iterator[tuple[Rows, bool]]:
-    """Yield this rank's groups of rows, and whether each counts; report the progress before and after each."""
+def _sum_over_groups(
+    model: nn.Module,
+    groups: Iterable[Rows],
+    total: int,
+    compute: Callable[[Rows], Sequence[float]],
+    progress: Progress,
+) -> list[float]:
+    """Add up what `compute` returns for each group of rows, over all ranks; report how many rows of all are done."""
     progress(0, total)
-    for rows, counts in processes.split_for_rank(list(groups)):
-        yield rows, counts
-        progress(rows[-1] + 1, total)
+    numbers = []
+    with evaluating(model):
+        for rows, is_counted in processes.split_for_rank(list(groups)):
+            numbers.append([number if is_counted else 0 for number in compute(rows)])
+            progress(rows[-1] + 1, total)
+    return processes.sum_over_ranks(*map(sum, zip(*numbers, strict=True)))
 
 
 def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
@@ -185,14 +209,15 @@ def choice_accuracy(
     examples = _uncut(examples)
     closing = _common_ending(choices)
     answers = [choice[: len(choice) - closing] for choice in choices]
-    copies = len({answer[:-1] for answer in answers})
-    correct = 0
-    with evaluating(model):
-        for rows, counts in _dealt(eval_groups(examples, copies), len(examples), progress):
-            prompts = [prompt_of(examples[row]) for row in rows]
-            for row, scores in zip(rows, _scores(model, prompts, answers), strict=True):
-                correct += counts * (choices[scores.index(max(scores))] == answer_of(examples[row]))
-    return processes.sum_over_ranks(correct)[0] / len(examples)
+
+    def compute(rows: Rows) -> list[int]:
+        """Count the right answers."""
+        scores = _scores(model, [prompt_of(examples[row]) for row in rows], answers)
+        chosen = [choices[values.index(max(values))] for values in scores]
+        return [sum(choice == answer_of(examples[row]) for row, choice in zip(rows, chosen, strict=True))]
+
+    groups = eval_groups(examples, copies=len({answer[:-1] for answer in answers}))
+    return _sum_over_groups(model, groups, len(examples), compute, progress)[0] / len(examples)
 
 
 def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:
@@ -205,7 +230,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
     lengths = [len(document) for document in documents]
     device = next(model.parameters()).device
     tokens = torch.tensor([token for document in documents for token in document], device=device)
-    hidden = iter(model.model(tokens, Documents(lengths)).split(lengths))
+    hidden = iter(_hidden(model, tokens, lengths).split(lengths))
     for prompt in prompts:
         states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}
         logs = {stem: _log_probabilities(model.lm_head(state)).cpu() for stem, state in states.items()}
@@ -223,9 +248,10 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
     for example in examples:
         if (prompt := prompt_of(example)) == added[: len(prompt)]:
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
-    answers = [list(takewhile(lambda token: token not in tokenizer.stop_ids, answer_of(each))) for each in examples]
+    stop_ids = tokenizer.stop_ids
+    answers = [list(takewhile(lambda token: token not in stop_ids, answer_of(example))) for example in examples]
     limits = [len(answer) + 1 for answer in answers]
-    written = write_answers(model, tokenizer, [prompt_of(each) for each in examples], limits, progress)
+    written = write_answers(model, tokenizer, [prompt_of(example) for example in examples], limits, progress)
     pairs = zip(map(tokenizer.decode, written), map(tokenizer.decode, answers), strict=True)
     return sum(text.strip() == answer.strip() for text, answer in pairs) / len(examples)
 
@@ -241,7 +267,7 @@ def write_answers(
     written: dict[int, list[int]] = {}
     config, size = model.config, model.model.embed_tokens.weight.element_size()
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    most = min(objective.EVAL_TOKENS, CACHE_BYTES // a_token)
+    most = min(sampler.EVAL_TOKENS, CACHE_BYTES // a_token)
     progress(0, len(prompts))
     for batch in _cache_groups([len(prompt) for prompt in prompts], limits, most):
         left = [limits[i] for i in batch]
@@ -299,15 +325,12 @@ def answer(
     return rows
 
 
-def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Return the prompts of some examples, and what the model generates for each, greedily."""
-    prompts = [prompt for example in examples if (prompt := prompt_of(example))]
-    written = write_answers(model, tokenizer, prompts, [SAMPLE_TOKENS] * len(prompts))
-    pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
-    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
+def _hidden(model: Llama, tokens: Tensor, lengths: list[int]) -> Tensor:
+    """Return the decoder's output (N, D) of documents laid end to end."""
+    return model.model(tokens, Documents(lengths))
 
 
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 

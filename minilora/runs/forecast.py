@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +20,60 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.adapters.attach import attach
+from minilora.adapters.config import LoraConfig
+from minilora.errors import TrainingError
 from minilora.kernels.attention import MetaAttention
-from minilora.llama import Checkpointing, Llama, assign, cross_entropy
+from minilora.llama import Checkpointing, Llama, LlamaConfig, assign, cross_entropy
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import build_on_meta
 from minilora.nf4 import NF4Linear
 from minilora.runs import processes
-from minilora.runs.memory import free_memory_bytes
-from minilora.runs.plan import Plan
-from minilora.runs.sampler import adapters_with_dropout, plan_steps, seed_dropout
+from minilora.runs.memory import amount, free_memory_bytes
+from minilora.runs.sampler import plan_steps, set_dropout_step
+from minilora.runs.settings import TrainConfig
 
-# What a process holds besides tensors, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
+Shard = Literal["none", "base"]
+
+# Memory of a process that tensors do not take, measured in the benchmarks on a CPU; on a GPU only the share is assumed.
 LIBRARIES = 175_000_000  # loaded by PyTorch and its kernels in the first step
 FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in pieces that nothing fits into
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does."""
+
+    config: LlamaConfig
+    lora: LoraConfig | None  # None trains all weights
+    training: TrainConfig
+    quantization: QuantizeConfig
+    dtype: torch.dtype
+    device: torch.device
+    rows: Sequence[tuple[int, int]]  # tokens and labelled tokens of each training row
+    ranks: int = 1
+    shard: Shard = "none"  # "base": each rank keeps its share of the rows of the blocks' frozen weights
+    free: int | None = None  # bytes of memory on every rank, if known
+
+    def has_room(self, size: int) -> bool:
+        """Return whether so many bytes are free on every rank."""
+        return self.free is None or size <= self.free
+
+    def checkpointed(self, way: Checkpointing) -> Plan:
+        """Return the plan with another gradient checkpointing."""
+        return replace(self, training=replace(self.training, gradient_checkpointing=way))
 
 
 @dataclass(frozen=True)
 class Forecast:
     """A forecast of the bytes at the peak of a run."""
 
-    weights: int  # of the base, dense or in four bits
-    adapters: int  # what is trained besides them, and a copy of the best so far
+    weights: int  # of the base, dense or 4-bit
+    adapters: int  # the trained parameters that are not in `weights`, and a copy of the best so far
     gradients: int  # of everything that is trained
     moments: int
     activations: int  # what autograd saves of a micro-batch
-    working: int  # the most that lives besides; with a sharded base also the weights of this block and the next one
-    overhead: int  # what libraries hold besides tensors
+    working: int  # peak of temporaries beyond `activations`; of a sharded base also the weights of two blocks
+    overhead: int  # memory of libraries
 
     @property
     def peak(self) -> int:
@@ -76,22 +104,22 @@ def forecast(plan: Plan) -> Forecasts:
     sent = gradients if plan.ranks > 1 else 0  # the buffer in which the ranks' gradients are added
     gathered = 2 * max(blocks) if shards > 1 else 0
     libraries = LIBRARIES if plan.device.type == "cpu" else 0
-    seed_dropout(adapters_with_dropout(model.to("meta").train()), 0)
+    set_dropout_step(model.to("meta").train(), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     micro_batches = (batch for step in plan_steps(len(plan.rows), plan.training) for batch in step)
     largest = max(micro_batches, key=lambda batch: sum(plan.rows[row][0] for row in batch))
-    found: dict[str, Forecast] = {}
+    forecasts: dict[str, Forecast] = {}
     for way in get_args(Checkpointing):
         kept, most = _measure_step(plan, model, [plan.rows[row] for row in largest], way)
         working = max(most, sent - kept) + gathered
         overhead = int(FRAGMENTS * (kept + working)) + libraries
-        found[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
-    return found
+        forecasts[way] = Forecast(weights, adapters, gradients, 2 * gradients, kept, working, overhead)
+    return forecasts
 
 
 def _build_base(plan: Plan) -> Llama:
-    """Build the base model without storage, in the dtype of the computation, or with linears in four bits."""
+    """Build the base model without storage, in the dtype of the computation, or with 4-bit linears."""
     source, quantization = plan.config.source, plan.quantization
     model = build_on_meta(plan.config).to(plan.dtype).requires_grad_(False)
     if is_four_bit(source):
@@ -112,26 +140,25 @@ class Live(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
-        self.now = self.most = 0
-        self._storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self.most = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._sizes = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
+
+    @property
+    def now(self) -> int:
+        return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count its results that are no views of tensors that were there."""
         result = func(*args, **(kwargs or {}))
-        found = {tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
-        for storage in [each for each in found if each not in self._storages]:
-            self._storages.add(storage)
-            self._change(storage.nbytes())
-            weakref.finalize(storage, self._change, -storage.nbytes())
-        return result
-
-    def _change(self, size: int) -> None:
-        self.now += size
+        storages = {tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        self._sizes.update((storage, storage.nbytes()) for storage in storages if storage not in self._known)
         self.most = max(self.most, self.now)
+        return result
 
 
 def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way: Checkpointing) -> tuple[int, int]:
-    """Return what autograd saves of a micro-batch, and the most that lives besides.
+    """Return what autograd saves of a micro-batch, and the peak of temporaries beyond that.
 
     `rows` has the tokens and labelled tokens of its rows. A step runs through one block of each kind, whose share
     counts as often as there are such blocks.
@@ -173,3 +200,15 @@ def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
         ways = [way for way in get_args(Checkpointing) if plan.has_room(forecasts[way].peak)]
         plan = plan.checkpointed(ways[0] if ways else "block")
     return plan, forecasts
+
+
+def check_memory(plan: Plan, forecasts: Forecasts) -> None:
+    """Raise a `TrainingError` if a run does not fit into memory."""
+    chosen = forecasts[plan.training.gradient_checkpointing]
+    if not plan.has_room(chosen.peak):
+        raise TrainingError(
+            f"the run needs {amount(chosen.peak)} of memory, and {amount(plan.free or 0)} are "
+            f"free on {plan.device}; what helps is a smaller --batch-size with more --gradient-accumulation-steps (the "
+            "gradient is the same), --gradient-checkpointing block, --quantize nf4, a smaller --max-length, or --shard "
+            "base with several ranks; --dry-run shows what each takes, and --force runs all the same"
+        )

@@ -1,12 +1,12 @@
 """Formats of rows: a row is recognised by its fields, and read as a prompt with its completion or as a conversation.
 
-    {"messages": [{"role": …, "content": …}, …]}        a conversation (OpenAI); tools beside it
-    {"conversations": [{"from": …, "value": …}, …]}     a conversation (ShareGPT); tools beside it
+    {"messages": [{"role": …, "content": …}, …]}        a conversation (OpenAI), maybe with `tools`
+    {"conversations": [{"from": …, "value": …}, …]}     a conversation (ShareGPT), maybe with `tools`
     {"instruction": …, "input": …, "output": …}         an instruction and its answer (Alpaca)
     {"prompt": …, "completion": …}                      plain text; or a conversation in two lists of messages (TRL)
     {"text": …}                                         plain text, all of it a completion
 
-A conversation may have its system prompt in a field `system`. Errors name the field as it is in the file. In rows to
+A conversation may have its system prompt in a field `system`. Errors name the field of the file. In rows to
 generate from (`parse_prompt`), `output`, `completion` or the assistant's last turn may be missing.
 """
 
@@ -19,13 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.errors import DataError, in_recipe
-from minilora.runs.settings import DataConfig
 
 Fields = dict[str, Any]
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
 ROLES = ("assistant", "developer", "system", "tool", "user")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
-PAIRS = (("question", "answer"), ("input", "output"), ("instruction", "response"))  # frequent names of other formats
 EMPTY = "it is empty, so there is nothing to learn"
 UNASKED = "it is empty, so nothing is asked; text without a question goes in the field `text`"
 
@@ -61,21 +59,21 @@ class Conversation:
         return first["content"] if first["role"] == "system" and isinstance(first["content"], str) else None
 
 
-def parse_row(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
-    """Recognise the format of a row and check its fields."""
+def parse_row(fields: Fields, system: str | None = None) -> PromptCompletion | Conversation:
+    """Recognise the format of a row and check its fields; `system` is the system prompt of rows that have none."""
     _check_unicode(fields, "")
     parsed, own = _format_of(fields)(fields), _optional_text(fields, "system")
     if isinstance(parsed, list):
-        return _as_conversation(parsed, own, _tools(fields), config)
-    if system := own or config.system:
+        return _as_conversation(parsed, own, _tools(fields), system)
+    if given := own or system:
         raise DataError(
-            f"system: found {system!r:.60}, but plain text has no place for a system prompt; "
+            f"system: found {given!r:.60}, but plain text has no place for a system prompt; "
             "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
         )
     return parsed
 
 
-def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conversation:
+def parse_prompt(fields: Fields, system: str | None = None) -> PromptCompletion | Conversation:
     """Parse a row to generate from: its last answer is dropped, and may be missing or malformed."""
     answer = {"role": "assistant", "content": "…"}  # in place of the row's own, if there is one
     if "instruction" in fields:
@@ -89,7 +87,7 @@ def parse_prompt(fields: Fields, config: DataConfig) -> PromptCompletion | Conve
             fields = {**fields, key: [*(turns[:-1] if has_answer else turns), answer]}
     if _format_of(fields) is _from_prompt_completion and fields["prompt"] == "":
         return PromptCompletion("", "")  # the model begins a text
-    parsed = parse_row(fields, config)
+    parsed = parse_row(fields, system)
     if isinstance(parsed, PromptCompletion):
         return PromptCompletion(parsed.prompt, "")
     return Conversation(parsed.messages[:-1], parsed.tools)
@@ -99,25 +97,19 @@ def _format_of(fields: Fields) -> Format:
     for keys, read in FORMATS.items():
         if fields.keys() >= {*keys}:
             return read
-    names = {name.lower(): name for name in fields}
-    texts = [name for name, value in fields.items() if isinstance(value, str) and not value.isnumeric()]
-    pairs = [(names[asked], names[answer]) for asked, answer in PAIRS if names.keys() >= {asked, answer}]
-    asked, answer = next(pair for pair in (*pairs, texts[:2], ("QUESTION", "ANSWER")) if len(pair) == 2)
-    context = next((f",input={names[name]}" for name in ("input", "context") if name in names.keys() - {asked}), "")
     known = "; ".join(" and ".join(keys) for keys in FORMATS)
     raise DataError(
-        f"keys {sorted(fields)} are of no known shape; known are {known}; columns instruction={asked}{context},"
-        f"output={answer} renames them, or columns prompt={asked},completion={answer} for plain text; "
-        "of CSV the first row names them"
+        f"keys {sorted(fields)} are of no known shape; known are {known}; columns instruction=QUESTION,output=ANSWER "
+        "renames them, or columns prompt=QUESTION,completion=ANSWER for plain text; of CSV the first row names them"
     )
 
 
-def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, config: DataConfig) -> Conversation:
+def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, system: str | None) -> Conversation:
     """Put the system prompt, the row's `own` or that of all rows, before the messages."""
     has_system = messages[0]["role"] in ("system", "developer")
     if own and has_system:
         raise DataError(f"system: found {own!r:.60}, but the first message is a system prompt too; need one")
-    system = own or config.system
+    system = own or system
     if system and not has_system:
         messages = [{"role": "system", "content": system}, *messages]
     if all(message["role"] != "assistant" for message in messages):
@@ -231,8 +223,8 @@ def _check_message(message: Fields, where: str) -> Fields:
 
 def _check_calls(calls: Any, where: str) -> None:
     """Raise a DataError if a tool call does not name its function."""
-    found = calls if isinstance(calls, list) else [None]
-    functions = [call.get("function", call) if isinstance(call, dict) else None for call in found]
+    entries = calls if isinstance(calls, list) else [None]
+    functions = [call.get("function", call) if isinstance(call, dict) else None for call in entries]
     if not all(isinstance(called, dict) and isinstance(called.get("name"), str) for called in functions):
         raise DataError(f"{where}: found {calls!r:.60}, need a list of calls, each with the name of a function")
 

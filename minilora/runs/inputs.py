@@ -1,23 +1,20 @@
-"""The data of a run: files are found, encoded and split, with general text beside them."""
+"""The data of a run: files are found, encoded and split; general text is read."""
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.errors import DataError, check_utf8
+from minilora.errors import DataError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.dataset import Dataset
-from minilora.runs.encoders import encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, Question, find_choices
 from minilora.runs.formats import PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
@@ -25,7 +22,6 @@ from minilora.runs.settings import DataConfig, Settings, TrainConfig
 
 Names = str | Path | Sequence[str | Path]  # of files, directories and repositories of the hub
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
-HELD_OUT = re.compile(r"(?<![a-z])(valid|validation|val|dev|eval|test)(?![a-z])", re.IGNORECASE)  # in others' names
 MARGIN = 16  # tokens of an answer beyond twice those of the wanted one
 
 
@@ -36,8 +32,8 @@ def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = 
         DataError: a row cannot be used (with file and line); a file without rows.
     """
     config, paths = config or DataConfig(), find_files(path)["train"]
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, stream_rows(*paths, columns=config.columns))
-    return encode_rows(stream_rows(*paths, columns=config.columns), tokenizer, config)
+    rows = list(stream_rows(*paths, columns=config.columns))
+    return encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,10 @@ class Data:
     @property
     def splits(self) -> dict[str, Dataset]:
         """Return the splits that have rows, by name, without the validation split where it is the test split."""
-        found = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
-        return {name: rows for name, rows in found.items() if rows and (name != "validation" or rows is not self.test)}
+        splits = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
+        return {
+            name: rows for name, rows in splits.items() if rows and not (name == "validation" and rows is self.test)
+        }
 
 
 def read_data(
@@ -79,17 +77,18 @@ def read_data(
     """
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)
-    tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)
+    tokenizer = tokenizer_of(run.model, adapters)
+    tokenizer = load_tokenizer(run.model) if tokenizer is None else tokenizer
     tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
-    rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
-    encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
+    rows = {split: list(stream_rows(*paths, columns=config.columns)) for split, paths in files.items()}
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"])
+    encoded = {split: encode_rows(rows[split], tokenizer, config, show) for split in rows}
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
     questions: list[Question] = []
     if splits["test"]:
         split = next(split for split in files if splits["test"][0] in encoded[split])  # that they are from
-        questions = find_questions(rows[split](), splits["test"], tokenizer, config)
+        questions = find_questions(rows[split], splits["test"], tokenizer, config)
     return Data(
         tokenizer,
         **splits,
@@ -116,7 +115,7 @@ def find_questions(rows: Iterable[Row], test: Dataset, tokenizer: Tokenizer, con
 
 def _wanted_answer(row: Row, config: DataConfig) -> Any:
     """Return what a row wants as the answer to its prompt: text, or a message; None if nothing is asked in it."""
-    parsed = parse_row(row.fields, config)
+    parsed = parse_row(row.fields, config.system)
     if config.train_on == "all":
         return None
     if isinstance(parsed, PromptCompletion):
@@ -129,15 +128,12 @@ def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Pat
     """Return the files of a data set by split; those of `eval_data` are the test split.
 
     Raises:
-        DataError: there is no training file; one of several has the name of held-out rows, as `my_val.jsonl` has; or
-            there are two test splits, or one that is trained on.
+        DataError: there is no training file; or there are two test splits, or one that is trained on.
     """
     files = find_splits(names)
     if "train" not in files:
         shown = names if isinstance(names, str | Path) else ", ".join(map(str, names))
         raise DataError(f"{shown}: there are no training rows; found {sorted(files)}")
-    if len(files["train"]) > 1 and (held := [path for path in files["train"] if HELD_OUT.search(path.name)]):
-        raise DataError(f"{held[0]}: would be trained on; give it as eval_data, or under another name")
     if eval_data is not None:
         if "test" in files:
             raise DataError(f"{eval_data}: the data have a test split already, {files['test'][0]}; leave eval_data out")
@@ -153,15 +149,15 @@ def find_splits(names: Names) -> dict[str, list[Path]]:
     The splits of a directory are its files `train`, `valid` (or `validation`, `val`) and `test`. A file by itself, the
     only one of a directory, or all its documents are "train". Several names are joined.
     """
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for name in [names] if isinstance(names, str | Path) else names:
         for split, paths in _splits_of(name).items():
-            found.setdefault(split, []).extend(paths)
-    return found
+            files.setdefault(split, []).extend(paths)
+    return files
 
 
 def _splits_of(name: str | Path) -> dict[str, list[Path]]:
-    path, found = fetch(name, "dataset"), dict[str, list[Path]]()
+    path, splits = fetch(name, "dataset"), dict[str, list[Path]]()
     if not path.is_dir():
         return {"train": [path]}
     named = [file for file in sorted(path.iterdir()) if file.name[0] != "." and file.is_file()]
@@ -169,19 +165,18 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     documents = [file for file in named if file.suffix in (".txt", ".parquet") and not files]
     for file in (*files, *documents):
         check_link(file)
-        check_utf8("a file's name", file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
-            if split in found:
-                both = f"{found[split][0].name} and {file.name}"
+            if split in splits:
+                both = f"{splits[split][0].name} and {file.name}"
                 raise DataError(f"{path}: {both} are both the {split} split; remove one")
-            found[split] = [file]
-    if not found and (documents or len(files) == 1):
+            splits[split] = [file]
+    if not splits and (documents or len(files) == 1):
         return {"train": documents or files}
-    if not found:
+    if not splits:
         need = f"one data file (*{', *'.join(DATA_ENDINGS)}), documents (*.txt), or train.jsonl and perhaps more"
         raise DataError(f"{path}: need {need}; found {[file.name for file in named[:9]]}")
-    return found
+    return splits
 
 
 def files_to_evaluate(names: Names) -> list[Path]:
@@ -230,6 +225,6 @@ def load_general(name: str, tokenizer: Tokenizer, config: DataConfig) -> Dataset
 
 def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
     """Return SHA-256 by file name, or by path where names repeat."""
-    paths = [path for found in files.values() for path in found]
+    paths = [path for of_split in files.values() for path in of_split]
     is_distinct = len({path.name for path in paths}) == len(paths)
     return {(path.name if is_distinct else str(path)): sha256_of(path) for path in paths}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minilora.errors import DataError, TrainingError
+from minilora.llama import Decoder
+from minilora.models.fsdp import is_sharded
 from minilora.runs import checkpoints, processes
-from minilora.runs.evaluate import mean_loss
+from minilora.runs.encoders import check_examples
+from minilora.runs.evaluate import example_loss, mean_loss
 from minilora.runs.memory import peak_memory_bytes
-from minilora.runs.objective import Objective, build_optimizer, check_token_loss, warmup_steps
 from minilora.runs.sampler import (
     MicroBatch,
     Step,
     adapters_with_dropout,
+    eval_groups,
     kept_random_state,
     plan_steps,
     seed_dropout,
     seed_random_state,
 )
 from minilora.runs.settings import TrainConfig
-from minilora.training import Loss, accumulate, learning_rate, parameters_of, update
+from minilora.training import Loss, accumulate, adamw, learning_rate, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
@@ -41,7 +46,7 @@ SAVE_SECONDS = 600  # the longest time between two
 class TrainResult:
     """A summary of a run, including the parts before it was resumed.
 
-    `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model holds now; `damaged` says
+    `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model has now; `damaged` lists
     what is wrong with checkpoints that were skipped.
     """
 
@@ -82,7 +87,7 @@ def train(
         held_out: rows to evaluate every `eval_steps` and after the last step.
         checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
-            that is as it was written, and ends in the same bytes as if it had never stopped.
+            undamaged one, and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
             or the count if none has. PyTorch's random state is set from the run's seed and the micro-batch before each
@@ -90,10 +95,10 @@ def train(
             default the loss of tokens.
 
     Raises:
-        DataError: there are no rows; an example has no label, not one for each token, or a token that the model does
+        DataError: there are no rows; an example has not a label for each token, or has a token that the model does
             not have; the loss counts nothing; there are no held-out rows to choose the best weights with; or
             rows cannot be compared.
-        FormatError: the newest checkpoint holds other tensors than the run trains, or what is trained cannot be saved.
+        FormatError: the newest checkpoint has other tensors than the run trains, or what is trained cannot be saved.
         OSError: checkpoints cannot be written.
         TrainingError: nothing is trainable, or an inactive adapter is; FSDP has divided what is trained; a loss or
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
@@ -103,7 +108,9 @@ def train(
     on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     run = _check_run(model, dataset, held_out, config, loss, folder)
-    objective = Objective(config, loss)
+    device = next(model.parameters()).device
+    way: Any = config.gradient_checkpointing  # not "auto"
+    compute_loss = _checked(loss) if loss else partial(example_loss, checkpointing=way)
     optimizer = build_optimizer(model, config)
     adapters = adapters_with_dropout(model)
     steps = plan_steps(len(dataset), config)
@@ -113,13 +120,11 @@ def train(
     patience = config.early_stopping or math.inf
 
     def seeded_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
-        seed_random_state(next(model.parameters()).device, f"{config.seed}/{batch.number}")
+        seed_random_state(device, f"{config.seed}/{batch.number}")
         seed_dropout(adapters, config.seed, batch.number)
-        part, number = objective(model, batch.rows)
+        part, number = compute_loss(model, batch.rows)
         return (part, number) if batch.is_counted else (0 * part, 0)
 
-    if folder is not None:
-        processes.run_on_rank0(checkpoints.try_to_save, folder, model)
     try:
         state, best, damaged = _resume(model, optimizer, run, total, folder, config.save_total_limit)
         processes.broadcast_(checkpoints.trained_tensors(model).values())
@@ -130,10 +135,13 @@ def train(
         while not (stopped or finished):
             before = time.perf_counter()
             rate = learning_rate(state.step, total, config.learning_rate, warmup, config.lr_scheduler)
-            batches = _batches(dataset, steps[state.step], state.step * config.gradient_accumulation_steps)
+            numbered = list(enumerate(steps[state.step], state.step * config.gradient_accumulation_steps))
+            own = processes.split_for_rank(numbered)
+            batches = [MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own]
             made = _step(model, optimizer, batches, seeded_loss, rate, config.max_grad_norm)
             record = {"step": state.step + 1, **made}
-            _check_finite(record, dataset, steps[state.step])
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise _not_finite(record, dataset, steps[state.step])
             now = time.perf_counter()
             state.step += 1
             state.tokens += record["tokens"]
@@ -142,7 +150,8 @@ def train(
             stops = on_step(record)
             finished = state.step == total
             if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
-                eval_loss = mean_loss(model, objective, held_out)
+                groups = eval_groups(held_out, count=config.batch_size if loss else None)
+                eval_loss = mean_loss(model, compute_loss, held_out, groups, seed=config.seed)
                 if state.note(eval_loss) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
                     best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -158,8 +167,7 @@ def train(
                     processes.run_on_rank0(checkpoints.save_checkpoint, folder, model, optimizer, state, best, limit)
                 saved = time.perf_counter()
     finally:
-        for parameter in parameters_of(optimizer):
-            parameter.grad = None
+        optimizer.zero_grad()
         seed_dropout(adapters, None)
     model.eval()
     kept = state.step
@@ -183,26 +191,66 @@ def _check_run(
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
     adapters = checkpoints.trained_adapters(model)
-    if processes.any_sharded(p for p in model.parameters() if p.requires_grad):
-        raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     if loss is None:
-        check_token_loss(model, dataset, held_out)
+        if not isinstance(getattr(model, "model", None), Decoder):
+            raise TrainingError(
+                f"{type(model).__name__}: the loss of tokens needs a minilora decoder as `model.model`; "
+                "give loss=, a function (model, rows) -> (sum, count)"
+            )
+        check_examples(model, [*dataset, *held_out])
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
     run = ""
     if folder is not None or processes.size() > 1:
         run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
-    if processes.differing({"": (repr(config), len(dataset), len(held_out), run)}):
-        raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
+    if processes.size() > 1:
+        if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
+            raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
+        if processes.differing({"": (repr(config), len(dataset), len(held_out), run)}):
+            raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
     return run
 
 
-def _batches(dataset: Sequence[Any], step: Step, first: int) -> list[MicroBatch]:
-    """Return the micro-batches of a step, numbered from `first`, that this rank computes."""
-    dealt = processes.split_for_rank(list(enumerate(step, first)))
-    return [MicroBatch(n, [dataset[row] for row in rows], counts) for (n, rows), counts in dealt]
+def _checked(loss: Loss) -> Loss:
+    """Return a loss that raises a `TrainingError` where the given one returns no sum and count."""
+
+    def compute(model: Any, rows: Any) -> tuple[Tensor, int]:
+        result = loss(model, rows)
+        is_pair = isinstance(result, tuple | list) and len(result) == 2 and isinstance(result[0], Tensor)
+        if not is_pair or result[0].numel() != 1 or not _is_count(result[1]):
+            raise TrainingError(
+                f"loss has to give (sum, count), a tensor of one number and a whole number, found {result!r:.80}"
+            )
+        if torch.is_grad_enabled() and not result[0].requires_grad:
+            raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
+        return result[0], int(result[1])
+
+    return compute
+
+
+def _is_count(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return is_number and 0 <= float(value) < 2**63 and float(value) == int(value)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Build AdamW over the trainable parameters, named, in groups of one weight decay.
+
+    Only matrices decay: biases, norms and magnitudes have no reason to be near 0.
+    """
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append((name, parameter))
+    return adamw({"params": named, "weight_decay": decay} for decay, named in groups.items())
+
+
+def warmup_steps(config: TrainConfig, total: int) -> int:
+    """Return in how many of the steps of a run the learning rate rises."""
+    share = config.warmup_steps
+    return math.ceil(round(share * total, 9)) if share < 1 else int(share)  # 0.07 * 100 is a little more than 7
 
 
 def _step(
@@ -218,7 +266,7 @@ def _step(
         group["lr"] = rate
     with kept_random_state(next(model.parameters()).device):  # backward may draw as well
         total, count = accumulate(model, optimizer, batches, loss)
-    processes.all_reduce_([*(parameter.grad for parameter in parameters_of(optimizer)), total])
+    processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
     count, tokens = map(int, processes.sum_over_ranks(count, tokens))
     mean, grad_norm = torch.stack(update(optimizer, total, count, max_grad_norm)).tolist()  # waits for the device
@@ -231,14 +279,13 @@ def _step(
     }
 
 
-def _check_finite(record: Record, dataset: Sequence[Any], step: Step) -> None:
-    """Raise a `TrainingError` if the loss or the gradient of a step is not finite."""
-    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-        sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
-        raise TrainingError(
-            f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; rows: {sources}. The "
-            "weights are those of before the step; a lower learning rate or float32 may help"
-        )
+def _not_finite(record: Record, dataset: Sequence[Any], step: Step) -> TrainingError:
+    """Return the error of a step whose loss or gradient is not finite."""
+    sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
+    return TrainingError(
+        f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; rows: {sources}. The "
+        "weights are those of before the step; a lower learning rate or float32 may help"
+    )
 
 
 def _resume(

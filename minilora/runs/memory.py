@@ -34,8 +34,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def high_water_bytes() -> int:
     """Return the most memory that the process has used so far; 0 where the system does not report it."""
     # getrusage would include the process that started this one.
-    if (found := _kilobytes("proc/self/status", "VmHWM")) is not None:
-        return found
+    if (high_water := _kilobytes("proc/self/status", "VmHWM")) is not None:
+        return high_water
     try:
         import resource
     except ImportError:  # Windows has no such module
@@ -47,15 +47,15 @@ def high_water_bytes() -> int:
 def _kilobytes(file: str, field: str) -> int | None:
     """Return a field of one of Linux's files, "NAME: N kB", in bytes."""
     path = LINUX / file
-    found = re.search(rf"^{field}:\s+(\d+) kB$", path.read_text(), re.MULTILINE) if path.is_file() else None
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"^{field}:\s+(\d+) kB$", path.read_text(), re.MULTILINE) if path.is_file() else None
+    return int(match[1]) * 1024 if match else None
 
 
 AT_IMPORT = high_water_bytes()
 
 
 def free_memory_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free: of the GPU on CUDA, else of the machine and within the limits of the process.
+    """Return the memory that is free: of the GPU on CUDA, else of the machine.
 
     Of the machine's, each rank that torchrun has started there gets its share. On macOS it is all of the machine's
     memory, since the system makes room as needed. None where nothing is known.
@@ -65,22 +65,7 @@ def free_memory_bytes(device: torch.device) -> int | None:
     if sys.platform == "darwin":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available, ranks = _kilobytes("proc/meminfo", "MemAvailable"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return None if available is None else min([available, *_free_in_groups()]) // ranks
-
-
-def _free_in_groups() -> Iterator[int]:
-    """Yield the memory that is free in each control group of the process that has a limit, and in those around it."""
-    groups, top = LINUX / "proc/self/cgroup", LINUX / "sys/fs/cgroup"
-    found = re.search(r"^0::/(.*)$", groups.read_text(), re.MULTILINE) if groups.is_file() else None
-    group = top / found[1] if found else top
-    for folder in (group, *group.parents):  # in a container the path may be the one outside, and is not there
-        if not folder.is_relative_to(top):
-            break
-        with suppress(OSError):  # no such group, or one without a limit
-            most, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
-            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-            if most != "max":  # files that were read, and can be read again, do not count as used
-                yield max(0, int(most) - used + (int(cached[1]) if cached else 0))
+    return None if available is None else available // ranks
 
 
 def amount(size: int) -> str:

@@ -24,7 +24,6 @@ from torch import distributed as dist
 
 from minilora.errors import ConfigError, MiniloraError, TrainingError
 from minilora.models.checkpoint import usable_device
-from minilora.models.fsdp import is_sharded
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,20 +100,20 @@ def sum_over_ranks(*numbers: float) -> list[float]:
     if size() == 1:
         return [*numbers]
     device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
-    found = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     with _connection_errors():
-        dist.all_reduce(found)
-    return found.tolist()
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def all_gather(value: T) -> list[T]:
     """Return the value of every rank, which can be any object that can be pickled."""
     if size() == 1:
         return [value]
-    found: list[Any] = [None] * size()
+    values: list[Any] = [None] * size()
     with _connection_errors():
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
 def differing(values: Mapping[str, Any]) -> list[str]:
@@ -125,21 +124,21 @@ def differing(values: Mapping[str, Any]) -> list[str]:
 
 def lowest_over_ranks(number: int | None) -> int | None:
     """Return the lowest number of a rank; None does not count."""
-    return min((found for found in all_gather(number) if found is not None), default=None)
+    return min((own for own in all_gather(number) if own is not None), default=None)
 
 
 def run_on_rank0(compute: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
     """Return on every rank what the first one computes, or raise its error, once it is done."""
-    found: Any = None
+    result: Any = None
     if is_main_process():
         try:
-            found = compute(*arguments, **keywords)
+            result = compute(*arguments, **keywords)
         except (MiniloraError, OSError) as error:
-            found = error
-    found = all_gather(found)[0]
-    if isinstance(found, Exception):
-        raise found
-    return found
+            result = error
+    result = all_gather(result)[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
@@ -147,11 +146,6 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors if size() > 1 else ():
         with _connection_errors():
             dist.broadcast(tensor.detach(), 0)
-
-
-def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Return whether a rank holds only a part of one of the tensors."""
-    return size() > 1 and any(map(is_sharded, tensors))
 
 
 @contextmanager

@@ -6,15 +6,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from threading import Event, RLock, Thread
-from time import time
+from threading import RLock
 from types import FrameType
 from typing import Any
 
@@ -22,12 +18,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minilora.errors import FormatError, printable
 from minilora.files import parse_object, read_json, read_text
-from minilora.runs.evaluate import Progress
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 
 RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
-SECONDS = 5.0  # between two lines without a terminal, and between two looks of the clock
+SECONDS = 5.0  # between two lines without a terminal
 BAR = " {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
 
 
@@ -50,8 +45,7 @@ class _Lines:
 class ProgressBar:
     """Show progress on standard error by tqdm: a bar on a terminal, else a line every few seconds.
 
-    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step. In a
-    `with` block, its clock moves even during a long step, and it is closed at the end.
+    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step.
 
     Args:
         evaluated: what the rows of evaluations are called.
@@ -62,26 +56,6 @@ class ProgressBar:
         self.stopped_by: int | None = None  # the number of a signal
         self._what = ""  # that the bar shows
         self._bar: tqdm[Any] | None = None
-        self._ended = Event()
-
-    def __enter__(self) -> ProgressBar:
-        self._clock = Thread(target=self._show_time, daemon=True)
-        self._clock.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._clock.join()
-        self.close()
-
-    def _show_time(self) -> None:
-        """Show the bar again where it was not for some seconds, until the block ends."""
-        while not self._ended.wait(SECONDS):
-            bar = self._bar
-            if bar is not None and time() - bar.last_print_t >= SECONDS:
-                bar.delay = 0  # or `close` would leave it
-                with _Bar.get_lock():  # or it could be closed before it is shown
-                    bar.refresh()
 
     def __call__(self, record: Record) -> bool:
         if "eval_loss" in record:
@@ -91,10 +65,6 @@ class ProgressBar:
             about = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, peak {memory}"
             self.show("step", record["step"], record["total_steps"], about)
         return self.stopped_by is not None
-
-    def rows(self, *what: str) -> Progress:
-        """Return a callback that reports the progress of an evaluation."""
-        return partial(self.show, f"{', '.join(what)}: row")
 
     def show(self, what: str, done: int = 0, total: int | None = None, about: str = "") -> None:
         """Show what is done, and how much of it; the line of something else is replaced."""
@@ -112,7 +82,7 @@ class ProgressBar:
                 delay=interval if total and what != "step" else 0,  # an evaluation that is short is not shown
                 file=file,
                 mininterval=interval,
-                miniters=1,  # the clock decides alone
+                miniters=1,  # only the clock decides
             )
         self._bar.set_postfix_str(about, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -131,7 +101,7 @@ class ProgressBar:
         note = ", the lowest so far" if best == step else f", lowest at step {best}" if best else ""
         self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
         for sample in record.get("samples", ()):
-            self.keep(f"  {ending(sample['prompt'])} -> {beginning(sample['text'])}")
+            self.keep(f"  {shorten(sample['prompt'], 30, keeps_end=True)} -> {shorten(sample['text'], 42)}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Let the step finish at the first signal; stop at once at the second."""
@@ -149,27 +119,12 @@ class ProgressBar:
             self._bar = None
 
 
-def ending(text: str, most: int = 30) -> str:
-    """Return the end of a text in one line of at most that many characters."""
+def shorten(text: str, most: int, keeps_end: bool = False) -> str:
+    """Return a text in one line of at most that many characters: its beginning, or its end."""
     text = printable(" ".join(text.split()))
-    return text if len(text) <= most else "…" + text[1 - most :]
-
-
-def beginning(text: str, most: int = 42) -> str:
-    """Return the beginning of a text in one line of at most that many characters."""
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(without_nan(value), allow_nan=False) + "\n")
-
-
-def without_nan(value: Any) -> Any:
-    """Return a JSON value with null for each number that is not finite: JSON has no such numbers."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+    if len(text) <= most:
+        return text
+    return "…" + text[1 - most :] if keeps_end else text[: most - 1] + "…"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     .csv, .tsv      a row a line, or several with quotes, as Python's `csv` reads them; the first row names the columns
     .txt            a document, which is one row
-    other endings   an array of JSON objects, or one object a line; the first character says which
+    other endings   an array of JSON objects, or one object a line; the first character decides
 
 Files are in UTF-8. A byte order mark at the beginning is accepted; lines end in LF or CRLF.
 """
@@ -33,8 +33,6 @@ PARQUET = """is Parquet, which is not read; these lines of Python convert it:
 
 def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
     """Yield the rows of files. A row that cannot be read has a `problem`; the caller refuses or skips it.
-
-    Documents and arrays of JSON are held in memory, other files are not.
 
     Args:
         paths: of the files.

@@ -1,6 +1,6 @@
 """What a run draws from its seed: the order of rows, and the masks of dropout.
 
-Both are functions of the seed and the step alone, so a resumed run needs no saved random state.
+Both are functions of only the seed and the step, so a resumed run needs no saved random state.
 
     [Dropout]  Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting
 """
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from minilora.runs.settings import TrainConfig
 Rows = list[int]  # indices of the rows of one micro-batch
 Step = list[Rows]  # those of each micro-batch
 MAX_STEPS = 1_000_000
+EVAL_TOKENS = 4096  # of a forward pass of an evaluation
 SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds differ; the generator keeps 32 bits
 
 
@@ -60,6 +61,25 @@ def plan_steps(rows: int, config: TrainConfig) -> list[Step]:
         if len(steps) == max_steps:
             break
     return steps
+
+
+def eval_groups(rows: Sequence[Any], copies: int = 1, count: int | None = None) -> Iterator[Rows]:
+    """Yield the indices of the rows of each forward pass of an evaluation, which are consecutive.
+
+    They are `count` rows or, where that is None, examples whose tokens, `copies` of each, are at most `EVAL_TOKENS`; or
+    one.
+    """
+    group, size = Rows(), 0
+    limit = EVAL_TOKENS if count is None else count
+    for i, row in enumerate(rows):
+        length = copies * len(row.tokens) if count is None else 1
+        if group and size + length > limit:
+            yield group
+            group, size = [], 0
+        group.append(i)
+        size += length
+    if group:
+        yield group
 
 
 class SeededDropout(nn.Dropout):
@@ -111,9 +131,13 @@ def seed_dropout(adapters: Mapping[str, LoraAdapter], seed: int | None, step: in
         adapter.dropout = dropout
 
 
-def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Return a block after which PyTorch's random state is as before, on the CPU and on CUDA."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+@contextmanager
+def kept_random_state(device: torch.device, key: str | None = None) -> Iterator[None]:
+    """Leave PyTorch's random state as it was before the block, in which it follows from the key, if one is given."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if key is not None:
+            seed_random_state(device, key)
+        yield
 
 
 def seed_random_state(device: torch.device, key: str) -> None:

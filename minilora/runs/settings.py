@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, in_recipe
 from minilora.files import BUILTIN
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.models.hub import locate
 from minilora.options import answers, check_types, document_fields, option
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
-FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: r alone says too little
+FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
 COUNTS = (
     *("batch_size", "gradient_accumulation_steps", "max_steps"),
     *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
@@ -186,18 +185,6 @@ class RunConfig:
             raise ConfigError(f"RunConfig: eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
         if self.samples < 0:
             raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
-
-    def located(self) -> RunConfig:
-        """Return the config with the commit of each repository in its name, so that it means the same later."""
-        has_general = self.general_data != "none"
-        return replace(
-            self,
-            model=locate(self.model, "model").name,
-            adapter=self.adapter and locate(self.adapter, "adapter").name,
-            data=tuple(locate(name, "dataset").name for name in self.data),
-            eval_data=self.eval_data and locate(self.eval_data, "dataset").name,
-            general_data=locate(self.general_data, "dataset").name if has_general else "none",
-        )
 
 
 @dataclass(frozen=True)

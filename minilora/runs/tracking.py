@@ -15,7 +15,7 @@ from minilora.options import check_types
 class Tracker:
     """Send the numbers of each record to a library; it is an `on_step` of `train`.
 
-    TensorBoard reads the folder `tensorboard` of the directory; it no longer shows what that holds of steps after
+    TensorBoard reads the folder `tensorboard` of the directory; it no longer shows records of steps after
     `step`, from which a run is resumed. In trackio and wandb, the run is in `project` and has the directory's name.
 
     Raises:

@@ -17,8 +17,7 @@ import torch
 from record import write_record
 
 import minilora as ml
-from minilora.runs.forecast import forecast
-from minilora.runs.plan import Plan
+from minilora.runs.forecast import Plan, forecast
 
 OUT = Path(__file__).with_suffix(".json")
 WAYS = {  # dtype, quantize, checkpointing
