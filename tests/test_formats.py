@@ -133,6 +133,25 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
         parse_row({**row, "system": "c"})
 
 
+@pytest.mark.parametrize(
+    ("keys", "columns"),
+    [
+        (["answer", "question"], "instruction=question,output=answer renames them, or columns prompt=question,com"),
+        (["Question", "Answer"], "instruction=Question,output=Answer renames them, or columns prompt=Question,com"),
+        (["input", "output"], "instruction=input,output=output renames them, or columns prompt=input,completion="),
+        (["instruction", "response", "context"], "instruction=instruction,input=context,output=response renames"),
+        (["a", "b"], "instruction=a,output=b renames them, or columns prompt=a,completion=b for plain text; of CSV"),
+        (["a"], "instruction=QUESTION,output=ANSWER renames them, or columns prompt=QUESTION,completion=ANSWER"),
+    ],
+)
+def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, columns):
+    with pytest.raises(
+        ml.DataError, match=r"^keys \[.*'length', 'number'.*\] are of no known shape; known are "
+    ) as error:
+        parse_row({"number": "7", "length": 3, **dict.fromkeys(keys, "a")})
+    assert f"; columns {columns}" in str(error.value)
+
+
 PREAMBLE = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )

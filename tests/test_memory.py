@@ -316,15 +316,50 @@ def test_what_the_import_took_is_no_part_of_the_peak(monkeypatch):
     assert whole > 2**27 or sys.platform not in ("linux", "darwin")
 
 
-def test_free_memory_is_what_linux_reports_for_each_rank_all_of_a_mac_or_unknown(monkeypatch, tmp_path):
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A Linux machine with 900 kB to give, by its files."""
+
+    def write(files):
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+
     monkeypatch.setattr(host, "LINUX", tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
+    write({"proc/meminfo": "MemTotal:   2000 kB\nMemAvailable:    900 kB\n"})
+    return write
+
+
+def limited(group, limit, used, cached=0):
+    """The files of a control group."""
+    folder = f"sys/fs/cgroup/{group}"
+    stat = f"anon 7\ninactive_file {cached}\n"
+    return {
+        f"{folder}/memory.max": f"{limit}\n",
+        f"{folder}/memory.current": f"{used}\n",
+        f"{folder}/memory.stat": stat,
+    }
+
+
+CASES = {  # the groups of the process, their files, and what is free
+    "no groups": (None, {}, 900 * 1024),
+    "a limit": ("0::/a/b\n", limited("a/b", 5000, 3000, 400), 2400),
+    "a limit of a group around": ("0::/a/b\n", limited("a/b", "max", 3000) | limited("a", 9000, 8000), 1000),
+    "a container, whose group is the top": ("0::/docker/x\n", limited("", 100, 300), 0),
+}
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_what_is_free_is_the_least_that_machine_and_groups_allow(machine, case):
+    groups, files, expected = CASES[case]
+    machine(files if groups is None else {"proc/self/cgroup": groups, **files})
+    assert free_memory_bytes(CPU) == expected
+
+
+def test_of_a_mac_the_memory_is_told_and_of_the_unknown_nothing(machine, monkeypatch, tmp_path):
+    (tmp_path / "proc/meminfo").unlink()
     assert free_memory_bytes(CPU) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal:   2000 kB\nMemAvailable:    900 kB\n")
-    for ranks in (1, 3):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", f"{ranks}")
-        assert free_memory_bytes(CPU) == 900 * 1024 // ranks
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}.__getitem__)
     assert free_memory_bytes(CPU) == 3 * 4096

@@ -24,6 +24,7 @@ Fields = dict[str, Any]
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
 ROLES = ("assistant", "developer", "system", "tool", "user")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+PAIRS = (("question", "answer"), ("input", "output"), ("instruction", "response"))  # frequent names of other formats
 EMPTY = "it is empty, so there is nothing to learn"
 UNASKED = "it is empty, so nothing is asked; text without a question goes in the field `text`"
 
@@ -97,10 +98,16 @@ def _format_of(fields: Fields) -> Format:
     for keys, read in FORMATS.items():
         if fields.keys() >= {*keys}:
             return read
+    names = {name.lower(): name for name in fields}
+    texts = [name for name, value in fields.items() if isinstance(value, str) and not value.isnumeric()]
+    pairs = [(names[asked], names[answer]) for asked, answer in PAIRS if names.keys() >= {asked, answer}]
+    asked, answer = next(pair for pair in (*pairs, texts[:2], ("QUESTION", "ANSWER")) if len(pair) == 2)
+    context = next((f",input={names[name]}" for name in ("input", "context") if name in names.keys() - {asked}), "")
     known = "; ".join(" and ".join(keys) for keys in FORMATS)
     raise DataError(
-        f"keys {sorted(fields)} are of no known shape; known are {known}; columns instruction=QUESTION,output=ANSWER "
-        "renames them, or columns prompt=QUESTION,completion=ANSWER for plain text; of CSV the first row names them"
+        f"keys {sorted(fields)} are of no known shape; known are {known}; columns instruction={asked}{context},"
+        f"output={answer} renames them, or columns prompt={asked},completion={answer} for plain text; "
+        "of CSV the first row names them"
     )
 
 

@@ -55,7 +55,7 @@ AT_IMPORT = high_water_bytes()
 
 
 def free_memory_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free: of the GPU on CUDA, else of the machine.
+    """Return the memory that is free: of the GPU on CUDA, else of the machine and within the limits of the process.
 
     Of the machine's, each rank that torchrun has started there gets its share. On macOS it is all of the machine's
     memory, since the system makes room as needed. None where nothing is known.
@@ -65,7 +65,22 @@ def free_memory_bytes(device: torch.device) -> int | None:
     if sys.platform == "darwin":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available, ranks = _kilobytes("proc/meminfo", "MemAvailable"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return None if available is None else available // ranks
+    return None if available is None else min([available, *_free_in_groups()]) // ranks
+
+
+def _free_in_groups() -> Iterator[int]:
+    """Yield the memory that is free in each control group of the process that has a limit, and in those around it."""
+    groups, top = LINUX / "proc/self/cgroup", LINUX / "sys/fs/cgroup"
+    found = re.search(r"^0::/(.*)$", groups.read_text(), re.MULTILINE) if groups.is_file() else None
+    group = top / found[1] if found else top
+    for folder in (group, *group.parents):  # in a container the path may be the one outside, and is not there
+        if not folder.is_relative_to(top):
+            break
+        with suppress(OSError):  # no such group, or one without a limit
+            most, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            if most != "max":  # files that were read, and can be read again, do not count as used
+                yield max(0, int(most) - used + (int(cached[1]) if cached else 0))
 
 
 def amount(size: int) -> str:
