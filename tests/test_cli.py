@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import Mapping
@@ -281,10 +282,10 @@ def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, b
 
 def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_named(tmp_path, capsys):
     for text, phrase in (
-        ("lora_r = 2.5\nuse_rslora = 1", "minilora: LoraConfig: r is 2.5, need int; use_rslora is 1, need bool"),
-        ("learning_rate = true", "learning_rate is True, need float"),
-        ('resume = "maybe"', "resume is 'maybe'"),
-        ("target_modules = [1]", "target_modules is (1,)"),
+        ("lora_r = 2.5\nuse_rslora = 1", "minilora: --lora-r is 2.5, need int; --use-rslora is 1, need bool"),
+        ("learning_rate = true", "--learning-rate is True, need float"),
+        ('resume = "maybe"', "--resume is 'maybe'"),
+        ("target_modules = [1]", "--target-modules is (1,)"),
         ("lerning_rate = 1", "key 'lerning_rate' is unknown; did you mean learning_rate?"),
         ("config = 1", "key 'config' is unknown; the keys are the flags of `minilora finetune --help-all`"),
         ("seed = ", "not TOML"),
@@ -405,13 +406,13 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
     for words, phrase in (
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
-        ("finetune --model=model --data=data --target-modules=q_prj", "matches target_modules 'q_prj'"),
-        ("finetune --lora-r=0 --lora-dropout=2", "minilora: LoraConfig: r is 0, need a whole number"),
-        ("finetune --lora-r=0 --lora-dropout=2", "; lora_dropout is 2.0, need"),
-        ("finetune --keep=best", "need eval_steps"),
-        ("finetune --epochs=0 --seed=-1", "; seed is -1, need a whole number"),
+        ("finetune --model=model --data=data --target-modules=q_prj", "matches --target-modules 'q_prj'"),
+        ("finetune --lora-r=0 --lora-dropout=2", "minilora: --lora-r is 0, need a whole number"),
+        ("finetune --lora-r=0 --lora-dropout=2", "; --lora-dropout is 2.0, need"),
+        ("finetune --keep=best", "need --eval-steps"),
+        ("finetune --epochs=0 --seed=-1", "; --seed is -1, need a whole number"),
         ("finetune --model=model --data=data --eval-data=many.jsonl", "have a test split already"),
-        ("finetune --model=model --data=data --eval-data=many.jsonl", "leave eval_data out"),
+        ("finetune --model=model --data=data --eval-data=many.jsonl", "leave --eval-data out"),
         ("finetune --model=model --data=lora_r.csv", "lora_r.csv:2: keys"),
         ("finetune --model=model --data=lora_r.csv", "; --columns instruction=Frage,output=Antwort renames them"),
         ("finetune --model=model --data=lora_r.csv", "; --skip-bad-rows skips such rows"),
@@ -524,3 +525,18 @@ def test_elsewhere_progress_is_a_line_every_five_seconds_and_one_at_the_end(caps
 def test_an_evaluation_is_always_shown_and_stays(capsys, monkeypatch, is_terminal):
     records = [record(1), {"step": 1, "eval_loss": 0.25, "best_step": 1}, record(2)]
     assert "step 1  held-out loss 0.2500, the lowest so far\n" in shown(capsys, monkeypatch, is_terminal, records)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_is_shown_every_few_seconds_until_it_is_closed(capsys, monkeypatch, is_terminal):
+    monkeypatch.setattr("minilora.runs.reports.SECONDS", 0.02)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    shown, deadline = "", time.monotonic() + 60
+    with ProgressBar() as bar:
+        bar.show("measuring", 0, 9)
+        while shown.count("measuring 0/9 ") < 3 and time.monotonic() < deadline:
+            shown += capsys.readouterr().err
+    assert shown.count("measuring 0/9 ") >= 3
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert not capsys.readouterr().err

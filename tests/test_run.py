@@ -230,7 +230,7 @@ def refused(capsys, directory):
 
 
 def test_a_finished_run_is_never_overwritten(refused, whole):
-    refused(whole, "holds a finished run with other settings (lora_r was 3 and is 4); use another", lora_r=4)
+    refused(whole, "holds a finished run with other settings (--lora-r was 3 and is 4); use another", lora_r=4)
     refused(whole, "holds a run, which is not to be resumed", resume="never")
     refused(whole, "epochs was 2.0 and is 3.0", epochs=3)
 
@@ -322,8 +322,8 @@ def test_what_is_no_place_for_a_run_is_refused_before_the_model_is_loaded(refuse
 
 def test_a_run_with_other_settings_is_refused_and_each_difference_named(refused, directory, whole, tmp_path):
     unfinished(whole, tmp_path, step=4)
-    refused(tmp_path, "learning_rate was 0.01 and is 0.5", learning_rate=0.5)
-    refused(tmp_path, "0.5, seed was 0 and is 7)", learning_rate=0.5, seed=7)
+    refused(tmp_path, "--learning-rate was 0.01 and is 0.5", learning_rate=0.5)
+    refused(tmp_path, "0.5, --seed was 0 and is 7)", learning_rate=0.5, seed=7)
     refused(
         tmp_path, "the data changed since the run began: general.jsonl, rows.jsonl", data=directory / "general.jsonl"
     )
@@ -342,7 +342,7 @@ def test_a_run_whose_base_tokenizer_or_template_was_replaced_is_refused(
     stop(directory, tmp_path / "out", monkeypatch, **paths)
     capsys.readouterr()
     files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    changed = {f"model/{file}": tmp_path / "model" / file for file in files} | {"prompt_style": paths["prompt_style"]}
+    changed = {f"model/{file}": tmp_path / "model" / file for file in files} | {"--prompt-style": paths["prompt_style"]}
     for name, path in changed.items():
         before = path.read_bytes()
         last = before[-1] ^ (3 if before.endswith(b"\n") else 1)  # a line end becomes a tab
@@ -363,10 +363,11 @@ def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_p
     assert paths
 
 
-def test_a_file_that_is_large_is_known_by_its_size_and_its_first_part(tmp_path, monkeypatch):
+def test_a_file_that_is_large_is_known_by_its_size_and_evenly_spread_parts(tmp_path, monkeypatch):
     path, hashes = tmp_path / "large", set()
     monkeypatch.setattr(run_directory, "WHOLE", 1000)
-    for place, size in ((0, 50_000), (7, 50_000), (999, 50_000), (999, 50_001)):
+    monkeypatch.setattr(run_directory, "PIECE", 10)
+    for place, size in ((0, 50_000), (9, 50_000), (49_999, 50_000), (49_999, 50_001)):
         content = bytearray(size)
         content[place] = 1
         path.write_bytes(content)
@@ -415,7 +416,7 @@ def test_eval_data_that_are_trained_on_or_beside_a_test_split_are_refused(direct
     for split in ("train", "test"):
         runs.write_rows(tmp_path / f"{split}.jsonl", 5)
     for data, phrase in (
-        (directory / "rows.jsonl", "rows.jsonl: is in data and in eval_data"),
+        (directory / "rows.jsonl", "rows.jsonl: is in data and in --eval-data"),
         (tmp_path, f"the data have a test split already, {tmp_path}/test.jsonl"),
     ):
         assert finetune(directory, tmp_path / "out", data=data, eval_data=directory / "rows.jsonl") == 1

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import MiniloraError, check_utf8, in_recipe, printable
+from minilora.errors import FormatError, MiniloraError, check_utf8, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line; those of data classes are None if they are not given
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -53,6 +53,11 @@ FOREIGN_FLAGS = {  # settings of other libraries, and where they are here
     "--load-in-4bit": "use --quantize nf4",
     "--bf16": "use --dtype bfloat16",
 }
+SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
+    [a-z]+_\w+
+    | (?: (?<= Config:\ ) | (?<= [;,]\ ) | (?<= \( ) ) [a-z]+ (?= \ (?:is|was)\ )
+    | [a-z]+ (?= \ \w+= )
+    ) (?! \.\w | [\w/'"(=?-] )"""
 OVERVIEW = """\
 usage: minilora COMMAND [flags]
 
@@ -75,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input
-        say(f"minilora: {error}")
+        say(f"minilora: {error if isinstance(error, FormatError) else _in_flags(str(error), options)}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
@@ -126,6 +131,16 @@ def parse(words: Sequence[str]) -> Options:
         forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
         parser.error(f"unexpected argument {name!r}; {forms}")
     return {**vars(options), "command": command}
+
+
+def _in_flags(message: str, options: Options) -> str:
+    """Return a message of the library with the names of settings as the flags of the command."""
+    from minilora.runs.settings import FLAG_NAMES, flag
+
+    def as_flag(found: re.Match[str]) -> str:
+        return flag(found["name"]) if FLAG_NAMES.get(found["name"], found["name"]) in options else found[0]
+
+    return re.sub(SETTING, as_flag, message)
 
 
 def closest_name(name: str, known: Iterable[str]) -> str:

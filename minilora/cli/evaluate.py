@@ -9,7 +9,6 @@ Example:
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -52,7 +51,7 @@ def run(options: Options) -> int:
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
     examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
-    with closing(ProgressBar()) as bar:
+    with ProgressBar() as bar:
         value = _measure(model, tokenizer, examples, options, partial(bar.show, f"{options['metric']}: row"))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
     if examples.bad:

@@ -47,7 +47,9 @@ from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `BOOKKEEPING` names
-WHOLE = 2**29  # bytes of a file that are hashed
+WHOLE = 2**29  # bytes of a file up to which all of it is hashed
+PIECES = 1024  # of a larger file that are hashed
+PIECE = 2**16  # bytes of one
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -249,13 +251,15 @@ def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
 
 
 def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a file; of a large one, that of its size and its first part."""
+    """Return the SHA-256 of a file; of a large one, that of its size and of evenly spread parts."""
     size = path.stat().st_size
     if size <= WHOLE:
         return sha256_of(path)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(WHOLE))
+        for i in range(PIECES):
+            file.seek(i * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
     return digest.hexdigest()
 
 
