@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -110,6 +110,9 @@ def read_json(path: Path, is_named: bool = False) -> dict[str, Any]:
     return parse_object(read_text(path, is_named=is_named), str(path))
 
 
+Rename = Callable[[str], str | None]
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """The header's entry of a tensor: its dtype as the file spells it (BF16, F32, …), its shape and its size."""
@@ -120,9 +123,12 @@ class TensorEntry:
 
 
 class TensorFile:
-    """A safetensors file, whose header is read at once, and a tensor only when it is asked for."""
+    """A safetensors file, whose header is read at once, and a tensor only when it is asked for.
 
-    def __init__(self, path: Path, is_mapped_once: bool = False):
+    With `rename`, tensors have the names that it gives to those of the file, and are left out where it gives None.
+    """
+
+    def __init__(self, path: Path, is_mapped_once: bool = False, rename: Rename | None = None):
         self.path = path
         with open_file(path) as file:
             size = int.from_bytes(file.read(8), "little")
@@ -134,8 +140,10 @@ class TensorFile:
             # `safe_open` checks that sizes fit dtypes and shapes, without gaps. For PyTorch, it would map the file.
             with safe_open(path, framework="numpy") as checked:
                 self.metadata: dict[str, str] = checked.metadata() or {}
-            for name in sorted(header.keys() - {"__metadata__"}):
-                dtype, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+            for stored in sorted(header.keys() - {"__metadata__"}):
+                if (name := rename(stored) if rename else stored) is None:
+                    continue
+                dtype, shape, (begin, end) = (header[stored][key] for key in ("dtype", "shape", "data_offsets"))
                 self.entries[name] = TensorEntry(dtype, tuple(shape), end - begin)
                 self._spans[name] = slice(8 + size + begin, 8 + size + end)
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: an entry that is a list
@@ -160,11 +168,11 @@ class TensorFile:
             raise FormatError(f"{self.path}: {name} cannot be read: {error}; dtypes are {[*DTYPES]}") from error
 
 
-def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
-    """Return for each tensor of a model directory the file that has it; for `is_mapped_once` see `TensorFile`."""
+def tensor_files(directory: Path, is_mapped_once: bool = False, rename: Rename | None = None) -> dict[str, TensorFile]:
+    """Return for each tensor of a model directory the file that has it; for the arguments see `TensorFile`."""
     index = directory / INDEX
     if not index.is_file():
-        file = TensorFile(directory / "model.safetensors", is_mapped_once)
+        file = TensorFile(directory / "model.safetensors", is_mapped_once, rename)
         return dict.fromkeys(file.shapes, file)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -172,7 +180,10 @@ def tensor_files(directory: Path, is_mapped_once: bool = False) -> dict[str, Ten
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
             raise FormatError(f"{index}: {name!r} is not a plain file name")
-    shards = {name: TensorFile(directory / name, is_mapped_once) for name in sorted(set(weight_map.values()))}
+    shards = {name: TensorFile(directory / name, is_mapped_once, rename) for name in sorted(set(weight_map.values()))}
+    if rename:
+        weight_map = {rename(name): shard for name, shard in weight_map.items()}
+        weight_map.pop(None, None)
     if lacking := sorted(name for name, shard in weight_map.items() if name not in shards[shard].shapes):
         raise FormatError(f"{index}: names tensors that their shards do not have: {lacking[:5]}")
     return {name: shards[shard] for name, shard in weight_map.items()}

@@ -19,6 +19,7 @@ from minilora.models.bitsandbytes import describe_in_words
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import PROMPTS_FILE, read_prompts
+from minilora.models.wrapper import describe_other_parts
 from minilora.runs.encoders import Dataset
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.reports import shorten
@@ -135,6 +136,8 @@ def say_start(run: Run, model: Llama) -> None:
         f"batches of {training.batch_size}, learning rate {training.learning_rate:g}\n"
         f"{weight.dtype} on {weight.device}".replace("torch.", "")
     )
+    if parts := describe_other_parts(run.base.location.path):
+        say(f"only the text model is read and trained, not {parts}")
     for note in run_notes(run, model):
         say(note)
     for problem in run.history.damaged:

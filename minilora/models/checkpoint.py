@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minilora import llama
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
-from minilora.files import INDEX, TensorFile, publishing, stream_tensors, tensor_files, write_json
+from minilora.files import INDEX, TensorFile, publishing, stream_tensors, write_json
 from minilora.llama import Llama, load_weights
 from minilora.models.bitsandbytes import (
     Quantize,
@@ -33,6 +33,7 @@ from minilora.models.bitsandbytes import (
 from minilora.models.config import FAMILIES, read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
+from minilora.models.wrapper import text_files
 from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ def stored_weights(
     target, config = resolve_dtype(dtype, model.config.source, device), QuantizeConfig.of(quantize)
     is_as_stored = device.type == "cpu" and dtype_name(target) == stored_dtype(model.config.source)
     is_view = may_be_views and is_as_stored and config.quantize == "none"
-    files = tensor_files(directory, is_mapped_once=is_view)
+    files = text_files(directory, is_mapped_once=is_view)
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
     _check_packed(directory, model.config.source, packed, config)
@@ -190,7 +191,8 @@ def save_model_files(
         )
     embedding = model.model.embed_tokens.weight
     source = model.config.source
-    source = {"architectures": [f"{FAMILIES[source['model_type']].name}ForCausalLM"], **source}
+    name = f"{FAMILIES[source['model_type']].name}ForCausalLM"
+    source = {**source, "architectures": source.get("architectures") or [name]}
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)

@@ -20,6 +20,7 @@ from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.rotary import FLOAT, build_rope, is_positive
 from minilora.models.smollm3 import SMOLLM3
+from minilora.models.wrapper import text_config
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 Need = tuple[Callable[[Any], bool], str]  # whether a value is right, and the message if it is not
@@ -88,12 +89,13 @@ COPIED = (*REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_wor
 
 
 def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
-    """Read a `config.json` of transformers 4 or 5.
+    """Read a `config.json` of transformers 4 or 5, or of a wrapper the config of its text model.
 
     Raises:
         ConfigError: another `model_type`, a classifier, an activation other than silu, an unsupported quantization,
             missing or impossible numbers; the last three in one message.
     """
+    source = text_config(source)
     name = source.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(f"model_type {name!r:.80} is not supported; supported are {sorted(FAMILIES)}")

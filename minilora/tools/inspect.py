@@ -24,6 +24,7 @@ from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import load_model
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import load_tokenizer
+from minilora.models.wrapper import describe_other_parts
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
 from minilora.runs.settings import Settings
@@ -113,6 +114,7 @@ def model_facts(directory: Path) -> dict[str, Any]:
         "files": {path.name: path.stat().st_size for path in {file.path: file for file in files.values()}},
         "tokenizer": tokenizer,
         "tensors": dict(sorted(tensors.items())),
+        "not read": describe_other_parts(directory),
         "problems": problems,
     }
 

@@ -15,6 +15,7 @@ import copy
 import functools
 import itertools
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name, vocabulary_of
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
-from minilora.files import TensorFile, read_json
+from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files
 from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
@@ -44,11 +45,17 @@ from minilora.models.checkpoint import (
     save_model_files,
     stored_dtype,
     stored_weights,
+    write_shards,
 )
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
+from minilora.models.wrapper import is_wrapper, text_name
 from minilora.nf4 import NF4Linear
+
+IN_WRAPPER = (
+    "the model has a wrapper, whose files allow only the target original, no new tokens and a head tied as it is"
+)
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,37 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     squares: list[tuple[float, float]] = []
     weights = _merged_weights(merge, quantized, layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
-    save_model_files(model, out, tokenizer, SHARD_BYTES, written)
+    if is_wrapper(merge.model):
+        if target != "original" or merge.rows > merge.config.vocab_size or is_tied != merge.config.tie_word_embeddings:
+            raise ConfigError(f"{merge.model}: {IN_WRAPPER}")
+        changed = ((name, dense(weight)) for name, weight in written if _adapted_module(name, layers))
+        _save_wrapper(merge.model, out, changed)
+    else:
+        save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
+
+
+def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a wrapper's directory again with changed tensors of its text model; all others keep their bytes."""
+    files = tensor_files(source)
+    stored = {text_name(name): name for name in files}
+    rest = dict(files)
+
+    def tensors() -> Iterator[dict[str, Tensor]]:
+        for name, tensor in changed:
+            del rest[stored[name]]
+            yield {stored[name]: tensor}
+        for name, file in rest.items():
+            yield {name: file.read(name)}
+
+    directory.mkdir(parents=True, exist_ok=True)
+    header_bytes = sum(entry_bytes(name, len(file.shapes[name])) for name, file in files.items())
+    write_shards(directory, tensors(), SHARD_BYTES, header_bytes)
+    weights = {INDEX, MANIFEST, *(file.path.name for file in files.values())}
+    for path in source.iterdir():
+        if path.is_file() and path.name not in weights:
+            check_link(path)
+            shutil.copyfile(path, directory / path.name)
 
 
 def _target_of(merge: Merge, kind: str) -> Target:

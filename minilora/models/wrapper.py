@@ -1,0 +1,63 @@
+"""Text models in a wrapper, such as one that also sees images: what of the wrapper's config and tensors is theirs.
+
+Its config.json has the model's own under `text_config`, and its tensors the model's under a longer name:
+
+    model.language_model.layers.0.mlp.up_proj.weight   or   language_model.model.layers.0.mlp.up_proj.weight
+    ->               model.layers.0.mlp.up_proj.weight
+
+All others, of vision or of the prediction of several tokens (`mtp.`), are not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minilora.files import TensorFile, read_json, tensor_files
+
+SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # that a wrapper says for its parts
+TEXT = re.compile(
+    r"model\.language_model\.(?P<decoder>.+)|language_model\.(?P<model>(?:model|lm_head)\..+)|lm_head\..+"
+)
+
+
+def text_config(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the text model in a wrapper's, or the config itself."""
+    text = source.get("text_config")
+    if not isinstance(text, Mapping):
+        return source
+    return {**text, **{key: source[key] for key in SHARED if source.get(key) is not None}}
+
+
+def text_name(name: str) -> str | None:
+    """Return the name of a wrapper's tensor in the text model, or None for a tensor of another part.
+
+    >>> text_name("model.language_model.norm.weight"), text_name("language_model.lm_head.weight"), text_name("mtp.fc")
+    ('model.norm.weight', 'lm_head.weight', None)
+    """
+    match = TEXT.fullmatch(name)
+    if match is None:
+        return None
+    return f"model.{match['decoder']}" if match["decoder"] else match["model"] or name
+
+
+def is_wrapper(directory: Path) -> bool:
+    """Return whether a model directory has a text model in a wrapper."""
+    return isinstance(read_json(directory / "config.json").get("text_config"), Mapping)
+
+
+def text_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
+    """Return the files of a directory by the names of tensors in the text model; see `tensor_files`."""
+    return tensor_files(directory, is_mapped_once, text_name if is_wrapper(directory) else None)
+
+
+def describe_other_parts(directory: Path) -> str:
+    """Return which tensors of a wrapper are not read, as "model.visual (153 tensors), mtp (9 tensors)", or ""."""
+    if not is_wrapper(directory):
+        return ""
+    others = [name for name in tensor_files(directory) if text_name(name) is None]
+    parts = Counter(".".join(name.split(".")[: 1 + name.startswith("model.")]) for name in others)
+    return ", ".join(f"{part} ({count:,} tensors)" for part, count in sorted(parts.items()))

@@ -1,0 +1,47 @@
+"""Models of transformers that also see images: their text models, merged in their places."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import minilora as ml
+from minilora.testing.compare import assert_parity
+from minilora.tools.merging import Merge, merge_directory
+from tests.files import write_adapter
+from tests.models import fill_, token_ids
+
+pytestmark = pytest.mark.parity
+transformers = pytest.importorskip("transformers")
+SIZES = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+TEXT = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+WRAPPERS = {  # the class, the text model, the vision model, and the wrapper's own keys
+    "Gemma3": ({"model_type": "gemma3_text"}, {"model_type": "siglip_vision_model"}, {"mm_tokens_per_image": 4}),
+    "Mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", "head_dim": 8}, {}),
+    "Llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "projection_dim": 16}, {}),
+    "Lfm2Vl": (LFM2, {"model_type": "siglip2_vision_model", "num_patches": 4}, {}),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_logits_are_theirs_and_they_load_what_we_merge(name, tmp_path):
+    text, vision, own = WRAPPERS[name]
+    config = getattr(transformers, f"{name}Config")(text_config=TEXT | text, vision_config=VISION | vision, **own)
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
+    theirs = kind(config).eval()
+    fill_(theirs, 0)
+    theirs.save_pretrained(tmp_path / "wrapper")
+    ours, ids = ml.load_model(tmp_path / "wrapper", dtype="float32"), token_ids(0, 2, 20)
+    with torch.no_grad():
+        assert_parity(ours(ids), theirs(input_ids=ids).logits)
+    write_adapter(ours, tmp_path / "adapter", r=3, lora_alpha=21)
+    merge_directory(Merge(tmp_path / "wrapper", [tmp_path / "adapter"]), tmp_path / "merged")
+    with torch.no_grad():
+        assert_parity(ours(ids), kind.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("wrapper", "merged"))
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all("language_model" in key and key.endswith("weight") for key in changed)

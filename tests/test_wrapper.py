@@ -1,0 +1,102 @@
+"""A text model in a wrapper is read as the model, and merged in its place; other parts keep their bytes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from minilora.cli import main
+from minilora.files import INDEX
+from minilora.models.wrapper import describe_other_parts, text_name
+from tests.files import same_state, write_adapter
+from tests.models import tiny_model
+from tests.runs import write_rows
+from tests.text import write_tokenizer
+
+OTHERS = {"vision_tower.proj.weight": torch.arange(12.0).view(3, 4).half(), "mtp.fc.weight": torch.ones(5, 3).double()}
+NAMES = {  # of the model's tensors in the wrapper
+    "model.language_model.": lambda name: name.replace("model.", "model.language_model.", 1),
+    "language_model.model.": lambda name: f"language_model.{name}",
+}
+
+
+@pytest.fixture(params=NAMES)
+def wrapper(request, tmp_path):
+    """A random Gemma 3 in a wrapper of two shards, with another part and a file of it."""
+    ml.save_model(tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "text")
+    directory = tmp_path / "wrapper"
+    directory.mkdir()
+    tensors = {
+        NAMES[request.param](name): tensor for name, tensor in load_file(tmp_path / "text/model.safetensors").items()
+    }
+    save_file(tensors, directory / "a.safetensors")
+    save_file(OTHERS, directory / "b.safetensors")
+    shards = dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(OTHERS, "b.safetensors")
+    (directory / INDEX).write_text(json.dumps({"weight_map": shards}))
+    text = json.loads((tmp_path / "text/config.json").read_text())
+    config = {"model_type": "seeing", "text_config": {**text, "dtype": None}, "vision_config": {"image_size": 3}}
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    (directory / "preprocessor_config.json").write_text('{"size":   3}')
+    return directory
+
+
+def test_the_text_model_is_read_and_what_is_left_out_is_named(wrapper, tmp_path):
+    same_state(ml.load_model(wrapper), ml.load_model(tmp_path / "text"))
+    assert describe_other_parts(wrapper) == "mtp (1 tensors), vision_tower (1 tensors)"
+    assert describe_other_parts(tmp_path / "text") == ""
+
+
+def test_a_merge_changes_the_weights_of_adapted_layers_and_no_other_byte(wrapper, tmp_path):
+    write_adapter(
+        tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "adapter", target_modules=["q_proj"]
+    )
+    out = tmp_path / "merged"
+    assert main(["merge", "--model", str(wrapper), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]) == 0
+    expected = ml.load_model(wrapper)
+    ml.load_adapter(expected, tmp_path / "adapter")
+    ml.merge(expected)
+    same_state(ml.load_model(out), expected)
+    before = load_file(wrapper / "a.safetensors") | OTHERS
+    after = load_file(out / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if "q_proj" in name}
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    for name in ("preprocessor_config.json",):
+        assert (out / name).read_bytes() == (wrapper / name).read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert {key: config[key] for key in ("model_type", "vision_config")} == {
+        "model_type": "seeing",
+        "vision_config": {"image_size": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "adapter"),
+    [(["--quantize=nf4"], {}), (["--target=dequantized"], {}), ([], {"modules_to_save": ["lm_head"]})],
+)
+def test_a_merge_that_changes_more_than_weights_is_refused(wrapper, tmp_path, capsys, flags, adapter):
+    write_adapter(tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "adapter", **adapter)
+    words = ["merge", "--model", str(wrapper), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
+    assert main([*words, *flags]) == 1
+    assert "whose files allow only the target original" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_model_that_is_no_family_is_refused_by_its_own_name(wrapper):
+    config = json.loads((wrapper / "config.json").read_text())
+    config["text_config"]["model_type"] = "mamba"
+    (wrapper / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ml.ConfigError, match="model_type 'mamba'"):
+        ml.load_model(wrapper)
+    assert text_name("model.visual.blocks.0.attn.qkv.weight") is None
+
+
+def test_finetune_says_what_it_leaves_out(wrapper, tmp_path, capsys):
+    write_tokenizer(wrapper)
+    write_rows(tmp_path / "rows.jsonl", 4)
+    words = [f"--model={wrapper}", f"--data={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'run'}", "--max-steps=1"]
+    assert main(["finetune", *words, "--general-data=none"]) == 0
+    assert "not mtp (1 tensors), vision_tower (1 tensors)" in capsys.readouterr().err
