@@ -3,6 +3,7 @@
     default   f_i = θ^(-2i/R)                               Su et al. 2021, RoFormer, eq. 15
     linear    f_i / factor                                  Chen et al. 2023, Position Interpolation, eq. 4
     llama3    low frequencies / factor, high ones kept      Llama 3.1's reference code
+    yarn      the same with another ramp; q and k longer    Peng et al. 2023, YaRN, eq. 18, 20 and 22
     longrope  f_i / a factor of each pair, one for short    Ding et al. 2024, LongRoPE, eq. 3 and §3.3
               and one for long documents
 
@@ -33,8 +34,11 @@ NUMBERS: dict[str, tuple[str, ...]] = {  # that each kind needs
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
 }
+ORIGINAL = "original_max_position_embeddings"
+OPTIONAL = (ORIGINAL, "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,17 @@ class LengthRope:
         return not torch.equal(self.frequencies(before), self.frequencies(after))
 
 
+@dataclass(frozen=True)
+class YarnRope(Rope):
+    """A rotation that also makes q and k longer, in place of a `llama.Rope`."""
+
+    amplitude: float  # of cos and sin
+
+    def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
+        cos, sin = super().rotation(spans, device)
+        return self.amplitude * cos, self.amplitude * sin
+
+
 def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
     """Build the rotation of R = `width` coordinates of a head, by a config.json whose missing keys have values.
 
@@ -66,19 +81,26 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
         raise ConfigError(f"head_dim {values['head_dim']} is odd, but its coordinates turn in pairs")
     scaling, theta = values["rope_scaling"], float(values["rope_theta"])
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    original = "original_max_position_embeddings"
-    max_length = values["max_position_embeddings"]
-    trained_length = values.get(original) or scaling.get(original) or max_length
-    _check_scaling(kind, width, scaling, trained_length)
+    trained_length = original_length(values)
+    _check_scaling(kind, width, theta, scaling, trained_length)
+    if kind == "yarn":
+        frequencies = yarn_frequencies(width, theta, scaling, trained_length)
+        return YarnRope(tuple(frequencies.tolist()), yarn_amplitude(scaling))
     if kind == "longrope":
-        amplitude = longrope_amplitude(scaling, trained_length, max_length)
+        amplitude = longrope_amplitude(scaling, trained_length, values["max_position_embeddings"])
         return LengthRope(partial(longrope_frequencies, width, theta, scaling, trained_length), amplitude)
     frequencies = rope_frequencies(width, theta)
     if kind == "linear":
         frequencies = frequencies / scaling["factor"]
     elif kind == "llama3":
-        frequencies = llama3_frequencies(width, theta, {**scaling, original: trained_length})
+        frequencies = llama3_frequencies(width, theta, {**scaling, ORIGINAL: trained_length})
     return Rope(tuple(frequencies.tolist()))
+
+
+def original_length(values: Mapping[str, Any]) -> float:
+    """Return the length of the documents that the frequencies were trained on."""
+    length: float = values.get(ORIGINAL) or values["rope_scaling"].get(ORIGINAL) or values["max_position_embeddings"]
+    return length
 
 
 @dataclass(frozen=True)
@@ -121,14 +143,51 @@ def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
     return RopeByWindow((ropes[0], ropes[1]))
 
 
-def longrope_frequencies(width: int, theta: float, scaling: Scaling, trained_length: int, length: int) -> Tensor:
+def rotation_of(window: int | None, rotation: CosSin) -> CosSin:
+    """Return the rotation of a layer with this window, of those of a `RopeByWindow`."""
+    cos, sin = rotation
+    return cos[int(window is None)], sin[int(window is None)]
+
+
+def yarn_frequencies(width: int, theta: float, scaling: Scaling, trained_length: float) -> Tensor:
+    """Slow down the pairs that turn rarely in the trained length L, and keep those that turn often.
+
+    f_i ← (1 - γ_i) f_i / factor + γ_i f_i,  γ_i falls from 1 at i = ⌊p(β_fast)⌋ to 0 at i = ⌈p(β_slow)⌉  [YaRN eq. 20]
+
+    Pair p(n) = R ln(L/2πn) / (2 ln θ) turns n times in L. Between the two γ is linear in i, as in the authors' code and
+    transformers; in the paper it is linear in n  [YaRN eq. 18].
+    """
+
+    def pair(turns: float) -> float:
+        p = width * (math.log(trained_length) - math.log(2 * math.pi * turns)) / (2 * math.log(theta))
+        return min(max(p, 0), width - 1)
+
+    first, last = math.floor(pair(scaling.get("beta_fast") or 32)), math.ceil(pair(scaling.get("beta_slow") or 1))
+    f = rope_frequencies(width, theta)
+    gamma = 1 - ((torch.arange(len(f), device="cpu") - first) / max(last - first, 0.001)).clamp(0, 1)
+    return (1 - gamma) * f / scaling["factor"] + gamma * f
+
+
+def yarn_amplitude(scaling: Scaling) -> float:
+    """Compute the factor of cos and sin, 1 + 0.1 ln s, where the context grew s times  [YaRN eq. 22].
+
+    DeepSeek's `mscale` and `mscale_all_dim` make it (1 + 0.1 mscale ln s) / (1 + 0.1 mscale_all_dim ln s).
+    """
+    if (given := scaling.get("attention_factor")) is not None:
+        return float(given)
+    growth = 0.1 * math.log(max(scaling["factor"], 1))
+    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return (1 + above * growth) / (1 + below * growth) if above and below else 1 + growth
+
+
+def longrope_frequencies(width: int, theta: float, scaling: Scaling, trained_length: float, length: int) -> Tensor:
     """Divide each frequency by its factor for short documents or, beyond the trained length, for long ones."""
     name = "long_factor" if length > trained_length else "short_factor"
     pairs = torch.arange(0, width, 2).float() / width
     return 1.0 / (torch.tensor(scaling[name], dtype=torch.float32) * theta**pairs)
 
 
-def longrope_amplitude(scaling: Scaling, trained_length: int, max_length: int) -> float:
+def longrope_amplitude(scaling: Scaling, trained_length: float, max_length: int) -> float:
     """Compute the factor of cos and sin, √(1 + ln s / ln L), where the context grew s times from L tokens."""
     if (given := scaling.get("attention_factor")) is not None:
         return float(given)
@@ -141,11 +200,11 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
-def _check_scaling(kind: str, width: int, scaling: Scaling, trained_length: int) -> None:
+def _check_scaling(kind: str, width: int, theta: float, scaling: Scaling, trained_length: float) -> None:
     if not isinstance(kind, str) or kind not in NUMBERS:
         raise ConfigError(f"rope type {kind!r:.80} is not supported; supported are {sorted(NUMBERS)}")
     bad, pairs = [], (width + 1) // 2
-    for key in dict.fromkeys((*NUMBERS[kind], "factor", "attention_factor", "original_max_position_embeddings")):
+    for key in dict.fromkeys((*NUMBERS[kind], *OPTIONAL, "llama_4_scaling_beta")):
         value = scaling.get(key)
         if value is None and key not in NUMBERS[kind]:
             continue
@@ -159,5 +218,13 @@ def _check_scaling(kind: str, width: int, scaling: Scaling, trained_length: int)
     if kind == "llama3" and not bad and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         bad.append(f"low_freq_factor: found {low!r}, need less than high_freq_factor, {high!r}")
+    if kind == "yarn":
+        if theta <= 1:  # its logarithm divides
+            bad.append(f"rope_theta: found {theta!r}, need more than 1")
+        if scaling.get("truncate", True) is not True:
+            bad.append(f"truncate: found {scaling['truncate']!r:.80}, supported is true")
+        fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        if not bad and fast < slow:
+            bad.append(f"beta_fast: found {fast!r}, need at least beta_slow, {slow!r}")
     if bad:
         raise ConfigError(f"rope type {kind!r:.80}: " + "; ".join(bad))
