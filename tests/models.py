@@ -46,10 +46,10 @@ BY_KIND = {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0},
     }
 }
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.2}
-OLMO3 = {"sliding_attention": {"rope_theta": 50.0}, "full_attention": {**YARN, "rope_theta": 700.0}}
-MSCALES = {"mscale": 1.0, "mscale_all_dim": 0.5}
-MINISTRAL3 = {**YARN, **MSCALES, "rope_theta": 700.0, "llama_4_scaling_beta": 0.6}
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4}
+YARN |= {"beta_fast": 0.5, "beta_slow": 0.05}  # of three pairs one is kept, one is between, and one slows down
+OLMO3 = {"sliding_attention": {"rope_theta": 50.0}, "full_attention": {**YARN, "rope_theta": 200.0}}
+MINISTRAL3 = {**YARN, "rope_theta": 200.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.6}
 CONVOLUTIONS = {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8}  # of LFM2
 MULTIPLIERS = {  # of Granite
     "embedding_multiplier": 3.0,
@@ -68,8 +68,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 700.0},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
-    "ministral3": {"model_type": "ministral3", "head_dim": 10, "rope_parameters": MINISTRAL3},
-    "ministral3-window": {"model_type": "ministral3", "head_dim": 6, "rope_scaling": MINISTRAL3, "sliding_window": 6},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-window": {"model_type": "qwen2", **WINDOW, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
@@ -83,11 +81,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, **LONG},
     },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
-    "olmo3": {"model_type": "olmo3", "sliding_window": 4, "rope_parameters": OLMO3},
-    "olmo3-old": {"model_type": "olmo3", "rope_scaling": YARN, "layer_types": EVERY_OTHER, "attention_bias": True},
     "granite": {"model_type": "granite", **MULTIPLIERS, **BIASES, "tie_word_embeddings": True},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": EVERY_OTHER, **QUERY, **BY_KIND},
     "lfm2": {"model_type": "lfm2", **CONVOLUTIONS, "conv_L_cache": 3},
+    "olmo3": {"model_type": "olmo3", "sliding_window": 4, "rope_parameters": OLMO3},
+    "olmo3-old": {"model_type": "olmo3", "rope_scaling": YARN, "layer_types": EVERY_OTHER, "attention_bias": True},
+    "ministral3": {"model_type": "ministral3", "head_dim": 10, "rope_parameters": MINISTRAL3},
+    "ministral3-window": {"model_type": "ministral3", "head_dim": 8, "rope_scaling": MINISTRAL3, "sliding_window": 5},
 }
 
 
@@ -121,7 +121,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 # Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations,
-# multipliers, norms after both branches, and convolutions.
+# multipliers, norms after both branches, queries that grow, and convolutions.
 MOST_DIFFERENT = (
     "llama-bias-tied-wide-heads",
     "qwen3",
@@ -129,6 +129,7 @@ MOST_DIFFERENT = (
     "phi3-longrope",
     "granite",
     "gemma3",
+    "ministral3",
 )
 
 

@@ -7,6 +7,7 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [RoPE]  Su et al. 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding
 [PI]    Chen et al. 2023, Extending Context Window of Large Language Models via Positional Interpolation
 [L31]   llama-models, models/llama3/model.py, apply_scaling
+[YaRN]  Peng et al. 2023, YaRN: Efficient Context Window Extension; its ramp is that of the authors' code
 [Long]  Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens
 [GLU]   Shazeer 2020, GLU Variants Improve Transformer
 [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
@@ -101,6 +102,8 @@ def rope_frequencies(rope: Any, length: int) -> Array:
         linear    f / factor  [PI eq. 4]
         llama3    f where λ < L₀/high; f/factor where λ > L₀/low; between them (1 - t)·f/factor + t·f,
                   t = (L₀/λ - low)/(high - low), L₀ = trained_length  [L31]
+        yarn      (1 - γ)·f/factor + γ·f  [YaRN eq. 20]; γ falls linearly from 1 at the last pair that turns beta_fast
+                  times in L₀, or at the first pair, to 0 at the first that turns at most beta_slow times
         longrope  f / short_factor[i], or long_factor[i] once L > trained_length  [Long eq. 3]
 
     Args:
@@ -117,6 +120,12 @@ def _frequency(rope: Any, i: int, length: int) -> float:
         return plain / float(scaling["factor"])
     if rope.kind == "longrope":
         return plain / float(scaling["long_factor" if length > trained else "short_factor"][i])
+    if rope.kind == "yarn":
+        turns = [trained * theta ** (-2 * j / rope.width) / (2 * math.pi) for j in range(rope.width)]
+        first = max([j for j, n in enumerate(turns) if n >= scaling.get("beta_fast", 32)], default=0)
+        last = min([j for j, n in enumerate(turns) if n <= scaling.get("beta_slow", 1)], default=rope.width - 1)
+        gamma = 1.0 if i <= first else max(0.0, (last - i) / (last - first))
+        return float((1 - gamma) * plain / scaling["factor"] + gamma * plain)
     if rope.kind != "llama3":
         return plain
     wavelength, low, high = 2 * math.pi / plain, scaling["low_freq_factor"], scaling["high_freq_factor"]

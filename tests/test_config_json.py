@@ -10,12 +10,13 @@ from minilora.models.config import FAMILIES, parse_config, trained_length
 from minilora.models.convolution import convolves
 from minilora.models.smollm3 import rotated_layers
 from tests import models
-from tests.models import LLAMA3, MULTIPLIERS, SIZES, examples, tiny_config, tiny_model, token_ids
+from tests.models import LLAMA3, MULTIPLIERS, SIZES, YARN, examples, tiny_config, tiny_model, token_ids
 
 ALL_KINDS = {
     "default": {},
     "linear": {"factor": 4.0},
     "llama3": LLAMA3,
+    "yarn": {"factor": 4.0, "beta_fast": 8.0},
     "longrope": {"short_factor": [1.0, 2.0, 3.0], "long_factor": [4.0, 5.0, 6.0]},
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -36,8 +37,11 @@ def meaning(config):
     return fields | {"rope": tables, "trained_length": trained_length(config)}
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma3_text"}))
+OTHERWISE = {("phi3", "yarn"), ("ministral3", "longrope")}  # read in another way, refused
+ROPES = [(f, kind) for f in sorted(FAMILIES.keys() - {"gemma3_text", "olmo3"}) for kind in ALL_KINDS]
+
+
+@pytest.mark.parametrize(("family", "kind"), [rope for rope in ROPES if rope not in OTHERWISE])
 def test_rope_scaling_beside_rope_theta_means_what_rope_parameters_do(family, kind):
     common, numbers = {"model_type": family, "head_dim": 6}, ALL_KINDS[kind]
     new = tiny_config(**common, rope_parameters={"rope_type": kind, "rope_theta": 77_000.0, **numbers})
@@ -70,6 +74,34 @@ def test_gemma3_has_a_rotation_for_layers_with_a_window_and_another_for_the_rest
     ):
         with pytest.raises(ConfigError, match=message):
             rotations(**keys)
+
+
+def test_olmo3_has_yarn_where_it_has_no_window_and_one_theta_for_both_in_older_files():
+    def rotations(**keys):
+        return tiny_config("olmo3", **{"rope_parameters": None, **keys}).rope.ropes
+
+    both = {"sliding_attention": {"rope_theta": 70.0}, "full_attention": {**YARN, "rope_theta": 70.0}}
+    near, far = rotations(rope_parameters=both)
+    assert (near, far) == rotations(rope_scaling=YARN, rope_theta=70.0)
+    assert (near, near) == rotations(rope_theta=70.0)
+    assert rotations()[0] == rotations(rope_theta=500_000.0)[0] == rotations(rope_scaling=YARN)[0] != near
+    with pytest.raises(ConfigError, match="rope_parameters: found"):
+        rotations(rope_parameters={**YARN, "rope_theta": 70.0})
+
+
+def test_queries_of_ministral3_grow_from_the_length_that_yarn_extends():
+    def factors(**keys):
+        cos, _ = tiny_config("ministral3", **keys).rope.rotation([range(9)], torch.device("cpu"))
+        return cos[:, -1].tolist()
+
+    growing = factors()
+    assert growing[:4] == [1.0] * 4 < growing[4:8] == [growing[4]] * 4 < growing[8:]
+    rope = tiny_config("ministral3").source["rope_parameters"]
+    assert factors(rope_parameters={**rope, "original_max_position_embeddings": 8}) == [1.0] * 8 + growing[4:5]
+    assert factors(rope_parameters={**rope, "llama_4_scaling_beta": None}) == [1.0] * 9
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 5, "long_factor": [2.0] * 5}
+    with pytest.raises(ConfigError, match=r"rope_parameters: found .* depends on the length"):
+        factors(rope_parameters=longrope)
 
 
 def test_lfm2_convolves_where_it_does_not_attend_and_computes_its_width():
@@ -123,11 +155,13 @@ def test_biases_are_read_where_the_family_has_them():
     assert biases == {
         "llama": (True, True, True),
         "mistral": (False, False, False),
+        "ministral3": (False, False, False),
         "qwen2": (True, False, False),
         "qwen3": (True, True, False),
         "smollm3": (True, True, True),
         "phi3": (False, False, False),
         "olmo2": (True, True, False),
+        "olmo3": (True, True, False),
         "granite": (True, True, True),
         "gemma3_text": (True, True, False),
         "lfm2": (False, False, False),
@@ -143,6 +177,8 @@ WINDOWS = [
     ("smollm3", {"sliding_window": 3, "layer_types": MIXED}, (None, 3, 3, None)),
     ("smollm3", {**ASKED, "no_rope_layers": [1, 0, 0, 1, 0]}, (None, 3, 3, None)),  # where it does not rotate
     ("gemma3", {"layer_types": MIXED}, (None, 4, 4, None)),
+    ("olmo3", {"layer_types": MIXED}, (None, 4, 4, None)),
+    ("olmo3", {}, (4, 4, 4, None)),
     ("gemma3", {"layer_types": None, "sliding_window_pattern": 3}, (4, 4, None, 4)),  # all but every third
 ]
 
@@ -199,6 +235,8 @@ def test_what_does_not_fit_together_or_to_the_family_is_refused_by_name():
         ),
         # what the family does not know
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model_type": "ministral3", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model_type": "gemma3_text", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "qwen2", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "layer_types"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),

@@ -170,9 +170,20 @@ def pieces(draw):
 @few
 @given(seeds, pieces())
 def test_a_cache_changes_no_logits_however_the_documents_are_split(family, seed, calls):
-    model, lengths = tiny_model(family, seed), [sum(column) for column in zip(*calls, strict=True)]
-    rope = model.config.rope
-    assert not (isinstance(rope, LengthRope) and rope.changes(1, max(lengths)))  # see test_generate.py
+    model = tiny_model(family, seed)
+    rope, longest = model.config.rope, max(map(sum, zip(*calls, strict=True)))
+    assert not (isinstance(rope, LengthRope) and rope.changes(1, longest))  # see test_generate.py
+    check_cache(model, calls, seed)
+
+
+@pytest.mark.parametrize("family", ["ministral3", "olmo3"])
+def test_a_cache_changes_no_logits_far_beyond_the_length_that_yarn_extends(family):
+    check_cache(tiny_model(family), [[30, 1], *[[1, 1]] * 200])
+
+
+def check_cache(model, calls, seed=0):
+    """Compare with the logits of whole documents those of so many tokens of each in each call."""
+    lengths = [sum(column) for column in zip(*calls, strict=True)]
     documents = token_ids(seed, sum(lengths)).split(lengths)
     cache = KVCache(model.config, len(lengths), max(lengths), CPU)
     rest, logits = [list(document) for document in documents], [[] for _ in documents]

@@ -30,11 +30,15 @@ def ropes(draw, kinds=tuple(NUMBERS)):
         "short_factor": draw(factors),
         "long_factor": draw(factors),
     }
+    scaling = {key: numbers[key] for key in NUMBERS[kind]}
+    if kind == "yarn" and draw(st.booleans()):
+        scaling["beta_slow"] = draw(st.sampled_from([0.01, 0.1, 0.5]))
+        scaling["beta_fast"] = scaling["beta_slow"] * draw(st.sampled_from([1.0, 5.0, 40.0]))
     return SimpleNamespace(
         width=width,
         theta=draw(st.sampled_from([10.0, 500.0, 10_000.0, 1e6])),
         kind=kind,
-        scaling={key: numbers[key] for key in NUMBERS[kind]},
+        scaling=scaling,
         trained_length=trained,
         max_length=trained * draw(st.sampled_from([1, 2, 8])),
     )
@@ -88,6 +92,17 @@ def test_longrope_stretches_its_tables_by_the_root_of_the_growth_in_logarithms(f
     assert math.isclose(built(rope).amplitude, expected, rel_tol=1e-12)
 
 
+@given(ropes(kinds=["yarn"]), st.sampled_from([0.5, 1, 6.0]), st.sampled_from([None, 0.7, 1.0]), st.booleans())
+def test_yarn_makes_q_and_k_longer_by_a_tenth_of_the_logarithm_of_the_growth(rope, factor, mscale, is_given):
+    rope.scaling |= {"factor": factor, "mscale": mscale, "mscale_all_dim": 0.3}
+    expected = 1 + 0.1 * math.log(max(1.0, factor))  # [YaRN eq. 22]
+    if mscale:
+        expected = (1 + mscale * (expected - 1)) / (1 + 0.3 * (expected - 1))
+    if is_given:
+        rope.scaling["attention_factor"] = expected = 2.5
+    assert math.isclose(built(rope).amplitude, expected, rel_tol=1e-12)
+
+
 @given(ropes(kinds=["default"]), document_lengths)
 def test_the_default_kind_is_the_rotation_of_a_plain_llama(rope, length):
     plain = llama.Rope(tuple(llama.rope_frequencies(rope.width, rope.theta).tolist()))
@@ -124,5 +139,13 @@ def test_what_a_kind_cannot_do_is_refused():
         scaling = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, wrong: [1.0] * 5}
         with pytest.raises(ConfigError, match=rf"{wrong}: found .* need a list of 4 numbers"):
             build("longrope", 8, 1e4, scaling, 16, 16)
-    with pytest.raises(ConfigError, match=r"'dynamic' is not supported.*default.*linear.*llama3.*longrope"):
+    for theta, changes, message in (
+        (1.0, {}, "rope_theta: found 1.0, need more than 1"),
+        (1e4, {"truncate": False}, "truncate: found False, supported is true"),
+        (1e4, {"beta_slow": 33}, "beta_fast: found 32, need at least beta_slow, 33"),
+        (1e4, {"mscale": "one"}, "mscale: found 'one', need a number above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build("yarn", 8, theta, {"factor": 2.0, **changes}, 16, 16)
+    with pytest.raises(ConfigError, match=r"'dynamic' is not supported.*default.*linear.*llama3.*longrope.*yarn"):
         build("dynamic", 8, 1e4, {"factor": 2.0}, 16, 16)
