@@ -28,7 +28,7 @@ _BART = "q_proj k_proj v_proj out_proj fc1 fc2"
 
 TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules are called as in transformers 5
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2"), _of(_LLAMA)),
-    **dict.fromkeys(("qwen2", "qwen3", "smollm3"), _of(_LLAMA)),
+    **dict.fromkeys(("ministral3", "olmo3", "qwen2", "qwen3", "smollm3"), _of(_LLAMA)),
     **dict.fromkeys(("bert", "roberta"), _of(_BERT)),
     **dict.fromkeys(("bloom", "falcon", "gpt_neox"), _of(_NEOX)),
     **dict.fromkeys(("opt", "whisper"), _of(_BART)),

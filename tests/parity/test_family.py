@@ -43,7 +43,7 @@ ROWS_OF_HEAD = tuple({"embed_tokens": [3, 1], "lm_head": ids} for ids in ([3, 1]
 SAVED = (None, None, ["gate_proj"], ["gate_proj", "model.norm"], ["lm_head", "gate_proj"], ["embed_tokens"])
 
 
-BASES = (*[WHOLE] * 4, "olmo2", "granite", "gemma3", "lfm2")
+BASES = (*[WHOLE] * 4, "olmo2", "granite", "gemma3", "lfm2", "olmo3", "ministral3")
 LFM2 = {"o_proj": "out_proj", "up_proj": "w3", "down_proj": "w2", "gate_proj": "w1", "model.norm": "embedding_norm"}
 
 

@@ -51,7 +51,7 @@ def rms_norm(norm, is_gemma, eps, x):
 
 SHAPES = (
     {},
-    {"hidden_size": 12, "intermediate_size": 9, "num_attention_heads": 2, "num_key_value_heads": 1},
+    {"hidden_size": 18, "intermediate_size": 9, "num_attention_heads": 3, "num_key_value_heads": 1},
     {"hidden_size": 36, "intermediate_size": 17, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 83},
 )
 
