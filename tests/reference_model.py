@@ -124,7 +124,7 @@ def _frequency(rope: Any, i: int, length: int) -> float:
         turns = [trained * theta ** (-2 * j / rope.width) / (2 * math.pi) for j in range(rope.width)]
         first = max([j for j, n in enumerate(turns) if n >= scaling.get("beta_fast", 32)], default=0)
         last = min([j for j, n in enumerate(turns) if n <= scaling.get("beta_slow", 1)], default=rope.width - 1)
-        gamma = 1.0 if i <= first else max(0.0, (last - i) / (last - first))
+        gamma = (last - i) / (last - first) if first < i < last else float(i <= first)
         return float((1 - gamma) * plain / scaling["factor"] + gamma * plain)
     if rope.kind != "llama3":
         return plain

@@ -260,13 +260,13 @@ values = st.recursive(
 @given(st.data(), st.sampled_from(list(models.FAMILIES)), values, st.booleans())
 def test_whatever_a_key_holds_is_used_or_refused_by_name(data, family, value, is_nested):
     source = {**SIZES, "rms_norm_eps": 1e-5, "rope_theta": 10.0, "layer_types": None, **models.FAMILIES[family]}
-    rope = source.pop("rope_scaling", None) or source.pop("rope_parameters", None) or {"rope_type": "default"}
-    rope = dict(rope)
+    spelling = "rope_scaling" if "rope_scaling" in source else "rope_parameters"
+    rope = dict(source.pop(spelling, {"rope_type": "default"}))
     key = data.draw(st.sampled_from(sorted({*(rope if is_nested else source), "partial_rotary_factor", "rope_theta"})))
     (rope if is_nested else source)[key] = value
     refusal = key
     try:
-        parse_config({"rope_parameters": rope} | source).rope.rotation([range(20)], torch.device("cpu"))
+        parse_config({spelling: rope} | source).rope.rotation([range(20)], torch.device("cpu"))
     except ConfigError as error:
         refusal = str(error).replace("rope type", "type")
     assert key.removeprefix("rope_") in refusal
