@@ -137,8 +137,8 @@ def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
         if not is_positive(theta):
             raise ConfigError(f"{kind}: found {given!r:.80}, need a JSON object whose rope_theta is above 0")
         rope = build_rope({**values, "rope_scaling": given, "rope_theta": theta}, width)
-        if not isinstance(rope, Rope) or given.get("partial_rotary_factor", 1) != 1:
-            raise ConfigError(f"{kind}: found {given!r:.80}, which is not supported beside another rotation")
+        if not isinstance(rope, Rope) or given.get("partial_rotary_factor") not in (None, 1):
+            raise ConfigError(f"{kind}: found {given!r:.80}, need neither longrope nor a partial_rotary_factor")
         ropes.append(rope)
     return RopeByWindow((ropes[0], ropes[1]))
 
