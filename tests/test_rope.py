@@ -53,6 +53,7 @@ def built(rope, **changes):
 def build(kind, width, theta, scaling, trained_length, max_length):
     values = {
         "head_dim": width + 1,
+        "partial_rotary_factor": width / (width + 1),
         "rope_theta": theta,
         "rope_scaling": {"rope_type": kind, **scaling},
         "original_max_position_embeddings": trained_length,

@@ -16,8 +16,7 @@ from minilora.models.gemma3 import GEMMA3
 from minilora.models.granite import GRANITE, MULTIPLIERS
 from minilora.models.lfm2 import LFM2
 from minilora.models.ministral3 import MINISTRAL3
-from minilora.models.olmo2 import OLMO2
-from minilora.models.olmo3 import OLMO3
+from minilora.models.olmo2 import OLMO2, OLMO3
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.rotary import FLOAT, build_rope, is_positive
@@ -119,8 +118,6 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
         )
     own = {"source": dict(source), **family.fields(values)}
-    if values["partial_rotary_factor"] != 1 and "partial_rotary_factor" not in family.defaults:
-        raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which {name} does not have")
     if "rope" not in own:
         own["rope"] = build_rope(values, values["head_dim"])
     return replace(LlamaConfig.from_dict({key: values.get(key) for key in (*COPIED, *family.biases)}), **own)

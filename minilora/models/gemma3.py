@@ -20,7 +20,7 @@ from torch import Tensor
 from minilora.llama import MLP, Attends, Block, Checkpointing, CosSin, Llama, LlamaConfig, RMSNorm, rms_norm
 from minilora.models.family import Family, Values, some_windows
 from minilora.models.qwen3 import Qwen3Attention
-from minilora.models.rotary import build_rope_by_window, rotation_of
+from minilora.models.rotary import build_rope_by_window
 
 
 class GemmaNorm(RMSNorm):
@@ -53,12 +53,13 @@ class GemmaBlock(Block):
         self.post_attention_layernorm = GemmaNorm(config.hidden_size, config)
         self.pre_feedforward_layernorm = GemmaNorm(config.hidden_size, config)
         self.post_feedforward_layernorm = GemmaNorm(config.hidden_size, config)
-        self.layer, self.window = layer, config.windows[layer]
+        self.layer, self.kind = layer, int(config.windows[layer] is None)
 
     def forward(self, x: Tensor, rotation: CosSin, documents: Attends, checkpointing: Checkpointing) -> Tensor:
         if self.layer == 0:
             x = x * x.new_full((), math.sqrt(x.size(-1)))  # √D in the dtype of x
-        return super().forward(x, rotation_of(self.window, rotation), documents, checkpointing)
+        cos, sin = rotation
+        return super().forward(x, (cos[self.kind], sin[self.kind]), documents, checkpointing)
 
     def attention_branch(self, x: Tensor, rotation: CosSin, documents: Attends) -> Tensor:
         return self.post_attention_layernorm(super().attention_branch(x, rotation, documents))

@@ -2,7 +2,7 @@
 
     q_i ← rotate(q_i) · (1 + β ln(1 + ⌊i/L⌋))                        [Llama 4's code; Mistral AI 2026, Ministral 3]
 
-i is the position in the document, L the length that YaRN extends, and β is `llama_4_scaling_beta`.
+i is the position in the document, L the length that YaRN extends, and β is `llama_4_scaling_beta`, 0 if it is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minilora.errors import ConfigError
 from minilora.llama import MLP, Attends, Attention, Block, CosSin, LlamaConfig, Rope, rotate
 from minilora.models.family import Family, Values, equal_windows
-from minilora.models.rotary import build_rope, original_length
+from minilora.models.rotary import ORIGINAL, build_rope, original_length
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class GrowingRope:
 
     rope: Rope
     beta: float
-    length: float
+    length: int
 
     def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
         """Compute cos with the factors as its last column, (N, R/2 + 1), and sin (N, R/2)."""
         cos, sin = self.rope.rotation(spans, device)
         positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
         factors = 1 + self.beta * (1 + (positions / self.length).floor()).log()
-        return torch.cat((cos, factors.unsqueeze(1).to(device)), dim=1), sin
+        column = factors.unsqueeze(1).to(device, non_blocking=device.type == "cuda")
+        return torch.cat((cos, column), dim=1), sin
 
 
 class Ministral3Attention(Attention):
@@ -51,23 +52,15 @@ def build_block(config: LlamaConfig, layer: int) -> nn.Module:
 
 
 def fields(values: Values) -> dict[str, Any]:
-    scaling = values["rope_scaling"]
-    if not scaling:
-        values = {**values, "rope_scaling": SCALING, "rope_theta": 1e6}
+    if not values["rope_scaling"]:
+        values = {**values, "rope_scaling": YARN, "rope_theta": 1e6}
     rope = build_rope(values, values["head_dim"])
     if not isinstance(rope, Rope):
-        raise ConfigError(f"rope_parameters: found {scaling!r:.80}, whose rotation depends on the length of a document")
+        raise ConfigError("rope type 'longrope' is not supported for queries that grow with the position")
     beta = values["rope_scaling"].get("llama_4_scaling_beta") or 0.0
     return {**equal_windows(values), "rope": GrowingRope(rope, beta, original_length(values))}
 
 
-SCALING = {  # of a config.json without any
-    "rope_type": "yarn",
-    "factor": 16.0,
-    "original_max_position_embeddings": 16384,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
+YARN = {"rope_type": "yarn", "factor": 16.0, "attention_factor": 1.0, ORIGINAL: 16384, "llama_4_scaling_beta": 0.1}
 DEFAULTS = {"max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
 MINISTRAL3 = Family("Ministral3", DEFAULTS, fields, build_block)

@@ -56,12 +56,7 @@ def fields(values: Values) -> dict[str, Any]:
 
 PHI3 = Family(
     "Phi3",
-    {
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "partial_rotary_factor": 1.0,
-    },
+    {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     fields,
     build_block,
 )

@@ -75,10 +75,12 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
 
     Raises:
         ConfigError: an unknown kind, or numbers that are missing or cannot work, all in one message; or the head is too
-            narrow for the last pair.
+            narrow for the last pair, or the family rotates all of it and a part is asked for.
     """
     if width + width % 2 > values["head_dim"]:
         raise ConfigError(f"head_dim {values['head_dim']} is odd, but its coordinates turn in pairs")
+    if width == values["head_dim"] and values["partial_rotary_factor"] != 1:
+        raise ConfigError(f"partial_rotary_factor is {values['partial_rotary_factor']}, which the family does not have")
     scaling, theta = values["rope_scaling"], float(values["rope_theta"])
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     trained_length = original_length(values)
@@ -97,9 +99,9 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
     return Rope(tuple(frequencies.tolist()))
 
 
-def original_length(values: Mapping[str, Any]) -> float:
+def original_length(values: Mapping[str, Any]) -> int:
     """Return the length of the documents that the frequencies were trained on."""
-    length: float = values.get(ORIGINAL) or values["rope_scaling"].get(ORIGINAL) or values["max_position_embeddings"]
+    length: int = values.get(ORIGINAL) or values["rope_scaling"].get(ORIGINAL) or values["max_position_embeddings"]
     return length
 
 
@@ -143,13 +145,7 @@ def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
     return RopeByWindow((ropes[0], ropes[1]))
 
 
-def rotation_of(window: int | None, rotation: CosSin) -> CosSin:
-    """Return the rotation of a layer with this window, of those of a `RopeByWindow`."""
-    cos, sin = rotation
-    return cos[int(window is None)], sin[int(window is None)]
-
-
-def yarn_frequencies(width: int, theta: float, scaling: Scaling, trained_length: float) -> Tensor:
+def yarn_frequencies(width: int, theta: float, scaling: Scaling, trained_length: int) -> Tensor:
     """Slow down the pairs that turn rarely in the trained length L, and keep those that turn often.
 
     f_i ← (1 - γ_i) f_i / factor + γ_i f_i,  γ_i falls from 1 at i = ⌊p(β_fast)⌋ to 0 at i = ⌈p(β_slow)⌉  [YaRN eq. 20]
@@ -180,14 +176,14 @@ def yarn_amplitude(scaling: Scaling) -> float:
     return (1 + above * growth) / (1 + below * growth) if above and below else 1 + growth
 
 
-def longrope_frequencies(width: int, theta: float, scaling: Scaling, trained_length: float, length: int) -> Tensor:
+def longrope_frequencies(width: int, theta: float, scaling: Scaling, trained_length: int, length: int) -> Tensor:
     """Divide each frequency by its factor for short documents or, beyond the trained length, for long ones."""
     name = "long_factor" if length > trained_length else "short_factor"
     pairs = torch.arange(0, width, 2).float() / width
     return 1.0 / (torch.tensor(scaling[name], dtype=torch.float32) * theta**pairs)
 
 
-def longrope_amplitude(scaling: Scaling, trained_length: float, max_length: int) -> float:
+def longrope_amplitude(scaling: Scaling, trained_length: int, max_length: int) -> float:
     """Compute the factor of cos and sin, √(1 + ln s / ln L), where the context grew s times from L tokens."""
     if (given := scaling.get("attention_factor")) is not None:
         return float(given)
@@ -200,7 +196,7 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
-def _check_scaling(kind: str, width: int, theta: float, scaling: Scaling, trained_length: float) -> None:
+def _check_scaling(kind: str, width: int, theta: float, scaling: Scaling, trained_length: int) -> None:
     if not isinstance(kind, str) or kind not in NUMBERS:
         raise ConfigError(f"rope type {kind!r:.80} is not supported; supported are {sorted(NUMBERS)}")
     bad, pairs = [], (width + 1) // 2
