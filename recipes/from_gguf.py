@@ -1,4 +1,4 @@
-"""A directory that `ml.load_model` reads from a GGUF file, llama.cpp's format: weights in bfloat16, config, tokenizer.
+"""Convert a GGUF file of llama.cpp into a model directory: weights in bfloat16, config.json and the tokenizer.
 
     python recipes/from_gguf.py FILE DIRECTORY
 
@@ -39,11 +39,11 @@ LFM2 += " conv.conv conv.in_proj conv.out_proj feed_forward.w1 feed_forward.w2 f
 
 def require(is_known: bool, what: str) -> None:
     if not is_known:
-        raise ml.FormatError(f"this recipe cannot read {what}")
+        raise ml.FormatError(f"this recipe cannot use {what}")
 
 
 def build_config(family: str, keys: dict, tensors: dict) -> dict:
-    """Return the config.json of a file; the tensor of Llama 3's rotation, which is a config there, is taken away."""
+    """Return the config.json of a file; take out the tensor of Llama 3's rotation, which config.json describes."""
     keys = {name.removeprefix(f"{family}."): value for name, value in keys.items() if name.startswith(f"{family}.")}
     names = dict(pair.split(":") for pair in KEYS.split())
     require(keys.keys() <= {*names, *IMPLIED}, f"the keys {sorted(keys.keys() - {*names, *IMPLIED})}")
@@ -87,6 +87,7 @@ def read_weights(family: str, tensors: dict, config: dict) -> dict:
 
 if __name__ == "__main__":
     file, directory = map(Path, sys.argv[1:])
+    require(not directory.exists(), f"{directory}, which is there already")
     reader = gguf.GGUFReader(file)
     keys = {name: field.contents() for name, field in reader.fields.items()}
     family = keys["general.architecture"]
@@ -94,7 +95,6 @@ if __name__ == "__main__":
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = build_config(family, keys, tensors)
     weights = read_weights(family, tensors, config)
-    directory.mkdir(parents=True)
+    save_tokenizer(keys, directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    save_tokenizer(keys, directory)

@@ -20,7 +20,7 @@ import minilora as ml
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|%s"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|%s"
 SPACES = r"\s+(?!\S)|\s+"
-PATTERNS = {  # each splits what the one before left whole
+PATTERNS = {  # applied in order, each to the pieces of the one before
     "llama-bpe": [WORDS % ("{1,3}", SPACES)],
     "qwen2": [WORDS % ("", SPACES)],
     "smollm": [r"\p{N}", GPT2 % SPACES],
@@ -78,7 +78,9 @@ def save_tokenizer(keys: Mapping[str, Any], directory: Path) -> None:
     """Write the tokenizer's files with its special tokens and chat template; `keys` are those of a GGUF file."""
     keys = {name.removeprefix("tokenizer."): value for name, value in keys.items()}
     ggml = {name.removeprefix("ggml."): value for name, value in keys.items()}
-    build_tokenizer(ggml).save(str(directory / "tokenizer.json"))
+    tokenizer = build_tokenizer(ggml)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
     config = {name: ggml["tokens"][ggml[key]] for name, key in SPECIAL.items() if key in ggml}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": keys.get("chat_template")}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

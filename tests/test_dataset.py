@@ -80,7 +80,7 @@ def test_held_out_rows_whose_prompt_is_trained_on_are_counted(tokenizer):
     training = rows("the cat; sat", "the sea; is", ";the town", "the; end")
     held_out = rows("the cat; ate", "the cat; sat", "the town; is", ";the town", ";the", "the sea; is", "; end")
     assert repeated_prompts(held_out, training) == 4
-    assert repeated_prompts(training[:1], training[1:]) == repeated_prompts(Dataset(), training) == 0
+    assert repeated_prompts(training[:1], training[1:]) == repeated_prompts(Dataset(()), training) == 0
 
 
 # --- runs ---

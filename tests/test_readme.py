@@ -65,7 +65,7 @@ def test_the_python_of_the_pages_runs(page, block):
 def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeypatch, capsys):
     if "minilora plot" in COMMANDS[page]:
         pytest.importorskip("matplotlib")
-    monkeypatch.setattr(minilora.runs.inputs, "load_general", lambda *_: Dataset())
+    monkeypatch.setattr(minilora.runs.inputs, "load_general", lambda *_: Dataset(()))
     for line in filter(None, COMMANDS[page].splitlines()):
         echo, _, command = line.rpartition(" | ")
         type_in(monkeypatch, "\n".join(shlex.split(echo)[1:]))

@@ -10,6 +10,7 @@ import minilora as ml
 from minilora.cli import main
 from minilora.files import INDEX
 from minilora.models.wrapper import describe_other_parts, text_name
+from minilora.tools.merging import Merge, merge_directory
 from tests.files import same_state, write_adapter
 from tests.models import tiny_model
 from tests.runs import write_rows
@@ -37,7 +38,7 @@ def wrapper(request, tmp_path):
     (directory / INDEX).write_text(json.dumps({"weight_map": shards}))
     text = json.loads((tmp_path / "text/config.json").read_text())
     config = {"model_type": "seeing", "text_config": {**text, "dtype": None}, "vision_config": {"image_size": 3}}
-    (directory / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": "float32", "auto_map": {"AutoModel": "x.Y"}}))
     (directory / "preprocessor_config.json").write_text('{"size":   3}')
     return directory
 
@@ -52,6 +53,9 @@ def test_a_merge_changes_the_weights_of_adapted_layers_and_no_other_byte(wrapper
     write_adapter(
         tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "adapter", target_modules=["q_proj"]
     )
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("the adapter's")
+    write_tokenizer(wrapper)
+    (wrapper / "modeling.py").touch()
     out = tmp_path / "merged"
     assert main(["merge", "--model", str(wrapper), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]) == 0
     expected = ml.load_model(wrapper)
@@ -64,9 +68,11 @@ def test_a_merge_changes_the_weights_of_adapted_layers_and_no_other_byte(wrapper
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "q_proj" in name}
     assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
-    for name in ("preprocessor_config.json",):
-        assert (out / name).read_bytes() == (wrapper / name).read_bytes()
+    assert (out / "preprocessor_config.json").read_bytes() == (wrapper / "preprocessor_config.json").read_bytes()
+    assert not (out / "modeling.py").exists()
+    assert (out / "chat_template.jinja").read_text() == "the adapter's"
     config = json.loads((out / "config.json").read_text())
+    assert "auto_map" not in config
     assert {key: config[key] for key in ("model_type", "vision_config")} == {
         "model_type": "seeing",
         "vision_config": {"image_size": 3},
@@ -81,7 +87,7 @@ def test_a_merge_that_changes_more_than_weights_is_refused(wrapper, tmp_path, ca
     write_adapter(tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "adapter", **adapter)
     words = ["merge", "--model", str(wrapper), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
     assert main([*words, *flags]) == 1
-    assert "whose files allow only the target original" in capsys.readouterr().err
+    assert "is inside a wrapper: merging needs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -100,3 +106,15 @@ def test_finetune_says_what_it_leaves_out(wrapper, tmp_path, capsys):
     words = [f"--model={wrapper}", f"--data={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'run'}", "--max-steps=1"]
     assert main(["finetune", *words, "--general-data=none"]) == 0
     assert "not mtp (1 tensors), vision_tower (1 tensors)" in capsys.readouterr().err
+
+
+def test_a_stored_copy_of_the_embedding_goes_when_the_embedding_changes(wrapper, tmp_path):
+    tensors = load_file(wrapper / "a.safetensors")
+    (embedding,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, wrapper / "a.safetensors")
+    index = json.loads((wrapper / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = "a.safetensors"
+    (wrapper / INDEX).write_text(json.dumps(index))
+    write_adapter(ml.load_model(wrapper), tmp_path / "adapter", trainable_token_indices=[3], target_modules=[])
+    merge_directory(Merge(wrapper, [tmp_path / "adapter"]), tmp_path / "out")
+    assert ml.load_model(tmp_path / "out")(torch.tensor([[3, 4]])).isfinite().all()

@@ -158,12 +158,15 @@ def _copy_stored(
         base = stored.values.get("base_model_name_or_path")
         of_base = f"; it was trained on {base!r:.200}" if base else ""
         raise TargetError(f"{stored.path} does not fit the model{of_base}:{listed(sorted({*misfits}), most=2)}")
-    try:
-        copy_tensors_(own, held)
-    except FormatError as error:
+    missing, unexpected = (
+        ", ".join(sorted(f"{where}.{key}".lstrip(".") for where, key in keys)[:5])
+        for keys in (own.keys() - held.keys(), held.keys() - own.keys())
+    )
+    if missing or unexpected:
         asked = {field: getattr(config, field) for field in TENSOR_FIELDS}
-        there = f"{CONFIG_FILE}: does not go with {WEIGHTS_FILE}: {error}; it has {asked!r:.400}"
-        raise FormatError(str(stored.path / there)) from error
+        problem = f"{WEIGHTS_FILE} lacks {missing or 'nothing'} and has {unexpected or 'nothing'} besides"
+        raise FormatError(f"{stored.path / CONFIG_FILE}: asks for {asked!r:.400}, but {problem}")
+    copy_tensors_(own, held)
 
 
 def _restarted(

@@ -26,7 +26,7 @@ from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify, write_json, write_tensors
-from minilora.models.bitsandbytes import is_finite
+from minilora.models.bitsandbytes import CODEBOOKS, is_finite
 from minilora.models.hub import fetch, with_revision
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
@@ -197,7 +197,8 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
     where = f"{file.path}: metadata {BASE_METADATA}"
     values = parse_object(file.metadata[BASE_METADATA], where)
     known = {key: values[key] for key in BASE_FIELDS if key in values}
-    if "quantize" not in known or not all(fits(value, BASE_FIELDS[key]) for key, value in known.items()):
+    is_typed = all(fits(value, BASE_FIELDS[key]) for key, value in known.items())
+    if not is_typed or known.get("quantize") not in ("none", *CODEBOOKS):
         raise FormatError(f"{where}: found {values!r:.80}, need how a base is quantized")
     return known
 

@@ -42,8 +42,8 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
     tensor([[ 2., -6.],
             [ 2., -6.]])
     """
-    # In float64, so that s·B is rounded once.
-    scaled = [(part.scale * part.lora_B.double()).to(widest(part.lora_B)) for part in parts]
+    # In float64, so that s·B is rounded once; on the CPU, since some devices lack float64.
+    scaled = [(part.scale * part.lora_B.cpu().double()).to(part.lora_B.device, widest(part.lora_B)) for part in parts]
     return Factors(torch.cat([part.lora_A.to(widest(part.lora_A)) for part in parts]), torch.cat(scaled, dim=1))
 
 
@@ -51,10 +51,10 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     """Add several adapters, each times a weight, to a new one, and activate it; the others stay as they are.
 
     A weight of -1 subtracts an adapter. The new adapter is frozen. All its modules have the rank of the largest sum,
-    by padding with zeros, and alpha = r. So tools that ignore rsLoRA and patterns compute the same.
+    smaller ones padded with zeros, and alpha = r. So tools that ignore rsLoRA and patterns compute the same.
 
     Raises:
-        ConfigError: a weight is not finite, or an adapter has more than updates s·B A, which are all that can be added.
+        ConfigError: a weight is not finite, or an adapter has other parameters than A and B.
         TargetError: there is no such adapter, or one of the new name already.
         TrainingError: the sum is not finite.
     """

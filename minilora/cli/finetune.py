@@ -232,7 +232,9 @@ def run(options: Options) -> int:
             before = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the base model: row"))
         start = None
         if base.adapters:
-            start = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the first adapter: row"))
+            start = evaluate(
+                model, data.test, data.choices, partial(bar.show, "measuring the adapter to continue: row")
+            )
         bar.show("first step", 0, 1)
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:

@@ -43,10 +43,8 @@ MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-NOT_COPIED = {  # keys of a config.json that are written anew, or name code to download and run
-    *("dtype", "torch_dtype", "quantization_config", "tie_embedding"),
-    *("auto_map", "custom_pipelines", "_attn_implementation_internal"),
-}
+CODE_KEYS = {"auto_map", "custom_pipelines", "_attn_implementation_internal"}  # names of code to download and run
+NOT_COPIED = {"dtype", "torch_dtype", "quantization_config", "tie_embedding", *CODE_KEYS}  # of a config.json
 
 
 def load_model(

@@ -92,7 +92,7 @@ COPIED = (*REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_wor
 
 
 def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
-    """Read a `config.json` of transformers 4 or 5, or of a wrapper the config of its text model.
+    """Read a `config.json` of transformers 4 or 5; of a wrapper, its text model's part.
 
     Raises:
         ConfigError: another `model_type`, a classifier, an activation other than silu, an unsupported quantization,

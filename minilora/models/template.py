@@ -78,8 +78,8 @@ class ChatTemplate:
         pieces = re.split(f"{BEGIN}([^{BEGIN}{END}]*){END}", self._run(messages, False, tools, is_marked=True))
         if "".join(pieces) != expected or BEGIN in expected or END in expected:
             raise DataError(
-                "chat template: it changes the text of a generation block before it writes it, so what the assistant "
-                "says cannot be found"
+                "chat template: it nests generation blocks, or changes the text of one before it writes it, so what "
+                "the assistant says cannot be found"
             )
         ends = itertools.accumulate(map(len, pieces))  # every other piece is a block
         return expected, [(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)][1::2]

@@ -1,11 +1,11 @@
-"""Text models in a wrapper, such as one that also sees images: what of the wrapper's config and tensors is theirs.
+"""Read the text model of a wrapper, such as a model that also sees images.
 
 Its config.json has the model's own under `text_config`, and its tensors the model's under a longer name:
 
     model.language_model.layers.0.mlp.up_proj.weight   or   language_model.model.layers.0.mlp.up_proj.weight
     ->               model.layers.0.mlp.up_proj.weight
 
-All others, of vision or of the prediction of several tokens (`mtp.`), are not read.
+Other tensors (vision, multi-token prediction `mtp.`) are not read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from minilora.files import TensorFile, read_json, tensor_files
 
-SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # that a wrapper says for its parts
+SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # set by the wrapper for all its parts
 TEXT = re.compile(
     r"model\.language_model\.(?P<decoder>.+)|language_model\.(?P<model>(?:model|lm_head)\..+)|lm_head\..+"
 )

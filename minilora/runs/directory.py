@@ -91,7 +91,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run has come to, as summary.json has it."""
+    """The results of a run, as in summary.json."""
 
     before: Scores
     start: Scores | None  # of the adapter that the run continues
@@ -143,7 +143,7 @@ class RunDirectory:
         before, config = record["config"], self._config
         is_finished = (self.path / "summary.json").is_file()
         if self._settings.run.resume == "never":
-            raise TrainingError(f"{self.path}: holds a run, which is not to be resumed; use another directory")
+            raise TrainingError(f"{self.path}: has a run, and --resume is never; use another directory")
         theirs = record.get("versions", {}).get("minilora", "0")
         ours = importlib.metadata.version("minilora")
         if not is_finished and theirs.split(".")[:2] != ours.split(".")[:2]:

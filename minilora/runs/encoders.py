@@ -42,7 +42,7 @@ class Dataset(list[Example]):
     `cut` has the sources of rows that lost labels. A slice is a plain list.
     """
 
-    examples: InitVar[Iterable[Example]] = ()
+    examples: InitVar[Iterable[Example]]
     cut: set[str] = field(default_factory=set)
     truncated: int = 0
     unlabelled: int = 0
@@ -71,7 +71,7 @@ def encode_rows(
     Raises:
         DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
     """
-    dataset, systems, first = Dataset(), set[str | None](), ""
+    dataset, systems, first = Dataset(()), set[str | None](), ""
     for number, row in enumerate(rows, start=1):
         first = first or row.source
         if show and number % SHOWN == 0:
@@ -219,7 +219,7 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
 
 
 def check_examples(model: Any, examples: Sequence[Example]) -> None:
-    """Raise a `DataError` if a row is no example, has not a label for each token, or a token that the model has not.
+    """Raise a `DataError` for a row that is no `Example`, without one label per token, or with an unknown token.
 
     A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
     place.

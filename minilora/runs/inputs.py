@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.errors import DataError
+from minilora.errors import DataError, check_utf8
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
@@ -32,8 +33,8 @@ def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = 
         DataError: a row cannot be used (with file and line); a file without rows.
     """
     config, paths = config or DataConfig(), find_files(path)["train"]
-    rows = list(stream_rows(*paths, columns=config.columns))
-    return encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
+    read = partial(stream_rows, *paths, columns=config.columns)
+    return encode_rows(read(), use_prompt_style(tokenizer, config.prompt_style, read()), config)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Data:
     test: Dataset  # measured before and after
     choices: list[Choice] | None
     files: dict[str, str]  # name -> SHA-256
-    general: Dataset = field(default_factory=Dataset)
+    general: Dataset = field(default_factory=partial(Dataset, ()))
     questions: Sequence[Question] = ()  # of `test`
 
     @property
@@ -80,15 +81,15 @@ def read_data(
     tokenizer = tokenizer_of(run.model, adapters)
     tokenizer = load_tokenizer(run.model) if tokenizer is None else tokenizer
     tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
-    rows = {split: list(stream_rows(*paths, columns=config.columns)) for split, paths in files.items()}
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"])
-    encoded = {split: encode_rows(rows[split], tokenizer, config, show) for split in rows}
+    rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
+    encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)
     questions: list[Question] = []
     if splits["test"]:
         split = next(split for split in files if splits["test"][0] in encoded[split])  # that they are from
-        questions = find_questions(rows[split], splits["test"], tokenizer, config)
+        questions = find_questions(rows[split](), splits["test"], tokenizer, config)
     return Data(
         tokenizer,
         **splits,
@@ -165,6 +166,7 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     documents = [file for file in named if file.suffix in (".txt", ".parquet") and not files]
     for file in (*files, *documents):
         check_link(file)
+        check_utf8("a file's name", file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
             if split in splits:
@@ -207,7 +209,7 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
             held = min(max(1, int(share * len(shuffled))), room)
             splits["train"] = replace(whole, examples=shuffled[held:])
             splits[split] = Dataset(shuffled[:held], whole.cut)
-    test = splits.get("test") or splits.get("valid") or Dataset()
+    test = splits.get("test") or splits.get("valid") or Dataset(())
     valid = splits.get("valid") or test
     if training.selects and not valid:
         raise DataError("keep best and early_stopping need held-out rows: see eval_split and eval_data")
@@ -217,7 +219,7 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
 def load_general(name: str, tokenizer: Tokenizer, config: DataConfig) -> Dataset:
     """Read and tokenize general text, with a label on every token; "none" is an empty data set."""
     if name == "none":
-        return Dataset()
+        return Dataset(())
     files = files_to_evaluate(ASSETS / "data" / "general.jsonl" if name == BUILTIN else name)
     config = replace(config, train_on="all", system=None)
     return encode_rows(stream_rows(*files, columns={"text": "text"}), tokenizer, config)

@@ -30,11 +30,12 @@ from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name, vocabulary_of
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
-from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files
+from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files, write_json
 from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
+    CODE_KEYS,
     EMBEDDING,
     HEAD,
     SHARD_BYTES,
@@ -53,9 +54,7 @@ from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.models.wrapper import is_wrapper, text_name
 from minilora.nf4 import NF4Linear
 
-IN_WRAPPER = (
-    "the model has a wrapper, whose files allow only the target original, no new tokens and a head tied as it is"
-)
+IN_WRAPPER = "is inside a wrapper: merging needs the target original, no new tokens, and the head tied as before"
 
 
 @dataclass(frozen=True)
@@ -154,14 +153,19 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         if target != "original" or merge.rows > merge.config.vocab_size or is_tied != merge.config.tie_word_embeddings:
             raise ConfigError(f"{merge.model}: {IN_WRAPPER}")
         changed = ((name, dense(weight)) for name, weight in written if _adapted_module(name, layers))
-        _save_wrapper(merge.model, out, changed)
+        _save_wrapper(merge.model, out, changed, is_tied)
+        if tokenizer is not None:
+            tokenizer.save(out)
     else:
         save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
 
 
-def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a wrapper's directory again with changed tensors of its text model; all others keep their bytes."""
+def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Tensor]], is_tied: bool) -> None:
+    """Write a wrapper's directory again with changed tensors of its text model; all others keep their bytes.
+
+    Of the other files, configs and texts are copied, without names of code.
+    """
     files = tensor_files(source)
     stored = {text_name(name): name for name in files}
     rest = dict(files)
@@ -169,6 +173,8 @@ def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Te
     def tensors() -> Iterator[dict[str, Tensor]]:
         for name, tensor in changed:
             del rest[stored[name]]
+            if name == EMBEDDING and is_tied:
+                rest.pop(stored.get(HEAD, ""), None)  # a copy of the old embedding
             yield {stored[name]: tensor}
         for name, file in rest.items():
             yield {name: file.read(name)}
@@ -176,11 +182,13 @@ def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Te
     directory.mkdir(parents=True, exist_ok=True)
     header_bytes = sum(entry_bytes(name, len(file.shapes[name])) for name, file in files.items())
     write_shards(directory, tensors(), SHARD_BYTES, header_bytes)
-    weights = {INDEX, MANIFEST, *(file.path.name for file in files.values())}
     for path in source.iterdir():
-        if path.is_file() and path.name not in weights:
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (INDEX, MANIFEST):
             check_link(path)
             shutil.copyfile(path, directory / path.name)
+    for path in directory.glob("*config.json"):
+        if CODE_KEYS & (values := read_json(path)).keys():
+            write_json(path, {key: value for key, value in values.items() if key not in CODE_KEYS})
 
 
 def _target_of(merge: Merge, kind: str) -> Target:
