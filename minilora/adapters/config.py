@@ -43,6 +43,7 @@ T = TypeVar("T")
     inference_mode="a loaded adapter is frozen unless load_adapter gets trainable=True",
     fan_in_fan_out="it follows from the layer's class; leave it out",
     target_parameters=in_recipe("experts"),
+    ensure_weight_tying="modules that share a weight are trained apart; PEFT's files that have it are read",
 )
 @document_fields
 @dataclass(frozen=True)

@@ -108,6 +108,8 @@ def train(
     on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     run = _check_run(model, dataset, held_out, config, loss, folder)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # now, not after a tenth of the run, if it cannot be written
     device = next(model.parameters()).device
     way: Any = config.gradient_checkpointing  # not "auto"
     compute_loss = _checked(loss) if loss else partial(example_loss, checkpointing=way)
