@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import ConfigError
-from minilora.llama import CosSin, Rope, llama3_frequencies, rope_frequencies
+from minilora.llama import CosSin, Rope, llama_frequencies, rope_frequencies
 
 FLOAT = 1e30  # the largest number in config.json that is not whole
 
@@ -91,12 +91,10 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
     if kind == "longrope":
         amplitude = longrope_amplitude(scaling, trained_length, values["max_position_embeddings"])
         return LengthRope(partial(longrope_frequencies, width, theta, scaling, trained_length), amplitude)
-    frequencies = rope_frequencies(width, theta)
     if kind == "linear":
-        frequencies = frequencies / scaling["factor"]
-    elif kind == "llama3":
-        frequencies = llama3_frequencies(width, theta, {**scaling, ORIGINAL: trained_length})
-    return Rope(tuple(frequencies.tolist()))
+        return Rope(tuple((rope_frequencies(width, theta) / scaling["factor"]).tolist()))
+    known = {**values, "rope_scaling": {**scaling, ORIGINAL: trained_length}}
+    return Rope(tuple(llama_frequencies(known, width).tolist()))
 
 
 def original_length(values: Mapping[str, Any]) -> int:
