@@ -75,23 +75,23 @@ def drop(self: LoRALayer, x: Tensor) -> Tensor:
     return F.dropout(x, self.p, self.training)
 
 
+def with_update(update: Callable[[LoRALayer, Tensor], Tensor]) -> Make:
+    """Return a maker of LoRA layers that add another update to the output of the base."""
+    return lora(lambda self, x: base(self, x) + update(self, x))
+
+
 def rescaled(factor: Callable[[LoRALayer], float]) -> Make:
     """Return a maker of LoRA layers with `factor(layer)` times the right scale."""
-    return lora(lambda self, x: base(self, x) + factor(self) * delta(self, drop(self, x)))
+    return with_update(lambda self, x: factor(self) * delta(self, drop(self, x)))
 
 
 def plus_bias(self: Any, y: Tensor) -> Tensor:
     return y if self.b is None else y + self.b
 
 
-def unscaled_mask(self: LoRALayer, x: Tensor) -> Tensor:
-    kept = 1 - self.p if self.training else 1.0
-    return base(self, x) + kept * delta(self, drop(self, x))
-
-
 def transposed_update(self: LoRALayer, x: Tensor) -> Tensor:
     product = self.B @ self.A
-    return base(self, x) + self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
+    return self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
 
 
 def with_unscaled_gradient(name: str) -> Make:
@@ -118,29 +118,27 @@ EITHER: Mapping[str, Make] = {
     "the scale is α: it is not divided by r": rescaled(lambda self: len(self.A)),  # Blaizzy/mlx-vlm#845
     "the scale is missing": rescaled(lambda self: 1 / self.scale),
     "the update is missing": lora(base),
-    "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
+    "a square B A is transposed": with_update(transposed_update),  # microsoft/LoRA#61
     "the bias is missing": lora(lambda self, x: F.linear(x, self.W) + delta(self, drop(self, x))),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
-    "dropout is never applied": lora(lambda self, x: base(self, x) + delta(self, x)),  # meta-pytorch/torchtune#996
-    "dropout is applied in evaluation mode": lora(  # karpathy/nanoGPT#240
-        lambda self, x: base(self, x) + delta(self, F.dropout(x, self.p))
+    "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
+    "dropout is applied in evaluation mode": with_update(  # karpathy/nanoGPT#240
+        lambda self, x: delta(self, F.dropout(x, self.p))
     ),
     "dropout is applied to the input of the base": lora(
         lambda self, x: F.linear(drop(self, x), self.W + self.scale * self.B @ self.A, self.b)
     ),
-    "dropout is applied behind A": lora(
-        lambda self, x: base(self, x) + self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
+    "dropout is applied behind A": with_update(
+        lambda self, x: self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
     ),
-    "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
-    "one dropout mask is used for all rows": lora(
-        lambda self, x: base(self, x) + delta(self, x * drop(self, x.new_ones(x.shape[-1])))
+    "dropout lacks the factor 1/(1 - p)": rescaled(lambda self: 1 - self.p if self.training else 1.0),
+    "one dropout mask is used for all rows": with_update(
+        lambda self, x: delta(self, x * drop(self, x.new_ones(x.shape[-1])))
     ),
     "the gradient of A lacks the scale": with_unscaled_gradient("A"),
     "the gradient of B lacks the scale": with_unscaled_gradient("B"),
-    "the gradient of x lacks that of the update": lora(
-        lambda self, x: base(self, x) + delta(self, drop(self, x.detach()))
-    ),
+    "the gradient of x lacks that of the update": with_update(lambda self, x: delta(self, drop(self, x.detach()))),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -143,19 +144,8 @@ def nf4_levels() -> Array:
     delta = 1 - (1 / 30 + 1 / 32) / 2
     below = [1 - delta + (delta - 0.5) * i / 7 for i in range(7)]
     above = [0.5 + (delta - 0.5) * i / 8 for i in range(9)]
-    return np.array([_quantile(p) / _quantile(delta) for p in below + above])
-
-
-def _quantile(p: float) -> float:
-    """Φ⁻¹(p) of the normal distribution, by halving an interval."""
-    low, high = -10.0, 10.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        if (1 + math.erf(middle / math.sqrt(2))) / 2 < p:
-            low = middle
-        else:
-            high = middle
-    return low
+    quantile = NormalDist().inv_cdf
+    return np.array([quantile(p) / quantile(delta) for p in below + above])
 
 
 def nf4_quantize(weight: Array, block_size: int) -> tuple[Array, Array]:
