@@ -10,7 +10,7 @@ from minilora.testing.catalogue import CATALOGUE
 CORRECT = {
     "lora": implementations.LoRALayer,
     "rslora": implementations.LoRALayer,
-    "dora": implementations.DoRALayer,
+    "dora": implementations.LoRALayer,
     "merge": implementations.merge,
     "merge_dora": implementations.merge,
     "adapter_sum": implementations.add_adapters,

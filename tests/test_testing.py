@@ -25,7 +25,7 @@ from minilora.testing import (
 )
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
-from minilora.testing.implementations import DoRALayer, Linear4bit, LoRALayer, merge
+from minilora.testing.implementations import Linear4bit, LoRALayer, merge
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mistakes_layers import lora, with_formula
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
@@ -173,13 +173,13 @@ def test_a_law_can_be_checked_by_itself():
         laws("lora")["gradients"].check(lora(lambda self, x: self(x).detach() + 0 * x.sum()))
 
 
-class Subtracting(DoRALayer):
+class Subtracting(LoRALayer):
     """As PEFT computes: W x is what the base gives, less its bias."""
 
     def forward(self, x):
-        c = self.m / (self.lora.W + self.lora.scale * self.lora.B @ self.lora.A).norm(dim=1).detach()
-        y = nn.functional.linear(x, self.lora.W, self.b)
-        update = self.lora.scale * nn.functional.linear(nn.functional.linear(x, self.lora.A), self.lora.B)
+        c = self.m / merge(self.W, self.A, self.B, self.scale).norm(dim=1).detach()
+        y = nn.functional.linear(x, self.W, self.b)
+        update = self.scale * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
         return y + (c - 1) * (y - (0 if self.b is None else self.b)) + c * update
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, merge
+from minilora.testing.implementations import LoRALayer, add_adapters, merge
 
 Make = Callable[..., Any]
 
@@ -75,6 +75,11 @@ def drop(self: LoRALayer, x: Tensor) -> Tensor:
     return F.dropout(x, self.p, self.training)
 
 
+def lora_sum(self: LoRALayer, x: Tensor) -> Tensor:
+    """Return x Wᵀ + s·(dropout(x) Aᵀ) Bᵀ."""
+    return F.linear(x, self.W) + delta(self, drop(self, x))
+
+
 def with_update(update: Callable[[LoRALayer, Tensor], Tensor]) -> Make:
     """Return a maker of LoRA layers that add another update to the output of the base."""
     return lora(lambda self, x: base(self, x) + update(self, x))
@@ -119,7 +124,7 @@ EITHER: Mapping[str, Make] = {
     "the scale is missing": rescaled(lambda self: 1 / self.scale),
     "the update is missing": lora(base),
     "a square B A is transposed": with_update(transposed_update),  # microsoft/LoRA#61
-    "the bias is missing": lora(lambda self, x: F.linear(x, self.W) + delta(self, drop(self, x))),
+    "the bias is missing": lora(lora_sum),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
     "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
@@ -153,30 +158,31 @@ RSLORA: Mapping[str, Make] = {
 
 # --- DoRA ---
 
+DoRALayer = functools.partial(LoRALayer, use_dora=True)
 dora = functools.partial(with_formula, DoRALayer)
 
 
-def adapted(self: DoRALayer) -> Tensor:
+def adapted(self: LoRALayer) -> Tensor:
     """Return W + s·B A."""
-    return merge(self.lora.W, self.lora.A, self.lora.B, self.lora.scale)
+    return merge(self.W, self.A, self.B, self.scale)
 
 
-def factor(self: DoRALayer) -> Tensor:
+def factor(self: LoRALayer) -> Tensor:
     """Return m / ‖W + s·B A‖."""
     return self.m / adapted(self).norm(dim=1).detach()
 
 
-def with_factor(wrong: Callable[[DoRALayer], Tensor]) -> Make:
+def with_factor(wrong: Callable[[LoRALayer], Tensor]) -> Make:
     """Return a maker of DoRA layers with another factor in place of m / ‖W + s·B A‖."""
-    return dora(lambda self, x: plus_bias(self, wrong(self) * self.lora(x)))
+    return dora(lambda self, x: plus_bias(self, wrong(self) * lora_sum(self, x)))
 
 
-def dropout_of_the_difference(self: DoRALayer, x: Tensor) -> Tensor:
-    difference = factor(self)[:, None] * adapted(self) - self.lora.W
-    return plus_bias(self, base(self.lora, x) + F.linear(drop(self.lora, x), difference))
+def dropout_of_the_difference(self: LoRALayer, x: Tensor) -> Tensor:
+    difference = factor(self)[:, None] * adapted(self) - self.W
+    return base(self, x) + F.linear(drop(self, x), difference)
 
 
-def norm_of_the_first_call(self: DoRALayer) -> Tensor:
+def norm_of_the_first_call(self: LoRALayer) -> Tensor:
     if "norm" not in dict(self.named_buffers()):
         self.register_buffer("norm", adapted(self).norm(dim=1).detach())
     return self.m / self.get_buffer("norm")
@@ -184,11 +190,9 @@ def norm_of_the_first_call(self: DoRALayer) -> Tensor:
 
 def start_at_the_adapted_norm(
     W: Tensor, b: Any, A: Tensor, B: Tensor, alpha: float, magnitude: Tensor | None = None
-) -> DoRALayer:
-    layer = DoRALayer(W, b, A, B, alpha, magnitude=magnitude)
-    if magnitude is None:
-        layer.m.data = adapted(layer).norm(dim=1).detach()
-    return layer
+) -> LoRALayer:
+    magnitude = merge(W, A, B, alpha / len(A)).norm(dim=1) if magnitude is None else magnitude
+    return LoRALayer(W, b, A, B, alpha, use_dora=True, magnitude=magnitude)
 
 
 DORA: Mapping[str, Make] = {
@@ -196,12 +200,12 @@ DORA: Mapping[str, Make] = {
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
     "the magnitude starts at ‖W + s·B A‖": start_at_the_adapted_norm,
     "columns are normalized instead of rows": dora(  # catid/dora#4, nbasyl/DoRA#1
-        lambda self, x: plus_bias(self, self.m * self.lora(x / adapted(self).norm(dim=0).detach()))
+        lambda self, x: plus_bias(self, self.m * lora_sum(self, x / adapted(self).norm(dim=0).detach()))
     ),
-    "the norm is that of W": with_factor(lambda self: self.m / self.lora.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
+    "the norm is that of W": with_factor(lambda self: self.m / self.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
     "the gradient goes through the norm": with_factor(lambda self: self.m / adapted(self).norm(dim=1)),
     "the norm of the first call is kept": with_factor(norm_of_the_first_call),
-    "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, self.lora(x))),
+    "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, lora_sum(self, x))),
     "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
     "the scale is α/r in spite of use_rslora": without_rslora(DoRALayer),
     "the base weight is trained": with_trained_weight(DoRALayer),
