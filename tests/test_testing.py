@@ -29,6 +29,7 @@ from minilora.testing.implementations import Linear4bit, LoRALayer, merge
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mistakes_layers import lora, with_formula
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
+from tests.adapters import dora_stretched
 from tests.models import long, randn
 
 DTYPES = tuple(UNITS)
@@ -200,7 +201,7 @@ def test_right_results_are_those_of_loops(case):
     tensors, rows = (case.W, case.A, case.B, case.scale), (case.rows, case.dy_rows)
     merged = reference.lora_merged_weight(*tensors)
     if case.method == "dora":
-        merged = reference.dora_stretched(merged, merged, case.magnitude)
+        merged = dora_stretched(merged, merged, case.magnitude)
         gradients = reference.dora_gradients(*rows, *tensors, case.magnitude)
         y = case.rows @ merged.T + (0 if case.b is None else case.b)
     else:

@@ -77,19 +77,6 @@ def lora_gradients(x: Array, dy: Array, lora_A: Array, lora_B: Array, scale: flo
     return dA, dB
 
 
-def dora_stretched(left: Array, own: Array, magnitude: Array) -> Array:
-    """W'[o] = m[o]·L[o] / ‖V[o]‖, row by row, where V = W + s·B A and L is V too: W' = m·V/‖V‖  [DoRA eq. 5].
-
-    After other adapters L is what those left of W, with s·B A added.
-
-    Shapes: left (out, in), own (out, in), magnitude (out) -> (out, in)
-    """
-    left, own, magnitude = _wide(left, own, magnitude)
-    lengths = [math.sqrt(math.fsum(row * row)) for row in own]
-    rows = zip(magnitude, left, lengths, strict=True)
-    return np.array([m * row / length for m, row, length in rows]).reshape(left.shape)
-
-
 def dora_gradients(
     x: Array, dy: Array, weight: Array, lora_A: Array, lora_B: Array, scale: float, magnitude: Array
 ) -> tuple[Array, Array, Array]:
