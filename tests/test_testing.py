@@ -46,23 +46,20 @@ def test_a_merge_with_a_magnitude_passes():
     assert report.law == "merge_dora-weight"
 
 
-def test_numpy_layers_are_checked_too():
-    def make_layer(W, b, A, B, alpha):
-        return lambda x: x @ W.T + alpha / len(A) * x @ A.T @ B.T + (0 if b is None else b)
-
-    reports = {report.law: report for report in check_lora_linear(on_numpy(make_layer))}
-    assert reports["lora-forward"].checked
-    assert not reports["lora-dropout"].checked
-    assert str(reports["lora-dropout"]).split()[1] == "–"
-    with pytest.raises(CheckFailure, match="likely cause: the scale is α·r\n"):
-        check_lora_linear(on_numpy(lambda W, b, A, B, alpha: make_layer(W, b, A, B, alpha * len(A) ** 2)))
-
-
 def plain(W, b, A, B, alpha, most_ranks=10**6, most_features=10**6):
     """A layer that leaves out what is beyond a rank or a number of features of its update."""
     A, B = A[:most_ranks], B[:, :most_ranks]
     used = A.shape[1] if A.shape[1] <= most_features else most_features
     return lambda x: x @ W.T + alpha / len(A) * (x[..., :used] @ A[:, :used].T) @ B.T + (0 if b is None else b)
+
+
+def test_numpy_layers_are_checked_too():
+    reports = {report.law: report for report in check_lora_linear(on_numpy(plain))}
+    assert reports["lora-forward"].checked
+    assert not reports["lora-dropout"].checked
+    assert str(reports["lora-dropout"]).split()[1] == "–"
+    with pytest.raises(CheckFailure, match="likely cause: the scale is α·r\n"):
+        check_lora_linear(on_numpy(lambda W, b, A, B, alpha: plain(W, b, A, B, alpha * len(A) ** 2)))
 
 
 @pytest.mark.parametrize("wrong", [{"most_ranks": 32}, {"most_features": 128}])
@@ -87,13 +84,12 @@ def test_sizes_of_ones_own_are_tried_as_well_and_only_of_layers():
 class Holder(nn.Module):
     """A layer that keeps what it is given, as attributes that are no parameters."""
 
-    def __init__(self, W, b, A, B, alpha):
+    def __init__(self, *given):
         super().__init__()
-        self.tensors, self.scale = (W, b, A, B), alpha / len(A)
+        self.given = given
 
     def forward(self, x):
-        W, b, A, B = self.tensors
-        return x @ W.T + self.scale * x @ A.T @ B.T + (0 if b is None else b)
+        return plain(*self.given)(x)
 
 
 def test_a_layer_that_hides_a_copy_of_the_weight_is_refused():
@@ -101,7 +97,7 @@ def test_a_layer_that_hides_a_copy_of_the_weight_is_refused():
         def __init__(self, W, *rest):
             super().__init__(W, *rest)
             self.weight = nn.Parameter(W.T.contiguous(), requires_grad=False)
-            self.tensors = (self.weight.T, *self.tensors[1:])
+            self.given = (self.weight.T, *rest)
 
     updates = laws("lora")["updates"]
     updates.check(Transposed)
