@@ -30,19 +30,14 @@ class Wrong(nn.Module):
         return self.formula(self.layer, x)
 
 
-def with_signature(make: Make, wrong: Make) -> Make:
-    """Return a maker of layers with the signature of another one, so that the same options are passed to it."""
-    return functools.wraps(make, updated=())(functools.partial(wrong))
-
-
 def with_formula(make: Make, formula: Callable[[Any, Tensor], Tensor]) -> Make:
     """Return a maker of layers that compute another formula."""
-    return with_signature(make, lambda *tensors, **options: Wrong(make(*tensors, **options), formula))
+    return lambda *tensors, **options: Wrong(make(*tensors, **options), formula)
 
 
 def without_rslora(make: Make) -> Make:
     """Return a maker that ignores `use_rslora`."""
-    return with_signature(make, lambda *tensors, use_rslora=False, **options: make(*tensors, **options))
+    return lambda *tensors, use_rslora=False, **options: make(*tensors, **options)
 
 
 def with_trained_weight(make: Make) -> Make:
@@ -54,7 +49,7 @@ def with_trained_weight(make: Make) -> Make:
         layer.register_parameter("weight", weight)
         return layer
 
-    return with_signature(make, wrong)
+    return wrong
 
 
 # --- LoRA ---
