@@ -47,14 +47,6 @@ def test_the_gradient_of_the_loss_is_the_slope_of_the_loss(seed, first, second):
         assert_maths((ahead - behind) / (2 * step), Bounded(slope, np.asarray(1e-8)))
 
 
-def test_the_loss_is_the_logarithm_of_a_product_of_probabilities():
-    case = MaskedLogits((".x.x", "xx.."), 4)
-    chance, (b, t) = 1.0, (np.array([0, 0, 1]), np.array([0, 2, 0]))
-    for z, label in zip(case.logits[b, t], case.labels[b, t + 1], strict=True):
-        chance *= np.exp(z[label]) / np.exp(z).sum()
-    assert_maths(reference.masked_loss(case.logits, case.labels), -np.log(chance) / 3)
-
-
 @pytest.mark.parametrize("groups", GROUPS)
 def test_the_gradient_of_a_step_is_the_slope_of_the_loss_of_all_its_rows(groups):
     case = MicroBatches(groups)
