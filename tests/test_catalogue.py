@@ -8,11 +8,8 @@ from minilora.testing import CheckFailure, NotApplicable, implementations, laws
 from minilora.testing.catalogue import CATALOGUE
 
 CORRECT = {
-    "lora": implementations.LoRALayer,
-    "rslora": implementations.LoRALayer,
-    "dora": implementations.LoRALayer,
-    "merge": implementations.merge,
-    "merge_dora": implementations.merge,
+    **dict.fromkeys(("lora", "rslora", "dora"), implementations.LoRALayer),
+    **dict.fromkeys(("merge", "merge_dora"), implementations.merge),
     "adapter_sum": implementations.add_adapters,
     "nf4": (implementations.nf4_quantize, implementations.nf4_dequantize),
     "double_quant": (implementations.double_quantize, implementations.double_dequantize),
