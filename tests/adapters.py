@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,11 +164,17 @@ def merged_by_loops(layer: LowRankWrapper) -> tuple[reference.Array, reference.A
             factors = _array(lora_A), _array(lora_B)
             left, own = (reference.lora_merged_weight(each, *factors, scale) for each in (left, own))
         is_dora = adapter.magnitude is not None
-        matrix = reference.dora_stretched(left, own, _array(adapter.magnitude)) if is_dora else left
+        matrix = dora_stretched(left, own, _array(adapter.magnitude)) if is_dora else left
         if adapter.lora_bias is not None:
             added = adapter.scale * _array(adapter.lora_bias)
             bias = added if bias is None else bias + added
     return matrix, bias
+
+
+def dora_stretched(left: reference.Array, own: reference.Array, magnitude: reference.Array) -> reference.Array:
+    """m[o]·L[o] / ‖V[o]‖ by row [DoRA eq. 5]: V = W + s·B A is `own`; L, after other adapters, what those left of W."""
+    rows = zip(magnitude, left, own, strict=True)
+    return np.array([m * row / math.sqrt(math.fsum(v * v)) for m, row, v in rows]).reshape(left.shape)
 
 
 def applied_by_loops(layer: LowRankWrapper, x: Tensor) -> reference.Array:

@@ -8,11 +8,8 @@ from minilora.testing import CheckFailure, NotApplicable, implementations, laws
 from minilora.testing.catalogue import CATALOGUE
 
 CORRECT = {
-    "lora": implementations.LoRALayer,
-    "rslora": implementations.LoRALayer,
-    "dora": implementations.DoRALayer,
-    "merge": implementations.merge,
-    "merge_dora": implementations.merge,
+    **dict.fromkeys(("lora", "rslora", "dora"), implementations.LoRALayer),
+    **dict.fromkeys(("merge", "merge_dora"), implementations.merge),
     "adapter_sum": implementations.add_adapters,
     "nf4": (implementations.nf4_quantize, implementations.nf4_dequantize),
     "double_quant": (implementations.double_quantize, implementations.double_dequantize),
@@ -48,11 +45,15 @@ def test_a_mistake_is_refused_and_named(kind, name):
     pytest.fail("no law refuses it by name")
 
 
-def refuses(law, mistake, case):
-    with suppress(NotApplicable):
-        return any(not result.holds for result in law.comparisons(mistake, case))
+def most_used(law, mistake):
+    """How much of a bound a mistake uses in a law's worst case."""
+    used = [0.0]
+    for case in law.cases:
+        with suppress(NotApplicable):
+            used += [result.verdict[0] for result in law.comparisons(mistake, case)]
+    return max(used)
 
 
 @pytest.mark.parametrize("law", laws(*CATALOGUE).values(), ids=lambda law: law.id)
 def test_a_law_refuses_a_mistake(law):
-    assert any(refuses(law, mistake, case) for mistake in CATALOGUE[law.kind].values() for case in law.cases)
+    assert any(most_used(law, mistake) > 1 for mistake in CATALOGUE[law.kind].values())

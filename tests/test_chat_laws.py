@@ -16,16 +16,6 @@ from tests.text import CHATML, DEFAULT_SYSTEM, MARKED
 MISTAKES = CATALOGUE["chat_mask"]
 
 
-def bracketed(messages):
-    """Render in another form than that of the catalogue."""
-    tokens, flags = [], []
-    for message in messages:
-        content = [*re.findall(r"\S+|\s+", message["content"]), "[/]"]
-        tokens += ["[", message["role"], "]", *content]
-        flags += [False] * 3 + [message["role"] == "assistant"] * len(content)
-    return tokens, flags
-
-
 @pytest.mark.parametrize("template", [CHATML, MARKED, DEFAULT_SYSTEM], ids=["chatml", "marked", "default system"])
 @pytest.mark.parametrize("use_regex", [True, False])
 def test_our_masks_pass(template, use_regex, tokenizer):
@@ -44,11 +34,25 @@ def test_our_masks_pass(template, use_regex, tokenizer):
     assert len(check_chat_mask(render)) == 9
 
 
+def with_tools(messages, drops="", learns=("assistant",), reasons=True, calls=True, unlearned=""):
+    """Render calls and results of tools; the reasoning of earlier turns is dropped."""
+    tokens, flags = [], []
+    for i, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] == "assistant" and (not reasons or i + 1 < len(messages)):
+            content = content.rpartition("</think>")[2].lstrip("\n")
+        parts = [content, *(json.dumps(call["function"]) for call in message.get("tool_calls", []) if calls)]
+        words = [*re.findall(r"\w+|\W", " ".join(parts)), "[/]"]
+        if message["role"] != drops:
+            tokens += [f"[{message['role']}]", *words]
+            flags += [False, *(message["role"] in learns and word != unlearned for word in words)]
+    return tokens, flags
+
+
 @pytest.mark.parametrize("cause", MISTAKES)
 def test_a_mistake_of_a_mask_is_named_in_any_template(cause):
-    check_chat_mask(bracketed)
     with pytest.raises(CheckFailure, match=r"learned are .*\n  accepted are .*⟦") as failure:
-        check_chat_mask(lambda messages: MISTAKES[cause](messages, bracketed))
+        check_chat_mask(lambda messages: MISTAKES[cause](messages, with_tools))
     assert cause in failure.value.causes
 
 
@@ -102,21 +106,6 @@ def test_a_lost_or_changed_text_has_no_mistake_of_labels_as_its_cause(law, chang
     with pytest.raises(CheckFailure, match=re.escape(f"in which {lost} or what follows it is lost")) as caught:
         laws("chat_mask")[law].check(render, case)
     assert caught.value.causes == ()
-
-
-def with_tools(messages, drops="", learns=("assistant",), reasons=True, calls=True, unlearned=""):
-    """Render calls and results of tools; the reasoning of earlier turns is dropped."""
-    tokens, flags = [], []
-    for i, message in enumerate(messages):
-        content = message["content"]
-        if message["role"] == "assistant" and (not reasons or i + 1 < len(messages)):
-            content = content.rpartition("</think>")[2].lstrip("\n")
-        parts = [content, *(json.dumps(call["function"]) for call in message.get("tool_calls", []) if calls)]
-        words = [*re.findall(r"\w+|\W", " ".join(parts)), "[/]"]
-        if message["role"] != drops:
-            tokens += [f"[{message['role']}]", *words]
-            flags += [False, *(message["role"] in learns and word != unlearned for word in words)]
-    return tokens, flags
 
 
 @pytest.mark.parametrize("reasons", [True, False])

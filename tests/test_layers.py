@@ -11,7 +11,7 @@ from minilora import LoraConfig, attach
 from minilora.adapter import own_parameters
 from minilora.adapters.layers import as_matrix
 from minilora.runs.sampler import SeededDropout, hash_seed
-from minilora.testing.compare import assert_maths, assert_precision, maths
+from minilora.testing.compare import MATHS, assert_maths, assert_precision, relative
 from tests.adapters import LAYERS, adapted, add, applied_by_loops, bias_of, merged_by_loops, place
 from tests.models import KERNELS, either, examples, matrix, randn, scales, seeds
 
@@ -142,7 +142,9 @@ def test_dropout_of_an_embedding_drops_whole_tokens(use_dora):
     whole = (layer.base.weight.T + adapter.scale / (1 - p) * (adapter.lora_B @ adapter.lora_A)).T
     k = adapter.rescale(torch.ones_like(adapter.magnitude), layer.base.weight.T) if use_dora else 1
     y = layer.train()(ids)
-    is_dropped = torch.tensor([maths(row, k * base) <= 1 for row, base in zip(y, layer.base.weight, strict=True)])
+    is_dropped = torch.tensor(
+        [relative(row, k * base, MATHS) <= 1 for row, base in zip(y, layer.base.weight, strict=True)]
+    )
     assert_maths(y[~is_dropped], (k * whole)[~is_dropped])
     assert 10 < is_dropped.sum() < 40
 

@@ -60,9 +60,9 @@ class Recomputed(nn.Linear):
         return checkpoint(super().forward, x, use_reentrant=True)
 
 
-def refused(match, model, step, trained=None):
+def refused(match, model, step=None, trained=None):
     with pytest.raises(CheckFailure, match=match) as failure:
-        check_trains_everything(model, step, trained)
+        check_trains_everything(model, step or stepper(model), trained)
     return str(failure.value)
 
 
@@ -76,9 +76,7 @@ def refused(match, model, step, trained=None):
     ],
 )
 def test_what_no_gradient_reaches_is_named(layer, cause):
-    model = model_of(first=layer)
-    message = refused(cause, model, stepper(model))
-    assert "2.weight" not in message
+    assert "2.weight" not in refused(cause, model_of(first=layer))
 
 
 def test_what_the_optimizer_lacks_and_what_rounding_swallows_are_named():
@@ -87,22 +85,14 @@ def test_what_the_optimizer_lacks_and_what_rounding_swallows_are_named():
     refused("rounded away in torch.float32", model, stepper(model, lr=1e-30))
 
 
-def test_what_is_frozen_and_what_is_not_meant_are_named():
+def test_what_is_frozen_what_is_not_meant_and_what_is_tied_are_named():
     model = model_of()
     model[0].weight.requires_grad_(False)
-    refused("0.weight: unchanged; it is frozen", model, stepper(model), trained=["0.weight", "0.bias"])
-    refused("2.bias: changed; it requires a gradient", model, stepper(model), trained=["0.bias"])
-
-
-def test_a_weight_that_is_tied_to_a_trained_one_is_named():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    refused(
-        "1.weight: changed; it is tied: one tensor with 0.weight",
-        model,
-        stepper(model),
-        trained=["0.weight", "0.bias", "1.bias"],
-    )
+    refused("0.weight: unchanged; it is frozen", model, trained=["0.weight", "0.bias"])
+    refused("2.bias: changed; it requires a gradient", model, trained=["0.bias"])
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    refused("1.weight: changed; it is tied: one tensor with 0.weight", tied, trained=["0.weight", "0.bias", "1.bias"])
 
 
 def test_weight_decay_alone_is_no_training():

@@ -15,19 +15,20 @@ from minilora.testing import (
     assert_maths,
     cases,
     check,
-    check_adapter_sum,
     check_lora_linear,
     check_merge,
     laws,
     on_numpy,
     parametrize_laws,
+    reference,
 )
 from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
-from minilora.testing.implementations import DoRALayer, Linear4bit, LoRALayer, merge
+from minilora.testing.implementations import Linear4bit, LoRALayer, merge
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.mistakes_layers import lora, with_formula
-from minilora.testing.strategies import METHODS, adapted_linears
+from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
+from tests.adapters import dora_stretched
 from tests.models import long, randn
 
 DTYPES = tuple(UNITS)
@@ -40,26 +41,9 @@ def causes_of(law, implementation):
     return caught.value.causes
 
 
-def test_a_merge_with_a_magnitude_and_a_sum_given_as_factors_pass():
-    def concatenated(adapters, weights):
-        A = torch.cat([A for A, _, _ in adapters])
-        return A, torch.cat([w * s * B for w, (_, B, s) in zip(weights, adapters, strict=True)], dim=1), 1.0
-
-    check_merge(lambda W, A, B, s: merge(W, A, B, s))
-    check_merge(lambda W, A, B, s, m: merge(W, A, B, s, m), use_dora=True)
-    check_adapter_sum(concatenated)
-
-
-def test_numpy_layers_are_checked_too():
-    def make_layer(W, b, A, B, alpha):
-        return lambda x: x @ W.T + alpha / len(A) * x @ A.T @ B.T + (0 if b is None else b)
-
-    reports = {report.law: report for report in check_lora_linear(on_numpy(make_layer))}
-    assert reports["lora-forward"].checked
-    assert not reports["lora-dropout"].checked
-    assert str(reports["lora-dropout"]).split()[1] == "–"
-    with pytest.raises(CheckFailure, match="likely cause: the scale is α·r\n"):
-        check_lora_linear(on_numpy(lambda W, b, A, B, alpha: make_layer(W, b, A, B, alpha * len(A) ** 2)))
+def test_a_merge_with_a_magnitude_passes():
+    (report,) = check_merge(merge, use_dora=True)
+    assert report.law == "merge_dora-weight"
 
 
 def plain(W, b, A, B, alpha, most_ranks=10**6, most_features=10**6):
@@ -67,6 +51,15 @@ def plain(W, b, A, B, alpha, most_ranks=10**6, most_features=10**6):
     A, B = A[:most_ranks], B[:, :most_ranks]
     used = A.shape[1] if A.shape[1] <= most_features else most_features
     return lambda x: x @ W.T + alpha / len(A) * (x[..., :used] @ A[:, :used].T) @ B.T + (0 if b is None else b)
+
+
+def test_numpy_layers_are_checked_too():
+    reports = {report.law: report for report in check_lora_linear(on_numpy(plain))}
+    assert reports["lora-forward"].checked
+    assert not reports["lora-dropout"].checked
+    assert str(reports["lora-dropout"]).split()[1] == "–"
+    with pytest.raises(CheckFailure, match="likely cause: the scale is α·r\n"):
+        check_lora_linear(on_numpy(lambda W, b, A, B, alpha: plain(W, b, A, B, alpha * len(A) ** 2)))
 
 
 @pytest.mark.parametrize("wrong", [{"most_ranks": 32}, {"most_features": 128}])
@@ -88,29 +81,28 @@ def test_sizes_of_ones_own_are_tried_as_well_and_only_of_layers():
         check(merge, "nf4", sizes=[(256, 8, 2)])
 
 
-class Stale(nn.Module):
-    """A layer that copies the weight when it is made, to where no state_dict has it."""
+class Holder(nn.Module):
+    """A layer that keeps what it is given, as attributes that are no parameters."""
 
-    def __init__(self, W, b, A, B, alpha):
+    def __init__(self, *given):
         super().__init__()
-        self.copied, self.b, self.A, self.B, self.scale = [W.clone()], b, A, B, alpha / len(A)
+        self.given = given
 
     def forward(self, x):
-        y = x @ self.copied[0].T + self.scale * x @ self.A.T @ self.B.T
-        return y if self.b is None else y + self.b
+        return plain(*self.given)(x)
 
 
 def test_a_layer_that_hides_a_copy_of_the_weight_is_refused():
-    class Transposed(Stale):
-        def __init__(self, *tensors):
-            super().__init__(*tensors)
-            self.weight = nn.Parameter(self.copied.pop().T.contiguous(), requires_grad=False)
-            self.copied = [self.weight.T]
+    class Transposed(Holder):
+        def __init__(self, W, *rest):
+            super().__init__(W, *rest)
+            self.weight = nn.Parameter(W.T.contiguous(), requires_grad=False)
+            self.given = (self.weight.T, *rest)
 
     updates = laws("lora")["updates"]
     updates.check(Transposed)
     with pytest.raises(CheckFailure, match="y after W was doubled in place as well: wrong"):
-        updates.check(Stale)
+        updates.check(lambda W, *rest: Holder(W.clone(), *rest))
 
 
 @pytest.mark.parametrize(
@@ -167,18 +159,13 @@ def test_a_known_deviation_must_be_there_still():
         laws("lorra")
 
 
-def test_a_law_can_be_checked_by_itself():
-    with pytest.raises(CheckFailure, match="the gradient of x, in evaluation mode: wrong"):
-        laws("lora")["gradients"].check(lora(lambda self, x: self(x).detach() + 0 * x.sum()))
-
-
-class Subtracting(DoRALayer):
+class Subtracting(LoRALayer):
     """As PEFT computes: W x is what the base gives, less its bias."""
 
     def forward(self, x):
-        c = self.m / (self.lora.W + self.lora.scale * self.lora.B @ self.lora.A).norm(dim=1).detach()
-        y = nn.functional.linear(x, self.lora.W, self.b)
-        update = self.lora.scale * nn.functional.linear(nn.functional.linear(x, self.lora.A), self.lora.B)
+        c = self.m / merge(self.W, self.A, self.B, self.scale).norm(dim=1).detach()
+        y = nn.functional.linear(x, self.W, self.b)
+        update = self.scale * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
         return y + (c - 1) * (y - (0 if self.b is None else self.b)) + c * update
 
 
@@ -192,6 +179,22 @@ def test_the_update_may_be_added_to_the_base_product_by_product():
         lead=(1,), inner=8, r=8, outer=1, has_bias=False, seed=1723, dtype="float32", weight="huge_ratio"
     )
     laws("lora")["gradients"].check(implementations(torch.device("cpu"))["lora"], case)
+
+
+@given(adapted_linears(methods=METHODS, weights=WEIGHT_KINDS))
+def test_right_results_are_those_of_loops(case):
+    tensors, rows = (case.W, case.A, case.B, case.scale), (case.rows, case.dy_rows)
+    merged = reference.lora_merged_weight(*tensors)
+    if case.method == "dora":
+        merged = dora_stretched(merged, merged, case.magnitude)
+        gradients = reference.dora_gradients(*rows, *tensors, case.magnitude)
+        y = case.rows @ merged.T + (0 if case.b is None else case.b)
+    else:
+        gradients = reference.lora_gradients(*rows, case.A, case.B, case.scale)
+        y = reference.lora_forward(case.rows, case.W, case.b, *tensors[1:])
+    results = merged, y.reshape(case.y.value.shape), (case.dy_rows @ merged).reshape(case.x.shape), *gradients
+    for result, right in zip(results, (case.merged, case.y, *case.gradients.values()), strict=True):
+        assert_maths(result, right)
 
 
 @given(adapted_linears(dtypes=DTYPES))
@@ -215,18 +218,6 @@ def test_an_exponential_may_be_a_power_of_two(v):
     v = np.float32(v)
     power = torch.exp2(torch.tensor(v) * torch.tensor(np.log2(np.e), dtype=torch.float32))
     assert worst(power, Bounded.exact(v, "float32").exp())[0] <= 1
-
-
-class Holder(nn.Module):
-    """A layer that keeps what it is given, as attributes that are no parameters."""
-
-    def __init__(self, W, b, A, B, alpha):
-        super().__init__()
-        self.tensors, self.scale = (W, b, A, B), alpha / len(A)
-
-    def forward(self, x):
-        W, b, A, B = self.tensors
-        return x @ W.T + self.scale * x @ A.T @ B.T + (0 if b is None else b)
 
 
 def hidden(W, b, A, B, alpha):
@@ -285,7 +276,7 @@ def test_a_weight_that_changes_is_not_taken_for_dropout():
 
 def test_right_results_are_computed_once_whatever_mistakes_are_tried(monkeypatch):
     check_lora_linear(LoRALayer)
-    monkeypatch.setattr(cases, "lora_forward", None)  # nothing calls it any more
+    monkeypatch.setattr(cases, "scaled", None)  # nothing calls it any more
     check_lora_linear(LoRALayer)
     few = lora(lambda self, x: self(x) if len(x) <= 64 else nn.functional.linear(x, self.W, self.b))
     assert causes_of(laws("lora")["merge"], few) == ("the update is missing",)

@@ -160,9 +160,6 @@ def implementations(device: torch.device) -> dict[str, Any]:
         parts = zip(adapters, weights, strict=True)
         return concatenate([Factors(A, B, weight * scale) for (A, B, scale), weight in parts])
 
-    def make_linear4bit(W: Tensor, b: Tensor | None, double_quant: bool = False) -> Any:
-        return on_device(nf4.NF4Linear.quantize(W, b, double_quant))
-
     return {
         **dict.fromkeys(("lora", "rslora", "dora"), make_layer),
         "adapter_sum": add,
@@ -171,7 +168,7 @@ def implementations(device: torch.device) -> dict[str, Any]:
             lambda packed, absmax, shape, block_size: nf4.dequantize(packed, absmax, shape, torch.float32, block_size),
         ),
         "double_quant": (lambda absmax: nf4.quantize_absmax(absmax.to(device)), nf4.dequantize_absmax),
-        "linear4bit": make_linear4bit,
+        "linear4bit": lambda W, b, double_quant=False: on_device(nf4.NF4Linear.quantize(W, b, double_quant)),
     }
 
 

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -166,11 +166,8 @@ def bracketed(tokens: Sequence[str], flags: Sequence[bool]) -> str:
 def chats(*conversations: Sequence[str], system: str = "") -> list[Chat]:
     """Return conversations of a user's and an assistant's texts in turn."""
     first = [("system", system)] if system else []
-    found = []
-    for contents in conversations:
-        turns = [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-        found.append(Chat((*first, *turns)))
-    return found
+    turns = (zip(cycle(("user", "assistant")), contents, strict=False) for contents in conversations)
+    return [Chat((*first, *pairs)) for pairs in turns]
 
 
 STATEMENT = "learned are each reply of the assistant and the end token after it, and nothing else; no text is lost"

@@ -205,17 +205,6 @@ def relative(actual: Any, expected: Any, allowed: float) -> float:
     return worst(actual, expected, allowed * abs(expected).max(initial=0.0))[0]
 
 
-def worst_maths(actual: Any, expected: Any) -> tuple[float, str]:
-    """Return `worst` of two float64 computations of one number: see `assert_maths`."""
-    bound = expected.error if isinstance(expected, Bounded) else MATHS * abs(as_array(expected)).max(initial=0.0)
-    return worst(actual, expected, bound)
-
-
-def maths(actual: Any, expected: Any) -> float:
-    """Return how much of the allowed error two float64 computations of one number use: see `assert_maths`."""
-    return worst_maths(actual, expected)[0]
-
-
 def precision(actual: torch.Tensor, plain: torch.Tensor, oracle: Any) -> float:
     """Return how much of the allowed error a low-precision result uses: see `assert_precision`."""
     exact = as_array(oracle)
@@ -225,7 +214,8 @@ def precision(actual: torch.Tensor, plain: torch.Tensor, oracle: Any) -> float:
 
 def assert_maths(actual: Any, expected: Any) -> None:
     """Check two computations of one number: within the bound of a `Bounded`, or 1e-11 of the largest in float64."""
-    used, found = worst_maths(actual, expected)
+    bound = expected.error if isinstance(expected, Bounded) else MATHS * abs(as_array(expected)).max(initial=0.0)
+    used, found = worst(actual, expected, bound)
     assert used <= 1, found
 
 

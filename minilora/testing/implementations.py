@@ -31,10 +31,14 @@ END = "<|end|>"
 
 
 class LoRALayer(nn.Module):
-    """A LoRA layer: y = x Wᵀ + b + s·(dropout(x) Aᵀ) Bᵀ, s = alpha/r or, with `use_rslora`, alpha/√r  [LoRA eq. 3]."""
+    """A LoRA layer: y = x Wᵀ + s·(dropout(x) Aᵀ) Bᵀ + b, s = alpha/r or, with `use_rslora`, alpha/√r  [LoRA eq. 3].
+
+    With `use_dora` the sum in front of b is multiplied by m/‖W + s·B A‖, each row's norm constant  [DoRA §4.3].
+    """
 
     W: Tensor
     b: Tensor | None
+    m: Any  # a parameter, with DoRA
 
     def __init__(
         self,
@@ -45,6 +49,8 @@ class LoRALayer(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        magnitude: Tensor | None = None,
     ):
         super().__init__()
         self.register_buffer("W", W)
@@ -52,36 +58,14 @@ class LoRALayer(nn.Module):
         self.A, self.B = nn.Parameter(A.detach().clone()), nn.Parameter(B.detach().clone())
         self.scale = alpha / (math.sqrt(len(A)) if use_rslora else len(A))
         self.p = dropout
+        start = W.norm(dim=1) if magnitude is None else magnitude
+        self.m = nn.Parameter(start.detach().clone()) if use_dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.p, self.training)
-        return F.linear(x, self.W, self.b) + self.scale * F.linear(F.linear(dropped, self.A), self.B)
-
-
-class DoRALayer(nn.Module):
-    """A DoRA layer: y = m/‖W + s·B A‖ ⊙ (x Wᵀ + s·(dropout(x) Aᵀ) Bᵀ) + b, each row's norm constant  [DoRA §4.3]."""
-
-    b: Tensor | None
-
-    def __init__(
-        self,
-        W: Tensor,
-        b: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        magnitude: Tensor | None = None,
-    ):
-        super().__init__()
-        self.lora = LoRALayer(W, None, A, B, alpha, dropout, use_rslora)
-        self.register_buffer("b", b)
-        self.m = nn.Parameter(W.detach().norm(dim=1) if magnitude is None else magnitude.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.lora.W + self.lora.scale * self.lora.B @ self.lora.A
-        y = self.m / weight.norm(dim=1).detach() * self.lora(x)
+        y = F.linear(x, self.W) + self.scale * F.linear(F.linear(dropped, self.A), self.B)
+        if self.m is not None:
+            y = self.m / merge(self.W, self.A, self.B, self.scale).norm(dim=1).detach() * y
         return y if self.b is None else y + self.b
 
 

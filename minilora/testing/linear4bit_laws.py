@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.testing.cases import tensor
 from minilora.testing.compare import as_array
@@ -50,12 +50,11 @@ def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     layer, given = make_linear(make, case)
     layer(tensor(case.x, case.dtype))  # a layer may quantize when it is first called
-    parameters = dict(layer.named_parameters()) if hasattr(layer, "named_parameters") else {}
-    buffers = dict(layer.named_buffers()) if hasattr(layer, "named_buffers") else {}
+    own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())} if isinstance(layer, nn.Module) else {}
     b = None if case.b is None else given["b"]
     kept = {  # all but the bias, which may be trained
         name: value
-        for name, value in {**parameters, **buffers, "the given W": given["W"]}.items()
+        for name, value in {**own, "the given W": given["W"]}.items()
         if b is None or value.shape != b.shape or not torch.equal(value.detach().to(b), b)
     }
     before = {name: as_array(value.data).copy() for name, value in kept.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +60,16 @@ def mean_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
     return torch.stack(gradients).mean(0)
 
 
-def counted_before_the_shift(W: Tensor, micro_batches: Batches) -> Tensor:
-    counted = sum((labels != IGNORE).sum() for _, labels in micro_batches)
-    return accumulated_gradient(W, micro_batches) * sum(count(labels) for _, labels in micro_batches) / counted
+def predictions(micro_batches: Batches) -> Any:
+    return sum(count(labels) for _, labels in micro_batches)
 
 
 ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
     "it is the mean of the means of the micro-batches": mean_of_means,  # huggingface/transformers#34191
-    "the sum is not divided": lambda W, batches: (
-        accumulated_gradient(W, batches) * sum(count(labels) for _, labels in batches)
+    "the sum is not divided": lambda W, batches: accumulated_gradient(W, batches) * predictions(batches),
+    "the labels are counted before the shift": lambda W, batches: (
+        accumulated_gradient(W, batches) * predictions(batches) / sum((labels != IGNORE).sum() for _, labels in batches)
     ),
-    "the labels are counted before the shift": counted_before_the_shift,
     "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
 }
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.testing.implementations import DoRALayer, LoRALayer, add_adapters, merge
+from minilora.testing.implementations import LoRALayer, add_adapters, merge
 
 Make = Callable[..., Any]
 
@@ -30,19 +30,14 @@ class Wrong(nn.Module):
         return self.formula(self.layer, x)
 
 
-def with_signature(make: Make, wrong: Make) -> Make:
-    """Return a maker of layers with the signature of another one, so that the same options are passed to it."""
-    return functools.wraps(make, updated=())(functools.partial(wrong))
-
-
 def with_formula(make: Make, formula: Callable[[Any, Tensor], Tensor]) -> Make:
     """Return a maker of layers that compute another formula."""
-    return with_signature(make, lambda *tensors, **options: Wrong(make(*tensors, **options), formula))
+    return lambda *tensors, **options: Wrong(make(*tensors, **options), formula)
 
 
 def without_rslora(make: Make) -> Make:
     """Return a maker that ignores `use_rslora`."""
-    return with_signature(make, lambda *tensors, use_rslora=False, **options: make(*tensors, **options))
+    return lambda *tensors, use_rslora=False, **options: make(*tensors, **options)
 
 
 def with_trained_weight(make: Make) -> Make:
@@ -54,7 +49,7 @@ def with_trained_weight(make: Make) -> Make:
         layer.register_parameter("weight", weight)
         return layer
 
-    return with_signature(make, wrong)
+    return wrong
 
 
 # --- LoRA ---
@@ -75,23 +70,28 @@ def drop(self: LoRALayer, x: Tensor) -> Tensor:
     return F.dropout(x, self.p, self.training)
 
 
+def lora_sum(self: LoRALayer, x: Tensor) -> Tensor:
+    """Return x Wᵀ + s·(dropout(x) Aᵀ) Bᵀ."""
+    return F.linear(x, self.W) + delta(self, drop(self, x))
+
+
+def with_update(update: Callable[[LoRALayer, Tensor], Tensor]) -> Make:
+    """Return a maker of LoRA layers that add another update to the output of the base."""
+    return lora(lambda self, x: base(self, x) + update(self, x))
+
+
 def rescaled(factor: Callable[[LoRALayer], float]) -> Make:
     """Return a maker of LoRA layers with `factor(layer)` times the right scale."""
-    return lora(lambda self, x: base(self, x) + factor(self) * delta(self, drop(self, x)))
+    return with_update(lambda self, x: factor(self) * delta(self, drop(self, x)))
 
 
 def plus_bias(self: Any, y: Tensor) -> Tensor:
     return y if self.b is None else y + self.b
 
 
-def unscaled_mask(self: LoRALayer, x: Tensor) -> Tensor:
-    kept = 1 - self.p if self.training else 1.0
-    return base(self, x) + kept * delta(self, drop(self, x))
-
-
 def transposed_update(self: LoRALayer, x: Tensor) -> Tensor:
     product = self.B @ self.A
-    return base(self, x) + self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
+    return self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
 
 
 def with_unscaled_gradient(name: str) -> Make:
@@ -118,29 +118,27 @@ EITHER: Mapping[str, Make] = {
     "the scale is α: it is not divided by r": rescaled(lambda self: len(self.A)),  # Blaizzy/mlx-vlm#845
     "the scale is missing": rescaled(lambda self: 1 / self.scale),
     "the update is missing": lora(base),
-    "a square B A is transposed": lora(transposed_update),  # microsoft/LoRA#61
-    "the bias is missing": lora(lambda self, x: F.linear(x, self.W) + delta(self, drop(self, x))),
+    "a square B A is transposed": with_update(transposed_update),  # microsoft/LoRA#61
+    "the bias is missing": lora(lora_sum),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
-    "dropout is never applied": lora(lambda self, x: base(self, x) + delta(self, x)),  # meta-pytorch/torchtune#996
-    "dropout is applied in evaluation mode": lora(  # karpathy/nanoGPT#240
-        lambda self, x: base(self, x) + delta(self, F.dropout(x, self.p))
+    "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
+    "dropout is applied in evaluation mode": with_update(  # karpathy/nanoGPT#240
+        lambda self, x: delta(self, F.dropout(x, self.p))
     ),
     "dropout is applied to the input of the base": lora(
         lambda self, x: F.linear(drop(self, x), self.W + self.scale * self.B @ self.A, self.b)
     ),
-    "dropout is applied behind A": lora(
-        lambda self, x: base(self, x) + self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
+    "dropout is applied behind A": with_update(
+        lambda self, x: self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
     ),
-    "dropout lacks the factor 1/(1 - p)": lora(unscaled_mask),
-    "one dropout mask is used for all rows": lora(
-        lambda self, x: base(self, x) + delta(self, x * drop(self, x.new_ones(x.shape[-1])))
+    "dropout lacks the factor 1/(1 - p)": rescaled(lambda self: 1 - self.p if self.training else 1.0),
+    "one dropout mask is used for all rows": with_update(
+        lambda self, x: delta(self, x * drop(self, x.new_ones(x.shape[-1])))
     ),
     "the gradient of A lacks the scale": with_unscaled_gradient("A"),
     "the gradient of B lacks the scale": with_unscaled_gradient("B"),
-    "the gradient of x lacks that of the update": lora(
-        lambda self, x: base(self, x) + delta(self, drop(self, x.detach()))
-    ),
+    "the gradient of x lacks that of the update": with_update(lambda self, x: delta(self, drop(self, x.detach()))),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),
 }
@@ -155,30 +153,31 @@ RSLORA: Mapping[str, Make] = {
 
 # --- DoRA ---
 
+DoRALayer = functools.partial(LoRALayer, use_dora=True)
 dora = functools.partial(with_formula, DoRALayer)
 
 
-def adapted(self: DoRALayer) -> Tensor:
+def adapted(self: LoRALayer) -> Tensor:
     """Return W + s·B A."""
-    return merge(self.lora.W, self.lora.A, self.lora.B, self.lora.scale)
+    return merge(self.W, self.A, self.B, self.scale)
 
 
-def factor(self: DoRALayer) -> Tensor:
+def factor(self: LoRALayer) -> Tensor:
     """Return m / ‖W + s·B A‖."""
     return self.m / adapted(self).norm(dim=1).detach()
 
 
-def with_factor(wrong: Callable[[DoRALayer], Tensor]) -> Make:
+def with_factor(wrong: Callable[[LoRALayer], Tensor]) -> Make:
     """Return a maker of DoRA layers with another factor in place of m / ‖W + s·B A‖."""
-    return dora(lambda self, x: plus_bias(self, wrong(self) * self.lora(x)))
+    return dora(lambda self, x: plus_bias(self, wrong(self) * lora_sum(self, x)))
 
 
-def dropout_of_the_difference(self: DoRALayer, x: Tensor) -> Tensor:
-    difference = factor(self)[:, None] * adapted(self) - self.lora.W
-    return plus_bias(self, base(self.lora, x) + F.linear(drop(self.lora, x), difference))
+def dropout_of_the_difference(self: LoRALayer, x: Tensor) -> Tensor:
+    difference = factor(self)[:, None] * adapted(self) - self.W
+    return base(self, x) + F.linear(drop(self, x), difference)
 
 
-def norm_of_the_first_call(self: DoRALayer) -> Tensor:
+def norm_of_the_first_call(self: LoRALayer) -> Tensor:
     if "norm" not in dict(self.named_buffers()):
         self.register_buffer("norm", adapted(self).norm(dim=1).detach())
     return self.m / self.get_buffer("norm")
@@ -186,11 +185,9 @@ def norm_of_the_first_call(self: DoRALayer) -> Tensor:
 
 def start_at_the_adapted_norm(
     W: Tensor, b: Any, A: Tensor, B: Tensor, alpha: float, magnitude: Tensor | None = None
-) -> DoRALayer:
-    layer = DoRALayer(W, b, A, B, alpha, magnitude=magnitude)
-    if magnitude is None:
-        layer.m.data = adapted(layer).norm(dim=1).detach()
-    return layer
+) -> LoRALayer:
+    magnitude = merge(W, A, B, alpha / len(A)).norm(dim=1) if magnitude is None else magnitude
+    return LoRALayer(W, b, A, B, alpha, use_dora=True, magnitude=magnitude)
 
 
 DORA: Mapping[str, Make] = {
@@ -198,12 +195,12 @@ DORA: Mapping[str, Make] = {
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
     "the magnitude starts at ‖W + s·B A‖": start_at_the_adapted_norm,
     "columns are normalized instead of rows": dora(  # catid/dora#4, nbasyl/DoRA#1
-        lambda self, x: plus_bias(self, self.m * self.lora(x / adapted(self).norm(dim=0).detach()))
+        lambda self, x: plus_bias(self, self.m * lora_sum(self, x / adapted(self).norm(dim=0).detach()))
     ),
-    "the norm is that of W": with_factor(lambda self: self.m / self.lora.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
+    "the norm is that of W": with_factor(lambda self: self.m / self.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
     "the gradient goes through the norm": with_factor(lambda self: self.m / adapted(self).norm(dim=1)),
     "the norm of the first call is kept": with_factor(norm_of_the_first_call),
-    "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, self.lora(x))),
+    "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, lora_sum(self, x))),
     "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
     "the scale is α/r in spite of use_rslora": without_rslora(DoRALayer),
     "the base weight is trained": with_trained_weight(DoRALayer),

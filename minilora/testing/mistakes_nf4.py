@@ -56,68 +56,64 @@ def dequantize_whole_blocks(packed: Tensor, absmax: Tensor, shape: Sequence[int]
     return levels * absmax[block.clamp(max=len(absmax) - 1)]
 
 
-def quantize_in_place(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    result = nf4_quantize(W, block_size)
-    W.div_(W.abs().max())
-    return result
+def in_place(quantize: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that changes the numbers that it quantizes."""
+
+    def wrong(numbers: Tensor, *rest: Any) -> Any:
+        result = quantize(numbers, *rest)
+        numbers.sub_(numbers.mean())
+        return result
+
+    return wrong
 
 
-def quantizing(**changes: Any) -> Pair:
-    """Return a pair that quantizes with another scale of a block, or another code of a number."""
-    return partial(nf4_quantize, **changes), nf4_dequantize
+def pair(
+    quantize: Callable[..., Any] = nf4_quantize, dequantize: Callable[..., Any] = nf4_dequantize, **changes: Any
+) -> Pair:
+    """Return a pair of which one function is another, or which has another `scale` of a block or `code` of a number."""
+    return partial(quantize, **changes), dequantize
 
 
 NF4: Mapping[str, Pair] = {
-    "the two codes of a byte are exchanged": (quantize_low_half_first, dequantize_low_half_first),
-    "dequantize takes the low half of a byte first": (nf4_quantize, dequantize_low_half_first),
-    "the levels are those of FP4": (
-        partial(nf4_quantize, code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1)),
-        dequantize_fp4,
+    "the two codes of a byte are exchanged": pair(quantize_low_half_first, dequantize_low_half_first),
+    "dequantize takes the low half of a byte first": pair(dequantize=dequantize_low_half_first),
+    "the levels are those of FP4": pair(
+        code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1), dequantize=dequantize_fp4
     ),
-    "codes are rounded down instead of to the nearest level": quantizing(
+    "codes are rounded down instead of to the nearest level": pair(
         code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1
     ),
-    "a tie gets the upper level": quantizing(
+    "a tie gets the upper level": pair(
         code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True)
     ),
-    "the absmax is the largest w instead of the largest |w|": quantizing(scale=lambda blocks: blocks.amax(1)),
-    "each row is taken for ⌊in/block_size⌋ whole blocks": (  # bitsandbytes 0.50.2 on AVX512
-        nf4_quantize,
-        dequantize_whole_blocks,
+    "the absmax is the largest w instead of the largest |w|": pair(scale=lambda blocks: blocks.amax(1)),
+    "each row is taken for ⌊in/block_size⌋ whole blocks": pair(  # bitsandbytes 0.50.2 on AVX512
+        dequantize=dequantize_whole_blocks
     ),
-    "blocks have 64 weights, whatever block_size is": (lambda W, block_size: nf4_quantize(W, 64), nf4_dequantize),
-    "the weight that was given is changed": (quantize_in_place, nf4_dequantize),
+    "blocks have 64 weights, whatever block_size is": pair(lambda W, block_size: nf4_quantize(W, 64)),
+    "the weight that was given is changed": pair(in_place(nf4_quantize)),
 }
 
 # --- double quantization ---
 
 
-def quantize_absmax_in_place(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    result = double_quantize(absmax)
-    absmax.sub_(absmax.mean())
-    return result
-
-
 DOUBLE_QUANT: Mapping[str, Pair] = {
-    "the offset is 0 instead of the mean": (
-        partial(double_quantize, center=lambda absmax: absmax.new_zeros(())),
-        double_dequantize,
+    "the offset is 0 instead of the mean": pair(
+        double_quantize, double_dequantize, center=lambda absmax: absmax.new_zeros(())
     ),
-    "the offset is not added": (
+    "the offset is not added": pair(
+        double_quantize, lambda codes, scales, offset: double_dequantize(codes, scales, 0 * offset)
+    ),
+    "the scale is the largest absmax - offset, without its absolute value": pair(
+        double_quantize, double_dequantize, scale=lambda blocks: blocks.amax(1)
+    ),
+    "one scale is used for all absmaxes": pair(
         double_quantize,
-        lambda codes, scales, offset: double_dequantize(codes, scales, 0 * offset),
-    ),
-    "the scale is the largest absmax - offset, without its absolute value": (
-        partial(double_quantize, scale=lambda blocks: blocks.amax(1)),
-        double_dequantize,
-    ),
-    "one scale is used for all absmaxes": (
-        partial(double_quantize, scale=lambda blocks: blocks.abs().max()[None]),
         lambda codes, scales, offset: double_dequantize(codes, scales[:1].expand(-(-len(codes) // 256)), offset),
+        scale=lambda blocks: blocks.abs().max()[None],
     ),
-    "the absmaxes that were given are changed": (  # bitsandbytes-foundation/bitsandbytes#1863
-        quantize_absmax_in_place,
-        double_dequantize,
+    "the absmaxes that were given are changed": pair(  # bitsandbytes-foundation/bitsandbytes#1863
+        in_place(double_quantize), double_dequantize
     ),
 }
 

@@ -282,9 +282,8 @@ class QuantizedLinear:
         rows, W = Bounded.exact(x.reshape(-1, self.inner), self.dtype), self.dense
         y = rows @ W.T
         if self.b is not None:  # added to the sum, or its first term
-            b = Bounded(np.column_stack([W.value, self.b]), np.column_stack([W.error, 0 * self.b]), self.dtype)
-            ones = Bounded.exact(np.column_stack([rows.value, np.ones(len(rows.value))]), self.dtype)
-            y = (y + self.b).widened(ones @ b.T)
+            b, ones = (Bounded.exact(column[:, None], self.dtype) for column in (self.b, np.ones(len(rows.value))))
+            y = (y + self.b).widened(rows.beside(ones, 1) @ W.beside(b, 1).T)
         return y.reshape(*x.shape[:-1], self.outer)
 
     @property

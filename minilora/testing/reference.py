@@ -16,7 +16,8 @@ may have any float dtype; what is computed and returned is float64. The tests' `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -76,28 +77,6 @@ def lora_gradients(x: Array, dy: Array, lora_A: Array, lora_B: Array, scale: flo
     return dA, dB
 
 
-def dora_stretched(left: Array, own: Array, magnitude: Array) -> Array:
-    """W'[o] = m[o]·L[o] / ‖V[o]‖, row by row, where V = W + s·B A and L is V too: W' = m·V/‖V‖  [DoRA eq. 5].
-
-    After other adapters L is what those left of W, with s·B A added.
-
-    Shapes: left (out, in), own (out, in), magnitude (out) -> (out, in)
-    """
-    left, own, magnitude = _wide(left, own, magnitude)
-    lengths = [math.sqrt(math.fsum(row * row)) for row in own]
-    rows = zip(magnitude, left, lengths, strict=True)
-    return np.array([m * row / length for m, row, length in rows]).reshape(left.shape)
-
-
-def dora_merged_weight(weight: Array, lora_A: Array, lora_B: Array, scale: float, magnitude: Array) -> Array:
-    """W' = m·(W + s·B A)/‖W + s·B A‖, the length being that of a row  [DoRA eq. 5].
-
-    Shapes: weight (out, in), lora_A (r, in), lora_B (out, r), magnitude (out) -> (out, in)
-    """
-    own = lora_merged_weight(weight, lora_A, lora_B, scale)
-    return dora_stretched(own, own, magnitude)
-
-
 def dora_gradients(
     x: Array, dy: Array, weight: Array, lora_A: Array, lora_B: Array, scale: float, magnitude: Array
 ) -> tuple[Array, Array, Array]:
@@ -123,8 +102,12 @@ def cross_entropy(logits: Array, labels: Array) -> float:
 
     Shapes: logits (N, V), labels (N) -> ()
     """
-    pairs = zip(logits, labels.tolist(), strict=True)
-    return math.fsum(_token_loss(row, label) for row, label in pairs if label != IGNORED)
+    losses = []
+    for row, label in zip(_wide(logits)[0], labels.tolist(), strict=True):
+        if label != IGNORED:
+            most = row.max()
+            losses.append(most + math.log(math.fsum(np.exp(row - most))) - row[label])
+    return math.fsum(losses)
 
 
 def masked_loss(logits: Array, labels: Array) -> float:
@@ -132,59 +115,9 @@ def masked_loss(logits: Array, labels: Array) -> float:
 
     Shapes: logits (B, T, V), labels (B, T) -> ()
     """
-    losses = [_token_loss(logits[row, t], label) for row, t, label in predicted(labels)]
-    return math.fsum(losses) / len(losses) if losses else math.nan
-
-
-def masked_loss_gradient(logits: Array, labels: Array) -> Array:
-    """dL/dlogits = (softmax - onehot)/N where a label is predicted, and 0 elsewhere.
-
-    Shapes: logits (B, T, V), labels (B, T) -> (B, T, V)
-    """
-    gradient, count = np.zeros(np.shape(logits)), 0
-    for row, t, label in predicted(labels):
-        gradient[row, t] = _slopes(logits[row, t], label)
-        count += 1
-    return gradient / max(1, count)
-
-
-def accumulated_gradient(weight: Array, micro_batches: Sequence[tuple[Array, Array]]) -> Array:
-    """dL/dW of one step: L = 1/N Σ of the losses of all micro-batches, logits = x Wᵀ, N the number of their labels.
-
-    Shapes: weight (V, D), micro_batches of x (B, T, D) and labels (B, T) -> (V, D)
-    """
-    weight = _wide(weight)[0]
-    total, count = np.zeros(weight.shape), 0
-    for x, labels in micro_batches:
-        for row, t, label in predicted(labels):
-            logits = np.array([math.fsum(weights * x[row, t]) for weights in weight])
-            total += np.outer(_slopes(logits, label), x[row, t])
-            count += 1
-    return total / max(1, count)
-
-
-def predicted(labels: Array) -> Iterator[tuple[int, int, int]]:
-    """Yield row, position t and label of all labels at t + 1 that are not -100; the first of a row never counts."""
-    for row, own in enumerate(np.asarray(labels).tolist()):
-        for t in range(len(own) - 1):
-            if own[t + 1] != IGNORED:
-                yield row, t, own[t + 1]
-
-
-def _token_loss(logits: Array, label: int) -> float:
-    """-log p(label), (V) -> ()."""
-    scores = _wide(logits)[0]
-    most = scores.max()
-    return most + math.log(math.fsum(np.exp(scores - most))) - scores[label]
-
-
-def _slopes(logits: Array, label: int) -> Array:
-    """softmax - onehot, (V) -> (V)."""
-    scores = _wide(logits)[0]
-    shares = np.exp(scores - scores.max())
-    shares /= math.fsum(shares)
-    shares[label] -= 1
-    return shares
+    labels = np.asarray(labels)
+    count = (labels[:, 1:] != IGNORED).sum()
+    return math.fsum(map(cross_entropy, logits[:, :-1], labels[:, 1:])) / count if count else math.nan
 
 
 # --- 4-bit weights ---
@@ -198,19 +131,8 @@ def nf4_levels() -> Array:
     delta = 1 - (1 / 30 + 1 / 32) / 2
     below = [1 - delta + (delta - 0.5) * i / 7 for i in range(7)]
     above = [0.5 + (delta - 0.5) * i / 8 for i in range(9)]
-    return np.array([_quantile(p) / _quantile(delta) for p in below + above])
-
-
-def _quantile(p: float) -> float:
-    """Φ⁻¹(p) of the normal distribution, by halving an interval."""
-    low, high = -10.0, 10.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        if (1 + math.erf(middle / math.sqrt(2))) / 2 < p:
-            low = middle
-        else:
-            high = middle
-    return low
+    quantile = NormalDist().inv_cdf
+    return np.array([quantile(p) / quantile(delta) for p in below + above])
 
 
 def nf4_quantize(weight: Array, block_size: int) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,6 +183,6 @@ _PACKING = (
 )
 _GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy)
 LAWS = (
-    *(replace(Law("packing", *row), takes=Packed) for row in _PACKING),
+    *(Law("packing", *row, takes=Packed) for row in _PACKING),
     Law("generation", *_GREEDY, takes=Decoder),
 )

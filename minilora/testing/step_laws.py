@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,17 @@ def check_trains_everything(
             as far as it shows.
         ValueError: `trained` is missing, empty, or has a name that the model does not have.
     """
+    # a shared parameter under each of its names
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
     before = snapshot(model)
-    if trained is None and isinstance(model, nn.Module):
-        trained = [name for name, parameter in named(model).items() if parameter.requires_grad]
+    if trained is None:
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     meant = set(trained or ())
     if unknown := sorted(meant - set(before)):
         raise ValueError(f"trained: the model has no {unknown[0]!r}; it has {', '.join(before)}")
     if not meant:
         raise ValueError("trained: found no name; accepted are one or more")
-    with watched(model) as gradients:
+    with watched(parameters) as gradients:
         for _ in range(steps):
             step()
     after = snapshot(model)
@@ -56,21 +59,16 @@ def check_trains_everything(
         elif not np.isfinite(new).all() and np.isfinite(old).all():
             problems.append(f"{name}: not finite after the step")
         elif name in meant and np.array_equal(old, new):
-            problems.append(f"{name}: unchanged; {why_unchanged(model, name, gradients)}")
+            problems.append(f"{name}: unchanged; {why_unchanged(parameters.get(name), gradients.get(name))}")
         elif name in meant and gradients.get(name) is False:
-            reason = why_unchanged(model, name, gradients)
+            reason = why_unchanged(parameters.get(name), gradients.get(name))
             problems.append(f"{name}: changed only by weight decay or momentum; {reason}")
         elif name not in meant and not np.array_equal(old, new, equal_nan=True):
-            problems.append(f"{name}: changed; {why_changed(model, name)}")
+            problems.append(f"{name}: changed; {why_changed(parameters, name)}")
     if problems:
         lines = [f"trains-everything: {len(problems)} of {len(before)} tensors are wrong", f"  law: {STATEMENT}"]
         raise CheckFailure("\n".join(lines + [f"  {problem}" for problem in problems]), "trains-everything", None)
     return Report("trains-everything", STATEMENT, 0.0, len(before))
-
-
-def named(model: nn.Module | Read) -> dict[str, nn.Parameter]:
-    """Return all parameters of a module, a shared one under each of its names."""
-    return dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
 
 
 def snapshot(model: nn.Module | Read) -> dict[str, Any]:
@@ -79,47 +77,39 @@ def snapshot(model: nn.Module | Read) -> dict[str, Any]:
         return {name: np.array(array) for name, array in model().items()}
     norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     buffers = {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in norms}
-    return {name: array_copy(tensor) for name, tensor in {**named(model), **buffers}.items()}
-
-
-def array_copy(tensor: torch.Tensor) -> Any:
-    own = tensor.detach().cpu()
-    return (own.double() if own.is_floating_point() else own).numpy().copy()
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return {name: (own.double() if own.is_floating_point() else own).numpy() for name, own in copies.items()}
 
 
 @contextmanager
-def watched(model: nn.Module | Read) -> Iterator[dict[str, bool]]:
+def watched(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, bool]]:
     """Note of each parameter that gets a gradient whether any was other than 0."""
     seen: dict[str, bool] = {}
-    handles = []
-    for name, parameter in named(model).items():
-        if parameter.requires_grad and parameter.is_leaf:
 
-            def note(own: torch.Tensor, name: str = name) -> None:
-                # None where an optimizer steps in the backward pass
-                seen[name] = seen.get(name, False) or own.grad is None or bool(own.grad.any())
+    def note(name: str, own: torch.Tensor) -> None:
+        # None where an optimizer steps in the backward pass
+        seen[name] = seen.get(name, False) or own.grad is None or bool(own.grad.any())
 
-            handles.append(parameter.register_post_accumulate_grad_hook(note))
-    try:
+    with ExitStack() as hooks:
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and parameter.is_leaf:
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(partial(note, name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def why_unchanged(model: nn.Module | Read, name: str, gradients: Mapping[str, bool]) -> str:
+def why_unchanged(parameter: nn.Parameter | None, has_gradient: bool | None) -> str:
     """Say what is known of a tensor that was not trained."""
-    parameter = named(model).get(name)
     if parameter is None:
         return "no step wrote to it"
     if not parameter.requires_grad:
         return "it is frozen: requires_grad is False"
-    if name not in gradients:
+    if has_gradient is None:
         return (
             "no gradient came to it: the forward pass does not use it, or uses a copy, or the graph is cut "
             "(no_grad, detach, checkpointing of inputs that require no gradient)"
         )
-    if not gradients[name]:
+    if not has_gradient:
         return "its gradient was exactly 0: no token reached it, or what multiplies it is 0"
     return (
         "its gradient was not 0: the optimizer does not have it, its learning rate is 0, the step was skipped, "
@@ -127,14 +117,16 @@ def why_unchanged(model: nn.Module | Read, name: str, gradients: Mapping[str, bo
     )
 
 
-def why_changed(model: nn.Module | Read, name: str) -> str:
+def why_changed(parameters: Mapping[str, nn.Parameter], name: str) -> str:
     """Say what is known of a tensor that changed though it is not meant to."""
-    parameter = named(model).get(name)
+    parameter = parameters.get(name)
     if parameter is None:
         return "it is not meant to be trained"
-    others = [other for other, tensor in named(model).items() if tensor is parameter and other != name]
-    if others and parameter.requires_grad:
+    if not parameter.requires_grad:
+        return (
+            "it is frozen, and something wrote to it in place: a merge, or an optimizer that has it with weight decay"
+        )
+    others = [other for other, tensor in parameters.items() if tensor is parameter and other != name]
+    if others:
         return f"it is tied: one tensor with {others[0]}"
-    if parameter.requires_grad:
-        return "it requires a gradient, though it is not named as trained"
-    return "it is frozen, and something wrote to it in place: a merge, or an optimizer that has it with weight decay"
+    return "it requires a gradient, though it is not named as trained"

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minilora.testing.compare import maths
+from minilora.testing.compare import MATHS, relative
 from minilora.testing.reference import dora_gradients
 
 
@@ -26,8 +26,12 @@ def check(answer: ModuleType) -> None:
         shape = tuple(found.shape)
         assert shape == (5,), f"the shape is {shape}, need (5,): one number for each output, summed over the rows of x"
         assert found.dtype == x.dtype, f"the dtype is {found.dtype}, need that of x, {x.dtype}"
-        why = next((why for why, wrong in mistakes(x, dy, W, A, B, s).items() if maths(found, wrong) <= 1), "")
-        assert maths(found, expected) <= 1, f"with s = {s}, found {rounded(found)}, need {rounded(expected)}{why}"
+        why = next(
+            (why for why, wrong in mistakes(x, dy, W, A, B, s).items() if relative(found, wrong, MATHS) <= 1), ""
+        )
+        assert relative(found, expected, MATHS) <= 1, (
+            f"with s = {s}, found {rounded(found)}, need {rounded(expected)}{why}"
+        )
 
 
 def rounded(values: object) -> str:
