@@ -47,6 +47,15 @@ BY_KIND = {
     }
 }
 CONVOLUTIONS = {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8}  # of LFM2
+DELTA = {  # of Qwen3.5: odd sizes, more value heads than key heads
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+    "full_attention_interval": 2,
+    "head_dim": 12,  # of which three rotate
+}
 MULTIPLIERS = {  # of Granite
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.3,
@@ -67,6 +76,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-window": {"model_type": "qwen2", **WINDOW, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
+    "qwen3.5": {"model_type": "qwen3_5_text", **DELTA},
+    "qwen3.5-linear": {"model_type": "qwen3_5_text", **DELTA, "layer_types": ["linear_attention"] * 4},
+    "qwen3.5-full": {"model_type": "qwen3_5_text", "head_dim": 9, "full_attention_interval": 1, "attention_bias": True},
     "smollm3": {"model_type": "smollm3"},
     "smollm3-window": {"model_type": "smollm3", **WINDOW, "attention_bias": True, "no_rope_layers": [1, 0, 0, 1]},
     "smollm3-listed": {"model_type": "smollm3", "layer_types": EVERY_OTHER, "sliding_window": 4},
@@ -114,7 +126,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 # Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations,
-# multipliers, norms after both branches, and convolutions.
+# multipliers, norms after both branches, convolutions and memories.
 MOST_DIFFERENT = (
     "llama-bias-tied-wide-heads",
     "qwen3",
@@ -122,6 +134,7 @@ MOST_DIFFERENT = (
     "phi3-longrope",
     "granite",
     "gemma3",
+    "qwen3.5",
 )
 
 

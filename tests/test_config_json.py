@@ -39,7 +39,7 @@ def meaning(config):
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma3_text"}))
 def test_rope_scaling_beside_rope_theta_means_what_rope_parameters_do(family, kind):
-    common, numbers = {"model_type": family, "head_dim": 6}, ALL_KINDS[kind]
+    common, numbers = {"model_type": family, "head_dim": 6, "partial_rotary_factor": 1.0}, ALL_KINDS[kind]
     new = tiny_config(**common, rope_parameters={"rope_type": kind, "rope_theta": 77_000.0, **numbers})
     plain = tiny_config(**common, rope_parameters={"rope_type": "default", "rope_theta": 77_000.0})
     assert (meaning(new) == meaning(plain)) == (kind == "default")
@@ -125,6 +125,7 @@ def test_biases_are_read_where_the_family_has_them():
         "mistral": (False, False, False),
         "qwen2": (True, False, False),
         "qwen3": (True, True, False),
+        "qwen3_5_text": (True, True, False),
         "smollm3": (True, True, True),
         "phi3": (False, False, False),
         "olmo2": (True, True, False),

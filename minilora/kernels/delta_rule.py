@@ -1,0 +1,127 @@
+"""The kernel of the gated delta rule: products of matrices for a chunk of tokens at a time, of all documents together.
+
+Within a chunk of C tokens let G_i be the sum of the logarithms of α up to token i, D_ij = exp(G_i - G_j) for j ≤ i,
+and β and exp(G) factors of rows. With rows u_i = β_i (v_i - S k_i), the changes that token i makes, the rule is a
+triangular system  [Delta §3.2; GDN §3.3]:
+
+    (I + tril(β k kᵀ ∘ D, -1)) [U W] = β [v  exp(G) k];  u = U - W Sᵀ
+    o = exp(G) q Sᵀ + (q kᵀ ∘ D) u;  S ← exp(G_C) S + uᵀ (exp(G_C - G) k)
+
+Only S passes from one chunk to the next. The backward pass computes all of it again: what autograd keeps of a chunk is
+several times as large as q, k and v.
+
+    N  tokens laid end to end    H  heads          E  width of queries and keys    M  chunks of all documents
+    B  documents                 K  key heads      F  width of values              C  tokens of a chunk
+
+    [Delta]  Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length
+    [GDN]    Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.definition import kernel, no_autocast
+from minilora.models import delta_rule
+
+CHUNK = 64  # as in transformers; not measured
+
+
+@kernel(of=delta_rule.gated_delta_rule)
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    lengths: Sequence[int],
+    states: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `delta_rule.gated_delta_rule`."""
+    if states is None:
+        states = v.new_zeros(len(lengths), v.size(1), v.size(2), k.size(2), dtype=torch.float32)
+    return _GatedDeltaRule.apply(lengths, states, q, k, v, log_decay, beta)
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    """Saved are the inputs; the backward pass is that of the chunks, computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, lengths: Sequence[int], states: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(states, *inputs)
+        ctx.lengths = lengths
+        o, last = _by_chunks(lengths, states, *inputs)
+        ctx.mark_non_differentiable(last)
+        return o, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        states, *inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_(is_needed) for x, is_needed in zip(inputs, needed, strict=True)]
+            o, _ = _by_chunks(ctx.lengths, states, *leaves)
+            grads = iter(torch.autograd.grad(o, [leaf for leaf in leaves if leaf.requires_grad], do))
+        return None, None, *(next(grads) if is_needed else None for is_needed in needed)
+
+
+def _by_chunks(
+    lengths: Sequence[int], states: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    dtype, wide, H = v.dtype, torch.promote_types(v.dtype, torch.float32), v.size(1)
+    longest_first, places, running = _chunks(lengths, min(CHUNK, max(lengths)))
+    at = places.to(v.device)
+
+    def chunks(x: Tensor) -> Tensor:
+        """Return a matrix for each chunk and head: (N, H or K, ...) -> (M, H, C, ...)."""
+        padded = torch.cat((x.to(wide), x.new_zeros(1, *x.shape[1:], dtype=wide)))  # 0 changes no state
+        return padded[at].transpose(1, 2).repeat_interleave(H // x.size(1), dim=1)
+
+    with no_autocast(v.device.type):
+        q, k, v, g, beta = (chunks(x) for x in (q, k, v, log_decay, beta[..., None]))
+        C = g.size(-1)
+        between = g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)  # G_i - G_j, without cancellation
+        decay = between.masked_fill(torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1), -torch.inf).exp()
+        start = g.cumsum(-1).exp()[..., None]
+        right = beta * torch.cat((v, start * k), dim=-1)
+        solved = torch.linalg.solve_triangular(beta * (k @ k.mT) * decay, right, upper=False, unitriangular=True)
+        inside, end = (q @ k.mT) * decay, decay[..., -1, :, None]
+        tensors = (*solved.split([v.size(-1), k.size(-1)], dim=-1), start * q, inside, end * k, start[..., -1:, :])
+        S = states.to(wide)[longest_first]
+        outputs = []
+        for U, W, q, inside, k, start in zip(*(x.split(running) for x in tensors), strict=True):
+            own = S[: len(U)]  # of the documents that have such a chunk
+            u = U - W @ own.mT
+            outputs.append(q @ own.mT + inside @ u)
+            S = torch.cat((start * own + u.mT @ k, S[len(U) :]))
+    o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # (M·C, H, F)
+    token_places = places.flatten().argsort()[: sum(lengths)].to(o.device)
+    return o[token_places].to(dtype), S[longest_first.argsort()].detach()
+
+
+def _chunks(lengths: Sequence[int], size: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Divide documents into chunks: the first ones of all documents, then the second ones, and so on.
+
+    Returns the documents from the longest to the shortest; the tokens of the chunks, N beyond the end of a document; and
+    how many documents have a first chunk, a second one, and so on.
+
+    >>> _chunks([1, 3], 2)
+    (tensor([1, 0]), tensor([[1, 2],
+            [0, 4],
+            [3, 4]]), [2, 1])
+    """
+    total = sum(lengths)
+    longest_first = torch.tensor(lengths, device="cpu").argsort(descending=True, stable=True)
+    tokens = torch.arange(total, device="cpu").split(list(lengths))
+    documents = [F.pad(part, (0, -len(part) % size), value=total).view(-1, size) for part in tokens]
+    ordered = [documents[i] for i in longest_first]
+    running = [sum(len(part) > i for part in documents) for i in range(len(ordered[0]))]
+    places = [ordered[document][i] for i, count in enumerate(running) for document in range(count)]
+    return longest_first, torch.stack(places), running
