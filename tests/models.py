@@ -55,7 +55,9 @@ DELTA = {  # of Qwen3.5: odd sizes, more value heads than key heads
     "linear_conv_kernel_dim": 3,
     "full_attention_interval": 2,
     "head_dim": 12,  # of which three rotate
+    "rms_norm_eps": 0.01,  # without it the first outputs of a memory, which are small, would be all rounding
 }
+NO_CACHE = {"use_cache": False}  # transformers' needs a layer that attends
 MULTIPLIERS = {  # of Granite
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.3,
@@ -77,7 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2-window": {"model_type": "qwen2", **WINDOW, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
     "qwen3.5": {"model_type": "qwen3_5_text", **DELTA},
-    "qwen3.5-linear": {"model_type": "qwen3_5_text", **DELTA, "layer_types": ["linear_attention"] * 4},
+    "qwen3.5-linear": {"model_type": "qwen3_5_text", **DELTA, "layer_types": ["linear_attention"] * 4, **NO_CACHE},
     "qwen3.5-full": {"model_type": "qwen3_5_text", "head_dim": 9, "full_attention_interval": 1, "attention_bias": True},
     "smollm3": {"model_type": "smollm3"},
     "smollm3-window": {"model_type": "smollm3", **WINDOW, "attention_bias": True, "no_rope_layers": [1, 0, 0, 1]},

@@ -109,7 +109,7 @@ def _by_chunks(
 def _chunks(lengths: Sequence[int], size: int) -> tuple[Tensor, Tensor, list[int]]:
     """Divide documents into chunks: the first ones of all documents, then the second ones, and so on.
 
-    Returns the documents from the longest to the shortest; the tokens of the chunks, N beyond the end of a document; and
+    Return the documents from the longest to the shortest; the tokens of the chunks, N beyond the end of a document; and
     how many documents have a first chunk, a second one, and so on.
 
     >>> _chunks([1, 3], 2)

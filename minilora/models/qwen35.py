@@ -63,9 +63,8 @@ def build_block(config: LlamaConfig, layer: int) -> nn.Module:
 def is_linear(values: Values) -> list[bool]:
     """Return which layers have a delta rule in place of attention."""
     every = values.get("full_attention_interval") or 4
-    return layers_of_kind(
-        values, "linear_attention", [(i + 1) % every != 0 for i in range(values["num_hidden_layers"])]
-    )
+    others = [(i + 1) % every != 0 for i in range(values["num_hidden_layers"])]
+    return layers_of_kind(values, "linear_attention", others)
 
 
 def adjust_(model: Llama) -> None:
