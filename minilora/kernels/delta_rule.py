@@ -44,8 +44,6 @@ def gated_delta_rule(
     states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `delta_rule.gated_delta_rule`."""
-    if states is None:
-        states = v.new_zeros(len(lengths), v.size(1), v.size(2), k.size(2), dtype=torch.float32)
     return _GatedDeltaRule.apply(lengths, states, q, k, v, log_decay, beta)
 
 
@@ -53,7 +51,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     """Saved are the inputs; the backward pass is that of the chunks, computed again."""
 
     @staticmethod
-    def forward(ctx: Any, lengths: Sequence[int], states: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, lengths: Sequence[int], states: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(states, *inputs)
         ctx.lengths = lengths
         o, last = _by_chunks(lengths, states, *inputs)
@@ -73,8 +71,10 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 def _by_chunks(
-    lengths: Sequence[int], states: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
+    lengths: Sequence[int], states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if states is None:
+        states = v.new_zeros(len(lengths), v.size(1), v.size(2), k.size(2))
     dtype, wide, H = v.dtype, torch.promote_types(v.dtype, torch.float32), v.size(1)
     longest_first, places, running = _chunks(lengths, min(CHUNK, max(lengths)))
     at = places.to(v.device)
