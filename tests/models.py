@@ -55,9 +55,11 @@ DELTA = {  # of Qwen3.5: odd sizes, more value heads than key heads
     "linear_conv_kernel_dim": 3,
     "full_attention_interval": 2,
     "head_dim": 12,  # of which three rotate
-    "rms_norm_eps": 0.01,  # without it the first outputs of a memory, which are small, would be all rounding
+    "rms_norm_eps": 0.02,  # without it the first outputs of a memory, which are small, would be all rounding
 }
-NO_CACHE = {"use_cache": False}  # transformers' needs a layer that attends
+ONE_LAYER = {"num_hidden_layers": 1, "use_cache": False}  # transformers' cache needs a layer that attends
+ODD = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 9, "attention_bias": True}
+AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [1, 1, 0]}}
 MULTIPLIERS = {  # of Granite
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.3,
@@ -79,8 +81,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2-window": {"model_type": "qwen2", **WINDOW, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
     "qwen3.5": {"model_type": "qwen3_5_text", **DELTA},
-    "qwen3.5-linear": {"model_type": "qwen3_5_text", **DELTA, "layer_types": ["linear_attention"] * 4, **NO_CACHE},
-    "qwen3.5-full": {"model_type": "qwen3_5_text", "head_dim": 9, "full_attention_interval": 1, "attention_bias": True},
+    "qwen3.5-linear": {"model_type": "qwen3_5_text", **DELTA, **ONE_LAYER, "linear_num_key_heads": 1},
+    "qwen3.5-full": {"model_type": "qwen3_5_text", "full_attention_interval": 1, **ODD, **AXES},
     "smollm3": {"model_type": "smollm3"},
     "smollm3-window": {"model_type": "smollm3", **WINDOW, "attention_bias": True, "no_rope_layers": [1, 0, 0, 1]},
     "smollm3-listed": {"model_type": "smollm3", "layer_types": EVERY_OTHER, "sliding_window": 4},

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from minilora import ConfigError
 from minilora.models.config import FAMILIES, parse_config, trained_length
 from minilora.models.convolution import convolves
+from minilora.models.qwen35 import is_linear
 from minilora.models.smollm3 import rotated_layers
 from tests import models
 from tests.models import LLAMA3, MULTIPLIERS, SIZES, examples, tiny_config, tiny_model, token_ids
@@ -89,6 +90,17 @@ def test_lfm2_convolves_where_it_does_not_attend_and_computes_its_width():
     assert (config.rms_norm_eps, config.tie_word_embeddings) == (0.1, False)
     with pytest.raises(ConfigError, match="\n  norm_eps: found -1"):
         tiny_config("lfm2", norm_eps=-1)
+
+
+def test_qwen3_5_attends_in_every_fourth_layer_or_where_its_config_says_so():
+    for keys, linear in (
+        ({"full_attention_interval": None}, [True, True, True, False]),
+        ({}, [True, False, True, False]),
+        ({"layer_types": ["full_attention", *["linear_attention"] * 3]}, [False, True, True, True]),
+    ):
+        model = tiny_model("qwen3.5", **keys)
+        assert is_linear(model.config.source) == linear
+        assert [hasattr(block, "linear_attn") for block in model.model.layers] == linear
 
 
 def test_a_granite_whose_config_lacks_its_multipliers_multiplies_by_1():
@@ -198,6 +210,7 @@ def test_what_does_not_fit_together_or_to_the_family_is_refused_by_name():
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
             "layer_types has 1 entries; the model has 4 layers",
         ),
+        ({"model_type": "qwen3_5_text", "linear_num_key_heads": 3}, "linear_num_value_heads 32 is not a multiple"),
         # what the family does not know
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "qwen2", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -91,7 +91,7 @@ def shapes(draw):
     H = K * draw(st.integers(1, 3))
     sizes = {"num_key_value_heads": K, "num_attention_heads": H, "head_dim": E, "hidden_size": H * E}
     sizes |= {"intermediate_size": H * E * draw(st.integers(3, 4)), "num_hidden_layers": draw(st.integers(2, 4))}
-    family = draw(st.sampled_from(["llama", "qwen3", "phi3", WHOLE]))
+    family = draw(st.sampled_from(["llama", "qwen3", "phi3", WHOLE, "qwen3.5"]))
     return tiny_config(family, **sizes, vocab_size=draw(st.sampled_from([200, 3000])), sliding_window=None)
 
 
