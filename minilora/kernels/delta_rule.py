@@ -44,6 +44,8 @@ def gated_delta_rule(
     states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `delta_rule.gated_delta_rule`."""
+    if not torch.is_grad_enabled() and max(lengths) == 1:  # a step of generation
+        return delta_rule.gated_delta_rule.function(q, k, v, log_decay, beta, lengths, states)
     return _GatedDeltaRule.apply(lengths, states, q, k, v, log_decay, beta)
 
 
@@ -88,19 +90,18 @@ def _by_chunks(
         q, k, v, g, beta = (chunks(x) for x in (q, k, v, log_decay, beta[..., None]))
         C = g.size(-1)
         between = g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)  # G_i - G_j, without cancellation
-        decay = between.masked_fill(torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1), -torch.inf).exp()
-        start = g.cumsum(-1).exp()[..., None]
-        right = beta * torch.cat((v, start * k), dim=-1)
-        solved = torch.linalg.solve_triangular(beta * (k @ k.mT) * decay, right, upper=False, unitriangular=True)
-        inside, end = (q @ k.mT) * decay, decay[..., -1, :, None]
-        tensors = (*solved.split([v.size(-1), k.size(-1)], dim=-1), start * q, inside, end * k, start[..., -1:, :])
-        S = states.to(wide)[longest_first]
-        outputs = []
-        for U, W, q, inside, k, start in zip(*(x.split(running) for x in tensors), strict=True):
+        D = between.masked_fill(torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1), -torch.inf).exp()
+        exp_G = g.cumsum(-1).exp()[..., None]
+        right = beta * torch.cat((v, exp_G * k), dim=-1)
+        solved = torch.linalg.solve_triangular(beta * (k @ k.mT) * D, right, upper=False, unitriangular=True)
+        U, W = solved.split([v.size(-1), k.size(-1)], dim=-1)
+        tensors = U, W, exp_G * q, (q @ k.mT) * D, D[..., -1, :, None] * k, exp_G[..., -1:, :]
+        S, outputs = states.to(wide)[longest_first], []
+        for U, W, queries, inside, keys, faded in zip(*(x.split(running) for x in tensors), strict=True):
             own = S[: len(U)]  # of the documents that have such a chunk
             u = U - W @ own.mT
-            outputs.append(q @ own.mT + inside @ u)
-            S = torch.cat((start * own + u.mT @ k, S[len(U) :]))
+            outputs.append(queries @ own.mT + inside @ u)
+            S = torch.cat((faded * own + u.mT @ keys, S[len(U) :]))
     o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # (M·C, H, F)
     token_places = places.flatten().argsort()[: sum(lengths)].to(o.device)
     return o[token_places].to(dtype), S[longest_first.argsort()].detach()

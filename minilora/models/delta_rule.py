@@ -47,7 +47,7 @@ def gated_delta_rule(
     lengths: Sequence[int],
     states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Let each head read its memory with q, once the value that it has for k moved towards v by β.
+    """Move the value that each head's memory has for k towards v, and read the memory with q, token by token.
 
     S ← α S;  S ← S + β (v - S k) kᵀ;  o = S q,  α = exp(log_decay)  [GDN eq. 10]
 
@@ -93,17 +93,17 @@ class GatedDeltaNet(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         mixed = F.silu(convolve(self.conv1d, self.in_proj_qkv(x), documents))
         q, k, v = mixed.split(self.widths, dim=-1)
-        q, k = (unit(x.to(wide).unflatten(-1, (-1, self.key_width))) for x in (q, k))
-        v, z = (x.unflatten(-1, (-1, self.value_width)) for x in (v, self.in_proj_z(x)))
+        q, k = (unit(part.to(wide).unflatten(-1, (-1, self.key_width))) for part in (q, k))
+        v, z = (part.unflatten(-1, (-1, self.value_width)) for part in (v, self.in_proj_z(x)))
         log_decay = -self.A_log.to(wide).exp() * F.softplus(self.in_proj_a(x).to(wide) + self.dt_bias)
-        rule = q / self.key_width**0.5, k, v, log_decay, self.in_proj_b(x).to(wide).sigmoid()
+        inputs = q / self.key_width**0.5, k, v, log_decay, self.in_proj_b(x).to(wide).sigmoid()
         lengths = [len(span) for span in documents.spans]
         if isinstance(documents, KVCache):
             states = documents.state(self, log_decay, v.size(1), self.value_width, self.key_width)
-            o, last = gated_delta_rule(*rule, lengths, states)
+            o, last = gated_delta_rule(*inputs, lengths, states)
             states.copy_(last)
         else:
-            o, _ = gated_delta_rule(*rule, lengths)
+            o, _ = gated_delta_rule(*inputs, lengths)
         return self.out_proj(swiglu(z, self.norm(o)).flatten(1))
 
 

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.llama import MLP, Attends, Attention, Block, CosSin, Llama, LlamaConfig, rotate
+from minilora.llama import MLP, Attends, Attention, Block, CosSin, LlamaConfig, rotate
 from minilora.models.delta_rule import GatedDeltaNet, linear_sizes
 from minilora.models.family import Family, Values, layers_of_kind
-from minilora.models.gemma3 import GemmaNorm
+from minilora.models.gemma3 import GemmaNorm, adjust_
 from minilora.models.rotary import build_rope
 
 
@@ -65,10 +65,6 @@ def is_linear(values: Values) -> list[bool]:
     every = values.get("full_attention_interval") or 4
     others = [(i + 1) % every != 0 for i in range(values["num_hidden_layers"])]
     return layers_of_kind(values, "linear_attention", others)
-
-
-def adjust_(model: Llama) -> None:
-    model.model.norm = GemmaNorm(model.config.hidden_size, model.config)
 
 
 def fields(values: Values) -> dict[str, Any]:
