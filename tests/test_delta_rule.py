@@ -10,8 +10,8 @@ from minilora.llama import Documents
 from minilora.models.delta_rule import gated_delta_rule
 from minilora.models.generate import KVCache
 from minilora.testing.compare import assert_maths
-from tests import reference_model
-from tests.models import either, randn, seeds, tiny_model, token_ids
+from tests import models, reference_model
+from tests.models import either, of_kernels, randn, seeds, tiny_model, token_ids
 from tests.test_llama import CPU, wide
 
 each_chunk = pytest.mark.parametrize("chunk", [1, 3, 64])
@@ -42,6 +42,19 @@ def test_outputs_and_states_equal_the_loops(call, chunk):
             expected = reference_model.gated_delta_rule(*map(wide, tensors), lengths, expected)
             for ours, theirs in zip(found, expected, strict=True):
                 assert_maths(ours, theirs)
+
+
+@of_kernels
+def test_by_chunks_a_step_takes_a_tenth_of_the_memory():
+    """The definition keeps the states after each token; docs/decisions.md has the numbers of 16 heads."""
+    q, k = randn(0, 2, 512, 2, 128, dtype=torch.float32)
+    v, log_decay, beta = randn(1, 512, 2, 128), -randn(2, 512, 2).exp(), randn(3, 512, 2).sigmoid()
+    tensors = [tensor.float().requires_grad_() for tensor in (q, k / k.norm(dim=-1, keepdim=True), v, log_decay, beta)]
+    ours, plain = (
+        models.allocated(lambda: function(*tensors, [512])[0].sum().backward())[1]  # noqa: B023
+        for function in (gated_delta_rule, gated_delta_rule.function)
+    )
+    assert ours < plain / 10
 
 
 @either
