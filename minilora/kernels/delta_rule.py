@@ -19,6 +19,7 @@ several times as large as q, k and v.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,13 +79,12 @@ def _by_chunks(
     if states is None:
         states = v.new_zeros(len(lengths), v.size(1), v.size(2), k.size(2))
     dtype, wide, H = v.dtype, torch.promote_types(v.dtype, torch.float32), v.size(1)
-    longest_first, places, running = _chunks(lengths, min(CHUNK, max(lengths)))
-    at = places.to(v.device)
+    running, (longest_first, back, tokens, places) = _chunks(tuple(lengths), min(CHUNK, max(lengths)), v.device)
 
     def chunks(x: Tensor) -> Tensor:
         """Return a matrix for each chunk and head: (N, H or K, ...) -> (M, H, C, ...)."""
         padded = torch.cat((x.to(wide), x.new_zeros(1, *x.shape[1:], dtype=wide)))  # 0 changes no state
-        return padded[at].transpose(1, 2).repeat_interleave(H // x.size(1), dim=1)
+        return padded[places].transpose(1, 2).repeat_interleave(H // x.size(1), dim=1)
 
     with no_autocast(v.device.type):
         q, k, v, g, beta = (chunks(x) for x in (q, k, v, log_decay, beta[..., None]))
@@ -103,26 +103,30 @@ def _by_chunks(
             outputs.append(queries @ own.mT + inside @ u)
             S = torch.cat((faded * own + u.mT @ keys, S[len(U) :]))
     o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # (M·C, H, F)
-    token_places = places.flatten().argsort()[: sum(lengths)].to(o.device)
-    return o[token_places].to(dtype), S[longest_first.argsort()].detach()
+    return o[tokens].to(dtype), S[back].detach()
 
 
-def _chunks(lengths: Sequence[int], size: int) -> tuple[Tensor, Tensor, list[int]]:
+@functools.lru_cache(maxsize=8)  # all layers of a pass ask for the same, which is copied to the device once
+def _chunks(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[list[int], list[Tensor]]:
     """Divide documents into chunks: the first ones of all documents, then the second ones, and so on.
 
-    Return the documents from the longest to the shortest; the tokens of the chunks, N beyond the end of a document; and
-    how many documents have a first chunk, a second one, and so on.
+    Return how many documents have a first chunk, a second one, and so on; the documents from the longest to the
+    shortest, and the place of each among them; the place of each token in the chunks; and the tokens of the chunks, N
+    beyond the end of a document.
 
-    >>> _chunks([1, 3], 2)
-    (tensor([1, 0]), tensor([[1, 2],
+    >>> _chunks((1, 3), 2, torch.device("cpu"))
+    ([2, 1], [tensor([1, 0]), tensor([1, 0]), tensor([2, 0, 1, 4]), tensor([[1, 2],
             [0, 4],
-            [3, 4]]), [2, 1])
+            [3, 4]])])
     """
     total = sum(lengths)
-    longest_first = torch.tensor(lengths, device="cpu").argsort(descending=True, stable=True)
-    tokens = torch.arange(total, device="cpu").split(list(lengths))
-    documents = [F.pad(part, (0, -len(part) % size), value=total).view(-1, size) for part in tokens]
-    ordered = [documents[i] for i in longest_first]
-    running = [sum(len(part) > i for part in documents) for i in range(len(ordered[0]))]
-    places = [ordered[document][i] for i, count in enumerate(running) for document in range(count)]
-    return longest_first, torch.stack(places), running
+    with torch.inference_mode(False), torch.device("cpu"):  # in training, indices are kept for the backward pass
+        longest_first = torch.tensor(lengths).argsort(descending=True, stable=True)
+        tokens = torch.arange(total).split(list(lengths))
+        documents = [F.pad(part, (0, -len(part) % size), value=total).view(-1, size) for part in tokens]
+        ordered = [documents[i] for i in longest_first]
+        running = [sum(len(part) > i for part in documents) for i in range(len(ordered[0]))]
+        places = torch.cat([ordered[document][i] for i, count in enumerate(running) for document in range(count)])
+        parts = longest_first, longest_first.argsort(), places.argsort()[:total], places
+        *others, places = torch.cat(parts).to(device).split([len(part) for part in parts])
+    return running, [*others, places.view(-1, size)]
