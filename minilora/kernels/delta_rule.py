@@ -1,6 +1,6 @@
 """The kernel of the gated delta rule: products of matrices for a chunk of tokens at a time, of all documents together.
 
-Within a chunk of C tokens let G_i be the sum of the logarithms of α up to token i, D_ij = exp(G_i - G_j) for j ≤ i,
+Within a chunk of C tokens let G_i be the sum of g up to token i, D_ij = exp(G_i - G_j) for j ≤ i,
 and β and exp(G) factors of rows. With rows u_i = β_i (v_i - S k_i), the changes that token i makes, the rule is a
 triangular system  [Delta §3.2; GDN §3.3]:
 
@@ -36,18 +36,12 @@ CHUNK = 64  # as in transformers; not measured
 
 @kernel(of=delta_rule.gated_delta_rule)
 def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    lengths: Sequence[int],
-    states: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lengths: Sequence[int], states: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `delta_rule.gated_delta_rule`."""
     if not torch.is_grad_enabled() and max(lengths) == 1:  # a step of generation
-        return delta_rule.gated_delta_rule.function(q, k, v, log_decay, beta, lengths, states)
-    return _GatedDeltaRule.apply(lengths, states, q, k, v, log_decay, beta)
+        return delta_rule.gated_delta_rule.function(q, k, v, g, beta, lengths, states)
+    return _GatedDeltaRule.apply(lengths, states, q, k, v, g, beta)
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -74,7 +68,7 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 def _by_chunks(
-    lengths: Sequence[int], states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
+    lengths: Sequence[int], states: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     if states is None:
         states = v.new_zeros(len(lengths), v.size(1), v.size(2), k.size(2))
@@ -87,7 +81,7 @@ def _by_chunks(
         return padded[places].transpose(1, 2).repeat_interleave(H // x.size(1), dim=1)
 
     with no_autocast(v.device.type):
-        q, k, v, g, beta = (chunks(x) for x in (q, k, v, log_decay, beta[..., None]))
+        q, k, v, g, beta = (chunks(x) for x in (q, k, v, g, beta[..., None]))
         C = g.size(-1)
         between = g[..., None].expand(*g.shape, C).tril(-1).cumsum(-2)  # G_i - G_j, without cancellation
         D = between.masked_fill(torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1), -torch.inf).exp()

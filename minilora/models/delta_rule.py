@@ -1,7 +1,7 @@
 """The gated delta rule: a layer keeps a memory of fixed size in place of the keys and values of all tokens.
 
     q, k, v = silu(convolution(W_qkv x)),  q ← q/(‖q‖ √E),  k ← k/‖k‖
-    α = exp(-exp(A) softplus(W_a x + c)),  β = σ(W_b x)                                            [GDN §3.4]
+    g = -exp(A) softplus(W_a x + c),  α = exp(g),  β = σ(W_b x)                                    [GDN §3.4]
     S_t = α_t S_(t-1) (I - β_t k_t k_tᵀ) + β_t v_t k_tᵀ,  o_t = S_t q_t                            [GDN eq. 10]
     out = W_out (norm(o) ∘ silu(W_z x))
 
@@ -39,28 +39,22 @@ SIZES = {  # transformers' defaults
 
 @definition
 def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    lengths: Sequence[int],
-    states: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lengths: Sequence[int], states: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Move the value that each head's memory has for k towards v, and read the memory with q, token by token.
 
-    S ← α S;  S ← S + β (v - S k) kᵀ;  o = S q,  α = exp(log_decay)  [GDN eq. 10]
+    S ← α S;  S ← S + β (v - S k) kᵀ;  o = S q,  α = exp(g)  [GDN eq. 10]
 
     It is computed in float32 at least. States are those before and after the tokens of each document, by default 0;
     they are constant for the gradient, because only generation continues a document.
 
-    Shapes: q (N, K, E), k (N, K, E), v (N, H, F), log_decay (N, H), beta (N, H), states (B, H, F, E)
+    Shapes: q (N, K, E), k (N, K, E), v (N, H, F), g (N, H), beta (N, H), states (B, H, F, E)
         -> (N, H, F), (B, H, F, E)
     """
     wide, group = torch.promote_types(v.dtype, torch.float32), v.size(1) // k.size(1)
     if states is None:
         states = v.new_zeros(len(lengths), v.size(1), v.size(2), k.size(2))
-    heads = q.repeat_interleave(group, dim=1), k.repeat_interleave(group, dim=1), v, log_decay.to(wide).exp(), beta
+    heads = q.repeat_interleave(group, dim=1), k.repeat_interleave(group, dim=1), v, g.to(wide).exp(), beta
     outputs, last = [], []
     for S, *document in zip(states.detach().to(wide), *(x.to(wide).split(list(lengths)) for x in heads), strict=True):
         for q_t, k_t, v_t, alpha, b in zip(*document, strict=True):
@@ -95,11 +89,11 @@ class GatedDeltaNet(nn.Module):
         q, k, v = mixed.split(self.widths, dim=-1)
         q, k = (unit(part.to(wide).unflatten(-1, (-1, self.key_width))) for part in (q, k))
         v, z = (part.unflatten(-1, (-1, self.value_width)) for part in (v, self.in_proj_z(x)))
-        log_decay = -self.A_log.to(wide).exp() * F.softplus(self.in_proj_a(x).to(wide) + self.dt_bias)
-        inputs = q / self.key_width**0.5, k, v, log_decay, self.in_proj_b(x).to(wide).sigmoid()
+        g = -self.A_log.to(wide).exp() * F.softplus(self.in_proj_a(x).to(wide) + self.dt_bias)
+        inputs = q / self.key_width**0.5, k, v, g, self.in_proj_b(x).to(wide).sigmoid()
         lengths = [len(span) for span in documents.spans]
         if isinstance(documents, KVCache):
-            states = documents.state(self, log_decay, v.size(1), self.value_width, self.key_width)
+            states = documents.state(self, g, v.size(1), self.value_width, self.key_width)
             o, last = gated_delta_rule(*inputs, lengths, states)
             states.copy_(last)
         else:
