@@ -28,7 +28,7 @@ def tricks(work: Training) -> list[str]:
     """Return the tricks that a work makes use of."""
     used = {HEAD_ROWS: work.kind == "real"}
     qlora, dora = work.method == "qlora", work.method == "dora"
-    words = {"nf4": qlora, "quantize": qlora, "dora": dora}  # in the names of kernels
+    words = {"nf4": qlora, "quantize": qlora, "dora": dora, "delta": False}  # in the names of kernels
     found = [name for name in WITH_KERNEL if all(is_used for word, is_used in words.items() if word in name)]
     return found + [name for name in OTHERS if used.get(name, True)]
 

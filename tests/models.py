@@ -51,6 +51,19 @@ YARN |= {"beta_fast": 0.5, "beta_slow": 0.05}  # of three pairs one is kept, one
 OLMO3 = {"sliding_attention": {"rope_theta": 50.0}, "full_attention": {**YARN, "rope_theta": 200.0}}
 MINISTRAL3 = {**YARN, "rope_theta": 200.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.6}
 CONVOLUTIONS = {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8}  # of LFM2
+DELTA = {  # of Qwen3.5: odd sizes, more value heads than key heads
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+    "full_attention_interval": 2,
+    "head_dim": 12,  # of which three rotate
+    "rms_norm_eps": 0.02,  # without it the first outputs of a memory, which are small, would be all rounding
+}
+ONE_LAYER = {"num_hidden_layers": 1, "use_cache": False}  # transformers' cache needs a layer that attends
+ODD = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 9, "attention_bias": True}
+AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [1, 1, 0]}}
 MULTIPLIERS = {  # of Granite
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.3,
@@ -71,6 +84,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-window": {"model_type": "qwen2", **WINDOW, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
+    "qwen3.5": {"model_type": "qwen3_5_text", **DELTA},
+    "qwen3.5-linear": {"model_type": "qwen3_5_text", **DELTA, **ONE_LAYER, "linear_num_key_heads": 1},
+    "qwen3.5-full": {"model_type": "qwen3_5_text", "full_attention_interval": 1, **ODD, **AXES},
     "smollm3": {"model_type": "smollm3"},
     "smollm3-window": {"model_type": "smollm3", **WINDOW, "attention_bias": True, "no_rope_layers": [1, 0, 0, 1]},
     "smollm3-listed": {"model_type": "smollm3", "layer_types": EVERY_OTHER, "sliding_window": 4},
@@ -121,7 +137,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 # Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations,
-# multipliers, norms after both branches, queries that grow, and convolutions.
+# multipliers, norms after both branches, queries that grow, convolutions and memories.
 MOST_DIFFERENT = (
     "llama-bias-tied-wide-heads",
     "qwen3",
@@ -130,6 +146,7 @@ MOST_DIFFERENT = (
     "granite",
     "gemma3",
     "ministral3",
+    "qwen3.5",
 )
 
 

@@ -12,6 +12,7 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [GLU]   Shazeer 2020, GLU Variants Improve Transformer
 [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
 [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
+[GDN]   Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule
 """
 
 from __future__ import annotations
@@ -88,6 +89,31 @@ def causal_attention(
                 output[first_query + i, h] = mixed / shares.sum()
         first_query, first_key = first_query + length, first_key + total
     return output
+
+
+def gated_delta_rule(
+    q: Array, k: Array, v: Array, log_decay: Array, beta: Array, lengths: Sequence[int], states: Array
+) -> tuple[Array, Array]:
+    """S_t = S_(t-1) (α_t (I - β_t k_t k_tᵀ)) + β_t v_t k_tᵀ, o_t = S_t q_t, for each head of each document.
+
+    [GDN eq. 10]; S_0 is in `states`, and α = exp(log_decay).
+
+    Shapes: q (N, K, E), k (N, K, E), v (N, H, F), log_decay (N, H), beta (N, H), states (B, H, F, E)
+        -> (N, H, F), (B, H, F, E)
+    """
+    q, k, v, log_decay, beta, states = _wide(q, k, v, log_decay, beta, states)
+    output, last, first = np.zeros_like(v), states.copy(), 0
+    for document, length in enumerate(lengths):
+        for h in range(v.shape[1]):
+            S, reads = states[document, h], h * k.shape[1] // v.shape[1]
+            for n in range(first, first + length):
+                key = k[n, reads]
+                faded = math.exp(log_decay[n, h]) * (np.eye(len(key)) - beta[n, h] * np.outer(key, key))
+                S = S @ faded + beta[n, h] * np.outer(v[n, h], key)
+                output[n, h] = S @ q[n, reads]
+            last[document, h] = S
+        first += length
+    return output, last
 
 
 # --- rotary position embedding ---

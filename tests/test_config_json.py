@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from minilora import ConfigError
 from minilora.models.config import FAMILIES, parse_config, trained_length
 from minilora.models.convolution import convolves
+from minilora.models.qwen35 import is_linear
 from minilora.models.smollm3 import rotated_layers
 from tests import models
 from tests.models import LLAMA3, MULTIPLIERS, SIZES, YARN, examples, tiny_config, tiny_model, token_ids
@@ -43,7 +44,7 @@ ROPES = [(f, kind) for f in sorted(FAMILIES.keys() - {"gemma3_text", "olmo3"}) f
 
 @pytest.mark.parametrize(("family", "kind"), [rope for rope in ROPES if rope not in OTHERWISE])
 def test_rope_scaling_beside_rope_theta_means_what_rope_parameters_do(family, kind):
-    common, numbers = {"model_type": family, "head_dim": 6}, ALL_KINDS[kind]
+    common, numbers = {"model_type": family, "head_dim": 6, "partial_rotary_factor": 1.0}, ALL_KINDS[kind]
     new = tiny_config(**common, rope_parameters={"rope_type": kind, "rope_theta": 77_000.0, **numbers})
     plain = tiny_config(**common, rope_parameters={"rope_type": "default", "rope_theta": 77_000.0})
     assert (meaning(new) == meaning(plain)) == (kind == "default")
@@ -123,6 +124,17 @@ def test_lfm2_convolves_where_it_does_not_attend_and_computes_its_width():
         tiny_config("lfm2", norm_eps=-1)
 
 
+def test_qwen3_5_attends_in_every_fourth_layer_or_where_its_config_says_so():
+    for keys, linear in (
+        ({"full_attention_interval": None}, [True, True, True, False]),
+        ({}, [True, False, True, False]),
+        ({"layer_types": ["full_attention", *["linear_attention"] * 3]}, [False, True, True, True]),
+    ):
+        model = tiny_model("qwen3.5", **keys)
+        assert is_linear(model.config.source) == linear
+        assert [hasattr(block, "linear_attn") for block in model.model.layers] == linear
+
+
 def test_a_granite_whose_config_lacks_its_multipliers_multiplies_by_1():
     one, none = (tiny_model("granite", **dict.fromkeys(MULTIPLIERS, value)) for value in (1.0, None))
     ids = token_ids(0, 2, 5)
@@ -158,6 +170,7 @@ def test_biases_are_read_where_the_family_has_them():
         "ministral3": (False, False, False),
         "qwen2": (True, False, False),
         "qwen3": (True, True, False),
+        "qwen3_5_text": (True, True, False),
         "smollm3": (True, True, True),
         "phi3": (False, False, False),
         "olmo2": (True, True, False),
@@ -233,6 +246,7 @@ def test_what_does_not_fit_together_or_to_the_family_is_refused_by_name():
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
             "layer_types has 1 entries; the model has 4 layers",
         ),
+        ({"model_type": "qwen3_5_text", "linear_num_key_heads": 3}, "linear_num_value_heads 32 is not a multiple"),
         # what the family does not know
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "ministral3", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -13,6 +13,7 @@ from torch import nn
 import minilora as ml
 from minilora import definition, llama, lora, nf4
 from minilora.kernels import attention
+from minilora.kernels import delta_rule as chunks
 from minilora.kernels import llama as loss
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
@@ -166,6 +167,22 @@ def causal_attention(c):
     c.call = lambda function, *leaves: function(*leaves, lengths, key_lengths, window)
 
 
+def gated_delta_rule(c):
+    lengths = [24, 17] if c.is_large else [*c.draw(models.document_lengths), c.of(0, 7)]
+    K, E, F = c.size(2, 3), c.size(16), c.size(12)
+    H, N = K * c.size(2, 3), sum(lengths)
+    for heads in (K, K):
+        c.leaf(N, heads, E, is_master=True)
+    c.leaf(N, H, F)
+    for _ in range(2):
+        c.leaf(N, H, is_master=True)
+    q, k, v, log_decay, beta = c.leaves
+    c.leaves = [q, k / k.norm(dim=-1, keepdim=True), v, -log_decay.exp() / 4, beta.sigmoid()]
+    states = c.of(None, randn(c.seed + 9, len(lengths), H, F, E))
+    c.stored += [] if states is None else [states]
+    c.call = lambda function, *leaves: function(*leaves, lengths, states)[0]
+
+
 def swiglu(c):
     rows, width = c.rows(), c.size(40)
     c.leaf(*rows, width)
@@ -190,7 +207,7 @@ def cross_entropy(c):
     c.call = call
 
 
-DIFFERENTIABLE = [lora_linear, nf4_linear, rms_norm, causal_attention, swiglu, cross_entropy]
+DIFFERENTIABLE = [lora_linear, nf4_linear, rms_norm, causal_attention, gated_delta_rule, swiglu, cross_entropy]
 EXACT = [quantize, dequantize]
 TABLE = {case.__name__: case for case in (*DIFFERENTIABLE, *EXACT, dora_norm, merge_weight)}
 each = pytest.mark.parametrize("name", TABLE)
@@ -211,6 +228,7 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
     monkeypatch.setattr(attention, "query_block_size", lambda dtype: 2)
     monkeypatch.setattr(attention, "MAX_BATCH", 6)
+    monkeypatch.setattr(chunks, "CHUNK", 2)
 
 
 def leaves_of(call, dtype, trained=None):

@@ -23,6 +23,7 @@ from minilora.kernels.attention import MetaAttention, causal_attention
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
+from minilora.models.delta_rule import SIZES as LINEAR_SIZES
 from minilora.runs import forecast as forecasts
 from minilora.runs import memory as host
 from minilora.runs.forecast import Live, Plan, choose_plan
@@ -88,7 +89,8 @@ def shapes(draw):
     H = K * draw(st.integers(1, 3))
     sizes = {"num_key_value_heads": K, "num_attention_heads": H, "head_dim": E, "hidden_size": H * E}
     sizes |= {"intermediate_size": H * E * draw(st.integers(3, 4)), "num_hidden_layers": draw(st.integers(2, 4))}
-    family = draw(st.sampled_from(["llama", "qwen3", "phi3", WHOLE]))
+    sizes |= dict(zip(LINEAR_SIZES, (K, H, E, E, 4), strict=True))
+    family = draw(st.sampled_from(["llama", "qwen3", "phi3", WHOLE, "qwen3.5"]))
     return tiny_config(family, **sizes, vocab_size=draw(st.sampled_from([200, 3000])), sliding_window=None)
 
 

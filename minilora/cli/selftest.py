@@ -36,6 +36,7 @@ from minilora.definition import plain
 from minilora.files import BUILTIN
 from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
 from minilora.models.checkpoint import load_model, usable_device
+from minilora.models.delta_rule import gated_delta_rule, unit
 from minilora.runs.loop import Record, train
 from minilora.runs.settings import TrainConfig
 from minilora.testing.checks import laws
@@ -43,7 +44,7 @@ from minilora.testing.kernel_laws import check_kernel
 from minilora.testing.laws import CheckFailure, Report
 
 Check = Callable[[], Report]
-LENGTHS = [5, 1, 9]  # of the documents of one call of attention
+LENGTHS = [5, 1, 9]  # of the documents of one call
 
 
 def add_flags(parser: Parser) -> None:
@@ -193,6 +194,10 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> dict[str, Check]:
         "causal_attention": (
             lambda q, k, v: llama.causal_attention(q, k, v, LENGTHS, LENGTHS),
             [drawn(N, 4, 8), drawn(N, 2, 8), drawn(N, 2, 8)],
+        ),
+        "gated_delta_rule": (
+            lambda q, k, v, g, b: gated_delta_rule(q, unit(k), v, -g.square(), b.sigmoid(), LENGTHS)[0],
+            [drawn(N, 2, 8), drawn(N, 2, 8), drawn(N, 4, 8), drawn(N, 4), drawn(N, 4)],
         ),
         "cross_entropy": (loss, [drawn(N, D), drawn(V, D)]),
     }

@@ -11,6 +11,7 @@ from minilora.errors import ConfigError, in_recipe
 from minilora.files import read_json
 from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
+from minilora.models.delta_rule import SIZES as LINEAR_SIZES
 from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
 from minilora.models.granite import GRANITE, MULTIPLIERS
@@ -19,6 +20,7 @@ from minilora.models.ministral3 import MINISTRAL3
 from minilora.models.olmo2 import OLMO2, OLMO3
 from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
+from minilora.models.qwen35 import QWEN35
 from minilora.models.rotary import FLOAT, build_rope, is_positive
 from minilora.models.smollm3 import SMOLLM3
 from minilora.models.wrapper import text_config
@@ -46,6 +48,7 @@ NEEDS: dict[str, Need] = {  # of a value that is not null
     "vocab_size": whole_number(2**21),
     **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "block_multiple_of"), SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "conv_L_cache"), SIZE),
+    **dict.fromkeys(("full_attention_interval", *LINEAR_SIZES), SIZE),
     "num_hidden_layers": whole_number(160),  # Llama 3.1 405B has 126
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
     **dict.fromkeys(("sliding_window_pattern", "no_rope_layer_interval"), LENGTH),
@@ -73,6 +76,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "ministral3": MINISTRAL3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_5_text": QWEN35,
     "smollm3": SMOLLM3,
     "phi3": PHI3,
     "olmo2": OLMO2,

@@ -33,13 +33,17 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor, rotation: Any, documents: Attends) -> Tensor:
         """Compute the branch of the block in place of attention, without a rotation: (N, D) -> (N, D)."""
         b, c, x = self.in_proj(x).chunk(3, dim=-1)
-        before = self.conv.kernel_size[0] - 1
-        if isinstance(documents, KVCache):
-            parts = documents.extend(self, b * x, before)
-        else:
-            parts = [F.pad(part, (0, 0, before, 0)) for part in (b * x).split([len(s) for s in documents.spans])]
-        y = torch.cat([self.conv(part.T[None])[0].T for part in parts if len(part) > before])
-        return self.out_proj(c * y)
+        return self.out_proj(c * convolve(self.conv, b * x, documents))
+
+
+def convolve(conv: nn.Conv1d, x: Tensor, documents: Attends) -> Tensor:
+    """Convolve each channel of a token with those of the tokens before it in its document: (N, D) -> (N, D)."""
+    before = conv.kernel_size[0] - 1
+    if isinstance(documents, KVCache):
+        parts = documents.extend(conv, x, before)
+    else:
+        parts = [F.pad(part, (0, 0, before, 0)) for part in x.split([len(span) for span in documents.spans])]
+    return torch.cat([conv(part.T[None])[0].T for part in parts if len(part) > before])
 
 
 def convolves(values: Values) -> list[bool]:

@@ -51,7 +51,7 @@ class KVCache:
     Attributes:
         lengths: the number of cached tokens of each document.
         layers: the keys and the values of each layer that attends, (B, K, capacity, E).
-        inputs: the last inputs of each layer that convolves, (B, count, D).
+        states: what other layers keep of each document: the last inputs of a convolution, the memory of a delta rule.
 
     Args:
         config: the model's configuration.
@@ -62,7 +62,7 @@ class KVCache:
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, device: torch.device):
         self.lengths = [0] * documents
         self.layers: list[tuple[Tensor, Tensor]] = []
-        self.inputs: dict[nn.Module, Tensor] = {}
+        self.states: dict[nn.Module, Tensor] = {}
         self._capacity, self._device = capacity, device
         self._windows, self._rope = set(config.windows), config.rope
 
@@ -110,6 +110,15 @@ class KVCache:
                 parts.append(causal_attention(q[end - new : end], k, v, [new], [total - first], window))
         return torch.cat(parts)
 
+    def state(self, layer: nn.Module, like: Tensor, *shape: int) -> Tensor:
+        """Return what a layer keeps of each document, (B, *shape), for it to change in place; 0 at a first token."""
+        if layer not in self.states:
+            self.states[layer] = like.new_zeros(len(self.lengths), *shape)
+        for state, span in zip(self.states[layer], self.spans, strict=True):
+            if span.start == 0:
+                state.zero_()
+        return self.states[layer]
+
     def extend(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
         """Divide a layer's new inputs into documents, each after its `count` last ones; keep the last of the new.
 
@@ -117,11 +126,9 @@ class KVCache:
 
         Shapes: x (N, D) -> (count + new, D) for each document
         """
-        cached = self.inputs.setdefault(layer, x.new_zeros(len(self.lengths), count, x.size(1)))
+        cached = self.state(layer, x, count, x.size(1))
         extended = []
         for document, new in enumerate(x.split(self._new)):
-            if self.spans[document].start == 0:
-                cached[document] = 0
             extended.append(torch.cat((cached[document], new)))
             cached[document] = extended[-1][len(new) :]
         return extended

@@ -168,7 +168,7 @@ def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way
     learns = any(p.requires_grad for p in decoder.embed_tokens.parameters())
     for block, window in zip(blocks, plan.config.windows, strict=True):
         kind = (learns, window, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
-        kinds.setdefault(kind, []).append(block)
+        kinds[kind] = [*kinds.pop(kind, []), block]  # in the order of their last blocks, where the backward pass begins
         learns = learns or any(p.requires_grad for p in block.parameters())
     decoder.layers = nn.ModuleList(alike[0] for alike in kinds.values())
     lengths, labelled = zip(*rows, strict=True)

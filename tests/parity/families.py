@@ -6,6 +6,8 @@ from functools import cache
 import pytest
 import torch
 
+from tests.models import DELTA
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -66,6 +68,7 @@ FAMILIES = {
     "qwen2": (CAUSAL, GROUPED),
     "qwen2_moe": (CAUSAL, {**GROUPED, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 12}),
     "qwen3": (CAUSAL, GROUPED),
+    "qwen3_5_text": (CAUSAL, {**GROUPED, **DELTA}),
     "roberta": (SEQUENCES, SIZES),
     "smollm3": (CAUSAL, {**GROUPED, "use_sliding_window": False}),
     "t5": ("AutoModelForSeq2SeqLM", {**T5, "decoder_start_token_id": 0}),

@@ -43,14 +43,21 @@ ROWS_OF_HEAD = tuple({"embed_tokens": [3, 1], "lm_head": ids} for ids in ([3, 1]
 SAVED = (None, None, ["gate_proj"], ["gate_proj", "model.norm"], ["lm_head", "gate_proj"], ["embed_tokens"])
 
 
-BASES = (*[WHOLE] * 4, "olmo2", "granite", "gemma3", "lfm2", "olmo3", "ministral3")
+BASES = (*[WHOLE] * 4, "olmo2", "granite", "gemma3", "lfm2", "olmo3", "ministral3", "qwen3.5")
+OTHERS = {"lfm2": "conv", "qwen3.5": "linear_attention"}  # kinds of layers without q_proj
 LFM2 = {"o_proj": "out_proj", "up_proj": "w3", "down_proj": "w2", "gate_proj": "w1", "model.norm": "embedding_norm"}
+RENAMED = {
+    "lfm2": LFM2,
+    "qwen3.5": {"o_proj": "out_proj", "k_proj": "in_proj_qkv", "up_proj": "in_proj_a", "down_proj": "in_proj_z"},
+}
 
 
 @functools.cache
 def originals(is_tied, dtype, name):
     """The same random model, ours and transformers'."""
-    kinds = {"num_hidden_layers": 3 if name == "lfm2" else 2, "layer_types": None, "full_attn_idxs": [0, 1]}
+    kinds = {"num_hidden_layers": 2, "layer_types": None}
+    if name in OTHERS:
+        kinds = {"num_hidden_layers": 3, "layer_types": ["full_attention", "full_attention", OTHERS[name]]}
     ours = tiny_model(name, dtype=dtype, tie_word_embeddings=is_tied, **kinds)
     with tempfile.TemporaryDirectory() as directory:
         ml.save_model(ours, directory)
@@ -117,9 +124,9 @@ def families(draw, patterns, inits, bases=BASES):
         "modules_to_save": saved or None,
         "trainable_token_indices": some(*ROWS, *ROWS_OF_HEAD) if has_rows else None,
     }
-    if base == "lfm2":
-        fields["target_modules"] = [LFM2.get(each, each) for each in fields["target_modules"]]
-        fields["modules_to_save"] = [LFM2.get(each, each) for each in saved] or None
+    renamed = RENAMED.get(base, {})
+    fields["target_modules"] = [renamed.get(each, each) for each in fields["target_modules"]]
+    fields["modules_to_save"] = [renamed.get(each, each) for each in saved] or None
     is_exact = init not in MOVED and base != "gemma3"  # whose embedding is a class of its own in transformers
     return fields, (draw(st.booleans()), some(torch.float32, torch.float64) if is_exact else torch.float32, base)
 

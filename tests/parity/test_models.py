@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 families = pytest.mark.parametrize("family", FAMILIES)
 shards = pytest.mark.parametrize("shard_bytes", [1_000_000, 9_000])  # one file, several files
+ONE_PLUS_W = ("Gemma3RMSNorm", "Qwen3_5RMSNorm")
 TOKENS = token_ids(0, 2, 20)
 temperatures, top_ps, top_ks = st.sampled_from([0.3, 1.0, 2.5]), st.sampled_from([0.2, 0.9, 1.0]), st.integers(0, 99)
 
@@ -33,16 +34,25 @@ def theirs_model(ours):
 
 
 def in_float64(ours):
-    """transformers' model in float64, in which its norms and the scale of its embedding are computed too."""
+    """transformers' model in float64, in which norms, delta rules and the scale of the embedding are computed too."""
     theirs = theirs_model(ours).double()
     theirs.load_state_dict(ours.state_dict())
     for name, scale in theirs.named_buffers():
         if name.endswith("embed_scale"):
             scale.fill_(ours.config.hidden_size**0.5)
     for norm in (each for each in theirs.modules() if type(each).__name__.endswith("RMSNorm")):
-        is_gemma, eps = "Gemma" in type(norm).__name__, getattr(norm, "variance_epsilon", None) or norm.eps
+        is_gemma, eps = type(norm).__name__ in ONE_PLUS_W, getattr(norm, "variance_epsilon", None) or norm.eps
         norm.forward = partial(rms_norm, norm, is_gemma, eps)
+    for layer in (each for each in theirs.modules() if type(each).__name__ == "Qwen3_5GatedDeltaNet"):
+        layer.forward = partial(without_float32, layer.forward)
     return theirs
+
+
+def without_float32(function, *args, **kwargs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        return function(*args, **kwargs)
 
 
 def rms_norm(norm, is_gemma, eps, x):
