@@ -112,6 +112,7 @@ ROWS = [  # where the mistake is, or all of the message; and the row
     ("messages[1].content", answer(content=5)),
     ("messages[1].content: it is missing; found the keys ['contents', 'role']", answer(contents="x")),
     ("messages[1].content: it is empty", answer(content="")),
+    ("messages[1].content: it is empty", answer(content=[{"type": "text", "text": ""}])),
     ("messages[0].content[0]", question([{"type": "image", "url": "a.png"}])),
     ("messages[0].content[0].text", question([{"type": "text", "text": "\udc00"}])),
     ("messages[1].tool_calls", answer(tool_calls=[{"function": {"arguments": {}}}])),
