@@ -275,19 +275,6 @@ def saved_by_peft(directory, name="default", **fields):
     return theirs
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("init", [*MOVED, "pissa_niter_4"])  # the last is PEFT's alone
-def test_what_peft_converts_to_a_plain_adapter_loads(init, use_rslora, tmp_path):
-    fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": init, "use_rslora": use_rslora}
-    theirs = theirs_attached(r=3, lora_alpha=21, **fields).eval()
-    theirs.peft_config["default"].init_lora_weights = True
-    theirs.save_pretrained(tmp_path / "start")
-    theirs.peft_config["default"].init_lora_weights = init
-    perturb_(theirs, 0)
-    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    assert_parity(logits(loaded(tmp_path / "adapter")), logits(theirs))
-
-
 def test_a_raw_decomposition_that_was_drawn_is_refused(tmp_path):
     saved_by_peft(tmp_path, init_lora_weights="pissa_niter_4")
     with pytest.raises(ml.FormatError, match=r"pissa_niter_4.*cannot be repeated"):
@@ -317,19 +304,6 @@ def test_where_peft_takes_the_adapter_s_name_for_a_part_of_another_it_is_refused
     saved_by_peft(tmp_path, name, **EVERYTHING)
     with pytest.raises(ml.FormatError, match="does not go with"):
         loaded(tmp_path / name)
-
-
-def test_of_several_adapters_in_one_directory_each_is_read(tmp_path):
-    theirs = saved_by_peft(tmp_path, "first")
-    theirs.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=5, target_modules=["up_proj"], use_rslora=True))
-    theirs.set_adapter("second")
-    perturb_(theirs, 1)
-    theirs.save_pretrained(tmp_path)
-    ours = ours_of()
-    for name in ("first", "second"):
-        ml.load_adapter(ours, tmp_path / name, name)
-        theirs.set_adapter(name)
-        assert_parity(logits(ours), logits(theirs))
 
 
 @pytest.mark.parametrize("name", ["default", "weight", "my-adapter"])
