@@ -63,16 +63,16 @@ def saved(directory):
 
 
 def test_by_default_a_run_saves_ten_times_or_every_ten_minutes(tmp_path, monkeypatch):
-    single = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 21, "save_steps": None}
+    single = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 11, "save_steps": None}
     run(tmp_path / "long", **single)
-    assert saved(tmp_path / "long") == [3, 6, 9, 12, 15, 18, 21]
+    assert saved(tmp_path / "long") == [2, 4, 6, 8, 10, 11]
     run(tmp_path / "never", save_steps=0)
     assert saved(tmp_path / "never") == [STEPS]
     seconds = itertools.count(step=200)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(seconds))  # read about three times a step
     run(tmp_path / "slow", **single)
-    assert len(saved(tmp_path / "slow")) > 10
-    assert contents(tmp_path / "slow", 21) == contents(tmp_path / "long", 21)
+    assert len(saved(tmp_path / "slow")) > 6
+    assert contents(tmp_path / "slow", 11) == contents(tmp_path / "long", 11)
 
 
 def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):

@@ -1,7 +1,6 @@
 """Files from outside run no code, take no more time and memory than their bytes call for, and are refused by name."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -63,14 +62,6 @@ def test_links_within_a_directory_and_to_the_cache_of_the_hub_are_followed(tmp_p
     with pytest.raises(ml.FormatError, match=r"out\.json: is a link to .*secret, outside its directory"):
         open_file(snapshot / "out.json")
     open_file(snapshot / "out.json", is_named=True).close()  # the user named it
-
-
-def test_an_odd_file_is_refused_before_it_is_opened(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("it was opened"))
-    for path, kind in ((tmp_path / "fifo", "a FIFO"), (Path("/dev/zero"), "a device"), (tmp_path, "a directory")):
-        with pytest.raises(ml.FormatError, match=kind):
-            open_file(path)
 
 
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "\x07", "\x9b31m", "\u202eabc", "a\rb", "\x00"])
