@@ -75,15 +75,10 @@ def test_by_default_a_run_saves_ten_times_or_every_ten_minutes(tmp_path, monkeyp
     assert contents(tmp_path / "slow", 11) == contents(tmp_path / "long", 11)
 
 
-def test_settings_that_decide_nothing_may_change_between_starts(whole, tmp_path):
+def test_settings_and_a_default_dtype_that_decide_nothing_may_change_between_starts(whole, tmp_path):
     copy_checkpoint(whole, 2, tmp_path)
-    other = {
-        "save_steps": 4,
-        "save_total_limit": 1,
-        "logging_steps": 7,
-        "gradient_checkpointing": "block",
-    }
-    run(tmp_path, **other)
+    with default_dtype(torch.float64):
+        run(tmp_path, save_steps=4, save_total_limit=1, logging_steps=7, gradient_checkpointing="block")
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
     assert contents(tmp_path) == contents(whole)
 
@@ -347,10 +342,3 @@ def test_a_state_with_a_number_of_another_kind_or_step_is_refused_by_its_name(wh
     as_written(path.parent)
     with pytest.raises(ml.FormatError, match=rf"step-000002.*state\.json.* {key} (is )?{value!r}"):
         run(tmp_path)
-
-
-def test_a_run_goes_on_whatever_the_default_dtype_is(whole, tmp_path):
-    copy_checkpoint(whole, 2, tmp_path)
-    with default_dtype(torch.float64):
-        run(tmp_path)
-    assert contents(tmp_path) == contents(whole)
