@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
 from minilora.adapters.initialize import gaussian_factors
 from minilora.adapters.layout import PEFT_DEFAULTS, READ_FIELDS
 from minilora.data import collate
-from minilora.lora import initial_factors
+from minilora.lora import initial_factors, lora_delta
 from minilora.models.prompts import PROMPTS_FILE, Prompts
-from minilora.testing.compare import MATHS, PARITY, assert_parity
+from minilora.testing.compare import MATHS, PARITY, assert_parity, relative
 from minilora.training import adamw, train_step
 from tests.files import edit, save_file
 from tests.models import WHOLE, examples, perturb_, seeds, tiny_model, token_ids
@@ -384,6 +384,32 @@ def test_every_field_that_peft_writes_is_known_and_written_alike(tmp_path):
         **written,
         "target_modules": sorted(written["target_modules"]),
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [({}, [0.7, 0.3]), ({"rank_pattern": {"1": 4}}, [2.0, -0.5]), ({"use_rslora": True}, [0.7, 0.3])],
+)
+def test_a_sum_is_what_peft_makes_unless_it_is_scaled_twice_there(tmp_path, fields, weights):
+    """PEFT keeps `use_rslora` for the sum, whose scale then is √r."""
+    base = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 9))
+    configs = [{"target_modules": ["0", "1"], "lora_alpha": 7}, {"target_modules": ["1"], "lora_alpha": 2}]
+    first, second = (peft.LoraConfig(r=3, **fields, **config) for config in configs)
+    theirs = peft.get_peft_model(copy.deepcopy(base), first, "A")
+    theirs.add_adapter("B", second)
+    theirs.base_model.set_adapter(["A", "B"])
+    perturb_(theirs)
+    theirs.save_pretrained(tmp_path)
+    for name in "AB":
+        ml.load_adapter(base, tmp_path / name, name)
+    ml.combine_adapters(base, dict(zip("AB", weights, strict=True)), "sum")
+    theirs.add_weighted_adapter(["A", "B"], weights, "sum", "cat")
+    for path, layer in adapter_layers(base).items():
+        found, their = layer.adapters["sum"], theirs.base_model.model.get_submodule(path)
+        names = [name for name in "AB" if name in their.lora_A]
+        expected = sum(weights["AB".index(name)] * their.get_delta_weight(name) for name in names)
+        assert_parity(lora_delta(found.lora_A, found.lora_B, found.scale), expected)
+        assert (relative(their.get_delta_weight("sum"), expected, PARITY) < 1) == ("use_rslora" not in fields)
 
 
 def test_the_record_of_prompts_does_not_disturb_peft_and_transformers(tmp_path):
