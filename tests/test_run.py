@@ -108,6 +108,7 @@ def test_the_summary_has_the_losses_of_the_base_and_of_the_saved_adapter(directo
     assert found["after"]["loss"] < found["before"]["loss"]
     assert found["before"]["accuracy"] is found["after"]["accuracy"] is None  # of 4 rows with 2 answers
     assert (found["steps"], found["tokens"]) == (STEPS, sum(record["tokens"] for record in metrics(whole)))
+    assert found["general"] is None  # as `general_data` is "none"
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"] > 0
 
