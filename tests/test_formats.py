@@ -63,6 +63,7 @@ def test_every_format_of_a_conversation_gives_the_same_tokens_and_labels(tokeniz
     expected, *others = (encoded(row, chosen, train_on) for row in formats(conversation(turns, system)))
     assert chosen.decode(expected.tokens, skip_special_tokens=False) == chosen.render(conversation(turns, system))
     assert others == [expected] * len(others)
+    assert {parse_row(row).tools for row in formats(conversation(turns, system))} == {None}
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"where": {"type": "string"}}}}
