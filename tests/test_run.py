@@ -185,8 +185,8 @@ def test_a_run_on_a_table_resumes_to_the_bytes_of_one_on_json(directory, whole, 
 
 
 def test_a_second_signal_does_not_wait_for_the_step(directory, whole, tmp_path, monkeypatch):
-    for step, number in ((5, signal.SIGINT), (9, signal.SIGTERM)):
-        stop(directory, tmp_path, monkeypatch, step, number, times=2)
+    for step, which in ((5, signal.SIGINT), (9, signal.SIGTERM)):
+        stop(directory, tmp_path, monkeypatch, step, which, times=2)
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 4, 8)
 
