@@ -194,7 +194,7 @@ def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter_and_keep_best_four_mor
 
 @pytest.mark.parametrize("quantize", ["none", "single", "double"])
 @pytest.mark.parametrize("ranks", [1, 3, *long(2, 7), 64])
-def test_a_rank_holds_its_share_of_each_tensor_of_a_block_up_to_a_row_and_the_others_whole(quantize, ranks):
+def test_a_rank_holds_its_share_of_the_blocks_and_the_rest_whole(quantize, ranks):
     model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=2)
     if quantize != "none":
         four_bit(model, quantize == "double")
@@ -206,7 +206,7 @@ def test_a_rank_holds_its_share_of_each_tensor_of_a_block_up_to_a_row_and_the_ot
     assert held - rows <= forecast(plan(model.config, ml.LoraConfig(), **options)).weights <= held
 
 
-def test_a_sharded_base_adds_two_gathered_blocks_and_changes_nothing_else_but_its_weights():
+def test_a_sharded_base_adds_two_gathered_blocks_and_changes_only_its_weights():
     model, lora = tiny_model(dtype=torch.float32, num_hidden_layers=2), ml.LoraConfig()
     one, *same = (forecast(plan(model.config, lora, **more)) for more in ({}, {"ranks": 4}, {"shard": "base"}))
     assert same == [one, one]  # nothing is gathered

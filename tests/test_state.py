@@ -75,7 +75,7 @@ def test_by_default_a_run_saves_ten_times_or_every_ten_minutes(tmp_path, monkeyp
     assert contents(tmp_path / "slow", 11) == contents(tmp_path / "long", 11)
 
 
-def test_settings_and_a_default_dtype_that_decide_nothing_may_change_between_starts(whole, tmp_path):
+def test_settings_and_a_default_dtype_that_decide_nothing_may_change(whole, tmp_path):
     copy_checkpoint(whole, 2, tmp_path)
     with default_dtype(torch.float64):
         run(tmp_path, save_steps=4, save_total_limit=1, logging_steps=7, gradient_checkpointing="block")
