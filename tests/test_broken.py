@@ -11,6 +11,7 @@ CHAT = {"template": CHATML, "eos": CLOSE}
 GOOD = '{"prompt": "a", "completion": "b"}'
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SYSTEM = {"role": "system", "content": "c"}
+NO_CHARACTER = {"\ud800": 1}
 KNOWN = "messages; conversations; instruction and output; prompt and completion; text"
 KINDS = "; need one JSON object a line, or one array of them"
 TABLE = "; need CSV in UTF-8, quoted as Excel writes it"
@@ -112,9 +113,14 @@ ROWS = [  # where the mistake is, or all of the message; and the row
     ("messages[1].content", answer(content=5)),
     ("messages[1].content: it is missing; found the keys ['contents', 'role']", answer(contents="x")),
     ("messages[1].content: it is empty", answer(content="")),
+    ("messages[1].content: it is empty", answer(content=[{"type": "text", "text": ""}])),
     ("messages[0].content[0]", question([{"type": "image", "url": "a.png"}])),
     ("messages[0].content[0].text", question([{"type": "text", "text": "\udc00"}])),
     ("messages[1].tool_calls", answer(tool_calls=[{"function": {"arguments": {}}}])),
+    (
+        "messages[1].tool_calls[0].arguments: found U+D800",
+        answer(tool_calls=[{"name": "f", "arguments": {"\ud800": 1}}]),
+    ),
     ("no message has role 'assistant': nothing to learn", messages(SYSTEM, USER)),
     ("messages[1].weight", messages(USER, {**ANSWER, "weight": 0})),
     ("tools", messages(USER, ANSWER, tools={"name": "look"})),

@@ -138,32 +138,45 @@ def test_a_system_prompt_is_learned_where_asking_puts_it(tokenizer):
 
 
 NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
-LOOK = answer("", tool_calls=[CALL])
+FIRST_CALL = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}")
+LOOK, FOUND = answer("", tool_calls=[CALL]), {"role": "tool", "content": "rain"}
+LEFT_OUT = {  # what the messages are that ask, the answer, and a template leaves out
+    "tools": (CHATML, [QUESTION], answer("it rains"), "the tools"),
+    "what tools return": (
+        R1,
+        [QUESTION, LOOK, FOUND],
+        answer("it rains"),
+        "(what message 2 says|the tool calls of message 1)",
+    ),
+    "system prompt": (NO_SYSTEM, [{"role": "system", "content": "c"}, QUESTION], answer("b"), "what message 0 says"),
+    "calls": (PARTS_ONLY, [QUESTION], answer(None, tool_calls=[CALL]), "the tool calls of message 1"),
+    "a second call": (FIRST_CALL, [QUESTION], answer("a", tool_calls=[CALL] * 2), "the tool calls of message 1"),
+    **{
+        f"{field} {i}": (template, [QUESTION], answer("b", **{field: "hm"}), "what message 1 says, or its thoughts")
+        for field in ("reasoning", "thinking", "reasoning_content")
+        for i, template in enumerate((CHATML, GEMMA, PARTS_ONLY))
+    },
+}
 
 
-@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
-@pytest.mark.parametrize(
-    ("template", "messages", "fields", "left_out"),
-    [
-        (CHATML, [QUESTION], {"tools": [TOOL]}, "the tools"),
-        (
-            R1,
-            [QUESTION, LOOK, {"role": "tool", "content": "rain"}],
-            {},
-            "(message 2 says, of role tool|the tool calls of message 1)",
-        ),
-        (NO_SYSTEM, [{"role": "system", "content": "Be brief."}, QUESTION], {}, "message 0 says, of role system"),
-    ],
-    ids=["tools", "what tools return", "system prompt"],
-)
-def test_what_a_template_leaves_out_is_an_error_in_training_and_in_asking(
-    tokenizer, template, messages, fields, left_out, train_on
-):
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_a_template_leaves_out_is_an_error_in_training_and_in_asking(tokenizer, case):
+    template, asked, said, left_out = LEFT_OUT[case]
+    fields = {"tools": [TOOL]} if case == "tools" else {}
     chosen = tokenizer(template=template)
-    with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}.*prompt_style"):
-        encoded({"messages": [*messages, answer("it rains")], **fields}, chosen, train_on)
-    with pytest.raises(ml.DataError, match=f"leaves out (what )?{left_out}"):
-        encode_prompt(Row({"messages": messages, **fields}), chosen, None, "template")
+    for train_on in ("completion", "assistant", "all"):
+        with pytest.raises(ml.DataError, match=f"leaves out {left_out}.*prompt_style"):
+            encoded({"messages": [*asked, said], **fields}, chosen, train_on)
+    if len(said) == 2:  # all of it is asked
+        with pytest.raises(ml.DataError, match=f"leaves out {left_out}"):
+            encode_prompt(Row({"messages": asked, **fields}), chosen, None, "template")
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_tool_calls_of_an_earlier_answer_that_are_left_out_are_an_error(tokenizer, train_on):
+    messages = [QUESTION, {**LOOK, "content": "let me look"}, FOUND, answer("d")]
+    with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
+        encoded({"messages": messages}, tokenizer(template=CHATML), train_on)
 
 
 def test_what_is_written_as_json_is_not_left_out(tokenizer):
@@ -171,35 +184,6 @@ def test_what_is_written_as_json_is_not_left_out(tokenizer):
     asked, learned = texts_of(messages, tokenizer(template=MISTRAL, eos=EOS), tools=[TOOL])
     assert r"the \"sea\"\n" in asked
     assert learned == f" There.{EOS}"
-
-
-@pytest.mark.parametrize(
-    ("template", "train_on"), [*((each, "completion") for each in (CHATML, GEMMA, PARTS_ONLY)), (R1, "all")]
-)
-@pytest.mark.parametrize("field", ["reasoning", "thinking", "reasoning_content"])
-def test_thoughts_of_the_learned_answer_that_a_template_leaves_out_are_an_error(tokenizer, template, train_on, field):
-    with pytest.raises(ml.DataError, match="leaves out what message 1 says, or its thoughts"):
-        encoded({"messages": [QUESTION, answer("b", **{field: "hm"})]}, tokenizer(template=template), train_on)
-
-
-@pytest.mark.parametrize("train_on", ["assistant", "all"])
-def test_tool_calls_of_an_earlier_answer_that_are_left_out_are_an_error(tokenizer, train_on):
-    messages = [QUESTION, answer("let me look", tool_calls=[CALL]), {"role": "tool", "content": "c"}, answer("d")]
-    with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
-        encoded({"messages": messages}, tokenizer(template=CHATML), train_on)
-
-
-def test_a_tool_call_that_a_template_leaves_out_is_an_error(tokenizer):
-    silent = [QUESTION, answer(None, tool_calls=[CALL])]
-    first_only = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}")
-    for messages, template in ((silent, PARTS_ONLY), ([QUESTION, answer("a", tool_calls=[CALL] * 2)], first_only)):
-        with pytest.raises(ml.DataError, match="leaves out the tool calls of message 1"):
-            encoded({"messages": messages}, tokenizer(template=template))
-
-
-def test_an_answer_of_empty_parts_is_empty(tokenizer):
-    with pytest.raises(ml.DataError, match=r"messages\[1\].content: it is empty"):
-        encoded({"messages": [QUESTION, *as_parts([answer("")])]}, tokenizer(template=CHATML))
 
 
 # --- thoughts that asking begins ---

@@ -38,14 +38,10 @@ class Network(nn.Module):
         return self.last(self.dropout(F.gelu(self.norm(self.first(x)))))
 
 
-class Plain(nn.Module):
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 8, dtype=dtype), nn.Linear(8, 3, dtype=dtype)
-        fill_(self, 0)
-
-    def forward(self, x):
-        return self.last(F.gelu(self.first(x)))
+def plain():
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    fill_(model, 0)
+    return model
 
 
 def points(seed, count, dtype=torch.float32):
@@ -75,7 +71,7 @@ def run(directory=None, model=None, rows=None, on_step=None, held_out=(), given=
 @examples(0.3)
 @given(seeds, st.sampled_from([(8, 1), (1, 8), (2, 4), (3, 3)]))
 def test_any_cutting_of_a_step_gives_the_gradient_of_all_sums_over_all_counts(seed, cut):
-    rows, model, records, found = points(seed, 8, torch.float64), Plain(), [], []
+    rows, model, records, found = points(seed, 8, torch.float64), plain(), [], []
 
     def see(record):
         records.append(record)
@@ -83,7 +79,7 @@ def test_any_cutting_of_a_step_gives_the_gradient_of_all_sums_over_all_counts(se
 
     config = {"batch_size": cut[0], "gradient_accumulation_steps": cut[1], "max_grad_norm": 0, "seed": seed}
     run(model=model, rows=rows, on_step=see, epochs=1, **config)
-    expected = Plain()
+    expected = plain()
     total, count = loss(expected, rows)
     (total / count).backward()
     assert_same_gradient(found[0], gradients(expected))
@@ -110,22 +106,22 @@ def test_the_loss_of_tokens_may_be_given_too(seed, size):
 
 
 def test_a_hook_may_put_another_gradient_in_the_place_of_one_and_a_loss_clear_all_for_a_use_of_its_own():
-    rows, model = points(1, 6, torch.float64), Plain()
-    model.first.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
+    rows, model = points(1, 6, torch.float64), plain()
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
     run(model=model, rows=rows)
-    before = Plain().first
-    assert torch.equal(model.first.weight, before.weight)
-    assert not torch.equal(model.first.bias, before.bias)
+    before = plain()[0]
+    assert torch.equal(model[0].weight, before.weight)
+    assert not torch.equal(model[0].bias, before.bias)
 
     def adversarial(model, rows):
         loss(model, rows)[0].backward()
         model.zero_grad()
         return loss(model, rows)
 
-    cleared, plain = (
-        run(model=Plain(), rows=rows, given=given, gradient_accumulation_steps=1)[0] for given in (adversarial, loss)
+    cleared, usual = (
+        run(model=plain(), rows=rows, given=given, gradient_accumulation_steps=1)[0] for given in (adversarial, loss)
     )
-    assert torch.equal(weights(cleared), weights(plain))
+    assert torch.equal(weights(cleared), weights(usual))
 
 
 def test_only_rows_that_are_learned_are_read():

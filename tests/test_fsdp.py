@@ -127,7 +127,7 @@ def check_bad_weight(cases):
 
 def check_gradients(cases):
     """Each process takes its share of the rows; the sum is the gradient of all of them."""
-    rows = list(enumerate(random_rows(0, 4)))
+    rows = list(enumerate(random_rows(0, cases.size)))
     ways = list(product(("none", "mlp", "block"), (nullcontext, ml.plain)))
     asked = [(WHOLE, name, "dense") for name in ("LoRA", "rows of tokens", "norms in full")]
     asked += [(WHOLE, name, "nf4") for name in ("LoRA", "DoRA", "the head in full")]

@@ -128,20 +128,6 @@ def test_the_weights_follow_adamw_written_out():
 
 
 @few
-@given(seeds, st.booleans())
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(seed, has_dropout):
-    rows = random_rows(5, 4)
-
-    def run(seed):
-        model = small(dtype=torch.float32, lora_dropout=0.3 * has_dropout)
-        ml.train(model, rows, ml.TrainConfig(seed=seed, batch_size=2))
-        return weights(model)
-
-    assert torch.equal(run(seed), run(seed))
-    assert not torch.equal(run(seed), run(seed + 1))
-
-
-@few
 @given(families, st.sampled_from([torch.float32, torch.bfloat16]), bases)
 def test_training_leaves_every_bit_of_the_base_and_changes_every_tensor_of_the_adapter(family, dtype, base):
     """And every bit of another adapter, which acts but is not trained."""
@@ -177,19 +163,21 @@ def test_a_run_prints_nothing_and_leaves_the_model_ready_for_use(capfd):
 # --- dropout ---
 
 
-def test_dropout_neither_reads_nor_moves_a_global_random_state():
+@pytest.mark.parametrize("dropout", [0.4, 0.0])  # without it the seed says only the order of the rows
+def test_what_is_learned_follows_from_the_seed_and_no_global_random_state(dropout):
     def state():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
-    def run(seed):
-        model, rows = small(dtype=torch.float32, lora_dropout=0.4), random_rows(10, 4)
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002
+    def run(number, seed):
+        model, rows = small(dtype=torch.float32, lora_dropout=dropout), random_rows(10, 4)
+        random.seed(number), np.random.seed(number), torch.manual_seed(number)  # noqa: NPY002
         before = state()
-        ml.train(model, rows, ml.TrainConfig(batch_size=2, eval_steps=1), held_out=rows)
+        ml.train(model, rows, ml.TrainConfig(batch_size=2, eval_steps=1, seed=seed), held_out=rows)
         assert state() == before
         return weights(model)
 
-    assert torch.equal(run(1), run(2))
+    assert torch.equal(run(1, seed=3), run(2, seed=3))
+    assert not torch.equal(run(1, seed=3), run(1, seed=4))
 
 
 def test_a_loss_that_raises_leaves_the_random_state_of_pytorch_as_it_was():
@@ -306,16 +294,6 @@ def test_with_any_optimizer_the_weights_stay_where_the_gradient_is_not_finite(is
     assert torch.equal(weight, torch.ones(3)) != is_finite
 
 
-@either
-def test_a_step_that_is_not_finite_does_not_stop_later_steps_of_the_optimizer():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = training.adamw([weight])
-    training.train_step(torch.nn.Module(), optimizer, [None], lambda *_: (math.nan * weight.sum(), 1))
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    assert not torch.equal(weight, torch.ones(3))
-
-
 @given(seeds, st.integers(1, 9), st.sampled_from([0.0, 0.5, 1e6]), st.sampled_from([torch.float32, torch.float64]))
 def test_the_kernel_of_update_makes_the_same_steps_to_the_bit(seed, count, limit, dtype):
     def steps(update):
@@ -325,6 +303,7 @@ def test_the_kernel_of_update_makes_the_same_steps_to_the_bit(seed, count, limit
             for i, weight in enumerate(weights):
                 weight.grad = randn(seed + 10 * n + i, 3, 5, dtype=dtype)
             found.append(update(optimizer, torch.tensor(total), count, limit))
+            optimizer.step()  # also after a step that was not made
         return [*weights, *(number for step in found for number in step)]
 
     pairs = zip(steps(training.update), steps(training.update.function), strict=True)

@@ -33,7 +33,7 @@ from minilora.runs.memory import amount, free_memory_bytes, peak_memory_bytes
 from minilora.runs.sampler import set_dropout_step
 from minilora.runs.settings import RunConfig, Settings, TrainConfig
 from minilora.training import token_loss, train_step
-from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, tiny_config, tiny_model
+from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, long, tiny_config, tiny_model
 from tests.runs import SETTINGS, words
 from tests.training import random_rows
 
@@ -42,10 +42,20 @@ WAYS = ("none", "mlp", "block")
 FIELDS = ("weights", "adapters", "gradients", "moments", "activations", "working", "overhead")
 
 
-def plan(config, lora=None, lengths=(7, 5, 9), labelled=11, quantize="none", dtype=torch.float32, **training):
+def plan(
+    config,
+    lora=None,
+    lengths=(7, 5, 9),
+    labelled=11,
+    quantize="none",
+    dtype=torch.float32,
+    ranks=1,
+    shard="none",
+    **more,
+):
     rows = [(lengths[0], labelled), *((n, 0) for n in lengths[1:])]
-    training = TrainConfig(batch_size=len(rows), **training)
-    return Plan(config, lora, training, QuantizeConfig(quantize), dtype, CPU, rows)
+    quantization = QuantizeConfig("none" if quantize == "none" else "nf4", quantize != "single")
+    return Plan(config, lora, TrainConfig(batch_size=len(rows), **more), quantization, dtype, CPU, rows, ranks, shard)
 
 
 def forecast(plan):
@@ -161,7 +171,7 @@ def test_outlined_attention_keeps_what_attention_keeps(dtype, lengths):
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_gradients_are_those_of_what_attach_makes_trainable(name):
-    model, lora = tiny_model(WHOLE), ml.LoraConfig(**{"r": 3, **CONFIGS[name]})
+    model, lora = tiny_model(WHOLE, num_hidden_layers=2), ml.LoraConfig(**{"r": 3, **CONFIGS[name]})
     found = forecast(plan(model.config, lora))
     ml.attach(model, lora)
     assert found.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -181,23 +191,46 @@ def test_a_full_fine_tune_holds_sixteen_bytes_a_parameter_and_keep_best_four_mor
     assert best.peak - found.peak == 4 * count
 
 
+# --- what one of several ranks holds ---
+
+
+@pytest.mark.parametrize("quantize", ["none", "single", "double"])
+@pytest.mark.parametrize("ranks", [1, 3, *long(2, 7), 64])
+def test_a_rank_holds_its_share_of_the_blocks_and_the_rest_whole(quantize, ranks):
+    model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=2)
+    if quantize != "none":
+        four_bit(model, quantize == "double")
+    parameters = dict(model.named_parameters())
+    blocks = {name for name in parameters if name.startswith("model.layers.")}
+    held = sum(p.chunk(ranks)[0].nbytes if name in blocks else p.nbytes for name, p in parameters.items())
+    rows = sum(parameters[name][0].nbytes for name in blocks)  # the first rank has one more where a tensor is uneven
+    options = {"quantize": quantize, "dtype": torch.bfloat16, "ranks": ranks, "shard": "base"}
+    assert held - rows <= forecast(plan(model.config, ml.LoraConfig(), **options)).weights <= held
+
+
+def test_a_sharded_base_adds_two_gathered_blocks_and_changes_only_its_weights():
+    model, lora = tiny_model(dtype=torch.float32, num_hidden_layers=2), ml.LoraConfig()
+    one, *same = (forecast(plan(model.config, lora, **more)) for more in ({}, {"ranks": 4}, {"shard": "base"}))
+    assert same == [one, one]  # nothing is gathered
+    sharded = forecast(plan(model.config, lora, ranks=4, shard="base"))
+    gathered = 2 * max(sum(4 * p.chunk(4)[0].nbytes for p in block.parameters()) for block in model.model.layers)
+    assert sharded.working == one.working + gathered
+    assert sharded.weights < one.weights
+    assert replace(sharded, weights=0, working=0, overhead=0) == replace(one, weights=0, working=0, overhead=0)
+
+
 # --- what fits ---
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_auto_is_the_fastest_way_that_fits_else_the_leanest(way, monkeypatch):
+def test_auto_is_the_fastest_way_that_fits_else_the_leanest(monkeypatch):
     auto = plan(tiny_config(), ml.LoraConfig(), [100] * 4, 100, gradient_checkpointing="auto")
-    peaks = [forecast(auto.checkpointed(each)).peak for each in WAYS]
+    peaks = [found.peak for found in forecasts.forecast(auto).values()]
     assert peaks == sorted(peaks, reverse=True)
-    free = peaks[WAYS.index(way)]
-    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: free)
-    chosen, found = choose_plan(auto)
-    assert chosen.training.gradient_checkpointing == way
-    assert [each.peak for each in found.values()] == peaks
-    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: None)
-    assert choose_plan(auto)[0].training.gradient_checkpointing == "none"
-    monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: 0)
-    assert choose_plan(auto)[0].training.gradient_checkpointing == "block"
+    for free, way in (*zip(peaks, WAYS, strict=True), (None, "none"), (0, "block")):
+        monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device, free=free: free)
+        chosen, found = choose_plan(auto)
+        assert chosen.training.gradient_checkpointing == way
+        assert [each.peak for each in found.values()] == peaks
 
 
 def test_what_fits_is_chosen_by_the_command_alone():
@@ -285,11 +318,13 @@ def test_a_config_json_is_enough_for_a_page(tmp_path, capsys):
     settings, table = capsys.readouterr().out.split("\n\n")
     assert "4 rows of 1,024 tokens" in settings
     assert max(map(len, table.splitlines())) <= 120
-    shown = [(method, way) for method, ways in pages.METHODS.items() for way in ways]
-    for row, (method, way) in zip(table.splitlines()[1:], shown, strict=True):
-        found = forecast(pages.default_plan(parse_config(source), method, CPU).checkpointed(way))
-        name = method if way == "none" else f"{method}, {way}"
-        assert cells(row) == [name, *(amount(value) for value in (*vars(found).values(), found.peak))]
+    rows = map(cells, table.splitlines()[1:])
+    for method, ways in pages.METHODS.items():
+        found = forecasts.forecast(pages.default_plan(parse_config(source), method, CPU))
+        for way in ways:
+            name = method if way == "none" else f"{method}, {way}"
+            assert next(rows) == [name, *(amount(value) for value in (*vars(found[way]).values(), found[way].peak))]
+    assert not [*rows]
 
 
 def test_amounts_are_told_in_powers_of_a_thousand():

@@ -26,10 +26,10 @@ from minilora.models.bitsandbytes import (
 )
 from minilora.models.checkpoint import DTYPES, SHARD_BYTES
 from minilora.nf4 import DYNAMIC_MAP, NF4Linear, quantize_absmax
-from minilora.testing.compare import PARITY, assert_parity, relative
+from minilora.testing.compare import assert_parity
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS
-from tests.models import allocated, default_dtype, families, layouts, long, matrix, tiny_model, token_ids
+from tests.models import allocated, default_dtype, layouts, long, matrix, tiny_model, token_ids
 from tests.runs import everything
 
 CPU = torch.device("cpu")
@@ -146,20 +146,6 @@ def make_fp4(directory):
     save_file(tensors, directory / "model.safetensors")
 
 
-@families
-@pytest.mark.parametrize("double_quant", [True, *long(False)])
-def test_logits_are_those_of_a_dense_model_of_the_dequantized_weights(family, double_quant, tmp_path):
-    write_base(tmp_path, family)
-    model = ml.load_model(tmp_path, quantize=QuantizeConfig("nf4", double_quant))
-    dense, tokens = ml.load_model(tmp_path), token_ids(0, 2, 20)
-    with torch.no_grad():
-        ours, plain = model(tokens), dense(tokens)
-        for path, linear in packed_linears(model).items():
-            dense.get_submodule(path).weight.copy_(linear.weight)
-        assert_parity(ours, dense(tokens))
-    assert relative(ours, plain, PARITY) > 100
-
-
 @layouts
 def test_embeddings_norms_biases_and_head_are_held_in_the_dtype_of_the_computation(family, tmp_path):
     write_base(tmp_path, family, torch.bfloat16)
@@ -175,10 +161,13 @@ def test_embeddings_norms_biases_and_head_are_held_in_the_dtype_of_the_computati
 @matrix(3, dtype=(torch.float32, torch.bfloat16), stored=list(DTYPES))
 def test_the_numbers_of_the_file_are_quantized_whatever_the_dtype(stored, dtype, tmp_path):
     small_base(tmp_path, dtype=DTYPES[stored])
-    linear = packed_linears(ml.load_model(tmp_path, dtype, quantize="nf4"))[UP]
-    expected = NF4Linear.quantize(load_file(tmp_path / "model.safetensors")[W])
-    assert linear.layout == expected.layout
-    assert all(map(torch.equal, linear.parts, expected.parts))
+    linears = packed_linears(ml.load_model(tmp_path, dtype, quantize="nf4"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for path, linear in linears.items():
+        expected = NF4Linear.quantize(tensors[f"{path}.weight"])
+        assert linear.layout == expected.layout
+        assert all(map(torch.equal, linear.parts, expected.parts))
+    linear = linears[UP]
     written = read_state(packed_tensors(W, linear))["dtype"]
     assert written == ("float32" if stored == "float64" else stored)  # bitsandbytes has no float64
 

@@ -52,7 +52,7 @@ def assert_resumed(out, whole, *started):
 
 
 def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **changes):
-    """Send a run a signal in this step; its status. What handles the signal is as before."""
+    """Send a run a signal in this step, which its status has. What handles the signal is as before."""
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         interrupt(patch, step, times, number)
@@ -62,7 +62,6 @@ def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **c
             status = error.code
     assert signal.getsignal(number) is before
     assert status == 128 + number
-    return status
 
 
 # --- what a run leaves ---
@@ -72,6 +71,7 @@ def test_a_finished_run_has_the_files_of_the_contract_and_no_others(directory, w
     names = {*runs.ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
     names |= {"tokenizer.json", "tokenizer_config.json", "minilora-prompts.json", "held_out.jsonl"}
     assert {path.name for path in whole.iterdir()} == names
+    assert answered(whole) == 4 * [False]  # as `samples` is 0
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
     base = json.loads((whole / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(directory / "model")
@@ -108,18 +108,15 @@ def test_the_summary_has_the_losses_of_the_base_and_of_the_saved_adapter(directo
     assert found["after"]["loss"] < found["before"]["loss"]
     assert found["before"]["accuracy"] is found["after"]["accuracy"] is None  # of 4 rows with 2 answers
     assert (found["steps"], found["tokens"]) == (STEPS, sum(record["tokens"] for record in metrics(whole)))
+    assert found["general"] is None  # as `general_data` is "none"
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"] > 0
 
 
-@pytest.mark.parametrize("share", [0.2, 0])
-def test_without_choices_there_is_no_accuracy_and_without_held_out_rows_no_score(directory, tmp_path, share, capsys):
-    rows = runs.write_rows(tmp_path / "rows.jsonl", 12, choices=[f"{i} sat" for i in range(12)])
-    assert finetune(directory, tmp_path / "out", data=rows, max_steps=1, eval_split=share) == 0
-    scores = summary(tmp_path / "out")["after"]
-    assert scores["accuracy"] is None
+def test_without_held_out_rows_there_is_no_score(directory, tmp_path, capsys):
+    assert finetune(directory, tmp_path, max_steps=1, eval_split=0) == 0
+    assert summary(tmp_path)["after"] == {"loss": None, "accuracy": None}
     assert capsys.readouterr().out.splitlines()[0].split() == ["held-out", "loss"]
-    assert (scores["loss"] is None) == (share == 0)
 
 
 def test_a_run_of_another_version_is_resumed_by_that_version_alone(tmp_path, whole, refused):
@@ -158,7 +155,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bytes_without_gaps_or_rep
 ):
     """By Ctrl-C, and by SIGTERM, which schedulers send: the step is finished first."""
     for step, which in ((3, signal.SIGINT), (8, signal.SIGTERM)):
-        assert stop(directory, tmp_path, monkeypatch, step, which, save_steps=save_steps) == 128 + which
+        stop(directory, tmp_path, monkeypatch, step, which, save_steps=save_steps)
         assert "the same command resumes it" in capsys.readouterr().err
         assert not (tmp_path / "summary.json").exists()
         assert steps(tmp_path) == list(range(1, step + 1))
@@ -185,27 +182,24 @@ def test_a_run_on_a_table_resumes_to_the_bytes_of_one_on_json(directory, whole, 
         assert cli.main(["eval", f"--adapter={tmp_path / 'out'}", "--data", *map(str, words)]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
-    (tmp_path / "out" / "summary.json").unlink()
-    with (tmp_path / "rows.csv").open("a") as file:
-        file.write("yes,1,the sea?\r\n")
-    assert finetune(directory, tmp_path / "out", **options) == 1
-    assert "the data changed since the run began: rows.csv" in capsys.readouterr().err
 
 
 def test_a_second_signal_does_not_wait_for_the_step(directory, whole, tmp_path, monkeypatch):
     for step, which in ((5, signal.SIGINT), (9, signal.SIGTERM)):
-        assert stop(directory, tmp_path, monkeypatch, step, which, times=2) == 128 + which
+        stop(directory, tmp_path, monkeypatch, step, which, times=2)
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 4, 8)
 
 
-def test_what_a_crash_left_after_the_checkpoint_is_dropped(directory, whole, tmp_path):
-    unfinished(whole, tmp_path, step=4)
+@pytest.mark.parametrize("step", [0, 4])
+def test_what_a_crash_left_after_the_checkpoint_is_dropped(directory, whole, tmp_path, capsys, step):
+    unfinished(whole, tmp_path, step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "los')
     (tmp_path / "checkpoints" / ".step-000006.123.tmp").mkdir()
     assert finetune(directory, tmp_path) == 0
-    assert_resumed(tmp_path, whole, 4)
+    assert_resumed(tmp_path, whole, step)
+    assert ("starting again at step 0" in capsys.readouterr().err) == (step == 0)
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -353,14 +347,12 @@ def test_a_run_whose_base_tokenizer_or_template_was_replaced_is_refused(
 
 def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_path, monkeypatch):
     unfinished(whole, tmp_path / "moved", step=4)
-    paths = copied(directory, tmp_path)
+    copied(directory, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert finetune(directory, "./moved/", model="model/", data="../" + tmp_path.name + "/rows.jsonl") == 0
-    assert {name: value for name, value in contents(tmp_path / "moved").items() if name != runs.ADAPTER[0]} == {
-        runs.ADAPTER[1]: contents(whole)[runs.ADAPTER[1]]
-    }
+    weights = runs.ADAPTER[1:]  # the config has the place of the base
+    assert contents(tmp_path / "moved", weights) == contents(whole, weights)
     assert starts(tmp_path / "moved") == [0, 4]
-    assert paths
 
 
 def test_a_file_that_is_large_is_known_by_its_size_and_evenly_spread_parts(tmp_path, monkeypatch):
@@ -383,14 +375,6 @@ def test_a_run_keeps_the_dtype_that_it_began_with_on_a_machine_where_another_is_
     monkeypatch.setattr(checkpoint, "stored_dtype", lambda source: "bfloat16")
     assert finetune(directory, tmp_path) == 0
     assert_resumed(tmp_path, whole, 4)
-
-
-def test_a_run_killed_before_its_first_checkpoint_says_that_it_starts_anew(directory, whole, tmp_path, capsys):
-    unfinished(whole, tmp_path, step=0)
-    assert finetune(directory, tmp_path) == 0
-    assert "starting again at step 0" in capsys.readouterr().err
-    assert contents(tmp_path) == contents(whole)
-    assert starts(tmp_path) == [0, 0]
 
 
 def test_a_run_that_is_not_finished_is_no_adapter(whole, tmp_path, capsys):
@@ -431,11 +415,10 @@ def test_a_run_reports_loss_and_divergence_on_general_text(capsys, directory, tm
     found, expected = summary(tmp_path / "a")["general"], dataclasses.asdict(measure_forgetting(model, general))
     assert found.keys() == expected.keys()
     assert_parity(number(list(found.values())), number(list(expected.values())))
+    told = capsys.readouterr().out
+    assert told.splitlines()[0].split() == ["held-out", "loss"]  # no accuracy, as 4 rows with 2 answers have no choices
     line = f"general text: loss {found['before']:.4f} -> {found['after']:.4f}, KL to the base {found['kl']:.4f}\n"
-    assert line in capsys.readouterr().out
-    assert finetune(directory, tmp_path / "b", general_data="none", max_steps=1) == 0
-    assert summary(tmp_path / "b")["general"] is None
-    assert "general text" not in capsys.readouterr().out
+    assert line in told
 
 
 def test_base_and_adapter_answer_held_out_rows_and_three_are_shown(capsys, directory, tmp_path, monkeypatch):
@@ -522,9 +505,6 @@ def test_twenty_held_out_rows_are_answered_and_two_at_each_evaluation(directory,
     pairs = list(zip(map(decode, prompts), texts, strict=True))
     assert record["samples"] == [{"prompt": prompt, "text": text} for prompt, text in pairs]
     assert f"  {shorten(pairs[0][0], 30, keeps_end=True)} -> {shorten(texts[0], 42)}" in told
-    assert finetune(directory, tmp_path / "none", **{**changes, "samples": 0}) == 0
-    assert " -> " not in capsys.readouterr().err
-    assert answered(tmp_path / "none") == 22 * [False]
 
 
 def test_held_out_rows_have_the_names_that_their_columns_are_given(directory, tmp_path):

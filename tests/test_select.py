@@ -58,7 +58,7 @@ def test_of_evaluations_now_and_then_the_best_of_those_is_kept(watched):
     ("patience", "keep"),
     [
         *((1, "best"), (2, "last")),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in ((2, "best"), (3, "best"), (1, "last"), (3, "last"))),
+        *long((2, "best"), (3, "best"), (1, "last"), (3, "last")),
     ],
 )
 def test_a_run_ends_after_so_many_evaluations_without_a_new_lowest_loss(watched, patience, keep):

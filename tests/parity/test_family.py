@@ -11,16 +11,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
+from minilora.adapters.initialize import gaussian_factors
 from minilora.adapters.layout import PEFT_DEFAULTS, READ_FIELDS
 from minilora.data import collate
-from minilora.testing.compare import MATHS, PARITY, assert_parity
+from minilora.lora import initial_factors, lora_delta
+from minilora.models.prompts import PROMPTS_FILE, Prompts
+from minilora.testing.compare import MATHS, PARITY, assert_parity, relative
 from minilora.training import adamw, train_step
 from tests.files import edit, save_file
 from tests.models import WHOLE, examples, perturb_, seeds, tiny_model, token_ids
 from tests.parity.theirs import theirs_loaded
+from tests.runs import write_chat_models
+from tests.text import CHATML
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
@@ -206,22 +212,19 @@ def test_what_peft_has_tied_or_not_loads_as_adapters_of_their_own(is_tied, field
     assert_parity(logits(theirs_loading(tmp_path / "ours", theirs_of(is_tied))), logits(ours))
 
 
-def scaled(kind):
+def bart():
     """A small model of transformers that scales its embeddings."""
     sizes = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 1}
-    if kind == "bart":
-        ends = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 9, "decoder_ffn_dim": 9}
-        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "scale_embedding": True, "d_model": 24}
-        config = transformers.BartConfig(**sizes, **ends, **heads, forced_eos_token_id=None)
-        return transformers.BartForConditionalGeneration(config).eval()
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "intermediate_size": 9}
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **heads, hidden_size=24)).eval()
+    ends = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 9, "decoder_ffn_dim": 9}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "scale_embedding": True, "d_model": 24}
+    config = transformers.BartConfig(**sizes, **ends, **heads, forced_eos_token_id=None)
+    return transformers.BartForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["bart", "gemma3"])
+@pytest.mark.parametrize("make", [bart, functools.partial(theirs_of, name="gemma3")], ids=["bart", "gemma3"])
 @pytest.mark.parametrize("fields", [{"trainable_token_indices": IDS[0, :3].tolist()}, {}])
-def test_scaled_embeddings_of_transformers_compute_what_peft_computes(kind, fields, tmp_path):
-    base, targets = scaled(kind), ["q_proj"] if fields else ["embed_tokens", "q_proj"]
+def test_scaled_embeddings_of_transformers_compute_what_peft_computes(make, fields, tmp_path):
+    base, targets = make(), ["q_proj"] if fields else ["embed_tokens", "q_proj"]
     theirs = theirs_attached(copy.deepcopy(base), r=3, lora_alpha=21, target_modules=targets, **fields).eval()
     perturb_(theirs)
     theirs.save_pretrained(tmp_path)
@@ -236,7 +239,7 @@ ROWS_OF_TIED += [{SHARED: [3, 1], other: ids} for other in (ENCODER, HEAD) for i
 
 @pytest.mark.parametrize("rows", ROWS_OF_TIED, ids=str)
 def test_tied_modules_share_the_rows_of_the_input_embedding(rows, tmp_path):
-    base, fields = scaled("bart"), {"target_modules": ["q_proj"], "trainable_token_indices": rows}
+    base, fields = bart(), {"target_modules": ["q_proj"], "trainable_token_indices": rows}
     theirs = theirs_attached(copy.deepcopy(base), **fields).eval()
     perturb_(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -282,19 +285,6 @@ def saved_by_peft(directory, name="default", **fields):
     return theirs
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("init", [*MOVED, "pissa_niter_4"])  # the last is PEFT's alone
-def test_what_peft_converts_to_a_plain_adapter_loads(init, use_rslora, tmp_path):
-    fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": init, "use_rslora": use_rslora}
-    theirs = theirs_attached(r=3, lora_alpha=21, **fields).eval()
-    theirs.peft_config["default"].init_lora_weights = True
-    theirs.save_pretrained(tmp_path / "start")
-    theirs.peft_config["default"].init_lora_weights = init
-    perturb_(theirs, 0)
-    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    assert_parity(logits(loaded(tmp_path / "adapter")), logits(theirs))
-
-
 def test_a_raw_decomposition_that_was_drawn_is_refused(tmp_path):
     saved_by_peft(tmp_path, init_lora_weights="pissa_niter_4")
     with pytest.raises(ml.FormatError, match=r"pissa_niter_4.*cannot be repeated"):
@@ -326,19 +316,6 @@ def test_where_peft_takes_the_adapter_s_name_for_a_part_of_another_it_is_refused
         loaded(tmp_path / name)
 
 
-def test_of_several_adapters_in_one_directory_each_is_read(tmp_path):
-    theirs = saved_by_peft(tmp_path, "first")
-    theirs.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=5, target_modules=["up_proj"], use_rslora=True))
-    theirs.set_adapter("second")
-    perturb_(theirs, 1)
-    theirs.save_pretrained(tmp_path)
-    ours = ours_of()
-    for name in ("first", "second"):
-        ml.load_adapter(ours, tmp_path / name, name)
-        theirs.set_adapter(name)
-        assert_parity(logits(ours), logits(theirs))
-
-
 @pytest.mark.parametrize("name", ["default", "weight", "my-adapter"])
 @pytest.mark.parametrize("fields", [{"use_dora": True, "bias": "lora_only"}, {"lora_bias": True}])
 def test_names_that_contain_the_adapter_s_own_are_read_as_in_peft(name, fields, tmp_path):
@@ -362,6 +339,25 @@ OF_OTHER_KINDS = {
     "use_qalora": True,
     "velora_config": {"num_groups": 8},
 }
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "draw"),
+    [
+        ("linear", True, lambda generator: initial_factors(4, 12, 20, generator).values()),
+        ("linear", "gaussian", lambda generator: gaussian_factors((4, 12), (20, 4), generator)),
+        ("lookup", True, lambda generator: gaussian_factors((4, 10), (6, 4), generator, is_embedding=True)),
+    ],
+)
+def test_the_same_start_values_are_drawn(path, kind, draw):
+    base = nn.ModuleDict({"linear": nn.Linear(12, 20), "lookup": nn.Embedding(10, 6)})
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["linear", "lookup"]))
+    torch.manual_seed(7)
+    layer = theirs.base_model.model[path]
+    layer.reset_lora_parameters("default", kind)
+    factors = {name: tensor for name, tensor in layer.named_parameters() if ".lora_" in f".{name}"}
+    for ours, (_, drawn) in zip(draw(torch.Generator().manual_seed(7)), sorted(factors.items()), strict=True):
+        assert_parity(ours, drawn)
 
 
 def test_a_field_of_a_later_version_is_accepted_only_if_it_is_empty(tmp_path):
@@ -395,3 +391,37 @@ def test_every_field_that_peft_writes_is_known_and_written_alike(tmp_path):
         **written,
         "target_modules": sorted(written["target_modules"]),
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [({}, [0.7, 0.3]), ({"rank_pattern": {"1": 4}}, [2.0, -0.5]), ({"use_rslora": True}, [0.7, 0.3])],
+)
+def test_a_sum_is_what_peft_makes_unless_it_is_scaled_twice_there(tmp_path, fields, weights):
+    """PEFT keeps `use_rslora` for the sum, whose scale then is √r."""
+    base = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 9))
+    configs = [{"target_modules": ["0", "1"], "lora_alpha": 7}, {"target_modules": ["1"], "lora_alpha": 2}]
+    first, second = (peft.LoraConfig(r=3, **fields, **config) for config in configs)
+    theirs = peft.get_peft_model(copy.deepcopy(base), first, "A")
+    theirs.add_adapter("B", second)
+    theirs.base_model.set_adapter(["A", "B"])
+    perturb_(theirs)
+    theirs.save_pretrained(tmp_path)
+    for name in "AB":
+        ml.load_adapter(base, tmp_path / name, name)
+    ml.combine_adapters(base, dict(zip("AB", weights, strict=True)), "sum")
+    theirs.add_weighted_adapter(["A", "B"], weights, "sum", "cat")
+    for path, layer in adapter_layers(base).items():
+        found, their = layer.adapters["sum"], theirs.base_model.model.get_submodule(path)
+        names = [name for name in "AB" if name in their.lora_A]
+        expected = sum(weights["AB".index(name)] * their.get_delta_weight(name) for name in names)
+        assert_parity(lora_delta(found.lora_A, found.lora_B, found.scale), expected)
+        assert (relative(their.get_delta_weight("sum"), expected, PARITY) < 1) == ("use_rslora" not in fields)
+
+
+def test_the_record_of_prompts_does_not_disturb_peft_and_transformers(tmp_path):
+    directory = write_chat_models(tmp_path)
+    for name in ("chat", "chat-adapter"):
+        (directory / name / PROMPTS_FILE).write_text(Prompts("plain", "Be kind.").to_json())
+    assert transformers.AutoTokenizer.from_pretrained(directory / "chat").chat_template == CHATML
+    assert theirs_loading(directory / "chat-adapter", theirs_loaded(directory / "chat")).active_adapters == ["default"]

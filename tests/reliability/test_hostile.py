@@ -1,7 +1,6 @@
 """Files from outside run no code, take no more time and memory than their bytes call for, and are refused by name."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,11 @@ from minilora.files import open_file
 from minilora.models.hub import BUILTINS
 from minilora.tools.inspect import inspect_path
 from tests.files import saved, write_base
-from tests.models import randn
+from tests.models import long, randn
 from tests.reliability.watch import figures, watched
 
 pytestmark = pytest.mark.reliability
+measured = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured by Linux's /proc")
 HARMLESS = {  # of the attacks: what they change has no effect, and is not said
     "config.json: 400 digits as the end of text: load",
     "config.json: code to run: load",
@@ -36,7 +36,7 @@ HARMLESS = {  # of the attacks: what they change has no effect, and is not said
 KINDS = (("config.json", "JSON"), "adapter_config.json", "safetensors", "data", "a ", "tokenizer.json", "chat template")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory by Linux's /proc")
+@measured
 def test_an_attack_is_refused_at_once_and_in_little_memory(tmp_path, capsys):
     found = watched("tests.reliability.attacks:calls", str(tmp_path))
     with capsys.disabled():
@@ -45,6 +45,27 @@ def test_an_attack_is_refused_at_once_and_in_little_memory(tmp_path, capsys):
     assert not [each.problem for each in found if each.problem]
     shown = {each.name for each in found if each.name.endswith(": inspect")}  # which say what is wrong
     assert {each.name for each in found if each.outcome == "read"} - shown == HARMLESS
+
+
+LONG = {"structure": 20_000, "bytes": 20_000, "json": 10_000, "data": 2_000}
+SHORT = {kind: count // 100 for kind, count in LONG.items()}
+
+
+@measured
+@pytest.mark.parametrize("counts", [SHORT, *long(*({kind: count} for kind, count in LONG.items()))], ids=str)
+def test_a_changed_file_is_read_or_refused(counts, tmp_path, capsys):
+    words = (f"{kind}={count}" for kind, count in counts.items())
+    found = watched("tests.reliability.mutants:calls", str(tmp_path), *words)
+    with capsys.disabled():
+        print(f"\n{', '.join(counts)}: {figures(found)}")
+    assert not [each.problem for each in found if each.problem]
+    assert len(found) >= sum(counts.values())
+    assert 0.2 < sum(each.outcome == "refused" for each in found) / len(found) < 1  # most changes matter, and not all
+
+
+def test_a_process_that_dies_is_a_problem(tmp_path):
+    found = watched("tests.reliability.mutants:calls", str(tmp_path), "nothing=1")
+    assert "died with 1" in found[-1].problem
 
 
 def test_links_within_a_directory_and_to_the_cache_of_the_hub_are_followed(tmp_path):
@@ -63,14 +84,6 @@ def test_links_within_a_directory_and_to_the_cache_of_the_hub_are_followed(tmp_p
     with pytest.raises(ml.FormatError, match=r"out\.json: is a link to .*secret, outside its directory"):
         open_file(snapshot / "out.json")
     open_file(snapshot / "out.json", is_named=True).close()  # the user named it
-
-
-def test_an_odd_file_is_refused_before_it_is_opened(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("it was opened"))
-    for path, kind in ((tmp_path / "fifo", "a FIFO"), (Path("/dev/zero"), "a device"), (tmp_path, "a directory")):
-        with pytest.raises(ml.FormatError, match=kind):
-            open_file(path)
 
 
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "\x07", "\x9b31m", "\u202eabc", "a\rb", "\x00"])
