@@ -165,7 +165,7 @@ def test_ten_steps_have_the_losses_of_peft(directory, tokenizer, tmp_path, quant
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True).train()
     batch = collate(encode_rows(rows()[:2], tokenizer, ml.DataConfig()), torch.device("cpu"))
     optimizers = [
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0.0)
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.0)
         for model in (ours, theirs)
     ]
     losses = []
@@ -177,7 +177,7 @@ def test_ten_steps_have_the_losses_of_peft(directory, tokenizer, tmp_path, quant
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizers[1].step()
         losses.append((step.loss, loss.detach()))
-    assert losses[-1][0] < 0.7 * losses[0][0]  # it learns, so a step that was not made would show
+    assert losses[-1][0] < 0.9 * losses[0][0]  # it learns, so a step that was not made would show
     for ours_loss, theirs_loss_ in losses:
         assert_parity(ours_loss, theirs_loss_, GRADIENT_PARITY)
 
