@@ -30,19 +30,19 @@ from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankW
 from minilora.adapters.layout import (
     BASE_METADATA,
     DETERMINISTIC_INITS,
+    PEFT_DEFAULTS,
+    READ_FIELDS,
     Stored,
     check_language_task,
-    fields_of,
     parse_tensor_name,
     read_adapter,
-    write_adapter,
 )
 from minilora.adapters.modules_to_save import ModulesToSave
-from minilora.errors import FormatError, TargetError, listed
-from minilora.files import publishing
+from minilora.errors import FormatError, TargetError, TrainingError, listed
+from minilora.files import publishing, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
-from minilora.models.bitsandbytes import shortest_names
+from minilora.models.bitsandbytes import is_finite, shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.nf4 import NF4Linear
 
@@ -58,6 +58,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 
     Raises:
         TargetError: the model has no adapter of that name.
+        TrainingError: a number is not finite, so that `load_adapter` would refuse it.
     """
     with publishing(Path(path)) as directory:
         save_adapter_files(model, directory, name)
@@ -69,8 +70,13 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(config_of_adapter(model, name), name, layers, list(base_modules(model)))
-    metadata = {BASE_METADATA: json.dumps(describe_base(model))}
-    write_adapter(directory, fields, adapter_tensors(layers, name), metadata)
+    tensors = adapter_tensors(layers, name)
+    if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+        raise TrainingError(f"the adapter is not written, because {bad[0]} has numbers that are not finite")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS_FILE, tensors, {BASE_METADATA: json.dumps(describe_base(model))})
+    # The patterns inside the fields keep their order: the first key that matches counts.
+    write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
 
 
 def load_adapter(
@@ -190,6 +196,7 @@ def _is_weight_of(module: Any, copy: Tensor) -> bool:
 
 def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
     """Return what the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
+    values = {field: getattr(config, field) for field in READ_FIELDS}
     low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, LowRankWrapper)}
     adapters = {where: layer.adapters[name] for where, layer in low_rank.items()}
     times = 2 if any(isinstance(adapter, InitSubtractedAdapter) for adapter in adapters.values()) else 1
@@ -200,7 +207,8 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         where for where, layer in layers.items() if isinstance(layer, ModulesToSave) and layer.adapters[name].is_whole
     ]
     return {
-        **fields_of(config),
+        **{field: None if value == () else value for field, value in values.items()},
+        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
         "target_modules": shortest_names(list(low_rank), modules),
         "r": times * config.r,
         "lora_alpha": growth * config.lora_alpha,

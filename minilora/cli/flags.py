@@ -22,15 +22,6 @@ from minilora.runs.settings import FLAG_NAMES, flag
 T = TypeVar("T")
 
 
-class _Once(argparse.Action):
-    """Store the value of a flag, which may not be given again: the first value would be ignored."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string} is given twice; give all its values at once")
-        setattr(namespace, self.dest, values)
-
-
 def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (), unset: str | None = None) -> None:
     """Add a flag for each field of a data class, except those in `but`. A flag that is not given is None.
 
@@ -48,13 +39,13 @@ def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (),
         text = " ".join(default) if isinstance(default, tuple) else default
         shown = ", else ".join(filter(None, [unset, "" if text in (None, {}) else str(text)]))
         about = field.metadata["help"] + (f" (default: {shown})" if shown else "")
-        options: dict[str, Any] = {"dest": name, "help": about, "action": _Once}
+        options: dict[str, Any] = {"dest": name, "help": about}
         if kinds == (bool,):
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kinds[0]) is typing.Literal:
             options["metavar"] = f"{{{','.join(typing.get_args(kinds[0]))}}}"  # which the class checks
         elif kinds == (tuple[str, ...],) and default:
-            options |= {"nargs": "+", "metavar": name.upper()}
+            options |= {"nargs": "+", "action": "extend", "metavar": name.upper()}
         else:
             options["type"] = _converter(kinds)
             options["metavar"] = {int: "N", float: "X"}.get(options["type"], name.rpartition("_")[2].upper())

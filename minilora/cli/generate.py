@@ -141,11 +141,7 @@ def _show(
 ) -> list[Completion]:
     """Print the text of one prompt while it is generated, after a title."""
     print(title, end="")
-    try:
-        (written,) = generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
-    except KeyboardInterrupt:
-        print()
-        raise
+    (written,) = generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
     print(flush=True)
     say_cut(written, generation.max_new_tokens)
     return [written]

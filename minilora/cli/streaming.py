@@ -106,11 +106,8 @@ def generate_text(
             on_token=lambda row, token: streams[row].add(token),
             **asdict(generation),
         )
-    texts = []
-    for tokens, stream in zip(written, streams, strict=True):
-        is_cut = len(tokens) == generation.max_new_tokens
-        texts.append(Completion(stream.finish(), "length" if is_cut else "stop"))
-    return texts
+    reasons = ("length" if len(tokens) == generation.max_new_tokens else "stop" for tokens in written)
+    return [Completion(stream.finish(), reason) for stream, reason in zip(streams, reasons, strict=True)]
 
 
 def say_cut(written: Completion, limit: int) -> None:

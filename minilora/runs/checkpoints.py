@@ -100,10 +100,10 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def trained_adapters(model: nn.Module) -> dict[str, Any]:
+def trained_adapters(model: nn.Module) -> dict[str, list[Any]]:
     """Return what the adapters that have trainable parameters were made from, by name; each has to be active.
 
-    It is the `LoraConfig`. Where a layer's adapter was made without one, it is a list of what each has instead.
+    For each layer it is the `LoraConfig` or, where there was none, what the adapter has instead.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
@@ -117,17 +117,7 @@ def trained_adapters(model: nn.Module) -> dict[str, Any]:
                 origins.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
     if idle := sorted(origins.keys() - active):
         raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
-    are_configs = {name: all(isinstance(origin, LoraConfig) for origin in made) for name, made in origins.items()}
-    return {name: made[0] if are_configs[name] else made for name, made in origins.items()}
-
-
-def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
-    """Write the files of the trained adapter, if there is one, made from a config; return whether there is."""
-    adapters = trained_adapters(model)
-    is_savable = len(adapters) == 1 and all(isinstance(config, LoraConfig) for config in adapters.values())
-    if is_savable:
-        save_adapter_files(model, directory, next(iter(adapters)))
-    return is_savable
+    return origins
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -149,12 +139,15 @@ def save_checkpoint(
         for name, parameter in trained_parameters(optimizer).items()
         for key, tensor in optimizer.state[parameter].items()
     }
+    adapters = trained_adapters(model)
     path = folder / f"step-{state.step:06d}"
     remove(path)  # a damaged one
     with replacing(path) as directory:
         directory.mkdir()
-        if _save_trained_adapter(directory, model) and (folder.parent / PROMPTS_FILE).exists():  # the command's run
-            copy_prompt_files([folder.parent], directory)
+        if len(adapters) == 1 and all(isinstance(origin, LoraConfig) for made in adapters.values() for origin in made):
+            save_adapter_files(model, directory, *adapters)
+            if (folder.parent / PROMPTS_FILE).exists():  # the command's run
+                copy_prompt_files([folder.parent], directory)
         write_tensors(directory / "trained.safetensors", trained_tensors(model))
         write_tensors(directory / "optimizer.safetensors", moments)
         if best:
