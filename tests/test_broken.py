@@ -17,7 +17,7 @@ TABLE = "; need CSV in UTF-8, quoted as Excel writes it"
 FILES = {  # content, and how the message goes on
     "empty.jsonl": ("", ": there are no rows"),
     "bad-utf-8.jsonl": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}\n', f":2: byte 0xe9 at 15 is not UTF-8{KINDS}"),
-    "utf-16.jsonl": (GOOD.encode("utf-16"), ": found UTF-16, need UTF-8"),
+    "utf-16.jsonl": (GOOD.encode("utf-16"), f":1: byte 0xff at 0 is not UTF-8{KINDS}"),
     "cut-off.jsonl": (
         f'{GOOD}\n{{"prompt": "a", "compl',
         f":2: not JSON: Unterminated string starting at column 17{KINDS}",

@@ -199,7 +199,7 @@ class RunDirectory:
         system = self._settings.data.system if rows.system is None else rows.system
         prompts = Prompts("template" if rows.conversations else "plain", system)
         with replacing(self.path / PROMPTS_FILE) as temporary:
-            temporary.write_text(prompts.to_json(), encoding="utf-8")
+            write_json(temporary, asdict(prompts))
         if self._settings.run.report != "none":
             self._tracker = Tracker(self._settings.run.report, self.path, self._config, run.history.step)
             self._at_close.callback(self._tracker.close)

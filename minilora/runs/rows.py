@@ -69,8 +69,6 @@ def _parse(path: Path) -> Iterator[Row]:
         if file.peek().startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         begin = file.peek()
-        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path}: found UTF-16, need UTF-8")
         if begin.startswith(b"PAR1"):
             raise DataError(f"{path}: {PARQUET.format(str(path), str(path.with_suffix('.jsonl')))}")
         if kind in (".csv", ".tsv"):

@@ -39,8 +39,6 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     """
     path = _locate(name_or_path)
     if not path.is_dir():
-        if path.suffix != ".safetensors":
-            raise FormatError(f"{path}: is no .safetensors file; need one, or the directory of a model, adapter or run")
         file = TensorFile(path.resolve())
         size = path.stat().st_size
         return {"file": {"path": str(path), "bytes": size, "metadata": file.metadata, "tensors": file.entries}}
