@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from functools import partial
@@ -33,7 +33,6 @@ from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
 from minilora.cli.messages import report, run_notes, say_start
 from minilora.cli.preview import preview
-from minilora.data import Example
 from minilora.errors import ConfigError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
@@ -43,11 +42,10 @@ from minilora.models.config import read_config
 from minilora.models.fsdp import load_sharded
 from minilora.models.hub import fetch, locate
 from minilora.models.prompts import read_prompts
-from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import processes
 from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
-from minilora.runs.evaluate import answer, evaluate, measure_forgetting, prompt_of, write_answers
+from minilora.runs.evaluate import answer, evaluate, measure_forgetting
 from minilora.runs.forecast import Forecasts, Plan, check_memory, choose_plan
 from minilora.runs.inputs import Data, read_data
 from minilora.runs.loop import Record, TrainResult, train
@@ -59,8 +57,6 @@ MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
     *("columns", "skip_bad_rows", "learning_rate", "batch_size", "epochs", "max_steps"),
 )
-SAMPLES = 2  # rows that are answered at each evaluation
-SAMPLE_TOKENS = 48  # of each of these answers
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",
     QuantizeConfig: "quantization",
@@ -261,12 +257,9 @@ def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
 
 
 def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: ProgressBar) -> TrainResult:
-    """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
+    """Train with records and progress; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:
-        if "eval_loss" in record:
-            prompts = run.data.valid[: min(SAMPLES, run.settings.run.samples)]
-            record = {**record, "samples": write_samples(model, run.data.tokenizer, prompts)}
         stops = bar(record)
         directory.log(record)
         return stops
@@ -280,14 +273,6 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Return the prompts of some examples, and what the model generates for each, greedily."""
-    prompts = [prompt for example in examples if (prompt := prompt_of(example))]
-    written = write_answers(model, tokenizer, prompts, [SAMPLE_TOKENS] * len(prompts))
-    pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
-    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
 def _stop(result: TrainResult, bar: ProgressBar) -> int:
