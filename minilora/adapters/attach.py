@@ -11,15 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import adapter
-from minilora.adapters.build import (
-    LINEARS,
-    adaptable,
-    build_layers,
-    check_layers,
-    find_targets,
-    has_hooks,
-    low_rank_tensors,
-)
+from minilora.adapters import build
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.modules_to_save import unties
 from minilora.errors import ConfigError, TargetError
@@ -63,19 +55,19 @@ def attach(
     if config.task_type is None and isinstance(model, Llama):
         config = replace(config, task_type="CAUSAL_LM")
     modules = adapter.base_modules(model)
-    paths = find_targets(modules, config, path_of(model, "get_output_embeddings"))
+    paths = build.find_targets(modules, config, path_of(model, "get_output_embeddings"))
     start = start or {}
     if unknown := sorted(start.keys() - set(paths)):
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     generator = torch.Generator().manual_seed(seed)
-    tensors = {path: low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
-    layers = build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
+    tensors = {path: build.low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
+    layers = build.build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
     inject_layers(model, layers, config, name)
 
 
 def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str) -> None:
     """Check the layers of a new adapter, and put them into the model; see `adapter.inject_adapter`."""
-    check_layers(adapter.base_modules(model), adapter.adapter_layers(model), layers)
+    build.check_layers(adapter.base_modules(model), adapter.adapter_layers(model), layers)
     adapter.inject_adapter(model, layers, name)
     for layer in layers.values():
         layer.adapters[name].lora_config = config  # see `config_of_adapter`
@@ -156,7 +148,7 @@ def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
     layers = adapter.require_layers(model)
     if any(map(is_sharded, model.parameters())):
         raise ConfigError("the base is divided among ranks. Save the adapter, then merge it into an unsharded model")
-    if hooked := [layer.path for layer in layers if has_hooks(layer)]:
+    if hooked := [layer.path for layer in layers if build.has_hooks(layer)]:
         raise TargetError(f"{hooked[0]}: has hooks, which would be lost where it is merged; remove them")
     return layers
 
@@ -194,7 +186,7 @@ def find_target_modules(model: nn.Module) -> list[str]:
         TargetError: there are no such linears.
     """
     modules = adapter.base_modules(model)
-    linears = [path for path, kind in adaptable(modules).items() if kind in LINEARS]
+    linears = [path for path, kind in build.adaptable(modules).items() if kind in build.LINEARS]
     chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
     if not chosen:
         raise TargetError("the model has no linears in numbered layers; name the modules to adapt in target_modules")
