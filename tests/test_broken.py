@@ -37,7 +37,6 @@ FILES = {  # content, and how the message goes on
     ),
     "too-few-cells.tsv": ("prompt\tcompletion\na\tb\nc d\n", ":3: found 1 cells, need 2"),
     "unclosed-quote.csv": (f'prompt,completion\na,b\n"c,d\n{"e,f" * 99}', f":3: unexpected end of data{TABLE}"),
-    "nul.csv": ("prompt,completion\na,b\0\n", f":2: found NUL{TABLE}"),
     "latin-1.CSV": ("prompt,completion\na,b\nc,caf\xe9\n".encode("latin-1"), f":3: byte 0xe9 at 5 is not UTF-8{TABLE}"),
     "long-cell.csv": (f"prompt,completion\na,{'b' * 10**6}", ":2: field larger than field limit"),
     "cells-without-end.csv": ("prompt,completion\n" + '"\n",' * 2**22, ":2: the row has more than 2,097,152 bytes"),

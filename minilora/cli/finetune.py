@@ -26,7 +26,7 @@ from minilora.adapter import disable_adapter
 from minilora.adapters.attach import attach, count_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter
-from minilora.adapters.layout import check_language_task, read_adapter
+from minilora.adapters.layout import read_adapter
 from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, closest_name, say
 from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.forecast import dry_run_lines
@@ -145,7 +145,6 @@ def check_settings(settings: Settings, base: Base) -> None:
     for directory in base.adapters:
         check_not_merged(base.location, [directory])
         own = read_adapter(directory).config()
-        check_language_task(directory, own)
         bad = ["--add-tokens"] if settings.run.add_tokens else []
         for name, value in vars(settings.lora).items():
             if value != (it_has := getattr(own, name)):

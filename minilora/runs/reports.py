@@ -48,13 +48,10 @@ class ProgressBar:
 
     It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step. In a
     `with` block, its clock moves even during a long step, and it is closed at the end.
-
-    Args:
-        evaluated: what the rows of evaluations are called.
     """
 
-    def __init__(self, evaluated: str = "held-out"):
-        self.evaluated = evaluated
+    def __init__(self) -> None:
+        self.evaluated = "held-out"  # what the rows of evaluations are called
         self.stopped_by: int | None = None  # the number of a signal
         self._what = ""  # that the bar shows
         self._bar: tqdm[Any] | None = None

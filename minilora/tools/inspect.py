@@ -29,7 +29,7 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     Raises:
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
     """
-    path = _locate(name_or_path)
+    path = Path(name_or_path) if Path(name_or_path).exists() else fetch(name_or_path, "model")
     if not path.is_dir():
         file = files.TensorFile(path.resolve())
         size = path.stat().st_size
@@ -147,15 +147,6 @@ def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:
     """
     right_A, right_B = (torch.linalg.qr(factor.double(), mode="r").R for factor in (lora_A.T, lora_B))
     return abs(scale) * torch.linalg.matrix_norm(right_B @ right_A.T).item()
-
-
-def _locate(name_or_path: str) -> Path:
-    if Path(name_or_path).exists():
-        return Path(name_or_path)
-    try:
-        return fetch(name_or_path, "model")
-    except FormatError:
-        return fetch(name_or_path, "adapter")
 
 
 def _reasons(error: MiniloraError) -> list[str]:
