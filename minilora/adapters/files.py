@@ -25,12 +25,12 @@ from minilora.adapter import (
 from minilora.adapters import layout
 from minilora.adapters.attach import config_of_adapter, describe_base, inject_layers, path_of
 from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
-from minilora.adapters.config import LoraConfig
+from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
 from minilora.adapters.layout import Stored
 from minilora.adapters.modules_to_save import ModulesToSave
-from minilora.errors import FormatError, TargetError, TrainingError, listed
+from minilora.errors import ConfigError, FormatError, TargetError, TrainingError, in_recipe, listed
 from minilora.files import publishing, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
@@ -99,8 +99,9 @@ def load_adapter(
     """
     stored, modules = layout.read_adapter(fetch(path, "adapter")), base_modules(model)
     config = stored.config()
-    if isinstance(model, Llama):
-        layout.check_language_task(stored.path, config)
+    if isinstance(model, Llama) and config.task_type in HEADS:
+        task = f"task_type is {config.task_type}, not CAUSAL_LM"
+        raise ConfigError(f"{stored.path}: {task}; {in_recipe('classify_texts')}")
     config = replace(config, modules_to_save=_saved(stored, config.modules_to_save))
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
     embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from minilora.adapters.config import HEADS, LoraConfig
+from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, FormatError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify
 from minilora.models.hub import fetch, with_revision
@@ -166,12 +166,6 @@ def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
     tokenizer = find_tokenizer(next(own_tokens, model))
     texts = read_prompt_files(*adapters)
     return tokenizer.with_files(texts) if tokenizer and texts else tokenizer
-
-
-def check_language_task(path: Path, config: LoraConfig) -> None:
-    """Raise a `ConfigError` if an adapter has a head of its own, which a language model has no place for."""
-    if config.task_type in HEADS:
-        raise ConfigError(f"{path}: task_type is {config.task_type}, not CAUSAL_LM; {in_recipe('classify_texts')}")
 
 
 def base_quantization(path: str | Path) -> dict[str, Any] | None:

@@ -116,7 +116,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
     """Return the function that converts the text of a flag to a value of one of these types."""
     if bool in kinds:
-        return _bool_or_text
+        return lambda text: {"true": True, "false": False}.get(text.lower(), text)
     if Mapping[str, str] in kinds:
         return _parse_pairs
     if tuple[str, ...] in kinds:
@@ -133,10 +133,6 @@ def _numbers_or_object(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         need = "numbers joined with commas, or a JSON object"
         raise argparse.ArgumentTypeError(f"found {text!r:.80}, need {need}") from error
-
-
-def _bool_or_text(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:
