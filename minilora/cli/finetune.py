@@ -88,12 +88,10 @@ def read_settings(options: Options) -> Settings:
     file = {} if options["config"] is None else read_config_file(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
-    for key in file:
-        name = key.replace("-", "_")
-        if name not in known:
-            advice = FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}") or closest_name(key, known)
-            advice = advice or "the keys are the flags of `minilora finetune --help-all`"
-            raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
+    for key in (key for key in file if key.replace("-", "_") not in known):
+        advice = FOREIGN_FLAGS.get(f"--{key.replace('_', '-')}") or closest_name(key, known)
+        advice = advice or "the keys are the flags of `minilora finetune --help-all`"
+        raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
     file = {name.replace("-", "_"): value for name, value in file.items()}
     given = {name: value for source in (file, options) for name, value in source.items() if value is not None}
     has_data = given.get("data") not in (None, BUILTIN, [BUILTIN])

@@ -53,9 +53,9 @@ def run(options: Options) -> int:
     if not options["adapter"]:
         raise ConfigError("there is nothing to merge: give --adapter")
     names, weights = zip(*map(split_weight, options["adapter"]), strict=True)
-    _note_prompts(names)
     options = {**options, "adapter": list(names)}
     with new_directory(options["out"]) as out:
+        _note_prompts(names)
         if options["as_adapter"]:
             found = find(options)
             for note in changed_notes(found.adapters):
