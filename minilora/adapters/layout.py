@@ -26,7 +26,7 @@ from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, FormatError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify
-from minilora.models.hub import fetch, with_revision
+from minilora.models.hub import HUB_ID, fetch
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.options import fits
@@ -148,7 +148,9 @@ def base_model_of(path: str | Path) -> str | None:
     """Return the model that an adapter was made for, as `load_model` takes it, with its revision; None if unknown."""
     values = read_json(fetch(path, "adapter") / CONFIG_FILE)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
-    return with_revision(base, revision) if isinstance(base, str) and base else None
+    if not isinstance(base, str) or not base:
+        return None
+    return f"{base}@{revision}" if revision and HUB_ID.fullmatch(base) else base  # a path has none
 
 
 def vocabulary_of(path: str | Path) -> int:

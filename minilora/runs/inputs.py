@@ -66,11 +66,7 @@ def read_data(
 ) -> Data:
     """Find the files of all splits, encode their rows as the model's tokenizer and the settings say, and split them.
 
-    Args:
-        settings: of the run.
-        adapters: the adapter to start from, whose tokenizer comes first.
-        began: the first start of the run, for templates that write the date.
-        show: called with lines on the progress.
+    The tokenizer of the adapter to start from comes first. Templates that write the date take that of the first start.
 
     Raises:
         DataError: a row cannot be used (with file and line), or there are no rows to train on.
