@@ -184,13 +184,10 @@ def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
 
     None as well if an example has no prompt, since then there is nothing to choose by. Answers that were cut are none.
     """
-    answers, examples = set[Choice](), _uncut(examples)
-    for example in examples:
-        answers.add(answer_of(example))
-        if len(answers) > MAX_CHOICES or not prompt_of(example):
-            return None
-    is_few = 1 < len(answers) <= len(examples) // 4
-    return sorted(answers) if is_few else None
+    examples = _uncut(examples)
+    answers = {answer_of(example) for example in examples}
+    is_few = 1 < len(answers) <= min(MAX_CHOICES, len(examples) // 4)
+    return sorted(answers) if is_few and all(map(prompt_of, examples)) else None
 
 
 def _uncut(examples: Sequence[Example]) -> Sequence[Example]:
