@@ -73,7 +73,8 @@ def read_data(
     """
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)
-    tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)
+    own = tokenizer_of(run.model, adapters) if adapters else None
+    tokenizer = own or load_tokenizer(run.model)
     tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
     rows = {split: list(stream_rows(*paths, columns=config.columns)) for split, paths in files.items()}
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"])
