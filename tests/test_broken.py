@@ -78,7 +78,7 @@ ROWS = [  # where the mistake is, or all of the message; and the row
         {"question": "a", "answer": "b"},
     ),
     (
-        "text, label: columns text=text learns the text alone, prompt=text,completion=label the label; classes: it",
+        "text, label: columns text=text learns only the text, prompt=text,completion=label the label; classes: it",
         {"text": "a", "label": "b"},
     ),
     ("completion: it is empty, so there is nothing to learn", {"prompt": "a", "completion": ""}),
