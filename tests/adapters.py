@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora import LoraConfig
-from minilora.adapters.build import build_adapter, factor_shapes
+from minilora.adapters.build import factor_shapes, low_rank_layer
 from minilora.adapters.layers import LoraConv1D, LoraEmbedding, LowRankWrapper
 from minilora.lora import LoraLinear
 from minilora.nf4 import NF4Linear
@@ -121,7 +121,7 @@ def bias_of(layer: LowRankWrapper) -> Tensor | None:
 
 def add_built(layer: LowRankWrapper, name: str, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
     """Give a layer an adapter of these tensors, as `attach` and `load_adapter` do; it does not act yet."""
-    layer.add(name, build_adapter(layer.base, layer.path, config, tensors))
+    layer.add(name, low_rank_layer(layer.base, layer.path, config, name, tensors).adapters[name])
 
 
 sizes = st.integers(1, 4)

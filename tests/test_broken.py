@@ -18,7 +18,7 @@ TABLE = "; need CSV in UTF-8, quoted as Excel writes it"
 FILES = {  # content, and how the message goes on
     "empty.jsonl": ("", ": there are no rows"),
     "bad-utf-8.jsonl": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}\n', f":2: byte 0xe9 at 15 is not UTF-8{KINDS}"),
-    "utf-16.jsonl": (GOOD.encode("utf-16"), ": found UTF-16, need UTF-8"),
+    "utf-16.jsonl": (GOOD.encode("utf-16"), f":1: byte 0xff at 0 is not UTF-8{KINDS}"),
     "cut-off.jsonl": (
         f'{GOOD}\n{{"prompt": "a", "compl',
         f":2: not JSON: Unterminated string starting at column 17{KINDS}",
@@ -38,7 +38,6 @@ FILES = {  # content, and how the message goes on
     ),
     "too-few-cells.tsv": ("prompt\tcompletion\na\tb\nc d\n", ":3: found 1 cells, need 2"),
     "unclosed-quote.csv": (f'prompt,completion\na,b\n"c,d\n{"e,f" * 99}', f":3: unexpected end of data{TABLE}"),
-    "nul.csv": ("prompt,completion\na,b\0\n", f":2: found NUL{TABLE}"),
     "latin-1.CSV": ("prompt,completion\na,b\nc,caf\xe9\n".encode("latin-1"), f":3: byte 0xe9 at 5 is not UTF-8{TABLE}"),
     "long-cell.csv": (f"prompt,completion\na,{'b' * 10**6}", ":2: field larger than field limit"),
     "cells-without-end.csv": ("prompt,completion\n" + '"\n",' * 2**22, ":2: the row has more than 2,097,152 bytes"),
@@ -80,7 +79,7 @@ ROWS = [  # where the mistake is, or all of the message; and the row
         {"question": "a", "answer": "b"},
     ),
     (
-        "text, label: columns text=text learns the text alone, prompt=text,completion=label the label; classes: it",
+        "text, label: columns text=text learns only the text, prompt=text,completion=label the label; classes: it",
         {"text": "a", "label": "b"},
     ),
     ("completion: it is empty, so there is nothing to learn", {"prompt": "a", "completion": ""}),

@@ -199,7 +199,6 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["merge", "--out=a", "--combination-type=svd"], "it is a recipe: see recipes/ties_and_dare.py"),
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
         # too much or too little
-        (["finetune", "--data", "a", "--data", "b"], "--data is given twice; give all its values at once"),
         (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj'; a list is joined with commas"),
         (["finetune", "--use-dora", "True"], "a switch (--x or --no-x) has no value"),
         (["generate", "--prompt=a", "--prompts=b"], "not allowed with"),

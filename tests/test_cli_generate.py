@@ -242,7 +242,7 @@ def test_rows_keep_their_fields_and_lose_their_last_answer(directory, command, t
 
 @pytest.mark.parametrize("size", [*long(1, 99), 3])
 def test_prompts_have_seeds_of_their_own_and_the_batch_size_changes_nothing(directory, command, size, monkeypatch):
-    monkeypatch.setattr("minilora.cli.generate.BATCH_SIZE", size)
+    monkeypatch.setattr("minilora.cli.streaming.BATCH_SIZE", size)
     asked = ["the cat", "the cat", "the sea", "the sea"]
     found = rows_of(command(*(f"--prompt={text}" for text in asked), "--temperature=1.5", "--seed=4"))
     assert found == [

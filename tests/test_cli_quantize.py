@@ -162,13 +162,9 @@ def test_quantize_writes_the_model_that_quantizing_while_loading_gives(directory
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     one, other = (ml.load_tokenizer(directory / name).encode("the cat") for name in ("nf4", "model"))
     assert one == other
-    words = run("quantize", "--model=model", f"--out={tmp_path / 'plain'}", "--no-double-quant").out.split()
+    run("quantize", "--model=model", f"--out={tmp_path / 'plain'}", "--no-double-quant")
     packed = [module for module in ml.load_model(tmp_path / "plain").modules() if isinstance(module, NF4Linear)]
-    bits = 8 * sum(linear.packed.nbytes + linear.absmax.nbytes for linear in packed)
-    count = sum(linear.in_features * linear.out_features for linear in packed)
-    assert float(words[0]) == round(bits / count, 3)
-    assert f"{count:,}" in words
-    assert f"{(tmp_path / 'plain' / 'model.safetensors').stat().st_size:,}" in words
+    assert {linear.scales for linear in packed} == {None}
 
 
 def test_quantize_holds_the_work_on_one_weight_at_a_time(tmp_path, monkeypatch):

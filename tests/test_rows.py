@@ -4,7 +4,7 @@ import json
 import textwrap
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
@@ -58,7 +58,6 @@ def test_arrays_and_json_lines_are_told_apart_and_each_row_knows_its_place(
 def test_csv_and_tsv_are_read_back_as_written_and_each_row_knows_its_first_line(
     tmp_path_factory, rows, layout, quoting, encoding
 ):
-    assume("\0" not in "".join(map("".join, rows)))
     (name, separator), names, buffer, lines = layout, ["a", "b, or c", ""], io.StringIO(newline=""), []
     names = names if separator == "," else ["a", "b", ""]
     writer = csv.writer(buffer, delimiter=separator, quoting=quoting)

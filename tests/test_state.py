@@ -172,11 +172,11 @@ def test_leftovers_and_half_removed_directories_are_no_checkpoints(whole, tmp_pa
 def test_the_trained_adapters_are_those_of_which_something_learns():
     model = fresh(name="first")
     ml.attach(model, ml.LoraConfig(r=2), name="second")
-    assert {name: config.r for name, config in trained_adapters(model).items()} == {"second": 2}
+    assert {name: made[0].r for name, made in trained_adapters(model).items()} == {"second": 2}
     ml.set_adapter(model, ["first", "second"])
-    assert {name: config.r for name, config in trained_adapters(model).items()} == {"second": 2, "first": 3}
+    assert {name: made[0].r for name, made in trained_adapters(model).items()} == {"second": 2, "first": 3}
     ml.set_adapter(model, "first")
-    assert {name: config.r for name, config in trained_adapters(model).items()} == {"first": 3}
+    assert {name: made[0].r for name, made in trained_adapters(model).items()} == {"first": 3}
     require(model, "second")
     with pytest.raises(ml.TrainingError, match="'second' is trainable but not active"):
         trained_adapters(model)

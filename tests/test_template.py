@@ -70,7 +70,6 @@ def test_reasoning_goes_by_all_its_names_of_which_the_first_wins():
 
 def test_a_wrong_conversation_is_refused_and_a_template_changes_none():
     for messages, message in (
-        ([], "at least one message"),
         (["hi"], "found str"),
         ([None], "found None"),
         ([["user", "hi"]], "found list"),

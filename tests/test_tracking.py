@@ -17,7 +17,7 @@ def record(step, loss=1.0):
 
 def numbers(records):
     """Every number that a library gets: {name: [(step, value), …]}."""
-    names = {key for each in records for key in each} - {"step", "samples", "best_step"}
+    names = {key for each in records for key in each} - {"step", "best_step"}
     return {name: [(r["step"], r[name]) for r in records if name in r] for name in names}
 
 

@@ -11,27 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import adapter
-from minilora.adapter import (
-    adapter_layers,
-    base_modules,
-    inject_adapter,
-    layers_of,
-    linear_layers,
-    merged_module,
-    own_parameters,
-    replace_modules,
-    require_layers,
-    walk,
-)
-from minilora.adapters.build import (
-    LINEARS,
-    adaptable,
-    build_layers,
-    check_layers,
-    find_targets,
-    has_hooks,
-    low_rank_tensors,
-)
+from minilora.adapters import build
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.modules_to_save import unties
 from minilora.errors import ConfigError, TargetError
@@ -74,21 +54,21 @@ def attach(
     """
     if config.task_type is None and isinstance(model, Llama):
         config = replace(config, task_type="CAUSAL_LM")
-    modules = base_modules(model)
-    paths = find_targets(modules, config, path_of(model, "get_output_embeddings"))
+    modules = adapter.base_modules(model)
+    paths = build.find_targets(modules, config, path_of(model, "get_output_embeddings"))
     start = start or {}
     if unknown := sorted(start.keys() - set(paths)):
         raise TargetError(f"start: {unknown[:5]} are not among the modules that get an adapter")
     generator = torch.Generator().manual_seed(seed)
-    tensors = {path: low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
-    layers = build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
+    tensors = {path: build.low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
+    layers = build.build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
     inject_layers(model, layers, config, name)
 
 
 def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str) -> None:
     """Check the layers of a new adapter, and put them into the model; see `adapter.inject_adapter`."""
-    check_layers(base_modules(model), adapter_layers(model), layers)
-    inject_adapter(model, layers, name)
+    build.check_layers(adapter.base_modules(model), adapter.adapter_layers(model), layers)
+    adapter.inject_adapter(model, layers, name)
     for layer in layers.values():
         layer.adapters[name].lora_config = config  # see `config_of_adapter`
 
@@ -99,8 +79,8 @@ def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
     Raises:
         TargetError: there is no such adapter, or it was not made from a config.
     """
-    adapter = next(iter(layers_of(model, name).values())).adapters[name]
-    config: LoraConfig | None = getattr(adapter, "lora_config", None)
+    layer = next(iter(adapter.layers_of(model, name).values()))
+    config: LoraConfig | None = getattr(layer.adapters[name], "lora_config", None)
     if config is None:
         raise TargetError(
             f"adapter {name!r} was attached without a LoraConfig: attach it by `ml.attach`, or save it by"
@@ -118,14 +98,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         TargetError: the model has no adapter of that name.
     """
-    layers = layers_of(model, name).values()
+    layers = adapter.layers_of(model, name).values()
     acted = any(name in layer.active for layer in layers)
-    was_trained = any(p.requires_grad for layer in layers for p in own_parameters(layer, name))
+    was_trained = any(p.requires_grad for layer in layers for p in adapter.own_parameters(layer, name))
     for layer in layers:
         del layer.adapters[name]
         layer.active = tuple(other for other in layer.active if other != name)
-    replace_modules(model, ((layer, layer.base) for layer in layers if not layer.adapters))
-    left = adapter_layers(model).values()
+    adapter.replace_modules(model, ((layer, layer.base) for layer in layers if not layer.adapters))
+    left = adapter.adapter_layers(model).values()
     if acted and left and not any(layer.active for layer in left):
         first = min(other for layer in left for other in layer.adapters)
         adapter.set_adapter(model, first, trainable=was_trained)
@@ -144,7 +124,7 @@ def merge(model: nn.Module) -> None:
     """
     layers = {layer.path: layer for layer in _mergeable_layers(model)}
     sharing: dict[int, list[str]] = {}
-    for path, base in base_modules(model).items():
+    for path, base in adapter.base_modules(model).items():
         if (own := base._parameters.get("weight")) is not None:
             sharing.setdefault(id(own), []).append(path)
     untied = [paths[0] for paths in sharing.values() if unties(map(layers.get, paths))]
@@ -165,10 +145,10 @@ def merge(model: nn.Module) -> None:
 
 def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
     """Return the wrappers; raise an error if one has hooks, which a merge would lose, or the base is divided."""
-    layers = require_layers(model)
+    layers = adapter.require_layers(model)
     if any(map(is_sharded, model.parameters())):
         raise ConfigError("the base is divided among ranks. Save the adapter, then merge it into an unsharded model")
-    if hooked := [layer.path for layer in layers if has_hooks(layer)]:
+    if hooked := [layer.path for layer in layers if build.has_hooks(layer)]:
         raise TargetError(f"{hooked[0]}: has hooks, which would be lost where it is merged; remove them")
     return layers
 
@@ -186,14 +166,14 @@ def merged(model: nn.Module) -> Iterator[None]:
         TrainingError: a merged weight is not finite.
     """
     layers = _mergeable_layers(model)  # inactive ones too, or they could be activated
-    replaced = [(merged_module(layer), layer) for layer in layers]
+    replaced = [(adapter.merged_module(layer), layer) for layer in layers]
     try:
-        replace_modules(model, ((layer, module) for module, layer in replaced))
+        adapter.replace_modules(model, ((layer, module) for module, layer in replaced))
         yield
     finally:
-        if adapter_layers(model):
+        if adapter.adapter_layers(model):
             adapter.detach(model)
-        replace_modules(model, replaced)
+        adapter.replace_modules(model, replaced)
 
 
 def find_target_modules(model: nn.Module) -> list[str]:
@@ -205,8 +185,8 @@ def find_target_modules(model: nn.Module) -> list[str]:
     Raises:
         TargetError: there are no such linears.
     """
-    modules = base_modules(model)
-    linears = [path for path, kind in adaptable(modules).items() if kind in LINEARS]
+    modules = adapter.base_modules(model)
+    linears = [path for path, kind in build.adaptable(modules).items() if kind in build.LINEARS]
     chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
     if not chosen:
         raise TargetError("the model has no linears in numbered layers; name the modules to adapt in target_modules")
@@ -222,7 +202,7 @@ def _ends(path: str) -> Iterator[str]:
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """Describe how the base's weights are stored, dense or quantized, with the fields of `QuantizeConfig` as keys."""
-    return describe_quantization(linear_layers(model), path_of(model, "get_output_embeddings"))
+    return describe_quantization(adapter.linear_layers(model), path_of(model, "get_output_embeddings"))
 
 
 def path_of(model: nn.Module, method: str) -> str | None:
@@ -232,7 +212,7 @@ def path_of(model: nn.Module, method: str) -> str | None:
         wanted = find() if callable(find) else None
     except NotImplementedError:  # transformers raises it for models without embeddings
         return None
-    return next((path for path, module in walk(model) if module is wanted), None)
+    return next((path for path, module in adapter.walk(model) if module is wanted), None)
 
 
 class ParameterCount(NamedTuple):

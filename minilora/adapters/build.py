@@ -139,16 +139,11 @@ def low_rank_tensors(
 def low_rank_layer(
     module: nn.Module, path: str, config: LoraConfig, name: str, tensors: Mapping[str, Tensor]
 ) -> AdapterWrapper:
-    """Wrap a module, with an adapter of these tensors."""
+    """Wrap a module, with an adapter of these tensors; DoRA's m, if it is not given, is ‖W + s·B A‖."""
     wrapper = kind_of(module)
     assert wrapper is not None
     if config.lora_bias and wrapper is LoraEmbedding:
         raise ConfigError(f"{path}: lora_bias is not for embeddings")
-    return wrapper(module, path, {name: build_adapter(module, path, config, tensors)})
-
-
-def build_adapter(module: nn.Module, path: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraAdapter:
-    """Build an adapter of these tensors; DoRA's m, if it is not given, is ‖W + s·B A‖."""
     kind = InitSubtractedAdapter if "start_A" in tensors else LoraAdapter
     scale = config.scale(path)
     if config.use_dora and "magnitude" not in tensors:
@@ -157,7 +152,7 @@ def build_adapter(module: nn.Module, path: str, config: LoraConfig, tensors: Map
         lora_A, lora_B = (factor.detach().to(weight.device) for factor in (new.lora_A, new.lora_B))
         norm = torch.ones(len(lora_B)) if weight.is_meta else dora_norm(weight, lora_A, lora_B, scale)
         tensors = {**tensors, "magnitude": norm.to(lora_A.dtype)}
-    return kind(tensors, scale, config.lora_dropout)
+    return wrapper(module, path, {name: kind(tensors, scale, config.lora_dropout)})
 
 
 def matrix_of(module: nn.Module) -> Tensor:

@@ -22,27 +22,19 @@ from minilora.adapter import (
     copy_tensors_,
     layers_of,
 )
+from minilora.adapters import layout
 from minilora.adapters.attach import config_of_adapter, describe_base, inject_layers, path_of
 from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
-from minilora.adapters.config import LoraConfig
+from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
-from minilora.adapters.layout import (
-    BASE_METADATA,
-    DETERMINISTIC_INITS,
-    Stored,
-    check_language_task,
-    fields_of,
-    parse_tensor_name,
-    read_adapter,
-    write_adapter,
-)
+from minilora.adapters.layout import Stored
 from minilora.adapters.modules_to_save import ModulesToSave
-from minilora.errors import FormatError, TargetError, listed
-from minilora.files import publishing
+from minilora.errors import ConfigError, FormatError, TargetError, TrainingError, in_recipe, listed
+from minilora.files import publishing, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
-from minilora.models.bitsandbytes import shortest_names
+from minilora.models.bitsandbytes import is_finite, shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.nf4 import NF4Linear
 
@@ -58,6 +50,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 
     Raises:
         TargetError: the model has no adapter of that name.
+        TrainingError: a number is not finite, so that `load_adapter` would refuse it.
     """
     with publishing(Path(path)) as directory:
         save_adapter_files(model, directory, name)
@@ -69,8 +62,13 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
     fields |= _fields(config_of_adapter(model, name), name, layers, list(base_modules(model)))
-    metadata = {BASE_METADATA: json.dumps(describe_base(model))}
-    write_adapter(directory, fields, adapter_tensors(layers, name), metadata)
+    tensors = adapter_tensors(layers, name)
+    if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+        raise TrainingError(f"the adapter is not written, because {bad[0]} has numbers that are not finite")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS_FILE, tensors, {layout.BASE_METADATA: json.dumps(describe_base(model))})
+    # The patterns inside the fields keep their order: the first key that matches counts.
+    write_json(directory / CONFIG_FILE, dict(sorted({**layout.PEFT_DEFAULTS, **fields}.items())))
 
 
 def load_adapter(
@@ -99,10 +97,11 @@ def load_adapter(
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
-    stored, modules = read_adapter(fetch(path, "adapter")), base_modules(model)
+    stored, modules = layout.read_adapter(fetch(path, "adapter")), base_modules(model)
     config = stored.config()
-    if isinstance(model, Llama):
-        check_language_task(stored.path, config)
+    if isinstance(model, Llama) and config.task_type in HEADS:
+        task = f"task_type is {config.task_type}, not CAUSAL_LM"
+        raise ConfigError(f"{stored.path}: {task}; {in_recipe('classify_texts')}")
     config = replace(config, modules_to_save=_saved(stored, config.modules_to_save))
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
     embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)
@@ -110,7 +109,7 @@ def load_adapter(
         dtype = widest(*(tensor for held in stored.tensors.values() for tensor in held.values()))
     layers = build_layers(modules, config, name, _blank_tensors(stored, modules, config), dtype, embedding)
     _copy_stored(stored, layers, modules, config, name)
-    if (init := stored.values.get("init_lora_weights")) in DETERMINISTIC_INITS:
+    if (init := stored.values.get("init_lora_weights")) in layout.DETERMINISTIC_INITS:
         layers |= _restarted(layers, init, config, name)
     inject_layers(model, layers, config, name)
     if not trainable:
@@ -142,7 +141,7 @@ def _copy_stored(
         TargetError: the model lacks a module, or has it in another shape or weight; the first two are named.
         FormatError: config and tensors contradict each other.
     """
-    own = {parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
+    own = {layout.parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
     held = {(where, key): tensor for where, tensors in stored.tensors.items() for key, tensor in tensors.items()}
     misfits = []
     for where, key in list(held):
@@ -193,6 +192,7 @@ def _is_weight_of(module: Any, copy: Tensor) -> bool:
 
 def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper], modules: list[str]) -> dict[str, Any]:
     """Return what the JSON says of an adapter. A start doubles r, and α with it so that s stays."""
+    values = {field: getattr(config, field) for field in layout.READ_FIELDS}
     low_rank = {where: layer for where, layer in layers.items() if isinstance(layer, LowRankWrapper)}
     adapters = {where: layer.adapters[name] for where, layer in low_rank.items()}
     times = 2 if any(isinstance(adapter, InitSubtractedAdapter) for adapter in adapters.values()) else 1
@@ -203,7 +203,8 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
         where for where, layer in layers.items() if isinstance(layer, ModulesToSave) and layer.adapters[name].is_whole
     ]
     return {
-        **fields_of(config),
+        **{field: None if value == () else value for field, value in values.items()},
+        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
         "target_modules": shortest_names(list(low_rank), modules),
         "r": times * config.r,
         "lora_alpha": growth * config.lora_alpha,

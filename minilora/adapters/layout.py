@@ -1,4 +1,4 @@
-"""PEFT's layout of an adapter's directory, and reading and writing it without a model.
+"""PEFT's layout of an adapter's directory, and reading it without a model.
 
     base_model.model.<path>.lora_A.weight   (r, in)       lora_B.weight (out, r)    lora_B.bias (out)
                             lora_embedding_A  (r, num)    lora_embedding_B (dim, r)
@@ -14,7 +14,7 @@ expressions. Another `rank_pattern` is not needed and ignored; another `alpha_pa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,16 +23,18 @@ import torch
 from torch import Tensor
 
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from minilora.adapters.config import HEADS, LoraConfig
-from minilora.errors import ConfigError, FormatError, TrainingError, in_recipe, listed
-from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify, write_json, write_tensors
-from minilora.models.bitsandbytes import CODEBOOKS, is_finite
-from minilora.models.hub import fetch, with_revision
+from minilora.adapters.config import LoraConfig
+from minilora.errors import ConfigError, FormatError, in_recipe, listed
+from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify
+from minilora.models.bitsandbytes import CODEBOOKS
+from minilora.models.hub import HUB_ID, fetch
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.options import fits
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
+# A path or the end of one, which is safe as a regular expression. PEFT writes `.*\.` before names of Mixtral's experts.
+NAME = re.compile(r"(\^|\.\*\\\.)?[\w.-]+")
 
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_METADATA = "base_quantization"  # in the metadata of the weights' file, with these fields
@@ -66,7 +68,7 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave
 DETERMINISTIC_INITS = ("pissa", "olora")  # those whose part of the weights can be computed again
 
 DUPLICATE_BIAS = re.compile(r"(.+\.)(?:original_module|modules_to_save)\.((?:.+\.)?bias)")  # of a module saved in full
-TENSOR_ENDINGS = {  # key in `build_adapter` -> end of the tensor's name; older files have the adapter's in it
+TENSOR_ENDINGS = {  # key in `low_rank_layer` -> end of the tensor's name; older files have the adapter's in it
     "lora_A": r"lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?",
     "lora_B": r"lora_B(?:\.[^.]+)?\.weight|lora_embedding_B(?:\.[^.]+)?",
     "lora_bias": r"lora_B(?:\.[^.]+)?\.bias",
@@ -143,27 +145,13 @@ def read_adapter(directory: Path) -> Stored:
     return Stored(directory, values, tensors)
 
 
-def write_adapter(
-    directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write the two files: PEFT's defaults with these fields, sorted as PEFT does, and the tensors.
-
-    Raises:
-        TrainingError: a number is not finite, so that `read_adapter` would refuse it.
-    """
-    if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
-        raise TrainingError(f"the adapter is not written, because {bad[0]} has numbers that are not finite")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
-    # The patterns inside the fields keep their order: the first key that matches counts.
-    write_json(directory / CONFIG_FILE, dict(sorted({**PEFT_DEFAULTS, **fields}.items())))
-
-
 def base_model_of(path: str | Path) -> str | None:
     """Return the model that an adapter was made for, as `load_model` takes it, with its revision; None if unknown."""
     values = read_json(fetch(path, "adapter") / CONFIG_FILE)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
-    return with_revision(base, revision) if isinstance(base, str) and base else None
+    if not isinstance(base, str) or not base:
+        return None
+    return f"{base}@{revision}" if revision and HUB_ID.fullmatch(base) else base  # a path has none
 
 
 def vocabulary_of(path: str | Path) -> int:
@@ -183,12 +171,6 @@ def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
     return tokenizer.with_files(texts) if tokenizer and texts else tokenizer
 
 
-def check_language_task(path: Path, config: LoraConfig) -> None:
-    """Raise a `ConfigError` if an adapter has a head of its own, which a language model has no place for."""
-    if config.task_type in HEADS:
-        raise ConfigError(f"{path}: task_type is {config.task_type}, not CAUSAL_LM; {in_recipe('classify_texts')}")
-
-
 def base_quantization(path: str | Path) -> dict[str, Any] | None:
     """Return `describe_base` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
     file = TensorFile(fetch(path, "adapter") / WEIGHTS_FILE)
@@ -204,20 +186,13 @@ def base_quantization(path: str | Path) -> dict[str, Any] | None:
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:
-    """Return the path of the module that a tensor of a file belongs to, and the tensor's key in `build_adapter`.
+    """Return the path of the module that a tensor of a file belongs to, and the tensor's key in `low_rank_layer`.
 
     "weight" is a copy of the base's weight. A parameter of the model itself has the path "" and its full name.
     """
     name = name.removeprefix(PREFIX)
     match = TENSOR_NAME.fullmatch(name)
     return (match["path"], str(match.lastgroup)) if match else ("", name)
-
-
-def fields_of(config: LoraConfig) -> dict[str, Any]:
-    """Return the fields to write for an adapter that leaves the base's weights as they are."""
-    values = {name: getattr(config, name) for name in READ_FIELDS}
-    init = "gaussian" if config.init_lora_weights == "gaussian" else True
-    return {name: None if value == () else value for name, value in values.items()} | {"init_lora_weights": init}
 
 
 def read_values(directory: Path) -> dict[str, Any]:
@@ -241,16 +216,8 @@ def read_values(directory: Path) -> dict[str, Any]:
             need = "an object with" if kind is dict else "a list of"
             bad.append(f"{key}: found {names!r:.80}, need {need} at most {MAX_NAMES:,} names")
         elif key != "rank_pattern":
-            strange = [name for name in names if not (isinstance(name, str) and is_name(name))]
+            strange = [name for name in names if not (isinstance(name, str) and NAME.fullmatch(name))]
             bad += [f"{key}: {name!r:.80} is not a module name or the end of one" for name in strange]
     if bad:
         raise FormatError(f"{path}: not a LoRA that can be read:{listed(bad)}")
     return values
-
-
-def is_name(key: str) -> bool:
-    """Return whether a key is a path or the end of one, which is safe as a regular expression.
-
-    `^` in front means "from the start"; PEFT itself writes `.*\\.` there, for the experts of Mixtral.
-    """
-    return re.fullmatch(r"(\^|\.\*\\\.)?[\w.-]+", key) is not None

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from functools import partial
@@ -26,14 +26,13 @@ from minilora.adapter import disable_adapter
 from minilora.adapters.attach import attach, count_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter
-from minilora.adapters.layout import check_language_task, read_adapter
+from minilora.adapters.layout import read_adapter
 from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, closest_name, say
 from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
 from minilora.cli.messages import report, run_notes, say_start
 from minilora.cli.preview import preview
-from minilora.data import Example
 from minilora.errors import ConfigError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
@@ -43,11 +42,10 @@ from minilora.models.config import read_config
 from minilora.models.fsdp import load_sharded
 from minilora.models.hub import fetch, locate
 from minilora.models.prompts import read_prompts
-from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import processes
 from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
-from minilora.runs.evaluate import answer, evaluate, measure_forgetting, prompt_of, write_answers
+from minilora.runs.evaluate import answer, evaluate, measure_forgetting
 from minilora.runs.forecast import Forecasts, Plan, check_memory, choose_plan
 from minilora.runs.inputs import Data, read_data
 from minilora.runs.loop import Record, TrainResult, train
@@ -59,8 +57,6 @@ MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
     *("columns", "skip_bad_rows", "learning_rate", "batch_size", "epochs", "max_steps"),
 )
-SAMPLES = 2  # rows that are answered at each evaluation
-SAMPLE_TOKENS = 48  # of each of these answers
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",
     QuantizeConfig: "quantization",
@@ -92,12 +88,10 @@ def read_settings(options: Options) -> Settings:
     file = {} if options["config"] is None else read_config_file(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
-    for key in file:
-        name = key.replace("-", "_")
-        if name not in known:
-            advice = FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}") or closest_name(key, known)
-            advice = advice or "the keys are the flags of `minilora finetune --help-all`"
-            raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
+    for key in (key for key in file if key.replace("-", "_") not in known):
+        advice = FOREIGN_FLAGS.get(f"--{key.replace('_', '-')}") or closest_name(key, known)
+        advice = advice or "the keys are the flags of `minilora finetune --help-all`"
+        raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
     file = {name.replace("-", "_"): value for name, value in file.items()}
     given = {name: value for source in (file, options) for name, value in source.items() if value is not None}
     has_data = given.get("data") not in (None, BUILTIN, [BUILTIN])
@@ -149,7 +143,6 @@ def check_settings(settings: Settings, base: Base) -> None:
     for directory in base.adapters:
         check_not_merged(base.location, [directory])
         own = read_adapter(directory).config()
-        check_language_task(directory, own)
         bad = ["--add-tokens"] if settings.run.add_tokens else []
         for name, value in vars(settings.lora).items():
             if value != (it_has := getattr(own, name)):
@@ -263,12 +256,9 @@ def _dry_run(run: Run, memory: Forecasts, options: Options) -> int:
 
 
 def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: ProgressBar) -> TrainResult:
-    """Train, with samples of what the model writes at each evaluation; Ctrl-C and SIGTERM let the step finish."""
+    """Train with records and progress; Ctrl-C and SIGTERM let the step finish."""
 
     def on_step(record: Record) -> bool:
-        if "eval_loss" in record:
-            prompts = run.data.valid[: min(SAMPLES, run.settings.run.samples)]
-            record = {**record, "samples": write_samples(model, run.data.tokenizer, prompts)}
         stops = bar(record)
         directory.log(record)
         return stops
@@ -282,14 +272,6 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def write_samples(model: Llama, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Return the prompts of some examples, and what the model generates for each, greedily."""
-    prompts = [prompt for example in examples if (prompt := prompt_of(example))]
-    written = write_answers(model, tokenizer, prompts, [SAMPLE_TOKENS] * len(prompts))
-    pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, written), strict=True)
-    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
 def _stop(result: TrainResult, bar: ProgressBar) -> int:

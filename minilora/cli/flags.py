@@ -22,15 +22,6 @@ from minilora.runs.settings import FLAG_NAMES, flag
 T = TypeVar("T")
 
 
-class _Once(argparse.Action):
-    """Store the value of a flag, which may not be given again: the first value would be ignored."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string} is given twice; give all its values at once")
-        setattr(namespace, self.dest, values)
-
-
 def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (), unset: str | None = None) -> None:
     """Add a flag for each field of a data class, except those in `but`. A flag that is not given is None.
 
@@ -48,13 +39,13 @@ def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (),
         text = " ".join(default) if isinstance(default, tuple) else default
         shown = ", else ".join(filter(None, [unset, "" if text in (None, {}) else str(text)]))
         about = field.metadata["help"] + (f" (default: {shown})" if shown else "")
-        options: dict[str, Any] = {"dest": name, "help": about, "action": _Once}
+        options: dict[str, Any] = {"dest": name, "help": about}
         if kinds == (bool,):
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kinds[0]) is typing.Literal:
             options["metavar"] = f"{{{','.join(typing.get_args(kinds[0]))}}}"  # which the class checks
         elif kinds == (tuple[str, ...],) and default:
-            options |= {"nargs": "+", "metavar": name.upper()}
+            options |= {"nargs": "+", "action": "extend", "metavar": name.upper()}
         else:
             options["type"] = _converter(kinds)
             options["metavar"] = {int: "N", float: "X"}.get(options["type"], name.rpartition("_")[2].upper())
@@ -125,7 +116,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
     """Return the function that converts the text of a flag to a value of one of these types."""
     if bool in kinds:
-        return _bool_or_text
+        return lambda text: {"true": True, "false": False}.get(text.lower(), text)
     if Mapping[str, str] in kinds:
         return _parse_pairs
     if tuple[str, ...] in kinds:
@@ -142,10 +133,6 @@ def _numbers_or_object(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         need = "numbers joined with commas, or a JSON object"
         raise argparse.ArgumentTypeError(f"found {text!r:.80}, need {need}") from error
-
-
-def _bool_or_text(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _names_or_pattern(text: str) -> str | tuple[str, ...]:

@@ -19,17 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from minilora.adapter import disable_adapter
-from minilora.cli import Options, Parser
+from minilora.cli import Options, Parser, streaming
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import add_model_flags, load
-from minilora.cli.streaming import (
-    BATCH_SIZE,
-    Completion,
-    GenerationConfig,
-    add_generation_flags,
-    generate_text,
-    say_cut,
-)
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.llama import Llama
@@ -65,7 +57,7 @@ def add_flags(parser: Parser) -> None:
         help="continue the prompt without the chat template, and let control tokens in it act as such "
         "(default: as in the adapter's training, otherwise with the template if the model has one)",
     )
-    add_generation_flags(parser, max_new_tokens=64)
+    streaming.add_generation_flags(parser, max_new_tokens=64)
     add = parser.group("output").add_argument
     add("--compare-base", action="store_true", help="also generate without the adapter, and print that text first")
     add(
@@ -77,7 +69,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    generation = from_flags(GenerationConfig, options)
+    generation = from_flags(streaming.GenerationConfig, options)
     adapter = "".join(options["adapter"])
     if options["compare_base"] and not adapter:
         raise ConfigError("--compare-base needs --adapter")
@@ -86,12 +78,12 @@ def run(options: Options) -> int:
     prompts = encode_prompts(rows, tokenizer, options)
     titles = {"base": "--- base\n", "text": f"--- {adapter}\n"} if options["compare_base"] else {"text": ""}
     as_json = options["json"] or options["prompts"] is not None or len(rows) > 1
-    for begin in range(0, len(rows), BATCH_SIZE):
-        batch = prompts[begin : begin + BATCH_SIZE]
+    for begin in range(0, len(rows), streaming.BATCH_SIZE):
+        batch = prompts[begin : begin + streaming.BATCH_SIZE]
         seeded = replace(generation, seed=generation.seed + begin)
-        answers = [row.fields for row in rows[begin : begin + BATCH_SIZE]]
+        answers = [row.fields for row in rows[begin : begin + streaming.BATCH_SIZE]]
         for key, title in titles.items():
-            write = generate_text if as_json else partial(_show, title)
+            write = streaming.generate_text if as_json else partial(_show, title)
             with disable_adapter(model) if key == "base" else nullcontext():
                 written = write(model, tokenizer, batch, seeded)
             reason = "finish_reason" if key == "text" else f"{key}_finish_reason"
@@ -137,15 +129,11 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) 
 
 
 def _show(
-    title: str, model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], generation: GenerationConfig
-) -> list[Completion]:
+    title: str, model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], generation: streaming.GenerationConfig
+) -> list[streaming.Completion]:
     """Print the text of one prompt while it is generated, after a title."""
     print(title, end="")
-    try:
-        (written,) = generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
-    except KeyboardInterrupt:
-        print()
-        raise
+    (written,) = streaming.generate_text(model, tokenizer, prompts, generation, partial(print, end="", flush=True))
     print(flush=True)
-    say_cut(written, generation.max_new_tokens)
+    streaming.say_cut(written, generation.max_new_tokens)
     return [written]

@@ -57,7 +57,9 @@ def page(kind: str, facts: Mapping[str, Any]) -> str:
         shown.pop("config", None)  # the settings are those that differ from the defaults
     elif "tensors" in facts:
         tables.append(_tensor_rows(facts["tensors"]))
-        shown["tensors"] = _total(list(facts["tensors"].values()))
+        entries = list(facts["tensors"].values())
+        numbers, size = sum(math.prod(entry.shape) for entry in entries), sum(entry.bytes for entry in entries)
+        shown["tensors"] = f"{len(entries):,} tensors, {numbers:,} numbers, {size:,} bytes"
     path = shown.pop("path")
     values = [line for key, value in shown.items() for line in _flatten(key, value)]
     width = max(len(key) for key, _ in values)
@@ -95,11 +97,6 @@ def _flatten(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
     else:
         text = json.dumps(value, ensure_ascii=False)
         yield key, text if len(text) <= LIST_WIDTH else f"{text[:LIST_WIDTH]} …"
-
-
-def _total(entries: Sequence[TensorEntry]) -> str:
-    numbers, size = sum(math.prod(entry.shape) for entry in entries), sum(entry.bytes for entry in entries)
-    return f"{len(entries):,} tensors, {numbers:,} numbers, {size:,} bytes"
 
 
 def _module_rows(modules: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:

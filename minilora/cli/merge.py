@@ -2,7 +2,7 @@
 
 Weights are read, merged and written one at a time. A number after the name of
 an adapter scales it, as in --adapter one:0.7 --adapter two:0.3; a negative
-number subtracts it.
+number subtracts it. The first adapter that has prompts of its own gives them.
 
 Example:
   minilora merge --adapter run --out merged
@@ -29,8 +29,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
-from minilora.models.hub import fetch
-from minilora.models.prompts import PROMPT_FILES, copy_prompt_files, read_prompt_files
+from minilora.models.prompts import copy_prompt_files
 from minilora.runs.reports import read_run_record
 from minilora.tools.merging import Merge, merge_directory
 
@@ -53,7 +52,6 @@ def run(options: Options) -> int:
     if not options["adapter"]:
         raise ConfigError("there is nothing to merge: give --adapter")
     names, weights = zip(*map(split_weight, options["adapter"]), strict=True)
-    _note_prompts(names)
     options = {**options, "adapter": list(names)}
     with new_directory(options["out"]) as out:
         if options["as_adapter"]:
@@ -80,16 +78,6 @@ def split_weight(text: str) -> tuple[str, float]:
         if name and not Path(text).exists():
             return name, float(number)
     return text, 1.0
-
-
-def _note_prompts(names: Sequence[str]) -> None:
-    """Say whose prompts are kept if the adapters were trained with different ones."""
-    texts = {name: read_prompt_files(fetch(name, "adapter")) for name in names}
-    for file in PROMPT_FILES:
-        having = [name for name, held in texts.items() if file in held]
-        if len({texts[name][file] for name in having}) > 1:
-            kept = f"those of {having[0]} are kept; to keep another's, name it first"
-            say(f"the adapters were trained with different prompts ({file}): {kept}")
 
 
 def _combine(found: Found, weights: Sequence[float], out: Path) -> int:

@@ -8,18 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from minilora.adapter import adapter_layers
-from minilora.adapters.attach import merged
+from minilora.adapters.attach import count_parameters, merged
 from minilora.cli import Parser, say
 from minilora.cli.flags import add_fields
 from minilora.llama import Llama
 from minilora.models.generate import generate
 from minilora.models.tokenizer import Tokenizer
-from minilora.nf4 import NF4Linear
 from minilora.options import option
 
 BATCH_SIZE = 8  # texts that are generated at a time
 MERGE_TOKENS = 40  # below, a merge may take longer than it saves
-MERGE_BYTES = 2**30  # limit of the merged weights, which exist in addition to the others
+MERGE_BYTES = 2**30  # largest model that is merged: the merged weights exist in addition to the others
 UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
 
 
@@ -106,11 +105,8 @@ def generate_text(
             on_token=lambda row, token: streams[row].add(token),
             **asdict(generation),
         )
-    texts = []
-    for tokens, stream in zip(written, streams, strict=True):
-        is_cut = len(tokens) == generation.max_new_tokens
-        texts.append(Completion(stream.finish(), "length" if is_cut else "stop"))
-    return texts
+    reasons = ("length" if len(tokens) == generation.max_new_tokens else "stop" for tokens in written)
+    return [Completion(stream.finish(), reason) for stream, reason in zip(streams, reasons, strict=True)]
 
 
 def say_cut(written: Completion, limit: int) -> None:
@@ -126,10 +122,6 @@ def merged_if_faster(model: Llama, tokens: int) -> AbstractContextManager[None]:
     once; docs/results.md has the times. In a larger model the weights outweigh that, and so does the memory of a second
     copy of them.
     """
-    size = 0  # of the weights in the dtype of the computation
-    for layer in adapter_layers(model).values():
-        if layer.active and isinstance(layer.base, NF4Linear):
-            size += layer.base.out_features * layer.base.in_features * layer.base.dtype.itemsize
-        elif layer.active:
-            size += sum(parameter.nbytes for parameter in layer.base.parameters())
-    return merged(model) if tokens >= MERGE_TOKENS and 0 < size <= MERGE_BYTES else nullcontext()
+    is_adapted = any(layer.active for layer in adapter_layers(model).values())
+    size = count_parameters(model).total * next(model.parameters()).element_size()
+    return merged(model) if is_adapted and tokens >= MERGE_TOKENS and size <= MERGE_BYTES else nullcontext()

@@ -141,11 +141,6 @@ def quant_type(layout: Layout) -> str:
     return "nf4" if layout.levels == LEVELS else "fp4"
 
 
-def level_table(layout: Layout) -> Tensor:
-    """Return the levels of a packed weight as they are in a file."""
-    return torch.tensor(layout.levels, dtype=torch.float32, device="cpu")
-
-
 def read_packed(
     files: Mapping[str, TensorFile], names: list[str], device: torch.device, copy: bool
 ) -> tuple[Packed, Layout]:
@@ -173,7 +168,7 @@ def read_packed(
             raise FormatError(f"{files[state_name].path}: {name} has other levels than those of the format")
 
     packed = read(weight, (n + 1) // 2, torch.uint8)
-    check(f"{weight}.quant_map", level_table(layout))
+    check(f"{weight}.quant_map", torch.tensor(layout.levels, dtype=torch.float32, device="cpu"))
     absmax = read(f"{weight}.absmax", blocks, torch.float32 if nested_offset is None else torch.uint8)
     scales = offset = None
     if nested_offset is not None:
@@ -216,7 +211,7 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     tensors = {
         weight: packed.reshape(-1, 1),
         f"{weight}.absmax": absmax.reshape(-1),
-        f"{weight}.quant_map": level_table(layout),
+        f"{weight}.quant_map": torch.tensor(layout.levels, dtype=torch.float32, device="cpu"),
     }
     if scales is not None and offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset.item()}

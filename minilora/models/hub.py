@@ -88,11 +88,6 @@ def unpinned(name: str) -> tuple[str, str | None]:
     return (pinned[1], pinned[2]) if pinned else (name, None)
 
 
-def with_revision(name: str, revision: str | None) -> str:
-    """Return the name of a repository with a revision; the name of a path is not changed."""
-    return f"{name}@{revision}" if revision and HUB_ID.fullmatch(name) else name
-
-
 def _download(name: str, kind: Kind) -> Location:
     import huggingface_hub  # here, because it takes long
 

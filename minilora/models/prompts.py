@@ -7,9 +7,8 @@ The file is in the directory of the tokenizer or of an adapter, and is copied wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.errors import FormatError
@@ -32,9 +31,6 @@ class Prompts:
 
     form: str = "template"
     system: str | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def parse(cls, text: str, where: str) -> Prompts:

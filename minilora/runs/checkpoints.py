@@ -31,23 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minilora import files
 from minilora.adapter import adapter_layers, own_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import save_adapter_files
 from minilora.data import Example
 from minilora.errors import DataError, FormatError, TrainingError
-from minilora.files import (
-    MANIFEST,
-    TensorFile,
-    flush,
-    manifest_of,
-    read_json,
-    remove,
-    replacing,
-    verify,
-    write_json,
-    write_tensors,
-)
 from minilora.lora import LoraAdapter
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.options import fits
@@ -100,10 +89,10 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def trained_adapters(model: nn.Module) -> dict[str, Any]:
+def trained_adapters(model: nn.Module) -> dict[str, list[Any]]:
     """Return what the adapters that have trainable parameters were made from, by name; each has to be active.
 
-    It is the `LoraConfig`. Where a layer's adapter was made without one, it is a list of what each has instead.
+    For each layer it is the `LoraConfig` or, where there was none, what the adapter has instead.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("nothing of the model is trainable: attach an adapter, or let parameters require grad")
@@ -117,17 +106,7 @@ def trained_adapters(model: nn.Module) -> dict[str, Any]:
                 origins.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
     if idle := sorted(origins.keys() - active):
         raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
-    are_configs = {name: all(isinstance(origin, LoraConfig) for origin in made) for name, made in origins.items()}
-    return {name: made[0] if are_configs[name] else made for name, made in origins.items()}
-
-
-def _save_trained_adapter(directory: Path, model: nn.Module) -> bool:
-    """Write the files of the trained adapter, if there is one, made from a config; return whether there is."""
-    adapters = trained_adapters(model)
-    is_savable = len(adapters) == 1 and all(isinstance(config, LoraConfig) for config in adapters.values())
-    if is_savable:
-        save_adapter_files(model, directory, next(iter(adapters)))
-    return is_savable
+    return origins
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -143,40 +122,43 @@ def save_checkpoint(
 
     The metrics of the run are flushed first, so no metrics of a step before a checkpoint are lost.
     """
-    flush(folder.parent / "metrics.jsonl")
+    files.flush(folder.parent / "metrics.jsonl")
     moments = {
         f"{name}/{key}": tensor
         for name, parameter in trained_parameters(optimizer).items()
         for key, tensor in optimizer.state[parameter].items()
     }
+    adapters = trained_adapters(model)
     path = folder / f"step-{state.step:06d}"
-    remove(path)  # a damaged one
-    with replacing(path) as directory:
+    files.remove(path)  # a damaged one
+    with files.replacing(path) as directory:
         directory.mkdir()
-        if _save_trained_adapter(directory, model) and (folder.parent / PROMPTS_FILE).exists():  # the command's run
-            copy_prompt_files([folder.parent], directory)
-        write_tensors(directory / "trained.safetensors", trained_tensors(model))
-        write_tensors(directory / "optimizer.safetensors", moments)
+        if len(adapters) == 1 and all(isinstance(origin, LoraConfig) for made in adapters.values() for origin in made):
+            save_adapter_files(model, directory, *adapters)
+            if (folder.parent / PROMPTS_FILE).exists():  # the command's run
+                copy_prompt_files([folder.parent], directory)
+        files.write_tensors(directory / "trained.safetensors", trained_tensors(model))
+        files.write_tensors(directory / "optimizer.safetensors", moments)
         if best:
-            write_tensors(directory / "best.safetensors", best)
-        write_json(directory / "state.json", asdict(state))
-        write_json(directory / MANIFEST, manifest_of(directory))
+            files.write_tensors(directory / "best.safetensors", best)
+        files.write_json(directory / "state.json", asdict(state))
+        files.write_json(directory / files.MANIFEST, files.manifest_of(directory))
     for newer in checkpoints(folder):
         if step_of(newer) > state.step:  # damaged, or the run would have resumed from it
-            remove(newer)
+            files.remove(newer)
     prune(folder, state.step, keep)
 
 
 def prune(folder: Path, step: int, keep: int) -> None:
     """Remove the checkpoints up to a step except for the newest `keep` of them."""
     for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep]:
-        remove(old)
+        files.remove(old)
 
 
 def read_state(directory: Path) -> State:
     """Read the state of a checkpoint."""
     path = directory / "state.json"
-    values = read_json(path)
+    values = files.read_json(path)
     hints = get_type_hints(State)
     if bad := [name for name, hint in hints.items() if name not in values or not fits(values[name], hint)]:
         raise FormatError(f"{path}: {bad[0]} " + (f"is {values[bad[0]]!r}" if bad[0] in values else "is not there"))
@@ -200,12 +182,12 @@ def load_checkpoint(
     if state.total_steps != total_steps:
         raise TrainingError(f"{directory}: written by a run of {state.total_steps} steps, and this has {total_steps}")
     own = trained_tensors(model)
-    trained = _read(TensorFile(directory / "trained.safetensors"), own)
+    trained = _read(files.TensorFile(directory / "trained.safetensors"), own)
     best: dict[str, Tensor] = {}
     if (directory / "best.safetensors").is_file():
-        tensors = _read(TensorFile(directory / "best.safetensors"), own)
+        tensors = _read(files.TensorFile(directory / "best.safetensors"), own)
         best = {name: tensor.clone() for name, tensor in tensors.items()}
-    file = TensorFile(directory / "optimizer.safetensors")
+    file = files.TensorFile(directory / "optimizer.safetensors")
     parameters = trained_parameters(optimizer)
     expected = {f"{name}/step": torch.zeros((), dtype=torch.float32) for name in parameters}
     expected |= {f"{name}/{key}": p for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
@@ -217,7 +199,7 @@ def load_checkpoint(
     return state, best
 
 
-def _read(file: TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read(file: files.TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
     tensors = {name: file.read(name) for name in file.shapes}
     stored = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -238,7 +220,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            verify(path)
+            files.verify(path)
             return path, tuple(damaged)
         except FormatError as error:
             damaged.append(str(error))

@@ -199,7 +199,7 @@ class RunDirectory:
         system = self._settings.data.system if rows.system is None else rows.system
         prompts = Prompts("template" if rows.conversations else "plain", system)
         with replacing(self.path / PROMPTS_FILE) as temporary:
-            temporary.write_text(prompts.to_json(), encoding="utf-8")
+            write_json(temporary, asdict(prompts))
         if self._settings.run.report != "none":
             self._tracker = Tracker(self._settings.run.report, self.path, self._config, run.history.step)
             self._at_close.callback(self._tracker.close)
@@ -213,8 +213,9 @@ class RunDirectory:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
         every = self._settings.training.logging_steps
         if processes.is_main_process() and ("eval_loss" in record or record["step"] % every == 0):
-            line = {key: value for key, value in record.items() if key != "total_steps"}
-            append_line(self.path / "metrics.jsonl", line)
+            line = without_nan({key: value for key, value in record.items() if key != "total_steps"})
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(line)}\n")
             if self._tracker:
                 self._tracker(line)
 
@@ -261,12 +262,6 @@ def hash_of(path: Path) -> str:
             file.seek(i * (size - PIECE) // (PIECES - 1))
             digest.update(file.read(PIECE))
     return digest.hexdigest()
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(without_nan(value), allow_nan=False) + "\n")
 
 
 def without_nan(value: Any) -> Any:

@@ -144,8 +144,8 @@ def measure_forgetting(
     def compute(rows: Rows) -> list[float]:
         batch = collate([examples[row] for row in rows], device)
         with as_before():
-            expected = _hidden(before, batch.tokens, batch.lengths)
-        hidden = _hidden(model, batch.tokens, batch.lengths)
+            expected = before.model(batch.tokens, Documents(batch.lengths))
+        hidden = model.model(batch.tokens, Documents(batch.lengths))
         sums = torch.zeros(3, dtype=torch.float64)
         chunks = zip(batch.label_positions.split(DRIFT_TOKENS), batch.labels.split(DRIFT_TOKENS), strict=True)
         for chunk, labels in chunks:
@@ -184,13 +184,10 @@ def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
 
     None as well if an example has no prompt, since then there is nothing to choose by. Answers that were cut are none.
     """
-    answers, examples = set[Choice](), _uncut(examples)
-    for example in examples:
-        answers.add(answer_of(example))
-        if len(answers) > MAX_CHOICES or not prompt_of(example):
-            return None
-    is_few = 1 < len(answers) <= len(examples) // 4
-    return sorted(answers) if is_few else None
+    examples = _uncut(examples)
+    answers = {answer_of(example) for example in examples}
+    is_few = 1 < len(answers) <= min(MAX_CHOICES, len(examples) // 4)
+    return sorted(answers) if is_few and all(map(prompt_of, examples)) else None
 
 
 def _uncut(examples: Sequence[Example]) -> Sequence[Example]:
@@ -230,7 +227,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
     lengths = [len(document) for document in documents]
     device = next(model.parameters()).device
     tokens = torch.tensor([token for document in documents for token in document], device=device)
-    hidden = iter(_hidden(model, tokens, lengths).split(lengths))
+    hidden = iter(model.model(tokens, Documents(lengths)).split(lengths))
     for prompt in prompts:
         states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}
         logs = {stem: _log_probabilities(model.lm_head(state)).cpu() for stem, state in states.items()}
@@ -323,11 +320,6 @@ def answer(
         add_answers("base", "base_finish_reason")
     add_answers("text", "finish_reason")
     return rows
-
-
-def _hidden(model: Llama, tokens: Tensor, lengths: list[int]) -> Tensor:
-    """Return the decoder's output (N, D) of documents laid end to end."""
-    return model.model(tokens, Documents(lengths))
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

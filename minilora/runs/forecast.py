@@ -195,7 +195,8 @@ def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way
 def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
     """Replace "auto" of the gradient checkpointing by the fastest that fits, else by the leanest."""
     forecasts = forecast(plan)
-    plan = replace(plan, free=processes.lowest_over_ranks(free_memory_bytes(plan.device)))
+    free = (size for size in processes.all_gather(free_memory_bytes(plan.device)) if size is not None)
+    plan = replace(plan, free=min(free, default=None))
     if plan.training.gradient_checkpointing == "auto":
         ways = [way for way in get_args(Checkpointing) if plan.has_room(forecasts[way].peak)]
         plan = plan.checkpointed(ways[0] if ways else "block")

@@ -150,7 +150,7 @@ def _from_sharegpt(fields: Fields) -> list[Fields]:
 def _from_alpaca(fields: Fields) -> list[Fields]:
     """Convert Alpaca's fields to messages; the question keeps `instruction` and `input` for templates that use them."""
     if fields.get("history"):
-        raise DataError("history: earlier turns are read from `messages` or `conversations` alone")
+        raise DataError("history: earlier turns are read only from `messages` or `conversations`")
     instruction = check_text(fields["instruction"], "instruction", is_question=True)
     extra = _optional_text(fields, "input")
     question = f"{instruction}\n\n{extra}" if extra else instruction
@@ -175,7 +175,7 @@ def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[Fields]:
 def _from_text(fields: Fields) -> PromptCompletion:
     if "label" in fields:
         raise DataError(
-            "text, label: columns text=text learns the text alone, prompt=text,completion=label the label; "
+            "text, label: columns text=text learns only the text, prompt=text,completion=label the label; "
             f"classes: {in_recipe('classify_texts')}"
         )
     return PromptCompletion("", check_text(fields["text"], "text", is_target=True))

@@ -67,19 +67,15 @@ def read_data(
 ) -> Data:
     """Find the files of all splits, encode their rows as the model's tokenizer and the settings say, and split them.
 
-    Args:
-        settings: of the run.
-        adapters: the adapter to start from, whose tokenizer comes first.
-        began: the first start of the run, for templates that write the date.
-        show: called with lines on the progress.
+    The tokenizer of the adapter to start from comes first. Templates that write the date take that of the first start.
 
     Raises:
         DataError: a row cannot be used (with file and line), or there are no rows to train on.
     """
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)
-    tokenizer = tokenizer_of(run.model, adapters)
-    tokenizer = load_tokenizer(run.model) if tokenizer is None else tokenizer
+    own = tokenizer_of(run.model, adapters) if adapters else None
+    tokenizer = own or load_tokenizer(run.model)
     tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
     rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())

@@ -18,20 +18,10 @@ from torch.optim import Optimizer
 from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.models.fsdp import is_sharded
-from minilora.runs import checkpoints, processes
+from minilora.runs import checkpoints, processes, sampler
 from minilora.runs.encoders import check_examples
 from minilora.runs.evaluate import example_loss, mean_loss
 from minilora.runs.memory import peak_memory_bytes
-from minilora.runs.sampler import (
-    MicroBatch,
-    Step,
-    adapters_with_dropout,
-    eval_groups,
-    kept_random_state,
-    plan_steps,
-    seed_dropout,
-    seed_random_state,
-)
 from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, accumulate, adamw, learning_rate, update
 
@@ -114,16 +104,16 @@ def train(
     way: Any = config.gradient_checkpointing  # not "auto"
     compute_loss = _checked(loss) if loss else partial(example_loss, checkpointing=way)
     optimizer = build_optimizer(model, config)
-    adapters = adapters_with_dropout(model)
-    steps = plan_steps(len(dataset), config)
+    adapters = sampler.adapters_with_dropout(model)
+    steps = sampler.plan_steps(len(dataset), config)
     total = len(steps)
     warmup = warmup_steps(config, total)
     save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
     patience = config.early_stopping or math.inf
 
-    def seeded_loss(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
-        seed_random_state(device, f"{config.seed}/{batch.number}")
-        seed_dropout(adapters, config.seed, batch.number)
+    def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
+        sampler.seed_random_state(device, f"{config.seed}/{batch.number}")
+        sampler.seed_dropout(adapters, config.seed, batch.number)
         part, number = compute_loss(model, batch.rows)
         return (part, number) if batch.is_counted else (0 * part, 0)
 
@@ -139,7 +129,9 @@ def train(
             rate = learning_rate(state.step, total, config.learning_rate, warmup, config.lr_scheduler)
             numbered = list(enumerate(steps[state.step], state.step * config.gradient_accumulation_steps))
             own = processes.split_for_rank(numbered)
-            batches = [MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own]
+            batches = [
+                sampler.MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own
+            ]
             made = _step(model, optimizer, batches, seeded_loss, rate, config.max_grad_norm)
             record = {"step": state.step + 1, **made}
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
@@ -152,7 +144,7 @@ def train(
             stops = on_step(record)
             finished = state.step == total
             if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
-                groups = eval_groups(held_out, count=config.batch_size if loss else None)
+                groups = sampler.eval_groups(held_out, count=config.batch_size if loss else None)
                 eval_loss = mean_loss(model, compute_loss, held_out, groups, seed=config.seed)
                 if state.note(eval_loss) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
@@ -170,7 +162,7 @@ def train(
                 saved = time.perf_counter()
     finally:
         optimizer.zero_grad()
-        seed_dropout(adapters, None)
+        sampler.seed_dropout(adapters, None)
     model.eval()
     kept = state.step
     if finished and best:
@@ -258,7 +250,7 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 def _step(
     model: nn.Module,
     optimizer: Optimizer,
-    batches: Sequence[MicroBatch],
+    batches: Sequence[sampler.MicroBatch],
     loss: Loss,
     rate: float,
     max_grad_norm: float,
@@ -266,7 +258,7 @@ def _step(
     """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with kept_random_state(next(model.parameters()).device):  # backward may draw as well
+    with sampler.kept_random_state(next(model.parameters()).device):  # backward may draw as well
         total, count = accumulate(model, optimizer, batches, loss)
     processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
@@ -281,7 +273,7 @@ def _step(
     }
 
 
-def _not_finite(record: Record, dataset: Sequence[Any], step: Step) -> TrainingError:
+def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.Step) -> TrainingError:
     """Return the error of a step whose loss or gradient is not finite."""
     sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
     return TrainingError(

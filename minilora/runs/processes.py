@@ -122,11 +122,6 @@ def differing(values: Mapping[str, Any]) -> list[str]:
     return sorted({key for other in others for key, _ in first.items() ^ other.items()})
 
 
-def lowest_over_ranks(number: int | None) -> int | None:
-    """Return the lowest number of a rank; None does not count."""
-    return min((own for own in all_gather(number) if own is not None), default=None)
-
-
 def run_on_rank0(compute: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
     """Return on every rank what the first one computes, or raise its error, once it is done."""
     result: Any = None

@@ -48,13 +48,10 @@ class ProgressBar:
 
     It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step. In a
     `with` block, its clock moves even during a long step, and it is closed at the end.
-
-    Args:
-        evaluated: what the rows of evaluations are called.
     """
 
-    def __init__(self, evaluated: str = "held-out"):
-        self.evaluated = evaluated
+    def __init__(self) -> None:
+        self.evaluated = "held-out"  # what the rows of evaluations are called
         self.stopped_by: int | None = None  # the number of a signal
         self._what = ""  # that the bar shows
         self._bar: tqdm[Any] | None = None
@@ -79,12 +76,15 @@ class ProgressBar:
                     self._bar.refresh()
 
     def __call__(self, record: Record) -> bool:
+        step = record["step"]
         if "eval_loss" in record:
-            self._keep_evaluation(record)
+            best = record["best_step"]
+            note = ", the lowest so far" if best == step else f", lowest at step {best}" if best else ""
+            self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
         else:
             memory = amount(record["peak_memory_bytes"])
             about = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, peak {memory}"
-            self.show("step", record["step"], record["total_steps"], about)
+            self.show("step", step, record["total_steps"], about)
         return self.stopped_by is not None
 
     def show(self, what: str, done: int = 0, total: int | None = None, about: str = "") -> None:
@@ -115,14 +115,6 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.clear()
         print(text, file=sys.stderr, flush=True)
-
-    def _keep_evaluation(self, record: Record) -> None:
-        step = record["step"]
-        best = record["best_step"]
-        note = ", the lowest so far" if best == step else f", lowest at step {best}" if best else ""
-        self.keep(f"step {step}  {self.evaluated} loss {record['eval_loss']:.4f}{note}")
-        for sample in record.get("samples", ()):
-            self.keep(f"  {shorten(sample['prompt'], 30, keeps_end=True)} -> {shorten(sample['text'], 42)}")
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Let the step finish at the first signal; stop at once at the second."""

@@ -69,8 +69,6 @@ def _parse(path: Path) -> Iterator[Row]:
         if file.peek().startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         begin = file.peek()
-        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path}: found UTF-16, need UTF-8")
         if begin.startswith(b"PAR1"):
             raise DataError(f"{path}: {PARQUET.format(str(path), str(path.with_suffix('.jsonl')))}")
         if kind in (".csv", ".tsv"):
@@ -93,8 +91,6 @@ def _parse_table(file: BufferedReader, path: Path) -> Iterator[Row]:
             size += len(line)
             if size > TABLE_BYTES:
                 raise csv.Error(f"the row has more than {TABLE_BYTES:,} bytes")
-            if b"\0" in line:
-                raise csv.Error("found NUL")
             yield line.decode("utf-8")
 
     reader = csv.reader(lines(), delimiter="\t" if path.suffix.lower() == ".tsv" else separator, strict=True)

@@ -169,11 +169,7 @@ class RunConfig:
     report: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", WATCHING
     )
-    samples: int = option(
-        20,
-        "held-out rows for base and adapter to answer at the end; the adapter answers two at each evaluation",
-        WATCHING,
-    )
+    samples: int = option(20, "held-out rows for base and adapter to answer at the end", WATCHING)
 
     def __post_init__(self) -> None:
         check_types(self)

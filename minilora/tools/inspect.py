@@ -8,18 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora import files
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import read_adapter
 from minilora.errors import FormatError, MiniloraError
-from minilora.files import (
-    MANIFEST,
-    TensorEntry,
-    TensorFile,
-    changed_files,
-    read_json,
-    read_manifest,
-    tensor_files,
-)
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import load_model
 from minilora.models.hub import fetch
@@ -38,11 +30,9 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     Raises:
         FormatError: there is nothing of a known kind, or a file is missing or damaged.
     """
-    path = _locate(name_or_path)
+    path = Path(name_or_path) if Path(name_or_path).exists() else fetch(name_or_path, "model")
     if not path.is_dir():
-        if path.suffix != ".safetensors":
-            raise FormatError(f"{path}: is no .safetensors file; need one, or the directory of a model, adapter or run")
-        file = TensorFile(path.resolve())
+        file = files.TensorFile(path.resolve())
         size = path.stat().st_size
         return {"file": {"path": str(path), "bytes": size, "metadata": file.metadata, "tensors": file.entries}}
     facts: dict[str, dict[str, Any]] = {}
@@ -54,10 +44,12 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
         facts["model"] = model_facts(path)
     if not facts:
         raise FormatError(f"{path}: has no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
-    written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / MANIFEST).is_file()]
+    written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / files.MANIFEST).is_file()]
     if written:
-        changed = [f"{folder / name}: not as it was written" for folder in written for name in changed_files(folder)]
-        count = sum(len(read_manifest(folder)) for folder in written)
+        changed = [
+            f"{folder / name}: not as it was written" for folder in written for name in files.changed_files(folder)
+        ]
+        count = sum(len(files.read_manifest(folder)) for folder in written)
         facts["manifest"] = {"path": str(path), "files": count, "problems": changed}
     return facts
 
@@ -70,7 +62,7 @@ def run_facts(directory: Path) -> dict[str, Any]:
     Raises:
         FormatError: a file is damaged.
     """
-    record, defaults = read_json(directory / "run.json"), Settings().by_flag
+    record, defaults = files.read_json(directory / "run.json"), Settings().by_flag
     settings = record.get("config")
     if isinstance(settings, dict):
         settings = {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
@@ -79,7 +71,7 @@ def run_facts(directory: Path) -> dict[str, Any]:
     for line in read_records(metrics) if metrics.exists() else []:
         facts["evaluation" if "eval_loss" in line else "last_step"] = line
     facts["checkpoint"] = next((path.name for path in reversed(checkpoints(directory / "checkpoints"))), None)
-    facts["summary"] = read_json(summary) if summary.exists() else None
+    facts["summary"] = files.read_json(summary) if summary.exists() else None
     return facts
 
 
@@ -91,17 +83,17 @@ def model_facts(directory: Path) -> dict[str, Any]:
     Raises:
         FormatError: a file is missing or damaged.
     """
-    config, files = read_json(directory / "config.json"), tensor_files(directory)
-    tensors = {name: file.entries[name] for name, file in files.items()}
+    config, stored = files.read_json(directory / "config.json"), files.tensor_files(directory)
+    tensors = {name: file.entries[name] for name, file in stored.items()}
     problems = []
     try:  # on the device "meta", loading checks the same and reads no weight
         load_model(directory, device="meta")
     except MiniloraError as error:
         problems = _reasons(error)
-    for name, parts in packed_weights(files).items() if not problems else ():
-        layout, _ = read_layout(files[parts[0]], parts[0])
+    for name, parts in packed_weights(stored).items() if not problems else ():
+        layout, _ = read_layout(stored[parts[0]], parts[0])
         size = sum(tensors.pop(part).bytes for part in parts)
-        tensors[name] = TensorEntry(quant_type(layout).upper(), layout.shape, size)
+        tensors[name] = files.TensorEntry(quant_type(layout).upper(), layout.shape, size)
     tokenizer: dict[str, Any]
     try:
         loaded = load_tokenizer(directory)
@@ -111,7 +103,7 @@ def model_facts(directory: Path) -> dict[str, Any]:
     return {
         "path": str(directory),
         "config": config,
-        "files": {path.name: path.stat().st_size for path in {file.path: file for file in files.values()}},
+        "files": {path.name: path.stat().st_size for path in {file.path: file for file in stored.values()}},
         "tokenizer": tokenizer,
         "tensors": dict(sorted(tensors.items())),
         "not read": describe_other_parts(directory),
@@ -130,9 +122,9 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {"path": str(directory)}
     if (directory / "state.json").is_file():  # of a checkpoint
-        facts["step"] = read_json(directory / "state.json").get("step")
-    facts["config"] = read_json(directory / CONFIG_FILE)
-    facts["tensors"] = TensorFile(directory / WEIGHTS_FILE).entries
+        facts["step"] = files.read_json(directory / "state.json").get("step")
+    facts["config"] = files.read_json(directory / CONFIG_FILE)
+    facts["tensors"] = files.TensorFile(directory / WEIGHTS_FILE).entries
     try:
         stored = read_adapter(directory)
         config = stored.config()
@@ -157,15 +149,6 @@ def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:
     """
     right_A, right_B = (torch.linalg.qr(factor.double(), mode="r").R for factor in (lora_A.T, lora_B))
     return abs(scale) * torch.linalg.matrix_norm(right_B @ right_A.T).item()
-
-
-def _locate(name_or_path: str) -> Path:
-    if Path(name_or_path).exists():
-        return Path(name_or_path)
-    try:
-        return fetch(name_or_path, "model")
-    except FormatError:
-        return fetch(name_or_path, "adapter")
 
 
 def _reasons(error: MiniloraError) -> list[str]:

@@ -132,7 +132,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     "dequantized", without for "original".
 
     Raises:
-        ConfigError: no adapter is named, or this base cannot be merged into that target.
+        ConfigError: this base cannot be merged into that target.
         TrainingError: a merged weight is not finite; no file is left in `out`.
         FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
     """
@@ -210,8 +210,6 @@ def _load_adapters(merge: Merge) -> dict[str, AdapterWrapper]:
     Two kinds of adapters need weights of the base: those with copies of weights by PEFT, which are compared, and those
     that started as a part of the weights.
     """
-    if not merge.adapters:
-        raise ConfigError("there is nothing to merge: name an adapter")
     model = merge.dense_model()
     names = [f"adapter{i}" for i in range(len(merge.adapters))]
     if needed := {f"{path}.weight" for adapter in merge.adapters for path in _needed_modules(adapter)}:
