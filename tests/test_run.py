@@ -225,7 +225,7 @@ def refused(capsys, directory):
 
 def test_a_finished_run_is_never_overwritten(refused, whole):
     refused(whole, "holds a finished run with other settings (--lora-r was 3 and is 4); use another", lora_r=4)
-    refused(whole, "holds a run, which is not to be resumed", resume="never")
+    refused(whole, "has a run, and --resume is never", resume="never")
     refused(whole, "epochs was 2.0 and is 3.0", epochs=3)
 
 

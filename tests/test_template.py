@@ -135,14 +135,14 @@ def test_a_span_is_where_the_text_of_its_block_is(source, expected):
 def test_a_template_that_changes_the_text_of_a_block_has_no_spans(source):
     chosen = ChatTemplate(source, {})
     assert chosen.render(USER) == "<a>"
-    with pytest.raises(DataError, match="changes the text of a generation block"):
+    with pytest.raises(DataError, match="changes the text of one before"):
         chosen.render_spans(USER)
 
 
 @pytest.mark.parametrize("mark", [BEGIN, END])
 def test_text_cannot_forge_the_marks_of_a_span(mark):
     for role in ("user", "assistant"):
-        with pytest.raises(DataError, match="changes the text of a generation block"):
+        with pytest.raises(DataError, match="changes the text of one before"):
             ChatTemplate(MARKED, {}).render_spans([{"role": role, "content": f"a{mark}"}])
 
 

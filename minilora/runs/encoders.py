@@ -28,6 +28,7 @@ from minilora.runs.conversations import encode_question, render_conversation
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row
 from minilora.runs.settings import DataConfig
 
+BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 SHOWN = 10_000  # rows from one line on the progress to the next
 
 
@@ -68,7 +69,7 @@ def encode_rows(
     `show` is called with lines on the progress.
 
     Raises:
-        DataError: a row cannot be used, and `skip_bad_rows` is not set; or no label is left.
+        DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
     """
     dataset, systems, first = Dataset(()), set[str | None](), ""
     for number, row in enumerate(rows, start=1):
@@ -86,6 +87,8 @@ def encode_rows(
             dataset.bad.append(f"{row.source}: {error}")
             if not config.skip_bad_rows:
                 raise DataError(f"{dataset.bad[-1]}; skip_bad_rows skips such rows") from error
+            if len(dataset.bad) > BAD_ROWS:
+                raise DataError(dataset.bad[-1]) from error
             continue
         dataset.quoted += is_quoted
         dataset.conversations += isinstance(parsed, Conversation)

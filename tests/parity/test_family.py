@@ -422,6 +422,6 @@ def test_a_sum_is_what_peft_makes_unless_it_is_scaled_twice_there(tmp_path, fiel
 def test_the_record_of_prompts_does_not_disturb_peft_and_transformers(tmp_path):
     directory = write_chat_models(tmp_path)
     for name in ("chat", "chat-adapter"):
-        (directory / name / PROMPTS_FILE).write_text(Prompts("plain", "Be kind.").to_json())
+        (directory / name / PROMPTS_FILE).write_text(json.dumps(vars(Prompts("plain", "Be kind."))))
     assert transformers.AutoTokenizer.from_pretrained(directory / "chat").chat_template == CHATML
     assert theirs_loading(directory / "chat-adapter", theirs_loaded(directory / "chat")).active_adapters == ["default"]

@@ -118,5 +118,5 @@ def test_merge_writes_no_name_of_code(tmp_path):
 
 def test_inspect_says_what_it_takes(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ml.FormatError, match=r"metrics\.jsonl: is no \.safetensors file; need one, or the directory"):
+    with pytest.raises(ml.FormatError, match=r"metrics\.jsonl: not a safetensors file"):
         inspect_path(str(tmp_path / "metrics.jsonl"))
