@@ -1,8 +1,8 @@
 """Adapters in and out of a model: attach, switch, merge, detach, save, load.
 
 A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `attach_lora`,
-`save_lora` and `load_lora` are for LoRA and DoRA with one rank on linear layers; `ml.attach` and
-`ml.load_adapter` resolve everything else that PEFT has, and end in the same functions.
+`save_lora` and `load_lora` are for LoRA and DoRA with one rank on linear layers. The command uses
+`ml.attach` and `ml.load_adapter`, which take any `LoraConfig` and end in `inject_adapter` as well.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     DoRA   y = m ⊙ (W + s·B A) x / ‖W + s·B A‖ + b   m (out), ‖·‖ the norm of a row     [DoRA eq. 5]
 
 W and b stay frozen. A starts random and B at zero, so a new adapter leaves the output unchanged.
-`@definition` marks a function that a faster one, its kernel, may replace (definition.py).
+`@definition` marks a function whose kernel, if it has one, runs unless `--plain` is given.
 
     in, out  features    r  rank    s  scale
 
@@ -147,7 +147,7 @@ class LoraLinear(AdapterWrapper):
         first, *others = self.active_adapters()
         if any(adapter.magnitude is not None for adapter in (first, *others)):
             return self.dora_forward(x)
-        y = first(x, self.base, self.merged_bias())  # lora_linear
+        y = first(x, self.base, self.merged_bias())  # by lora_linear
         return sum((adapter.update(x) for adapter in others), start=y)
 
     def dora_forward(self, x: Tensor) -> Tensor:

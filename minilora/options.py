@@ -31,7 +31,7 @@ def document_fields(cls: C) -> C:
     return cls
 
 
-def answers(**advice: str) -> Callable[[C], C]:
+def reject_foreign_kwargs(**advice: str) -> Callable[[C], C]:
     """Decorate a class so that keyword arguments of other libraries raise a `TypeError` with advice."""
 
     def decorate(cls: C) -> C:

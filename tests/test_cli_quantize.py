@@ -11,7 +11,7 @@ import minilora as ml
 from minilora import cli
 from minilora.adapter import linear_layers
 from minilora.adapters.layout import BASE_METADATA, base_quantization
-from minilora.cli.load import find
+from minilora.cli.load import find_sources
 from minilora.cli.merge import NOTABLE
 from minilora.files import TensorFile, read_json, write_tensors
 from minilora.models import checkpoint
@@ -141,7 +141,7 @@ def test_quantization_precedence_flags_then_adapter(directory, tmp_path, monkeyp
     }
     places = {"model": model, "adapter": [str(made.get(name, name)) for name in adapters]}
     options = {"quantize": None, "double_quant": None, "quantize_skip": None, **flags}
-    assert find({**places, **options}).quantize == expected
+    assert find_sources({**places, **options}).quantize == expected
 
 
 def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, run, tmp_path):

@@ -26,7 +26,7 @@ from minilora.models.config import parse_config
 from minilora.models.delta_rule import SIZES as LINEAR_SIZES
 from minilora.runs import forecast as forecasts
 from minilora.runs import memory as host
-from minilora.runs.forecast import Live, Plan, choose_plan
+from minilora.runs.forecast import MemoryCounter, Plan, choose_plan
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import build_optimizer
 from minilora.runs.memory import amount, free_memory_bytes, peak_memory_bytes
@@ -75,14 +75,14 @@ def live_bytes(model, config, lengths, labelled):
     optimizer.zero_grad()
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     held = {t.untyped_storage()._cdata: t for t in (*model.parameters(), *model.buffers(), *moments)}.values()
-    with Live(held) as live:
+    with MemoryCounter(held) as live:
         train_step(model, optimizer, [batch], loss)
     return live.most + sum(tensor.untyped_storage().nbytes() for tensor in held)
 
 
 def test_the_most_that_lives_is_counted_once_a_storage_without_what_was_there():
     known = torch.zeros(1000)
-    with Live([known]) as live:
+    with MemoryCounter([known]) as live:
         first = known + 1  # 4,000 bytes
         second = torch.cat([first, first.view(10, 100).flatten()])  # and 8,000
         del first

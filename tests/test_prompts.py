@@ -7,7 +7,7 @@ import pytest
 
 import minilora as ml
 from minilora.cli.generate import encode_prompts
-from minilora.cli.load import find
+from minilora.cli.load import find_sources
 from minilora.models.prompts import PROMPTS_FILE, Prompts, read_prompt_files
 from minilora.runs.checkpoints import newest_checkpoint
 from minilora.runs.formats import Row
@@ -44,7 +44,7 @@ def run(runs, capsys, monkeypatch):
 def asked(**options):
     """The tokens of the prompt that `generate` gives to a model."""
     options = {**OPTIONS, "raw": None, "system": None, **options}
-    return encode_prompts([Row({"prompt": "the sea"}, "x")], find(options).tokenizer, options)
+    return encode_prompts([Row({"prompt": "the sea"}, "x")], find_sources(options).tokenizer, options)
 
 
 def expected(runs, kind):

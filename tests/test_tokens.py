@@ -1,4 +1,4 @@
-"""Rows of an embedding that are trained: as the whole matrix with those rows in it, without ever making one."""
+"""TokenRows of an embedding that are trained: as the whole matrix with those rows in it, without ever making one."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.adapters.modules_to_save import Rows, TrainableTokens
+from minilora.adapters.modules_to_save import TokenRows, TrainableTokens
 from minilora.llama import Documents
 from minilora.testing.compare import MATHS, assert_maths, relative
 from tests.models import WHOLE, allocated, perturb_, randn, seeds, tiny_model, token_ids, train_a_little
@@ -43,7 +43,7 @@ token_lists = st.lists(st.integers(0, 60), min_size=1, max_size=20, unique=True)
 @given(seeds, token_lists)
 def test_rows_act_as_the_whole_matrix_with_them_in_it(seed, ids):
     embedding = nn.Embedding(61, 5).double().requires_grad_(False)
-    place = TrainableTokens(embedding, "embedding", {"new": Rows(ids, nn.Parameter(randn(seed, len(ids), 5)))})
+    place = TrainableTokens(embedding, "embedding", {"new": TokenRows(ids, nn.Parameter(randn(seed, len(ids), 5)))})
     place.active = ("new",)
     x, dy = token_ids(seed + 1, 4, 9), randn(seed + 2, 4, 9, 5)
     trained = place.adapters["new"].rows

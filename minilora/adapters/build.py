@@ -21,7 +21,7 @@ from minilora.adapters.config import (
 )
 from minilora.adapters.initialize import factors_from_weight, gaussian_factors
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
-from minilora.adapters.modules_to_save import ModulesToSave, Rows, TrainableTokens, TrainedCopy
+from minilora.adapters.modules_to_save import ModulesToSave, TokenRows, TrainableTokens, TrainedCopy
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm, initial_factors
@@ -124,7 +124,7 @@ def low_rank_tensors(
         lora_A, lora_B = factors_from_weight("pissa", matrix_of(module), r, config.scale(path))
     elif init == "gaussian" or is_embedding(module):
         lora_A, lora_B = gaussian_factors(shape_A, shape_B, generator, is_embedding(module))
-    else:  # also for "pissa" on "meta", where W has no numbers
+    else:  # A random and B = 0; also for "pissa" on "meta", where W has no numbers
         lora_A, lora_B = initial_factors(r, shape_A[1], shape_B[0], generator).values()
     tensors = {"lora_A": lora_A, "lora_B": lora_B}
     if is_part_of_weight:
@@ -230,7 +230,7 @@ def _trained_biases(
 
 def _token_rows(
     modules: Mapping[str, Any], config: LoraConfig, dtype: torch.dtype, embedding: str | None
-) -> dict[str, Rows]:
+) -> dict[str, TokenRows]:
     """Return the trained rows by path, which start as those of the weight.
 
     As in PEFT, the modules that are tied to the model's `embedding` share its rows, unless one is given other tokens.
@@ -256,7 +256,7 @@ def _token_rows(
     rows = {}
     for path, ids in tokens.items():
         start = modules[path].weight.detach()[list(ids)]
-        rows[path] = Rows(ids, nn.Parameter(copied_tensor(start, dtype)))
+        rows[path] = TokenRows(ids, nn.Parameter(copied_tensor(start, dtype)))
     for path, ids in tokens.items():
         if not is_embedding(modules[path]) or embedding not in (None, path):
             continue
@@ -264,7 +264,7 @@ def _token_rows(
         tied = [other for other, module in modules.items() if _has_rows(module) and module.weight is weight]
         if all(tokens.get(other, ids) == ids for other in tied):
             shared = [other for other in tied if other not in tokens or type(modules[other]) is nn.Linear]
-            rows |= {other: Rows(ids, rows[path].rows, is_shared=True) for other in shared}
+            rows |= {other: TokenRows(ids, rows[path].rows, is_shared=True) for other in shared}
     return rows
 
 

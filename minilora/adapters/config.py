@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from minilora.errors import ConfigError, TargetError, in_recipe
 from minilora.lora import lora_scale
-from minilora.options import answers, check_types, document_fields, option
+from minilora.options import check_types, document_fields, option, reject_foreign_kwargs
 
 Bias = Literal["none", "all", "lora_only"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -36,7 +36,7 @@ PLAIN_NAME = re.compile(r"\^?[\w-]+(\.[\w-]+)*")  # a name, its last parts, or ^
 T = TypeVar("T")
 
 
-@answers(
+@reject_foreign_kwargs(
     rank="use r",
     alpha="use lora_alpha",
     dropout="use lora_dropout",

@@ -28,7 +28,7 @@ from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_o
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
-from minilora.adapters.layout import Stored
+from minilora.adapters.layout import AdapterFile
 from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.errors import ConfigError, FormatError, TargetError, TrainingError, in_recipe, listed
 from minilora.files import publishing, write_json, write_tensors
@@ -117,7 +117,7 @@ def load_adapter(
         model.eval()
 
 
-def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, Tensor]]:
+def _blank_tensors(stored: AdapterFile, modules: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, Tensor]]:
     """Return tensors for the low-rank adapters that the config asks for, without their numbers."""
     blank: dict[str, dict[str, Tensor]] = {}
     for path, tensors in stored.tensors.items():
@@ -133,7 +133,11 @@ def _blank_tensors(stored: Stored, modules: Mapping[str, Any], config: LoraConfi
 
 
 def _copy_stored(
-    stored: Stored, layers: Mapping[str, AdapterWrapper], modules: Mapping[str, Any], config: LoraConfig, name: str
+    stored: AdapterFile,
+    layers: Mapping[str, AdapterWrapper],
+    modules: Mapping[str, Any],
+    config: LoraConfig,
+    name: str,
 ) -> None:
     """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared.
 
@@ -222,7 +226,7 @@ def _alpha(config: LoraConfig, where: str, adapter: LoraAdapter) -> float:
     return config.alpha(where) if factor == 1 else factor * config.alpha(where)
 
 
-def _saved(stored: Stored, entries: Sequence[str]) -> tuple[str, ...]:
+def _saved(stored: AdapterFile, entries: Sequence[str]) -> tuple[str, ...]:
     """Return the paths of the modules that a file holds in full; PEFT matches the ends of their paths as text.
 
     An entry that matches nothing is kept, so that it is reported as missing.

@@ -82,7 +82,7 @@ TENSOR_NAME = re.compile(rf"(?P<path>.+)\.(?:{_ANY_ENDING})")
 
 
 @dataclass(frozen=True)
-class Stored:
+class AdapterFile:
     """The contents of an adapter's directory.
 
     Attributes:
@@ -110,7 +110,7 @@ class Stored:
             raise FormatError(f"{self.path / CONFIG_FILE}: {error}") from error
 
 
-def read_adapter(directory: Path) -> Stored:
+def read_adapter(directory: Path) -> AdapterFile:
     """Read an adapter's two files.
 
     Raises:
@@ -142,7 +142,7 @@ def read_adapter(directory: Path) -> Stored:
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
-    return Stored(directory, values, tensors)
+    return AdapterFile(directory, values, tensors)
 
 
 def base_model_of(path: str | Path) -> str | None:
@@ -157,7 +157,7 @@ def base_model_of(path: str | Path) -> str | None:
 def vocabulary_of(path: str | Path) -> int:
     """Return how many rows an embedding needs for the tokens that an adapter trained; 0 if it trained none."""
     directory = fetch(path, "adapter")
-    return Stored(directory, read_values(directory), {}).config().vocabulary
+    return AdapterFile(directory, read_values(directory), {}).config().vocabulary
 
 
 def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:

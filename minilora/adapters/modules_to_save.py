@@ -83,7 +83,7 @@ def unties(layers: Iterable[AdapterWrapper | None]) -> bool:
     return len({tuple(map(id, parameters)) for parameters in acting}) > 1
 
 
-class Rows(nn.Module):
+class TokenRows(nn.Module):
     """The trained rows of one adapter, and the tokens that they belong to (final).
 
     `is_shared` says that the rows are those of an embedding that the module is tied to, which are saved there.

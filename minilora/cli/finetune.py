@@ -193,7 +193,7 @@ def load_adapted(plan: Plan, base: Base, device: torch.device | str) -> Llama:
 def run(options: Options) -> int:
     """Fine-tune, call by call as in the diagram of docs/architecture.md."""
     is_dry = options["dry_run"]
-    with processes.joined(options["device"]) as device, ExitStack() as stack:
+    with processes.process_group(options["device"]) as device, ExitStack() as stack:
         settings, base = find_inputs(read_settings(options))
         directory = stack.enter_context(closing(RunDirectory(settings)))
         check_settings(settings, base)

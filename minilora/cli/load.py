@@ -43,7 +43,7 @@ def add_model_flags(parser: Parser) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class Sources:
     """The model and the adapters that the flags name, and how to load them."""
 
     base: Location
@@ -52,7 +52,7 @@ class Found:
     tokenizer: Tokenizer | None  # None if the model has none; it can be merged without
 
 
-def find(options: Options) -> Found:
+def find_sources(options: Options) -> Sources:
     """Find the model and the adapters that the flags name, and download them if necessary."""
     paths = tuple(fetch(name, "adapter") for name in options["adapter"])
     name = base_of(options["model"], paths)
@@ -64,7 +64,7 @@ def find(options: Options) -> Found:
         note = f"the adapter {options['adapter'][0]} names it as its base model; --model names another"
         raise FormatError(f"{error} ({note})") from error
     recorded = {} if options["quantize"] == "none" else recorded_quantization(base.path, paths)
-    return Found(base, paths, from_flags(QuantizeConfig, options, recorded), tokenizer_of(base.name, paths))
+    return Sources(base, paths, from_flags(QuantizeConfig, options, recorded), tokenizer_of(base.name, paths))
 
 
 def load(options: Options) -> tuple[Llama, Tokenizer]:
@@ -74,7 +74,7 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
         FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
         ConfigError: there are several adapters, or one that is merged already; or as for `load_model`, `load_adapter`.
     """
-    found = find(options)
+    found = find_sources(options)
     if len(found.adapters) > 1:
         raise ConfigError("give one --adapter; `minilora merge` makes one of several")
     check_not_merged(found.base, found.adapters)

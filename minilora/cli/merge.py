@@ -23,7 +23,7 @@ from minilora.adapters.files import load_adapter, save_adapter_files
 from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
-from minilora.cli.load import MERGED, Found, add_model_flags, check_not_merged, find
+from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
 from minilora.cli.messages import base_notes, changed_notes, say_system_prompt
 from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
@@ -55,7 +55,7 @@ def run(options: Options) -> int:
     options = {**options, "adapter": list(names)}
     with new_directory(options["out"]) as out:
         if options["as_adapter"]:
-            found = find(options)
+            found = find_sources(options)
             for note in changed_notes(found.adapters):
                 say(note)
             written = f"adapter of rank {_combine(found, weights, out)}"
@@ -80,7 +80,7 @@ def split_weight(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def _combine(found: Found, weights: Sequence[float], out: Path) -> int:
+def _combine(found: Sources, weights: Sequence[float], out: Path) -> int:
     """Write the weighted sum of the adapters as one, and return its largest rank."""
     model = load_model(found.base.name, "auto", "meta", found.quantize)
     names = [f"adapter{i}" for i in range(len(found.adapters))]
@@ -96,7 +96,7 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
 
     With weights, what is merged already may be added to or subtracted.
     """
-    target, found = options["target"], find(options)
+    target, found = options["target"], find_sources(options)
     is_plain = all(weight == 1 for weight in weights)
     if is_plain:
         check_not_merged(found.base, found.adapters)

@@ -143,6 +143,8 @@ def _as_parts(text: str) -> list[dict[str, str]]:
 
 def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Drop keys without a value, and store reasoning under all names that templates use, as transformers does."""
+    if not messages:
+        raise DataError("a conversation needs at least one message")
     normalized = []
     for message in messages:
         if not isinstance(message, Mapping):

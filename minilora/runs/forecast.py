@@ -135,7 +135,7 @@ def _tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-class Live(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Counts the bytes of all storages that operations made, and that still live, except those of `known` tensors."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
@@ -176,7 +176,7 @@ def _measure_step(plan: Plan, model: Llama, rows: Sequence[tuple[int, int]], way
     targets = tokens[: sum(labelled)]
     marks: list[int] = []  # bytes that live before each block, and after the last one
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with Live([*model.parameters(), *model.buffers(), *gradients]) as live:
+    with MemoryCounter([*model.parameters(), *model.buffers(), *gradients]) as live:
         modules = (*decoder.layers, decoder.norm)
         hooks = [module.register_forward_pre_hook(lambda *_: marks.append(live.now)) for module in modules]
         hidden = decoder(tokens, MetaAttention(plan.device, lengths), way).index_select(0, targets)

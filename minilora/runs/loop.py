@@ -97,7 +97,7 @@ def train(
     config = config or TrainConfig()
     on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    run = _check_run(model, dataset, held_out, config, loss, folder)
+    fingerprint = _check_run(model, dataset, held_out, config, loss, folder)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # now, not after a tenth of the run, if it cannot be written
     device = next(model.parameters()).device
@@ -118,7 +118,7 @@ def train(
         return (part, number) if batch.is_counted else (0 * part, 0)
 
     try:
-        state, best, damaged = _resume(model, optimizer, run, total, folder, config.save_total_limit)
+        state, best, damaged = _resume(model, optimizer, fingerprint, total, folder, config.save_total_limit)
         processes.broadcast_(checkpoints.trained_tensors(model).values())
         finished = state.step == total or state.stale >= patience
         stopped = False
@@ -196,15 +196,15 @@ def _check_run(
         check_examples(model, [*dataset, *held_out])
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
-    run = ""
+    fingerprint = ""
     if folder is not None or processes.size() > 1:
-        run = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
+        fingerprint = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
-        if processes.differing({"": (repr(config), len(dataset), len(held_out), run)}):
+        if processes.differing({"": (repr(config), len(dataset), len(held_out), fingerprint)}):
             raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
-    return run
+    return fingerprint
 
 
 def _checked(loss: Loss) -> Loss:
@@ -273,7 +273,7 @@ def _step(
     }
 
 
-def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.Step) -> TrainingError:
+def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.StepRows) -> TrainingError:
     """Return the error of a step whose loss or gradient is not finite."""
     sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
     return TrainingError(
@@ -283,15 +283,15 @@ def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.Step) -> T
 
 
 def _resume(
-    model: nn.Module, optimizer: Optimizer, run: str, total: int, folder: Path | None, limit: int
+    model: nn.Module, optimizer: Optimizer, fingerprint: str, total: int, folder: Path | None, limit: int
 ) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
-    state = checkpoints.State(run, total_steps=total)
+    state = checkpoints.State(fingerprint, total_steps=total)
     if folder is None:
         return state, {}, ()
     newest, damaged = processes.run_on_rank0(checkpoints.newest_checkpoint, folder)
     if newest is None:
         return state, {}, damaged
-    state, best = checkpoints.load_checkpoint(newest, model, optimizer, run, total)
+    state, best = checkpoints.load_checkpoint(newest, model, optimizer, fingerprint, total)
     processes.run_on_rank0(checkpoints.prune, folder, state.step, limit)  # a crash may have left some
     return state, best, damaged

@@ -41,7 +41,7 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[torch.device]:
+def process_group(device: str) -> Iterator[torch.device]:
     """Join the ranks that torchrun's environment variables name, for as long as the block lasts; give the device.
 
     On CUDA a rank uses the GPU of its local number, and NCCL; on the CPU it uses gloo. All but the first are silent.

@@ -22,7 +22,7 @@ from minilora.lora import LoraAdapter
 from minilora.runs.settings import TrainConfig
 
 Rows = list[int]  # indices of the rows of one micro-batch
-Step = list[Rows]  # those of each micro-batch
+StepRows = list[Rows]  # those of each micro-batch
 MAX_STEPS = 1_000_000
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
 SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds differ; the generator keeps 32 bits
@@ -36,7 +36,7 @@ class MicroBatch(NamedTuple):
     is_counted: bool  # or else another rank has it as well
 
 
-def plan_steps(rows: int, config: TrainConfig) -> list[Step]:
+def plan_steps(rows: int, config: TrainConfig) -> list[StepRows]:
     """Return the micro-batches of every step of a run with so many rows.
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
@@ -46,7 +46,7 @@ def plan_steps(rows: int, config: TrainConfig) -> list[Step]:
         ConfigError: there are more than `MAX_STEPS` steps.
     """
     accumulated = config.gradient_accumulation_steps
-    steps, max_steps = list[Step](), config.max_steps
+    steps, max_steps = list[StepRows](), config.max_steps
     epochs = config.epochs if max_steps is None else max_steps  # an epoch has at least one step
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(config.seed * SEEDS + epoch)

@@ -12,7 +12,7 @@ from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, in_recipe
 from minilora.files import BUILTIN
 from minilora.models.bitsandbytes import QuantizeConfig
-from minilora.options import answers, check_types, document_fields, option
+from minilora.options import check_types, document_fields, option, reject_foreign_kwargs
 
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
@@ -57,7 +57,7 @@ class DataConfig:
             raise ConfigError(f"DataConfig: max_length is {self.max_length!r}, need a whole number of at least 1")
 
 
-@answers(
+@reject_foreign_kwargs(
     lr="use learning_rate",
     num_train_epochs="use epochs",
     per_device_train_batch_size="use batch_size",
