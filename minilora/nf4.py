@@ -1,4 +1,4 @@
-"""NF4: a frozen weight in four bits, with one scale for each block of 64 numbers.
+"""NF4: a frozen 4-bit weight, with one scale for each block of 64 numbers.
 
     absmax_b = max |w| over block b,    code = nearest of 16 levels to w / absmax_b
     w ≈ level[code] · absmax_b
@@ -44,7 +44,7 @@ SMALLEST = 1e-38  # the least divisor: a block with an absmax of 0 has only zero
 
 
 class Packed(NamedTuple):
-    """The tensors of a weight in four bits."""
+    """The tensors of a 4-bit weight."""
 
     packed: Tensor  # (⌈n/2⌉) uint8
     absmax: Tensor  # (b) float32, or with double quantization uint8 codes
@@ -195,7 +195,7 @@ def nf4_linear(x: Tensor, layer: NF4Linear, bias: Tensor | None) -> Tensor:
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is packed in four bits; it computes in `dtype`."""
+    """A frozen linear layer with a packed 4-bit weight; it computes in `dtype`."""
 
     packed: Tensor
     absmax: Tensor

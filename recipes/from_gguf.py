@@ -53,6 +53,7 @@ def build_config(family: str, keys: dict, tensors: dict) -> dict:
     config["vocab_size"] = len(tensors["token_embd.weight"].data)
     config["tie_word_embeddings"] = "output.weight" not in tensors
     width = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    require((family, config["num_hidden_layers"]) != ("gemma3", 62), "Gemma 3 27B: its scale of q is not in the file")
     config["partial_rotary_factor"] = keys.get("rope.dimension_count", width) / width
     if factors := tensors.pop("rope_freqs.weight", None):
         config["rope_scaling"] = scaling = {**LLAMA3, "factor": float(factors.data.max())}
@@ -86,9 +87,8 @@ def read_weights(family: str, tensors: dict, config: dict) -> dict:
 
 
 if __name__ == "__main__":
-    file, directory = map(Path, sys.argv[1:])
+    reader, directory = gguf.GGUFReader(sys.argv[1]), Path(sys.argv[2])
     require(not directory.exists(), f"{directory}, which is there already")
-    reader = gguf.GGUFReader(file)
     keys = {name: field.contents() for name, field in reader.fields.items()}
     family = keys["general.architecture"]
     require(family in FAMILIES, f"the architecture {family!r}; it can read {FAMILIES}")

@@ -129,7 +129,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     """Merge, write the model with its tokenizer, and return its `relative_error`, with W as in training.
 
     The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
-    "dequantized", without for "original".
+    "dequantized", without for "original". A model in a wrapper is written in its wrapper.
 
     Raises:
         ConfigError: this base cannot be merged into that target.

@@ -17,9 +17,13 @@ TEXT = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "max_positi
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
 LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+QWEN = {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+QWEN |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 6}
 WRAPPERS = {  # the class, the text model, the vision model, and the wrapper's own keys
     "Gemma3": ({"model_type": "gemma3_text"}, {"model_type": "siglip_vision_model"}, {"mm_tokens_per_image": 4}),
     "Mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", "head_dim": 8}, {}),
+    "Mistral3 of Ministral 3": ({"model_type": "ministral3"}, {"model_type": "pixtral", "head_dim": 8}, {}),
+    "Qwen3_5": (QWEN, {"model_type": "qwen3_5", "out_hidden_size": 24, "num_heads": 2, "depth": 2}, {}),
     "Llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "projection_dim": 16}, {}),
     "Lfm2Vl": (LFM2, {"model_type": "siglip2_vision_model", "num_patches": 4}, {}),
 }
@@ -28,6 +32,7 @@ WRAPPERS = {  # the class, the text model, the vision model, and the wrapper's o
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_logits_are_theirs_and_they_load_what_we_merge(name, tmp_path):
     text, vision, own = WRAPPERS[name]
+    name = name.partition(" ")[0]
     config = getattr(transformers, f"{name}Config")(text_config=TEXT | text, vision_config=VISION | vision, **own)
     kind = getattr(transformers, f"{name}ForConditionalGeneration")
     theirs = kind(config).eval()
