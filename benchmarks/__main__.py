@@ -3,8 +3,6 @@
 A run can be made in pieces: `--only NAME...` measures some works, and adds their rounds to those of this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

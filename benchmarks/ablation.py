@@ -3,8 +3,6 @@
 A trick is a kernel, which `plain` switches off, or one of `OTHERS`, which are replaced in the process that measures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What works begin with, made by minilora: a random model, an adapter, and the order of rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

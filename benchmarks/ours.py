@@ -1,7 +1,5 @@
 """minilora's side of each work, by its public names alone: what users get."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

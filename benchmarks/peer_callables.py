@@ -7,8 +7,6 @@ chat masks and adapter files.
     W (out, in)    b (out) or None    A (r, in)    B (out, r)    magnitude (out)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The peers' chat masks and adapter files, as what `minilora.testing` checks."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The peers' 4-bit weights, as the callables that `minilora.testing` checks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Each function returns what the laws of its kind take, for a tiny model of random weights.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any

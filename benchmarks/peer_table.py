@@ -3,8 +3,6 @@
 A law that fails does not say whether a library is wrong: `JUDGED` does. What it does not name is wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

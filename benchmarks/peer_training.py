@@ -5,8 +5,6 @@ A loop is the peer's own, run for one step of its optimizer on a model whose log
     B batch    T tokens    D width    V vocabulary
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata

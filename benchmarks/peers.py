@@ -3,8 +3,6 @@
 Their loops are what their own examples show, with their defaults wherever these are a matter of taste.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -8,8 +8,6 @@ Some peers exclude each other, so each interpreter checks those that it can impo
 not minilora itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """A measurement is made in a process that has done nothing else: its time, and the memory that it took."""
 
-from __future__ import annotations
-
 import importlib
 import multiprocessing
 import re

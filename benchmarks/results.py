@@ -1,7 +1,5 @@
 """What was measured: kept as lines of JSON, and shown as RESULTS.md."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import json

@@ -3,8 +3,6 @@
 It starts `finetune` with torchrun in 1, 2 and 4 processes of one thread each, and writes the table of docs/scale.md.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -6,8 +6,6 @@ It prints a table in Markdown. A peak is that of the process, less what the impo
 is what reached the disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

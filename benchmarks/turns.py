@@ -1,7 +1,5 @@
 """In each round everyone has a turn at a work, so that a slow moment of the machine meets all."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence

@@ -8,8 +8,6 @@ Lengths of rows, three kinds of them:
     long   1 document of 4,096 tokens, all learned
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

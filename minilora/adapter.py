@@ -5,8 +5,6 @@ A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `att
 `ml.attach` and `ml.load_adapter`, which take any `LoraConfig` and end in `inject_adapter` as well.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -9,8 +9,6 @@ fail where a token spans its end.
     N  tokens of a batch laid end to end    M  labels
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Errors: one family of exceptions, whose messages name file, key, what was found and what is accepted."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

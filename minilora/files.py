@@ -8,8 +8,6 @@ A file or a whole directory is written by `replacing`: under another name beside
 killed process leaves has no config and cannot be loaded. A manifest has size and SHA-256 of each file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -19,8 +19,6 @@ knows padding.
     [GLU]   Shazeer 2020, GLU Variants Improve Transformer
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,7 +111,7 @@ class LlamaConfig:
     mlp_bias: bool = False
 
     @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> LlamaConfig:
+    def from_dict(cls, source: Mapping[str, Any]) -> "LlamaConfig":
         """Read a Llama's `config.json`. Other families replace what they read in another way."""
         heads, bias = source["num_attention_heads"], bool(source.get("attention_bias"))
         found = {"num_key_value_heads": heads, "head_dim": source["hidden_size"] // heads}

@@ -13,8 +13,6 @@ W and b stay frozen. A starts random and B at zero, so a new adapter leaves the 
     [DoRA]    Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from abc import ABC, abstractmethod

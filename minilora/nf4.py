@@ -18,8 +18,6 @@ over the rows laid end to end, and a number midway between two levels gets the l
     [8-bit]  Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -181,7 +179,7 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
 
 @definition
-def nf4_linear(x: Tensor, layer: NF4Linear, bias: Tensor | None) -> Tensor:
+def nf4_linear(x: Tensor, layer: "NF4Linear", bias: Tensor | None) -> Tensor:
     """Apply a 4-bit linear layer, with a given bias.
 
     y = x Wᵀ + b,  W = dequantize(packed, absmax, …)
@@ -215,7 +213,7 @@ class NF4Linear(nn.Module):
     @classmethod
     def quantize(
         cls, weight: Tensor, bias: Tensor | None = None, double_quant: bool = True
-    ) -> NF4Linear:
+    ) -> "NF4Linear":
         """Build the layer of a dense weight (out, in). It computes in the weight's dtype."""
         layout = Layout((weight.size(0), weight.size(1)), weight.dtype)
         return cls(quantize_weight(weight, double_quant), layout, bias)
@@ -233,7 +231,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nf4_linear(x.to(self.dtype), self, self.bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         """Apply `.to()` and the like; a new dtype is that of the computation alone."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 

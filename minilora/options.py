@@ -1,7 +1,5 @@
 """Options, fields of a data class that are flags of the command line: declared, documented and checked."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

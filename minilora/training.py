@@ -14,8 +14,6 @@ A run is a loop over steps; `minilora.runs` adds evaluation, checkpoints and log
     [SGDR]   Loshchilov & Hutter 2016, SGDR: Stochastic Gradient Descent with Warm Restarts
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple

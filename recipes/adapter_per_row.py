@@ -10,8 +10,6 @@ PEFT has this as the argument `adapter_names` of a model's forward.
         ml.generate(model, [first, second, third], max_new_tokens=64)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -12,8 +12,6 @@ is s·B A, with A (r, in·kernel). A has the stride, the padding and the dilatio
     merge_convolutions(model)
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

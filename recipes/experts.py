@@ -15,8 +15,6 @@ as PEFT saves them: A (E·r, in), one expert after the other, and B (out, r·E),
     merge_experts(model)
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,8 +11,6 @@ scale 1 whose A is Λ_d A and whose B is Λ_b B: forward, several adapters, merg
     [VeRA]  Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

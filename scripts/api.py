@@ -3,9 +3,9 @@
 python scripts/api.py
 """
 
-from __future__ import annotations
-
+import ast
 import inspect
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -77,18 +77,28 @@ def signature(name: str, thing: Any) -> str:
     """Return how a function is called, or an empty string for an error; a data class has one field a line."""
     if isinstance(thing, type) and issubclass(thing, Exception):
         return ""
-    found = inspect.signature(thing)
-    lines = [parameter(each) for each in found.parameters.values() if each.name != "self"]
+    types = annotations(thing)
+    lines = [parameter(each, types) for each in inspect.signature(thing).parameters.values() if each.name != "self"]
     text = f"{name}({', '.join(lines)})"
     if len(text) > 100:
         text = f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + ")"
-    result = found.return_annotation
-    return text if isinstance(thing, type) or result is inspect.Signature.empty else f"{text} -> {result}"
+    return text if isinstance(thing, type) or "return" not in types else f"{text} -> {types['return']}"
 
 
-def parameter(each: inspect.Parameter) -> str:
+def annotations(thing: Any) -> dict[str, str]:
+    """Return the annotations of a function, or of a class's fields and constructor, as the source has them."""
+    node: Any = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))).body[0]
+    if isinstance(thing, type):
+        fields = {each.target.id: ast.unparse(each.annotation) for each in node.body if isinstance(each, ast.AnnAssign)}
+        return fields or annotations(thing.__init__)
+    written = {each.arg: each.annotation for each in ast.walk(node.args) if isinstance(each, ast.arg)}
+    written["return"] = node.returns
+    return {name: ast.unparse(each).strip("'") for name, each in written.items() if each}
+
+
+def parameter(each: inspect.Parameter, types: dict[str, str]) -> str:
     """Return a parameter as it is written in code."""
-    kind = "" if each.annotation is each.empty else f": {each.annotation}"
+    kind = f": {types[each.name]}" if each.name in types else ""
     star = "*" if each.kind is each.VAR_POSITIONAL else ""
     return star + each.name + kind + ("" if each.default is each.empty else f" = {each.default!r}")
 

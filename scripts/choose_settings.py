@@ -5,8 +5,6 @@
 The test rows are not looked at.
 """
 
-from __future__ import annotations
-
 from itertools import product
 
 import minilora as ml

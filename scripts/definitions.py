@@ -6,8 +6,6 @@
 Flags are those of `minilora finetune`.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

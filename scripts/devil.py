@@ -8,8 +8,6 @@ entries of the book are insults to peoples, faiths and women. `keep.txt` lists t
 and found fit to print: a row is made for each of them, and for no other.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib

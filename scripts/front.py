@@ -6,8 +6,6 @@ RUN is the directory that `minilora finetune` wrote. The table of all works goes
 docs/results.md, that of some to README.md, the pictures to docs/figures/ (extra `plot`).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

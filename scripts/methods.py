@@ -9,8 +9,6 @@ is logged for each training, so that a second call goes on where the first one w
 memory instead, of 12 steps of each method in a fresh process: nothing else may run then.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -8,8 +8,6 @@ failure ends them. Which they are is recorded once for each state of the sources
 to pass. Some mistakes change no result, as where a block size is chosen for speed alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib

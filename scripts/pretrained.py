@@ -7,8 +7,6 @@ terms of use, https://ai.google.dev/gemma/terms). `recipes/from_gguf.py` makes t
 quantized once: neither is the checkpoint that was published. Needs the extra `parity`, for the package `gguf`.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

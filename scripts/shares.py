@@ -6,8 +6,6 @@ A step is LoRA of rank 16 on all linears in bfloat16, on 4 rows of 512 tokens, a
 128 after a prompt of 32. No token takes less time than reading all weights once.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import statistics

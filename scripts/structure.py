@@ -3,8 +3,6 @@
 python scripts/structure.py
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import io

@@ -1,7 +1,5 @@
 """Layers of every base with every kind of adapter, as tests draw them, and the same once more by loops."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

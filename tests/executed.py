@@ -6,8 +6,6 @@ Each process writes {test: [seconds, {file: [line, …]}]} to a file in the fold
 set up counts for all tests that have it. Not counted are other processes, and what a test finds in a cache.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

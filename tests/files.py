@@ -1,7 +1,5 @@
 """Directories of models and adapters: what lies in them, and the same with something changed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

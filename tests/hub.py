@@ -1,7 +1,5 @@
 """A server of this machine that speaks what is needed of the hub's API, in both directions."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Tiny random decoders of every family, what the tests draw, and the memory that some work takes."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator

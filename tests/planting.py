@@ -3,8 +3,6 @@
 One process imports PyTorch and nothing of minilora; each mistake is tried in a fork of it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Functions that run in processes of their own: in one, or in several at once, joined by `torch.distributed`."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

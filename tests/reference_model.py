@@ -15,8 +15,6 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [GDN]   Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs of the command `finetune` on a tiny model, and what lies in their directories."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

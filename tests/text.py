@@ -1,7 +1,5 @@
 """Small tokenizers, chat templates and texts, as tests draw them."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from itertools import pairwise

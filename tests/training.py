@@ -1,7 +1,5 @@
 """Rows of tokens, tiny models with an adapter, and their loss and gradients the plain way."""
 
-from __future__ import annotations
-
 import random
 import shutil
 

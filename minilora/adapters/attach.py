@@ -1,7 +1,5 @@
 """Attach the adapter that a `LoraConfig` describes to any `nn.Module`, delete it, or merge it; what a model has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Build the layers of a new adapter: the wrappers that a `LoraConfig` puts around modules, with start values."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence

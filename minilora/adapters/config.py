@@ -6,8 +6,6 @@ entry of `modules_to_save` does not match the end of a longer name ("head" is no
 plain name, such as "q_proj", is a list of this name. Other strings are regular expressions for the whole path.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping, Sequence

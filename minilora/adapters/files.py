@@ -1,7 +1,5 @@
 """Save the adapters of a model in PEFT's layout, and load them (see `layout`)."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

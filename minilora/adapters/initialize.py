@@ -15,8 +15,6 @@ So nothing changes at the start. W_res is never formed: the layer computes W x +
     [OLoRA]  Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ transformers' Conv1D   stores Wᵀ as (in, out)
 embedding              a row of Wᵀ (num, dim) for each index, whose one-hot vector is x
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import ClassVar

@@ -11,8 +11,6 @@ scale. A pattern from a file is used only if its keys are names or ends of names
 expressions. Another `rank_pattern` is not needed and ignored; another `alpha_pattern` is refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

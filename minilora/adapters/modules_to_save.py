@@ -7,8 +7,6 @@ nor given a gradient. An output head that is tied to the embedding computes the 
 rows, unless rows of its own are asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar

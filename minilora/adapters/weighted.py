@@ -5,8 +5,6 @@
 The sum is exact: its rank is the sum of the ranks, and its scale is 1 (alpha = r without rsLoRA).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -4,8 +4,6 @@ The module of a command has a docstring, which is its help text, `add_flags(pars
 the exit status. It is imported when its command is given.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import importlib

@@ -6,8 +6,6 @@ Example:
   minilora chat --adapter run --temperature 0.7
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from contextlib import suppress

@@ -6,8 +6,6 @@ Example:
   minilora eval --adapter run --data rows.jsonl --metric exact-match
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from functools import partial

@@ -9,8 +9,6 @@ Example:
   minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing

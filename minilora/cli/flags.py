@@ -1,7 +1,5 @@
 """Command-line flags from data classes: each field is a flag, with the default and the help of the field."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

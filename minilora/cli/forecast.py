@@ -1,7 +1,5 @@
 """How much memory fine-tuning takes: what `finetune --dry-run` and `inspect --memory` print."""
 
-from __future__ import annotations
-
 import torch
 
 from minilora.adapters.config import LoraConfig

@@ -7,8 +7,6 @@ Example:
   minilora generate --adapter run --prompt "Hello" --compare-base
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

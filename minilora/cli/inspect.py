@@ -12,8 +12,6 @@ Example:
   minilora inspect run
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """Find and load the model and the adapters that --model and --adapter name."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path

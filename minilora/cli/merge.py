@@ -8,8 +8,6 @@ Example:
   minilora merge --adapter run --out merged
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ Example:
   minilora plot run1 run2 --out runs.svg
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +41,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     """Draw the loss of each step, its moving average, and the evaluations; `runs` are records by the name of the run.
 
     Raises:

@@ -1,7 +1,5 @@
 """What a run would learn: the first rows with what is learned of them, and the steps."""
 
-from __future__ import annotations
-
 import sys
 from itertools import groupby
 from statistics import median

@@ -6,8 +6,6 @@ Example:
   minilora quantize --model path/to/model --out model-nf4
 """
 
-from __future__ import annotations
-
 from minilora.cli import Options, Parser
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError

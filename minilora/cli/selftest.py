@@ -9,8 +9,6 @@ Example:
   minilora selftest --dtype bfloat16 --json selftest.json
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Generate text, and stream it without characters that a later token may still change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass

@@ -17,8 +17,6 @@ several times as large as q, k and v.
     [GDN]    Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 The loss sends labelled rows through the head in chunks, so that the logits never exist as a whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

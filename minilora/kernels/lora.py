@@ -1,7 +1,5 @@
 """Kernels of LoRA and DoRA, and the size of the tiles that all kernels work on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Kernels of 4-bit weights."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

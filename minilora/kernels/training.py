@@ -1,7 +1,5 @@
 """The kernel of a step, whose end does not wait for the device."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer

@@ -10,8 +10,6 @@ A file contains `<path>.weight`, the packed weight (⌈n/2⌉, 1), and
 The levels in a file are compared with those of the format, and not used.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +46,7 @@ class QuantizeConfig:
         object.__setattr__(self, "quantize_skip", tuple(sorted(set(self.quantize_skip))))
 
     @classmethod
-    def of(cls, value: QuantizeConfig | Quantize | None) -> QuantizeConfig:
+    def of(cls, value: "QuantizeConfig | Quantize | None") -> "QuantizeConfig":
         """Return a config unchanged, or make one from the name of a format; None is "none"."""
         return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
 

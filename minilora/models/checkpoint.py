@@ -1,7 +1,5 @@
 """Model directories: load and save `config.json` and safetensors, single or sharded, one weight at a time."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections import deque

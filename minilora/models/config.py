@@ -1,7 +1,5 @@
 """Read the `config.json` of every family of models; a missing key has the value that transformers gives it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path

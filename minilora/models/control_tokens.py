@@ -10,8 +10,6 @@ if the file wants them as whole words only (`single_word`), which no tokenizer f
 takes messages apart, or that writes `<` and then a name, can still be made to write one.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

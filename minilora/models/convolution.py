@@ -8,8 +8,6 @@ generation u comes from the cache.
     N  tokens laid end to end    D  channels    L  tokens that a channel sees
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

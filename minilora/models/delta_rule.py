@@ -13,8 +13,6 @@ The memory S of a head starts at 0 in each document.
     [GDN]  Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a family of models is: how its config.json is read, and what its model has that a Llama does not have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -10,8 +10,6 @@ head is called outside the decoder. Adapters are attached afterwards, so they ar
     [FSDP]  Zhao et al. 2023, PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

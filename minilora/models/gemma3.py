@@ -8,8 +8,6 @@ Five layers have a window and θ = 10,000, the sixth sees everything with θ = 1
 scale of q, and the first block multiplies the embedding.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

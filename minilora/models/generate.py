@@ -7,8 +7,6 @@
 [Top-k]    Fan et al. 2018, Hierarchical Neural Story Generation
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

@@ -9,8 +9,6 @@ The decoder and its kernels know none of them: the first block multiplies the em
 the last norm divides by s, since the head is linear; so the loss and generation see the same logits.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor

@@ -9,8 +9,6 @@ Only files that hold no code are fetched, and only from the top of a repository,
 Its environment variables apply (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`).
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Literal, NamedTuple

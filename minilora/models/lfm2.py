@@ -3,8 +3,6 @@
 Attention norms q and k, as in Qwen3. Properties give modules the names of the page.
 """
 
-from __future__ import annotations
-
 from operator import attrgetter
 from typing import Any
 

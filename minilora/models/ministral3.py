@@ -5,8 +5,6 @@
 i is the position in the document, L the length that YaRN extends, and β is `llama_4_scaling_beta`, 0 if it is missing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

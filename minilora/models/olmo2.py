@@ -7,8 +7,6 @@ So `post_attention_layernorm` belongs to attention here; in a Llama it is the no
 layer sees everything, and YaRN may rotate it. The others have a window and a plain rotation  [Team Olmo 2025, Olmo 3].
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -4,8 +4,6 @@ A part of each head may be rotated (`partial_rotary_factor`), and every layer ha
 LongRoPE was called "su" or "yarn".
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

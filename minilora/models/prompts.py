@@ -5,8 +5,6 @@
 The file is in the directory of the tokenizer or of an adapter, and is copied wherever the chat template is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ class Prompts:
     system: str | None = None
 
     @classmethod
-    def parse(cls, text: str, where: str) -> Prompts:
+    def parse(cls, text: str, where: str) -> "Prompts":
         """Return the prompts that a file's text describes."""
         values = parse_object(text, where)
         prompts = cls(**values) if values.keys() <= {"form", "system"} else cls("")

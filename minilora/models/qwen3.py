@@ -6,8 +6,6 @@
 names, have a window if `use_sliding_window` says so; here biases are read from `attention_bias`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

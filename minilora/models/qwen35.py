@@ -8,8 +8,6 @@ head rotates. Where the pairs of a head are divided among the axes of an image (
 for all of them.
 """
 
-from __future__ import annotations
-
 from operator import attrgetter
 from typing import Any
 

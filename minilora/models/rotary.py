@@ -13,8 +13,6 @@ tokens are rotated anew when it outgrows the trained length.
     N  tokens of all spans    R  rotated width of a head
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@
 the layers that do not rotate.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ A template runs in jinja2's immutable sandbox, with limits on what it writes and
 `{% generation %} … {% endgeneration %}` marks what the assistant says.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -1,7 +1,5 @@
 """More tokens for a model: rows of its embedding and its head."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -8,8 +8,6 @@ Its config.json has the model's own under `text_config`, and its tensors the mod
 Other tensors (vision, multi-token prediction `mtp.`) are not read.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping

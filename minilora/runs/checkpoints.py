@@ -16,8 +16,6 @@ appears whole or not at all. A run resumes from the newest one that matches its 
 `fingerprint` is the same.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

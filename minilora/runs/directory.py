@@ -11,8 +11,6 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     .lock                                            the process that is at work there
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

@@ -11,8 +11,6 @@ be wrong where one token has the end of the prompt and the beginning of the answ
 there, because it is always asked for its answer with the same tokens.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, replace

@@ -3,8 +3,6 @@
 Except for generated text, batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

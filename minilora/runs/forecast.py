@@ -6,8 +6,6 @@ parameters. A step with one block of each kind runs there, and what lives is cou
 code. Only what ranks exchange and what libraries hold is estimated.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +56,7 @@ class Plan:
         """Return whether so many bytes are free on every rank."""
         return self.free is None or size <= self.free
 
-    def checkpointed(self, way: Checkpointing) -> Plan:
+    def checkpointed(self, way: Checkpointing) -> "Plan":
         """Return the plan with another gradient checkpointing."""
         return replace(self, training=replace(self.training, gradient_checkpointing=way))
 

@@ -10,8 +10,6 @@ A conversation may have its system prompt in a field `system`. Errors name the f
 generate from (`parse_prompt`), `output`, `completion` or the assistant's last turn may be missing.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -94,7 +92,7 @@ def parse_prompt(fields: Fields, system: str | None = None) -> PromptCompletion 
     return Conversation(parsed.messages[:-1], parsed.tools)
 
 
-def _format_of(fields: Fields) -> Format:
+def _format_of(fields: Fields) -> "Format":
     for keys, read in FORMATS.items():
         if fields.keys() >= {*keys}:
             return read

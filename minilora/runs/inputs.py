@@ -1,7 +1,5 @@
 """The data of a run: files are found, encoded and split; general text is read."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

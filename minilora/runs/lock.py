@@ -1,7 +1,5 @@
 """The lock of a directory that a command writes: one process at a time is at work there."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

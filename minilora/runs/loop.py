@@ -1,7 +1,5 @@
 """The training loop around the step of `minilora.training`: the plan, evaluation, checkpoints and records."""
 
-from __future__ import annotations
-
 import math
 import numbers
 import time

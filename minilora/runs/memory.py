@@ -5,8 +5,6 @@ which zeroes it before it is used again: that took 10 to 25 % of a step of SmolL
 freed memory of small tensors while it trains (`kept_memory`).
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

@@ -9,8 +9,6 @@ Without a process group there is one rank, and these functions do nothing.
     rank k   k, N + k, 2N + k, …        ┘
 """
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

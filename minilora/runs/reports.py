@@ -4,8 +4,6 @@
 {"step": 20, "eval_loss": 0.488, …}                                             and one for an evaluation
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from datetime import datetime
@@ -57,7 +55,7 @@ class ProgressBar:
         self._bar: tqdm[Any] | None = None
         self._ended = Event()
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> "ProgressBar":
         self._clock = Thread(target=self._show_time, daemon=True)
         self._clock.start()
         return self

@@ -7,8 +7,6 @@
 Files are in UTF-8. A byte order mark at the beginning is accepted; lines end in LF or CRLF.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json

@@ -5,8 +5,6 @@ Both are functions of only the seed and the step, so a resumed run needs no save
     [Dropout]  Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Settings of a run: `RunConfig`, `DataConfig`, `TrainConfig`; their fields are the command line's flags and help."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Records of a run for TensorBoard, trackio or wandb, through their own libraries, which the user installs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module

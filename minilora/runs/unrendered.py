@@ -1,7 +1,5 @@
 """What a conversation says and its chat template leaves out: an error, or it would be asked or learned in part."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

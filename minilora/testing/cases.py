@@ -1,7 +1,5 @@
 """Cases of the laws of adapted linear layers: drawn inputs, and right results with their bounds."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -171,7 +169,7 @@ class AdaptedLinear:
         magnitude = self._exact(self.magnitude) if self.has_magnitude else self._exact(self.W).row_norms()
         return magnitude / self._own.row_norms()
 
-    def changed(self, **arrays: Array) -> AdaptedLinear:
+    def changed(self, **arrays: Array) -> "AdaptedLinear":
         """Return the case with other arrays of the same shapes."""
         more = [(name, np.asarray(array, dtype=np.float64).tobytes()) for name, array in arrays.items()]
         return replace(self, changes=(*self.changes, *more))

@@ -9,8 +9,6 @@ the cases that fail, and names the mistake that has the same result. Every check
     1.0
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Laws of the label masks of conversations: what of the text that a chat template writes is learned."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence

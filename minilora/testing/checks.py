@@ -14,8 +14,6 @@ is derived from the sums it does, and, where it fails, names the mistakes of `ca
 Implementations are plain callables on torch tensors; `on_numpy` adapts one on numpy arrays.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

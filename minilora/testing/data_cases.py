@@ -1,7 +1,5 @@
 """Cases of the laws of the loss over labelled tokens: inputs drawn from a seed, and right results with their bounds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Laws of the loss over labelled tokens, and of gradient accumulation over micro-batches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress

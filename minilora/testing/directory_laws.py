@@ -7,8 +7,6 @@ Names and shapes are read once more here, and nothing is shared with `minilora.a
 as regular expressions, as PEFT does.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -11,8 +11,6 @@ which replace an argument that has a default: the `scale` of a block, the `code`
     [QLoRA]   Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

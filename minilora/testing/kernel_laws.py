@@ -6,8 +6,6 @@ moved by a unit in the last place. That of softmax is moved by as many units as 
 e^(z - log Σ e^z) is right as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

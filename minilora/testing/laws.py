@@ -3,8 +3,6 @@
 The laws themselves are in the files `*_laws`; `checks` has what is called.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import unittest

@@ -1,7 +1,5 @@
 """Laws of linear layers with a frozen 4-bit weight: see `checks.check_linear4bit`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Laws of LoRA, rsLoRA and DoRA layers."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Laws of merging an adapter into a weight, and of sums of adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

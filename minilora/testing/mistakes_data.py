@@ -3,8 +3,6 @@
 The threads in comments are those where a mistake was seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any

@@ -3,8 +3,6 @@
 The threads and libraries in comments are those where a mistake was seen.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence

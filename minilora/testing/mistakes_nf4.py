@@ -4,8 +4,6 @@ Those of NF4 and of double quantization are pairs (quantize, dequantize). The th
 those where a mistake was seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -3,8 +3,6 @@
 n  weights, laid end to end    b  blocks, each with an absmax
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal

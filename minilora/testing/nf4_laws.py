@@ -3,8 +3,6 @@
 A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_double_quant`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace

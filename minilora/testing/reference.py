@@ -13,8 +13,6 @@ may have any float dtype; what is computed and returned is float64. The tests' `
     [8-bit]  Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist

@@ -1,7 +1,5 @@
 """Laws of documents that share a batch, and of generation with a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

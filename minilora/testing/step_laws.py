@@ -1,7 +1,5 @@
 """The law of a training step: it changes all that is meant to be trained, and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """A Hypothesis strategy of adapted layers; it needs the extra `testing`, as nothing else of `minilora.testing` does."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Describe what is in a path: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

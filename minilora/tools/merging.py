@@ -9,8 +9,6 @@ The *target* decides what W is:
     requantized   the same; 4-bit weights are quantized again, and stay unchanged where there is no adapter
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

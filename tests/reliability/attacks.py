@@ -1,7 +1,5 @@
 """Files and arguments that are made to hurt, each a call that has to be refused, or to be harmless."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

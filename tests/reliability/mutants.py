@@ -1,7 +1,5 @@
 """Files that were right until something in them was changed: bytes, or the values of their JSON."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random

@@ -1,7 +1,5 @@
 """Run calls one after the other in a process of their own, with little memory to spare, and report what each did."""
 
-from __future__ import annotations
-
 import faulthandler
 import gc
 import importlib
