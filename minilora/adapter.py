@@ -1,8 +1,9 @@
 """Adapters in and out of a model: attach, switch, merge, detach, save, load.
 
-A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `attach_lora`,
-`save_lora` and `load_lora` are for LoRA and DoRA with one rank on linear layers. The command uses
-`ml.attach` and `ml.load_adapter`, which take any `LoraConfig` and end in `inject_adapter` as well.
+A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `attach_lora`
+and `save_lora` are for LoRA and DoRA with one rank on linear layers. The command uses `ml.attach`
+and `ml.save_adapter`, which take any `LoraConfig` and end in `inject_adapter` and
+`adapter_tensors` as well.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilora.errors import FormatError, TargetError, TrainingError
@@ -265,13 +266,3 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
     Path(path).mkdir(parents=True, exist_ok=True)
     save_file(adapter_tensors(layers, name), Path(path) / WEIGHTS_FILE)
     (Path(path) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-
-
-def load_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Attach an adapter that `save_lora` wrote, frozen; it stays attached if tensors do not fit."""
-    config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
-    keys = ("target_modules", "r", "lora_alpha", "use_dora", "lora_dropout")
-    attach_lora(model, **{key: config[key] for key in keys}, name=name)
-    stored = load_file(Path(path) / WEIGHTS_FILE)
-    copy_tensors_(adapter_tensors(layers_of(model, name), name), stored)
-    activate(model, name, trainable=False)

@@ -73,9 +73,6 @@ logits["adapted"] = model(ids)
 adapter.save_lora(model, out / "adapter")
 adapter.merge(model)
 logits["merged"] = model(ids)
-loaded = llama.load_llama(assets / "model")
-adapter.load_lora(loaded, out / "adapter")
-logits["loaded"] = loaded(ids)
 save_file({{"ids": ids, "losses": torch.tensor(losses), **logits}}, out / "found.safetensors")
 """
 
@@ -87,7 +84,6 @@ def test_the_six_pages_alone_train_merge_and_save_what_the_package_reads(tmp_pat
     assert torch.equal(found["new"], found["base"])
     assert (found["adapted"] - found["base"]).abs().max() > 1
     assert_parity(found["merged"], found["adapted"])
-    assert torch.equal(found["loaded"], found["adapted"])
     model = ml.load_model("minilora/builtin")
     ml.load_adapter(model, tmp_path / "adapter")
     assert_parity(model(found["ids"]), found["adapted"])
@@ -110,17 +106,15 @@ def test_the_page_of_data_reads_rows_as_the_package_does(trim_offsets, tmp_path)
 @given(seeds, st.integers(1, 5), scales, st.tuples(st.booleans(), st.booleans()), bases)
 def test_what_the_page_attaches_and_saves_the_package_does_and_loads(seed, r, s, uses, base):
     numbers = {"r": r, "lora_alpha": s * r, "use_rslora": uses[0], "use_dora": uses[1], "lora_dropout": 0.3}
-    ours, theirs, *loaded = (base(tiny_model(dtype=torch.float32, num_hidden_layers=1)) for _ in range(4))
+    ours, theirs, loaded = (base(tiny_model(dtype=torch.float32, num_hidden_layers=1)) for _ in range(3))
     adapter.attach_lora(ours, ["q_proj", "up_proj"], **numbers, seed=seed)
     ml.attach(theirs, ml.LoraConfig(target_modules=["q_proj", "up_proj"], **numbers), seed=seed)
     same_state(ours, theirs)
     randomize_adapters_(ours)
     with tempfile.TemporaryDirectory() as folder:
         adapter.save_lora(ours, folder)
-        ml.load_adapter(loaded[0], folder)
-        adapter.load_lora(loaded[1], folder)
-    for model in loaded:
-        assert_parity(model.eval()(IDS), ours.eval()(IDS))
+        ml.load_adapter(loaded, folder)
+    assert_parity(loaded.eval()(IDS), ours.eval()(IDS))
 
 
 DEFAULTS = {adapter.attach_lora: ml.LoraConfig, training.train_step: ml.TrainConfig}
@@ -165,15 +159,13 @@ def test_the_page_of_adapters_refuses_a_layer_whose_hooks_it_would_skip(register
     assert not adapter.adapter_layers(model)
 
 
-def test_what_the_page_of_adapters_cannot_write_or_read_is_refused(tmp_path):
+def test_what_the_page_of_adapters_cannot_write_is_refused(tmp_path):
     model = saved(tmp_path, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 3})
     biased = tiny_model(WHOLE)
     ml.attach(biased, ml.LoraConfig(target_modules=["q_proj"], bias="lora_only"))
     for wrong in (model, biased):
         with pytest.raises(ml.TargetError, match="biases, several ranks or scales"):
             adapter.save_lora(wrong, tmp_path)
-    with pytest.raises(ml.FormatError, match=r"v_proj\.lora_A"):
-        adapter.load_lora(tiny_model(), tmp_path)
 
 
 @matrix(3, shard_bytes=(SHARD, SHARD_BYTES), tied=(False, True), dtype=(torch.float32, torch.bfloat16))
@@ -210,7 +202,7 @@ def test_the_page_of_the_decoder_refuses_other_models_and_other_tensors(tmp_path
             llama.load_llama(tmp_path)
 
 
-COMPOSITIONS = {"load_llama", "attach_lora", "save_lora", "load_lora", "encode_row", "train_step"}
+COMPOSITIONS = {"load_llama", "attach_lora", "save_lora", "encode_row", "train_step"}
 ENTERED_ELSEWHERE = {"dynamic_map": "when the page is imported", "llama3_frequencies": "where a Llama 3 is loaded"}
 
 
