@@ -49,8 +49,6 @@ LEVELS = (  # of NF4
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 # --- bases ---
 
@@ -146,40 +144,79 @@ def around_one(name: str, size: int) -> Array:
 
 # --- adapters ---
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DEEP = ["v_proj", "o_proj", "down_proj"]
 GAIN = {False: 0.8, True: 1.2}  # of s·B A in LoRA and in DoRA
 RSLORA = {"r": 4, "lora_alpha": 3, "use_rslora": True}
-ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> base, fields of the JSON other than DEFAULTS
-    "plain": ("llama", {}),
-    "rslora": ("llama", RSLORA),
-    "square": ("llama", {"r": 16, "lora_alpha": 24, "target_modules": ["q_proj", "o_proj"]}),
-    "layers": ("llama", {"target_modules": DEEP, "layers_to_transform": [1]}),
+ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> what it tests, base, fields other than DEFAULTS
+    "plain": ("A and B of all linears, scale α/r", "llama", {}),
+    "rslora": ("use_rslora: scale α/√r", "llama", RSLORA),
+    "square": (
+        "r = in = out, so that no shape forbids to exchange or transpose A and B",
+        "llama",
+        {"r": 16, "lora_alpha": 24, "target_modules": ["q_proj", "o_proj"]},
+    ),
+    "layers": (
+        "layers_to_transform: A and B in one layer of two",
+        "llama",
+        {"target_modules": DEEP, "layers_to_transform": [1]},
+    ),
     "patterns": (
+        "rank_pattern and alpha_pattern by ends of names and by a whole name",
         "qwen3",
         {
             "rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.down_proj": 6},
             "alpha_pattern": {"down_proj": 3, "^model.layers.1.self_attn.o_proj": 24},
         },
     ),
-    "regex": ("qwen3", {**RSLORA, "alpha_pattern": {r"layers\.\d+\.mlp\.(up|down)_proj": 9, "o_proj": 1}}),
-    "half": ("gemma3", {}),
-    "wrapper": ("gemma3", {"r": 8, "lora_alpha": 20}),
-    "dora": ("llama", {"use_dora": True, "target_modules": ["q_proj", "o_proj"]}),
-    "dora-rslora": ("qwen3", {**RSLORA, "lora_alpha": 5, "use_dora": True, "target_modules": DEEP}),
-    "biases": ("llama-tied", {"bias": "all", "target_modules": ["q_proj", "down_proj"]}),
-    "lora-bias": ("llama-tied", {"lora_bias": True, "target_modules": DEEP}),
-    "embedding": ("llama-tied", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
-    "full": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["o_proj", "down_proj"]}),
-    "rows": ("llama-tied", {"trainable_token_indices": [17, 5, 29], "target_modules": ["o_proj", "down_proj"]}),
-    "4bit": ("llama-4bit", {}),
-    "4bit-dora": ("llama-4bit", {"use_dora": True, "target_modules": DEEP}),
+    "regex": (
+        "alpha_pattern by a regular expression, with use_rslora",
+        "qwen3",
+        {**RSLORA, "alpha_pattern": {r"layers\.\d+\.mlp\.(up|down)_proj": 9, "o_proj": 1}},
+    ),
+    "half": ("tensors in float16", "gemma3", {}),
+    "wrapper": ("names that the text model has in a vision wrapper", "gemma3", {"r": 8, "lora_alpha": 20}),
+    "dora": (
+        "use_dora: magnitudes over norms of rows",
+        "llama",
+        {"use_dora": True, "target_modules": ["q_proj", "o_proj"]},
+    ),
+    "dora-rslora": (
+        "use_dora with use_rslora, tensors in bfloat16",
+        "qwen3",
+        {**RSLORA, "lora_alpha": 5, "use_dora": True, "target_modules": DEEP},
+    ),
+    "biases": (
+        "bias all: trained biases in place of the base's",
+        "llama-tied",
+        {"bias": "all", "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "lora-bias": (
+        "lora_bias: B has a bias, which is scaled too",
+        "llama-tied",
+        {"lora_bias": True, "target_modules": DEEP},
+    ),
+    "embedding": (
+        "A and B of the embedding, and others of the head tied to it",
+        "llama-tied",
+        {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    ),
+    "full": (
+        "modules_to_save: embedding and head in full",
+        "llama",
+        {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["o_proj", "down_proj"]},
+    ),
+    "rows": (
+        "trainable_token_indices: rows of the embedding and of the head tied to it",
+        "llama-tied",
+        {"trainable_token_indices": [17, 5, 29], "target_modules": ["o_proj", "down_proj"]},
+    ),
+    "4bit": ("A and B beside 4-bit weights", "llama-4bit", {}),
+    "4bit-dora": ("use_dora on 4-bit weights", "llama-4bit", {"use_dora": True, "target_modules": DEEP}),
 }
 DTYPES_OF = {"half": "F16", "dora-rslora": "BF16"}
-WRAPPED = ("wrapper",)
 DEFAULTS: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-DEFAULTS |= {"r": 4, "lora_alpha": 10, "lora_dropout": 0.0, "target_modules": list(LINEARS), "bias": "none"}
+DEFAULTS |= {"r": 4, "lora_alpha": 10, "lora_dropout": 0.0, "target_modules": LINEARS, "bias": "none"}
 DEFAULTS |= dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), False)
 DEFAULTS |= dict.fromkeys(("layers_to_transform", "modules_to_save", "trainable_token_indices"))
 DEFAULTS |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
@@ -205,8 +242,8 @@ def adapter_tensors(name: str, config: Mapping[str, Any], values: Mapping[str, A
             tensors |= {f"{path}.base_layer.weight": copy, "lm_head.base_layer.weight": copy}
     if tokens := values["trainable_token_indices"]:
         tensors[f"model.embed_tokens{ROWS}"] = drawn(f"{name} rows", len(tokens), config["hidden_size"]) / 64
-    prefix = PREFIX + "model.language_model." if name in WRAPPED else PREFIX + "model."
-    return {PREFIX + key if key.startswith("lm_head") else prefix + key[6:]: part for key, part in tensors.items()}
+    start = "model.language_model." if name == "wrapper" else "model."
+    return {PREFIX + re.sub(r"^model\.", start, key): tensor for key, tensor in tensors.items()}
 
 
 def is_adapted(path: str, values: Mapping[str, Any]) -> bool:
@@ -239,25 +276,9 @@ def low_rank(name: str, path: str, shape: tuple[int, ...], values: Mapping[str, 
 
 CASES: dict[str, tuple[str, str, list[str]]] = {  # name -> what it tests, base, adapters
     **{f"base-{name}": (f"the base {name} without an adapter", name, []) for name in BASES},
-    "plain": ("A and B of all linears, scale α/r", "llama", ["plain"]),
-    "rslora": ("use_rslora: scale α/√r", "llama", ["rslora"]),
-    "square": ("r = in = out, so that no shape forbids to exchange or transpose A and B", "llama", ["square"]),
-    "layers": ("layers_to_transform: A and B in one layer of two", "llama", ["layers"]),
-    "patterns": ("rank_pattern and alpha_pattern by ends of names and by a whole name", "qwen3", ["patterns"]),
-    "regex": ("alpha_pattern by a regular expression, with use_rslora", "qwen3", ["regex"]),
-    "half": ("tensors in float16", "gemma3", ["half"]),
-    "wrapper": ("names that the text model has in a vision wrapper", "gemma3", ["wrapper"]),
-    "dora": ("use_dora: magnitudes over norms of rows", "llama", ["dora"]),
-    "dora-rslora": ("use_dora with use_rslora, tensors in bfloat16", "qwen3", ["dora-rslora"]),
-    "biases": ("bias all: trained biases in place of the base's", "llama-tied", ["biases"]),
-    "lora-bias": ("lora_bias: B has a bias, which is scaled too", "llama-tied", ["lora-bias"]),
-    "embedding": ("A and B of the embedding, and others of the head tied to it", "llama-tied", ["embedding"]),
-    "full": ("modules_to_save: embedding and head in full", "llama", ["full"]),
-    "rows": ("trainable_token_indices: rows of the embedding and of the head tied to it", "llama-tied", ["rows"]),
-    "4bit": ("A and B beside 4-bit weights", "llama-4bit", ["4bit"]),
-    "4bit-dora": ("use_dora on 4-bit weights", "llama-4bit", ["4bit-dora"]),
-    "sum": ("two adapters at once", "llama", ["plain", "rslora"]),
-    "merged": ("the adapter plain, merged into its base", "llama-merged", []),
+    **{name: (about, base, [name]) for name, (about, base, _) in ADAPTERS.items()},
+    "sum": ("plain and rslora at once", "llama", ["plain", "rslora"]),
+    "merged": ("plain, merged into its base", "llama-merged", []),
 }
 
 Change = Callable[[Mapping[str, Any], Tensors], Mapping[str, Array | None]]  # JSON, tensors -> other tensors, or none
@@ -294,6 +315,8 @@ PARTS = {  # what a reader may leave out -> a part of its tensors' names
 
 def wrong_readings(case: Case) -> Iterator[tuple[str, Case]]:
     """Name mistakes, each with files of which a right reader makes what the mistaken one makes of these."""
+    yield from wrong_codes(case)
+    case = case._replace(tensors=dense(case.tensors))
     if case.adapters:
         yield "does nothing", case._replace(adapters=[])
     for label, formula in SCALES.items():
@@ -306,12 +329,12 @@ def wrong_readings(case: Case) -> Iterator[tuple[str, Case]]:
     for label, pattern in PARTS.items():
         yield f"part ignored: {label}", edited(case, partial(without, pattern))
     yield "part ignored: A and B", edited(case, partial(rescaled, lambda *_: 0.0))
-    for i in range(len(case.adapters) * (len(case.adapters) > 1)):
-        yield f"part ignored: adapter {i + 1}", case._replace(adapters=[*case.adapters[:i], *case.adapters[i + 1 :]])
+    if len(case.adapters) == 2:
+        yield "part ignored: the second adapter", case._replace(adapters=case.adapters[:1])
+        yield "part ignored: the first adapter", case._replace(adapters=case.adapters[1:])
     yield from wrong_norms(case)
     yield from wrong_rows(case)
     yield from wrong_ties(case)
-    yield from wrong_codes(case)
 
 
 def edited(case: Case, change: Change) -> Case:
@@ -356,8 +379,8 @@ def without(pattern: str, values: Mapping[str, Any], tensors: Tensors) -> dict[s
 
 def wrong_norms(case: Case) -> Iterator[tuple[str, Case]]:
     """V / ‖V‖ with another norm is the right one with another magnitude."""
-    base = adapted(dense(case.tensors), [])
-    sums = adapted(dense(case.tensors), edited(case, partial(without, "lora_magnitude")).adapters)
+    base = adapted(case.tensors, [])
+    sums = adapted(case.tensors, edited(case, partial(without, "lora_magnitude")).adapters)
 
     def change(norm: Callable[[Array, Array], Array], values: Mapping[str, Any], tensors: Tensors) -> Tensors:
         changed = {}
@@ -431,7 +454,7 @@ def condition(name: str, case: Case, right: Array) -> float:
 
     The root of the mean square over four draws of signs, at a change so small that the effect is linear.
     """
-    step, squares = 2.0**-20, []
+    step, base, squares = 2.0**-20, dense(case.tensors), []
 
     def moved(draw: str, tensors: Tensors) -> Tensors:
         return {key: t * (1 + step * np.sign(drawn(f"{draw} {key}", *t.shape))) for key, t in tensors.items()}
@@ -439,7 +462,7 @@ def condition(name: str, case: Case, right: Array) -> float:
     for draw in range(4):
         label = f"{name} {draw}"
         adapters = [(values, moved(f"{label} {i}", tensors)) for i, (values, tensors) in enumerate(case.adapters)]
-        found = logits(Case(case.config, moved(label, dense(case.tensors)), adapters), TOKENS)
+        found = logits(Case(case.config, moved(label, base), adapters), TOKENS)
         squares.append(distance(found, right) ** 2)
     return math.sqrt(sum(squares) / len(squares)) / step
 
@@ -488,7 +511,7 @@ def main(directory: Path = HERE) -> None:
     bases, adapters = directory / "bases", directory / "adapters"
     for name, config in BASES.items():
         write_model(bases / name, config, base_tensors(config))
-    for name, (base, changes) in ADAPTERS.items():
+    for name, (_, base, changes) in ADAPTERS.items():
         values, dtype = {**DEFAULTS, **changes}, DTYPES_OF.get(name, "F32")
         tensors = adapter_tensors(name, BASES[base], values)
         write_json(adapters / name / "adapter_config.json", values)

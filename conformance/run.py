@@ -71,16 +71,19 @@ def ask(command: list[str], case: Mapping[str, Any], directory: Path) -> Array |
         except subprocess.TimeoutExpired:
             return f"no answer in {SECONDS} seconds"
         if run.returncode or not out.exists():
-            return next(iter(run.stderr.strip().splitlines()[-1:]), f"status {run.returncode} without a message")
-        if out.read_bytes()[:1] == b"\x93":
-            return np.load(out, allow_pickle=False).astype(np.float64)
-        return np.array(json.loads(out.read_bytes()), dtype=np.float64)
+            return " ".join(run.stderr.split())[-200:].replace("|", "\\|") or f"status {run.returncode}, no message"
+        try:
+            is_npy = out.read_bytes()[:1] == b"\x93"
+            found = np.load(out, allow_pickle=False) if is_npy else json.loads(out.read_bytes())
+            return np.asarray(found, dtype=np.float64)
+        except (ValueError, TypeError):  # it has other things than numbers
+            return np.array(np.nan)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("command", nargs="+")
+    parser.add_argument("command", nargs="+", metavar="COMMAND")
     options = parser.parse_args(arguments)
     cases, logits = read_kit()
     verdicts: Counter[str] = Counter()
@@ -88,7 +91,7 @@ def main(arguments: list[str]) -> int:
     for name, case in cases.items():
         tolerance, found = case["tolerance"][options.dtype], ask(options.command, case, HERE)
         if isinstance(found, str):
-            verdict, ratio = f"refused: {found:.200}", ""
+            verdict, ratio = f"refused: {found}", ""
         else:
             verdict, error = judge(found, readings_of(name, case, logits), tolerance)
             ratio = f"{error / tolerance:.2g}"

@@ -146,7 +146,7 @@ def test_a_reader_that_leaves_the_adapter_out_does_nothing():
     for name, case in CASES.items():
         if case["adapters"]:
             assert verdict(minilora_reader, name, adapters=[]) == "does nothing"
-    assert verdict(minilora_reader, "sum", adapters=[run.HERE / "adapters/plain"]) == "part ignored: adapter 2"
+    assert verdict(minilora_reader, "sum", adapters=[run.HERE / "adapters/plain"]) == "part ignored: the second adapter"
 
 
 READER = """
