@@ -16,7 +16,7 @@ from sphinx.config import Config
 
 ROOT = Path(__file__).parents[1]
 START = Path("site", "index.md")
-SINGLE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/peers_under_test.md")
+SINGLE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/peers_under_test.md", "conformance/README.md")
 PICTURES = (".svg", ".png")
 CODE_OR_LINK = re.compile(r"^(`{3,}).*?^\1$|(?<=\]\()(?!\w+:)([^)\s#]+)(#[^)\s]*)?(?=\))", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')

@@ -13,6 +13,9 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
 [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
 [GDN]   Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule
+[GELU]  Hendrycks & Gimpel 2016, Gaussian Error Linear Units
+[Q3]    Qwen Team 2025, Qwen3 Technical Report
+[G3]    Gemma Team 2025, Gemma 3 Technical Report; the norms' 1 + w and √D are those of the authors' code
 """
 
 import math
@@ -46,6 +49,17 @@ def swiglu(gate: Array, up: Array) -> Array:
     gate, up = _wide(gate, up)
     pairs = zip(gate.ravel().tolist(), up.ravel().tolist(), strict=True)
     return np.array([a / (1 + math.exp(-a)) * b for a, b in pairs]).reshape(gate.shape)
+
+
+def geglu(gate: Array, up: Array) -> Array:
+    """y = gate/2 · (1 + tanh(√(2/π) (gate + 0.044715 gate³))) · up, number by number  [GLU §2, GELU §2].
+
+    Shapes: gate (..., F), up (..., F) -> (..., F)
+    """
+    gate, up = _wide(gate, up)
+    pairs = zip(gate.ravel().tolist(), up.ravel().tolist(), strict=True)
+    slope = math.sqrt(2 / math.pi)
+    return np.array([a / 2 * (1 + math.tanh(slope * (a + 0.044715 * a**3))) * b for a, b in pairs]).reshape(gate.shape)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -165,7 +179,9 @@ def _frequency(rope: Any, i: int, length: int) -> float:
 
 
 def decoder_logits(tensors: Mapping[str, Array], config: Any, tokens: Sequence[int], cos: Array, sin: Array) -> Array:
-    """The logits of one document by a Llama, perhaps with biases; its head is the embedding if it has none.
+    """The logits of one document by a Llama, perhaps with biases, or by a Qwen 3, which has norms of q and k  [Q3 §2].
+
+    The head is the embedding if there is none.
 
     Args:
         tensors: what a checkpoint holds, name -> array.
@@ -178,16 +194,57 @@ def decoder_logits(tensors: Mapping[str, Array], config: Any, tokens: Sequence[i
     embedding, eps = tensors["model.embed_tokens.weight"], config.rms_norm_eps
     x = np.array([embedding[token] for token in tokens], dtype=np.float64)
     for layer in range(config.num_hidden_layers):
-        start = f"model.layers.{layer}."
-        part = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-        y = rms_norm(x, part["input_layernorm.weight"], eps)
-        q, k, v = (_project(part, f"self_attn.{name}_proj", y).reshape(len(x), -1, config.head_dim) for name in "qkv")
-        heads = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, [len(x)], [len(x)])
-        x = x + _project(part, "self_attn.o_proj", heads.reshape(len(x), -1))
+        part = _below(f"model.layers.{layer}.", tensors)
+        x = x + _attention(part, config, rms_norm(x, part["input_layernorm.weight"], eps), cos, sin)
         y = rms_norm(x, part["post_attention_layernorm.weight"], eps)
         y = swiglu(_project(part, "mlp.gate_proj", y), _project(part, "mlp.up_proj", y))
         x = x + _project(part, "mlp.down_proj", y)
     return _linear(rms_norm(x, tensors["model.norm.weight"], eps), tensors.get("lm_head.weight", embedding))
+
+
+def gemma3_logits(
+    tensors: Mapping[str, Array], config: Any, tokens: Sequence[int], rotations: Mapping[str, tuple[Array, Array]]
+) -> Array:
+    """The logits of one document by a text model of Gemma 3  [G3 §2].
+
+    x ← x + norm(attention(norm(x))),  x ← x + norm(mlp(norm(x))),  norms by 1 + w,  x = √D · embedding(token)
+
+    Args:
+        tensors: as in `decoder_logits`.
+        config: has also layer_types, sliding_window and query_pre_attn_scalar, whose root divides q·k.
+        tokens: the document.
+        rotations: cos and sin of each type of layer.
+
+    Shapes: tokens (N) -> (N, V)
+    """
+    embedding, eps = tensors["model.embed_tokens.weight"], config.rms_norm_eps
+    tensors = {name: 1 + _wide(tensor)[0] if "norm" in name else tensor for name, tensor in tensors.items()}
+    x = math.sqrt(embedding.shape[1]) * np.array([embedding[token] for token in tokens], dtype=np.float64)
+    for layer, kind in enumerate(config.layer_types):
+        part = _below(f"model.layers.{layer}.", tensors)
+        part["self_attn.q_norm.weight"] *= math.sqrt(config.head_dim / config.query_pre_attn_scalar)
+        window = config.sliding_window if kind == "sliding_attention" else None
+        y = _attention(part, config, rms_norm(x, part["input_layernorm.weight"], eps), *rotations[kind], window)
+        x = x + rms_norm(y, part["post_attention_layernorm.weight"], eps)
+        y = rms_norm(x, part["pre_feedforward_layernorm.weight"], eps)
+        y = geglu(_project(part, "mlp.gate_proj", y), _project(part, "mlp.up_proj", y))
+        x = x + rms_norm(_project(part, "mlp.down_proj", y), part["post_feedforward_layernorm.weight"], eps)
+    return _linear(rms_norm(x, tensors["model.norm.weight"], eps), tensors.get("lm_head.weight", embedding))
+
+
+def _attention(
+    part: Mapping[str, Array], config: Any, x: Array, cos: Array, sin: Array, window: int | None = None
+) -> Array:
+    q, k, v = (_project(part, f"self_attn.{name}_proj", x).reshape(len(x), -1, config.head_dim) for name in "qkv")
+    if "self_attn.q_norm.weight" in part:
+        q = rms_norm(q, part["self_attn.q_norm.weight"], config.rms_norm_eps)
+        k = rms_norm(k, part["self_attn.k_norm.weight"], config.rms_norm_eps)
+    heads = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, [len(x)], [len(x)], window)
+    return _project(part, "self_attn.o_proj", heads.reshape(len(x), -1))
+
+
+def _below(start: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _project(part: Mapping[str, Array], name: str, x: Array) -> Array:

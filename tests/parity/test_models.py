@@ -51,6 +51,7 @@ def in_float64(ours):
 def without_float32(function, *args, **kwargs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         return function(*args, **kwargs)
 
