@@ -1,5 +1,6 @@
 """Describe what is in a path: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from minilora import files
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import read_adapter
 from minilora.errors import FormatError, MiniloraError
-from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
-from minilora.models.checkpoint import load_model
+from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout, read_packed
+from minilora.models.checkpoint import EMBEDDING, load_model
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import load_tokenizer
-from minilora.models.wrapper import describe_other_parts
+from minilora.models.wrapper import describe_other_parts, text_files
+from minilora.nf4 import NF4Linear
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
 from minilora.runs.settings import Settings
@@ -135,6 +137,20 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
             norm = update_norm(held["lora_A"], held["lora_B"], scale)
             modules.append({"module": path, "rank": rank, "scale": scale, "norm": norm})
     return {**facts, "modules": modules, "problems": []}
+
+
+def weight_norms(directory: Path, paths: Iterable[str]) -> dict[str, float]:
+    """Return ‖W‖ of modules of a text model, of which one weight is read at a time."""
+    stored, norms = text_files(directory), {}
+    packed = packed_weights(stored)
+    for path in paths:
+        name = f"{path}.weight" if f"{path}.weight" in stored else EMBEDDING  # of a tied head
+        if name in packed:
+            weight = NF4Linear(*read_packed(stored, packed[name], torch.device("cpu"), copy=False), None).weight
+        else:
+            weight = stored[name].read(name)
+        norms[path] = torch.linalg.matrix_norm(weight.float()).item()
+    return norms
 
 
 def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:

@@ -1,0 +1,127 @@
+"""Adapters written as another program takes them: its names, its scale, its matrices, its layout."""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapters.layers import LoraEmbedding
+from minilora.adapters.layout import parse_tensor_name, read_adapter
+from minilora.adapters.weighted import Factors, concatenate
+from minilora.errors import FormatError, TargetError, listed
+from minilora.files import TensorFile, read_json, write_json, write_tensors
+from minilora.lora import LoraLinear, lora_scale
+from minilora.tools.readers import EMBEDDING, READERS, SCALE_FIELDS, Base, R, S, X, reader_facts, text_path
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+NOT_NEEDED = ("exclude_modules", "layers_pattern", "layers_to_transform")  # target_modules are paths
+Held = dict[str, dict[str, Tensor]]  # path in the text model -> key of `parse_tensor_name` -> tensor
+
+
+def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> None:
+    """Write an adapter of a model directory as the reader of this title takes it; both compute the same.
+
+    Names are those of the reader. Where it ignores a setting of the scale, scales are folded into B, and alpha = r;
+    where it takes one rank, smaller ones are padded with zeros.
+
+    Raises:
+        FormatError: the adapter cannot be read.
+        TargetError: the reader cannot take a part of it, or the model does not have the module.
+    """
+    stored, base, reader = read_adapter(adapter), Base.read(directory), READERS[title]
+    config, held = stored.config(), {text_path(path): dict(part) for path, part in stored.tensors.items()}
+    if len(held) < len(stored.tensors):
+        raise FormatError(f"{adapter}: two names mean one module, among {sorted(stored.tensors)[:3]}")
+    scales = {text_path(path): config.scale(path) for path, part in stored.tensors.items() if "lora_A" in part}
+    _fit_projections_(held, scales, base)
+    ranks = {path: len(held[path]["lora_A"]) for path in scales}
+    r, alpha, use_rslora = config.r, config.lora_alpha, config.use_rslora
+    if scales and any(reader.ruling(row) != R for row in SCALE_FIELDS):
+        r = alpha = most = max(ranks.values())
+        use_rslora = False
+        for path, scale in scales.items():
+            rank = ranks[path] if reader.ruling("rank_pattern") == R else most
+            lora_A, lora_B = (held[path][key].double() for key in ("lora_A", "lora_B"))
+            missing, taken = rank - ranks[path], lora_scale(rank, alpha)
+            held[path]["lora_A"] = F.pad(lora_A, (0, 0, 0, missing)).float()
+            held[path]["lora_B"] = F.pad(scale / taken * lora_B, (0, missing)).float()
+            scales[path], ranks[path] = taken, rank
+
+    def named(name: str) -> str:
+        return base.names(name, reader)[0]
+
+    tensors = {}
+    for path, part in held.items():
+        names = (LoraEmbedding if path == EMBEDDING else LoraLinear).PEFT_NAMES
+        own = {"rows": "token_adapter.trainable_tokens_delta", "weight": "base_layer.weight", **names}
+        tensors |= {PREFIX + named(f"{path}.{own[key]}" if path else key): tensor for key, tensor in part.items()}
+    growth = {path: rank**0.5 if use_rslora else rank for path, rank in ranks.items()}
+    odd = {path for path, scale in scales.items() if scale != lora_scale(ranks[path], alpha, use_rslora)}
+    tokens = stored.values.get("trainable_token_indices")
+    values = {**stored.values, **dict.fromkeys(NOT_NEEDED), "r": r, "lora_alpha": alpha, "use_rslora": use_rslora}
+    values |= {
+        "target_modules": sorted(map(named, scales)),
+        "rank_pattern": {f"^{named(path)}": rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{named(path)}": scales[path] * growth[path] for path in sorted(odd)},
+        "modules_to_save": [named(name) for name in stored.values.get("modules_to_save") or ()] or None,
+        "trainable_token_indices": {named(k): v for k, v in tokens.items()} if isinstance(tokens, dict) else tokens,
+    }
+    metadata = TensorFile(adapter / WEIGHTS_FILE).metadata
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(out / WEIGHTS_FILE, tensors, metadata)
+    write_json(out / CONFIG_FILE, values)
+    facts = reader_facts(out, base, title)[title]
+    if bad := {**facts[X], **facts[S]}:
+        problems = [f"{name}: {why}" for name, why in bad.items()]
+        raise TargetError(f"{adapter}: {reader.column} cannot take it:{listed(problems)}")
+    if not reader.reads_peft:
+        _write_mlx(out, base)
+
+
+def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
+    """Split updates of matrices that the base has in parts, and fuse those of parts that it has in one matrix."""
+    for parent in sorted({path.rpartition(".")[0] for path in scales}):
+        for name, ends in FUSED.items():
+            whole, parts = f"{parent}.{name}", [f"{parent}.{end}" for end in ends]
+            moved = [path for path in (whole, *parts) if path in scales and path not in base.modules]
+            if any(held[path].keys() != {"lora_A", "lora_B"} for path in moved):
+                continue  # is refused by its name
+            if moved == [whole] and base.modules.keys() >= set(parts):
+                lora_A, lora_B, scale = *held.pop(whole).values(), scales.pop(whole)
+                sizes = [base.modules[path][0] for path in parts]
+                if sum(sizes) != len(lora_B):
+                    raise TargetError(f"{whole}: B has {len(lora_B)} rows, and the model's parts {sizes}")
+                for path, rows in zip(parts, lora_B.split(sizes), strict=True):
+                    held[path], scales[path] = {"lora_A": lora_A, "lora_B": rows.clone()}, scale
+            elif moved and whole in base.modules:
+                heads = base.config.get("num_attention_heads") or 1
+                kv = base.config.get("num_key_value_heads") or heads
+                shares = (heads, kv, kv) if len(parts) == 3 else (1, 1)
+                unit, above, factors = base.modules[whole][0] // sum(shares), 0, []
+                for path, share in zip(parts, shares, strict=True):
+                    if path in moved:
+                        lora_A, lora_B = held.pop(path).values()
+                        if len(lora_B) != share * unit:
+                            raise TargetError(f"{path}: B has {len(lora_B)} rows, {whole} has {share * unit} for it")
+                        below = base.modules[whole][0] - above - len(lora_B)
+                        factors.append(Factors(lora_A, F.pad(lora_B, (0, 0, above, below)), scales.pop(path)))
+                    above += share * unit
+                lora_A, lora_B, scales[whole] = concatenate(factors)
+                held[whole] = {"lora_A": lora_A, "lora_B": lora_B}
+
+
+def _write_mlx(out: Path, base: Base) -> None:
+    """Replace files in PEFT's layout with those of mlx-lm, where A and B are transposed and have one rank and scale."""
+    file, values = TensorFile(out / WEIGHTS_FILE), read_json(out / CONFIG_FILE)
+    tensors, keys = {}, {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
+    for name in file.shapes:
+        path, key = parse_tensor_name(name)
+        if key in keys:
+            tensors[f"{path}.{keys[key]}"] = file.read(name).t()
+    write_tensors(out / "adapters.safetensors", tensors)
+    scale = lora_scale(values["r"], values["lora_alpha"])
+    parameters = {"rank": values["r"], "scale": scale, "dropout": 0.0, "keys": values["target_modules"]}
+    kind, layers = "dora" if values.get("use_dora") else "lora", base.config.get("num_hidden_layers")
+    write_json(out / CONFIG_FILE, {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters})
+    (out / WEIGHTS_FILE).unlink()
