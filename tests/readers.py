@@ -15,7 +15,7 @@ from tests.files import edit, save_file, write_adapter, write_base
 
 PREFIX, INNER = "base_model.model.", "model.language_model."
 RIGHT, REFUSED = "acts as trained", "refuses it"
-NOTHING, ZERO = "loads it, and nothing attaches", "does nothing: B A is zero"
+NOTHING, ZERO = "nothing attaches", "does nothing: B A is zero"
 PART, SCALE = "loses a part", "takes another scale"
 READERS = ("minilora", "peft", "vllm", "mlx-lm", "llama.cpp")
 ALL_RIGHT = (RIGHT,) * 5
@@ -50,9 +50,7 @@ CASES = {
         rename=(".down_proj.", ".experts."),
         changes=EXPERTS,
     ),
-    "_orig_mod": Case(
-        (REFUSED, NOTHING, NOTHING, REFUSED, REFUSED), rename=(PREFIX, f"{PREFIX}_orig_mod."), changes={}
-    ),
+    "_orig_mod": Case((REFUSED, NOTHING, NOTHING, REFUSED, REFUSED), rename=(PREFIX, f"{PREFIX}_orig_mod.")),
     "base_layer": Case((REFUSED, NOTHING, NOTHING, REFUSED, REFUSED), rename=(".lora_", ".base_layer.lora_")),
     "default": Case((RIGHT, RIGHT, REFUSED, RIGHT, REFUSED), rename=(".weight", ".default.weight")),
     "no prefix": Case((REFUSED, NOTHING, RIGHT, REFUSED, RIGHT), rename=(PREFIX, "")),
@@ -74,10 +72,22 @@ def rename_tensors(adapter: Path, old: str, new: str) -> None:
 
 def write_case(directory: Path, name: str) -> tuple[Path, Path]:
     """Write the base and the adapter of a case; their directories."""
-    case, base, adapter = CASES[name], directory / "base", directory / "adapter"
-    write_base(base, num_hidden_layers=2, tie_word_embeddings=case.is_tied)
-    config = {"target_modules": ("q_proj", "v_proj", "down_proj"), "r": 3, "lora_alpha": 21, **case.config}
-    write_adapter(ml.load_model(base), adapter, **config)
+    base, adapter = write_base_of(directory, name), directory / "adapter"
+    write_adapter(ml.load_model(base), adapter, **config_of(name))
+    return base, spoil(adapter, name)
+
+
+def write_base_of(directory: Path, name: str) -> Path:
+    return write_base(directory / "base", num_hidden_layers=2, tie_word_embeddings=CASES[name].is_tied)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return {"target_modules": ("q_proj", "v_proj", "down_proj"), "r": 3, "lora_alpha": 21, **CASES[name].config}
+
+
+def spoil(adapter: Path, name: str) -> Path:
+    """Do to an adapter's files what the case asks for."""
+    case = CASES[name]
     if case.zero:
         tensors = load_file(adapter / WEIGHTS_FILE)
         save_file({k: t * ("lora_A" in k) for k, t in tensors.items()}, adapter / WEIGHTS_FILE)
@@ -85,7 +95,7 @@ def write_case(directory: Path, name: str) -> tuple[Path, Path]:
         rename_tensors(adapter, *case.rename)
     if case.changes:
         edit(adapter, **case.changes)
-    return base, adapter
+    return adapter
 
 
 def write_wrapper(directory: Path) -> Path:

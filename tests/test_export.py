@@ -168,7 +168,7 @@ def test_parts_of_other_sizes_are_refused(tmp_path):
 def test_two_names_of_one_module_are_refused(tmp_path):
     base, adapter = write_case(tmp_path, "plain")
     tensors = load_file(adapter / WEIGHTS_FILE)
-    twice = {name.replace("model.model.", "model._orig_mod.model.", 1): tensor for name, tensor in tensors.items()}
+    twice = {name.replace(".model.", "._orig_mod.model.", 1): tensor.clone() for name, tensor in tensors.items()}
     save_file({**tensors, **twice}, adapter / WEIGHTS_FILE)
     with pytest.raises(ml.FormatError, match="two names mean one module"):
         export_adapter(adapter, base, "peft", tmp_path / "out")

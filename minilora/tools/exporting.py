@@ -55,7 +55,9 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
     for path, part in held.items():
         names = (LoraEmbedding if path == EMBEDDING else LoraLinear).PEFT_NAMES
         own = {"rows": "token_adapter.trainable_tokens_delta", "weight": "base_layer.weight", **names}
-        tensors |= {PREFIX + named(f"{path}.{own[key]}" if path else key): tensor for key, tensor in part.items()}
+        for key, tensor in part.items():
+            owner, _, end = (path, "", own[key]) if path else key.rpartition(".")
+            tensors[f"{PREFIX}{named(owner)}.{end}"] = tensor
     growth = {path: rank**0.5 if use_rslora else rank for path, rank in ranks.items()}
     odd = {path for path, scale in scales.items() if scale != lora_scale(ranks[path], alpha, use_rslora)}
     tokens = stored.values.get("trainable_token_indices")

@@ -102,8 +102,9 @@ class Base(NamedTuple):
         )
 
     def names(self, path: str, reader: Reader) -> list[str]:
-        """Return the names that a reader has for a module, or a tensor, of the text model."""
-        return [in_wrapper(path, root) for root in reader.roots] if self.is_wrapper else [path]
+        """Return the names that a reader has for a module."""
+        is_inside = self.is_wrapper and path not in self.others
+        return [in_wrapper(path, root) for root in reader.roots] if is_inside else [path]
 
 
 def text_path(path: str) -> str:
@@ -156,7 +157,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank}
         reasons = {
             "refuses it": bool(found[X]),
-            "loads it, and nothing attaches": not found[R],
+            "nothing attaches": not found[R],
             "does nothing: B A is zero": all(parse_tensor_name(name)[0] in zeros for name in found[R]),
             "loses a part": bool(found[S]),
             "takes another scale": any(trained != taken for trained, taken in scales.values()),
