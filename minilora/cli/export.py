@@ -1,8 +1,8 @@
 """Write an adapter as another program takes it.
 
 Names, scales and matrices become those of the reader; what it cannot take is
-named, and then nothing is written. Several adapters, or one with a number after
-its name, as in --adapter one:0.7 --adapter two:0.3, become their weighted sum.
+named, and nothing is written. Several adapters, or one with a number after its
+name, as in --adapter one:0.7 --adapter two:0.3, become their weighted sum.
 
 Example:
   minilora export --adapter run --for vllm --out served

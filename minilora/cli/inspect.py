@@ -81,7 +81,7 @@ def readers_page(
         pairs = sorted(
             {f"{taken:.4g}" + f" for {trained:.4g}" * (trained != taken) for trained, taken in found["scales"].values()}
         )
-        how = "" if found["reads_peft"] else f", by `minilora export --for {title}`"
+        how = "" if READERS[title].reads_peft else f", by `minilora export --for {title}`"
         verdict = found["verdict"] + how + ("" if found["tried"] else " (untried)")
         table.append((title, f"{len(found[R])} of {total}", ", ".join(pairs[:3]) + " …" * (len(pairs) > 3), verdict))
         for ruling in (S, X):

@@ -42,17 +42,6 @@ def text_name(name: str) -> str | None:
     return f"model.{match['decoder']}" if match["decoder"] else match["model"] or name
 
 
-def in_wrapper(path: str, root: str) -> str:
-    """Return the path of a text model's module in a wrapper, whose paths of the decoder begin with `root`.
-
-    >>> in_wrapper("model.norm", "model.language_model."), in_wrapper("lm_head", "language_model.model.")
-    ('model.language_model.norm', 'language_model.lm_head')
-    """
-    if path.startswith("model."):
-        return root + path.removeprefix("model.")
-    return f"language_model.{path}" if root == "language_model.model." else path
-
-
 def is_wrapper(directory: Path) -> bool:
     """Return whether a model directory has a text model in a wrapper."""
     return isinstance(read_json(directory / "config.json").get("text_config"), Mapping)

@@ -1,20 +1,20 @@
 """Adapters written as another program takes them: its names, its scale, its matrices, its layout."""
 
+import itertools
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.layers import LoraEmbedding
 from minilora.adapters.layout import parse_tensor_name, read_adapter
-from minilora.adapters.weighted import Factors, concatenate
 from minilora.errors import FormatError, TargetError, listed
 from minilora.files import TensorFile, read_json, write_json, write_tensors
 from minilora.lora import LoraLinear, lora_scale
 from minilora.tools.readers import EMBEDDING, READERS, SCALE_FIELDS, Base, R, S, X, reader_facts, text_path
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 NOT_NEEDED = ("exclude_modules", "layers_pattern", "layers_to_transform")  # target_modules are paths
 Held = dict[str, dict[str, Tensor]]  # path in the text model -> key of `parse_tensor_name` -> tensor
 
@@ -82,35 +82,32 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
 
 
 def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
-    """Split updates of matrices that the base has in parts, and fuse those of parts that it has in one matrix."""
-    for parent in sorted({path.rpartition(".")[0] for path in scales}):
-        for name, ends in FUSED.items():
-            whole, parts = f"{parent}.{name}", [f"{parent}.{end}" for end in ends]
-            moved = [path for path in (whole, *parts) if path in scales and path not in base.modules]
-            if any(held[path].keys() != {"lora_A", "lora_B"} for path in moved):
-                continue  # is refused by its name
-            if moved == [whole] and base.modules.keys() >= set(parts):
-                lora_A, lora_B, scale = *held.pop(whole).values(), scales.pop(whole)
-                sizes = [base.modules[path][0] for path in parts]
-                if sum(sizes) != len(lora_B):
-                    raise TargetError(f"{whole}: B has {len(lora_B)} rows, and the model's parts {sizes}")
-                for path, rows in zip(parts, lora_B.split(sizes), strict=True):
-                    held[path], scales[path] = {"lora_A": lora_A, "lora_B": rows.clone()}, scale
-            elif moved and whole in base.modules:
-                heads = base.config.get("num_attention_heads") or 1
-                kv = base.config.get("num_key_value_heads") or heads
-                shares = (heads, kv, kv) if len(parts) == 3 else (1, 1)
-                unit, above, factors = base.modules[whole][0] // sum(shares), 0, []
-                for path, share in zip(parts, shares, strict=True):
-                    if path in moved:
-                        lora_A, lora_B = held.pop(path).values()
-                        if len(lora_B) != share * unit:
-                            raise TargetError(f"{path}: B has {len(lora_B)} rows, {whole} has {share * unit} for it")
-                        below = base.modules[whole][0] - above - len(lora_B)
-                        factors.append(Factors(lora_A, F.pad(lora_B, (0, 0, above, below)), scales.pop(path)))
-                    above += share * unit
-                lora_A, lora_B, scales[whole] = concatenate(factors)
-                held[whole] = {"lora_A": lora_A, "lora_B": lora_B}
+    """Split updates of matrices that the base has in parts, and fuse those of parts that it has in one matrix.
+
+    What is more than an update, or of another size, is left, and then refused by its name.
+    """
+    heads = base.config.get("num_attention_heads") or 1
+    kv_heads = base.config.get("num_key_value_heads") or heads
+    plain = {path for path in scales if held[path].keys() == {"lora_A", "lora_B"} and path not in base.modules}
+    for parent, (name, shares) in itertools.product(
+        {path.rpartition(".")[0] for path in plain},
+        {"qkv_proj": {"q": heads, "k": kv_heads, "v": kv_heads}, "gate_up_proj": {"gate": 1, "up": 1}}.items(),
+    ):
+        whole, parts = f"{parent}.{name}", [f"{parent}.{part}_proj" for part in shares]
+        if whole in base.modules:
+            rows, found = base.modules[whole][0], plain.intersection(parts)
+            sizes = {path: rows * n // sum(shares.values()) for path, n in zip(parts, shares.values(), strict=True)}
+            if found and all(len(held[path]["lora_B"]) == sizes[path] for path in found):
+                blocks = [held[p]["lora_B"] * scales.pop(p) if p in found else torch.zeros(sizes[p], 0) for p in parts]
+                lora_A = torch.cat([held.pop(path)["lora_A"] for path in parts if path in found])
+                held[whole], scales[whole] = {"lora_A": lora_A, "lora_B": torch.block_diag(*blocks)}, 1.0
+        elif whole in plain:
+            rows_of = [base.modules.get(path, (0,))[0] for path in parts]
+            if sum(rows_of) == len(held[whole]["lora_B"]):
+                update = held.pop(whole)
+                for path, lora_B in zip(parts, update["lora_B"].split(rows_of), strict=True):
+                    held[path] = {"lora_A": update["lora_A"], "lora_B": lora_B}
+                scales |= dict.fromkeys(parts, scales.pop(whole))
 
 
 def _write_mlx(out: Path, base: Base) -> None:

@@ -1,6 +1,6 @@
 """Describe what is in a path: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ from minilora import files
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import read_adapter
 from minilora.errors import FormatError, MiniloraError
-from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout, read_packed
-from minilora.models.checkpoint import EMBEDDING, load_model
+from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
+from minilora.models.checkpoint import build_on_meta, load_model, stored_weights
+from minilora.models.config import read_config
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import load_tokenizer
-from minilora.models.wrapper import describe_other_parts, text_files
-from minilora.nf4 import NF4Linear
+from minilora.models.wrapper import describe_other_parts
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
 from minilora.runs.settings import Settings
+from minilora.tools.merging import dense
 
 
 def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -139,18 +140,12 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
     return {**facts, "modules": modules, "problems": []}
 
 
-def weight_norms(directory: Path, paths: Iterable[str]) -> dict[str, float]:
-    """Return ‖W‖ of modules of a text model, of which one weight is read at a time."""
-    stored, norms = text_files(directory), {}
-    packed = packed_weights(stored)
-    for path in paths:
-        name = f"{path}.weight" if f"{path}.weight" in stored else EMBEDDING  # of a tied head
-        if name in packed:
-            weight = NF4Linear(*read_packed(stored, packed[name], torch.device("cpu"), copy=False), None).weight
-        else:
-            weight = stored[name].read(name)
-        norms[path] = torch.linalg.matrix_norm(weight.float()).item()
-    return norms
+def weight_norms(directory: Path, modules: Collection[str]) -> dict[str, float]:
+    """Return ‖W‖ of modules of a model directory, by path; its weights are read one at a time."""
+    model = build_on_meta(read_config(directory))
+    weights = stored_weights(directory, model, "auto", torch.device("cpu"), None, may_be_views=True)
+    named = ((name.removesuffix(".weight"), weight) for name, weight in weights)
+    return {path: torch.linalg.matrix_norm(dense(weight).float()).item() for path, weight in named if path in modules}
 
 
 def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:

@@ -14,7 +14,7 @@ from minilora.errors import MiniloraError
 from minilora.files import TensorFile, read_json, tensor_files
 from minilora.lora import lora_scale
 from minilora.models.bitsandbytes import weight_shapes
-from minilora.models.wrapper import in_wrapper, is_wrapper, text_config, text_files, text_name
+from minilora.models.wrapper import is_wrapper, text_config, text_files, text_name
 
 R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
 RIGHT = "acts as trained"
@@ -75,7 +75,7 @@ READERS = {
     "peft": Reader("PEFT", "PEFT 0.21.2 on a causal model: utils/save_and_load.py", True, (CAUSAL,)),
     "peft-wrapper": Reader("PEFT", "PEFT 0.21.2 on a model with a vision wrapper", True, (VISION,)),
     "vllm": Reader("vLLM", "vLLM 0.30.0: lora/peft_helper.py, lora_model.py, utils.py", False, (VISION, OUTER), 512),
-    "mlx-lm": Reader("mlx-lm", "mlx-lm 0.32.0: tuner/utils.py, tuner/lora.py", False, (OUTER,), None, False),
+    "mlx-lm": Reader("mlx-lm", "mlx-lm 0.32.2: tuner/utils.py, tuner/lora.py", True, (OUTER,), None, False),
     "llama.cpp": Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", True, (CAUSAL, VISION, OUTER)),
 }
 
@@ -103,8 +103,12 @@ class Base(NamedTuple):
 
     def names(self, path: str, reader: Reader) -> list[str]:
         """Return the names that a reader has for a module."""
-        is_inside = self.is_wrapper and path not in self.others
-        return [in_wrapper(path, root) for root in reader.roots] if is_inside else [path]
+        if path in self.others:
+            return [path]
+        roots = reader.roots if self.is_wrapper or CAUSAL in reader.roots else (CAUSAL,)
+        if path.startswith(CAUSAL):
+            return [root + path.removeprefix(CAUSAL) for root in roots]
+        return [f"language_model.{path}" if root == OUTER else path for root in roots]
 
 
 def text_path(path: str) -> str:
@@ -163,7 +167,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
             "takes another scale": any(trained != taken for trained, taken in scales.values()),
         }
         verdict = next((verdict for verdict, holds in reasons.items() if holds), RIGHT)
-        about = {"source": reader.source, "tried": reader.is_tried, "reads_peft": reader.reads_peft}
+        about = {"source": reader.source, "tried": reader.is_tried}
         facts[title] = {"verdict": verdict, **about, **found, R: list(found[R]), "scales": scales}
     return facts
 
