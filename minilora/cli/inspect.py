@@ -24,10 +24,10 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from minilora.adapters.layout import PEFT_DEFAULTS
+from minilora.adapters.layout import PEFT_DEFAULTS, parse_tensor_name
 from minilora.cli import Options
 from minilora.cli.forecast import memory_page
-from minilora.errors import printable
+from minilora.errors import listed, printable
 from minilora.files import TensorEntry
 from minilora.models.hub import fetch
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
@@ -71,24 +71,25 @@ def _run_readers(options: Options) -> int:
     return int(any(found["verdict"] != RIGHT for found in facts["readers"].values()))
 
 
-def readers_page(
-    readers: Mapping[str, Mapping[str, Any]], norms: Mapping[str, Mapping[str, float]] | None = None
-) -> str:
-    """Return the facts of readers as text: a row for each, rows of what is lost, and the norms of each layer."""
-    table, problems = [("reader", "attach", "scale", "verdict")], [("reader", "", "n", "tensor")]
+def readers_page(readers: Mapping[str, Any], norms: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """Return the facts of readers as text: a row for each, what is lost in which, and the norms of each layer."""
+    table = [("reader", "attach", "scale", "verdict")]
+    problems: dict[str, list[str]] = {}
     for title, found in readers.items():
-        total = sum(len(found[ruling]) for ruling in RULINGS)
-        pairs = sorted(
-            {f"{taken:.4g}" + f" for {trained:.4g}" * (trained != taken) for trained, taken in found["scales"].values()}
-        )
-        how = "" if READERS[title].reads_peft else f", by `minilora export --for {title}`"
-        verdict = found["verdict"] + how + ("" if found["tried"] else " (untried)")
-        table.append((title, f"{len(found[R])} of {total}", ", ".join(pairs[:3]) + " …" * (len(pairs) > 3), verdict))
+        total, pairs = sum(len(found[ruling]) for ruling in RULINGS), set(found["scales"].values())
+        scales = sorted(f"{taken:.4g}" + f" for {trained:.4g}" * (trained != taken) for trained, taken in pairs)
+        is_other = found["verdict"] == RIGHT and not READERS[title].reads_peft
+        how = f", by `minilora export --for {title}`" * is_other
+        verdict = found["verdict"] + how + " (untried)" * (not found["tried"])
+        table.append((title, f"{len(found[R])} of {total}", ", ".join(scales[:3]) + " …" * (len(scales) > 3), verdict))
         for ruling in (S, X):
-            reasons = found[ruling]
-            for label, names in fold({name: NUMBER.sub("*", why) for name, why in reasons.items()}):
-                problems.append((title, ruling, str(len(names)), f"{label}: {reasons[names[0]]}"))
-    lines = _align(table) + (["", *_align(problems)] if len(problems) > 1 else [])
+            reasons = {parse_tensor_name(name)[0] or name: NUMBER.sub("*", why) for name, why in found[ruling].items()}
+            for label, names in fold(reasons):
+                problem = f"{len(names)} x {label}: {reasons[names[0]]}"
+                problems.setdefault(problem, []).append(f"{title} {ruling}")
+    text = "\n".join(_align(table))
+    if problems:
+        text += "\n" + listed([f"{problem} ({', '.join(who)})" for problem, who in problems.items()])
     layers: dict[str, list[Mapping[str, float]]] = {}
     for path, norm in (norms or {}).items():
         layers.setdefault((LAYER.match(path) or [path])[0], []).append(norm)
@@ -96,7 +97,7 @@ def readers_page(
     for layer, parts in layers.items():
         update, weight = (math.hypot(*(part[key] for part in parts)) for key in ("update", "weight"))
         rows.append((f"{update:.3g}", f"{weight:.3g}", f"{update / weight:.2%}" if weight else "-", layer))
-    return printable("\n".join([*lines, *(["", *_align(rows)] if norms else [])]))
+    return printable("\n".join([text, "", *_align(rows)] if layers else [text]))
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:

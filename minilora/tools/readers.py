@@ -186,9 +186,9 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
         row = "A and B of stacked experts (target_parameters)"
     elif owner in base.others and VISION in reader.roots:
         row = "modules of a wrapper's other parts"
-    elif text not in base.modules or owner not in base.names(text, reader):
+    elif text not in base.modules or (reader.reads_peft and owner not in base.names(text, reader)):
         there = f", but {base.names(text, reader)[0]}" if text in base.modules else ""
-        yield reader.ruling("a module that the model does not have"), f"it has no {owner}{there}"
+        yield reader.ruling("a module that the model does not have"), f"the model has no such module{there}"
         return
     elif key in ("lora_A", "lora_B"):
         outer = key == "lora_B"
