@@ -11,7 +11,7 @@ from minilora.adapter import WEIGHTS_FILE, adapter_layers
 from minilora.cli import main
 from minilora.testing.compare import assert_maths
 from minilora.tools.readers import READERS, RULES, Base, reader_facts
-from tests.files import ROOT, write_adapter, write_base
+from tests.files import ROOT, save_file, write_adapter, write_base
 from tests.readers import CASES, IN_WRAPPER, RIGHT, rename_tensors, write_case, write_wrapper
 from tests.readers import READERS as ASKED
 
@@ -93,10 +93,18 @@ def test_the_status_is_that_of_the_reader_who_is_meant_and_the_page_names_what_i
     assert main(["inspect", str(adapter), "--base", str(base), "--for", "peft"]) == 1
     shown = capsys.readouterr().out
     assert "nothing attaches" in shown
-    assert (
-        "2 x _orig_mod.model.layers.*.mlp.down_proj: the model has no such module, but model.layers.*.mlp.down_proj (peft ignores)"
-        in shown
-    )
+    why = "the model has no such module, but model.layers.*.mlp.down_proj (peft ignores)"
+    assert f"2 x _orig_mod.model.layers.*.mlp.down_proj: {why}\n" in shown
+    assert main(["inspect", str(adapter), "--norms"]) == 1
+    assert "need --base" in capsys.readouterr().err
+
+
+def test_tensors_of_odd_shapes_are_refused_everywhere(tmp_path):
+    base, adapter = write_case(tmp_path, "plain")
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    for shape in ((), (3,), (3, 4, 5), (0, 24)):
+        save_file({**tensors, max(tensors): torch.ones(shape)}, adapter / WEIGHTS_FILE)
+        assert set(verdicts(adapter, base).values()) == {"refuses it"}
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
@@ -130,11 +138,9 @@ def test_no_weight_of_the_base_is_read_without_norms(tmp_path, monkeypatch):
     assert set(verdicts(adapter, base).values()) == {RIGHT}
 
 
-def test_the_page_has_the_table(tmp_path):
+def test_the_page_has_the_table():
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     for row, cells in RULES.items():
         assert f"| {row} | {' | '.join(cells)} |\n" in page
     for reader in READERS.values():
         assert reader.source in page
-    assert load_file  # of other tests
-    assert WEIGHTS_FILE

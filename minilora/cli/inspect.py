@@ -27,7 +27,7 @@ from typing import Any
 from minilora.adapters.layout import PEFT_DEFAULTS, parse_tensor_name
 from minilora.cli import Options
 from minilora.cli.forecast import memory_page
-from minilora.errors import listed, printable
+from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry
 from minilora.models.hub import fetch
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
     parser.add_argument("--memory", action="store_true", help="show how much memory fine-tuning takes, by config.json")
-    parser.add_argument("--base", metavar="DIR", help="show what other programs make of an adapter on this model")
+    parser.add_argument("--base", metavar="MODEL", help="show what other programs make of an adapter on this model")
     parser.add_argument("--for", choices=READERS, help="only this program")
     parser.add_argument("--norms", action="store_true", help="with --base: show how much each layer's weights change")
 
@@ -53,6 +53,8 @@ def run(options: Options) -> int:
         return 0
     if options["base"]:
         return _run_readers(options)
+    if options["norms"] or options["for"]:
+        raise ConfigError("--norms and --for need --base")
     facts = inspect_path(options["path"])
     print(json.dumps(facts, default=vars) if options["json"] else "\n\n".join(page(*kind) for kind in facts.items()))
     return int("manifest" in facts and bool(facts["manifest"]["problems"]))

@@ -132,14 +132,14 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     """
     file, values = TensorFile(adapter / WEIGHTS_FILE), read_json(adapter / CONFIG_FILE)
     low_rank: dict[str, dict[str, Tensor]] = {}
-    for name in file.shapes:
+    for name, shape in file.shapes.items():
         path, key = parse_tensor_name(name)
-        if key in ("lora_A", "lora_B") and not STACKED.search(path):
+        if key in ("lora_A", "lora_B") and len(shape) == 2 and not STACKED.search(path):
             low_rank.setdefault(path, {})[key] = file.read(name)
     known = {key: values[key] for key in ("r", "lora_alpha", *SCALE_FIELDS) if values.get(key)}
     check_values(known, adapter / CONFIG_FILE)
     config = AdapterFile(adapter, known, low_rank).config()
-    zeros = {path for path, held in low_rank.items() if not all(factor.any() for factor in held.values())}
+    zeros = {path for path, held in low_rank.items() if not all(factor.float().any() for factor in held.values())}
     init, largest = values.get("init_lora_weights"), max(map(config.rank, low_rank), default=0)
     facts = {}
     for title, reader in READERS.items():
@@ -191,10 +191,9 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
         yield reader.ruling("a module that the model does not have"), f"the model has no such module{there}"
         return
     elif key in ("lora_A", "lora_B"):
-        outer = key == "lora_B"
-        needed = base.modules[text][::-1][outer ^ is_embedding]
-        if shape[1 - outer] != needed:
-            yield X, f"{shape} does not fit the weight {base.modules[text]}"
+        outer, weight = key == "lora_B", base.modules[text]
+        if not len(shape) == len(weight) == 2 or shape[1 - outer] != weight[1 - (outer ^ is_embedding)]:
+            yield X, f"{shape} does not fit the weight {weight}"
         kind = "the embedding" if is_embedding else "the head" if text == HEAD else "a linear"
         row = f"A and B of {kind}"
         row = next((tied for tied in RULES if tied.startswith(f"{row}, tied") and base.is_tied), row)
