@@ -74,7 +74,9 @@ READERS = {
     "minilora": Reader("minilora", "minilora/adapters/layout.py", True, (CAUSAL,)),
     "peft": Reader("PEFT", "PEFT 0.21.2 on a causal model: utils/save_and_load.py", True, (CAUSAL,)),
     "peft-wrapper": Reader("PEFT", "PEFT 0.21.2 on a model with a vision wrapper", True, (VISION,)),
-    "vllm": Reader("vLLM", "vLLM: lora/peft_helper.py of 0.30.0, lora_model.py and utils.py of 2026", False, (VISION, OUTER), 512),
+    "vllm": Reader(
+        "vLLM", "vLLM: peft_helper.py of 0.30.0, lora_model.py, utils.py of 2026", False, (VISION, OUTER), 512
+    ),
     "mlx-lm": Reader("mlx-lm", "mlx-lm 0.32.2: tuner/utils.py, tuner/lora.py", True, (OUTER,), None, False),
     "llama.cpp": Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", True, (CAUSAL, VISION, OUTER)),
 }
