@@ -11,7 +11,7 @@ from minilora.adapter import WEIGHTS_FILE, adapter_layers
 from minilora.cli import main
 from minilora.testing.compare import assert_maths
 from minilora.tools.readers import READERS, RULES, Base, reader_facts
-from tests.files import ROOT, save_file, write_adapter, write_base
+from tests.files import ROOT, edit, save_file, write_adapter, write_base
 from tests.readers import CASES, IN_WRAPPER, RIGHT, rename_tensors, write_case, write_wrapper
 from tests.readers import READERS as ASKED
 
@@ -78,6 +78,14 @@ def test_a_rank_that_is_too_large_and_a_shape_that_does_not_fit_are_refused(tmp_
     other = write_base(tmp_path / "other", num_hidden_layers=1, hidden_size=16)
     facts = reader_facts(large, Base.read(other))
     assert {found["verdict"] for found in facts.values()} == {"refuses it"}
+
+
+@pytest.mark.parametrize("changes", [{"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [1, 2]}])
+def test_a_setting_that_changes_what_is_computed_is_lost_where_it_is_not_read(changes, tmp_path):
+    base, adapter = write_case(tmp_path, "plain")
+    edit(adapter, **changes)
+    own = RIGHT if "init_lora_weights" in changes else "refuses it"
+    assert list(verdicts(adapter, base).values()) == [own, RIGHT, "loses a part", "refuses it", "loses a part"]
 
 
 def test_the_status_is_that_of_the_reader_who_is_meant_and_the_page_names_what_is_lost(tmp_path, capsys):

@@ -200,10 +200,15 @@ def read_values(directory: Path) -> dict[str, Any]:
     return values
 
 
+def unknown_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config that are not supported, and neither PEFT's defaults nor empty."""
+    known = READ_FIELDS | IGNORED_FIELDS
+    return {key: v for key, v in values.items() if key not in known and v and v != PEFT_DEFAULTS.get(key)}
+
+
 def check_values(values: Mapping[str, Any], path: Path) -> None:
     """Raise the FormatError of `read_values`."""
-    known = READ_FIELDS | IGNORED_FIELDS
-    unknown = {key: v for key, v in values.items() if key not in known and v and v != PEFT_DEFAULTS.get(key)}
+    unknown = unknown_settings(values)
     if parameters := unknown.get("target_parameters"):
         raise FormatError(f"{path}: target_parameters: found {parameters!r:.80}; {in_recipe('experts')}")
     bad = [

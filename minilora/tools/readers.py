@@ -9,7 +9,14 @@ from torch import Tensor
 
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.layout import DETERMINISTIC_INITS, AdapterFile, check_values, parse_tensor_name, read_adapter
+from minilora.adapters.layout import (
+    DETERMINISTIC_INITS,
+    AdapterFile,
+    check_values,
+    parse_tensor_name,
+    read_adapter,
+    unknown_settings,
+)
 from minilora.errors import MiniloraError
 from minilora.files import TensorFile, read_json, tensor_files
 from minilora.lora import lora_scale
@@ -36,6 +43,7 @@ RULES = {  # tensors, settings and names -> what each program does; of mlx-lm, w
     "modules_to_save": (R, R, X, X, X),
     "trainable_token_indices": (R, R, X, X, X),
     "init_lora_weights that changes the base": (R, R, S, X, S),
+    "a setting that minilora does not know": (X, R, S, X, S),
     "a copy of the base's weight": (R, R, R, R, R),
     "a module that the model does not have": (X, S, S, X, X),
     "a name without base_model.model.": (X, S, R, X, R),
@@ -142,7 +150,11 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     check_values(known, adapter / CONFIG_FILE)
     config = AdapterFile(adapter, known, low_rank).config()
     zeros = {path for path, held in low_rank.items() if not all(factor.float().any() for factor in held.values())}
-    init, largest = values.get("init_lora_weights"), max(map(config.rank, low_rank), default=0)
+    settings = dict.fromkeys(unknown_settings(values), "a setting that minilora does not know")
+    settings.pop("target_parameters", None)  # has tensors of its own
+    if values.get("init_lora_weights") in DETERMINISTIC_INITS:
+        settings["init_lora_weights"] = "init_lora_weights that changes the base"
+    largest = max(map(config.rank, low_rank), default=0)
     facts = {}
     for title, reader in READERS.items():
         if only not in (None, title) or (title == "peft-wrapper" and not base.is_wrapper):
@@ -151,8 +163,9 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         for name, shape in file.shapes.items():
             ruling, why = max(_rulings(name, shape, base, reader), key=lambda pair: RULINGS.index(pair[0]))
             found[ruling][name] = why
-        if init in DETERMINISTIC_INITS and (ruling := reader.ruling("init_lora_weights that changes the base")) != R:
-            found[ruling]["init_lora_weights"] = f"{init}: the base lacks the part of its weights that A and B began as"
+        for setting, row in settings.items():
+            if (ruling := reader.ruling(row)) != R:
+                found[ruling][setting] = row
         if reader.most is not None and largest > reader.most:
             found[X]["r"] = f"the rank is {largest}, at most {reader.most} is accepted"
         if title == "minilora":
