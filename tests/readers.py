@@ -41,6 +41,8 @@ CASES = {
     "alpha pattern": Case((RIGHT, RIGHT, SCALE, RIGHT, SCALE), {"alpha_pattern": {"q_proj": 2}}),
     "DoRA": Case((RIGHT, RIGHT, REFUSED, RIGHT, REFUSED), {"use_dora": True}),
     "module in full": Case((RIGHT, RIGHT, REFUSED, REFUSED, REFUSED), {"modules_to_save": ("lm_head",)}),
+    "token rows": Case((RIGHT, RIGHT, REFUSED, REFUSED, REFUSED), {"trainable_token_indices": (3, 5)}),
+    "bias of B": Case((RIGHT, RIGHT, REFUSED, REFUSED, REFUSED), {"lora_bias": True}),
     "embedding and head": Case(ALL_RIGHT, {"target_modules": ("embed_tokens", "lm_head", "q_proj")}),
     "tied embedding": Case(
         (RIGHT, RIGHT, RIGHT, REFUSED, REFUSED), {"target_modules": ("embed_tokens", "q_proj")}, is_tied=True

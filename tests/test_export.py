@@ -97,7 +97,7 @@ def test_names_become_those_of_the_reader(title, name, tmp_path):
 
 
 @pytest.mark.parametrize("title", ["minilora", "peft"])
-@pytest.mark.parametrize("name", ["DoRA", "module in full", "tied embedding"])
+@pytest.mark.parametrize("name", ["DoRA", "module in full", "tied embedding", "token rows", "bias of B"])
 def test_what_is_more_than_an_update_goes_to_those_who_read_it(title, name, tmp_path):
     base, adapter = write_case(tmp_path, name)
     export_adapter(adapter, base, title, tmp_path / "out")
