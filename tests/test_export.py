@@ -15,7 +15,7 @@ from minilora.testing.compare import assert_parity
 from minilora.tools.exporting import export_adapter
 from minilora.tools.readers import READERS, Base, reader_facts
 from tests.files import save_file, write_adapter, write_base
-from tests.models import token_ids
+from tests.models import perturb_, token_ids
 from tests.readers import CASES, RIGHT, rename_tensors, write_case, write_wrapper
 
 MEANT = {  # from the name in the files of a reader to the path in the text model
@@ -128,6 +128,28 @@ def test_dora_becomes_that_of_mlx(tmp_path):
     for name, tensor in stored.items():
         if name.endswith(".m"):
             assert torch.equal(tensor, own[f"base_model.model.{name.removesuffix('m')}lora_magnitude_vector"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ("model.norm",)},
+        {"trainable_token_indices": {"model.embed_tokens": (3, 5)}},
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_what_goes_into_a_wrapper_comes_back_the_same(config, tmp_path):
+    base = write_wrapper(tmp_path)
+    model, ids = ml.load_model(base), token_ids(0, 2, 9)
+    adapter = write_adapter(model, tmp_path / "adapter", target_modules=["q_proj"], **config)
+    perturb_(model)
+    ml.save_adapter(model, adapter)
+    export_adapter(adapter, base, "peft-wrapper", tmp_path / "there")
+    assert all(".language_model." in name or "lm_head" in name for name in load_file(tmp_path / "there" / WEIGHTS_FILE))
+    export_adapter(tmp_path / "there", base, "minilora", tmp_path / "back")
+    again = ml.load_model(base)
+    ml.load_adapter(again, tmp_path / "back")
+    assert torch.equal(again(ids), model(ids))
 
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -48,8 +48,8 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
             held[path]["lora_B"] = F.pad(scale / taken * lora_B, (0, missing)).float()
             scales[path], ranks[path] = taken, rank
 
-    def named(name: str) -> str:
-        return base.names(name, reader)[0]
+    def named(path: str) -> str:
+        return base.names(text_path(path), reader)[0]
 
     tensors = {}
     for path, part in held.items():
