@@ -1,6 +1,7 @@
 """Adapters written as another program takes them: its names, its scale, its matrices, its layout."""
 
 import itertools
+import math
 from pathlib import Path
 
 import torch
@@ -58,20 +59,18 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
         for key, tensor in part.items():
             owner, _, end = (path, "", own[key]) if path else key.rpartition(".")
             tensors[f"{PREFIX}{named(owner)}.{end}"] = tensor
-    growth = {path: rank**0.5 if use_rslora else rank for path, rank in ranks.items()}
-    odd = {path for path, scale in scales.items() if scale != lora_scale(ranks[path], alpha, use_rslora)}
+    growth = {path: math.sqrt(rank) if use_rslora else rank for path, rank in ranks.items()}  # scale = alpha / growth
     tokens = stored.values.get("trainable_token_indices")
     values = {**stored.values, **dict.fromkeys(NOT_NEEDED), "r": r, "lora_alpha": alpha, "use_rslora": use_rslora}
     values |= {
         "target_modules": sorted(map(named, scales)),
         "rank_pattern": {f"^{named(path)}": rank for path, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{named(path)}": scales[path] * growth[path] for path in sorted(odd)},
+        "alpha_pattern": {f"^{named(p)}": s * growth[p] for p, s in scales.items() if s != alpha / growth[p]},
         "modules_to_save": [named(name) for name in stored.values.get("modules_to_save") or ()] or None,
         "trainable_token_indices": {named(k): v for k, v in tokens.items()} if isinstance(tokens, dict) else tokens,
     }
-    metadata = TensorFile(adapter / WEIGHTS_FILE).metadata
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors(out / WEIGHTS_FILE, tensors, metadata)
+    write_tensors(out / WEIGHTS_FILE, tensors, TensorFile(adapter / WEIGHTS_FILE).metadata)
     write_json(out / CONFIG_FILE, values)
     facts = reader_facts(out, base, title)[title]
     if bad := {**facts[X], **facts[S]}:
@@ -119,8 +118,8 @@ def _write_mlx(out: Path, base: Base) -> None:
         if key in keys:
             tensors[f"{path}.{keys[key]}"] = file.read(name).t()
     write_tensors(out / "adapters.safetensors", tensors)
-    scale = lora_scale(values["r"], values["lora_alpha"])
-    parameters = {"rank": values["r"], "scale": scale, "dropout": 0.0, "keys": values["target_modules"]}
+    r, scale = values["r"], lora_scale(values["r"], values["lora_alpha"])
+    parameters = {"rank": r, "scale": scale, "dropout": 0.0, "keys": values["target_modules"]}
     kind, layers = "dora" if values.get("use_dora") else "lora", base.config.get("num_hidden_layers")
     write_json(out / CONFIG_FILE, {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters})
     (out / WEIGHTS_FILE).unlink()

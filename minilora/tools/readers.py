@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapters import layout
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.layout import (
-    DETERMINISTIC_INITS,
-    AdapterFile,
-    check_values,
-    parse_tensor_name,
-    read_adapter,
-    unknown_settings,
-)
+from minilora.adapters.layout import parse_tensor_name
 from minilora.errors import MiniloraError
 from minilora.files import TensorFile, read_json, tensor_files
 from minilora.lora import lora_scale
@@ -106,10 +100,9 @@ class Base(NamedTuple):
         config, wrapped = text_config(read_json(directory / "config.json")), is_wrapper(directory)
         is_tied = HEAD not in modules or config.get("tie_word_embeddings") is True
         modules.setdefault(HEAD, modules.get(EMBEDDING, ()))
-        others = [name.removesuffix(".weight") for name in tensor_files(directory) if wrapped and not text_name(name)]
-        return cls(
-            modules, frozenset(f"model.{name.removeprefix('model.')}" for name in others), wrapped, is_tied, config
-        )
+        others = [name for name in tensor_files(directory) if wrapped and not text_name(name)]
+        paths = (f"model.{name.removeprefix('model.').removesuffix('.weight')}" for name in others)
+        return cls(modules, frozenset(paths), wrapped, is_tied, config)
 
     def names(self, path: str, reader: Reader) -> list[str]:
         """Return the names that a reader has for a module."""
@@ -147,12 +140,12 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         if key in ("lora_A", "lora_B") and len(shape) == 2 and not STACKED.search(path):
             low_rank.setdefault(path, {})[key] = file.read(name)
     known = {key: values[key] for key in ("r", "lora_alpha", *SCALE_FIELDS) if values.get(key)}
-    check_values(known, adapter / CONFIG_FILE)
-    config = AdapterFile(adapter, known, low_rank).config()
+    layout.check_values(known, adapter / CONFIG_FILE)
+    config = layout.AdapterFile(adapter, known, low_rank).config()
     zeros = {path for path, held in low_rank.items() if not all(factor.float().any() for factor in held.values())}
-    settings = dict.fromkeys(unknown_settings(values), "a setting that minilora does not know")
+    settings = dict.fromkeys(layout.unknown_settings(values), "a setting that minilora does not know")
     settings.pop("target_parameters", None)  # has tensors of its own
-    if values.get("init_lora_weights") in DETERMINISTIC_INITS:
+    if values.get("init_lora_weights") in layout.DETERMINISTIC_INITS:
         settings["init_lora_weights"] = "init_lora_weights that changes the base"
     largest = max(map(config.rank, low_rank), default=0)
     facts = {}
@@ -170,7 +163,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
             found[X]["r"] = f"the rank is {largest}, at most {reader.most} is accepted"
         if title == "minilora":
             try:
-                read_adapter(adapter).config()
+                layout.read_adapter(adapter).config()
             except MiniloraError as error:
                 found[X][CONFIG_FILE] = str(error)
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank}
@@ -182,8 +175,8 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
             "takes another scale": any(trained != taken for trained, taken in scales.values()),
         }
         verdict = next((verdict for verdict, holds in reasons.items() if holds), RIGHT)
-        about = {"source": reader.source, "tried": reader.is_tried}
-        facts[title] = {"verdict": verdict, **about, **found, R: list(found[R]), "scales": scales}
+        facts[title] = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
+        facts[title] |= {**found, R: list(found[R])}
     return facts
 
 
