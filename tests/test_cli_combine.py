@@ -1,4 +1,4 @@
-"""minilora merge with weights: what is written and what is said."""
+"""minilora merge and export with weights: what is written and what is said."""
 
 import json
 import math
@@ -92,7 +92,7 @@ def assert_writes_the_same(run, adapter, merged):
     assert_parity(model(ids), ml.load_model(merged)(ids))
 
 
-@pytest.mark.parametrize("command", ["generate --prompt=cat --max-new-tokens=1", "merge", "merge --as-adapter"])
+@pytest.mark.parametrize("command", ["generate --prompt=cat --max-new-tokens=1", "merge", "export --for=vllm"])
 def test_a_changed_config_is_said_and_obeyed_and_changed_weights_are_refused(
     directory, tmp_path, capsys, monkeypatch, command
 ):
@@ -177,8 +177,8 @@ def test_adapters_without_weights_are_merged_as_ever_whatever_they_are(directory
 
 def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one_does(directory, run, tmp_path):
     both = ["--adapter=a:0.7", "--adapter=b:-0.3"]
-    printed = run("merge", *both, "--as-adapter", f"--out={tmp_path / 'adapter'}")
-    assert printed == [f"adapter of rank 5 written to {tmp_path / 'adapter'}"]
+    printed = run("export", *both, "--for=vllm", f"--out={tmp_path / 'adapter'}")
+    assert printed == [f"adapter for vllm written to {tmp_path / 'adapter'}"]
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", MANIFEST)
     }
@@ -191,7 +191,7 @@ def test_how_the_base_was_held_in_the_training_is_written_with_the_sum(run, tmp_
     model = ml.load_model("model", quantize="nf4")
     write_adapter(model, tmp_path / "packed", r=2)
     for name, adapter in (("dense", "a"), ("four", tmp_path / "packed")):
-        run("merge", f"--adapter={adapter}:0.5", "--model=model", "--as-adapter", f"--out={tmp_path / name}")
+        run("export", f"--adapter={adapter}:0.5", "--model=model", "--for=peft", f"--out={tmp_path / name}")
         assert base_quantization(tmp_path / name) == base_quantization(adapter) is not None
 
 
@@ -200,33 +200,32 @@ def test_how_the_base_was_held_in_the_training_is_written_with_the_sum(run, tmp_
 
 def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path):
     for words, phrase in (
-        (["--adapter=dora:0.5"], "adapter0: cannot be combined with other adapters, or weighed: "),
-        (["--adapter=a", "--adapter=dora", "--as-adapter"], "adapter1: cannot be combined"),
-        (["--adapter=a:0,5"], "a:0,5: no such directory"),
-        (["--as-adapter"], "there is nothing to merge: give --adapter"),
+        (["merge", "--adapter=dora:0.5"], "adapter0: cannot be combined with other adapters, or weighed: "),
+        (["export", "--for=peft", "--adapter=a", "--adapter=dora"], "adapter1: cannot be combined"),
+        (["merge", "--adapter=a:0,5"], "a:0,5: no such directory"),
+        (["export", "--for=peft"], "there is nothing to export: give --adapter"),
     ):
-        assert phrase in run("merge", *words, f"--out={tmp_path / 'out'}", status=1)
+        assert phrase in run(*words, f"--out={tmp_path / 'out'}", status=1)
         assert not (tmp_path / "out").exists()
 
 
 def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(run, elsewhere, tmp_path):
-    for flags in ([], ["--as-adapter"]):
-        both = ["--adapter=a", f"--adapter={elsewhere}", *flags, f"--out={tmp_path / f'out{len(flags)}'}"]
-        assert "name different base models" in run("merge", *both, status=1)
-        run("merge", "--model=model", *both)
-    assert base_model_of(tmp_path / "out1") == "model"
+    for words in (["merge"], ["export", "--for=peft"]):
+        both = ["--adapter=a", f"--adapter={elsewhere}", f"--out={tmp_path / words[0]}"]
+        assert "name different base models" in run(*words, *both, status=1)
+        run(*words, "--model=model", *both)
+    assert base_model_of(tmp_path / "export") == "model"
 
 
 def test_adapters_that_were_asked_differently_are_merged_as_the_first_was(directory, tmp_path, capsys, monkeypatch):
     said = runner(directory, capsys, monkeypatch)
     shutil.copytree("b", tmp_path / "b")
     both = ["--adapter=a", f"--adapter={tmp_path / 'b'}"]
-    flags = ([], ["--as-adapter"])
     (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages[0]['content'] }} !")
-    for more in flags:
+    for words in (["merge"], ["export", "--for=peft"]):
         for i, order in enumerate((both, both[::-1])):
-            out = tmp_path / f"out{len(more)}{i}"
-            said("merge", *order, *more, f"--out={out}")
+            out = tmp_path / f"{words[0]}{i}"
+            said(*words, *order, f"--out={out}")
             assert (out / "chat_template.jinja").read_text()[-1] == "?!"[i]
 
 
@@ -241,7 +240,6 @@ def test_a_merge_into_another_dtype_than_that_of_the_training_is_said(directory,
         ("run", ["--dtype=bfloat16", "--adapter=b"], True),
         ("run", [], False),  # the base is in float32
         ("other", ["--dtype=bfloat16"], False),
-        ("run", ["--dtype=bfloat16", "--as-adapter"], False),
     )
     for i, (name, words, is_said) in enumerate(cases):
         note = said("merge", f"--adapter={tmp_path / name}", *words, f"--out={tmp_path / str(i)}").err
@@ -290,7 +288,7 @@ def test_what_needs_no_tokenizer_works_without_one(run, tmp_path):
     chosen, out = [f"--model={tmp_path / 'model'}", f"--adapter={tmp_path / 'adapter'}"], tmp_path / "out"
     run("merge", *chosen, f"--out={out / 'merged'}")
     run("quantize", chosen[0], f"--out={out / 'packed'}")
-    run("merge", *chosen, "--as-adapter", f"--out={out / 'plain'}")
+    run("export", *chosen, "--for=vllm", f"--out={out / 'plain'}")
     assert sorted(path.name for path in out.iterdir()) == ["merged", "packed", "plain"]
     assert not list(out.glob("*/tokenizer.json"))
     assert "model: there is no tokenizer.json" in run("generate", *chosen, "--prompt=a", status=1)

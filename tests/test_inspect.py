@@ -23,7 +23,7 @@ from tests.text import CHATML, write_tokenizer
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "BOOL": torch.bool}
 words = st.sampled_from(["a", "b", "0", "1", "2", "10", "01", "9999999999"])
 names = st.lists(words, min_size=1, max_size=4).map(".".join)
-UNSET = {"memory": False, "json": False}
+UNSET = {"memory": False, "json": False, "base": None, "norms": False, "for": None}
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_what_is_made_of_an_adapter_is_asked_as_it_was(runs, run, tmp_path, kind
     adapter = runs / "run" / kind
     checkpoint, _ = newest_checkpoint(adapter / "checkpoints")
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    run("merge", "--adapter", adapter, "--as-adapter", "--out", tmp_path / "combined")
+    run("export", "--adapter", adapter, "--for", "vllm", "--out", tmp_path / "combined")
     for name in ("checkpoint", "combined"):
         assert asked(adapter=[str(tmp_path / name)]) == asked(adapter=[str(adapter)]) == expected(runs, kind)
     said = run("merge", "--adapter", adapter, "--out", tmp_path / "merged").err
@@ -113,7 +113,7 @@ def test_eval_measures_with_the_template_and_the_system_prompt_beside_the_adapte
     assert json.loads(run(*words, "--model", tmp_path / "merged").out)["value"] == pytest.approx(found, rel=1e-5)
 
 
-@pytest.mark.parametrize("words", [["merge"], ["merge", "--as-adapter"], ["push", "--dry-run"]])
+@pytest.mark.parametrize("words", [["merge"], ["export", "--for=peft"], ["push", "--dry-run"]])
 def test_who_hands_a_model_over_learns_how_other_programs_get_its_system_prompt(runs, run, tmp_path, words):
     for kind in ("chat", "plain"):
         adapter = runs / "run" / kind

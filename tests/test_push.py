@@ -179,8 +179,8 @@ def local(tmp_path_factory):
     for name, rows, changes in (("chat", "talks", own), ("plain", "texts", {}), ("next", "talks", again)):
         settings = {"model": directory / "chat", "data": directory / f"{rows}.jsonl", "max_steps": 1, **changes}
         assert finetune(directory, directory / f"{name}-run", **settings) == 0
-    for name, flags in (("merge", []), ("plain", ["--as-adapter"])):
-        assert main(["merge", f"--adapter={directory / 'chat-run'}", *flags, f"--out={directory / name}"]) == 0
+    for name, words in (("merge", ["merge"]), ("plain", ["export", "--for=peft"])):
+        assert main([*words, f"--adapter={directory / 'chat-run'}", f"--out={directory / name}"]) == 0
     return directory
 
 

@@ -12,7 +12,7 @@ expressions. Another `rank_pattern` is not needed and ignored; another `alpha_pa
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -195,10 +195,20 @@ def parse_tensor_name(name: str) -> tuple[str, str]:
 
 def read_values(directory: Path) -> dict[str, Any]:
     """Read the JSON; raise a FormatError that names all unsupported keys whose value is neither PEFT's nor empty."""
-    path = directory / CONFIG_FILE
-    values = read_json(path)
+    values = read_json(directory / CONFIG_FILE)
+    check_values(values, directory / CONFIG_FILE)
+    return values
+
+
+def unknown_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config that are not supported, and neither PEFT's defaults nor empty."""
     known = READ_FIELDS | IGNORED_FIELDS
-    unknown = {key: v for key, v in values.items() if key not in known and v and v != PEFT_DEFAULTS.get(key)}
+    return {key: v for key, v in values.items() if key not in known and v and v != PEFT_DEFAULTS.get(key)}
+
+
+def check_values(values: Mapping[str, Any], path: Path) -> None:
+    """Raise the FormatError of `read_values`."""
+    unknown = unknown_settings(values)
     if parameters := unknown.get("target_parameters"):
         raise FormatError(f"{path}: target_parameters: found {parameters!r:.80}; {in_recipe('experts')}")
     bad = [
@@ -218,4 +228,3 @@ def read_values(directory: Path) -> dict[str, Any]:
             bad += [f"{key}: {name!r:.80} is not a module name or the end of one" for name in strange]
     if bad:
         raise FormatError(f"{path}: not a LoRA that can be read:{listed(bad)}")
-    return values

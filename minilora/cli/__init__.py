@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "generate text from prompts",
     "chat": "chat with a model",
     "merge": "merge adapters into a model's weights and save the model",
+    "export": "write an adapter as another program takes it",
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
     "inspect": "show what is in a model, an adapter, a run or a safetensors file, and whether it was changed",

@@ -8,8 +8,13 @@ In the table of an adapter's modules, norm is the Frobenius norm of s·B A.
 Modules or tensors whose names differ only in numbers are one row, n is how
 many there are.
 
+With --base, each reader that is known, or that of --for, is compared with the
+adapter and the model's files: how many tensors attach, with which scale, and
+what is lost. The exit status is 1 if the adapter does not act in one of them
+as it was trained. A verdict that nobody tried in that program is "untried".
+
 Example:
-  minilora inspect run
+  minilora inspect run --base path/to/model --for vllm
 """
 
 import argparse
@@ -19,14 +24,17 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from minilora.adapters.layout import PEFT_DEFAULTS
+from minilora.adapters.layout import PEFT_DEFAULTS, parse_tensor_name
 from minilora.cli import Options
 from minilora.cli.forecast import memory_page
-from minilora.errors import printable
+from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry
-from minilora.tools.inspect import inspect_path
+from minilora.models.hub import fetch
+from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
+from minilora.tools.readers import READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts, text_path
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
+LAYER = re.compile(r".*?\.\d+(?=\.)")  # the first part of a path that ends in a number
 LIST_WIDTH = 100  # characters of a list that are shown
 
 
@@ -34,15 +42,64 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
     parser.add_argument("--memory", action="store_true", help="show how much memory fine-tuning takes, by config.json")
+    parser.add_argument("--base", metavar="MODEL", help="show what other programs make of an adapter on this model")
+    parser.add_argument("--for", choices=READERS, help="only this program")
+    parser.add_argument("--norms", action="store_true", help="with --base: show how much each layer's weights change")
 
 
 def run(options: Options) -> int:
     if options["memory"]:
         print(memory_page(options["path"]))
         return 0
+    if options["base"]:
+        return _run_readers(options)
+    if options["norms"] or options["for"]:
+        raise ConfigError("--norms and --for need --base")
     facts = inspect_path(options["path"])
     print(json.dumps(facts, default=vars) if options["json"] else "\n\n".join(page(*kind) for kind in facts.items()))
     return int("manifest" in facts and bool(facts["manifest"]["problems"]))
+
+
+def _run_readers(options: Options) -> int:
+    adapter, directory = fetch(options["path"], "adapter"), fetch(options["base"], "model")
+    base = Base.read(directory)
+    facts: dict[str, Any] = {"readers": reader_facts(adapter, base, options["for"])}
+    if options["norms"]:
+        updates = {module["module"]: module["norm"] for module in adapter_facts(adapter)["modules"]}
+        paths = {path: text_path(path) for path in updates if text_path(path) in base.modules}
+        weights = weight_norms(directory, paths.values())
+        facts["norms"] = {path: {"update": updates[path], "weight": weights[text]} for path, text in paths.items()}
+    print(json.dumps(facts) if options["json"] else readers_page(**facts))
+    return int(any(found["verdict"] != RIGHT for found in facts["readers"].values()))
+
+
+def readers_page(readers: Mapping[str, Any], norms: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """Return the facts of readers as text: a row for each, what is lost in which, and the norms of each layer."""
+    table = [("reader", "attach", "scale", "verdict")]
+    problems: dict[str, list[str]] = {}
+    for title, found in readers.items():
+        total, pairs = sum(len(found[ruling]) for ruling in RULINGS), set(found["scales"].values())
+        scales = sorted(f"{taken:.4g}" + f" for {trained:.4g}" * (trained != taken) for trained, taken in pairs)
+        is_other = found["verdict"] == RIGHT and not READERS[title].reads_peft
+        how = f", by `minilora export --for {title}`" * is_other
+        verdict = found["verdict"] + how + " (untried)" * (not found["tried"])
+        table.append((title, f"{len(found[R])} of {total}", ", ".join(scales[:3]) + " …" * (len(scales) > 3), verdict))
+        for ruling in (S, X):
+            reasons = {parse_tensor_name(name)[0] or name: NUMBER.sub("*", why) for name, why in found[ruling].items()}
+            for label, names in fold(reasons):
+                problem = f"{len(names)} x {label}: {reasons[names[0]]}"
+                problems.setdefault(problem, []).append(f"{title} {ruling}")
+    text = "\n".join(_align(table))
+    if problems:
+        text += "\n" + listed([f"{problem} ({', '.join(who)})" for problem, who in problems.items()])
+    layers: dict[str, list[Mapping[str, float]]] = {}
+    for path, norm in (norms or {}).items():
+        layers.setdefault((LAYER.match(path) or [path])[0], []).append(norm)
+    rows = [("update", "weight", "ratio", "layer")]
+    for layer, parts in layers.items():
+        update, weight = (math.hypot(*(part[key] for part in parts)) for key in ("update", "weight"))
+        rows.append((f"{update:.3g}", f"{weight:.3g}", f"{update / weight:.2%}" if weight else "-", layer))
+    return printable("\n".join([text, "", *_align(rows)] if layers else [text]))
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:

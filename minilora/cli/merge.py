@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import get_args
 
 from minilora.adapter import WEIGHTS_FILE
-from minilora.adapters.attach import config_of_adapter, describe_base
+from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter, save_adapter_files
 from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
-from minilora.cli.messages import base_notes, changed_notes, say_system_prompt
+from minilora.cli.messages import base_notes, say_system_prompt
 from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
-from minilora.models.prompts import copy_prompt_files
 from minilora.runs.reports import read_run_record
 from minilora.tools.merging import Merge, merge_directory
 
@@ -43,26 +42,23 @@ def add_flags(parser: Parser) -> None:
         help="weights to merge into: original, the 16-bit weights; dequantized, the dequantized 4-bit weights that the "
         "adapter was trained on; requantized, these, quantized again (default: like the base in training)",
     )
-    parser.add_argument("--as-adapter", action="store_true", help="save the adapters as one adapter, not a model")
 
 
 def run(options: Options) -> int:
-    if not options["adapter"]:
-        raise ConfigError("there is nothing to merge: give --adapter")
-    names, weights = zip(*map(split_weight, options["adapter"]), strict=True)
-    options = {**options, "adapter": list(names)}
     with new_directory(options["out"]) as out:
-        if options["as_adapter"]:
-            found = find_sources(options)
-            for note in changed_notes(found.adapters):
-                say(note)
-            written = f"adapter of rank {_combine(found, weights, out)}"
-            copy_prompt_files(found.adapters, out)
-        else:
-            written = _write_model(options, weights, out)
+        found, weights = find_weighted(options)
+        written = _write_model(options, found, weights, out)
     print(f"{written} written to {options['out']}")
     say_system_prompt(options["out"])
     return 0
+
+
+def find_weighted(options: Options) -> tuple[Sources, tuple[float, ...]]:
+    """Return the model and the adapters that the flags name, and the adapters' weights."""
+    if not options["adapter"]:
+        raise ConfigError(f"there is nothing to {options['command']}: give --adapter")
+    names, weights = zip(*map(split_weight, options["adapter"]), strict=True)
+    return find_sources({**options, "adapter": list(names)}), weights
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -78,23 +74,22 @@ def split_weight(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def _combine(found: Sources, weights: Sequence[float], out: Path) -> int:
-    """Write the weighted sum of the adapters as one, and return its largest rank."""
+def combine(found: Sources, weights: Sequence[float], out: Path) -> None:
+    """Write the weighted sum of the adapters as one."""
     model = load_model(found.base.name, "auto", "meta", found.quantize)
     names = [f"adapter{i}" for i in range(len(found.adapters))]
     for name, path in zip(names, found.adapters, strict=True):
         load_adapter(model, path, name)
     combine_adapters(model, dict(zip(names, weights, strict=True)), "combined")
     save_adapter_files(model, out, "combined")
-    return config_of_adapter(model, "combined").r
 
 
-def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
+def _write_model(options: Options, found: Sources, weights: Sequence[float], out: Path) -> str:
     """Merge the adapters, or with weights their sum, and describe the error and what was written.
 
     With weights, what is merged already may be added to or subtracted.
     """
-    target, found = options["target"], find_sources(options)
+    target = options["target"]
     is_plain = all(weight == 1 for weight in weights)
     if is_plain:
         check_not_merged(found.base, found.adapters)
@@ -107,10 +102,10 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
         say(note)
     with tempfile.TemporaryDirectory() as scratch:
         if not is_plain:
-            _combine(found, weights, Path(scratch))
+            combine(found, weights, Path(scratch))
             merge = replace(merge, adapters=(Path(scratch),))
         error = merge_directory(merge, out, found.tokenizer)
-    _record_adapters(out, options["adapter"], found.adapters)
+    _record_adapters(out, [split_weight(name)[0] for name in options["adapter"]], found.adapters)
     return f"{_describe_error(error)}\nmerged model"
 
 

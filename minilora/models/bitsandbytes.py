@@ -134,6 +134,14 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     return Layout((shape[0], shape[1]), PACKED_DTYPES[dtype], block_size, CODEBOOKS[kind]), offset
 
 
+def weight_shapes(files: Mapping[str, TensorFile]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors; a packed weight is one, with its unpacked shape."""
+    packed = packed_weights(files)
+    parts = {part for names in packed.values() for part in names}
+    shapes = {name: file.shapes[name] for name, file in files.items() if name not in parts}
+    return shapes | {name: read_layout(files[state], state)[0].shape for name, (state, *_) in packed.items()}
+
+
 def quant_type(layout: Layout) -> str:
     """Return the name of the format of a packed weight."""
     return "nf4" if layout.levels == LEVELS else "fp4"

@@ -24,9 +24,9 @@ from minilora.models.bitsandbytes import (
     most_entry_bytes,
     packed_weights,
     quantization_config,
-    read_layout,
     read_packed,
     stored_tensors,
+    weight_shapes,
 )
 from minilora.models.config import FAMILIES, read_config
 from minilora.models.hub import locate
@@ -270,9 +270,7 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 def _check_names(
     directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
-    inside = {part for parts in packed.values() for part in parts}
-    stored = {name: file.shapes[name] for name, file in files.items() if name not in inside}
-    stored |= {name: read_layout(files[parts[0]], parts[0])[0].shape for name, parts in packed.items()}
+    stored = weight_shapes(files)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in stored]
     linears = _linears(model)

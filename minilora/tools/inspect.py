@@ -1,5 +1,6 @@
 """Describe what is in a path: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
-from minilora.models.checkpoint import load_model
+from minilora.models.checkpoint import build_on_meta, load_model, stored_weights
+from minilora.models.config import read_config
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import load_tokenizer
 from minilora.models.wrapper import describe_other_parts
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
 from minilora.runs.settings import Settings
+from minilora.tools.merging import dense
 
 
 def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -135,6 +138,14 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
             norm = update_norm(held["lora_A"], held["lora_B"], scale)
             modules.append({"module": path, "rank": rank, "scale": scale, "norm": norm})
     return {**facts, "modules": modules, "problems": []}
+
+
+def weight_norms(directory: Path, modules: Collection[str]) -> dict[str, float]:
+    """Return ‖W‖ of modules of a model directory, by path; its weights are read one at a time."""
+    model = build_on_meta(read_config(directory))
+    weights = stored_weights(directory, model, "auto", torch.device("cpu"), None, may_be_views=True)
+    named = ((name.removesuffix(".weight"), weight) for name, weight in weights)
+    return {path: torch.linalg.matrix_norm(dense(weight).float()).item() for path, weight in named if path in modules}
 
 
 def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:

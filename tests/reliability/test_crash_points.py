@@ -156,7 +156,7 @@ def finished(directory):
     return directory
 
 
-@pytest.mark.parametrize("command", ["merge", "merge --as-adapter", "quantize"])
+@pytest.mark.parametrize("command", ["merge", "export --for=peft", "quantize"])
 def test_a_command_leaves_all_or_what_is_refused_and_an_empty_directory_is_filled_again(tmp_path, finished, command):
     flags = [f"--model={finished / 'model'}"] if command in ("merge", "quantize") else []
     flags += [] if command == "quantize" else [f"--adapter={finished / 'run'}"]

@@ -1,0 +1,125 @@
+"""Adapters written as another program takes them: its names, its scale, its matrices, its layout."""
+
+import itertools
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapters.layers import LoraEmbedding
+from minilora.adapters.layout import parse_tensor_name, read_adapter
+from minilora.errors import FormatError, TargetError, listed
+from minilora.files import TensorFile, read_json, write_json, write_tensors
+from minilora.lora import LoraLinear, lora_scale
+from minilora.tools.readers import EMBEDDING, READERS, SCALE_FIELDS, Base, R, S, X, reader_facts, text_path
+
+NOT_NEEDED = ("exclude_modules", "layers_pattern", "layers_to_transform")  # target_modules are paths
+Held = dict[str, dict[str, Tensor]]  # path in the text model -> key of `parse_tensor_name` -> tensor
+
+
+def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> None:
+    """Write an adapter of a model directory as the reader of this title takes it; both compute the same.
+
+    Names are those of the reader. Where it ignores a setting of the scale, scales are folded into B, and alpha = r;
+    where it takes one rank, smaller ones are padded with zeros.
+
+    Raises:
+        FormatError: the adapter cannot be read.
+        TargetError: the reader cannot take a part of it, or the model does not have the module.
+    """
+    stored, base, reader = read_adapter(adapter), Base.read(directory), READERS[title]
+    config, held = stored.config(), {text_path(path): dict(part) for path, part in stored.tensors.items()}
+    if len(held) < len(stored.tensors):
+        raise FormatError(f"{adapter}: two names mean one module, among {sorted(stored.tensors)[:3]}")
+    scales = {text_path(path): config.scale(path) for path, part in stored.tensors.items() if "lora_A" in part}
+    _fit_projections_(held, scales, base)
+    ranks = {path: len(held[path]["lora_A"]) for path in scales}
+    r, alpha, use_rslora = config.r, config.lora_alpha, config.use_rslora
+    if scales and any(reader.ruling(row) != R for row in SCALE_FIELDS):
+        r = alpha = most = max(ranks.values())
+        use_rslora = False
+        for path, scale in scales.items():
+            rank = ranks[path] if reader.ruling("rank_pattern") == R else most
+            lora_A, lora_B = (held[path][key].double() for key in ("lora_A", "lora_B"))
+            missing, taken = rank - ranks[path], lora_scale(rank, alpha)
+            held[path]["lora_A"] = F.pad(lora_A, (0, 0, 0, missing)).float()
+            held[path]["lora_B"] = F.pad(scale / taken * lora_B, (0, missing)).float()
+            scales[path], ranks[path] = taken, rank
+
+    def named(path: str) -> str:
+        return base.names(text_path(path), reader)[0]
+
+    tensors = {}
+    for path, part in held.items():
+        names = (LoraEmbedding if path == EMBEDDING else LoraLinear).PEFT_NAMES
+        own = {"rows": "token_adapter.trainable_tokens_delta", "weight": "base_layer.weight", **names}
+        for key, tensor in part.items():
+            owner, _, end = (path, "", own[key]) if path else key.rpartition(".")
+            tensors[f"{PREFIX}{named(owner)}.{end}"] = tensor
+    growth = {path: math.sqrt(rank) if use_rslora else rank for path, rank in ranks.items()}  # scale = alpha / growth
+    tokens = stored.values.get("trainable_token_indices")
+    values = {**stored.values, **dict.fromkeys(NOT_NEEDED), "r": r, "lora_alpha": alpha, "use_rslora": use_rslora}
+    values |= {
+        "target_modules": sorted(map(named, scales)),
+        "rank_pattern": {f"^{named(path)}": rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{named(p)}": s * growth[p] for p, s in scales.items() if s != alpha / growth[p]},
+        "modules_to_save": [named(name) for name in stored.values.get("modules_to_save") or ()] or None,
+        "trainable_token_indices": {named(k): v for k, v in tokens.items()} if isinstance(tokens, dict) else tokens,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(out / WEIGHTS_FILE, tensors, TensorFile(adapter / WEIGHTS_FILE).metadata)
+    write_json(out / CONFIG_FILE, values)
+    facts = reader_facts(out, base, title)[title]
+    if bad := {**facts[X], **facts[S]}:
+        problems = [f"{name}: {why}" for name, why in bad.items()]
+        raise TargetError(f"{adapter}: {reader.column} cannot take it:{listed(problems)}")
+    if not reader.reads_peft:
+        _write_mlx(out, base)
+
+
+def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
+    """Split updates of matrices that the base has in parts, and fuse those of parts that it has in one matrix.
+
+    What is more than an update, or of another size, is left, and then refused by its name.
+    """
+    heads = base.config.get("num_attention_heads") or 1
+    kv_heads = base.config.get("num_key_value_heads") or heads
+    plain = {path for path in scales if held[path].keys() == {"lora_A", "lora_B"} and path not in base.modules}
+    for parent, (name, shares) in itertools.product(
+        {path.rpartition(".")[0] for path in plain},
+        {"qkv_proj": {"q": heads, "k": kv_heads, "v": kv_heads}, "gate_up_proj": {"gate": 1, "up": 1}}.items(),
+    ):
+        whole, parts = f"{parent}.{name}", [f"{parent}.{part}_proj" for part in shares]
+        if whole in base.modules:
+            rows, found = base.modules[whole][0], plain.intersection(parts)
+            sizes = {path: rows * n // sum(shares.values()) for path, n in zip(parts, shares.values(), strict=True)}
+            if found and all(len(held[path]["lora_B"]) == sizes[path] for path in found):
+                blocks = [held[p]["lora_B"] * scales.pop(p) if p in found else torch.zeros(sizes[p], 0) for p in parts]
+                lora_A = torch.cat([held.pop(path)["lora_A"] for path in parts if path in found])
+                held[whole], scales[whole] = {"lora_A": lora_A, "lora_B": torch.block_diag(*blocks)}, 1.0
+        elif whole in plain:
+            rows_of = [base.modules.get(path, (0,))[0] for path in parts]
+            if sum(rows_of) == len(held[whole]["lora_B"]):
+                update = held.pop(whole)
+                for path, lora_B in zip(parts, update["lora_B"].split(rows_of), strict=True):
+                    held[path] = {"lora_A": update["lora_A"], "lora_B": lora_B}
+                scales |= dict.fromkeys(parts, scales.pop(whole))
+
+
+def _write_mlx(out: Path, base: Base) -> None:
+    """Replace files in PEFT's layout with those of mlx-lm, where A and B are transposed and have one rank and scale."""
+    file, values = TensorFile(out / WEIGHTS_FILE), read_json(out / CONFIG_FILE)
+    tensors, keys = {}, {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
+    for name in file.shapes:
+        path, key = parse_tensor_name(name)
+        if key in keys:
+            tensors[f"{path}.{keys[key]}"] = file.read(name).t()
+    write_tensors(out / "adapters.safetensors", tensors)
+    r, scale = values["r"], lora_scale(values["r"], values["lora_alpha"])
+    parameters = {"rank": r, "scale": scale, "dropout": 0.0, "keys": values["target_modules"]}
+    kind, layers = "dora" if values.get("use_dora") else "lora", base.config.get("num_hidden_layers")
+    write_json(out / CONFIG_FILE, {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters})
+    (out / WEIGHTS_FILE).unlink()

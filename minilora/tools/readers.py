@@ -1,0 +1,220 @@
+"""What other programs make of an adapter in PEFT's layout: a table of their rules, and what follows for an adapter."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapters import layout
+from minilora.adapters.config import LoraConfig
+from minilora.adapters.layout import parse_tensor_name
+from minilora.errors import MiniloraError
+from minilora.files import TensorFile, read_json, tensor_files
+from minilora.lora import lora_scale
+from minilora.models.bitsandbytes import weight_shapes
+from minilora.models.wrapper import is_wrapper, text_config, text_files, text_name
+
+R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
+RIGHT = "acts as trained"
+COLUMNS = ("minilora", "PEFT", "vLLM", "mlx-lm", "llama.cpp")
+RULES = {  # tensors, settings and names -> what each program does; of mlx-lm, what its own layout can hold
+    "A and B of a linear": (R, R, R, R, R),
+    "A and B of the embedding": (R, R, R, R, R),
+    "A and B of the embedding, tied to the head": (R, R, R, X, X),
+    "A and B of the head": (R, R, R, R, R),
+    "A and B of the head, tied to the embedding": (R, R, R, X, X),
+    "A and B of stacked experts (target_parameters)": (X, R, R, X, X),
+    "modules of a wrapper's other parts": (X, R, S, X, S),
+    "use_rslora": (R, R, R, S, S),
+    "rank_pattern": (R, R, S, S, R),
+    "alpha_pattern": (R, R, S, S, S),
+    "use_dora": (R, R, X, R, X),
+    "bias": (R, R, X, X, X),
+    "lora_bias": (R, R, X, X, X),
+    "modules_to_save": (R, R, X, X, X),
+    "trainable_token_indices": (R, R, X, X, X),
+    "init_lora_weights that changes the base": (R, R, S, X, S),
+    "a setting that minilora does not know": (X, R, S, X, S),
+    "a copy of the base's weight": (R, R, R, R, R),
+    "a module that the model does not have": (X, S, S, X, X),
+    "a name without base_model.model.": (X, S, R, X, R),
+    "a name with the adapter's in it, as .default.": (R, R, X, R, X),
+}
+SCALE_FIELDS = ("use_rslora", "rank_pattern", "alpha_pattern")
+KINDS = {  # key of `parse_tensor_name` -> row of `RULES`
+    "magnitude": "use_dora",
+    "bias": "bias",
+    "lora_bias": "lora_bias",
+    "rows": "trainable_token_indices",
+    "weight": "a copy of the base's weight",
+}
+NAMED = re.compile(r"\.lora_(?:[AB]\.[^.]+\.\w+|embedding_[AB]\.[^.]+|magnitude_vector\.(?!weight$).+)$")
+STACKED = re.compile(r"\.experts(?:\.base_layer)*$")  # all experts of a layer in one tensor
+CAUSAL, VISION, OUTER = "model.", "model.language_model.", "language_model.model."  # in a name, before "layers.0"
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+
+
+class Reader(NamedTuple):
+    """A program that reads adapters."""
+
+    column: str  # of `RULES`
+    source: str  # where its rules were read
+    is_tried: bool  # whether this project gives it adapters
+    roots: tuple[str, ...]  # how names in a wrapper begin; `export` writes the first
+    most: int | None = None  # the largest rank
+    reads_peft: bool = True  # or else the layout that `export` writes
+
+    def ruling(self, row: str) -> str:
+        """Return what it does with a row of `RULES`."""
+        return RULES[row][COLUMNS.index(self.column)]
+
+
+READERS = {
+    "minilora": Reader("minilora", "minilora/adapters/layout.py", True, (CAUSAL,)),
+    "peft": Reader("PEFT", "PEFT 0.21.2 on a causal model: utils/save_and_load.py", True, (CAUSAL,)),
+    "peft-wrapper": Reader("PEFT", "PEFT 0.21.2 on a model with a vision wrapper", True, (VISION,)),
+    "vllm": Reader(
+        "vLLM", "vLLM: peft_helper.py of 0.30.0, lora_model.py, utils.py of 2026", False, (VISION, OUTER), 512
+    ),
+    "mlx-lm": Reader("mlx-lm", "mlx-lm 0.32.2: tuner/utils.py, tuner/lora.py", True, (OUTER,), None, False),
+    "llama.cpp": Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", True, (CAUSAL, VISION, OUTER)),
+}
+
+
+class Base(NamedTuple):
+    """A model directory, by the headers of its files."""
+
+    modules: Mapping[str, tuple[int, ...]]  # path in the text model -> shape of the weight
+    others: frozenset[str]  # paths of a wrapper's other modules
+    is_wrapper: bool
+    is_tied: bool  # whether the head is the embedding
+    config: Mapping[str, Any]  # of the text model
+
+    @classmethod
+    def read(cls, directory: Path) -> "Base":
+        shapes = weight_shapes(text_files(directory))
+        modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+        config, wrapped = text_config(read_json(directory / "config.json")), is_wrapper(directory)
+        is_tied = HEAD not in modules or config.get("tie_word_embeddings") is True
+        modules.setdefault(HEAD, modules.get(EMBEDDING, ()))
+        others = [name for name in tensor_files(directory) if wrapped and not text_name(name)]
+        paths = (f"model.{name.removeprefix('model.').removesuffix('.weight')}" for name in others)
+        return cls(modules, frozenset(paths), wrapped, is_tied, config)
+
+    def names(self, path: str, reader: Reader) -> list[str]:
+        """Return the names that a reader has for a module."""
+        if path in self.others:
+            return [path]
+        roots = reader.roots if self.is_wrapper or CAUSAL in reader.roots else (CAUSAL,)
+        if path.startswith(CAUSAL):
+            return [root + path.removeprefix(CAUSAL) for root in roots]
+        return [f"language_model.{path}" if root == OUTER else path for root in roots]
+
+
+def text_path(path: str) -> str:
+    """Return the path in the text model that a path in an adapter means, whatever was around the model in training.
+
+    >>> text_path("_orig_mod.model.language_model.layers.0.mlp.up_proj.base_layer")
+    'model.layers.0.mlp.up_proj'
+    """
+    path = path.replace("_orig_mod.", "").removesuffix(".base_layer")
+    return (text_name(f"{path}.weight") or f"{path}.weight").removesuffix(".weight")
+
+
+def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str, dict[str, Any]]:
+    """Describe what each reader, or `only` one, makes of an adapter on a base, without reading a weight of the base.
+
+    "reads" has the tensors that act; "ignores" and "refuses" have others, and settings, with the reason; for one that
+    is refused, the adapter is. "scales" are that of the training and the reader's, by module.
+
+    Raises:
+        FormatError: a file is damaged, or the scale of the training is not known.
+    """
+    file, values = TensorFile(adapter / WEIGHTS_FILE), read_json(adapter / CONFIG_FILE)
+    low_rank: dict[str, dict[str, Tensor]] = {}
+    for name, shape in file.shapes.items():
+        path, key = parse_tensor_name(name)
+        if key in ("lora_A", "lora_B") and len(shape) == 2 and not STACKED.search(path):
+            low_rank.setdefault(path, {})[key] = file.read(name)
+    known = {key: values[key] for key in ("r", "lora_alpha", *SCALE_FIELDS) if values.get(key)}
+    layout.check_values(known, adapter / CONFIG_FILE)
+    config = layout.AdapterFile(adapter, known, low_rank).config()
+    zeros = {path for path, held in low_rank.items() if not all(factor.float().any() for factor in held.values())}
+    settings = dict.fromkeys(layout.unknown_settings(values), "a setting that minilora does not know")
+    settings.pop("target_parameters", None)  # has tensors of its own
+    if values.get("init_lora_weights") in layout.DETERMINISTIC_INITS:
+        settings["init_lora_weights"] = "init_lora_weights that changes the base"
+    largest = max(map(config.rank, low_rank), default=0)
+    facts = {}
+    for title, reader in READERS.items():
+        if only not in (None, title) or (title == "peft-wrapper" and not base.is_wrapper):
+            continue
+        found: dict[str, dict[str, str]] = {ruling: {} for ruling in RULINGS}
+        for name, shape in file.shapes.items():
+            ruling, why = max(_rulings(name, shape, base, reader), key=lambda pair: RULINGS.index(pair[0]))
+            found[ruling][name] = why
+        for setting, row in settings.items():
+            if (ruling := reader.ruling(row)) != R:
+                found[ruling][setting] = row
+        if reader.most is not None and largest > reader.most:
+            found[X]["r"] = f"the rank is {largest}, at most {reader.most} is accepted"
+        if title == "minilora":
+            try:
+                layout.read_adapter(adapter).config()
+            except MiniloraError as error:
+                found[X][CONFIG_FILE] = str(error)
+        scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank}
+        reasons = {
+            "refuses it": bool(found[X]),
+            "nothing attaches": not found[R],
+            "does nothing: B A is zero": all(parse_tensor_name(name)[0] in zeros for name in found[R]),
+            "loses a part": bool(found[S]),
+            "takes another scale": any(trained != taken for trained, taken in scales.values()),
+        }
+        verdict = next((verdict for verdict, holds in reasons.items() if holds), RIGHT)
+        facts[title] = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
+        facts[title] |= {**found, R: list(found[R])}
+    return facts
+
+
+def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> Iterator[tuple[str, str]]:
+    """Yield what a reader does with a tensor, and why, by each row of `RULES` that it is in."""
+    path, key = parse_tensor_name(name)
+    owner = path or key.rpartition(".")[0]
+    text, is_embedding = text_path(owner), ".lora_embedding_" in name
+    rows = {
+        "a name without base_model.model.": not name.startswith(PREFIX),
+        "a name with the adapter's in it, as .default.": NAMED.search(name) is not None,
+    }
+    yield from ((reader.ruling(row), row) for row, holds in rows.items() if holds)
+    if STACKED.search(owner):
+        row = "A and B of stacked experts (target_parameters)"
+    elif owner in base.others and VISION in reader.roots:
+        row = "modules of a wrapper's other parts"
+    elif text not in base.modules or (reader.reads_peft and owner not in base.names(text, reader)):
+        there = f", but {base.names(text, reader)[0]}" if text in base.modules else ""
+        yield reader.ruling("a module that the model does not have"), f"the model has no such module{there}"
+        return
+    elif key in ("lora_A", "lora_B"):
+        outer, weight = key == "lora_B", base.modules[text]
+        if not len(shape) == len(weight) == 2 or shape[1 - outer] != weight[1 - (outer ^ is_embedding)]:
+            yield X, f"{shape} does not fit the weight {weight}"
+        kind = "the embedding" if is_embedding else "the head" if text == HEAD else "a linear"
+        row = f"A and B of {kind}"
+        row = next((tied for tied in RULES if tied.startswith(f"{row}, tied") and base.is_tied), row)
+    else:
+        row = KINDS.get(key) or ("bias" if key.endswith(".bias") else "modules_to_save")
+    yield reader.ruling(row), row
+
+
+def _scale_of(path: str, config: LoraConfig, reader: Reader) -> float:
+    """Return the scale that a reader takes for a module."""
+    if not reader.reads_peft:  # `export` folds scales
+        return config.scale(path)
+    use_rslora, own_rank, own_alpha = (reader.ruling(row) == R for row in SCALE_FIELDS)
+    r = config.rank(path) if own_rank else config.r
+    alpha = config.alpha(path) if own_alpha else config.lora_alpha
+    return lora_scale(r, alpha, config.use_rslora and use_rslora)
