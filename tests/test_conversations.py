@@ -246,8 +246,8 @@ def test_the_end_of_thoughts_is_learned_where_there_are_thoughts_and_nowhere_els
     chosen = tokenizer(template=SWITCHING[family])
     try:
         found = encoded(row, chosen, train_on)
-    except ml.DataError:
-        assert train_on == "assistant"
+    except ml.DataError:  # earlier answers are written in another way than they are asked for
+        assert (train_on, family) in [("assistant", "qwen3"), ("assistant", "qwen35")]
         return
     answers = [message for message in row["messages"] if message["role"] == "assistant"]
     text = chosen.decode(found.tokens)
