@@ -14,13 +14,14 @@ from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import THINKING, add_model_flags, load, run_settings, thinking_of
 from minilora.cli.streaming import BATCH_SIZE, merged_if_faster
+from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.directory import without_nan
-from minilora.runs.encoders import Dataset, encode_rows, use_prompt_style
-from minilora.runs.evaluate import Progress, choice_accuracy, exact_match, find_choices, held_out_loss
-from minilora.runs.inputs import ask_again, files_to_evaluate
+from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.evaluate import Progress, answer_of, choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.runs.inputs import files_to_evaluate
 from minilora.runs.reports import ProgressBar
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig
@@ -57,7 +58,13 @@ def run(options: Options) -> int:
         raise ConfigError("--thinking and --no-thinking need --metric exact-match: the others ask for no answer")
     examples = encode_rows(rows, tokenizer, config)
     if options["metric"] == "exact-match" and thinking is not None:
-        examples = ask_again(examples, rows, tokenizer, config.system, thinking)
+        sources, asked = {row.source: row for row in rows}, []
+        for example in examples:
+            row, answer = sources[example.source], answer_of(example)
+            prompt = encode_prompt(row, tokenizer, config.system, "plain", thinking)
+            labels = [*[IGNORE_INDEX] * len(prompt), *answer]
+            asked.append(Example([*prompt, *answer], labels, example.source))
+        examples = replace(examples, examples=asked)
     with ProgressBar() as bar:
         value = _measure(model, tokenizer, examples, options, partial(bar.show, f"{options['metric']}: row"))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}

@@ -39,7 +39,7 @@ class Prompts:
         prompts = cls(**values) if values.keys() <= {"form", "system", "thinking"} else cls("")
         is_typed = isinstance(prompts.system, str | None) and isinstance(prompts.thinking, bool | None)
         if prompts.form not in FORMS or not is_typed:
-            need = f"`form`, one of {FORMS}, `system`, text or null, and `thinking`, true, false or null"
+            need = f"`form`, one of {FORMS}, perhaps `system`, text, and `thinking`, true or false"
             raise FormatError(f"{where}: found {values!r:.80}, need {need}")
         return prompts
 

@@ -172,7 +172,10 @@ class Tokenizer:
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None, **variables: Any
     ) -> str:
-        """Render a conversation, with variables of its template, as text; encode it with `add_special_tokens=False`."""
+        """Render a conversation as text; encode it with `add_special_tokens=False`.
+
+        `variables` of the template are `enable_thinking`, whether to ask for an answer with thoughts, and others.
+        """
         if self.template is None:
             raise DataError("the model has no chat template, so conversations cannot be rendered")
         return self.template.render(messages, add_generation_prompt, tools=tools, **variables)

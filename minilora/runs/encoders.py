@@ -128,7 +128,6 @@ def label_row(
     parsed: PromptCompletion | Conversation, tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[Example, bool, bool]:
     """Tokenize and label a row; return also whether control tokens are quoted, and whether thoughts are left out."""
-    is_shortened = False
     if isinstance(parsed, PromptCompletion):  # `label_completion` appends the end token, so one in the text is removed
         closing = tokenizer.special_tokens.get("eos_token", "")
         parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
@@ -139,13 +138,11 @@ def label_row(
         text = parsed.prompt + parsed.completion
         tokens, spans = _encode_open(text, tokenizer) if tokenizer.eos_id is not None else tokenizer.encode_spans(text)
         begin = 0 if config.train_on == "all" else len(parsed.prompt)
-        example = label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id)
-    else:
-        text, learned = render_conversation(parsed, tokenizer, config.train_on)
-        example = _encode_conversation(text, learned, tokenizer)
-        answers = (message for message in parsed.messages if message["role"] == "assistant")
-        is_shortened = any(thoughts_of(answer) not in text for answer in answers)
-    return example, parsed != given, is_shortened
+        return label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id), parsed != given, False
+    text, learned = render_conversation(parsed, tokenizer, config.train_on)
+    answers = (message for message in parsed.messages if message["role"] == "assistant")
+    is_shortened = any(thoughts_of(answer) not in text for answer in answers)
+    return _encode_conversation(text, learned, tokenizer), parsed != given, is_shortened
 
 
 def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenizer) -> Example:

@@ -252,8 +252,7 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
     limits = [len(answer) + (1 if no else 1 + room) for answer, no in zip(answers, closed, strict=True)]
     written = write_answers(model, tokenizer, prompts, limits, progress)
     pairs = zip(map(tokenizer.decode, written), map(tokenizer.decode, answers), strict=True)
-    matches = (len({text.rpartition("</think>")[2].strip() for text in pair}) == 1 for pair in pairs)
-    return sum(matches) / len(examples)
+    return sum(len({text.rpartition("</think>")[2].strip() for text in pair}) == 1 for pair in pairs) / len(examples)
 
 
 def write_answers(

@@ -47,14 +47,11 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation: messages as chat templates take them, and the tools that the assistant may call.
-
-    `thinking` is whether its last answer has thoughts, or should have them; None leaves that to the template.
-    """
+    """A conversation: messages as chat templates take them, and the tools that the assistant may call."""
 
     messages: list[Fields]
     tools: list[Any] | None = None
-    thinking: bool | None = None
+    thinking: bool | None = None  # whether its last answer has thoughts, or should have; None: as the template asks
 
     @property
     def variables(self) -> dict[str, Any]:

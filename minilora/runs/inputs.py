@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import DataError, check_utf8
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
-from minilora.runs.evaluate import Choice, Question, answer_of, find_choices
+from minilora.runs.evaluate import Choice, Question, find_choices
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig, Settings, TrainConfig, TrainOn
@@ -109,18 +108,6 @@ def find_questions(rows: Iterable[Row], test: Dataset, tokenizer: Tokenizer, con
             fields = {"prompt": tokenizer.decode(tokens), **row.fields, "wanted": wanted}
             questions.append(Question(fields, tokens, 2 * example.labelled + MARGIN))
     return questions
-
-
-def ask_again(
-    examples: Dataset, rows: Iterable[Row], tokenizer: Tokenizer, system: str | None, thinking: bool
-) -> Dataset:
-    """Return examples whose answers follow prompts that ask for thoughts, or for none, whatever the rows have."""
-    read, asked = {row.source: row for row in rows}, []
-    for example in examples:
-        prompt, answer = encode_prompt(read[example.source], tokenizer, system, "plain", thinking), answer_of(example)
-        labels = [*[IGNORE_INDEX] * len(prompt), *answer]
-        asked.append(Example([*prompt, *answer], labels, example.source))
-    return replace(examples, examples=asked)
 
 
 def _wanted_answer(parsed: PromptCompletion | Conversation, train_on: TrainOn) -> Any:
