@@ -106,8 +106,8 @@ def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
         yield f"{repeated} of {len(rows)} {name} rows have the prompt of a training row: they are not new to the model"
     if rows.truncated:
         yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
-    if rows.shortened:
-        yield f"the chat template leaves out thoughts of earlier answers in {rows.shortened} {name} rows"
+    if rows.dropped_thoughts:
+        yield f"the chat template leaves out thoughts of earlier answers in {rows.dropped_thoughts} {name} rows"
     if rows.quoted:
         yield (
             f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "

@@ -36,9 +36,9 @@ class Dataset(list[Example]):
 
     `truncated` rows were cut to `max_length`; `unlabelled` rows had no label left and were dropped, as were rows that
     cannot be used: `bad` has an error message for each. `conversations` are rows rendered by a chat template;
-    in `quoted` ones control tokens are encoded as plain text; in `shortened` ones the template leaves out thoughts of
-    earlier answers. `system` is the system prompt that all rows have, and `thinking` whether they are asked for
-    thoughts; None if they differ. `cut` has the sources of rows that lost labels. A slice is a plain list.
+    in `quoted` ones control tokens are encoded as plain text, and from `dropped_thoughts` the template drops thoughts
+    of earlier answers. `system` is the system prompt that all rows have, and `thinking` is whether their answers have
+    thoughts (None if they differ). `cut` has the sources of rows that lost labels. A slice is a plain list.
     """
 
     examples: InitVar[Iterable[Example]]
@@ -48,7 +48,7 @@ class Dataset(list[Example]):
     bad: list[str] = field(default_factory=list)
     conversations: int = 0
     quoted: int = 0
-    shortened: int = 0
+    dropped_thoughts: int = 0
     system: str | None = None
     thinking: bool | None = None
 
@@ -81,7 +81,7 @@ def encode_rows(
             if row.problem:
                 raise DataError(row.problem)
             parsed = parse_row(row.fields, config.system)
-            whole, is_quoted, is_shortened = label_row(parsed, tokenizer, config)
+            whole, is_quoted, drops_thoughts = label_row(parsed, tokenizer, config)
             if not whole.labelled:
                 raise DataError("nothing to learn: no token of an answer can be predicted")
         except DataError as error:
@@ -92,7 +92,7 @@ def encode_rows(
                 raise DataError(dataset.bad[-1]) from error
             continue
         dataset.quoted += is_quoted
-        dataset.shortened += is_shortened
+        dataset.dropped_thoughts += drops_thoughts
         dataset.conversations += isinstance(parsed, Conversation)
         systems.add(parsed.system if isinstance(parsed, Conversation) else None)
         ways.add(parsed.thinking if isinstance(parsed, Conversation) else None)
@@ -141,8 +141,8 @@ def label_row(
         return label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id), parsed != given, False
     text, learned = render_conversation(parsed, tokenizer, config.train_on)
     answers = (message for message in parsed.messages if message["role"] == "assistant")
-    is_shortened = any(thoughts_of(answer) not in text for answer in answers)
-    return _encode_conversation(text, learned, tokenizer), parsed != given, is_shortened
+    drops_thoughts = any(thoughts_of(answer) not in text for answer in answers)
+    return _encode_conversation(text, learned, tokenizer), parsed != given, drops_thoughts
 
 
 def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenizer) -> Example:

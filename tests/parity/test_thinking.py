@@ -27,16 +27,16 @@ WORDS = ("the cat", " two\nlines\n", "naïve 漢字 🙂", "a")
 
 
 def conversations(count=200):
-    """Rows of one to three turns, with system prompts, calls of tools, and thoughts in both places or in none."""
+    """Rows of one to three turns, some with system prompts, calls of tools, and thoughts in one place or in both."""
     draw = random.Random(0)
 
     def answer(said, **fields):
         thoughts = draw.choice([None, None, "", "\n", "hm", "the sea?\n\nno"])
         if thoughts is None:
             return {"role": "assistant", "content": said, **fields}
-        if draw.random() < 0.5:
-            return {"role": "assistant", "content": said, "reasoning_content": thoughts, **fields}
-        return {"role": "assistant", "content": f"<think>\n{thoughts}\n</think>\n\n{said}", **fields}
+        in_content = {"role": "assistant", "content": f"<think>\n{thoughts}\n</think>\n\n{said}", **fields}
+        in_a_field = {"role": "assistant", "content": said, "reasoning_content": thoughts, **fields}
+        return draw.choice([in_content, in_a_field, {**in_content, "reasoning_content": ""}])
 
     for _ in range(count):
         messages = [{"role": "system", "content": "Be brief."}] if draw.random() < 0.5 else []
