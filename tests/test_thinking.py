@@ -110,7 +110,7 @@ def test_a_dry_run_shows_what_the_template_makes_of_thoughts(runs, run, tmp_path
     ]
     words = ("--model=thinker", "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--eval-split=0", "--dry-run")
     shown = run("finetune", *words, "--out", tmp_path / "out")
-    assert "the chat template leaves out thoughts of earlier answers in 2 training rows" in shown.err
+    assert "2 training rows have thoughts in earlier answers, which the template leaves out" in shown.err
     assert "so0" not in shown.out
     assert f"assistant\n⟦<think>\nso1\n</think>\n\nno{CLOSE}\n⟧" in shown.out
     assert f"assistant\n<think>\n\n</think>\n\n⟦yes{CLOSE}\n⟧" in shown.out

@@ -57,7 +57,7 @@ def run(options: Options) -> int:
     elif options["thinking"] is not None:
         raise ConfigError("--thinking and --no-thinking need --metric exact-match: the others ask for no answer")
     examples = encode_rows(rows, tokenizer, config)
-    if options["metric"] == "exact-match" and thinking is not None:
+    if options["metric"] == "exact-match" and thinking is not None:  # whatever the rows have
         sources, asked = {row.source: row for row in rows}, []
         for example in examples:
             row, answer = sources[example.source], answer_of(example)

@@ -107,7 +107,7 @@ def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
     if rows.truncated:
         yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
     if rows.dropped_thoughts:
-        yield f"the chat template leaves out thoughts of earlier answers in {rows.dropped_thoughts} {name} rows"
+        yield f"{rows.dropped_thoughts} {name} rows have thoughts in earlier answers, which the template leaves out"
     if rows.quoted:
         yield (
             f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
