@@ -99,7 +99,7 @@ def annotations(thing: Any) -> dict[str, str]:
 def parameter(each: inspect.Parameter, types: dict[str, str]) -> str:
     """Return a parameter as it is written in code."""
     kind = f": {types[each.name]}" if each.name in types else ""
-    star = "*" if each.kind is each.VAR_POSITIONAL else ""
+    star = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
     return star + each.name + kind + ("" if each.default is each.empty else f" = {each.default!r}")
 
 

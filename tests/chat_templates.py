@@ -44,7 +44,14 @@ QWEN3 = (  # writes the thoughts of answers after the last question, also where 
     "<|im_end|>\n"
     "{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '' }}{% endif %}"
+)
+QWEN35 = QWEN3.replace("(loop.last or thoughts)", "true").replace("else '' }}{% endif", "else '<think>\n' }}{% endif")
+QWEN3_TRAINING = (  # writes thoughts in every turn, and marks what the assistant says
+    QWEN3.replace("loop.index0 > ns.last and (loop.last or thoughts)", "true")
+    .replace("assistant\n{{ '<think>\n' +", "assistant\n{% generation %}{{ '<think>\n' +")
+    .replace("{% endfor %}<|im_end|>\n", "{% endfor %}<|im_end|>\n{% endgeneration %}")
 )
 GEMMA = (
     "{{ bos_token }}{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"

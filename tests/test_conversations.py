@@ -8,8 +8,21 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.runs.encoders import encode_prompt
 from minilora.runs.evaluate import answer_of, prompt_of
-from minilora.runs.formats import Row
-from tests.chat_templates import FAMILIES, GEMMA, GLM4, LLAMA3, MISTRAL, NEMOTRON, PARTS_ONLY, PHI3, QWEN3, R1
+from minilora.runs.formats import Row, thoughts_of
+from tests.chat_templates import (
+    FAMILIES,
+    GEMMA,
+    GLM4,
+    LLAMA3,
+    MISTRAL,
+    NEMOTRON,
+    PARTS_ONLY,
+    PHI3,
+    QWEN3,
+    QWEN3_TRAINING,
+    QWEN35,
+    R1,
+)
 from tests.models import examples
 from tests.text import CHATML, CLOSE, EOS, conversation, encoded
 
@@ -33,7 +46,7 @@ def answer(text, **fields):
 
 
 words = st.sampled_from(["the cat", "by the sea", " two\nlines\n", "naïve 漢字", "<b>", "a"])
-thoughts = st.none() | st.sampled_from(["hm", "the sea?\nno"])
+thoughts = st.none() | st.sampled_from(["", "hm", "the sea?\nno"])
 
 
 @st.composite
@@ -70,7 +83,8 @@ def check(row, tokenizer):
             continue
         turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         for i in turns if train_on == "assistant" else turns[-1:]:
-            asked = encode_prompt(Row({**row, "messages": row["messages"][:i]}), tokenizer, None, "template")
+            question, thinking = {**row, "messages": row["messages"][:i]}, bool(thoughts_of(row["messages"][i]))
+            asked = encode_prompt(Row(question), tokenizer, None, "template", thinking)
             assert found.tokens[: len(asked)] == asked
             assert found.labels[len(asked)] != IGNORE_INDEX == found.labels[len(asked) - 1]
             learned += 1
@@ -205,8 +219,43 @@ def test_thoughts_that_asking_begins_are_learned_and_ended(tokenizer, message, l
 def test_a_template_that_writes_the_end_of_thoughts_itself_is_followed(tokenizer):
     asked, learned = texts_of([QUESTION, answer("the cat")], tokenizer(template=NEMOTRON, eos=CLOSE))
     assert (asked[-8:], learned) == ("<think>\n", f"</think>the cat{CLOSE}\n")
-    asked, learned = texts_of([QUESTION, answer("the cat")], tokenizer(template=QWEN3, eos=CLOSE))
-    assert (asked[-10:], learned) == ("assistant\n", f"<think>\n\n</think>\n\nthe cat{CLOSE}\n")
+
+
+# --- thoughts that are asked for, or not ---
+
+EMPTY = "<think>\n\n</think>\n\n"
+SWITCHING = {"qwen3": QWEN3, "qwen35": QWEN35, "qwen3_training": QWEN3_TRAINING}  # they ask in two ways
+
+
+@pytest.mark.parametrize(("template", "begun"), [(QWEN3, ""), (QWEN3_TRAINING, ""), (QWEN35, "<think>\n")])
+def test_an_answer_with_thoughts_is_asked_for_with_them_and_another_one_without(tokenizer, template, begun):
+    chosen = tokenizer(template=template, eos=CLOSE)
+    asked, learned = texts_of([QUESTION, answer("the cat")], chosen)
+    assert (asked.partition("assistant\n")[2], learned) == (EMPTY, f"the cat{CLOSE}\n")
+    for message in (answer("the cat", reasoning_content="hm"), answer("<think>\nhm\n</think>\n\nthe cat")):
+        asked, learned = texts_of([QUESTION, message], chosen)
+        assert asked.endswith(f"assistant\n{begun}")
+        assert begun + learned == f"<think>\nhm\n</think>\n\nthe cat{CLOSE}\n"
+
+
+@pytest.mark.parametrize("family", SWITCHING)
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+@examples(20)
+@given(row=rows())
+def test_the_end_of_thoughts_is_learned_where_there_are_thoughts_and_nowhere_else(tokenizer, family, train_on, row):
+    chosen = tokenizer(template=SWITCHING[family])
+    try:
+        found = encoded(row, chosen, train_on)
+    except ml.DataError:  # earlier answers are written in another way than they are asked for
+        assert (train_on, family) in [("assistant", "qwen3"), ("assistant", "qwen35")]
+        return
+    answers = [message for message in row["messages"] if message["role"] == "assistant"]
+    text = chosen.decode(found.tokens)
+    learned = chosen.decode([label for label in found.labels if label != IGNORE_INDEX])
+    if train_on == "all":
+        assert learned == text.replace(EMPTY, "")
+    written = [thoughts_of(message) for message in (answers if train_on == "assistant" else answers[-1:])]
+    assert train_on == "all" or learned.count("</think>") == sum(map(bool, written))
 
 
 # --- where an answer ends ---

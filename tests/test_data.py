@@ -161,12 +161,11 @@ def test_what_a_template_marks_is_what_is_learned(tokenizer, turns, train_on):
     assert_learned(encoded({"messages": conversation(turns)}, chosen, train_on), chosen, pieces)
 
 
-@pytest.mark.parametrize("train_on", ["completion", "assistant"])
-def test_what_a_template_adds_to_the_last_answer_alone_is_learned_with_it(tokenizer, train_on):
-    thinking = "{{ '<think></think>' if m.role == 'assistant' and loop.last }}{{ m.content }}"  # as qwen3
-    chosen = tokenizer(template=CHATML.replace("{{ m.content }}", thinking), eos=CLOSE)
-    pieces = pieces_written("chatml", conversation([("a", "b"), ("c", "<think></think>d")]), train_on)
-    assert_learned(encoded({"messages": conversation([("a", "b"), ("c", "d")])}, chosen, train_on), chosen, pieces)
+def test_what_a_template_adds_to_the_last_answer_alone_is_learned_with_it(tokenizer):
+    last = "{{ '…' if m.role == 'assistant' and loop.last }}{{ m.content }}"
+    chosen = tokenizer(template=CHATML.replace("{{ m.content }}", last), eos=CLOSE)
+    pieces = pieces_written("chatml", conversation([("a", "b"), ("c", "…d")]), "completion")
+    assert_learned(encoded({"messages": conversation([("a", "b"), ("c", "d")])}, chosen), chosen, pieces)
 
 
 REWRITING = {  # how the content is written, the fields of the first answer, how the last one is written

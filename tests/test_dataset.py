@@ -32,7 +32,7 @@ def one_by_one(rows, tokenizer, config):
         try:
             if row.problem:
                 raise ml.DataError(row.problem)
-            whole, is_quoted = label_row(parse_row(row.fields, config.system), tokenizer, config)
+            whole, is_quoted, _ = label_row(parse_row(row.fields, config.system), tokenizer, config)
             if not whole.labelled:
                 raise ml.DataError("nothing to learn: no token of an answer can be predicted")
         except ml.DataError as error:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.runs.encoders import use_prompt_style
-from minilora.runs.formats import PromptCompletion, Row, parse_row
+from minilora.runs.formats import PromptCompletion, Row, parse_row, thoughts_of
 from tests.text import (
     BOS,
     CHATML,
@@ -210,3 +210,21 @@ def test_what_a_style_has_no_place_for_is_refused(tokenizer, changes, message):
     question, answer = conversation([("a", "b")])
     with pytest.raises(ml.DataError, match=message):
         encoded({"messages": [question, answer | changes], **changes}, use_prompt_style(tokenizer(), "alpaca"))
+
+
+@pytest.mark.parametrize(
+    ("message", "thoughts"),
+    [
+        ({"content": "a"}, ""),
+        ({"content": "<think>\n a\n</think>\n\nb"}, "a"),
+        ({"content": "a</think>b"}, "a"),
+        ({"content": "<think>a"}, ""),
+        ({"content": [{"type": "text", "text": "<think>a</think>"}, {"type": "text", "text": "b"}]}, "a"),
+        ({"content": None, "reasoning": " a\n"}, "a"),
+        ({"content": "<think>a</think>b", "reasoning_content": "c"}, "c"),
+        ({"content": "<think>a</think>b", "reasoning_content": ""}, ""),  # as the templates of Qwen take it
+        ({"content": "a", "thinking": ["b"], "reasoning_content": None}, ""),
+    ],
+)
+def test_thoughts_are_in_a_field_or_else_in_the_content(message, thoughts):
+    assert thoughts_of(message) == thoughts

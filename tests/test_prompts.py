@@ -16,7 +16,14 @@ from tests.runs import finetune, runner, write_chat_models, write_rows
 from tests.text import CHATML, conversation
 
 OWN = "Q: " + CHATML
-OPTIONS = {"model": None, "adapter": [], "quantize": None, "double_quant": None, "quantize_skip": None}
+OPTIONS = {
+    "thinking": None,
+    "model": None,
+    "adapter": [],
+    "quantize": None,
+    "double_quant": None,
+    "quantize_skip": None,
+}
 QUICK = {"max_steps": 2, "save_steps": 1, "eval_split": 0}
 
 

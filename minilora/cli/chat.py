@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import from_flags
-from minilora.cli.load import add_model_flags, load
+from minilora.cli.load import THINKING, add_model_flags, load, thinking_of
 from minilora.cli.streaming import Completion, GenerationConfig, add_generation_flags, generate_text, say_cut
 from minilora.errors import ConfigError, MiniloraError
 from minilora.models.config import trained_length
@@ -31,7 +31,9 @@ Ctrl-C stops a reply. A message that begins with / needs a space before it."""
 def add_flags(parser: Parser) -> None:
     parser.description = f"{parser.description}\n\n{CHAT_HELP}"
     add_model_flags(parser)
-    parser.group("conversation").add_argument("--system", metavar="TEXT", help="system prompt")
+    group = parser.group("conversation")
+    group.add_argument("--system", metavar="TEXT", help="system prompt")
+    group.add_argument("--thinking", **THINKING)
     add_generation_flags(parser, max_new_tokens=512)
 
 
@@ -78,6 +80,7 @@ class Chat:
                 "use `minilora generate`, which continues a text"
             )
         self._generation = from_flags(GenerationConfig, options)
+        self._thinking = thinking_of(options, self.tokenizer)
         self.system: str | None = options["system"]
         self.turns: list[Fields] = []
         self.replies = 0
@@ -89,7 +92,7 @@ class Chat:
         system = self.tokenizer.prompts.system if self.system is None else self.system
         turns = [*self.turns, {"role": "user", "content": text}]
         opening = [{"role": "system", "content": system}] if system else []
-        ids = encode_question(Conversation([*opening, *turns]), self.tokenizer)
+        ids = encode_question(Conversation([*opening, *turns], thinking=self._thinking), self.tokenizer)
         if len(ids) > (limit := trained_length(self.model.config)):
             say(f"the conversation has {len(ids)} tokens, more than the {limit} of the model's training: see /reset")
         pieces: list[str] = []

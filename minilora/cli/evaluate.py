@@ -12,14 +12,15 @@ from functools import partial
 
 from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load, run_settings
+from minilora.cli.load import THINKING, add_model_flags, load, run_settings, thinking_of
 from minilora.cli.streaming import BATCH_SIZE, merged_if_faster
+from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.directory import without_nan
-from minilora.runs.encoders import Dataset, encode_rows, use_prompt_style
-from minilora.runs.evaluate import Progress, choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.evaluate import Progress, answer_of, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import files_to_evaluate
 from minilora.runs.reports import ProgressBar
 from minilora.runs.rows import stream_rows
@@ -36,8 +37,9 @@ def add_flags(parser: Parser) -> None:
         choices=("nll", "choice", "exact-match"),
         default="nll",
         help="nll: mean loss of a labelled token; choice: how often the right one of a few answers is the most likely; "
-        "exact-match: how often the right answer is generated (default: nll)",
+        "exact-match: how often the right answer is generated, whatever is thought before it (default: nll)",
     )
+    parser.add_argument("--thinking", **THINKING)
     add_fields(parser, DataConfig, "data", unset="as in the adapter's run")
 
 
@@ -48,7 +50,21 @@ def run(options: Options) -> int:
     rows = list(stream_rows(*files, columns=config.columns))
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
-    examples = encode_rows(rows, use_prompt_style(tokenizer, config.prompt_style, rows), config)
+    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows)
+    thinking = thinking_of(options, tokenizer)
+    if options["metric"] == "exact-match":
+        config = replace(config, train_on="completion")  # the last answer is asked for
+    elif options["thinking"] is not None:
+        raise ConfigError("--thinking and --no-thinking need --metric exact-match: the others ask for no answer")
+    examples = encode_rows(rows, tokenizer, config)
+    if options["metric"] == "exact-match" and thinking is not None:  # whatever the rows have
+        sources, asked = {row.source: row for row in rows}, []
+        for example in examples:
+            row, answer = sources[example.source], answer_of(example)
+            prompt = encode_prompt(row, tokenizer, config.system, "plain", thinking)
+            labels = [*[IGNORE_INDEX] * len(prompt), *answer]
+            asked.append(Example([*prompt, *answer], labels, example.source))
+        examples = replace(examples, examples=asked)
     with ProgressBar() as bar:
         value = _measure(model, tokenizer, examples, options, partial(bar.show, f"{options['metric']}: row"))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}

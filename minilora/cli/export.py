@@ -15,7 +15,7 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import add_model_flags
 from minilora.cli.merge import combine, find_weighted
-from minilora.cli.messages import changed_notes, say_system_prompt
+from minilora.cli.messages import changed_notes, say_prompts
 from minilora.models.prompts import copy_prompt_files
 from minilora.tools.exporting import export_adapter
 from minilora.tools.readers import READERS
@@ -39,5 +39,5 @@ def run(options: Options) -> int:
         export_adapter(adapter, found.base.path, options["for"], out)
         copy_prompt_files(found.adapters, out)
     print(f"adapter for {options['for']} written to {options['out']}")
-    say_system_prompt(options["out"])
+    say_prompts(options["out"])
     return 0

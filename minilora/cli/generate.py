@@ -19,7 +19,7 @@ from pathlib import Path
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser, streaming
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import add_model_flags, load
+from minilora.cli.load import THINKING, add_model_flags, load, thinking_of
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.llama import Llama
@@ -49,6 +49,7 @@ def add_flags(parser: Parser) -> None:
     )
     add_fields(parser, DataConfig, "prompts", but={field.name for field in fields(DataConfig)} - {"columns"})
     group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
+    group.add_argument("--thinking", **THINKING)
     group.add_argument(
         "--raw",
         action=argparse.BooleanOptionalAction,
@@ -123,7 +124,8 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) 
     if system is None and form != "raw":
         system = tokenizer.prompts.system
     tokenizer = use_prompt_style(tokenizer, "auto", rows)
-    return [encode_prompt(row, tokenizer, system, form) for row in rows]
+    thinking = thinking_of(options, tokenizer)
+    return [encode_prompt(row, tokenizer, system, form, thinking) for row in rows]
 
 
 def _show(

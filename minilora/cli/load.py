@@ -1,5 +1,6 @@
 """Find and load the model and the adapters that --model and --adapter name."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,10 @@ from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.models.vocabulary import resize_token_embeddings
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
+THINKING: dict[str, Any] = {  # the flag --thinking of several commands
+    "action": argparse.BooleanOptionalAction,
+    "help": "ask for answers with or without thoughts (default: as in training, otherwise as the chat template does)",
+}
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -38,6 +43,15 @@ def add_model_flags(parser: Parser) -> None:
     )
     group.add_argument("--device", default="auto", help="cpu, cuda or mps; auto: the best available (default: auto)")
     add_fields(parser, QuantizeConfig, "model and device", unset="as in the adapter's training")
+
+
+def thinking_of(options: Options, tokenizer: Tokenizer) -> bool | None:
+    """Return whether to ask for thoughts, by the flag, or else as in the training; None leaves it to the template."""
+    if options["thinking"] is None:
+        return tokenizer.prompts.thinking
+    if tokenizer.template is None or not tokenizer.template.has_thinking:
+        raise ConfigError("--thinking and --no-thinking need a chat template that can ask in both ways")
+    return options["thinking"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
-from minilora.cli.messages import base_notes, say_system_prompt
+from minilora.cli.messages import base_notes, say_prompts
 from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
@@ -49,7 +49,7 @@ def run(options: Options) -> int:
         found, weights = find_weighted(options)
         written = _write_model(options, found, weights, out)
     print(f"{written} written to {options['out']}")
-    say_system_prompt(options["out"])
+    say_prompts(options["out"])
     return 0
 
 

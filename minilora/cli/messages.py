@@ -58,9 +58,13 @@ def changed_notes(directories: Iterable[Path]) -> Iterator[str]:
                 yield f"{directory}: changed since it was written: {', '.join(changed)}"
 
 
-def say_system_prompt(directory: Path) -> None:
-    """Say how to give other programs the system prompt that a model or an adapter was trained with, if there is one."""
-    if system := read_prompts(directory).system:
+def say_prompts(directory: Path) -> None:
+    """Say how to give other programs the prompts that a model or an adapter was trained with."""
+    prompts = read_prompts(directory)
+    if prompts.thinking is not None:
+        given = f"enable_thinking={prompts.thinking} for its chat template"
+        say(f"it was trained {'with' if prompts.thinking else 'without'} thoughts: other programs need {given}")
+    if system := prompts.system:
         message = json.dumps({"role": "system", "content": system}, ensure_ascii=False)
         say(
             f"it was trained with a system prompt, which other programs do not read from {PROMPTS_FILE}:\n"
@@ -102,6 +106,8 @@ def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
         yield f"{repeated} of {len(rows)} {name} rows have the prompt of a training row: they are not new to the model"
     if rows.truncated:
         yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
+    if rows.dropped_thoughts:
+        yield f"{rows.dropped_thoughts} {name} rows have thoughts in earlier answers, which the template leaves out"
     if rows.quoted:
         yield (
             f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "

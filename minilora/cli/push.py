@@ -16,7 +16,7 @@ from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import base_model_of
 from minilora.cli import Options, say
 from minilora.cli.load import MERGED
-from minilora.cli.messages import say_system_prompt
+from minilora.cli.messages import say_prompts
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN, read_json
 from minilora.models.checkpoint import MODEL_FILES
@@ -54,7 +54,7 @@ def run(options: Options) -> int:
         raise ConfigError(f"{name!r} is no name of a repository; need org/name")
     base = find_base_name(directory, options["base_name"])
     card = model_card(directory, name, base)
-    say_system_prompt(directory)
+    say_prompts(directory)
     if options["dry_run"]:
         print(card, end="")
         return 0
@@ -155,6 +155,8 @@ def _code(directory: Path, name: str, base: str, library: str, loader: str) -> l
         messages += [{"role": "user", "content": "Hello"}]
         lines += ["messages = [", *(f"    {json.dumps(each, ensure_ascii=False)}," for each in messages), "]"]
         options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        if prompts.thinking is not None:
+            options += f", enable_thinking={prompts.thinking}"
         lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
     else:
         lines += ['inputs = tokenizer("Hello", return_tensors="pt")']

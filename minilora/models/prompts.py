@@ -1,6 +1,6 @@
 """The record of how a model is asked for an answer, besides the chat template.
 
-    minilora-prompts.json    {"form": "template", "system": "Be brief."}
+    minilora-prompts.json    {"form": "template", "system": "Be brief.", "thinking": false}
 
 The file is in the directory of the tokenizer or of an adapter, and is copied wherever the chat template is.
 """
@@ -25,18 +25,22 @@ class Prompts:
     Attributes:
         form: "template" if they were conversations, written by the chat template, or "plain" text.
         system: the system prompt of conversations that give none.
+        thinking: whether the answers had thoughts; None if they differed, or the template asks in one way for both.
     """
 
     form: str = "template"
     system: str | None = None
+    thinking: bool | None = None
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Prompts":
         """Return the prompts that a file's text describes."""
         values = parse_object(text, where)
-        prompts = cls(**values) if values.keys() <= {"form", "system"} else cls("")
-        if prompts.form not in FORMS or not isinstance(prompts.system, str | None):
-            raise FormatError(f"{where}: found {values!r:.80}, need `form`, one of {FORMS}, and `system`, text or null")
+        prompts = cls(**values) if values.keys() <= {"form", "system", "thinking"} else cls("")
+        is_typed = isinstance(prompts.system, str | None) and isinstance(prompts.thinking, bool | None)
+        if prompts.form not in FORMS or not is_typed:
+            need = f"`form`, one of {FORMS}, perhaps `system`, text, and `thinking`, true or false"
+            raise FormatError(f"{where}: found {values!r:.80}, need {need}")
         return prompts
 
 

@@ -59,21 +59,22 @@ class ChatTemplate:
         except Exception as error:  # also Python's compiler has limits
             raise FormatError(f"chat template: {reason_of(error)}") from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
-        """Return the conversation as text."""
-        return self._run(self.adapt(messages), add_generation_prompt, tools)
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any) -> str:
+        """Return the conversation as text; the variables, such as `tools`, have transformers' names."""
+        return self._run(self.adapt(messages), add_generation_prompt=add_generation_prompt, **variables)
 
-    def render_spans(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[tuple[int, int]]]:
+    def render_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks.
 
         Raises:
             DataError: as for `render`; the template changes the text of a block before it writes it, or nests blocks.
         """
         messages = self.adapt(messages)
-        expected = self._run(messages, False, tools)
+        expected = self._run(messages, **variables)
         if "endgeneration" not in self.source:
             return expected, []
-        pieces = re.split(f"{BEGIN}([^{BEGIN}{END}]*){END}", self._run(messages, False, tools, is_marked=True))
+        marked = self._run(messages, **variables, **{IS_MARKED: True})
+        pieces = re.split(f"{BEGIN}([^{BEGIN}{END}]*){END}", marked)
         if "".join(pieces) != expected or BEGIN in expected or END in expected:
             raise DataError(
                 "chat template: it nests generation blocks, or changes the text of one before it writes it, so what "
@@ -99,38 +100,41 @@ class ChatTemplate:
     @functools.cached_property
     def _takes_text(self) -> bool:
         """Whether the template writes a content that is text; those of models that see may take only parts."""
-        return PROBE in self._probe(str, "user") or PROBE not in self._probe(_as_parts, "user")
+        return PROBE in self._probe("user", content=str) or PROBE not in self._probe("user", content=_as_parts)
 
     @functools.cached_property
     def always_asks(self) -> bool:
         """Whether the template asks for another answer after each one, also where no generation prompt is wanted."""
-        content = str if self._takes_text else _as_parts
-        answered = self._probe(content, "user", "assistant")
-        asked = self._probe(content, "user", "assistant", add_generation_prompt=True)
-        followed = self._probe(content, "user", "assistant", "user")
+        answered = self._probe("user", "assistant")
+        asked = self._probe("user", "assistant", add_generation_prompt=True)
+        followed = self._probe("user", "assistant", "user")
         return answered == asked and followed != "" and not followed.startswith(answered)
+
+    @functools.cached_property
+    def has_thinking(self) -> bool:
+        """Whether the template asks in one way for an answer with thoughts, and in another for one without."""
+        asked = [self._probe("user", add_generation_prompt=True, enable_thinking=way) for way in (True, False)]
+        return asked[0] != asked[1]
 
     @functools.cached_property
     def turn_end(self) -> str:
         """What the template writes after an answer, without white space before it."""
-        content = str if self._takes_text else _as_parts
-        return self._probe(content, "user", "assistant").rpartition(PROBE)[2].lstrip()
+        return self._probe("user", "assistant").rpartition(PROBE)[2].lstrip()
 
-    def _probe(self, content: Callable[[str], Any], *roles: str, add_generation_prompt: bool = False) -> str:
+    def _probe(self, *roles: str, content: Callable[[str], Any] | None = None, **variables: bool) -> str:
         """Return the text of some messages, after a system prompt if the template demands one; "" if it refuses."""
+        content = content or (str if self._takes_text else _as_parts)
         messages = [{"role": role, "content": content(PROBE)} for role in roles]
         for before in ([], [{"role": "system", "content": content("a")}]):
             with suppress(DataError):
-                return self._run([*before, *messages], add_generation_prompt, None)
+                return self._run([*before, *messages], **variables)
         return ""
 
-    def _run(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools, is_marked: bool = False
-    ) -> str:
-        given = {"messages": _normalized(messages), "tools": tools, "documents": None}
-        options = {"add_generation_prompt": add_generation_prompt, IS_MARKED: is_marked}
+    def _run(self, messages: Sequence[Message], **variables: Any) -> str:
+        given = {"messages": _normalized(messages), "tools": None, "documents": None, "add_generation_prompt": False}
+        given |= {name: value for name, value in variables.items() if value is not None}
         try:
-            return self._template.render(self._special_tokens | given | options)
+            return self._template.render(self._special_tokens | given)
         except Exception as error:  # a template's code can raise anything
             raise DataError(f"chat template: {reason_of(error)}") from error
 

@@ -135,10 +135,10 @@ class Tokenizer:
         return self.encode_spans(text, add_special_tokens)[0]
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None, **variables: Any
     ) -> list[int]:
         """Return the token ids of a conversation, in which the control tokens of messages are plain text."""
-        text = self.render(self.quote(list(messages)), add_generation_prompt, self.quote(tools))
+        text = self.render(self.quote(list(messages)), add_generation_prompt, self.quote(tools), **variables)
         return self.encode(text, add_special_tokens=False)
 
     def quote(self, value: Any) -> Any:
@@ -169,11 +169,16 @@ class Tokenizer:
         with _no_panic(str(self._path)):
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None) -> str:
-        """Render a conversation as text; encode it with `add_special_tokens=False`."""
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Tools = None, **variables: Any
+    ) -> str:
+        """Render a conversation as text; encode it with `add_special_tokens=False`.
+
+        `variables` of the template are `enable_thinking`, whether to ask for an answer with thoughts, and others.
+        """
         if self.template is None:
             raise DataError("the model has no chat template, so conversations cannot be rendered")
-        return self.template.render(messages, add_generation_prompt, tools)
+        return self.template.render(messages, add_generation_prompt, tools=tools, **variables)
 
     def save(self, directory: Path, names: Collection[str] = TOKENIZER_FILES) -> None:
         """Write the files that the tokenizer was read from, without `auto_map`, which names code of a repository."""

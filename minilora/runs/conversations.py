@@ -7,21 +7,24 @@ A model is trained on this text and asked with its first part, so that both are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from minilora.data import Span
 from minilora.errors import DataError
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.formats import Conversation, Fields
+from minilora.runs.formats import Conversation, thoughts_of
 from minilora.runs.settings import TrainOn
-from minilora.runs.unrendered import check_answer, check_context, check_messages, is_written, thoughts_of
+from minilora.runs.unrendered import check_answer, check_context, check_messages, is_written
 
 if TYPE_CHECKING:  # jinja2 is imported for models with a template only
-    from minilora.models.template import ChatTemplate, Tools
+    from minilora.models.template import ChatTemplate
 
 ANSWER = "\ufdd4"  # a noncharacter, which no text has
+NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
 
 
 def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
@@ -30,14 +33,14 @@ def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
     Raises:
         DataError: the template leaves out what a message says, or the tools.
     """
-    text = tokenizer.render(conversation.messages, add_generation_prompt=True, tools=conversation.tools)
+    text = tokenizer.render(conversation.messages, add_generation_prompt=True, **conversation.variables)
     check_context(text, conversation, tokenizer, is_question=True)
     return text
 
 
 def encode_question(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens of `ask`, in which the control tokens of messages are plain text."""
-    quoted = Conversation(tokenizer.quote(conversation.messages), tokenizer.quote(conversation.tools))
+    quoted = Conversation(**{name: tokenizer.quote(value) for name, value in vars(conversation).items()})
     return tokenizer.encode(ask(quoted, tokenizer), add_special_tokens=False)
 
 
@@ -51,24 +54,26 @@ def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_
         DataError: there is no template; it leaves out what is said; or the answers cannot be found in its text.
     """
     template = _template_of(tokenizer)
-    messages, tools = conversation.messages, conversation.tools
+    messages = conversation.messages
     *earlier, last = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     if train_on == "all":
-        text = template.render(messages, tools=tools)
+        text = template.render(messages, **conversation.variables)
         check_context(text, conversation, tokenizer, is_question=False)
         check_answer(text, messages[last], last)
-        return text, [(0, len(text))]
+        blocks = NO_THOUGHTS.finditer(text) if template.has_thinking else ()  # which asking for an answer writes
+        edges = [0, *(edge for block in blocks for edge in block.span()), len(text)]
+        return text, list(zip(edges[::2], edges[1::2], strict=True))
     if last == 0:
         raise DataError("no message comes before the answer, so nothing asks for it; train_on all learns it")
     first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), last)
     earlier = [i for i in earlier if i > first_question and train_on == "assistant"]
     for i in (*earlier, last):
         if messages[i].get("tool_calls"):
-            check_messages(Conversation(messages[: i + 1], tools), [i], tokenizer, is_question=False)
-    conversation = Conversation(messages[: last + 1], tools)
+            check_messages(replace(conversation, messages=messages[: i + 1]), [i], tokenizer, is_question=False)
+    conversation = replace(conversation, messages=messages[: last + 1])
 
-    asked = ask(Conversation(messages[:last], tools), tokenizer)
-    text, marked = template.render_spans(conversation.messages, tools)
+    asked = ask(replace(conversation, messages=messages[:last]), tokenizer)
+    text, marked = template.render_spans(conversation.messages, **conversation.variables)
     if not text.startswith(asked):
         answer, marked = _answer_alone(conversation, template)
         text, marked = asked + answer, [(len(asked) + begin, len(asked) + end) for begin, end in marked]
@@ -105,29 +110,23 @@ def _earlier_answer(
     """Return the spans of answer i, which ends before the place `following`.
 
     It begins where the text that asks for it ends. It ends where the template marks that, or else as it does where it
-    is the last: with what the text from its begin on has in common with the end of the conversation up to it. That is
-    the whole turn, or without its thoughts where the template drops those of earlier answers.
+    is the last.
     """
-    messages, tools = conversation.messages, conversation.tools
-    asked = tokenizer.render(messages[:i], add_generation_prompt=True, tools=tools)
+    *before, answer = conversation.messages[: i + 1]
+    variables = replace(conversation, thinking=bool(thoughts_of(answer))).variables
+    asked = tokenizer.render(before, add_generation_prompt=True, **variables)
     begin = len(asked)
     spans = _marked_spans(marked, begin, following)
     if text.startswith(asked):
-        endings = _turn_endings(messages[: i + 1], tools, begin, tokenizer)
-        for turn in [text[begin : spans[-1][1]]] if spans else endings:
-            if text.startswith(turn, begin) and is_written(turn, messages[i]):
+        whole = tokenizer.render([*before, answer], **variables)
+        without_eos = whole.removesuffix(tokenizer.special_tokens.get("eos_token", ""))  # which phi3 writes once
+        for turn in [text[begin : spans[-1][1]]] if spans else [whole[begin:], without_eos[begin:]]:
+            if text.startswith(turn, begin) and is_written(turn, answer):
                 return spans or [(begin, begin + len(turn))]
     raise DataError(
         f"the chat template renders message {i}, or those before it, differently once others follow, or does not begin "
         "an answer as it asks for one, so its tokens cannot be found; train_on completion learns the last answer only"
     )
-
-
-def _turn_endings(messages: Sequence[Fields], tools: Tools, begin: int, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield what a rendered conversation ends with, from `begin` on and shorter and shorter."""
-    whole = tokenizer.render(messages, tools=tools)
-    for text in (whole, whole.removesuffix(tokenizer.special_tokens.get("eos_token", ""))):  # which phi3 writes once
-        yield from (text[i:] for i in range(begin, len(text)))
 
 
 def _answer_alone(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
@@ -137,11 +136,11 @@ def _answer_alone(conversation: Conversation, template: ChatTemplate) -> tuple[s
     R1's without `<think>`. The answer is rendered after its question only; thoughts that were begun are ended.
     """
     *before, answer = conversation.messages
-    tools = conversation.tools
+    variables = conversation.variables
     question = [message for message in before if message["role"] == "user"][-1:] or before[-1:]
-    text, marked = template.render_spans([*question, answer], tools)
-    asked = template.render(question, add_generation_prompt=True, tools=tools)
-    probe = template.render([*question, {"role": "assistant", "content": ANSWER}], tools=tools)
+    text, marked = template.render_spans([*question, answer], **variables)
+    asked = template.render(question, add_generation_prompt=True, **variables)
+    probe = template.render([*question, {"role": "assistant", "content": ANSWER}], **variables)
     same = takewhile(lambda pair: pair[0] == pair[1], zip(asked, probe, strict=False))
     header = asked[: len(list(same))]
     begun, written = asked[len(header) :], probe[len(header) :].partition(ANSWER)[0]  # after what both begin with

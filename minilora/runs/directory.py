@@ -195,7 +195,7 @@ class RunDirectory:
         run.data.tokenizer.save(self.path, ["chat_template.jinja"])
         rows = run.data.train
         system = self._settings.data.system if rows.system is None else rows.system
-        prompts = Prompts("template" if rows.conversations else "plain", system)
+        prompts = Prompts("template" if rows.conversations else "plain", system, rows.thinking)
         with replacing(self.path / PROMPTS_FILE) as temporary:
             write_json(temporary, asdict(prompts))
         if self._settings.run.report != "none":

@@ -23,7 +23,7 @@ from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.conversations import encode_question, render_conversation
-from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row
+from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_prompt, parse_row, thoughts_of
 from minilora.runs.settings import DataConfig
 
 BAD_ROWS = 50_000  # that are skipped and kept with their reasons
@@ -36,8 +36,9 @@ class Dataset(list[Example]):
 
     `truncated` rows were cut to `max_length`; `unlabelled` rows had no label left and were dropped, as were rows that
     cannot be used: `bad` has an error message for each. `conversations` are rows rendered by a chat template;
-    in `quoted` ones control tokens are encoded as plain text. `system` is the system prompt that all rows have.
-    `cut` has the sources of rows that lost labels. A slice is a plain list.
+    in `quoted` ones control tokens are encoded as plain text, and from `dropped_thoughts` the template drops thoughts
+    of earlier answers. `system` is the system prompt that all rows have, and `thinking` is whether their answers have
+    thoughts (None if they differ). `cut` has the sources of rows that lost labels. A slice is a plain list.
     """
 
     examples: InitVar[Iterable[Example]]
@@ -47,7 +48,9 @@ class Dataset(list[Example]):
     bad: list[str] = field(default_factory=list)
     conversations: int = 0
     quoted: int = 0
+    dropped_thoughts: int = 0
     system: str | None = None
+    thinking: bool | None = None
 
     def __post_init__(self, examples: Iterable[Example]) -> None:
         self.extend(examples)
@@ -69,7 +72,7 @@ def encode_rows(
     Raises:
         DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
     """
-    dataset, systems, first = Dataset(()), set[str | None](), ""
+    dataset, systems, ways, first = Dataset(()), set[str | None](), set[bool | None](), ""
     for number, row in enumerate(rows, start=1):
         first = first or row.source
         if show and number % SHOWN == 0:
@@ -78,7 +81,7 @@ def encode_rows(
             if row.problem:
                 raise DataError(row.problem)
             parsed = parse_row(row.fields, config.system)
-            whole, is_quoted = label_row(parsed, tokenizer, config)
+            whole, is_quoted, drops_thoughts = label_row(parsed, tokenizer, config)
             if not whole.labelled:
                 raise DataError("nothing to learn: no token of an answer can be predicted")
         except DataError as error:
@@ -89,8 +92,10 @@ def encode_rows(
                 raise DataError(dataset.bad[-1]) from error
             continue
         dataset.quoted += is_quoted
+        dataset.dropped_thoughts += drops_thoughts
         dataset.conversations += isinstance(parsed, Conversation)
         systems.add(parsed.system if isinstance(parsed, Conversation) else None)
+        ways.add(parsed.thinking if isinstance(parsed, Conversation) else None)
         is_document = isinstance(parsed, PromptCompletion) and not parsed.prompt
         pieces = _pieces(replace(whole, source=row.source), config.max_length, is_document)
         labelled = [piece for piece in pieces if piece.labelled]
@@ -104,6 +109,8 @@ def encode_rows(
         skipped = f"; {len(dataset.bad)} were skipped, the first: {dataset.bad[0]}" if dataset.bad else ""
         raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
     dataset.system = systems.pop() if len(systems) == 1 else None
+    if len(ways) == 1 and tokenizer.template and tokenizer.template.has_thinking:
+        dataset.thinking = ways.pop()
     return dataset
 
 
@@ -119,8 +126,8 @@ def _pieces(whole: Example, limit: int, is_document: bool) -> list[Example]:
 
 def label_row(
     parsed: PromptCompletion | Conversation, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[Example, bool]:
-    """Tokenize a row and label what is learned of it; return also whether it has control tokens that are quoted."""
+) -> tuple[Example, bool, bool]:
+    """Tokenize and label a row; return also whether control tokens are quoted, and whether thoughts are left out."""
     if isinstance(parsed, PromptCompletion):  # `label_completion` appends the end token, so one in the text is removed
         closing = tokenizer.special_tokens.get("eos_token", "")
         parsed = replace(parsed, completion=parsed.completion.removesuffix(closing))
@@ -131,11 +138,11 @@ def label_row(
         text = parsed.prompt + parsed.completion
         tokens, spans = _encode_open(text, tokenizer) if tokenizer.eos_id is not None else tokenizer.encode_spans(text)
         begin = 0 if config.train_on == "all" else len(parsed.prompt)
-        example = label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id)
-    else:
-        text, learned = render_conversation(parsed, tokenizer, config.train_on)
-        example = _encode_conversation(text, learned, tokenizer)
-    return example, parsed != given
+        return label_completion(tokens, spans, (begin, len(text)), tokenizer.eos_id), parsed != given, False
+    text, learned = render_conversation(parsed, tokenizer, config.train_on)
+    answers = (message for message in parsed.messages if message["role"] == "assistant")
+    drops_thoughts = any(thoughts_of(answer) not in text for answer in answers)
+    return _encode_conversation(text, learned, tokenizer), parsed != given, drops_thoughts
 
 
 def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenizer) -> Example:
@@ -151,7 +158,9 @@ def _encode_conversation(text: str, learned: Sequence[Span], tokenizer: Tokenize
     return Example(tokens, label_tokens(tokens, spans, learned))
 
 
-def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str) -> list[int]:
+def encode_prompt(
+    row: Row, tokenizer: Tokenizer, system: str | None, form: str, thinking: bool | None = None
+) -> list[int]:
     """Return the token ids of a row's prompt, the same that training has before the answer.
 
     Args:
@@ -160,6 +169,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
         system: the system prompt of conversations that have none.
         form: "template" makes a `prompt` that is text and has no `completion` a user's message, if there is a template;
             "plain" does not; "raw" does not, and control tokens in the text act as such.
+        thinking: whether a conversation is asked for an answer with thoughts; None leaves that to the template.
 
     Raises:
         DataError: the row has no prompt, or one that cannot be encoded.
@@ -176,7 +186,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, system: str | None, form: str)
         elif form == "raw":
             raise DataError("a conversation needs the chat template, which a raw prompt leaves out")
         else:
-            ids = encode_question(parsed, tokenizer)
+            ids = encode_question(replace(parsed, thinking=thinking), tokenizer)
         if not ids:
             raise DataError("the prompt is empty")
     except DataError as error:

@@ -27,6 +27,7 @@ from minilora.training import Loss, token_loss
 CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-2-7B are 0.5 MB a token
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
+THOUGHTS = 1024  # tokens of thoughts before an answer
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 
@@ -235,7 +236,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
 def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer, progress: Progress = _ignore) -> float:
     """Return the share of examples whose answer the model generates, greedily, except for white space at its ends.
 
-    Examples whose answer was cut do not count.
+    Thoughts before an answer are not compared. Examples whose answer was cut do not count.
     """
     if not (examples := _uncut(examples)):
         raise DataError("exact match needs whole answers, and all are cut; a larger max_length cuts fewer")
@@ -245,10 +246,13 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
     stop_ids = tokenizer.stop_ids
     answers = [list(takewhile(lambda token: token not in stop_ids, answer_of(example))) for example in examples]
-    limits = [len(answer) + 1 for answer in answers]
-    written = write_answers(model, tokenizer, [prompt_of(example) for example in examples], limits, progress)
+    prompts = [prompt_of(example) for example in examples]
+    room = THOUGHTS if tokenizer.template and "</think>" in tokenizer.template.source else 0
+    closed = [tokenizer.decode(prompt).rstrip().endswith("</think>") for prompt in prompts]
+    limits = [len(answer) + (1 if no else 1 + room) for answer, no in zip(answers, closed, strict=True)]
+    written = write_answers(model, tokenizer, prompts, limits, progress)
     pairs = zip(map(tokenizer.decode, written), map(tokenizer.decode, answers), strict=True)
-    return sum(text.strip() == answer.strip() for text, answer in pairs) / len(examples)
+    return sum(len({text.rpartition("</think>")[2].strip() for text in pair}) == 1 for pair in pairs) / len(examples)
 
 
 def write_answers(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minilora.errors import DataError, in_recipe
+from minilora.models.prompts import REASONING
 
 Fields = dict[str, Any]
 MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
@@ -50,6 +51,12 @@ class Conversation:
 
     messages: list[Fields]
     tools: list[Any] | None = None
+    thinking: bool | None = None  # whether its last answer has thoughts, or should have; None: as the template asks
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What a chat template takes besides the messages, under the names of transformers."""
+        return {"tools": self.tools, "enable_thinking": self.thinking}
 
     @property
     def system(self) -> str | None:
@@ -92,6 +99,18 @@ def parse_prompt(fields: Fields, system: str | None = None) -> PromptCompletion 
     return Conversation(parsed.messages[:-1], parsed.tools)
 
 
+def text_of(message: Fields) -> str:
+    """Return the content of a message as text."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def thoughts_of(message: Fields) -> str:
+    """Return what an answer says as its reasoning, in a field or else in its content; "" if it has none."""
+    content = text_of(message).rpartition("</think>")[0].rpartition("<think>")[2]
+    return next((message[key] for key in REASONING if isinstance(message.get(key), str)), content).strip()
+
+
 def _format_of(fields: Fields) -> "Format":
     for keys, read in FORMATS.items():
         if fields.keys() >= {*keys}:
@@ -117,9 +136,10 @@ def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, 
     system = own or system
     if system and not has_system:
         messages = [{"role": "system", "content": system}, *messages]
-    if all(message["role"] != "assistant" for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise DataError("no message has role 'assistant': nothing to learn")
-    return Conversation(messages, tools)
+    return Conversation(messages, tools, bool(thoughts_of(answers[-1])))
 
 
 # --- the formats; each returns plain text or the checked messages of a conversation ---
@@ -219,8 +239,7 @@ def _check_message(message: Fields, where: str) -> Fields:
     if calls:
         _check_calls(calls, f"{where}.tool_calls")
     else:
-        text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
-        check_text(text, f"{where}.content", role == "assistant", role == "user")
+        check_text(text_of(message), f"{where}.content", role == "assistant", role == "user")
     if message.get("weight") not in (None, 1):
         raise DataError(f"{where}.weight: found {message['weight']!r:.60}; only 1 is supported, or the key left out")
     return message

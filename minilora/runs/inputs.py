@@ -15,9 +15,9 @@ from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, Question, find_choices
-from minilora.runs.formats import PromptCompletion, Row, parse_row
+from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
-from minilora.runs.settings import DataConfig, Settings, TrainConfig
+from minilora.runs.settings import DataConfig, Settings, TrainConfig, TrainOn
 
 Names = str | Path | Sequence[str | Path]  # of files, directories and repositories of the hub
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
@@ -101,17 +101,18 @@ def find_questions(rows: Iterable[Row], test: Dataset, tokenizer: Tokenizer, con
     questions = []
     for example in test:
         row = read[example.source]
-        if (wanted := _wanted_answer(row, config)) is not None:
-            tokens = encode_prompt(row, tokenizer, config.system, "plain")
+        parsed = parse_row(row.fields, config.system)
+        if (wanted := _wanted_answer(parsed, config.train_on)) is not None:
+            thinking = parsed.thinking if isinstance(parsed, Conversation) else None
+            tokens = encode_prompt(row, tokenizer, config.system, "plain", thinking)
             fields = {"prompt": tokenizer.decode(tokens), **row.fields, "wanted": wanted}
             questions.append(Question(fields, tokens, 2 * example.labelled + MARGIN))
     return questions
 
 
-def _wanted_answer(row: Row, config: DataConfig) -> Any:
+def _wanted_answer(parsed: PromptCompletion | Conversation, train_on: TrainOn) -> Any:
     """Return what a row wants as the answer to its prompt: text, or a message; None if nothing is asked in it."""
-    parsed = parse_row(row.fields, config.system)
-    if config.train_on == "all":
+    if train_on == "all":
         return None
     if isinstance(parsed, PromptCompletion):
         return parsed.completion if parsed.prompt else None

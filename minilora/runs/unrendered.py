@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from minilora.errors import DataError
-from minilora.models.prompts import REASONING
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.formats import Conversation, Fields
+from minilora.runs.formats import Conversation, Fields, text_of, thoughts_of
 
 REMEDY = "; remove it, or give a template with a place for it as prompt_style"
 
@@ -16,10 +16,11 @@ def check_context(text: str, conversation: Conversation, tokenizer: Tokenizer, i
 
     Thoughts may be left out, and in a question what was answered earlier.
     """
-    messages, tools = conversation.messages, conversation.tools
+    messages = conversation.messages
     which = [i for i, message in enumerate(messages) if message["role"] != "assistant" or not is_question]
     check_messages(conversation, which, tokenizer, is_question)
-    if tools and tokenizer.render(messages, is_question) == text:
+    without_tools = replace(conversation, tools=None).variables
+    if conversation.tools and tokenizer.render(messages, is_question, **without_tools) == text:
         raise DataError(f"the chat template leaves out the tools{REMEDY}")
 
 
@@ -31,7 +32,7 @@ def check_messages(conversation: Conversation, which: Sequence[int], tokenizer: 
     messages = list(conversation.messages)
     for i in which:
         messages[i] = _marked(messages[i], i)
-    text = tokenizer.render(messages, is_question, conversation.tools)
+    text = tokenizer.render(messages, is_question, **conversation.variables)
     for i in which:
         message = conversation.messages[i]
         if message.get("content") and _mark(i, "content") not in text:
@@ -68,18 +69,5 @@ def check_answer(text: str, message: Fields, i: int) -> None:
 def is_written(text: str, message: Fields) -> bool:
     """Return whether a text has all that an answer says, its thoughts and the functions that it calls as well."""
     called = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
-    parts = [*re.split("</?think>", _content(message)), thoughts_of(message), *called]
+    parts = [*re.split("</?think>", text_of(message)), thoughts_of(message), *called]
     return all(part.strip() in text for part in parts)
-
-
-def thoughts_of(message: Fields) -> str:
-    """Return what an answer says as its reasoning, in a field or in its content; "" if it has none."""
-    fields = (message.get(key) for key in REASONING)
-    content = _content(message).rpartition("</think>")[0].rpartition("<think>")[2]
-    return next((text for text in fields if isinstance(text, str) and text.strip()), content).strip()
-
-
-def _content(message: Fields) -> str:
-    """Return the content of a message as text."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)

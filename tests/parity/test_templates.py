@@ -217,8 +217,7 @@ TURNS = 3
 # Write an answer otherwise once others follow, or than they ask for it, so that only the last one can be learned.
 LAST_ONLY = {
     *("gptoss", "deepseek_r1_distill", "deepseek_r1_distill_training", "deepseekv3", "deepseekv3_training"),
-    *(name for name in SOURCES if name.startswith("nemotron")),
-    *("qwen3_5_nothink", "qwen3_5_think", "qwen3_6"),
+    *("qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"),
 }
 
 
@@ -249,7 +248,7 @@ def test_every_answer_is_learned_and_no_question(builtin, name):
     tokenizer = builtin.with_template(SOURCES[name])
     for train_on, first in (("completion", TURNS - 1), ("assistant", 0)):
         learned = [learned_text(tokenizer, as_parts, train_on) for as_parts in (False, True)]
-        assert any(learned) or (train_on == "assistant" and name in LAST_ONLY)
+        assert any(learned) != (train_on == "assistant" and name in LAST_ONLY)
         for said in filter(None, learned):
             assert [i for i in range(TURNS) if f"answer{i}." in said] == list(range(first, TURNS))
             assert "question" not in said
