@@ -127,7 +127,7 @@ def around_one(name: str, size: int) -> Array:
 # --- adapters ---
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DEEP = ["v_proj", "o_proj", "down_proj"]
+DEEP, SQUARE = ["v_proj", "o_proj", "down_proj"], ["q_proj", "o_proj"]
 GAIN = {False: 0.8, True: 1.2}  # of s·B A in LoRA and in DoRA
 RSLORA = {"r": 6, "lora_alpha": 9, "use_rslora": True}
 RANKS = {"v_proj": 2, "^model.layers.1.mlp.down_proj": 1}
@@ -135,72 +135,24 @@ ALPHAS = {"^model.layers.1.self_attn.o_proj": 2, "v_proj": 3, "self_attn.v_proj"
 ALPHAS |= {"^model.layers.0.mlp.up": 150, "o_proj": 20, "down_proj": 4}
 WRAPPED = {"^model.language_model.layers.1.self_attn.o_proj": 2}
 REGEX = {r"layers\.\d+\.mlp\.(up|down)_proj": 40, "o_proj": 1}
-ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> what it tests, base, fields other than DEFAULTS
-    "plain": ("A and B of all linears, scale α/r", "llama", {}),
-    "rslora": ("use_rslora: scale α/√r", "llama", RSLORA),
-    "square": (
-        "r = in = out, so that no shape forbids to exchange or transpose A and B",
-        "llama",
-        {"r": 16, "lora_alpha": 24, "target_modules": ["q_proj", "o_proj"]},
-    ),
-    "layers": (
-        "layers_to_transform: A and B in one layer of two; lora_alpha missing",
-        "llama",
-        {"lora_alpha": 8, "target_modules": DEEP, "layers_to_transform": [1]},
-    ),
-    "patterns": (
-        "rank_pattern and alpha_pattern by ends of names and by whole names, several of which match",
-        "qwen3",
-        {"rank_pattern": RANKS, "alpha_pattern": ALPHAS},
-    ),
-    "regex": (
-        "alpha_pattern by a regular expression, with use_rslora",
-        "qwen3",
-        {**RSLORA, "alpha_pattern": REGEX},
-    ),
-    "half": ("tensors in float16, with subnormal numbers", "gemma3", {}),
-    "wrapper": (
-        "names, and a key of alpha_pattern, that the text model has in a vision wrapper",
-        "gemma3",
-        {"r": 8, "lora_alpha": 20, "alpha_pattern": WRAPPED},
-    ),
-    "dora": (
-        "use_dora: magnitudes over norms of rows",
-        "llama",
-        {"r": 3, "lora_alpha": 9, "use_dora": True, "target_modules": ["q_proj", "o_proj"]},
-    ),
-    "dora-rslora": (
-        "use_dora with use_rslora on a base with biases, tensors in bfloat16",
-        "llama-tied",
-        {**RSLORA, "use_dora": True, "target_modules": DEEP},
-    ),
-    "biases": (
-        "bias all: trained biases in place of the base's",
-        "llama-tied",
-        {"bias": "all", "target_modules": ["q_proj", "down_proj"]},
-    ),
-    "lora-bias": (
-        "lora_bias: B has a bias, which is scaled too, on top of trained ones (bias lora_only)",
-        "llama-tied",
-        {"lora_bias": True, "bias": "lora_only", "target_modules": DEEP},
-    ),
-    "embedding": (
-        "A and B of the embedding, and others of the head tied to it",
-        "llama-tied",
-        {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
-    ),
-    "full": (
-        "modules_to_save: embedding and head in full; r missing",
-        "llama",
-        {"r": 8, "modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["o_proj", "down_proj"]},
-    ),
-    "rows": (
-        "trainable_token_indices: rows of the embedding and of the head tied to it",
-        "llama-tied",
-        {"trainable_token_indices": {"embed_tokens": [17, 5, 29]}, "target_modules": ["o_proj", "down_proj"]},
-    ),
-    "4bit": ("A and B beside 4-bit weights", "llama-4bit", {}),
-    "4bit-dora": ("use_dora on 4-bit weights", "llama-4bit", {"use_dora": True, "target_modules": DEEP}),
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> base, fields other than DEFAULTS
+    "plain": ("llama", {}),
+    "rslora": ("llama", RSLORA),
+    "square": ("llama", {"r": 16, "lora_alpha": 24, "target_modules": SQUARE}),
+    "layers": ("llama", {"lora_alpha": 8, "target_modules": DEEP, "layers_to_transform": [1]}),
+    "patterns": ("qwen3", {"rank_pattern": RANKS, "alpha_pattern": ALPHAS}),
+    "regex": ("qwen3", {**RSLORA, "alpha_pattern": REGEX}),
+    "half": ("gemma3", {}),
+    "wrapper": ("gemma3", {"r": 8, "lora_alpha": 20, "alpha_pattern": WRAPPED}),
+    "dora": ("llama", {"r": 3, "lora_alpha": 9, "use_dora": True, "target_modules": SQUARE}),
+    "dora-rslora": ("llama-tied", {**RSLORA, "use_dora": True, "target_modules": DEEP}),
+    "biases": ("llama-tied", {"bias": "all", "target_modules": ["q_proj", "down_proj"]}),
+    "lora-bias": ("llama-tied", {"lora_bias": True, "bias": "lora_only", "target_modules": DEEP}),
+    "embedding": ("llama-tied", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "full": ("llama", {"r": 8, "modules_to_save": ["embed_tokens", "lm_head"], "target_modules": DEEP[1:]}),
+    "rows": ("llama-tied", {"trainable_token_indices": {"embed_tokens": [17, 5, 29]}, "target_modules": DEEP[1:]}),
+    "4bit": ("llama-4bit", {}),
+    "4bit-dora": ("llama-4bit", {"use_dora": True, "target_modules": DEEP}),
 }
 MISSING = {"layers": "lora_alpha", "full": "r"}  # fields that the file leaves out
 DTYPES_OF = {"half": "F16", "dora-rslora": "BF16"}
@@ -258,7 +210,7 @@ def low_rank(name: str, path: str, shape: tuple[int, ...], values: Mapping[str, 
     if path == "lm_head":
         gain *= math.sqrt(inner)  # tied to the embedding, whose numbers are larger than those of other matrices
     parts = {"lora_A.weight": matrix(draw + "A", r, inner), "lora_B.weight": matrix(draw + "B", out, r, gain)}
-    if name == "half":  # every second number of A is below the normal numbers of float16
+    if name == "half":  # half of A's numbers are subnormal in float16
         parts = {"lora_A.weight": parts["lora_A.weight"] / 2**12, "lora_B.weight": parts["lora_B.weight"] * 2**12}
     if values["use_dora"]:
         parts["lora_magnitude_vector"] = 4 * around_one(draw + "m", out)
@@ -269,11 +221,11 @@ def low_rank(name: str, path: str, shape: tuple[int, ...], values: Mapping[str, 
 
 # --- cases, and what wrong readers make of them ---
 
-CASES: dict[str, tuple[str, str, list[str]]] = {  # name -> what it tests, base, adapters
-    **{f"base-{name}": (f"the base {name} without an adapter", name, []) for name in BASES},
-    **{name: (about, base, [name]) for name, (about, base, _) in ADAPTERS.items()},
-    "sum": ("plain and rslora at once", "llama", ["plain", "rslora"]),
-    "merged": ("plain, merged into its base", "llama-merged", []),
+CASES: dict[str, tuple[str, list[str]]] = {  # name -> base, adapters
+    **{f"base-{name}": (name, []) for name in BASES},
+    **{name: (base, [name]) for name, (base, _) in ADAPTERS.items()},
+    "sum": ("llama", ["plain", "rslora"]),
+    "merged": ("llama-merged", []),
 }
 
 Change = Callable[[Mapping[str, Any], Tensors], Mapping[str, Array | None]]  # JSON, tensors -> other tensors, or none
@@ -291,6 +243,7 @@ SCALES: dict[str, Callable[[Mapping[str, Any], float, int], float]] = {  # of th
 PATTERNS: dict[str, Callable[[Mapping[str, Any]], Iterable[tuple[str, Any]]]] = {  # of alpha_pattern, other items
     "without alpha_pattern": lambda keys: (),
     "of the last key that matches": lambda keys: reversed(keys.items()),
+    "of the longest key that matches": lambda keys: sorted(keys.items(), key=lambda item: -len(item[0])),
     "no key with ^ matches": lambda keys: ((key, alpha) for key, alpha in keys.items() if key[0] != "^"),
     "keys match within a name": lambda keys: ((f".*{key}", alpha) for key, alpha in keys.items()),
     "keys match beginnings": lambda keys: ((f"{key}.*", alpha) for key, alpha in keys.items()),
@@ -310,6 +263,7 @@ PARTS = {  # what a reader may leave out -> a part of its tensors' names
     "trained biases": r"(_proj|base_layer)\.bias",
     "the bias of B": r"lora_B\.bias",
     "modules in full": r"(embed_tokens|lm_head)\.weight",
+    "the embedding in full": r"embed_tokens\.weight",
     "the head in full": r"lm_head\.weight",
     "A and B of the embedding": "lora_embedding",
     "A and B of the head": r"lm_head\.lora",
@@ -323,13 +277,13 @@ def wrong_readings(case: Case) -> Iterator[tuple[str, Case]]:
     case = case._replace(tensors=reader.dense(case.tensors))
     if case.adapters:
         yield "does nothing", case._replace(adapters=[])
-    for label, formula in SCALES.items():
-        yield f"wrong scale: {label}", edited(case, partial(rescaled, formula))
     defaults = [({"lora_alpha": 16, **values}, tensors) for values, tensors in case.adapters]
     yield "wrong α: 16 if missing", case._replace(adapters=defaults)
     for label, items in PATTERNS.items():
         others = [({**v, "alpha_pattern": dict(items(v["alpha_pattern"]))}, tensors) for v, tensors in case.adapters]
         yield f"wrong α: {label}", case._replace(adapters=others)
+    for label, formula in SCALES.items():
+        yield f"wrong scale: {label}", edited(case, partial(rescaled, formula))
     for label, turn in TURNS.items():
         other = edited(case, partial(turned, turn))
         if shapes_of(other) == shapes_of(case):
@@ -417,7 +371,7 @@ def wrong_norms(case: Case) -> Iterator[tuple[str, Case]]:
         shares = {name: tensors[name] / np.linalg.norm(sums[f"{path}.weight"], axis=1) for name, path in paths.items()}
         biases = {name: base[f"{path}.bias"] for name, path in paths.items() if f"{path}.bias" in base}
         return {
-            name.replace("lora_magnitude_vector", "base_layer.bias"): biases[name] * shares[name] for name in biases
+            name.replace("lora_magnitude_vector", "base_layer.bias"): b * shares[name] for name, b in biases.items()
         }
 
     yield "wrong norm: of W, not of W + s·B A", edited(case, partial(change, lambda V, W: np.linalg.norm(W, axis=1)))
@@ -432,11 +386,9 @@ def wrong_rows(case: Case) -> Iterator[tuple[str, Case]]:
     for values, tensors in case.adapters:
         if name in tensors:
             tokens, rows = values["trainable_token_indices"]["embed_tokens"], tensors[name]
-            ranks = np.argsort(np.argsort(tokens))
-            for label, other in (
-                ("added, not replaced", E[tokens] + rows),
-                ("in the order of the vocabulary", rows[ranks]),
-            ):
+            others = {"added, not replaced": E[tokens] + rows}
+            others["in the order of the vocabulary"] = rows[np.argsort(np.argsort(tokens))]
+            for label, other in others.items():
                 yield f"wrong rows: {label}", case._replace(adapters=[(values, {**tensors, name: other})])
             yield "part ignored: token rows in the tied head", case._replace(tensors={**case.tensors, HEAD: E})
 
@@ -534,7 +486,7 @@ def main(directory: Path = HERE) -> None:
     bases, adapters = directory / "bases", directory / "adapters"
     for name, config in BASES.items():
         write_model(bases / name, config, base_tensors(config))
-    for name, (_, base, changes) in ADAPTERS.items():
+    for name, (base, changes) in ADAPTERS.items():
         values, dtype = {**DEFAULTS, **changes}, DTYPES_OF.get(name, "F32")
         tensors = adapter_tensors(name, BASES[base], values)
         fields = {key: value for key, value in values.items() if key != MISSING.get(name)}
@@ -545,7 +497,7 @@ def main(directory: Path = HERE) -> None:
     write_model(bases / "llama-merged", plain.config, {name: ("F32", tensor) for name, tensor in merged.items()})
     manifest: dict[str, Any] = {"cases": {}, "files": {}}
     stored: dict[str, tuple[str, Array]] = {}
-    for name, (about, base, names) in CASES.items():
+    for name, (base, names) in CASES.items():
         case = reader.read_case(bases / base, [adapters / each for each in names])
         right = reader.logits(case, TOKENS)
         wrong: dict[str, Array] = {}
@@ -555,7 +507,6 @@ def main(directory: Path = HERE) -> None:
                 wrong[label] = found
         kappa = condition(name, case, right)
         manifest["cases"][name] = {
-            "about": about,
             "base": f"bases/{base}",
             "adapters": [f"adapters/{each}" for each in names],
             "tokens": TOKENS,

@@ -14,6 +14,7 @@ answer. Needs only numpy and safetensors.
 import argparse
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -76,7 +77,7 @@ def ask(command: list[str], case: Mapping[str, Any], directory: Path) -> Array |
             raise SystemExit(f"{command[0]}: {error.strerror}") from None
         if run.returncode:
             lines = run.stderr.strip().splitlines() or [f"status {run.returncode}, no message"]
-            errors = [line for line in lines if "Error" in line and not line[0].isspace()]
+            errors = [line for line in lines if re.match(r"[\w.]*Error\b", line)]
             return "refused: " + (errors or lines[-1:])[0][:200].replace("|", "\\|")
         if not out.exists():
             return "other: no file"

@@ -131,6 +131,10 @@ PLANTED = {  # the verdict -> the case, and how a mistaken reader takes its file
     ),
     "part ignored: the magnitude": ("dora", without("magnitude", use_dora=False)),
     "part ignored: trained biases": ("biases", without("bias", bias="none")),
+    "wrong biases: that of B in place of another": (
+        "lora-bias",
+        lambda values, tensors: (values, {name: t * ("base_layer" not in name) for name, t in tensors.items()}),
+    ),
     "part ignored: modules in full": ("full", without("embed_tokens", "lm_head", modules_to_save=None)),
     "part ignored: the head in full": ("full", without("lm_head", modules_to_save=["embed_tokens"])),
     "part ignored: A and B of the head": (
@@ -173,7 +177,7 @@ base, tokens, out, *adapters = map(Path, sys.argv[1:])
 name = "+".join(path.name for path in (base, *adapters))
 assert tokens.read_text().count(",") == 9
 if name == "gemma3+wrapper":
-    sys.exit("reading the wrapper\\nError: names that this reader lacks\\n    at line 7\\nEnd")
+    sys.exit("throw new Error(text)\\n    ^\\nTypeError: names that this reader lacks\\n    at line 7\\nEnd")
 if name != "qwen3+patterns":
     shutil.copy(next(Path(__file__).parent.glob(name + ".*")), out)
 """
@@ -194,7 +198,7 @@ def test_the_runner_prints_what_a_command_computes(tmp_path, capsys):
     for name in ("qwen3+patterns", "llama-tied+rows"):
         (tmp_path / f"{name}.npy").unlink()
     (tmp_path / "llama-tied+rows.json").write_text(json.dumps(readings("rows")["right"].tolist()))
-    refusals = {"patterns": "other: no file", "wrapper": "refused: Error: names that this reader lacks"}
+    refusals = {"patterns": "other: no file", "wrapper": "refused: TypeError: names that this reader lacks"}
     status, verdicts, total = printed_by([sys.executable, tmp_path / "reader.py"], capsys)
     assert verdicts == expected | refusals
     assert (status, total) == (1, "22 right, 1 other, 1 refused")
