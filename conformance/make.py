@@ -12,33 +12,15 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conformance.readers.numpy_reader import (
-    DTYPES,
-    EMBEDDING,
-    HEAD,
-    PREFIX,
-    ROWS,
-    STATE,
-    Array,
-    Case,
-    Tensors,
-    adapted,
-    dense,
-    factors,
-    logits,
-    matched,
-    path_of,
-    read_case,
-    scale,
-    text_name,
-)
+from conformance.readers import numpy_reader as reader
+from conformance.readers.numpy_reader import EMBEDDING, HEAD, PREFIX, ROWS, STATE, Array, Case, Tensors
 from conformance.run import distance
 
 HERE = Path(__file__).parent
@@ -145,78 +127,37 @@ def around_one(name: str, size: int) -> Array:
 # --- adapters ---
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DEEP = ["v_proj", "o_proj", "down_proj"]
+DEEP, SQUARE = ["v_proj", "o_proj", "down_proj"], ["q_proj", "o_proj"]
 GAIN = {False: 0.8, True: 1.2}  # of s·B A in LoRA and in DoRA
-RSLORA = {"r": 4, "lora_alpha": 3, "use_rslora": True}
-ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> what it tests, base, fields other than DEFAULTS
-    "plain": ("A and B of all linears, scale α/r", "llama", {}),
-    "rslora": ("use_rslora: scale α/√r", "llama", RSLORA),
-    "square": (
-        "r = in = out, so that no shape forbids to exchange or transpose A and B",
-        "llama",
-        {"r": 16, "lora_alpha": 24, "target_modules": ["q_proj", "o_proj"]},
-    ),
-    "layers": (
-        "layers_to_transform: A and B in one layer of two",
-        "llama",
-        {"target_modules": DEEP, "layers_to_transform": [1]},
-    ),
-    "patterns": (
-        "rank_pattern and alpha_pattern by ends of names and by a whole name",
-        "qwen3",
-        {
-            "rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.down_proj": 6},
-            "alpha_pattern": {"down_proj": 3, "^model.layers.1.self_attn.o_proj": 24},
-        },
-    ),
-    "regex": (
-        "alpha_pattern by a regular expression, with use_rslora",
-        "qwen3",
-        {**RSLORA, "alpha_pattern": {r"layers\.\d+\.mlp\.(up|down)_proj": 9, "o_proj": 1}},
-    ),
-    "half": ("tensors in float16", "gemma3", {}),
-    "wrapper": ("names that the text model has in a vision wrapper", "gemma3", {"r": 8, "lora_alpha": 20}),
-    "dora": (
-        "use_dora: magnitudes over norms of rows",
-        "llama",
-        {"use_dora": True, "target_modules": ["q_proj", "o_proj"]},
-    ),
-    "dora-rslora": (
-        "use_dora with use_rslora, tensors in bfloat16",
-        "qwen3",
-        {**RSLORA, "lora_alpha": 5, "use_dora": True, "target_modules": DEEP},
-    ),
-    "biases": (
-        "bias all: trained biases in place of the base's",
-        "llama-tied",
-        {"bias": "all", "target_modules": ["q_proj", "down_proj"]},
-    ),
-    "lora-bias": (
-        "lora_bias: B has a bias, which is scaled too",
-        "llama-tied",
-        {"lora_bias": True, "target_modules": DEEP},
-    ),
-    "embedding": (
-        "A and B of the embedding, and others of the head tied to it",
-        "llama-tied",
-        {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
-    ),
-    "full": (
-        "modules_to_save: embedding and head in full",
-        "llama",
-        {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["o_proj", "down_proj"]},
-    ),
-    "rows": (
-        "trainable_token_indices: rows of the embedding and of the head tied to it",
-        "llama-tied",
-        {"trainable_token_indices": [17, 5, 29], "target_modules": ["o_proj", "down_proj"]},
-    ),
-    "4bit": ("A and B beside 4-bit weights", "llama-4bit", {}),
-    "4bit-dora": ("use_dora on 4-bit weights", "llama-4bit", {"use_dora": True, "target_modules": DEEP}),
+RSLORA = {"r": 6, "lora_alpha": 9, "use_rslora": True}
+RANKS = {"v_proj": 2, "^model.layers.1.mlp.down_proj": 1}
+ALPHAS = {"^model.layers.1.self_attn.o_proj": 2, "v_proj": 3, "self_attn.v_proj": 10, "proj": 7}
+ALPHAS |= {"^model.layers.0.mlp.up": 150, "o_proj": 20, "down_proj": 4}
+WRAPPED = {"^model.language_model.layers.1.self_attn.o_proj": 2}
+REGEX = {r"layers\.\d+\.mlp\.(up|down)_proj": 40, "o_proj": 1}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> base, fields other than DEFAULTS
+    "plain": ("llama", {}),
+    "rslora": ("llama", RSLORA),
+    "square": ("llama", {"r": 16, "lora_alpha": 24, "target_modules": SQUARE}),
+    "layers": ("llama", {"lora_alpha": 8, "target_modules": DEEP, "layers_to_transform": [1]}),
+    "patterns": ("qwen3", {"rank_pattern": RANKS, "alpha_pattern": ALPHAS}),
+    "regex": ("qwen3", {**RSLORA, "alpha_pattern": REGEX}),
+    "half": ("gemma3", {}),
+    "wrapper": ("gemma3", {"r": 8, "lora_alpha": 20, "alpha_pattern": WRAPPED}),
+    "dora": ("llama", {"r": 3, "lora_alpha": 9, "use_dora": True, "target_modules": SQUARE}),
+    "dora-rslora": ("llama-tied", {**RSLORA, "use_dora": True, "target_modules": DEEP}),
+    "biases": ("llama-tied", {"bias": "all", "target_modules": ["q_proj", "down_proj"]}),
+    "lora-bias": ("llama-tied", {"lora_bias": True, "bias": "lora_only", "target_modules": DEEP}),
+    "embedding": ("llama-tied", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "full": ("llama", {"r": 8, "modules_to_save": ["embed_tokens", "lm_head"], "target_modules": DEEP[1:]}),
+    "rows": ("llama-tied", {"trainable_token_indices": {"embed_tokens": [17, 5, 29]}, "target_modules": DEEP[1:]}),
+    "4bit": ("llama-4bit", {}),
+    "4bit-dora": ("llama-4bit", {"use_dora": True, "target_modules": DEEP}),
 }
+MISSING = {"layers": "lora_alpha", "full": "r"}  # fields that the file leaves out
 DTYPES_OF = {"half": "F16", "dora-rslora": "BF16"}
 DEFAULTS: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-DEFAULTS |= {"r": 4, "lora_alpha": 10, "lora_dropout": 0.0, "target_modules": LINEARS, "bias": "none"}
+DEFAULTS |= {"r": 5, "lora_alpha": 15, "lora_dropout": 0.0, "target_modules": LINEARS, "bias": "none"}
 DEFAULTS |= dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), False)
 DEFAULTS |= dict.fromkeys(("layers_to_transform", "modules_to_save", "trainable_token_indices"))
 DEFAULTS |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
@@ -234,16 +175,20 @@ def adapter_tensors(name: str, config: Mapping[str, Any], values: Mapping[str, A
             tensors[weight] = drawn(f"{name} {weight}", *shape) / 128
         elif is_adapted(path, values) and kind == "weight":
             tensors |= {f"{path}.{key}": part for key, part in low_rank(name, path, shape, values).items()}
-        if kind == "bias" and values["bias"] == "all":
+        trained = {"none": False, "all": True, "lora_only": is_adapted(path, values)}[values["bias"]]
+        if kind == "bias" and trained:
             key = f"{path}.base_layer.bias" if is_adapted(path, values) else weight
             tensors[key] = drawn(f"{name} {weight}", *shape) / 128
         if weight == EMBEDDING and is_adapted(path, values):  # as PEFT saves it, and the head's as well
             copy = base_tensors(config)[EMBEDDING][1]
             tensors |= {f"{path}.base_layer.weight": copy, "lm_head.base_layer.weight": copy}
-    if tokens := values["trainable_token_indices"]:
+    for tokens in (values["trainable_token_indices"] or {}).values():
         tensors[f"model.embed_tokens{ROWS}"] = drawn(f"{name} rows", len(tokens), config["hidden_size"]) / 64
-    start = "model.language_model." if name == "wrapper" else "model."
-    return {PREFIX + re.sub(r"^model\.", start, key): tensor for key, tensor in tensors.items()}
+    return {PREFIX + in_file(name, key): tensor for key, tensor in tensors.items()}
+
+
+def in_file(name: str, path: str) -> str:
+    return path.replace("model.", "model.language_model.", 1) if name == "wrapper" else path
 
 
 def is_adapted(path: str, values: Mapping[str, Any]) -> bool:
@@ -254,8 +199,8 @@ def is_adapted(path: str, values: Mapping[str, Any]) -> bool:
 
 def low_rank(name: str, path: str, shape: tuple[int, ...], values: Mapping[str, Any]) -> Tensors:
     """Return A and B of a module, and what else there is of it."""
-    r = matched(values["rank_pattern"], path, values["r"])
-    s, draw = scale(values, path, r), f"{name} {path}"
+    r = reader.matched(values["rank_pattern"], path, values["r"])
+    s, draw = reader.scale(values, in_file(name, path), r), f"{name} {path}"
     if path == EMBEDDING.removesuffix(".weight"):
         tokens, width = shape
         parts = {"lora_embedding_A": drawn(draw + "A", r, tokens) / 128}
@@ -265,8 +210,10 @@ def low_rank(name: str, path: str, shape: tuple[int, ...], values: Mapping[str, 
     if path == "lm_head":
         gain *= math.sqrt(inner)  # tied to the embedding, whose numbers are larger than those of other matrices
     parts = {"lora_A.weight": matrix(draw + "A", r, inner), "lora_B.weight": matrix(draw + "B", out, r, gain)}
+    if name == "half":  # half of A's numbers are subnormal in float16
+        parts = {"lora_A.weight": parts["lora_A.weight"] / 2**12, "lora_B.weight": parts["lora_B.weight"] * 2**12}
     if values["use_dora"]:
-        parts["lora_magnitude_vector"] = 2 * around_one(draw + "m", out)
+        parts["lora_magnitude_vector"] = 4 * around_one(draw + "m", out)
     if values["lora_bias"]:
         parts["lora_B.bias"] = drawn(draw + "b", out) * 2.0 ** -round(math.log2(128 * s))
     return parts
@@ -274,11 +221,11 @@ def low_rank(name: str, path: str, shape: tuple[int, ...], values: Mapping[str, 
 
 # --- cases, and what wrong readers make of them ---
 
-CASES: dict[str, tuple[str, str, list[str]]] = {  # name -> what it tests, base, adapters
-    **{f"base-{name}": (f"the base {name} without an adapter", name, []) for name in BASES},
-    **{name: (about, base, [name]) for name, (about, base, _) in ADAPTERS.items()},
-    "sum": ("plain and rslora at once", "llama", ["plain", "rslora"]),
-    "merged": ("plain, merged into its base", "llama-merged", []),
+CASES: dict[str, tuple[str, list[str]]] = {  # name -> base, adapters
+    **{f"base-{name}": (name, []) for name in BASES},
+    **{name: (base, [name]) for name, (base, _) in ADAPTERS.items()},
+    "sum": ("llama", ["plain", "rslora"]),
+    "merged": ("llama-merged", []),
 }
 
 Change = Callable[[Mapping[str, Any], Tensors], Mapping[str, Array | None]]  # JSON, tensors -> other tensors, or none
@@ -290,10 +237,17 @@ SCALES: dict[str, Callable[[Mapping[str, Any], float, int], float]] = {  # of th
     "α/√r": lambda values, alpha, r: alpha / math.sqrt(r),
     "(α/r)²": lambda values, alpha, r: (alpha / r) ** 2,
     "(α/√r)²": lambda values, alpha, r: alpha**2 / r,
+    "α/r, r without its pattern": lambda values, alpha, r: alpha / values["r"],
     "α/r, both without patterns": lambda values, alpha, r: values["lora_alpha"] / values["r"],
-    "α/√r, both without patterns": lambda values, alpha, r: values["lora_alpha"] / math.sqrt(values["r"]),
-    "α/r, α without its pattern": lambda values, alpha, r: values["lora_alpha"] / r,
-    "α/√r, α without its pattern": lambda values, alpha, r: values["lora_alpha"] / math.sqrt(r),
+}
+PATTERNS: dict[str, Callable[[Mapping[str, Any]], Iterable[tuple[str, Any]]]] = {  # of alpha_pattern, other items
+    "without alpha_pattern": lambda keys: (),
+    "of the last key that matches": lambda keys: reversed(keys.items()),
+    "of the longest key that matches": lambda keys: sorted(keys.items(), key=lambda item: -len(item[0])),
+    "no key with ^ matches": lambda keys: ((key, alpha) for key, alpha in keys.items() if key[0] != "^"),
+    "keys match within a name": lambda keys: ((f".*{key}", alpha) for key, alpha in keys.items()),
+    "keys match beginnings": lambda keys: ((f"{key}.*", alpha) for key, alpha in keys.items()),
+    "keys are names": lambda keys: ((re.escape(key).replace("\\^", "^"), alpha) for key, alpha in keys.items()),
 }
 TURNS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "A and B exchanged": lambda A, B: (B, A),
@@ -309,6 +263,10 @@ PARTS = {  # what a reader may leave out -> a part of its tensors' names
     "trained biases": r"(_proj|base_layer)\.bias",
     "the bias of B": r"lora_B\.bias",
     "modules in full": r"(embed_tokens|lm_head)\.weight",
+    "the embedding in full": r"embed_tokens\.weight",
+    "the head in full": r"lm_head\.weight",
+    "A and B of the embedding": "lora_embedding",
+    "A and B of the head": r"lm_head\.lora",
     "token rows": "token_adapter",
 }
 
@@ -316,22 +274,29 @@ PARTS = {  # what a reader may leave out -> a part of its tensors' names
 def wrong_readings(case: Case) -> Iterator[tuple[str, Case]]:
     """Name mistakes, each with files of which a right reader makes what the mistaken one makes of these."""
     yield from wrong_codes(case)
-    case = case._replace(tensors=dense(case.tensors))
+    case = case._replace(tensors=reader.dense(case.tensors))
     if case.adapters:
         yield "does nothing", case._replace(adapters=[])
+    defaults = [({"lora_alpha": 16, **values}, tensors) for values, tensors in case.adapters]
+    yield "wrong α: 16 if missing", case._replace(adapters=defaults)
+    for label, items in PATTERNS.items():
+        others = [({**v, "alpha_pattern": dict(items(v["alpha_pattern"]))}, tensors) for v, tensors in case.adapters]
+        yield f"wrong α: {label}", case._replace(adapters=others)
     for label, formula in SCALES.items():
         yield f"wrong scale: {label}", edited(case, partial(rescaled, formula))
-    yield "wrong scale: the bias of B without s", edited(case, unscaled_bias)
     for label, turn in TURNS.items():
         other = edited(case, partial(turned, turn))
         if shapes_of(other) == shapes_of(case):
             yield f"wrong orientation: {label}", other
     for label, pattern in PARTS.items():
         yield f"part ignored: {label}", edited(case, partial(without, pattern))
+    normal = edited(case, lambda _, tensors: {name: t * (abs(t) >= 2.0**-14) for name, t in tensors.items()})
+    yield "part ignored: subnormal numbers of float16", normal
     yield "part ignored: A and B", edited(case, partial(rescaled, lambda *_: 0.0))
     if len(case.adapters) == 2:
         yield "part ignored: the second adapter", case._replace(adapters=case.adapters[:1])
         yield "part ignored: the first adapter", case._replace(adapters=case.adapters[1:])
+    yield from wrong_biases(case)
     yield from wrong_norms(case)
     yield from wrong_rows(case)
     yield from wrong_ties(case)
@@ -339,10 +304,7 @@ def wrong_readings(case: Case) -> Iterator[tuple[str, Case]]:
 
 def edited(case: Case, change: Change) -> Case:
     adapters = [(values, {**tensors, **change(values, tensors)}) for values, tensors in case.adapters]
-    kept = [
-        (values, {k: tensor for k, tensor in tensors.items() if tensor is not None}) for values, tensors in adapters
-    ]
-    return case._replace(adapters=kept)
+    return case._replace(adapters=[(v, {k: t for k, t in each.items() if t is not None}) for v, each in adapters])
 
 
 def shapes_of(case: Case) -> list[dict[str, tuple[int, ...]]]:
@@ -353,16 +315,12 @@ def rescaled(formula: Any, values: Mapping[str, Any], tensors: Tensors) -> Tenso
     """Return what is multiplied by s, such that it is multiplied by another number."""
     changed = {}
     for name in (name for name in tensors if re.search(r"lora_(embedding_)?B", name)):
-        path, where = path_of(text_name(name)), name.partition(".lora_")[0]
-        r = len(factors(tensors, where)[1])
-        alpha = matched(values["alpha_pattern"], path, values["lora_alpha"])
-        changed[name] = tensors[name] * (formula(values, alpha, r) / scale(values, path, r))
+        where = reader.path_of(name)
+        path, r = where.removeprefix(PREFIX), len(reader.factors(tensors, where)[1])
+        full = {"r": 8, "lora_alpha": 8, **values}
+        alpha = reader.matched(values["alpha_pattern"], path, full["lora_alpha"])
+        changed[name] = tensors[name] * (formula(full, alpha, r) / reader.scale(values, path, r))
     return changed
-
-
-def unscaled_bias(values: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    s = values["lora_alpha"] / values["r"]
-    return {name: tensor / s for name, tensor in tensors.items() if name.endswith("lora_B.bias")}
 
 
 def turned(turn: Any, values: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -377,44 +335,62 @@ def without(pattern: str, values: Mapping[str, Any], tensors: Tensors) -> dict[s
     return dict.fromkeys(name for name in tensors if re.search(pattern, name))
 
 
+def wrong_biases(case: Case) -> Iterator[tuple[str, Case]]:
+    """Trained biases that are added, biases of B that are not scaled, or replace others."""
+
+    def added(values: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        trained = {name: tensor for name, tensor in tensors.items() if re.search(PARTS["trained biases"], name)}
+        base = {name: case.tensors[name.removeprefix(PREFIX).replace(".base_layer", "")] for name in trained}
+        return {name: tensor + base[name] for name, tensor in trained.items()}
+
+    def unscaled(values: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        s = DEFAULTS["lora_alpha"] / DEFAULTS["r"]
+        return {name: tensor / s for name, tensor in tensors.items() if name.endswith("lora_B.bias")}
+
+    def replaced(values: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        names = [name for name in tensors if name.endswith("lora_B.bias")]
+        return {name.replace("lora_B", "base_layer"): 0 * tensors[name] for name in names}
+
+    yield "wrong biases: trained ones added to the base's", edited(case, added)
+    yield "wrong biases: that of B without s", edited(case, unscaled)
+    yield "wrong biases: that of B in place of another", edited(case, replaced)
+
+
 def wrong_norms(case: Case) -> Iterator[tuple[str, Case]]:
     """V / ‖V‖ with another norm is the right one with another magnitude."""
-    base = adapted(case.tensors, [])
-    sums = adapted(case.tensors, edited(case, partial(without, "lora_magnitude")).adapters)
+    base = reader.adapted(case.tensors, [])
+    sums = reader.adapted(case.tensors, edited(case, partial(without, "lora_magnitude")).adapters)
+    names = {name: reader.path_of(reader.text_name(name)) for _, each in case.adapters for name in each}
+    paths = {name: path for name, path in names.items() if "magnitude" in name}
 
     def change(norm: Callable[[Array, Array], Array], values: Mapping[str, Any], tensors: Tensors) -> Tensors:
-        changed = {}
-        for name in (name for name in tensors if "magnitude" in name):
-            weight = f"{path_of(text_name(name))}.weight"
-            rows = np.linalg.norm(sums[weight], axis=1)
-            changed[name] = tensors[name] * rows / norm(sums[weight], base[weight])
-        return changed
+        weights = {name: (sums[f"{path}.weight"], base[f"{path}.weight"]) for name, path in paths.items()}
+        return {name: tensors[name] * np.linalg.norm(V, axis=1) / norm(V, W) for name, (V, W) in weights.items()}
+
+    def inside(values: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        shares = {name: tensors[name] / np.linalg.norm(sums[f"{path}.weight"], axis=1) for name, path in paths.items()}
+        biases = {name: base[f"{path}.bias"] for name, path in paths.items() if f"{path}.bias" in base}
+        return {
+            name.replace("lora_magnitude_vector", "base_layer.bias"): b * shares[name] for name, b in biases.items()
+        }
 
     yield "wrong norm: of W, not of W + s·B A", edited(case, partial(change, lambda V, W: np.linalg.norm(W, axis=1)))
-    names = (name for _, tensors in case.adapters for name in tensors if name.endswith("lora_A.weight"))
-    shapes = [base[f"{path_of(text_name(name))}.weight"].shape for name in names]
-    if all(out == inner for out, inner in shapes):
+    yield "wrong norm: the bias divided by it", edited(case, inside)
+    if all(np.equal(*base[f"{path}.weight"].shape) for path in paths.values()):
         yield "wrong norm: of columns", edited(case, partial(change, lambda V, W: np.linalg.norm(V, axis=0)))
 
 
 def wrong_rows(case: Case) -> Iterator[tuple[str, Case]]:
     """Token rows that are added, in another order, or not in the tied head."""
-
-    def change(kind: str, values: Mapping[str, Any], tensors: Tensors) -> Tensors:
-        tokens = values["trainable_token_indices"]
-        rows = {name: tensor for name, tensor in tensors.items() if name.endswith(ROWS)}
-        added = {name: case.tensors[EMBEDDING][tokens] + tensor for name, tensor in rows.items()}
-        return (
-            added
-            if kind == "added"
-            else {name: tensor[np.argsort(np.argsort(tokens))] for name, tensor in rows.items()}
-        )
-
-    if any(values["trainable_token_indices"] for values, _ in case.adapters):
-        yield "wrong rows: added, not replaced", edited(case, partial(change, "added"))
-        yield "wrong rows: in the order of the vocabulary", edited(case, partial(change, "sorted"))
-        untied = {**case.tensors, HEAD: case.tensors[EMBEDDING]}
-        yield "part ignored: token rows in the tied head", case._replace(tensors=untied)
+    name, E = f"{PREFIX}model.embed_tokens{ROWS}", case.tensors[EMBEDDING]
+    for values, tensors in case.adapters:
+        if name in tensors:
+            tokens, rows = values["trainable_token_indices"]["embed_tokens"], tensors[name]
+            others = {"added, not replaced": E[tokens] + rows}
+            others["in the order of the vocabulary"] = rows[np.argsort(np.argsort(tokens))]
+            for label, other in others.items():
+                yield f"wrong rows: {label}", case._replace(adapters=[(values, {**tensors, name: other})])
+            yield "part ignored: token rows in the tied head", case._replace(tensors={**case.tensors, HEAD: E})
 
 
 def wrong_ties(case: Case) -> Iterator[tuple[str, Case]]:
@@ -432,6 +408,9 @@ def wrong_ties(case: Case) -> Iterator[tuple[str, Case]]:
                 ("both updates act on both", of_embedding | of_head),
             ):
                 yield f"wrong tie: {label}", case._replace(adapters=[*case.adapters, (values, more)])
+            E, s = case.tensors[EMBEDDING], reader.scale(values, "model.embed_tokens", len(eA))
+            full = {names["eA"]: None, names["eB"]: None, PREFIX + EMBEDDING: E + s * (eB @ eA).reshape(E.shape)}
+            yield "wrong orientation: B A of the embedding not transposed", edited(case, lambda *_, full=full: full)
 
 
 def wrong_codes(case: Case) -> Iterator[tuple[str, Case]]:
@@ -454,7 +433,7 @@ def condition(name: str, case: Case, right: Array) -> float:
 
     The root of the mean square over four draws of signs, at a change so small that the effect is linear.
     """
-    step, base, squares = 2.0**-20, dense(case.tensors), []
+    step, base, squares = 2.0**-20, reader.dense(case.tensors), []
 
     def moved(draw: str, tensors: Tensors) -> Tensors:
         return {key: t * (1 + step * np.sign(drawn(f"{draw} {key}", *t.shape))) for key, t in tensors.items()}
@@ -462,20 +441,16 @@ def condition(name: str, case: Case, right: Array) -> float:
     for draw in range(4):
         label = f"{name} {draw}"
         adapters = [(values, moved(f"{label} {i}", tensors)) for i, (values, tensors) in enumerate(case.adapters)]
-        found = logits(Case(case.config, moved(label, base), adapters), TOKENS)
+        found = reader.logits(Case(case.config, moved(label, base), adapters), TOKENS)
         squares.append(distance(found, right) ** 2)
     return math.sqrt(sum(squares) / len(squares)) / step
 
 
 def tolerances(kappa: float, config: Mapping[str, Any]) -> dict[str, float]:
-    """Return 2·κ·u, in float32 times √k for sums of k products, rounded up to two digits."""
+    """Return 2·κ·u, in float32 times √k for sums of k products, in two digits."""
     longest = math.sqrt(max(config["hidden_size"], config["intermediate_size"]))
-    return {name: rounded_up(2 * kappa * unit * (longest if name == "float32" else 1)) for name, unit in UNITS.items()}
-
-
-def rounded_up(number: float) -> float:
-    digit = 10.0 ** (math.floor(math.log10(number)) - 1)
-    return float(f"{math.ceil(number / digit) * digit:.1e}")
+    factors = {"float32": 2 * longest, "bfloat16": 2}
+    return {name: float(f"{factor * kappa * UNITS[name]:.1e}") for name, factor in factors.items()}
 
 
 # --- files ---
@@ -488,13 +463,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, tuple[str, Array]]) -> None:
     """Write safetensors, the widest numbers first, so that all are aligned."""
-    widths = {name: np.dtype(DTYPES[dtype]).itemsize for name, (dtype, _) in tensors.items()}
+    widths = {name: np.dtype(reader.DTYPES[dtype]).itemsize for name, (dtype, _) in tensors.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name in sorted(tensors, key=lambda name: (-widths[name], name)):
         dtype, array = tensors[name]
         wide = array.astype("<f4").view("<u4") >> 16 if dtype == "BF16" else array
-        part = wide.astype(DTYPES[dtype]).tobytes()
+        part = wide.astype(reader.DTYPES[dtype]).tobytes()
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(data), len(data) + len(part)]}
         data += part
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -511,27 +486,27 @@ def main(directory: Path = HERE) -> None:
     bases, adapters = directory / "bases", directory / "adapters"
     for name, config in BASES.items():
         write_model(bases / name, config, base_tensors(config))
-    for name, (_, base, changes) in ADAPTERS.items():
+    for name, (base, changes) in ADAPTERS.items():
         values, dtype = {**DEFAULTS, **changes}, DTYPES_OF.get(name, "F32")
         tensors = adapter_tensors(name, BASES[base], values)
-        write_json(adapters / name / "adapter_config.json", values)
+        fields = {key: value for key, value in values.items() if key != MISSING.get(name)}
+        write_json(adapters / name / "adapter_config.json", fields)
         write_tensors(adapters / name / "adapter_model.safetensors", {key: (dtype, t) for key, t in tensors.items()})
-    plain = read_case(bases / "llama", [adapters / "plain"])
-    merged = adapted(plain.tensors, plain.adapters)  # which float32 represents
+    plain = reader.read_case(bases / "llama", [adapters / "plain"])
+    merged = reader.adapted(plain.tensors, plain.adapters)  # which float32 represents
     write_model(bases / "llama-merged", plain.config, {name: ("F32", tensor) for name, tensor in merged.items()})
     manifest: dict[str, Any] = {"cases": {}, "files": {}}
     stored: dict[str, tuple[str, Array]] = {}
-    for name, (about, base, names) in CASES.items():
-        case = read_case(bases / base, [adapters / each for each in names])
-        right = logits(case, TOKENS)
+    for name, (base, names) in CASES.items():
+        case = reader.read_case(bases / base, [adapters / each for each in names])
+        right = reader.logits(case, TOKENS)
         wrong: dict[str, Array] = {}
         for label, other in wrong_readings(case):
-            found = logits(other, TOKENS)
+            found = reader.logits(other, TOKENS)
             if all(distance(found, known) > 1e-9 for known in (right, *wrong.values())):
                 wrong[label] = found
         kappa = condition(name, case, right)
         manifest["cases"][name] = {
-            "about": about,
             "base": f"bases/{base}",
             "adapters": [f"adapters/{each}" for each in names],
             "tokens": TOKENS,

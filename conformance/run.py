@@ -3,17 +3,18 @@
     python conformance/run.py [--dtype float32|bfloat16] -- COMMAND
 
 For each case, COMMAND is called with BASE TOKENS OUT [ADAPTER ...]: the directory of a model, a JSON list of tokens,
-the file to write, and directories of adapters that act together. It writes the logits, (tokens, vocabulary), as an
-.npy file or as JSON, and exits with 0. Any other status means that it refuses the case. `--dtype` is the one in which
-it computes.
+the file to write, and directories of adapters that act together; all paths are absolute. It writes the logits,
+(tokens, vocabulary), as an .npy file or as JSON, and exits with 0. Any other status means that it refuses the case.
+`--dtype` is the one in which it computes.
 
-Prints a table in Markdown. The status is 1 if an answer is wrong; to refuse a case is no wrong answer. Needs only numpy
-and safetensors.
+Prints a table in Markdown. The status is 1 if an answer is wrong or a base is refused; to refuse an adapter is no wrong
+answer. Needs only numpy and safetensors.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,8 +49,10 @@ def distance(found: Array, expected: Array) -> float:
 def judge(found: Array, readings: Mapping[str, Array], tolerance: float) -> tuple[str, float]:
     """Return the reading whose logits were found, or "other", and how far they are from the right ones."""
     right = readings["right"]
-    if found.shape != right.shape or not np.isfinite(found).all():
-        return f"other: shape {found.shape}, or not finite", np.inf
+    if found.shape != right.shape:
+        return f"other: shape {found.shape}, not {right.shape}", np.inf
+    if not np.isfinite(found).all():
+        return "other: not finite", np.inf
     distances = {name: distance(found, logits) for name, logits in readings.items()}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] <= tolerance else "other", distances["right"]
@@ -61,7 +64,7 @@ def readings_of(name: str, case: Mapping[str, Any], logits: Mapping[str, Array])
 
 
 def ask(command: list[str], case: Mapping[str, Any], directory: Path) -> Array | str:
-    """Return the logits that a reader computes, or why there are none."""
+    """Return the logits that a reader computes, or the verdict if there are none."""
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out = Path(scratch) / "tokens.json", Path(scratch) / "logits.npy"
         tokens.write_text(json.dumps(case["tokens"]))
@@ -69,15 +72,21 @@ def ask(command: list[str], case: Mapping[str, Any], directory: Path) -> Array |
         try:
             run = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            return f"no answer in {SECONDS} seconds"
-        if run.returncode or not out.exists():
-            return " ".join(run.stderr.split())[-200:].replace("|", "\\|") or f"status {run.returncode}, no message"
+            return f"other: no answer in {SECONDS} seconds"
+        except OSError as error:
+            raise SystemExit(f"{command[0]}: {error.strerror}") from None
+        if run.returncode:
+            lines = run.stderr.strip().splitlines() or [f"status {run.returncode}, no message"]
+            errors = [line for line in lines if re.match(r"[\w.]*Error\b", line)]
+            return "refused: " + (errors or lines[-1:])[0][:200].replace("|", "\\|")
+        if not out.exists():
+            return "other: no file"
         try:
             is_npy = out.read_bytes()[:1] == b"\x93"
             found = np.load(out, allow_pickle=False) if is_npy else json.loads(out.read_bytes())
             return np.asarray(found, dtype=np.float64)
-        except (ValueError, TypeError):  # it has other things than numbers
-            return np.array(np.nan)
+        except (ValueError, TypeError):
+            return "other: neither .npy nor JSON of numbers"
 
 
 def main(arguments: list[str]) -> int:
@@ -87,18 +96,21 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     cases, logits = read_kit()
     verdicts: Counter[str] = Counter()
+    status = 0
     print("| case | verdict | error / tolerance |\n|---|---|---|")
     for name, case in cases.items():
         tolerance, found = case["tolerance"][options.dtype], ask(options.command, case, HERE)
         if isinstance(found, str):
-            verdict, ratio = f"refused: {found}", ""
+            verdict, ratio = found, ""
         else:
             verdict, error = judge(found, readings_of(name, case, logits), tolerance)
             ratio = f"{error / tolerance:.2g}"
-        verdicts[verdict if verdict == "right" else verdict.partition(":")[0]] += 1
+        kind = verdict.partition(":")[0]
+        verdicts[kind] += 1
+        status |= kind != "right" and not (kind == "refused" and case["adapters"])
         print(f"| {name} | {verdict} | {ratio} |", flush=True)
     print(", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
-    return int(not verdicts.keys() <= {"right", "refused"})
+    return status
 
 
 if __name__ == "__main__":

@@ -89,6 +89,10 @@ def of_values(**changes):
     return lambda values, tensors: (values | changes, tensors)
 
 
+def of_patterns(change):
+    return lambda values, tensors: (values | {"alpha_pattern": dict(change(values["alpha_pattern"].items()))}, tensors)
+
+
 def of_pairs(turn):
     """Other factors in place of A and B."""
 
@@ -112,10 +116,13 @@ def without(*parts, **changes):
 PLANTED = {  # the verdict -> the case, and how a mistaken reader takes its files
     "wrong scale: α/r": ("rslora", of_values(use_rslora=False)),
     "wrong scale: α/√r": ("plain", of_values(use_rslora=True)),
-    "wrong scale: 1": ("plain", of_values(lora_alpha=4)),
-    "wrong scale: α": ("plain", of_values(lora_alpha=40)),
-    "wrong scale: (α/r)²": ("plain", of_values(lora_alpha=25)),
-    "wrong scale: α/r, α without its pattern": ("patterns", of_values(alpha_pattern={})),
+    "wrong scale: 1": ("plain", of_values(lora_alpha=5)),
+    "wrong scale: α": ("plain", of_values(lora_alpha=75)),
+    "wrong scale: (α/r)²": ("plain", of_values(lora_alpha=45)),
+    "wrong α: 16 if missing": ("layers", of_values(lora_alpha=16)),
+    "wrong α: without alpha_pattern": ("patterns", of_values(alpha_pattern={})),
+    "wrong α: of the last key that matches": ("patterns", of_patterns(lambda items: reversed(items))),
+    "wrong α: no key with ^ matches": ("patterns", of_patterns(lambda items: (i for i in items if i[0][0] != "^"))),
     "wrong orientation: A and B exchanged": ("square", of_pairs(lambda A, B: (B, A))),
     "wrong orientation: B A transposed": ("square", of_pairs(lambda A, B: (B.T, A.T))),
     "wrong orientation: A and B read by columns": (
@@ -124,10 +131,23 @@ PLANTED = {  # the verdict -> the case, and how a mistaken reader takes its file
     ),
     "part ignored: the magnitude": ("dora", without("magnitude", use_dora=False)),
     "part ignored: trained biases": ("biases", without("bias", bias="none")),
+    "wrong biases: that of B in place of another": (
+        "lora-bias",
+        lambda values, tensors: (values, {name: t * ("base_layer" not in name) for name, t in tensors.items()}),
+    ),
     "part ignored: modules in full": ("full", without("embed_tokens", "lm_head", modules_to_save=None)),
+    "part ignored: the head in full": ("full", without("lm_head", modules_to_save=["embed_tokens"])),
+    "part ignored: A and B of the head": (
+        "embedding",
+        without("lm_head", target_modules=["embed_tokens", "v_proj"]),
+    ),
+    "part ignored: subnormal numbers of float16": (
+        "half",
+        lambda values, tensors: (values, {name: t * (abs(t) >= 2.0**-14) for name, t in tensors.items()}),
+    ),
     "part ignored: token rows": ("rows", without("token_adapter", trainable_token_indices=None)),
     "refused": ("plain", of_values(target_parameters=["experts"])),
-    "other": ("plain", of_values(lora_alpha=17)),
+    "other": ("plain", of_values(lora_alpha=19)),
 }
 
 
@@ -155,25 +175,51 @@ from pathlib import Path
 
 base, tokens, out, *adapters = map(Path, sys.argv[1:])
 name = "+".join(path.name for path in (base, *adapters))
-if name == "qwen3":
-    sys.exit("a family that this reader lacks")
 assert tokens.read_text().count(",") == 9
-shutil.copy(next(Path(__file__).parent.glob(name + ".*")), out)
+if name == "gemma3+wrapper":
+    sys.exit("throw new Error(text)\\n    ^\\nTypeError: names that this reader lacks\\n    at line 7\\nEnd")
+if name != "qwen3+patterns":
+    shutil.copy(next(Path(__file__).parent.glob(name + ".*")), out)
 """
+
+
+def printed_by(command, capsys):
+    """The runner's status, its verdicts by case, and its last line."""
+    status, out = run.main(["--", *map(str, command)]), capsys.readouterr().out
+    return status, dict(re.findall(r"^\| ([\w-]+) \| (.+?) \|", out, flags=re.MULTILINE)), out.splitlines()[-1]
 
 
 def test_the_runner_prints_what_a_command_computes(tmp_path, capsys):
     (tmp_path / "reader.py").write_text(READER)
-    expected = dict.fromkeys(CASES, "right")
+    expected = {"case": "verdict", **dict.fromkeys(CASES, "right")}
     for name, case in CASES.items():
         file = tmp_path / "+".join(Path(path).name for path in (case["base"], *case["adapters"]))
         np.save(f"{file}.npy", readings(name)["right"].astype(np.float32))
+    for name in ("qwen3+patterns", "llama-tied+rows"):
+        (tmp_path / f"{name}.npy").unlink()
+    (tmp_path / "llama-tied+rows.json").write_text(json.dumps(readings("rows")["right"].tolist()))
+    refusals = {"patterns": "other: no file", "wrapper": "refused: TypeError: names that this reader lacks"}
+    status, verdicts, total = printed_by([sys.executable, tmp_path / "reader.py"], capsys)
+    assert verdicts == expected | refusals
+    assert (status, total) == (1, "22 right, 1 other, 1 refused")
+
+    np.save(tmp_path / "qwen3+patterns.npy", readings("patterns")["right"])
+    (tmp_path / "reader.py").write_text(READER.replace("qwen3+patterns", ""))
+    assert printed_by([sys.executable, tmp_path / "reader.py"], capsys)[0] == 0  # all is right or an adapter refused
+
     (tmp_path / "gemma3+half.npy").write_text("[[0.5]]")
-    (tmp_path / "llama+plain.npy").rename(tmp_path / "llama+plain.json")
-    (tmp_path / "llama+plain.json").write_text(json.dumps(readings("plain")["does nothing"].tolist()))
-    expected |= {"half": "other: shape (1, 1), or not finite", "plain": "does nothing"}
-    expected |= {"base-qwen3": "refused: a family that this reader lacks"}
-    assert run.main(["--", sys.executable, str(tmp_path / "reader.py")]) == 1
-    printed = capsys.readouterr().out
-    assert dict(re.findall(r"^\| ([\w-]+) \| (.+?) \|", printed, flags=re.MULTILINE)) == {"case": "verdict", **expected}
-    assert printed.endswith("21 right, 1 refused, 1 does nothing, 1 other\n")
+    (tmp_path / "llama+plain.npy").write_text(json.dumps(readings("plain")["does nothing"].tolist()))
+    (tmp_path / "llama+rslora.npy").write_text("logits")
+    np.save(tmp_path / "llama+dora.npy", np.full_like(readings("dora")["right"], np.nan))
+    np.save(tmp_path / "llama-tied+dora.npy", np.full_like(readings("dora")["right"], np.nan))
+    mistakes = {"half": "other: shape (1, 1), not (10, 32)", "plain": "does nothing", "dora": "other: not finite"}
+    mistakes |= {"rslora": "other: neither .npy nor JSON of numbers", "wrapper": refusals["wrapper"]}
+    assert printed_by([sys.executable, tmp_path / "reader.py"], capsys)[1] == expected | mistakes
+
+
+def test_a_command_that_refuses_a_base_or_does_not_run_fails(capsys):
+    status, verdicts, total = printed_by([sys.executable, "-c", "raise SystemExit(3)"], capsys)
+    assert (status, total) == (1, f"{len(CASES)} refused")
+    assert verdicts["plain"] == "refused: status 3, no message"
+    with pytest.raises(SystemExit, match="absent: No such file or directory"):
+        run.main(["--", "absent"])

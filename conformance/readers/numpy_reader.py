@@ -118,10 +118,10 @@ def adapted(tensors: Tensors, adapters: Sequence[tuple[dict[str, Any], Tensors]]
     result = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     result.setdefault(HEAD, result[EMBEDDING])  # from here on a tied head is a matrix of its own
     for values, stored in adapters:
-        adapter = {text_name(name): tensor.astype(np.float64) for name, tensor in stored.items()}
+        adapter = {name.removeprefix(PREFIX): tensor.astype(np.float64) for name, tensor in stored.items()}
         for name, tensor in adapter.items():
-            if name in result:
-                result[name] = tensor  # a module in full, or a bias of a module without A and B
+            if text_name(name) in result:
+                result[text_name(name)] = tensor  # a module in full, or a bias of a module without A and B
         for path in sorted({path_of(name) for name in adapter if "lora_" in name}):
             apply(result, path, values, adapter)
         if (rows := adapter.get(f"model.embed_tokens{ROWS}")) is not None:
@@ -143,8 +143,8 @@ def path_of(name: str) -> str:
 
 
 def scale(values: Mapping[str, Any], path: str, r: int) -> float:
-    """s = α/r, or α/√r for rsLoRA; r is that of the tensors."""
-    alpha = matched(values.get("alpha_pattern"), path, values["lora_alpha"])
+    """s = α/r, or α/√r for rsLoRA; r is that of the tensors, and patterns are matched against the path in the file."""
+    alpha = matched(values.get("alpha_pattern"), path, values.get("lora_alpha", 8))
     return alpha / (math.sqrt(r) if values.get("use_rslora") else r)
 
 
@@ -166,18 +166,20 @@ def factors(adapter: Mapping[str, Array], path: str) -> tuple[Array, Array]:
 def apply(tensors: Tensors, path: str, values: Mapping[str, Any], adapter: Mapping[str, Array]) -> None:
     """W ← W + s·B A, or (m / ‖W + s·B A‖) (W + s·B A), row by row;  b ← the trained b + s·b_B."""
     left, right = factors(adapter, path)
-    s, update = scale(values, path, len(right)), np.zeros_like(tensors[f"{path}.weight"])
+    weight, update = f"{text_name(path)}.weight", 0.0
+    s = scale(values, path, len(right))
     for column, row in zip(left.T, right, strict=True):
-        update += np.outer(column, row)
-    W = tensors[f"{path}.weight"] + s * update
+        update = update + np.outer(column, row)
+    W = tensors[weight] + s * update
     if (magnitude := adapter.get(f"{path}.lora_magnitude_vector")) is not None:
         W = np.array([m * row / math.sqrt(math.fsum(row * row)) for m, row in zip(magnitude, W, strict=True)])
-    tensors[f"{path}.weight"] = W
-    bias = adapter.get(f"{path}.base_layer.bias", tensors.get(f"{path}.bias", 0.0))
+    tensors[weight] = W
+    name = f"{text_name(path)}.bias"
+    bias = adapter.get(f"{path}.base_layer.bias", tensors.get(name, 0.0))
     if f"{path}.lora_B.bias" in adapter:
         bias = bias + s * adapter[f"{path}.lora_B.bias"]
     if np.ndim(bias):
-        tensors[f"{path}.bias"] = np.asarray(bias)
+        tensors[name] = np.asarray(bias)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def base_in_float64(name):
 
 
 def without_wrapper(adapter, directory):
-    """The adapter with the names of the text model."""
+    """The adapter with the names of the text model, in the tensors and in alpha_pattern."""
     from safetensors.numpy import save_file
 
     tensors = read_tensors(adapter / "adapter_model.safetensors")
@@ -46,7 +46,8 @@ def without_wrapper(adapter, directory):
         directory / "adapter_model.safetensors",
         {"format": "pt"},
     )
-    (directory / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    values = (adapter / "adapter_config.json").read_bytes()
+    (directory / "adapter_config.json").write_bytes(values.replace(b"language_model.", b""))
     return directory
 
 
