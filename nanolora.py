@@ -96,7 +96,7 @@ def rotate(config: dict[str, Any], x: Tensor, start: int) -> Tensor:
 def rms_norm(model: Model, path: str, x: Tensor) -> Tensor:
     """w ∘ x / √(mean(x²) + ε).   x (..., D), w (D) -> (..., D)"""
     weight = model.weights[f"{path}.weight"]
-    return F.rms_norm(x, weight.shape, weight, model.config["rms_norm_eps"])
+    return F.rms_norm(x, weight.shape, weight, model.config.get("rms_norm_eps", 1e-6))
 
 # --- LoRA ----------------------------------------------------------------------------------------
 def linear(model: Model, path: str, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def encode(row: Any, tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[li
     match row:
         case {"messages": [*before, _] as messages}:
             prompt = render(before, settings, ask=True)
-            text = render(messages, settings, ask=False).rstrip()
+            text = render(messages, settings, ask=False)
         case {"prompt": str(prompt), "completion": str(completion)}:
             text = prompt + completion
         case _:
@@ -215,9 +215,9 @@ def encode(row: Any, tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[li
     encoding = tokenizer.encode(text, add_special_tokens="prompt" in row)
     start = sum(stop <= len(prompt) for _, stop in encoding.offsets)
     tokens = encoding.ids
-    if tokens[-1:] != [settings["end"]]:
+    if settings["end"] not in tokens[start:]:
         tokens.append(settings["end"])
-    if not text.startswith(prompt) or not 0 < start < min(len(tokens), MAX_LENGTH):
+    if not text.startswith(prompt) or max(start, 1) >= min(len(tokens), MAX_LENGTH):
         raise ValueError(f"no answer in the first {MAX_LENGTH} tokens of {text[:50]!r}")
     return tokens[:start], tokens[start:MAX_LENGTH]
 
