@@ -218,7 +218,7 @@ def encode(row: Any, tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[li
     if settings["end"] not in tokens[start:]:
         tokens.append(settings["end"])
     if not text.startswith(prompt) or max(start, 1) >= min(len(tokens), MAX_LENGTH):
-        raise ValueError(f"no answer in the first {MAX_LENGTH} tokens of {text[:50]!r}")
+        raise ValueError(f"no answer after a prompt in {MAX_LENGTH} tokens: {text[:50]!r}")
     return tokens[:start], tokens[start:MAX_LENGTH]
 
 def read_rows(path: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> list[Any]:
