@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BATCH = 16  # rows of a step
-MICRO_BATCH = 16  # rows that are computed at a time: fewer take less memory
+MICROBATCH = 16  # rows that are computed at a time: fewer take less memory
 MAX_LENGTH = 1024  # tokens of a row; what follows is cut off
 RECOMPUTE = False  # True: compute blocks again in the backward pass, in less memory and more time
 DTYPE = torch.float32  # of the base and the computation; an adapter is always float32
@@ -126,9 +126,9 @@ def attach(model: Model, r: int, lora_alpha: float = 32, use_rslora: bool = Fals
             adapter[f"base_model.model.{path}.lora_A.weight"] = A
             adapter[f"base_model.model.{path}.lora_B.weight"] = torch.zeros(out, r)
     adapter = {name: factor.to(DEVICE).requires_grad_() for name, factor in adapter.items()}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": list(TARGETS)}
-    config |= {"base_model_name_or_path": model.config["_name_or_path"], "r": r}
-    config |= {"lora_alpha": lora_alpha, "use_rslora": use_rslora}
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r}
+    config |= {"lora_alpha": lora_alpha, "use_rslora": use_rslora, "target_modules": list(TARGETS)}
+    config["base_model_name_or_path"] = model.config["_name_or_path"]
     return model._replace(adapter_config=config, adapter=adapter)
 
 # --- four bits -----------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def collate(examples: list[Any]) -> tuple[Tensor, Tensor]:
 
 # --- the step ------------------------------------------------------------------------------------
 def score(model: Model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, int, int]:
-    """Σ -log p(label | tokens before it), the number of labels, and of rows with an unlikely one
+    """Σ -log p(label | tokens before it), the number of labels, and that of rows answered wrongly
     tokens and labels (B, T);   the head sees only the hidden states (M, D) that predict a label"""
     row, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     targets = labels[row, position + 1]
@@ -270,8 +270,7 @@ def train(model: Model, examples: list[Any], epochs: int, peak: float) -> None:
     order = torch.cat([torch.randperm(len(batches), generator=rng) for _ in range(epochs)]).tolist()
     for step, i in enumerate(order):
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(order), peak)
-        micro_batches = [collate(part) for part in chunks(batches[i], MICRO_BATCH)]
-        loss = train_step(model, optimizer, micro_batches)
+        loss = train_step(model, optimizer, [collate(p) for p in chunks(batches[i], MICROBATCH)])
         if step % max(1, len(order) // 20) == 0:
             print(f"step {step:5} of {len(order)}    loss {loss:.4f}", flush=True)
 
@@ -289,7 +288,7 @@ def evaluate(model: Model, examples: list[Any]) -> tuple[float, float]:
 @torch.no_grad()
 def generate(model: Model, prompt: list[int], end: int, limit: int = 100) -> list[int]:
     """Append the likeliest token until it is the end token; the cache keeps keys and values."""
-    answer, new, cache = [], prompt, {}
+    answer, new, cache = list[int](), prompt, dict[str, Any]()
     while len(answer) < limit:
         hidden = decode(model, torch.tensor([new], device=DEVICE), cache)
         new = [int(linear(model, "lm_head", hidden[0, -1]).argmax())]
@@ -348,7 +347,8 @@ def save(model: Model, directory: Path) -> None:
         kind, config, tensors = "", model.config | {"dtype": str(DTYPE)[6:]}, dict(model.weights)
         if config.get("tie_word_embeddings"):
             del tensors["lm_head.weight"]
-        for file in Path(config["_name_or_path"]).glob("*token*"):
+        source = Path(config["_name_or_path"])
+        for file in [*source.glob("*token*"), *source.glob("*.jinja")]:
             (directory / file.name).write_bytes(file.read_bytes())
     (directory / f"{kind}config.json").write_text(json.dumps(config, indent=2), "utf-8")
     save_file(tensors, directory / f"{kind}model.safetensors", {"format": "pt"})

@@ -8,19 +8,16 @@ import sys
 from dataclasses import replace
 
 import pytest
-import tokenizers
 import torch
-from torch.nn import functional as F
 
 import minilora as ml
 import nanolora
 from minilora.data import collate
 from minilora.nf4 import NF4Linear
-from minilora.runs.inputs import find_splits
 from minilora.testing import NotApplicable, check_adapter_directory, parametrize_laws
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity
 from minilora.training import adamw, train_step
-from tests.files import ROOT, SHARD, edit, same_state
+from tests.files import ROOT, SHARD, same_state
 from tests.models import LLAMA3, randn, tiny_model, token_ids
 from tests.runs import write_inputs
 from tests.text import CHATML, CLOSE, EOS, conversation, encoded, write_tokenizer
