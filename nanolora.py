@@ -356,7 +356,7 @@ def save(model: Model, directory: Path) -> None:
 # --- main ----------------------------------------------------------------------------------------
 def main() -> None:
     """Train an adapter and compare it with its base, or load one; answer and merge, if asked."""
-    assets = Path(__file__).parent / "minilora" / "assets"
+    assets = Path(__file__).resolve().parent / "minilora" / "assets"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--model", type=Path, default=assets / "model", help="directory of a Llama")

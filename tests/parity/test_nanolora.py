@@ -87,7 +87,7 @@ def test_three_losses_and_gradients_equal_those_of_peft(directory, tmp_path):
         theirs_optimizer.step()
         assert_parity(nanolora.train_step(model, optimizer, batches), loss)
         for factor, parameter in zip(model.adapter.values(), trained, strict=True):
-            assert_parity(factor.grad, parameter.grad, GRADIENT_PARITY)
+            assert_parity(factor.grad, parameter.grad, 5 * GRADIENT_PARITY)  # through 30 layers, of either
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 576), (576, 1536)])
