@@ -7,9 +7,9 @@
                                                  and without it (extra `notebooks`)
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
-namespace, in a fresh directory in which `tutorials`, `scripts`, `recipes`, `nanolora.py` and `smollm2` are this checkout's. What a
-cell prints stands in a `text` fence below it. The figures that it leaves open go to the images that follow it, in their
-order.
+namespace, in a fresh directory in which `tutorials`, `scripts`, `recipes`, `nanolora.py` and `smollm2` are this
+checkout's. What a cell prints stands in a `text` fence below it. The figures that it leaves open go to the images that
+follow it, in their order.
 
 Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
