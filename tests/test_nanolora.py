@@ -17,7 +17,7 @@ from minilora.nf4 import NF4Linear
 from minilora.testing import NotApplicable, check_adapter_directory, parametrize_laws
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity
 from minilora.training import adamw, train_step
-from tests.files import ROOT, SHARD, same_state
+from tests.files import ROOT, SHARD, edit, same_state, write_adapter
 from tests.models import LLAMA3, randn, tiny_model, token_ids
 from tests.runs import write_inputs
 from tests.text import CHATML, CLOSE, EOS, conversation, encoded, write_tokenizer
@@ -99,9 +99,17 @@ def test_logits_equal_those_of_minilora(base, changes, nf4):
         assert_parity(logits(nanolora.load_model(directory, nf4)), ours(IDS))
 
 
+def weights():
+    """Weights of several shapes, and one of numbers midway between levels, where the order of rounding matters."""
+    midway = (nanolora.NF4[1:] + nanolora.NF4[:-1])[token_ids(0, 64, 64, high=15)] / 2
+    midway[:, 0] = 1
+    shapes = ((40, 24), (48, 40), (13, 15), (64, 576))
+    drawn = [randn(0, *shape, dtype=torch.float32) for shape in shapes]
+    return [*drawn, midway * randn(1, 64, 1, dtype=torch.float32).abs()]
+
+
 def test_four_bits_are_those_of_minilora_to_the_byte():
-    for shape in ((40, 24), (48, 40), (13, 15), (64, 576)):
-        weight = randn(0, *shape, dtype=torch.float32)
+    for weight in weights():
         packed, codes, scales, mean, _ = found = nanolora.pack(weight)
         layer = NF4Linear.quantize(weight)
         for one, other in zip((packed, codes, scales, mean.view(1)), layer.parts, strict=True):
@@ -303,6 +311,23 @@ def test_adapters_load_in_minilora_and_back_and_merge_to_the_same_model(base, tm
     assert replace(merged.config, source={}) == replace(ours.config, source={})
     same_state(merged, ours)
     assert_parity(logits(nanolora.load_model(tmp_path / "merged")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "edited"),
+    [
+        ({"use_dora": True}, {}),
+        ({"rank_pattern": {"q_proj": 2}}, {}),
+        ({"alpha_pattern": {"q_proj": 2}}, {}),
+        ({"modules_to_save": ("norm",)}, {}),
+        ({}, {"init_lora_weights": "pissa"}),  # as PEFT writes it; the base would have to change as well
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_is_refused(base, tmp_path, config, edited):
+    ours, directory = base()
+    edit(write_adapter(ours, tmp_path / "adapter", r=3, lora_alpha=6, **config), **edited)
+    with pytest.raises(ValueError, match="this is not plain LoRA for this model"):
+        nanolora.load_adapter(nanolora.load_model(directory), tmp_path / "adapter")
 
 
 # --- the data ---

@@ -10,7 +10,7 @@ import nanolora
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity
 from tests.files import pretrained
 from tests.models import randn, tiny_model
-from tests.test_nanolora import IDS, examples, llamas, logits, perturbed
+from tests.test_nanolora import IDS, examples, llamas, logits, perturbed, weights
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")
@@ -90,11 +90,10 @@ def test_three_losses_and_gradients_equal_those_of_peft(directory, tmp_path):
             assert_parity(factor.grad, parameter.grad, 5 * GRADIENT_PARITY)  # through 30 layers, of either
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (40, 576), (576, 1536)])
-def test_four_bits_are_those_of_bitsandbytes_to_the_byte(shape):
+@pytest.mark.parametrize("weight", [weights()[-1], randn(0, 40, 576), randn(1, 576, 1536).bfloat16()])
+def test_four_bits_are_those_of_bitsandbytes_to_the_byte(weight):
     functional = pytest.importorskip("bitsandbytes").functional
-    weight = randn(0, *shape, dtype=torch.bfloat16)
-    theirs, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    theirs, state = functional.quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=True)
     packed, codes, scales, mean, _ = found = nanolora.pack(weight)
     assert torch.equal(packed, theirs.flatten())
     assert torch.equal(codes, state.absmax)
