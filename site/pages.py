@@ -33,6 +33,7 @@ def collect(app: Sphinx, config: Config) -> None:
     texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
     texts |= {Path(name): (ROOT / name).read_text(encoding="utf-8") for name in (*SINGLE, START)}
     texts |= {Path("minilora", f"{name}.py"): side_by_side.page(name) for name in side_by_side.PAGES}
+    texts[Path("nanolora.py")] = side_by_side.page("nanolora")
     for path in list(texts):
         text = texts[path].replace("> [!IMPORTANT]\n", "")  # known to GitHub alone; the box stays
         text = MYST.sub(r"\1", text)

@@ -32,12 +32,14 @@ class Part(NamedTuple):
 
 def page(name: str) -> str:
     """Return a page as Markdown: its first paragraph, then one row for each part."""
-    source = (ROOT / "minilora" / f"{name}.py").read_text(encoding="utf-8")
+    folder = ROOT / "minilora" if name in PAGES else ROOT
+    source = (folder / f"{name}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     title, _, rest = (ast.get_docstring(tree) or "").partition("\n")
     text = [f"# {name}.py", f"**{title}**", notes(rest)]
     for part in parts(source.splitlines(), tree.body[1:]):
-        left = "\n\n".join([notes(part.notes), *links(name, part.name)]).strip() or "<!-- -->"
+        places = links(name, part.name) if name in PAGES else []
+        left = "\n\n".join([notes(part.notes), *places]).strip() or "<!-- -->"
         right = "\n\n".join([f"```python\n{part.code}\n```", *kernel(name, part.name)])
         columns = f":::{{container}} notes\n{left}\n:::\n:::{{container}} code\n{right}\n:::"
         text.append(f"::::{{container}} row\n{columns}\n::::")
@@ -61,7 +63,7 @@ def parts(lines: list[str], body: list[ast.stmt], owner: str = "") -> Iterator[P
         if loose:
             yield Part("\n".join(loose).strip("\n"))
             loose = []
-        comments = [line.strip().removeprefix("#").strip() for line in lines[first_comment:begin]]
+        comments = [line.strip("# -") for line in lines[first_comment:begin]]
         docstring = ast.get_docstring(node)
         first = node.body[0]
         head = lines[begin : first.lineno - 1]

@@ -7,9 +7,9 @@
                                                  and without it (extra `notebooks`)
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
-namespace, in a fresh directory in which `tutorials`, `scripts`, `recipes` and `smollm2` are this checkout's. What a
-cell prints stands in a `text` fence below it. The figures that it leaves open go to the images that follow it, in their
-order.
+namespace, in a fresh directory in which `tutorials`, `scripts`, `recipes`, `nanolora.py` and `smollm2` are this
+checkout's. What a cell prints stands in a `text` fence below it. The figures that it leaves open go to the images that
+follow it, in their order.
 
 Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # of nanolora.py
 CELL = re.compile(
     r"^(?:<!-- (?P<options>[^\n]*) -->\n)?(?P<fence>```(?P<language>python|sh)\n(?P<code>.*?)^```\n)"
     r"(?:\n```text\n(?P<output>.*?)^```\n)?",
@@ -157,9 +158,9 @@ def run_shell(code: str) -> str:
 
 
 def source(name: str) -> str:
-    """The lines of a definition in the package, of `lora.lora_linear` for instance, without its docstring."""
+    """The lines of a definition, of `lora.lora_linear` or `nanolora.linear` for instance, without its docstring."""
     module, *path = name.split(".")
-    definition: Any = importlib.import_module(f"minilora.{module}")
+    definition: Any = importlib.import_module(module if module == "nanolora" else f"minilora.{module}")
     for part in path:
         definition = getattr(definition, part)
     lines = textwrap.dedent(inspect.getsource(definition)).splitlines(keepends=True)
@@ -271,7 +272,7 @@ def workplace() -> Iterator[None]:
 def link_checkout() -> None:
     """Make the working directory look like the checkout."""
     root = HERE.parent
-    links = {name: root / name for name in ("tutorials", "scripts", "recipes")}
+    links = {name: root / name for name in ("tutorials", "scripts", "recipes", "nanolora.py")}
     for model in (root / ".cache" / "pretrained" / "smollm2", root / "smollm2"):
         if model.is_dir():
             links["smollm2"] = model
