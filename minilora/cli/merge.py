@@ -29,6 +29,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.prompts import copy_prompt_files
 from minilora.runs.reports import read_run_record
+from minilora.tools.cards import write_cards
 from minilora.tools.merging import Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -60,6 +61,8 @@ def run(options: Options) -> int:
             copy_prompt_files(found.adapters, out)
         else:
             written = _write_model(options, weights, out)
+    if not options["as_adapter"]:
+        write_cards(options["out"])
     print(f"{written} written to {options['out']}")
     say_system_prompt(options["out"])
     return 0
@@ -109,7 +112,10 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
         if not is_plain:
             _combine(found, weights, Path(scratch))
             merge = replace(merge, adapters=(Path(scratch),))
-        error = merge_directory(merge, out, found.tokenizer)
+        tokenizer = found.tokenizer
+        if tokenizer and tokenizer.prompts.system:  # in the template of a run it is already
+            tokenizer = tokenizer.with_prompts(tokenizer.prompts)
+        error = merge_directory(merge, out, tokenizer)
     _record_adapters(out, options["adapter"], found.adapters)
     return f"{_describe_error(error)}\nmerged model"
 

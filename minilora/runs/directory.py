@@ -31,7 +31,7 @@ from minilora.errors import TrainingError
 from minilora.files import publishing, replacing, sha256_of, write_json
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.hub import Location
-from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
+from minilora.models.prompts import PROMPT_FILES, Prompts, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from minilora.runs import checkpoints, processes
 from minilora.runs.evaluate import Forgetting, Scores
@@ -192,12 +192,10 @@ class RunDirectory:
         }
         with replacing(self.path / "run.json") as temporary:
             write_json(temporary, record)
-        run.data.tokenizer.save(self.path, ["chat_template.jinja"])
         rows = run.data.train
         system = self._settings.data.system if rows.system is None else rows.system
         prompts = Prompts("template" if rows.conversations else "plain", system)
-        with replacing(self.path / PROMPTS_FILE) as temporary:
-            write_json(temporary, asdict(prompts))
+        run.data.tokenizer.with_prompts(prompts).save(self.path, PROMPT_FILES)
         if self._settings.run.report != "none":
             self._tracker = Tracker(self._settings.run.report, self.path, self._config, run.history.step)
             self._at_close.callback(self._tracker.close)
