@@ -105,6 +105,9 @@ def test_a_run_and_a_merged_model_have_a_card_and_a_template_with_their_system_p
         ours, theirs = ml.load_tokenizer(path), ChatTemplate((path / "chat_template.jinja").read_text(), {})
         assert theirs.render(question, True) == ours.render(told, True) != ours.render(question, True)
     assert modelfile(ours) == (tmp_path / "merged" / "Modelfile").read_text()
+    ends = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [ours.token_id(CLOSE)]
+    assert f"eos_token_id={ends})" in card
 
 
 def test_a_model_trained_on_without_the_system_prompt_no_longer_gives_it(made, command, tmp_path):

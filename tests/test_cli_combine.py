@@ -150,7 +150,7 @@ def test_only_a_number_after_the_last_colon_is_a_weight_and_what_exists_under_th
 def test_a_merged_model_is_complete_and_has_the_weighted_sum_of_the_adapters(directory, run, tmp_path, words):
     run("merge", *(f"--adapter={word}" for word in words), f"--out={tmp_path}")
     names = {path.name for path in (directory / "model").iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} == names | {"README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"README.md", "generation_config.json"}
     weights = dict(map(split_weight, words))
     base, merged = (load_file(where / "model.safetensors") for where in (directory / "model", tmp_path))
     updates = {name: update(directory / name) for name in weights}

@@ -232,7 +232,7 @@ def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, 
     run("merge", *words, f"--out={tmp_path / 'default'}")
     run("merge", *words, f"--out={tmp_path / 'named'}", f"--target={target}")
     assert everything(tmp_path / "default") == everything(tmp_path / "named")
-    how_to_ask = {Path("minilora-prompts.json"), Path("README.md")}
+    how_to_ask = map(Path, ("minilora-prompts.json", "README.md", "generation_config.json"))
     names = {*everything(directory / "model"), *how_to_ask}
     assert everything(tmp_path / "named").keys() == names
     base, quantize = held

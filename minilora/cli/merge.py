@@ -116,6 +116,10 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
         if tokenizer and tokenizer.prompts.system:  # in the template of a run it is already
             tokenizer = tokenizer.with_prompts(tokenizer.prompts)
         error = merge_directory(merge, out, tokenizer)
+    if tokenizer:  # whose template may end an answer with another token than the base's files name
+        path = out / "generation_config.json"
+        values = read_json(path) if path.exists() else {}
+        write_json(path, {**values, "eos_token_id": sorted(tokenizer.stop_ids)})
     _record_adapters(out, options["adapter"], found.adapters)
     return f"{_describe_error(error)}\nmerged model"
 

@@ -15,7 +15,7 @@ MODEL = ("transformers", "AutoModelForCausalLM", "minilora", "A model", "made fr
 SYSTEM, PROMPT, RESPONSE = "{{ .System }}", "{{ .Prompt }}", "{{ .Response }}"  # variables of Ollama's templates
 ANSWER = """\
 ids = inputs["input_ids"]
-output = model.generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=100)
+output = model.generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=100{ends})
 print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 """
 
@@ -82,7 +82,8 @@ def _code(directory: Path, name: str, base: str, library: str, loader: str) -> l
         lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
     else:
         lines += ['inputs = tokenizer("Hello", return_tensors="pt")']
-    return lines + ANSWER.splitlines()
+    ends = f", eos_token_id={sorted(own.stop_ids)}" if own else ""
+    return lines + ANSWER.replace("{ends}", ends).splitlines()
 
 
 def modelfile(tokenizer: Tokenizer) -> str | None:
