@@ -97,7 +97,7 @@ def ask_python(python: str, program: str, model: Path, adapter: Path | None = No
 def ask_llama(directory: Path, model: Path, *more: object) -> list[str]:
     """Return the answers of llama.cpp to a GGUF file, whose chat template it reads."""
     words = (directory / "build/bin/llama-completion", "-m", model, "--no-display-prompt", "--simple-io", *more)
-    flags = ("--temp", 0, "-n", TOKENS, "-c", 256, "--jinja")
+    flags = ("--temp", 0, "-n", TOKENS, "-c", 256, "-t", 1, "--jinja")
     chats = [["-st"] if text.endswith("?") else ["-no-cnv"] for text in TEXTS]
     answers = [run(*words, *flags, *chat, "-p", text) for text, chat in zip(TEXTS, chats, strict=True)]
     return [answer.partition("[end of text]")[0] for answer in answers]
