@@ -40,7 +40,7 @@ def model_card(directory: Path, name: str, base: str) -> str:
     lines += [
         "---",
         "",
-        f"# {about if name == '.' else name}",
+        f"# {'How to ask it' if name == '.' else name}",
         "",
         f"{about} {of} `{base}`." if base else f"{about}.",
         "",
