@@ -2,14 +2,13 @@
 
 import json
 import re
-import shutil
 
 import pytest
 
 import minilora as ml
 from minilora.models.prompts import Prompts
 from minilora.models.template import ChatTemplate
-from minilora.tools.cards import modelfile, write_cards
+from minilora.runs.cards import modelfile
 from tests.chat_templates import FAMILIES
 from tests.runs import finetune, runner, write_chat_models
 from tests.text import BOS, CHATML, CLOSE, DEFAULT_SYSTEM, conversation, write_tokenizer
@@ -128,11 +127,12 @@ def test_a_saved_tokenizer_has_one_template(tmp_path):
     assert {path.name for path in (tmp_path / "same").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
 
 
-def test_a_card_that_is_there_is_kept(made, tmp_path):
-    model = shutil.copytree(made / "chat", tmp_path / "chat")
-    (model / "README.md").write_text("mine")
-    write_cards(model)
-    assert (model / "README.md").read_text() == "mine"
+def test_a_changed_card_is_no_reason_for_a_note(made, command, tmp_path):
+    command("merge", "--adapter=run", "--out", tmp_path / "merged")
+    (tmp_path / "merged" / "README.md").write_text("mine")
+    assert (
+        "changed" not in command("generate", "--model", tmp_path / "merged", "--prompt=the", "--max-new-tokens=1").err
+    )
 
 
 @pytest.mark.parity

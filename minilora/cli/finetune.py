@@ -50,7 +50,6 @@ from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.memory import kept_memory, peak_memory_bytes
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
-from minilora.tools.cards import write_cards
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
@@ -238,7 +237,6 @@ def run(options: Options) -> int:
         totals = (result.steps, result.kept, result.tokens, result.seconds, peak_memory_bytes(device))
         summary = RunSummary(before, start, after, forgetting, *totals)
         processes.run_on_rank0(directory.finish, model, data.tokenizer, summary, answers)
-        processes.run_on_rank0(write_cards, directory.path, base.location.name)
         report(run, result, summary, answers)
         return 0
 

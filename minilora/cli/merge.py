@@ -28,8 +28,8 @@ from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.prompts import copy_prompt_files
+from minilora.runs.cards import write_cards
 from minilora.runs.reports import read_run_record
-from minilora.tools.cards import write_cards
 from minilora.tools.merging import Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -61,8 +61,6 @@ def run(options: Options) -> int:
             copy_prompt_files(found.adapters, out)
         else:
             written = _write_model(options, weights, out)
-    if not options["as_adapter"]:
-        write_cards(options["out"])
     print(f"{written} written to {options['out']}")
     say_system_prompt(options["out"])
     return 0
@@ -121,6 +119,7 @@ def _write_model(options: Options, weights: Sequence[float], out: Path) -> str:
         values = read_json(path) if path.exists() else {}
         write_json(path, {**values, "eos_token_id": sorted(tokenizer.stop_ids)})
     _record_adapters(out, options["adapter"], found.adapters)
+    write_cards(out)
     return f"{_describe_error(error)}\nmerged model"
 
 

@@ -53,11 +53,15 @@ def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[s
 
 
 def changed_notes(directories: Iterable[Path]) -> Iterator[str]:
-    """Yield which files changed since minilora wrote them, except weights: those are refused, or found by `inspect`."""
+    """Yield which files changed since minilora wrote them.
+
+    Changed weights are refused, or found by `inspect`; the card and the Modelfile are for the user to change.
+    """
+    exempt = (".safetensors", "README.md", "Modelfile")
     for directory in directories:
         if (directory / MANIFEST).is_file():
             there = [name for name in read_manifest(directory) if (directory / name).is_file()]
-            if changed := changed_files(directory, [name for name in there if not name.endswith(".safetensors")]):
+            if changed := changed_files(directory, [name for name in there if not name.endswith(exempt)]):
                 yield f"{directory}: changed since it was written: {', '.join(changed)}"
 
 

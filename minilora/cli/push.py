@@ -22,7 +22,7 @@ from minilora.files import BUILTIN, read_json
 from minilora.models.checkpoint import MODEL_FILES
 from minilora.models.hub import HUB_ID, PINNED, reason_of
 from minilora.models.tokenizer import TOKENIZER_FILES
-from minilora.tools.cards import model_card
+from minilora.runs.cards import model_card
 
 UPLOADED = (CONFIG_FILE, WEIGHTS_FILE, *MODEL_FILES, *TOKENIZER_FILES, "Modelfile", "summary.json")
 CONFIGS = (CONFIG_FILE, "config.json", "tokenizer_config.json")  # which may name paths

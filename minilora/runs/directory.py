@@ -2,6 +2,7 @@
 
 OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout
     summary.json                                     before, after, totals
+    README.md                                        the card
     held_out.jsonl                                   held-out rows, some with the answers of base and result
     tokenizer.json …                                 the tokenizer's files
     minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
@@ -34,6 +35,7 @@ from minilora.models.hub import Location
 from minilora.models.prompts import PROMPT_FILES, Prompts, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from minilora.runs import checkpoints, processes
+from minilora.runs.cards import write_cards
 from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
@@ -230,6 +232,7 @@ class RunDirectory:
                 lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
                 (directory / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
             write_json(directory / "summary.json", without_nan(asdict(summary)))
+            write_cards(directory, self._settings.run.model)
 
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory; leave no empty one."""

@@ -21,12 +21,12 @@ print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def write_cards(directory: Path, base: str = "") -> None:
-    """Write README.md, unless there is one, and beside a model the Modelfile; a base that is a path is not named."""
+    """Write README.md, and beside a model the Modelfile; a base that is a path is not named."""
     is_model = (directory / "config.json").is_file()
     if is_model and (tokenizer := find_tokenizer(directory)) and (text := modelfile(tokenizer)):
         (directory / "Modelfile").write_text(text, encoding="utf-8")
-    if not (path := directory / "README.md").exists():
-        path.write_text(model_card(directory, ".", base if PINNED.fullmatch(base) else ""), encoding="utf-8")
+    card = model_card(directory, ".", base if PINNED.fullmatch(base) else "")
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(directory: Path, name: str, base: str) -> str:
