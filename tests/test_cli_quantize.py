@@ -232,7 +232,8 @@ def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, 
     run("merge", *words, f"--out={tmp_path / 'default'}")
     run("merge", *words, f"--out={tmp_path / 'named'}", f"--target={target}")
     assert everything(tmp_path / "default") == everything(tmp_path / "named")
-    names = {*everything(directory / "model"), Path("minilora-prompts.json")}  # how the adapter is asked goes with it
+    how_to_ask = map(Path, ("minilora-prompts.json", "README.md", "generation_config.json"))
+    names = {*everything(directory / "model"), *how_to_ask}
     assert everything(tmp_path / "named").keys() == names
     base, quantize = held
     model = ml.load_model(base, quantize=quantize)

@@ -77,10 +77,15 @@ def test_held_out_rows_whose_prompt_is_trained_on_are_counted(tokenizer):
         fields = [{"prompt": asked, "completion": answer} if asked else {"text": answer} for asked, answer in pairs]
         return encode_rows([Row(each) for each in fields], tokenizer(post="bos"), ml.DataConfig())
 
+    def repeated(held_out, training):
+        return repeated_prompts(held_out, training, tokenizer(post="bos"))
+
     training = rows("the cat; sat", "the sea; is", ";the town", "the; end")
     held_out = rows("the cat; ate", "the cat; sat", "the town; is", ";the town", ";the", "the sea; is", "; end")
-    assert repeated_prompts(held_out, training) == 4
-    assert repeated_prompts(training[:1], training[1:]) == repeated_prompts(Dataset(()), training) == 0
+    assert repeated(held_out, training) == 4
+    assert repeated(training[:1], training[1:]) == repeated(Dataset(()), training) == 0
+    near = rows(" The  Cat; sat", "thesea; is", "; THE\ntown", "the cat?; sat")
+    assert repeated(near, training) == repeated(training, near) == 3
 
 
 # --- runs ---

@@ -121,13 +121,12 @@ def test_eval_measures_with_the_template_and_the_system_prompt_beside_the_adapte
 
 
 @pytest.mark.parametrize("words", [["merge"], ["export", "--for=peft"], ["push", "--dry-run"]])
-def test_who_hands_a_model_over_learns_how_other_programs_get_its_system_prompt(runs, run, tmp_path, words):
+def test_who_hands_a_model_over_learns_of_its_system_prompt(runs, run, tmp_path, words):
     for kind in ("chat", "plain"):
         adapter = runs / "run" / kind
         flags = ("--adapter", adapter, "--out", tmp_path / kind)
         said = run(*words, *((adapter, "me/mine", "--base-name=org/base") if words[0] == "push" else flags)).err
-        for line in ('messages start with {"role": "system", "content": "Be kind."}\n', 'SYSTEM """Be kind."""'):
-            assert (line in said) == (kind == "chat")
+        assert ('messages start with {"role": "system", "content": "Be kind."}\n' in said) == (kind == "chat")
 
 
 def test_chat_says_that_a_model_was_not_trained_on_conversations(runs, run, monkeypatch):

@@ -12,8 +12,8 @@ import pytest
 import minilora as ml
 from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import main
-from minilora.cli.push import model_card
 from minilora.files import BUILTIN, MANIFEST
+from minilora.runs.cards import model_card
 from tests.files import edit
 from tests.hub import COMMIT, serving
 from tests.models import tiny_model

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -69,7 +70,7 @@ def stop(directory, out, monkeypatch, step=3, number=signal.SIGINT, times=1, **c
 
 def test_a_finished_run_has_the_files_of_the_contract_and_no_others(directory, whole):
     names = {*runs.ADAPTER, "metrics.jsonl", "summary.json", "run.json", "checkpoints", "minilora-manifest.json"}
-    names |= {"tokenizer.json", "tokenizer_config.json", "minilora-prompts.json", "held_out.jsonl"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "minilora-prompts.json", "held_out.jsonl", "README.md"}
     assert {path.name for path in whole.iterdir()} == names
     assert answered(whole) == 4 * [False]  # as `samples` is 0
     assert [path.name for path in checkpoints(whole / "checkpoints")] == [f"step-{n:06d}" for n in (2, 4, 6, 8, 10)]
@@ -418,7 +419,9 @@ def test_a_run_reports_loss_and_divergence_on_general_text(capsys, directory, tm
     told = capsys.readouterr().out
     assert told.splitlines()[0].split() == ["held-out", "loss"]  # no accuracy, as 4 rows with 2 answers have no choices
     line = f"general text: loss {found['before']:.4f} -> {found['after']:.4f}, KL to the base {found['kl']:.4f}\n"
-    assert line in told
+    times = f"{math.exp(found['kl']):.3g} times as unlikely there as before"
+    meaning = f"  (KL: the base's own next tokens are {times}, on average)"
+    assert f"{line}{meaning}\n" in told
 
 
 def test_base_and_adapter_answer_held_out_rows_and_three_are_shown(capsys, directory, tmp_path, monkeypatch):

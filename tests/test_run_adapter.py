@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.cli import INTERRUPTED
+from minilora.cli import INTERRUPTED, main
 from minilora.runs.evaluate import held_out_loss
 from minilora.testing.compare import assert_parity
 from tests.runs import NO_ADAPTER, SETTINGS, contents, finetune, inputs, interrupt, summary, write_inputs, write_rows
@@ -77,6 +77,19 @@ def test_a_run_from_an_adapter_reads_the_columns_of_its_run(directory, tmp_path)
     assert finetune(directory, tmp_path / "first", **columns, max_steps=1) == 0
     assert go_on(directory, tmp_path / "second", tmp_path / "first", data=tmp_path / "rows.csv", max_steps=1) == 0
     assert config(tmp_path / "second")["columns"] == {"prompt": "Q", "completion": "A"}
+
+
+def test_questions_are_read_by_the_columns_of_the_adapter_s_run(directory, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("Q,A\n" + "the cat?, yes\n" * 8)
+    (tmp_path / "asked.csv").write_text("Q\nthe sea?\n")
+    columns = {"columns": "prompt=Q,completion=A", "data": tmp_path / "rows.csv"}
+    assert finetune(directory, tmp_path / "run", **columns, max_steps=1) == 0
+    capsys.readouterr()
+    words = ("generate", f"--adapter={tmp_path / 'run'}", "--max-new-tokens=1", "--prompts")
+    for file in ("rows.csv", "asked.csv"):
+        assert main([*words, str(tmp_path / file)]) == 0
+    prompts = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert prompts == ["the cat?"] * 8 + ["the sea?"]
 
 
 def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_path, capsys):

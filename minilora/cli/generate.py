@@ -19,7 +19,7 @@ from pathlib import Path
 from minilora.adapter import disable_adapter
 from minilora.cli import Options, Parser, streaming
 from minilora.cli.flags import add_fields, from_flags
-from minilora.cli.load import THINKING, add_model_flags, load, thinking_of
+from minilora.cli.load import THINKING, add_model_flags, load, run_settings, thinking_of
 from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.llama import Llama
@@ -108,7 +108,9 @@ def rows_of_flags(options: Options) -> list[Row]:
     if file is None:
         return [Row({"prompt": sys.stdin.read().removesuffix("\n")}, "standard input")]
     if not file.endswith(".txt"):
-        return list(stream_rows(*files_to_evaluate(file), columns=options["columns"]))
+        trained = run_settings(options).get("columns") or {}
+        asked = {name: column for name, column in trained.items() if name not in ("output", "completion")}
+        return list(stream_rows(*files_to_evaluate(file), columns=options["columns"] or asked or None))
     lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")
     rows = [Row({"prompt": line}, f"{file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:

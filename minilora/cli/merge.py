@@ -27,6 +27,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
+from minilora.runs.cards import write_cards
 from minilora.runs.reports import read_run_record
 from minilora.tools.merging import Merge, merge_directory
 
@@ -104,8 +105,16 @@ def _write_model(options: Options, found: Sources, weights: Sequence[float], out
         if not is_plain:
             combine(found, weights, Path(scratch))
             merge = replace(merge, adapters=(Path(scratch),))
-        error = merge_directory(merge, out, found.tokenizer)
+        tokenizer = found.tokenizer
+        if tokenizer and tokenizer.prompts.system:  # in the template of a run it is already
+            tokenizer = tokenizer.with_prompts(tokenizer.prompts)
+        error = merge_directory(merge, out, tokenizer)
+    if tokenizer:  # whose template may end an answer with another token than the base's files name
+        path = out / "generation_config.json"
+        values = read_json(path) if path.exists() else {}
+        write_json(path, {**values, "eos_token_id": sorted(tokenizer.stop_ids)})
     _record_adapters(out, [split_weight(name)[0] for name in options["adapter"]], found.adapters)
+    write_cards(out)
     return f"{_describe_error(error)}\nmerged model"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
-from minilora.models.prompts import PROMPTS_FILE, read_prompts
+from minilora.models.prompts import read_prompts
+from minilora.models.tokenizer import Tokenizer
 from minilora.models.wrapper import describe_other_parts
 from minilora.runs.encoders import Dataset
 from minilora.runs.evaluate import prompt_of
@@ -26,6 +28,7 @@ from minilora.runs.reports import shorten
 
 if TYPE_CHECKING:  # only `finetune` imports it
     from minilora.runs.directory import Run, RunSummary
+    from minilora.runs.inputs import Data
     from minilora.runs.loop import TrainResult
 
 SHOWN = 3  # answers to held-out rows
@@ -50,11 +53,15 @@ def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[s
 
 
 def changed_notes(directories: Iterable[Path]) -> Iterator[str]:
-    """Yield which files changed since minilora wrote them, except weights: those are refused, or found by `inspect`."""
+    """Yield which files changed since minilora wrote them.
+
+    Changed weights are refused, or found by `inspect`; the card and the Modelfile are for the user to change.
+    """
+    exempt = (".safetensors", "README.md", "Modelfile")
     for directory in directories:
         if (directory / MANIFEST).is_file():
             there = [name for name in read_manifest(directory) if (directory / name).is_file()]
-            if changed := changed_files(directory, [name for name in there if not name.endswith(".safetensors")]):
+            if changed := changed_files(directory, [name for name in there if not name.endswith(exempt)]):
                 yield f"{directory}: changed since it was written: {', '.join(changed)}"
 
 
@@ -66,11 +73,7 @@ def say_prompts(directory: Path) -> None:
         say(f"it was trained {'with' if prompts.thinking else 'without'} thoughts: other programs need {given}")
     if system := prompts.system:
         message = json.dumps({"role": "system", "content": system}, ensure_ascii=False)
-        say(
-            f"it was trained with a system prompt, which other programs do not read from {PROMPTS_FILE}:\n"
-            f"  transformers, vLLM: messages start with {message}\n"
-            f'  the Modelfile of Ollama: SYSTEM """{system}"""'
-        )
+        say(f"it was trained with a system prompt; where the chat template is not used, messages start with {message}")
 
 
 def _is_named(base: Location, recorded: str) -> bool:
@@ -97,13 +100,14 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             "`messages` to use it"
         )
     for name, rows in data.splits.items():
-        yield from _row_notes(name, rows, data.train)
+        yield from _row_notes(name, rows, data)
 
 
-def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
+def _row_notes(name: str, rows: Dataset, data: Data) -> Iterator[str]:
     """Yield how many rows of a split were cut, quote control tokens, were skipped, or are asked what is trained on."""
-    if rows is not training and (repeated := repeated_prompts(rows, training)):
-        yield f"{repeated} of {len(rows)} {name} rows have the prompt of a training row: they are not new to the model"
+    if rows is not data.train and (repeated := repeated_prompts(rows, data.train, data.tokenizer)):
+        same = "the prompt of a training row, or one that differs in case and spaces only"
+        yield f"{repeated} of {len(rows)} {name} rows have {same}: they are not new to the model"
     if rows.truncated:
         yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
     if rows.dropped_thoughts:
@@ -117,17 +121,20 @@ def _row_notes(name: str, rows: Dataset, training: Dataset) -> Iterator[str]:
         yield describe_skipped(f"{name} ", rows.bad)
 
 
-def repeated_prompts(held_out: Sequence[Example], training: Sequence[Example]) -> int:
-    """Return the number of held-out rows that begin with the prompt of a training row, or equal one that has none."""
-    counts = Counter(map(_prompt_or_row, held_out))
-    repeated = {prompt for prompt in map(_prompt_or_row, training) if prompt in counts}
-    return sum(counts[prompt] for prompt in repeated)
+def repeated_prompts(held_out: Sequence[Example], training: Sequence[Example], tokenizer: Tokenizer) -> int:
+    """Return the number of held-out rows that begin with the prompt of a training row, or equal one that has none.
 
+    Case and white space are ignored. A prompt has more than one token, which may be BOS.
+    """
 
-def _prompt_or_row(row: Example) -> tuple[int, ...]:
-    """Return the prompt, or the whole row if at most one token, as BOS is, comes before the first label."""
-    prompt = prompt_of(row)
-    return tuple(prompt if len(prompt) > 1 else row.tokens)
+    def text_of(row: Example) -> str:
+        prompt = prompt_of(row)
+        text = tokenizer.decode(prompt if len(prompt) > 1 else row.tokens, skip_special_tokens=False)
+        return "".join(text.casefold().split())
+
+    counts = Counter(map(text_of, held_out))
+    repeated = {text for text in map(text_of, training) if text in counts}
+    return sum(counts[text] for text in repeated)
 
 
 def say_start(run: Run, model: Llama) -> None:
@@ -169,9 +176,11 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if forgetting:
-        lines.append(
-            f"general text: loss {forgetting.before:.4f} -> {forgetting.after:.4f}, KL to the base {forgetting.kl:.4f}"
-        )
+        times = f"{math.exp(min(forgetting.kl, 99)):.3g}"  # exp E[log p/q] with tokens of p, a geometric mean
+        lines += [
+            f"general text: loss {forgetting.before:.4f} -> {forgetting.after:.4f}, KL to the base {forgetting.kl:.4f}",
+            f"  (KL: the base's own next tokens are {times} times as unlikely there as before, on average)",
+        ]
     lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
     width = shutil.get_terminal_size().columns

@@ -21,18 +21,11 @@ from minilora.errors import ConfigError
 from minilora.files import BUILTIN, read_json
 from minilora.models.checkpoint import MODEL_FILES
 from minilora.models.hub import HUB_ID, PINNED, reason_of
-from minilora.models.prompts import read_prompt_files, read_prompts
-from minilora.models.tokenizer import TOKENIZER_FILES, find_tokenizer
+from minilora.models.tokenizer import TOKENIZER_FILES
+from minilora.runs.cards import model_card
 
-UPLOADED = (CONFIG_FILE, WEIGHTS_FILE, *MODEL_FILES, *TOKENIZER_FILES, "summary.json")
+UPLOADED = (CONFIG_FILE, WEIGHTS_FILE, *MODEL_FILES, *TOKENIZER_FILES, "Modelfile", "summary.json")
 CONFIGS = (CONFIG_FILE, "config.json", "tokenizer_config.json")  # which may name paths
-ADAPTER = ("peft", "AutoPeftModelForCausalLM", "lora, minilora", "A LoRA adapter of")
-MODEL = ("transformers", "AutoModelForCausalLM", "minilora", "A model made from")
-ANSWER = """\
-ids = inputs["input_ids"]
-output = model.generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=100)
-print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,48 +109,3 @@ def without_paths(file: Path, base: str) -> Path | bytes:
         repository, _, revision = base.partition("@")
         cleaned |= {"base_model_name_or_path": repository, "revision": revision or None}
     return file if cleaned == values else json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
-
-
-def model_card(directory: Path, name: str, base: str) -> str:
-    """Return the card in Markdown: the base, the results before and after, and code that asks as in training."""
-    library, loader, tags, about = ADAPTER if (directory / CONFIG_FILE).is_file() else MODEL
-    lines = ["---", f"library_name: {library}", f"tags: [{tags}]"]
-    lines += [f"base_model: {base.partition('@')[0]}"] if base else []
-    lines += ["---", "", f"# {name}", "", f"{about} `{base}`." if base else "A model.", ""]
-    if (directory / "summary.json").is_file():
-        summary = read_json(directory / "summary.json")
-        general = summary.get("general") or {}
-        for when in ("before", "after"):
-            named = {"held-out loss": summary[when]["loss"], "accuracy": summary[when]["accuracy"]}
-            named["loss on general text"] = general.get(when)
-            known = [f"{what} {value:.4f}" for what, value in named.items() if value is not None]
-            lines += [f"- {when}: {', '.join(known)}"] if known else []
-        lines += [f"- KL to the base on general text: {general['kl']:.4f}", ""] if general else [""]
-    if read_prompts(directory).system:
-        lines += ["It was trained with the system prompt below, which every conversation needs.", ""]
-    return "\n".join([*lines, "```python", *_code(directory, name, base, library, loader), "```"]) + "\n"
-
-
-def _code(directory: Path, name: str, base: str, library: str, loader: str) -> list[str]:
-    """Return the lines of Python that load what is uploaded, with its tokenizer or the base's, and ask it."""
-    texts, prompts, own = read_prompt_files(directory), read_prompts(directory), find_tokenizer(directory)
-    repository, _, revision = (name if own or not base else base).partition("@")
-    pinned = f', revision="{revision}"' if revision else ""
-    lines = [f"from {library} import {loader}", "from transformers import AutoTokenizer", ""]
-    lines += [f'model = {loader}.from_pretrained("{name}")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{pinned})']
-    if own is None and "chat_template.jinja" in texts:
-        lines.insert(0, "from huggingface_hub import hf_hub_download")
-        template = f'hf_hub_download("{name}", "chat_template.jinja")'
-        lines += [f'tokenizer.chat_template = open({template}, encoding="utf-8").read()']
-    if prompts.form == "template" and (texts or (own and own.template)):
-        messages = [{"role": "system", "content": prompts.system}] if prompts.system else []
-        messages += [{"role": "user", "content": "Hello"}]
-        lines += ["messages = [", *(f"    {json.dumps(each, ensure_ascii=False)}," for each in messages), "]"]
-        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
-        if prompts.thinking is not None:
-            options += f", enable_thinking={prompts.thinking}"
-        lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
-    else:
-        lines += ['inputs = tokenizer("Hello", return_tensors="pt")']
-    return lines + ANSWER.splitlines()

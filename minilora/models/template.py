@@ -31,6 +31,7 @@ NUMBER_LIMIT = 2**64  # of numbers that are multiplied
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
 PROBE = "\ufdd6"
 IS_MARKED = "is marked"  # a variable that no template can name
+DEFAULT_SYSTEM = "{#- the system prompt of the training, for conversations that have none -#}"  # begins a line
 
 
 class ChatTemplate:
@@ -96,6 +97,16 @@ class ChatTemplate:
             if all(isinstance(text, str) for text in texts):
                 return {**message, "content": "".join(map(str, texts))}
         return message
+
+    def with_system(self, system: str) -> str:
+        """Return the source of a template that also gives this system prompt to conversations without one.
+
+        It has a line more, for other programs: minilora puts the prompt before the messages, and leaves out the line.
+        """
+        opening = json.dumps(self.adapt([{"role": "system", "content": system}]), ensure_ascii=False)
+        is_missing = 'not messages or messages[0]["role"] not in ["system", "developer"]'
+        added = f"{{%- if {is_missing} -%}}{{%- set messages = {opening} + messages -%}}{{%- endif -%}}"
+        return f"{DEFAULT_SYSTEM}{added}\n{self.source}"
 
     @functools.cached_property
     def _takes_text(self) -> bool:

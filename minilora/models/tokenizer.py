@@ -88,8 +88,11 @@ class Tokenizer:
         self.prompts = Prompts.parse(texts.get(PROMPTS_FILE, "{}"), PROMPTS_FILE)
         self.template = None
         if template := texts.get("chat_template.jinja", _default_template(config.get("chat_template"))):
-            from minilora.models.template import ChatTemplate  # here, so that only models with a template import jinja2
+            # Here, so that only models with a template import jinja2.
+            from minilora.models.template import DEFAULT_SYSTEM, ChatTemplate
 
+            if self.prompts.system and template.startswith(DEFAULT_SYSTEM):
+                template = template.partition("\n")[2]
             self.template = ChatTemplate(template, self.special_tokens, now)
 
     @cached_property
@@ -105,6 +108,13 @@ class Tokenizer:
     def with_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with another chat template, which it is saved with; an empty one is none."""
         return self.with_files({"chat_template.jinja": source})
+
+    def with_prompts(self, prompts: Prompts) -> Tokenizer:
+        """Return the same tokenizer with other prompts; it saves a template that gives the system prompt as well."""
+        texts = {PROMPTS_FILE: json.dumps(vars(prompts), indent=2, ensure_ascii=False) + "\n"}
+        if template := self.template:
+            texts["chat_template.jinja"] = template.with_system(prompts.system) if prompts.system else template.source
+        return self.with_files(texts)
 
     def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
         """Return the same tokenizer with new tokens, whose ids follow the others. They act in any text.
@@ -181,13 +191,17 @@ class Tokenizer:
         return self.template.render(messages, add_generation_prompt, tools=tools, **variables)
 
     def save(self, directory: Path, names: Collection[str] = TOKENIZER_FILES) -> None:
-        """Write the files that the tokenizer was read from, without `auto_map`, which names code of a repository."""
+        """Write the files that the tokenizer was read from, without `auto_map`, which names code of a repository.
+
+        A template that is a file is removed from `tokenizer_config.json`, where llama.cpp looks first.
+        """
+        left_out = {"auto_map", "chat_template"} if "chat_template.jinja" in self._texts else {"auto_map"}
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in self._texts.items():
             if name not in names:
                 continue
-            if name in CONFIGS and "auto_map" in (values := json.loads(text)):
-                text = json.dumps({key: value for key, value in values.items() if key != "auto_map"}, indent=2)
+            if name in CONFIGS and left_out & (values := json.loads(text)).keys():
+                text = json.dumps({key: value for key, value in values.items() if key not in left_out}, indent=2)
             (directory / name).write_text(text, encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layout
     summary.json                                     before, after, totals
+    README.md                                        the card
     held_out.jsonl                                   held-out rows, some with the answers of base and result
     tokenizer.json …                                 the tokenizer's files
     minilora-manifest.json                           sizes and hashes of the files above, once the run is finished
@@ -31,9 +32,10 @@ from minilora.errors import TrainingError
 from minilora.files import publishing, replacing, sha256_of, write_json
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.hub import Location
-from minilora.models.prompts import PROMPTS_FILE, Prompts, copy_prompt_files
+from minilora.models.prompts import PROMPT_FILES, Prompts, copy_prompt_files
 from minilora.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from minilora.runs import checkpoints, processes
+from minilora.runs.cards import write_cards
 from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
@@ -192,12 +194,10 @@ class RunDirectory:
         }
         with replacing(self.path / "run.json") as temporary:
             write_json(temporary, record)
-        run.data.tokenizer.save(self.path, ["chat_template.jinja"])
         rows = run.data.train
         system = self._settings.data.system if rows.system is None else rows.system
         prompts = Prompts("template" if rows.conversations else "plain", system, rows.thinking)
-        with replacing(self.path / PROMPTS_FILE) as temporary:
-            write_json(temporary, asdict(prompts))
+        run.data.tokenizer.with_prompts(prompts).save(self.path, PROMPT_FILES)
         if self._settings.run.report != "none":
             self._tracker = Tracker(self._settings.run.report, self.path, self._config, run.history.step)
             self._at_close.callback(self._tracker.close)
@@ -232,6 +232,7 @@ class RunDirectory:
                 lines = (f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
                 (directory / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
             write_json(directory / "summary.json", without_nan(asdict(summary)))
+            write_cards(directory, self._settings.run.model)
 
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory; leave no empty one."""
