@@ -26,12 +26,23 @@ TALKS = (conversation([("hi", "yes"), ("and", "no")]), conversation([("hi", "yes
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gemma"}))
 def test_a_template_with_a_system_prompt_gives_it_to_conversations_without_one_and_to_no_others(family):
     plain = ChatTemplate(FAMILIES[family], {"bos_token": BOS, "eos_token": CLOSE})
-    house = ChatTemplate(plain.with_system(HOUSE), {"bos_token": BOS, "eos_token": CLOSE})
+    house = ChatTemplate(plain.with_defaults(HOUSE, thinking=None), {"bos_token": BOS, "eos_token": CLOSE})
     for talk in TALKS:
         own = [{"role": "system", "content": "Be brief."}, *talk]
         asks = talk[-1]["role"] == "user"
         assert house.render(talk, asks) == plain.render([{"role": "system", "content": HOUSE}, *talk], asks)
         assert house.render(own, asks) == plain.render(own, asks)
+
+
+@pytest.mark.parametrize("way", [True, False])
+def test_a_template_asks_for_thoughts_as_in_the_training_unless_it_is_told(way):
+    plain = ChatTemplate(FAMILIES["qwen3"], {})
+    taught = ChatTemplate(plain.with_defaults(None, thinking=way), {})
+    assert plain.with_defaults(None, None) == plain.source
+    assert taught.render(TALKS[1], True) == plain.render(TALKS[1], True, enable_thinking=way)
+    for told in (True, False):
+        asked = [each.render(TALKS[1], True, enable_thinking=told) for each in (taught, plain)]
+        assert asked[0] == asked[1]
 
 
 def written_by_ollama(text, talk):

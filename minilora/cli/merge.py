@@ -27,6 +27,7 @@ from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
+from minilora.models.prompts import Prompts
 from minilora.runs.cards import write_cards
 from minilora.runs.reports import read_run_record
 from minilora.tools.merging import Merge, merge_directory
@@ -106,7 +107,7 @@ def _write_model(options: Options, found: Sources, weights: Sequence[float], out
             combine(found, weights, Path(scratch))
             merge = replace(merge, adapters=(Path(scratch),))
         tokenizer = found.tokenizer
-        if tokenizer and tokenizer.prompts.system:  # in the template of a run it is already
+        if tokenizer and tokenizer.prompts != Prompts():  # in the template of a run they are already
             tokenizer = tokenizer.with_prompts(tokenizer.prompts)
         error = merge_directory(merge, out, tokenizer)
     if tokenizer:  # whose template may end an answer with another token than the base's files name

@@ -31,7 +31,7 @@ NUMBER_LIMIT = 2**64  # of numbers that are multiplied
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: no text may hold them, so they can mark spans
 PROBE = "\ufdd6"
 IS_MARKED = "is marked"  # a variable that no template can name
-DEFAULT_SYSTEM = "{#- the system prompt of the training, for conversations that have none -#}"  # begins a line
+DEFAULTS = "{#- as in the training, where nothing else is asked for -#}"  # begins a line
 
 
 class ChatTemplate:
@@ -98,15 +98,20 @@ class ChatTemplate:
                 return {**message, "content": "".join(map(str, texts))}
         return message
 
-    def with_system(self, system: str) -> str:
-        """Return the source of a template that also gives this system prompt to conversations without one.
+    def with_defaults(self, system: str | None, thinking: bool | None) -> str:
+        """Return the source of a template that gives this system prompt to conversations without one, and asks so.
 
-        It has a line more, for other programs: minilora puts the prompt before the messages, and leaves out the line.
+        It has a line more, for other programs: minilora gives both itself, and leaves out the line.
         """
-        opening = json.dumps(self.adapt([{"role": "system", "content": system}]), ensure_ascii=False)
-        is_missing = 'not messages or messages[0]["role"] not in ["system", "developer"]'
-        added = f"{{%- if {is_missing} -%}}{{%- set messages = {opening} + messages -%}}{{%- endif -%}}"
-        return f"{DEFAULT_SYSTEM}{added}\n{self.source}"
+        added = ""
+        if system:
+            opening = json.dumps(self.adapt([{"role": "system", "content": system}]), ensure_ascii=False)
+            is_missing = 'not messages or messages[0]["role"] not in ["system", "developer"]'
+            added += f"{{%- if {is_missing} -%}}{{%- set messages = {opening} + messages -%}}{{%- endif -%}}"
+        if thinking is not None:
+            set_way = f"{{%- set enable_thinking = {str(thinking).lower()} -%}}"
+            added += f"{{%- if enable_thinking is not defined -%}}{set_way}{{%- endif -%}}"
+        return f"{DEFAULTS}{added}\n{self.source}" if added else self.source
 
     @functools.cached_property
     def _takes_text(self) -> bool:

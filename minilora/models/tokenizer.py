@@ -89,9 +89,9 @@ class Tokenizer:
         self.template = None
         if template := texts.get("chat_template.jinja", _default_template(config.get("chat_template"))):
             # Here, so that only models with a template import jinja2.
-            from minilora.models.template import DEFAULT_SYSTEM, ChatTemplate
+            from minilora.models.template import DEFAULTS, ChatTemplate
 
-            if self.prompts.system and template.startswith(DEFAULT_SYSTEM):
+            if PROMPTS_FILE in texts and template.startswith(DEFAULTS):
                 template = template.partition("\n")[2]
             self.template = ChatTemplate(template, self.special_tokens, now)
 
@@ -110,10 +110,10 @@ class Tokenizer:
         return self.with_files({"chat_template.jinja": source})
 
     def with_prompts(self, prompts: Prompts) -> Tokenizer:
-        """Return the same tokenizer with other prompts; it saves a template that gives the system prompt as well."""
+        """Return the same tokenizer with other prompts; it saves a template that gives them to other programs."""
         texts = {PROMPTS_FILE: json.dumps(vars(prompts), indent=2, ensure_ascii=False) + "\n"}
         if template := self.template:
-            texts["chat_template.jinja"] = template.with_system(prompts.system) if prompts.system else template.source
+            texts["chat_template.jinja"] = template.with_defaults(prompts.system, prompts.thinking)
         return self.with_files(texts)
 
     def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
