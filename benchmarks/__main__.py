@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = {"ablation": [each.name for each in work.ablations()]}
     peers = sorted({peer for each in work.trainings() for peer in each.peers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M; without one its shapes, random weights")
+    parser.add_argument("--model", type=Path, help="its directory; without one SmolLM2-135M's shapes, random weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="turns of everyone at each work")
     names = [*known, *groups]

@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import minilora.public as ml  # all of it now: memory is counted from after the imports
 from benchmarks.process import Clock, Measurement, Peak, first_and_last
-from benchmarks.work import LEARNING_RATE, MAX_GRAD_NORM, Task, Training
+from benchmarks.work import ANSWERED, LEARNING_RATE, MAX_GRAD_NORM, Task, Training
 from minilora.runs.memory import kept_memory
 
 
@@ -48,3 +49,12 @@ def train(task: Task) -> Measurement:
 def train_dense(task: Task) -> Measurement:
     """The same on a base that is not quantized, so that losses differ."""
     return replace(train(replace(task, work=replace(task.work, method="lora"))), checks={})
+
+
+def answers(task: Task) -> tuple[Tensor, Tensor, list[int]]:
+    """The last logits of the first row without the adapter and with it, and the tokens that follow with it."""
+    model, ids = ml.load_model(task.model, task.work.dtype), torch.tensor([task.rows[0][0]])
+    with torch.no_grad():
+        plain = model(ids)[0, -ANSWERED:].clone()
+        ml.load_adapter(model, task.adapter)
+        return plain, model(ids)[0, -ANSWERED:].clone(), ml.generate(model, ids, ANSWERED)[0]

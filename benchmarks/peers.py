@@ -3,6 +3,7 @@
 Their loops are what their own examples show, with their defaults wherever these are a matter of taste.
 """
 
+import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.process import Clock, Measurement, Peak, first_and_last
-from benchmarks.work import IGNORE_INDEX, LEARNING_RATE, MAX_GRAD_NORM, Row, Task
+from benchmarks.work import ANSWERED, IGNORE_INDEX, LEARNING_RATE, MAX_GRAD_NORM, Row, Task, config_of
 
 
 def padded(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
@@ -30,9 +31,10 @@ def began(task: Task) -> Peak:
     """Memory from here on: after the imports, also of what transformers imports when it is used."""
     from peft import PeftModel  # noqa: F401
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.utils import logging
 
+    family = config_of(task.model)["model_type"].removesuffix("_text")
+    importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     logging.disable_progress_bar()
     return Peak(task.device)
 
@@ -165,3 +167,17 @@ def measured(task: Task, clock: Clock, peak: Peak, checks: dict[str, float]) -> 
     """A run of training, its warm-up left out; tokens are real ones, never pads."""
     tokens = [sum(len(tokens) for tokens, _ in batch) for batch in task.batches]
     return Measurement(clock.seconds[task.warm_up :], tokens[task.warm_up :], peak.read(), checks)
+
+
+def answers(task: Task) -> tuple[Tensor, Tensor, list[int]]:
+    """The last logits of the first row without the adapter and with it, and the tokens that follow with it."""
+    from peft import PeftModel
+
+    began(task)
+    model, ids = loaded(task).eval(), torch.tensor([task.rows[0][0]])
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits[0, -ANSWERED:].clone()
+        model = PeftModel.from_pretrained(model, task.adapter).eval()
+        written = model.generate(input_ids=ids, max_new_tokens=ANSWERED, do_sample=False, pad_token_id=0)
+        return plain, model(input_ids=ids).logits[0, -ANSWERED:].clone(), written[0, ids.size(1) :].tolist()

@@ -50,12 +50,12 @@ def measured(task: Task, side: str) -> Measurement:
 
 
 class Workshop:
-    """A folder with what works begin with: a model, random unless one is given, and adapters."""
+    """A folder with what works begin with: a model, SmolLM2 with random weights unless one is given, and adapters."""
 
-    def __init__(self, folder: Path, smollm2: Path | None, device: str):
+    def __init__(self, folder: Path, model: Path | None, device: str):
         self.folder, self.device = folder, device
-        self.model = smollm2 or folder / "model"
-        if smollm2 is None:
+        self.model = model or folder / "model"
+        if model is None:
             make.random_model(works.SMOLLM2, self.model)
 
     def adapter(self, dora: bool) -> Path:

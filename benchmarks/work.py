@@ -20,6 +20,7 @@ IGNORE_INDEX = -100
 RANK, ALPHA = 16, 32
 LEARNING_RATE, MAX_GRAD_NORM = 2e-4, 1.0
 WARM_UP, STEPS = 2, 5
+ANSWERED = 16  # tokens of an answer
 KEPT = {"MALLOC_MMAP_THRESHOLD_": f"{2**25}", "MALLOC_TRIM_THRESHOLD_": f"{2**62}"}  # of glibc: freed memory is kept
 SMOLLM2 = {  # SmolLM2-135M
     "model_type": "llama",

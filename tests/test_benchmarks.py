@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import minilora as ml
-from benchmarks import ours, peers, turns, work
+from benchmarks import families, ours, peers, turns, work
 from benchmarks.make import random_model
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -94,3 +94,14 @@ def test_peers_do_the_same_training(shop, side, name):
     theirs = getattr(peers, turns.TRAINING[side][1])(task)
     assert len(theirs.seconds) == len(theirs.amounts) == 2
     turns.check_same_work(ours.train(task).checks, theirs.checks, task.work.bounds, side)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_family_computes_what_the_peers_compute(name, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(families, "in_fresh_process", lambda function, *args: function(*args))
+    plain, adapted, alike = families.compared(families.task_of(name, tmp_path, families.SMALL))
+    assert max(plain, adapted) < 1e-5
+    assert alike == work.ANSWERED

@@ -244,12 +244,12 @@ def finetune(directory, out, *flags, **changes):
     return cli.main([*words(directory, out, **{**defaults, **changes}), *flags])
 
 
-def planned(directory, out, **training):
+def planned(directory, out, dtype="auto", **training):
     """The plan of that command, and its forecasts."""
     where = RunConfig(str(directory / "model"), (str(directory / "rows.jsonl"),), out=str(out), device="cpu")
     settings = Settings(replace(where, general_data="none"), training=TrainConfig(**training))
     settings, base = find_inputs(settings)
-    return choose_plan(plan_run(settings, base, read_data(settings, base.adapters, datetime.now()), "auto", CPU))
+    return choose_plan(plan_run(settings, base, read_data(settings, base.adapters, datetime.now()), dtype, CPU))
 
 
 def cells(row):

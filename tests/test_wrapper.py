@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 import minilora as ml
 from minilora.cli import main
 from minilora.files import INDEX
+from minilora.models.checkpoint import stored_weights
 from minilora.models.wrapper import describe_other_parts, text_name
+from minilora.tools import merging
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import same_state, write_adapter
 from tests.models import tiny_model
@@ -77,6 +79,36 @@ def test_a_merge_changes_the_weights_of_adapted_layers_and_no_other_byte(wrapper
         "model_type": "seeing",
         "vision_config": {"image_size": 3},
     }
+
+
+def test_only_adapted_layers_are_read_and_keep_their_dtype_unless_another_is_asked_for(wrapper, tmp_path, monkeypatch):
+    """Also where config.json names no dtype, so that they are computed in float32."""
+    config, before = json.loads((wrapper / "config.json").read_text()), load_file(wrapper / "a.safetensors")
+    (wrapper / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    adapted = {text_name(name): name for name in before if "q_proj" in name}
+    before |= {name: before[name].bfloat16() for name in adapted.values()}
+    save_file(before, wrapper / "a.safetensors")
+    write_adapter(ml.load_model(wrapper), tmp_path / "adapter", target_modules=["q_proj"])
+    exact, read = ml.load_model(wrapper), []
+    ml.load_adapter(exact, tmp_path / "adapter")
+    ml.merge(exact)
+
+    def recorded(*args, **options):
+        for name, weight in stored_weights(*args, **options):
+            read.append(name)
+            yield name, weight
+
+    monkeypatch.setattr(merging, "stored_weights", recorded)
+    for dtype in ("auto", "float32"):
+        error = merge_directory(Merge(wrapper, [tmp_path / "adapter"], dtype=dtype), tmp_path / dtype)
+        after = load_file(tmp_path / dtype / "model.safetensors")
+        kept = torch.bfloat16 if dtype == "auto" else torch.float32
+        changed = {stored: exact.state_dict()[name].to(kept) for name, stored in adapted.items()}
+        for name, tensor in {**before, **OTHERS, **changed}.items():
+            assert after.pop(name).equal(tensor), name
+        assert not after
+        assert (error > 1e-3) == (dtype == "auto")  # it counts the rounding of what is written
+    assert read == [*adapted] * 2
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,8 @@ def check_layers(
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
         raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
     divides = isinstance(model, Llama) and "logits_scaling" in model.config.source
-    if divides and (head := layers.get("lm_head")) and any(a.lora_bias is not None for a in head.adapters.values()):
+    head = layers.get("lm_head")
+    if divides and isinstance(head, LoraLinear) and any(a.lora_bias is not None for a in head.adapters.values()):
         raise TargetError("lm_head: logits_scaling divides its input, not the bias that lora_bias adds; exclude it")
     for path, layer in layers.items():
         is_own = has_hooks(layer.base) or "forward" in layer.base.__dict__

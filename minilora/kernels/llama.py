@@ -72,7 +72,7 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-HEAD_LOGITS = 3 * 2**23  # alive at a time: 50 MB in bfloat16, and as much for their gradient; see `head_chunk`
+HEAD_LOGITS = 3 * 2**23  # alive at a time: 50 MB in bfloat16; see `head_chunk`
 
 
 @kernel(of=llama.cross_entropy)
@@ -119,7 +119,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if strays := {*_leaves(logits)} - {leaf, *trained}:
                 shape = tuple(strays.pop().shape)
                 raise TrainingError(f"the head uses a trained tensor {shape} that is not one of its parameters")
-            dlogits = torch.empty_like(logits)
+            # In place of the logits, unless the backward pass of another kind of head could need them.
+            dlogits = logits.detach() if type(head) is nn.Linear else torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
             hidden_grad, *grads = torch.autograd.grad(
                 logits, [leaf, *trained], dlogits, allow_unused=True, materialize_grads=True

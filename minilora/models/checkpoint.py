@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,11 +100,12 @@ def stored_weights(
     device: torch.device,
     quantize: QuantizeConfig | Quantize | None,
     may_be_views: bool = False,
+    is_wanted: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield the names of the parameters of a model on "meta", and their weights in a directory, without a tied head.
+    """Yield the wanted names of the parameters of a model on "meta", and their weights in a directory.
 
-    With `may_be_views`, weights that are stored as they are computed with are views of the mapped files. Other
-    arguments and errors are those of `load_model`.
+    A tied head is not among them. With `may_be_views`, weights that are stored as they are computed with are views of
+    the mapped files. Other arguments and errors are those of `load_model`.
     """
     target, config = resolve_dtype(dtype, model.config.source, device), QuantizeConfig.of(quantize)
     is_as_stored = device.type == "cpu" and dtype_name(target) == stored_dtype(model.config.source)
@@ -128,7 +129,7 @@ def stored_weights(
             raise FormatError(f"{files[name].path}: {name} is {tensor.dtype}; supported are {sorted(DTYPES)}")
         return tensor
 
-    for name, _ in model.named_parameters():
+    for name in filter(is_wanted, dict(model.named_parameters())):
         if name in packed:
             yield name, NF4Linear(*read_packed(files, packed[name], device, not is_view), None).to(target)
         elif name.removesuffix(".weight") in chosen:

@@ -10,7 +10,7 @@ from minilora.files import read_json
 from minilora.llama import LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.delta_rule import SIZES as LINEAR_SIZES
-from minilora.models.family import Family, equal_windows
+from minilora.models.family import REQUIRED, Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
 from minilora.models.granite import GRANITE, MULTIPLIERS
 from minilora.models.lfm2 import LFM2
@@ -23,7 +23,6 @@ from minilora.models.rotary import FLOAT, build_rope, is_positive
 from minilora.models.smollm3 import SMOLLM3
 from minilora.models.wrapper import text_config
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 Need = tuple[Callable[[Any], bool], str]  # whether a value is right, and the message if it is not
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files import TensorFile, read_json, tensor_files
+from minilora.models.family import REQUIRED
 
+SIZES = {  # the defaults of `REQUIRED` in transformers' classes; of a part's config, version 4 wrote only what differs
+    "gemma3_text": (262_208, 2304, 9216, 26, 8),
+    "lfm2": (65_536, 2560, 12_288, 32, 32),
+    "llama": (32_000, 4096, 11_008, 32, 32),
+    "mistral": (32_000, 4096, 14_336, 32, 32),
+    "qwen2": (151_936, 4096, 22_016, 32, 32),
+}
 SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # set by the wrapper for all its parts
 TEXT = re.compile(
     r"model\.language_model\.(?P<decoder>.+)|language_model\.(?P<model>(?:model|lm_head)\..+)|lm_head\..+"
@@ -27,7 +35,9 @@ def text_config(source: Mapping[str, Any]) -> Mapping[str, Any]:
     text = source.get("text_config")
     if not isinstance(text, Mapping):
         return source
-    return {**text, **{key: source[key] for key in SHARED if source.get(key) is not None}}
+    sizes = dict(zip(REQUIRED, SIZES.get(str(text.get("model_type")), ()), strict=False))
+    sizes |= {key: text[key] for key in sizes if text.get(key) is not None}
+    return {**text, **sizes, **{key: source[key] for key in SHARED if source.get(key) is not None}}
 
 
 def text_name(name: str) -> str | None:

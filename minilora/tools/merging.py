@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from minilora.models.checkpoint import (
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.vocabulary import grown, resize_token_embeddings
-from minilora.models.wrapper import is_wrapper, text_name
+from minilora.models.wrapper import is_wrapper, text_files, text_name
 from minilora.nf4 import NF4Linear
 
 IN_WRAPPER = "is inside a wrapper: merging needs the target original, no new tokens, and the head tied as before"
@@ -64,7 +64,8 @@ class Merge:
         adapters: their directories.
         target: what to merge into; None is "dequantized" if the base is quantized, else "original".
         quantize: how the base is quantized, as in the adapters' training.
-        dtype: of dense weights; "auto" is the checkpoint's own, even if this machine computes it slowly.
+        dtype: of dense weights; "auto" is the checkpoint's own, even if this machine computes it slowly. In a wrapper
+            only changed weights have it, and with "auto" each keeps its own.
         device: where to compute.
     """
 
@@ -95,7 +96,9 @@ class Merge:
         resize_token_embeddings(model, self.rows)
         return model.to(self.weight_dtype)
 
-    def weights(self, quantize: QuantizeConfig) -> Iterator[tuple[str, Weight]]:
+    def weights(
+        self, quantize: QuantizeConfig, is_wanted: Callable[[str], object] | None = None
+    ) -> Iterator[tuple[str, Weight]]:
         """Read names and weights, one at a time; the weight of a tied head comes last, by the head's name.
 
         Raises:
@@ -103,7 +106,8 @@ class Merge:
         """
         bare = build_on_meta(self.config)
         head: Weight | None = None
-        for name, weight in stored_weights(self.model, bare, self.weight_dtype, self.device, quantize):
+        options = (self.weight_dtype, self.device, quantize)
+        for name, weight in stored_weights(self.model, bare, *options, is_wanted=is_wanted):
             if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
                 weight = grown(weight, self.rows)
             if name == EMBEDDING and self.config.tie_word_embeddings:
@@ -150,8 +154,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     if is_wrapper(merge.model):
         if target != "original" or merge.rows > merge.config.vocab_size or is_tied != merge.config.tie_word_embeddings:
             raise ConfigError(f"{merge.model}: {IN_WRAPPER}")
-        changed = ((name, dense(weight)) for name, weight in written if _adapted_module(name, layers))
-        _save_wrapper(merge.model, out, changed, is_tied)
+        _save_wrapper(merge.model, out, ((name, dense(weight)) for name, weight in written), is_tied)
         if tokenizer is not None:
             tokenizer.save(out)
     else:
@@ -241,9 +244,11 @@ def _merged_weights(
 ) -> Iterator[tuple[str, Weight]]:
     """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`.
 
-    The adapters were trained on the weights of `quantized`, a model on "meta".
+    The adapters were trained on the weights of `quantized`, a model on "meta". Of a wrapper only their layers are read.
     """
-    read = prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize))
+    files = text_files(merge.model) if is_wrapper(merge.model) else {}
+    is_wanted = functools.partial(_adapted_module, layers=layers) if files else None
+    read = prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize, is_wanted))
     for path, group in itertools.groupby(read, key=lambda named: _adapted_module(named[0], layers)):
         if path is None:
             yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight in group)
@@ -253,14 +258,17 @@ def _merged_weights(
         if more := merged.keys() - weights.keys():
             raise ConfigError(f"{path}: the adapters add {sorted(more)}, but the model has no such parameter")
         for key, weight in weights.items():
+            name = f"{path}.{key}"
             result: Weight = merged[key]
+            if files and merge.dtype == "auto":
+                result = merged[key].to(files[name].read(name).dtype)
             if target == "requantized" and isinstance(weight, NF4Linear):
                 result = NF4Linear.quantize(merged[key], None, weight.scales is not None)
             if key == "weight" and isinstance(layer, LowRankWrapper):
                 if target == "original" and isinstance(quantized.get_submodule(path), NF4Linear):
                     weight = NF4Linear.quantize(dense(weight), None, merge.quantize.double_quant)
                 squares.append(squared_norms(result, weight, layer))
-            yield f"{path}.{key}", result
+            yield name, result
 
 
 def _adapted_module(name: str, layers: Mapping[str, AdapterWrapper]) -> str | None:

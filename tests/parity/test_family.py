@@ -23,7 +23,7 @@ from minilora.models.prompts import PROMPTS_FILE, Prompts
 from minilora.testing.compare import MATHS, PARITY, assert_parity, relative
 from minilora.training import adamw, train_step
 from tests.files import edit, save_file
-from tests.models import WHOLE, examples, perturb_, seeds, tiny_model, token_ids
+from tests.models import WHOLE, examples, long, perturb_, seeds, tiny_model, token_ids
 from tests.parity.theirs import theirs_loaded
 from tests.runs import write_chat_models
 from tests.text import CHATML
@@ -101,7 +101,7 @@ def logits(model):
 
 
 @st.composite
-def families(draw, patterns, inits, bases=BASES):
+def families(draw, patterns, inits, bases):
     """Fields of a config that go together, and of a base: is it tied, its dtype and family."""
 
     def some(*values):
@@ -148,10 +148,15 @@ def merges_there(fields, is_tied, _, name):
     return not (is_tied and touched) and not (fields["lora_bias"] and lacks_bias)
 
 
-@examples(3)
-@given(families(PATTERNS + EXPRESSIONS, ["pissa"]), seeds)
-def test_what_we_save_peft_computes_with(tmp_path_factory, family, seed):
-    (fields, base), directory = family, tmp_path_factory.mktemp("ours")
+each_base = pytest.mark.parametrize("bases", [BASES, *long(*(((name,),) for name in BASES[4:]))], ids=str)
+
+
+@each_base
+@examples(4)
+@given(st.data(), seeds)
+def test_what_we_save_peft_computes_with(tmp_path_factory, bases, data, seed):
+    fields, base = data.draw(families(PATTERNS + EXPRESSIONS, ["pissa"], bases))
+    directory = tmp_path_factory.mktemp("ours")
     dtype = base[1]
     ours = ours_of(*base)
     ml.attach(ours, ml.LoraConfig(**fields), seed=seed, dtype=dtype)
@@ -166,11 +171,14 @@ def test_what_we_save_peft_computes_with(tmp_path_factory, family, seed):
         assert_parity(expected, logits(theirs.merge_and_unload()), ALLOWED[dtype])
 
 
-@examples(3)
-@given(families(tuple(dict(sorted(pattern.items())) for pattern in PATTERNS), [False, *MOVED]), seeds)
-def test_what_peft_saves_we_compute_with(tmp_path_factory, family, seed):
+@each_base
+@examples(4)
+@given(st.data(), seeds)
+def test_what_peft_saves_we_compute_with(tmp_path_factory, bases, data, seed):
     """A raw PiSSA or OLoRA among it: there the decomposition is repeated."""
-    (fields, base), directory = family, tmp_path_factory.mktemp("theirs")
+    patterns = tuple(dict(sorted(pattern.items())) for pattern in PATTERNS)
+    fields, base = data.draw(families(patterns, [False, *MOVED], bases))
+    directory = tmp_path_factory.mktemp("theirs")
     dtype = base[1]
     theirs = theirs_attached(theirs_of(*base), **fields).eval()
     perturb_(theirs, seed)

@@ -6,6 +6,8 @@ They are made once by `scripts/pretrained.py` and kept in `.cache/`; their weigh
 import copy
 import json
 import statistics
+import subprocess
+import sys
 from random import Random
 
 import pytest
@@ -22,16 +24,19 @@ from minilora.runs.evaluate import held_out_loss
 from minilora.runs.formats import Row
 from minilora.runs.inputs import find_splits
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity, relative
+from minilora.tools.merging import Merge, merge_directory
 from minilora.training import token_loss, train_step
 from tests import files
 from tests.models import randomize_adapters_
+from tests.runs import SETTINGS, words, write_rows
+from tests.test_memory import planned
 
 pytestmark = pytest.mark.real
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 QUESTIONS = ["What is the capital of France?", "Write a haiku about rain.", "Why is the sky blue?"]
-SETTINGS = ["--data", BUILTIN, "--batch-size", "16", "--learning-rate", "1e-3", "--epochs", "1", "--warmup-steps", "10"]
+COMMAND = ["--data", BUILTIN, "--batch-size", "16", "--learning-rate", "1e-3", "--epochs", "1", "--warmup-steps", "10"]
 SCRIPTS = {
     "Latin": "the quick brown fox don't JUMPS over été naïve it's we'LL",
     "Cyrillic": "съешь же ещё этих мягких французских булок да выпей чаю",
@@ -109,6 +114,27 @@ def test_logits_equal_transformers(ours, theirs, tokenizer):
         for question in QUESTIONS:
             ids = torch.tensor([question_ids(tokenizer, question)])
             assert_parity(ours(ids), theirs(ids).logits)
+
+
+def test_transformers_reads_what_is_merged(directory, tokenizer, tmp_path):
+    ours, ids = ml.load_model(directory, dtype="float32"), torch.tensor([question_ids(tokenizer, QUESTIONS[0])])
+    files.write_adapter(ours, tmp_path / "adapter", r=4, lora_alpha=1)
+    merge_directory(Merge(directory, [tmp_path / "adapter"], dtype="float32"), tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert_parity(ours(ids), theirs(ids).logits)
+
+
+def test_the_forecast_is_within_10_percent_of_the_peak_of_a_run(directory, tmp_path):
+    (tmp_path / "model").symlink_to(directory)
+    write_rows(tmp_path / "rows.jsonl", 24, ["the town by the sea " * 6])
+    training = {"batch_size": 8, "max_steps": 2, "gradient_checkpointing": "none"}
+    defaults = dict.fromkeys(SETTINGS) | {"general_data": "none", "samples": 0, "dtype": "float32", "device": "cpu"}
+    command = words(tmp_path, tmp_path / "run", **defaults | training)
+    subprocess.run([sys.executable, "-m", "minilora", *command], check=True, capture_output=True)
+    _, forecasts = planned(tmp_path, tmp_path / "run", "float32", **training)
+    taken = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_bytes"]
+    assert taken == pytest.approx(forecasts["none"].peak, rel=0.1)
 
 
 def test_64_greedy_tokens_equal_transformers(ours, theirs, tokenizer):
@@ -222,7 +248,7 @@ def test_fine_tuned_on_definitions_it_learns_and_peft_and_transformers_agree(
     directory, tmp_path, tokenizer, theirs, seed
 ):
     out, merged = tmp_path / "run", tmp_path / "merged"
-    assert main(["finetune", "--model", str(directory), "--out", str(out), "--seed", str(seed), *SETTINGS]) == 0
+    assert main(["finetune", "--model", str(directory), "--out", str(out), "--seed", str(seed), *COMMAND]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["before"]["accuracy"] < 0.6
     assert summary["after"]["accuracy"] > 0.9

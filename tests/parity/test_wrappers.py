@@ -5,10 +5,13 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.models.config import parse_config
+from minilora.models.wrapper import SIZES as OMITTED
 from minilora.testing.compare import assert_parity
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import write_adapter
 from tests.models import fill_, token_ids
+from tests.test_config_json import meaning
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers")
@@ -50,3 +53,22 @@ def test_logits_are_theirs_and_they_load_what_we_merge(name, tmp_path):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed
     assert all("language_model" in key and key.endswith("weight") for key in changed)
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+PUBLISHED = [  # text_config of Gemma 3 12B and 4B, and as short as it can be
+    {"model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8, "rope_scaling": LINEAR, "sliding_window": 1024},
+    {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    | {"num_attention_heads": None, "rope_scaling": LINEAR, "sliding_window": 1024},
+    *({"model_type": kind} for kind in OMITTED),
+]
+
+
+@pytest.mark.parametrize("text", PUBLISHED, ids=str)
+def test_sizes_that_a_published_config_leaves_out_are_those_of_transformers(text):
+    given = {key: value for key, value in text.items() if value is not None}
+    theirs = transformers.AutoConfig.for_model(**given).to_dict()
+    assert meaning(parse_config({"text_config": text})) == meaning(parse_config(theirs))
+    with pytest.raises(ml.ConfigError, match="vocab_size: found None"):
+        parse_config(text)
