@@ -64,10 +64,9 @@ def assert_same_updates(found, expected):
 
 
 SCALES = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}}
-TITLES = [title for title in READERS if title != "peft-wrapper"]
 
 
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize("title", READERS)
 @pytest.mark.parametrize("config", [{}, SCALES, {"target_modules": ("embed_tokens", "lm_head", "q_proj"), **SCALES}])
 def test_each_reader_computes_what_was_trained(title, config, tmp_path):
     base = write_base(tmp_path / "base", num_hidden_layers=2)

@@ -1,7 +1,8 @@
 """What other programs make of an adapter in PEFT's layout: a table of their rules, and what follows for an adapter."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,8 @@ R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as 
 RIGHT = "acts as trained"
 COLUMNS = ("minilora", "PEFT", "vLLM", "mlx-lm", "llama.cpp")
 RULES = {  # tensors, settings and names -> what each program does; of mlx-lm, what its own layout can hold
-    "A and B of a linear": (R, R, R, R, R),
-    "A and B of the embedding": (R, R, R, R, R),
-    "A and B of the embedding, tied to the head": (R, R, R, X, X),
-    "A and B of the head": (R, R, R, R, R),
-    "A and B of the head, tied to the embedding": (R, R, R, X, X),
+    "A and B": (R, R, R, R, R),
+    "A and B of the embedding or the head, which are tied": (R, R, R, X, X),
     "A and B of stacked experts (target_parameters)": (X, R, R, X, X),
     "modules of a wrapper's other parts": (X, R, S, X, S),
     "use_rslora": (R, R, R, S, S),
@@ -64,7 +62,7 @@ class Reader(NamedTuple):
     source: str  # where its rules were read
     is_tried: bool  # whether this project gives it adapters
     roots: tuple[str, ...]  # how names in a wrapper begin; `export` writes the first
-    most: int | None = None  # the largest rank
+    most: float = math.inf  # the largest rank
     reads_peft: bool = True  # or else the layout that `export` writes
 
     def ruling(self, row: str) -> str:
@@ -79,7 +77,7 @@ READERS = {
     "vllm": Reader(
         "vLLM", "vLLM: peft_helper.py of 0.30.0, lora_model.py, utils.py of 2026", False, (VISION, OUTER), 512
     ),
-    "mlx-lm": Reader("mlx-lm", "mlx-lm 0.32.2: tuner/utils.py, tuner/lora.py", True, (OUTER,), None, False),
+    "mlx-lm": Reader("mlx-lm", "mlx-lm 0.32.2: tuner/utils.py, tuner/lora.py", True, (OUTER,), reads_peft=False),
     "llama.cpp": Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", True, (CAUSAL, VISION, OUTER)),
 }
 
@@ -149,9 +147,8 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         settings["init_lora_weights"] = "init_lora_weights that changes the base"
     largest = max(map(config.rank, low_rank), default=0)
     facts = {}
-    for title, reader in READERS.items():
-        if only not in (None, title) or (title == "peft-wrapper" and not base.is_wrapper):
-            continue
+    for title in [only] if only else [title for title in READERS if base.is_wrapper or title != "peft-wrapper"]:
+        reader = READERS[title]
         found: dict[str, dict[str, str]] = {ruling: {} for ruling in RULINGS}
         for name, shape in file.shapes.items():
             ruling, why = max(_rulings(name, shape, base, reader), key=lambda pair: RULINGS.index(pair[0]))
@@ -159,7 +156,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         for setting, row in settings.items():
             if (ruling := reader.ruling(row)) != R:
                 found[ruling][setting] = row
-        if reader.most is not None and largest > reader.most:
+        if largest > reader.most:
             found[X]["r"] = f"the rank is {largest}, at most {reader.most} is accepted"
         if title == "minilora":
             try:
@@ -167,17 +164,24 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
             except MiniloraError as error:
                 found[X][CONFIG_FILE] = str(error)
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank}
-        reasons = {
-            "refuses it": bool(found[X]),
-            "nothing attaches": not found[R],
-            "does nothing: B A is zero": all(parse_tensor_name(name)[0] in zeros for name in found[R]),
-            "loses a part": bool(found[S]),
-            "takes another scale": any(trained != taken for trained, taken in scales.values()),
-        }
-        verdict = next((verdict for verdict, holds in reasons.items() if holds), RIGHT)
+        verdict = _verdict(found, zeros, scales)
         facts[title] = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
         facts[title] |= {**found, R: list(found[R])}
     return facts
+
+
+def _verdict(
+    found: Mapping[str, Mapping[str, str]], zeros: Collection[str], scales: Mapping[str, tuple[float, float]]
+) -> str:
+    if found[X]:
+        return "refuses it"
+    if not found[R]:
+        return "nothing attaches"
+    if all(parse_tensor_name(name)[0] in zeros for name in found[R]):
+        return "does nothing: B A is zero"
+    if found[S]:
+        return "loses a part"
+    return RIGHT if all(trained == taken for trained, taken in scales.values()) else "takes another scale"
 
 
 def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> Iterator[tuple[str, str]]:
@@ -202,9 +206,8 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
         outer, weight = key == "lora_B", base.modules[text]
         if not len(shape) == len(weight) == 2 or shape[1 - outer] != weight[1 - (outer ^ is_embedding)]:
             yield X, f"{shape} does not fit the weight {weight}"
-        kind = "the embedding" if is_embedding else "the head" if text == HEAD else "a linear"
-        row = f"A and B of {kind}"
-        row = next((tied for tied in RULES if tied.startswith(f"{row}, tied") and base.is_tied), row)
+        is_tied = base.is_tied and (is_embedding or text == HEAD)
+        row = "A and B of the embedding or the head, which are tied" if is_tied else "A and B"
     else:
         row = KINDS.get(key) or ("bias" if key.endswith(".bias") else "modules_to_save")
     yield reader.ruling(row), row
