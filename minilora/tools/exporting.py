@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +13,19 @@ from torch import Tensor
 from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.layers import LoraEmbedding
 from minilora.adapters.layout import parse_tensor_name, read_adapter
+from minilora.adapters.modules_to_save import TrainableTokens
 from minilora.errors import FormatError, TargetError, listed
 from minilora.files import TensorFile, read_json, write_json, write_tensors
-from minilora.lora import LoraLinear, lora_scale
+from minilora.lora import LoraLinear
 from minilora.tools.readers import EMBEDDING, READERS, SCALE_FIELDS, Base, R, S, X, reader_facts, text_path
 
-NOT_NEEDED = ("exclude_modules", "layers_pattern", "layers_to_transform")  # target_modules are paths
 Held = dict[str, dict[str, Tensor]]  # path in the text model -> key of `parse_tensor_name` -> tensor
 
 
 def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> None:
     """Write an adapter of a model directory as the reader of this title takes it; both compute the same.
 
-    Names are those of the reader. Where it ignores a setting of the scale, scales are folded into B, and alpha = r;
-    where it takes one rank, smaller ones are padded with zeros.
+    Names are those of the reader. Where it ignores a setting of the scale, `_fold_scales_` does without all of them.
 
     Raises:
         FormatError: the adapter cannot be read.
@@ -36,48 +37,64 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
         raise FormatError(f"{adapter}: two names mean one module, among {sorted(stored.tensors)[:3]}")
     scales = {text_path(path): config.scale(path) for path, part in stored.tensors.items() if "lora_A" in part}
     _fit_projections_(held, scales, base)
-    ranks = {path: len(held[path]["lora_A"]) for path in scales}
-    r, alpha, use_rslora = config.r, config.lora_alpha, config.use_rslora
+    values = {**stored.values, "r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
     if scales and any(reader.ruling(row) != R for row in SCALE_FIELDS):
-        r = alpha = most = max(ranks.values())
-        use_rslora = False
-        for path, scale in scales.items():
-            rank = ranks[path] if reader.ruling("rank_pattern") == R else most
-            lora_A, lora_B = (held[path][key].double() for key in ("lora_A", "lora_B"))
-            missing, taken = rank - ranks[path], lora_scale(rank, alpha)
-            held[path]["lora_A"] = F.pad(lora_A, (0, 0, 0, missing)).float()
-            held[path]["lora_B"] = F.pad(scale / taken * lora_B, (0, missing)).float()
-            scales[path], ranks[path] = taken, rank
+        r = _fold_scales_(held, scales)
+        values |= {"r": r, "lora_alpha": r, "use_rslora": False}
 
     def named(path: str) -> str:
         return base.names(text_path(path), reader)[0]
 
-    tensors = {}
-    for path, part in held.items():
-        names = (LoraEmbedding if path == EMBEDDING else LoraLinear).PEFT_NAMES
-        own = {"rows": "token_adapter.trainable_tokens_delta", "weight": "base_layer.weight", **names}
-        for key, tensor in part.items():
-            owner, _, end = (path, "", own[key]) if path else key.rpartition(".")
-            tensors[f"{PREFIX}{named(owner)}.{end}"] = tensor
-    growth = {path: math.sqrt(rank) if use_rslora else rank for path, rank in ranks.items()}  # scale = alpha / growth
-    tokens = stored.values.get("trainable_token_indices")
-    values = {**stored.values, **dict.fromkeys(NOT_NEEDED), "r": r, "lora_alpha": alpha, "use_rslora": use_rslora}
-    values |= {
-        "target_modules": sorted(map(named, scales)),
-        "rank_pattern": {f"^{named(path)}": rank for path, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{named(p)}": s * growth[p] for p, s in scales.items() if s != alpha / growth[p]},
-        "modules_to_save": [named(name) for name in stored.values.get("modules_to_save") or ()] or None,
-        "trainable_token_indices": {named(k): v for k, v in tokens.items()} if isinstance(tokens, dict) else tokens,
-    }
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors(out / WEIGHTS_FILE, tensors, TensorFile(adapter / WEIGHTS_FILE).metadata)
-    write_json(out / CONFIG_FILE, values)
+    write_tensors(out / WEIGHTS_FILE, _peft_tensors(held, named), TensorFile(adapter / WEIGHTS_FILE).metadata)
+    write_json(out / CONFIG_FILE, values | _named_settings(values, held, scales, named))
     facts = reader_facts(out, base, title)[title]
     if bad := {**facts[X], **facts[S]}:
         problems = [f"{name}: {why}" for name, why in bad.items()]
         raise TargetError(f"{adapter}: {reader.column} cannot take it:{listed(problems)}")
     if not reader.reads_peft:
         _write_mlx(out, base)
+
+
+def _fold_scales_(held: Held, scales: dict[str, float]) -> int:
+    """Fold the scales into B, pad A and B with zeros to one rank, and return it; with alpha = r, the scale is 1."""
+    r = max(len(held[path]["lora_A"]) for path in scales)
+    for path, scale in scales.items():
+        lora_A, lora_B = held[path]["lora_A"], scale * held[path]["lora_B"].double()
+        missing = r - len(lora_A)
+        held[path] |= {"lora_A": F.pad(lora_A, (0, 0, 0, missing)), "lora_B": F.pad(lora_B, (0, missing)).float()}
+        scales[path] = 1.0
+    return r
+
+
+def _named_settings(
+    values: Mapping[str, Any], held: Held, scales: Mapping[str, float], named: Callable[[str], str]
+) -> dict[str, Any]:
+    """Return the settings that name modules."""
+    ranks = {path: len(held[path]["lora_A"]) for path in scales}
+    growth = {path: math.sqrt(r) if values["use_rslora"] else r for path, r in ranks.items()}  # scale = alpha / growth
+    alphas = {path: s * growth[path] for path, s in scales.items() if s != values["lora_alpha"] / growth[path]}
+    tokens = values.get("trainable_token_indices")
+    return {
+        "target_modules": sorted(map(named, scales)),
+        **dict.fromkeys(("exclude_modules", "layers_pattern", "layers_to_transform")),  # not needed with paths
+        "rank_pattern": {f"^{named(path)}": r for path, r in ranks.items() if r != values["r"]},
+        "alpha_pattern": {f"^{named(path)}": alpha for path, alpha in alphas.items()},
+        "modules_to_save": [named(name) for name in values.get("modules_to_save") or ()] or None,
+        "trainable_token_indices": {named(k): v for k, v in tokens.items()} if isinstance(tokens, dict) else tokens,
+    }
+
+
+def _peft_tensors(held: Held, named: Callable[[str], str]) -> dict[str, Tensor]:
+    """Return the tensors by their names in PEFT's layout."""
+    tensors = {}
+    for path, part in held.items():
+        names = (LoraEmbedding if path == EMBEDDING else LoraLinear).PEFT_NAMES
+        own = {**names, **TrainableTokens.PEFT_NAMES, "weight": "base_layer.weight"}
+        for key, tensor in part.items():
+            owner, _, end = (path, "", own[key]) if path else key.rpartition(".")
+            tensors[f"{PREFIX}{named(owner)}.{end}"] = tensor
+    return tensors
 
 
 def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
@@ -110,7 +127,7 @@ def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
 
 
 def _write_mlx(out: Path, base: Base) -> None:
-    """Replace files in PEFT's layout with those of mlx-lm, where A and B are transposed and have one rank and scale."""
+    """Replace files in PEFT's layout with those of mlx-lm, whose A and B are transposed; scales are folded."""
     file, values = TensorFile(out / WEIGHTS_FILE), read_json(out / CONFIG_FILE)
     tensors, keys = {}, {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
     for name in file.shapes:
@@ -118,8 +135,7 @@ def _write_mlx(out: Path, base: Base) -> None:
         if key in keys:
             tensors[f"{path}.{keys[key]}"] = file.read(name).t()
     write_tensors(out / "adapters.safetensors", tensors)
-    r, scale = values["r"], lora_scale(values["r"], values["lora_alpha"])
-    parameters = {"rank": r, "scale": scale, "dropout": 0.0, "keys": values["target_modules"]}
+    parameters = {"rank": values["r"], "scale": 1.0, "dropout": 0.0, "keys": values["target_modules"]}
     kind, layers = "dora" if values.get("use_dora") else "lora", base.config.get("num_hidden_layers")
     write_json(out / CONFIG_FILE, {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters})
     (out / WEIGHTS_FILE).unlink()
