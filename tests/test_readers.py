@@ -136,6 +136,14 @@ def test_norms_are_those_of_the_update_and_of_the_weights(quantize, tmp_path, ca
     ]
 
 
+def test_a_tied_head_has_the_norm_of_the_embedding(tmp_path, capsys):
+    base = write_base(tmp_path / "base", num_hidden_layers=1, tie_word_embeddings=True)
+    adapter = write_adapter(ml.load_model(base), tmp_path / "adapter", target_modules=["lm_head"])
+    main(["inspect", str(adapter), "--base", str(base), "--norms", "--json"])
+    norms = json.loads(capsys.readouterr().out)["norms"]
+    assert norms["lm_head"]["weight"] == pytest.approx(ml.load_model(base).model.embed_tokens.weight.norm().item())
+
+
 def test_no_weight_of_the_base_is_read_without_norms(tmp_path, monkeypatch):
     base, adapter = write_case(tmp_path, "plain")
     file = base / "model.safetensors"

@@ -31,7 +31,7 @@ from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry
 from minilora.models.hub import fetch
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
-from minilora.tools.readers import READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts, text_path
+from minilora.tools.readers import EMBEDDING, HEAD, READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts, text_path
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # the first part of a path that ends in a number
@@ -66,9 +66,13 @@ def _run_readers(options: Options) -> int:
     facts: dict[str, Any] = {"readers": reader_facts(adapter, base, options["for"])}
     if options["norms"]:
         updates = {module["module"]: module["norm"] for module in adapter_facts(adapter)["modules"]}
-        paths = {path: text_path(path) for path in updates if text_path(path) in base.modules}
-        weights = weight_norms(directory, paths.values())
-        facts["norms"] = {path: {"update": updates[path], "weight": weights[text]} for path, text in paths.items()}
+        owners = {path: EMBEDDING if base.is_tied and text_path(path) == HEAD else text_path(path) for path in updates}
+        weights = weight_norms(directory, owners.values())
+        facts["norms"] = {
+            path: {"update": updates[path], "weight": weights[owner]}
+            for path, owner in owners.items()
+            if owner in weights
+        }
     print(json.dumps(facts) if options["json"] else readers_page(**facts))
     return int(any(found["verdict"] != RIGHT for found in facts["readers"].values()))
 
@@ -78,28 +82,38 @@ def readers_page(readers: Mapping[str, Any], norms: Mapping[str, Mapping[str, fl
     table = [("reader", "attach", "scale", "verdict")]
     problems: dict[str, list[str]] = {}
     for title, found in readers.items():
-        total, pairs = sum(len(found[ruling]) for ruling in RULINGS), set(found["scales"].values())
-        scales = sorted(f"{taken:.4g}" + f" for {trained:.4g}" * (trained != taken) for trained, taken in pairs)
-        is_other = found["verdict"] == RIGHT and not READERS[title].reads_peft
-        how = f", by `minilora export --for {title}`" * is_other
-        verdict = found["verdict"] + how + " (untried)" * (not found["tried"])
-        table.append((title, f"{len(found[R])} of {total}", ", ".join(scales[:3]) + " …" * (len(scales) > 3), verdict))
+        pairs = {(f"{taken:.4g}", f"{trained:.4g}") for trained, taken in found["scales"].values()}
+        scales = sorted(taken if taken == trained else f"{taken} for {trained}" for taken, trained in pairs)
+        if len(scales) > 3:
+            scales[3:] = ["…"]
+        attached = f"{len(found[R])} of {sum(len(found[ruling]) for ruling in RULINGS)}"
+        verdict = found["verdict"]
+        if verdict == RIGHT and not READERS[title].reads_peft:
+            verdict += f", by `minilora export --for {title}`"
+        if not found["tried"]:
+            verdict += " (untried)"
+        table.append((title, attached, ", ".join(scales), verdict))
         for ruling in (S, X):
             reasons = {parse_tensor_name(name)[0] or name: NUMBER.sub("*", why) for name, why in found[ruling].items()}
             for label, names in fold(reasons):
                 problem = f"{len(names)} x {label}: {reasons[names[0]]}"
                 problems.setdefault(problem, []).append(f"{title} {ruling}")
-    text = "\n".join(_align(table))
+    lines = _align(table)
     if problems:
-        text += "\n" + listed([f"{problem} ({', '.join(who)})" for problem, who in problems.items()])
+        lines.append(listed([f"{problem} ({', '.join(who)})" for problem, who in problems.items()]))
+    if norms:
+        lines += ["", *_align([*_norm_rows(norms)])]
+    return printable("\n".join(lines))
+
+
+def _norm_rows(norms: Mapping[str, Mapping[str, float]]) -> Iterator[Sequence[str]]:
+    yield "update", "weight", "ratio", "layer"
     layers: dict[str, list[Mapping[str, float]]] = {}
-    for path, norm in (norms or {}).items():
+    for path, norm in norms.items():
         layers.setdefault((LAYER.match(path) or [path])[0], []).append(norm)
-    rows = [("update", "weight", "ratio", "layer")]
     for layer, parts in layers.items():
         update, weight = (math.hypot(*(part[key] for part in parts)) for key in ("update", "weight"))
-        rows.append((f"{update:.3g}", f"{weight:.3g}", f"{update / weight:.2%}" if weight else "-", layer))
-    return printable("\n".join([text, "", *_align(rows)] if layers else [text]))
+        yield f"{update:.3g}", f"{weight:.3g}", f"{update / weight:.2%}" if weight else "-", layer
 
 
 def page(kind: str, facts: Mapping[str, Any]) -> str:

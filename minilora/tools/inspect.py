@@ -1,6 +1,6 @@
 """Describe what is in a path: a safetensors file, or a directory of a model, an adapter, a run, or several of them."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,13 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
     return {**facts, "modules": modules, "problems": []}
 
 
-def weight_norms(directory: Path, modules: Collection[str]) -> dict[str, float]:
-    """Return ‖W‖ of modules of a model directory, by path; its weights are read one at a time."""
-    model = build_on_meta(read_config(directory))
-    weights = stored_weights(directory, model, "auto", torch.device("cpu"), None, may_be_views=True)
-    named = ((name.removesuffix(".weight"), weight) for name, weight in weights)
-    return {path: torch.linalg.matrix_norm(dense(weight).float()).item() for path, weight in named if path in modules}
+def weight_norms(directory: Path, modules: Iterable[str]) -> dict[str, float]:
+    """Return ‖W‖ of modules of a model directory, by path; weights are read one at a time."""
+    model, names = build_on_meta(read_config(directory)), {f"{path}.weight" for path in modules}
+    cpu = torch.device("cpu")
+    weights = stored_weights(directory, model, "auto", cpu, None, may_be_views=True, is_wanted=names.__contains__)
+    norms = ((name, torch.linalg.matrix_norm(dense(weight).float()).item()) for name, weight in weights)
+    return {name.removesuffix(".weight"): norm for name, norm in norms}
 
 
 def update_norm(lora_A: Tensor, lora_B: Tensor, scale: float) -> float:
