@@ -125,8 +125,9 @@ def test_who_hands_a_model_over_learns_of_its_system_prompt(runs, run, tmp_path,
     for kind in ("chat", "plain"):
         adapter = runs / "run" / kind
         flags = ("--adapter", adapter, "--out", tmp_path / kind)
-        said = run(*words, *((adapter, "me/mine", "--base-name=org/base") if words[0] == "push" else flags)).err
-        assert ('messages start with {"role": "system", "content": "Be kind."}\n' in said) == (kind == "chat")
+        found = run(*words, *((adapter, "me/mine", "--base-name=org/base") if words[0] == "push" else flags))
+        said = found.out if words[0] == "push" else found.err
+        assert ('{"role": "system", "content": "Be kind."}' in said) == (kind == "chat")
 
 
 def test_chat_says_that_a_model_was_not_trained_on_conversations(runs, run, monkeypatch):

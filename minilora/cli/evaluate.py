@@ -58,13 +58,11 @@ def run(options: Options) -> int:
         raise ConfigError("--thinking and --no-thinking need --metric exact-match: the others ask for no answer")
     examples = encode_rows(rows, tokenizer, config)
     if options["metric"] == "exact-match" and thinking is not None:  # whatever the rows have
-        sources, asked = {row.source: row for row in rows}, []
-        for example in examples:
+        sources = {row.source: row for row in rows}
+        for i, example in enumerate(examples):
             row, answer = sources[example.source], answer_of(example)
             prompt = encode_prompt(row, tokenizer, config.system, "plain", thinking)
-            labels = [*[IGNORE_INDEX] * len(prompt), *answer]
-            asked.append(Example([*prompt, *answer], labels, example.source))
-        examples = replace(examples, examples=asked)
+            examples[i] = Example([*prompt, *answer], [*[IGNORE_INDEX] * len(prompt), *answer], example.source)
     with ProgressBar() as bar:
         value = _measure(model, tokenizer, examples, options, partial(bar.show, f"{options['metric']}: row"))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}

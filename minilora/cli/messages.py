@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,14 +65,13 @@ def changed_notes(directories: Iterable[Path]) -> Iterator[str]:
 
 
 def say_prompts(directory: Path) -> None:
-    """Say how to give other programs the prompts that a model or an adapter was trained with."""
-    prompts = read_prompts(directory)
+    """Say what programs that use another chat template need to ask as in the training."""
+    prompts, elsewhere = read_prompts(directory), "a program that does not use its chat template"
     if prompts.thinking is not None:
-        given = f"enable_thinking={prompts.thinking} for its chat template"
-        say(f"it was trained {'with' if prompts.thinking else 'without'} thoughts: other programs need {given}")
-    if system := prompts.system:
-        message = json.dumps({"role": "system", "content": system}, ensure_ascii=False)
-        say(f"it was trained with a system prompt; where the chat template is not used, messages start with {message}")
+        say(f"{elsewhere} needs enable_thinking={prompts.thinking}, as in the training")
+    if prompts.system:
+        message = json.dumps({"role": "system", "content": prompts.system}, ensure_ascii=False)
+        say(f"{elsewhere} needs the system prompt of the training: messages start with {message}")
 
 
 def _is_named(base: Location, recorded: str) -> bool:
@@ -132,9 +130,9 @@ def repeated_prompts(held_out: Sequence[Example], training: Sequence[Example], t
         text = tokenizer.decode(prompt if len(prompt) > 1 else row.tokens, skip_special_tokens=False)
         return "".join(text.casefold().split())
 
-    counts = Counter(map(text_of, held_out))
-    repeated = {text for text in map(text_of, training) if text in counts}
-    return sum(counts[text] for text in repeated)
+    texts = list(map(text_of, held_out))
+    repeated = {*texts}.intersection(map(text_of, training))
+    return sum(text in repeated for text in texts)
 
 
 def say_start(run: Run, model: Llama) -> None:

@@ -16,7 +16,6 @@ from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import base_model_of
 from minilora.cli import Options, say
 from minilora.cli.load import MERGED
-from minilora.cli.messages import say_prompts
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN, read_json
 from minilora.models.checkpoint import MODEL_FILES
@@ -47,7 +46,6 @@ def run(options: Options) -> int:
         raise ConfigError(f"{name!r} is no name of a repository; need org/name")
     base = find_base_name(directory, options["base_name"])
     card = model_card(directory, name, base)
-    say_prompts(directory)
     if options["dry_run"]:
         print(card, end="")
         return 0

@@ -37,14 +37,8 @@ def model_card(directory: Path, name: str, base: str) -> str:
     library, loader, tags, about, of = ADAPTER if (directory / CONFIG_FILE).is_file() else MODEL
     lines = ["---", f"library_name: {library}", f"tags: [{tags}]"]
     lines += [f"base_model: {base.partition('@')[0]}"] if base else []
-    lines += [
-        "---",
-        "",
-        f"# {'How to ask it' if name == '.' else name}",
-        "",
-        f"{about} {of} `{base}`." if base else f"{about}.",
-        "",
-    ]
+    lines += ["---", "", f"# {'How to ask it' if name == '.' else name}", ""]
+    lines += [f"{about} {of} `{base}`." if base else f"{about}.", ""]
     if (directory / "summary.json").is_file():
         summary = read_json(directory / "summary.json")
         general = summary.get("general") or {}
@@ -113,11 +107,9 @@ def modelfile(tokenizer: Tokenizer) -> str | None:
     if not is_alike or (told + end).count("{{") != 2 or tokenizer.prompts.form == "plain":
         return None
     stops = [tokenizer.decode([token], skip_special_tokens=False) for token in sorted(tokenizer.stop_ids)]
-    values = [
-        f"{before}{{{{ if .System }}}}{inside}{{{{ end }}}}{after}{RESPONSE}{end}",
-        tokenizer.prompts.system or default,
-    ]
-    if any('"""' in text or not text.replace("\n", " ").isprintable() for text in (*values, *stops)):
+    template = f"{before}{{{{ if .System }}}}{inside}{{{{ end }}}}{after}{RESPONSE}{end}"
+    prompt = tokenizer.prompts.system or default
+    if any('"""' in text or not text.replace("\n", " ").isprintable() for text in (template, prompt, *stops)):
         return None  # Ollama leaves out what is not printable
-    lines = ["FROM .", 'TEMPLATE """{}"""\nSYSTEM """{}"""'.format(*values), *(f'PARAMETER stop "{s}"' for s in stops)]
-    return "\n".join(lines) + "\n"
+    lines = ["FROM .", f'TEMPLATE """{template}"""', f'SYSTEM """{prompt}"""']
+    return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops)]) + "\n"
