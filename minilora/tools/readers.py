@@ -42,13 +42,8 @@ RULES = {  # tensors, settings and names -> what each program does; of mlx-lm, w
     "a name with the adapter's in it, as .default.": (R, R, X, R, X),
 }
 SCALE_FIELDS = ("use_rslora", "rank_pattern", "alpha_pattern")
-KINDS = {  # key of `parse_tensor_name` -> row of `RULES`
-    "magnitude": "use_dora",
-    "bias": "bias",
-    "lora_bias": "lora_bias",
-    "rows": "trainable_token_indices",
-    "weight": "a copy of the base's weight",
-}
+# From the key of `parse_tensor_name` to the row of `RULES`, where they differ.
+KINDS = {"magnitude": "use_dora", "rows": "trainable_token_indices", "weight": "a copy of the base's weight"}
 NAMED = re.compile(r"\.lora_(?:[AB]\.[^.]+\.\w+|embedding_[AB]\.[^.]+|magnitude_vector\.(?!weight$).+)$")
 STACKED = re.compile(r"\.experts(?:\.base_layer)*$")  # all experts of a layer in one tensor
 CAUSAL, VISION, OUTER = "model.", "model.language_model.", "language_model.model."  # in a name, before "layers.0"
@@ -131,26 +126,20 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     Raises:
         FormatError: a file is damaged, or the scale of the training is not known.
     """
-    file, values = TensorFile(adapter / WEIGHTS_FILE), read_json(adapter / CONFIG_FILE)
-    low_rank: dict[str, dict[str, Tensor]] = {}
-    for name, shape in file.shapes.items():
-        path, key = parse_tensor_name(name)
-        if key in ("lora_A", "lora_B") and len(shape) == 2 and not STACKED.search(path):
-            low_rank.setdefault(path, {})[key] = file.read(name)
-    known = {key: values[key] for key in ("r", "lora_alpha", *SCALE_FIELDS) if values.get(key)}
-    layout.check_values(known, adapter / CONFIG_FILE)
-    config = layout.AdapterFile(adapter, known, low_rank).config()
-    zeros = {path for path, held in low_rank.items() if not all(factor.float().any() for factor in held.values())}
+    shapes, values = TensorFile(adapter / WEIGHTS_FILE).shapes, read_json(adapter / CONFIG_FILE)
+    low_rank = _read_low_rank(adapter)
+    config = low_rank.config()
+    zeros = {path for path, held in low_rank.tensors.items() if not all(t.float().any() for t in held.values())}
     settings = dict.fromkeys(layout.unknown_settings(values), "a setting that minilora does not know")
     settings.pop("target_parameters", None)  # has tensors of its own
     if values.get("init_lora_weights") in layout.DETERMINISTIC_INITS:
         settings["init_lora_weights"] = "init_lora_weights that changes the base"
-    largest = max(map(config.rank, low_rank), default=0)
+    largest = max(map(config.rank, low_rank.tensors), default=0)
     facts = {}
     for title in [only] if only else [title for title in READERS if base.is_wrapper or title != "peft-wrapper"]:
         reader = READERS[title]
         found: dict[str, dict[str, str]] = {ruling: {} for ruling in RULINGS}
-        for name, shape in file.shapes.items():
+        for name, shape in shapes.items():
             ruling, why = max(_rulings(name, shape, base, reader), key=lambda pair: RULINGS.index(pair[0]))
             found[ruling][name] = why
         for setting, row in settings.items():
@@ -163,11 +152,24 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
                 layout.read_adapter(adapter).config()
             except MiniloraError as error:
                 found[X][CONFIG_FILE] = str(error)
-        scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank}
+        scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank.tensors}
         verdict = _verdict(found, zeros, scales)
         facts[title] = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
         facts[title] |= {**found, R: list(found[R])}
     return facts
+
+
+def _read_low_rank(adapter: Path) -> layout.AdapterFile:
+    """Read A and B of linears and embeddings, and the settings that their scale depends on, whatever else there is."""
+    file, values = TensorFile(adapter / WEIGHTS_FILE), read_json(adapter / CONFIG_FILE)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, shape in file.shapes.items():
+        path, key = parse_tensor_name(name)
+        if key in ("lora_A", "lora_B") and len(shape) == 2 and not STACKED.search(path):
+            tensors.setdefault(path, {})[key] = file.read(name)
+    known = {key: values[key] for key in ("r", "lora_alpha", *SCALE_FIELDS) if values.get(key)}
+    layout.check_values(known, adapter / CONFIG_FILE)
+    return layout.AdapterFile(adapter, known, tensors)
 
 
 def _verdict(
@@ -189,11 +191,10 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
     path, key = parse_tensor_name(name)
     owner = path or key.rpartition(".")[0]
     text, is_embedding = text_path(owner), ".lora_embedding_" in name
-    rows = {
-        "a name without base_model.model.": not name.startswith(PREFIX),
-        "a name with the adapter's in it, as .default.": NAMED.search(name) is not None,
-    }
-    yield from ((reader.ruling(row), row) for row, holds in rows.items() if holds)
+    if not name.startswith(PREFIX):
+        yield reader.ruling(row := "a name without base_model.model."), row
+    if NAMED.search(name):
+        yield reader.ruling(row := "a name with the adapter's in it, as .default."), row
     if STACKED.search(owner):
         row = "A and B of stacked experts (target_parameters)"
     elif owner in base.others and VISION in reader.roots:
@@ -208,8 +209,10 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
             yield X, f"{shape} does not fit the weight {weight}"
         is_tied = base.is_tied and (is_embedding or text == HEAD)
         row = "A and B of the embedding or the head, which are tied" if is_tied else "A and B"
+    elif path:
+        row = KINDS.get(key, key)
     else:
-        row = KINDS.get(key) or ("bias" if key.endswith(".bias") else "modules_to_save")
+        row = "bias" if key.endswith(".bias") else "modules_to_save"
     yield reader.ruling(row), row
 
 
