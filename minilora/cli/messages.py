@@ -52,11 +52,8 @@ def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[s
 
 
 def changed_notes(directories: Iterable[Path]) -> Iterator[str]:
-    """Yield which files changed since minilora wrote them.
-
-    Changed weights are refused, or found by `inspect`; the card and the Modelfile are for the user to change.
-    """
-    exempt = (".safetensors", "README.md", "Modelfile")
+    """Yield which files changed since minilora wrote them, except weights, the card and the Modelfile."""
+    exempt = (".safetensors", "README.md", "Modelfile")  # `inspect` finds changed weights; the others are the user's
     for directory in directories:
         if (directory / MANIFEST).is_file():
             there = [name for name in read_manifest(directory) if (directory / name).is_file()]

@@ -36,8 +36,7 @@ def text_config(source: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(text, Mapping):
         return source
     sizes = dict(zip(REQUIRED, SIZES.get(str(text.get("model_type")), ()), strict=False))
-    sizes |= {key: text[key] for key in sizes if text.get(key) is not None}
-    return {**text, **sizes, **{key: source[key] for key in SHARED if source.get(key) is not None}}
+    return {**sizes, **text, **{key: source[key] for key in SHARED if source.get(key) is not None}}
 
 
 def text_name(name: str) -> str | None:

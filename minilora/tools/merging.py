@@ -106,8 +106,8 @@ class Merge:
         """
         bare = build_on_meta(self.config)
         head: Weight | None = None
-        options = (self.weight_dtype, self.device, quantize)
-        for name, weight in stored_weights(self.model, bare, *options, is_wanted=is_wanted):
+        read = stored_weights(self.model, bare, self.weight_dtype, self.device, quantize, is_wanted=is_wanted)
+        for name, weight in read:
             if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
                 weight = grown(weight, self.rows)
             if name == EMBEDDING and self.config.tie_word_embeddings:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +153,8 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
             except MiniloraError as error:
                 found[X][CONFIG_FILE] = str(error)
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank.tensors}
-        verdict = _verdict(found, zeros, scales)
+        is_zero = all(parse_tensor_name(name)[0] in zeros for name in found[R])
+        verdict = _verdict(found, is_zero, all(trained == taken for trained, taken in scales.values()))
         facts[title] = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
         facts[title] |= {**found, R: list(found[R])}
     return facts
@@ -172,18 +173,16 @@ def _read_low_rank(adapter: Path) -> layout.AdapterFile:
     return layout.AdapterFile(adapter, known, tensors)
 
 
-def _verdict(
-    found: Mapping[str, Mapping[str, str]], zeros: Collection[str], scales: Mapping[str, tuple[float, float]]
-) -> str:
+def _verdict(found: Mapping[str, Mapping[str, str]], is_zero: bool, is_scaled: bool) -> str:
     if found[X]:
         return "refuses it"
     if not found[R]:
         return "nothing attaches"
-    if all(parse_tensor_name(name)[0] in zeros for name in found[R]):
+    if is_zero:
         return "does nothing: B A is zero"
     if found[S]:
         return "loses a part"
-    return RIGHT if all(trained == taken for trained, taken in scales.values()) else "takes another scale"
+    return RIGHT if is_scaled else "takes another scale"
 
 
 def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> Iterator[tuple[str, str]]:
