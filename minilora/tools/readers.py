@@ -21,8 +21,9 @@ from minilora.models.wrapper import is_wrapper, text_config, text_files, text_na
 R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
 RIGHT = "acts as trained"
 COLUMNS = ("minilora", "PEFT", "vLLM", "mlx-lm", "llama.cpp")
+LOW_RANK, MORE = "A and B, copies of the base's weight", "bias, lora_bias, modules_to_save, trainable_token_indices"
 RULES = {  # tensors, settings and names -> what each program does; of mlx-lm, what its own layout can hold
-    "A and B": (R, R, R, R, R),
+    LOW_RANK: (R, R, R, R, R),
     "A and B of the embedding or the head, which are tied": (R, R, R, X, X),
     "A and B of stacked experts (target_parameters)": (X, R, R, X, X),
     "modules of a wrapper's other parts": (X, R, S, X, S),
@@ -30,20 +31,14 @@ RULES = {  # tensors, settings and names -> what each program does; of mlx-lm, w
     "rank_pattern": (R, R, S, S, R),
     "alpha_pattern": (R, R, S, S, S),
     "use_dora": (R, R, X, R, X),
-    "bias": (R, R, X, X, X),
-    "lora_bias": (R, R, X, X, X),
-    "modules_to_save": (R, R, X, X, X),
-    "trainable_token_indices": (R, R, X, X, X),
+    MORE: (R, R, X, X, X),
     "init_lora_weights that changes the base": (R, R, S, X, S),
     "a setting that minilora does not know": (X, R, S, X, S),
-    "a copy of the base's weight": (R, R, R, R, R),
     "a module that the model does not have": (X, S, S, X, X),
     "a name without base_model.model.": (X, S, R, X, R),
     "a name with the adapter's in it, as .default.": (R, R, X, R, X),
 }
 SCALE_FIELDS = ("use_rslora", "rank_pattern", "alpha_pattern")
-# From the key of `parse_tensor_name` to the row of `RULES`, where they differ.
-KINDS = {"magnitude": "use_dora", "rows": "trainable_token_indices", "weight": "a copy of the base's weight"}
 NAMED = re.compile(r"\.lora_(?:[AB]\.[^.]+\.\w+|embedding_[AB]\.[^.]+|magnitude_vector\.(?!weight$).+)$")
 STACKED = re.compile(r"\.experts(?:\.base_layer)*$")  # all experts of a layer in one tensor
 CAUSAL, VISION, OUTER = "model.", "model.language_model.", "language_model.model."  # in a name, before "layers.0"
@@ -207,11 +202,11 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
         if not len(shape) == len(weight) == 2 or shape[1 - outer] != weight[1 - (outer ^ is_embedding)]:
             yield X, f"{shape} does not fit the weight {weight}"
         is_tied = base.is_tied and (is_embedding or text == HEAD)
-        row = "A and B of the embedding or the head, which are tied" if is_tied else "A and B"
-    elif path:
-        row = KINDS.get(key, key)
+        row = "A and B of the embedding or the head, which are tied" if is_tied else LOW_RANK
+    elif key == "weight":
+        row = LOW_RANK
     else:
-        row = "bias" if key.endswith(".bias") else "modules_to_save"
+        row = "use_dora" if key == "magnitude" else MORE
     yield reader.ruling(row), row
 
 
