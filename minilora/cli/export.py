@@ -1,8 +1,9 @@
 """Write an adapter as another program takes it.
 
-Names, scales and matrices become those of the reader; what it cannot take is
-named, and nothing is written. Several adapters, or one with a number after its
-name, as in --adapter one:0.7 --adapter two:0.3, become their weighted sum.
+Names, scales and matrices become those that the program reads. If it cannot
+take a part, the part is named and nothing is written. Several adapters, or one
+with a number after its name, as in --adapter one:0.7 --adapter two:0.3, become
+their weighted sum.
 
 Example:
   minilora export --adapter run --for vllm --out served

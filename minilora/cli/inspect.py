@@ -8,10 +8,10 @@ In the table of an adapter's modules, norm is the Frobenius norm of s·B A.
 Modules or tensors whose names differ only in numbers are one row, n is how
 many there are.
 
-With --base, each reader that is known, or that of --for, is compared with the
-adapter and the model's files: how many tensors attach, with which scale, and
-what is lost. The exit status is 1 if the adapter does not act in one of them
-as it was trained. A verdict that nobody tried in that program is "untried".
+With --base, it shows what other programs make of an adapter on this model: how
+many tensors attach, with which scale, and what is lost. The exit status is 1 if
+the adapter does not act as trained in one of them, or in that of --for. Verdicts
+that were not tried in the program are marked as untried.
 
 Example:
   minilora inspect run --base path/to/model --for vllm

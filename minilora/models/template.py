@@ -99,9 +99,9 @@ class ChatTemplate:
         return message
 
     def with_defaults(self, system: str | None, thinking: bool | None) -> str:
-        """Return the source of a template that gives this system prompt to conversations without one, and asks so.
+        """Return the source with a first line that gives this system prompt and this way of asking where none is given.
 
-        It has a line more, for other programs: minilora gives both itself, and leaves out the line.
+        The line is for other programs. minilora gives both itself, and removes the line when it reads the template.
         """
         added = ""
         if system:

@@ -1,4 +1,4 @@
-"""How to ask what was trained, for other programs: the card of an adapter or a model, and the Modelfile of Ollama."""
+"""How other programs ask a trained model: its card, and a Modelfile for Ollama."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def write_cards(directory: Path, base: str = "") -> None:
-    """Write README.md, and beside a model the Modelfile; a base that is a path is not named."""
+    """Write README.md, and the Modelfile of a model. A base that is a path is not named."""
     is_model = (directory / "config.json").is_file()
     if is_model and (tokenizer := find_tokenizer(directory)) and (text := modelfile(tokenizer)):
         (directory / "Modelfile").write_text(text, encoding="utf-8")
@@ -57,7 +57,7 @@ def model_card(directory: Path, name: str, base: str) -> str:
 
 
 def _code(directory: Path, name: str, base: str, library: str, loader: str) -> list[str]:
-    """Return the lines of Python that load what is uploaded, with its tokenizer or the base's, and ask it."""
+    """Return lines of Python that load the model or adapter, with its tokenizer or the base's, and ask it."""
     texts, prompts, own = read_prompt_files(directory), read_prompts(directory), find_tokenizer(directory)
     repository, _, revision = (name if own or not base else base).partition("@")
     pinned = f', revision="{revision}"' if revision else ""
@@ -85,7 +85,8 @@ def _code(directory: Path, name: str, base: str, library: str, loader: str) -> l
 def modelfile(tokenizer: Tokenizer) -> str | None:
     """Return the Modelfile of a model in the same directory, or None if Ollama cannot ask it as it was trained.
 
-    Ollama takes no Jinja. So the chat template writes the names of Ollama's variables; all its turns have to be alike.
+    Ollama does not read Jinja. So the chat template is rendered with the names of Ollama's variables as the texts of
+    messages. This works if all turns are written alike.
     """
     bos = tokenizer.decode(tokenizer.encode(""), skip_special_tokens=False)  # which Ollama writes itself
     names = {"system": SYSTEM, "user": PROMPT, "assistant": RESPONSE}

@@ -50,7 +50,7 @@ class Reader(NamedTuple):
 
     column: str  # of `RULES`
     source: str  # where its rules were read
-    is_tried: bool  # whether this project gives it adapters
+    is_tried: bool  # whether a test or a script runs it
     roots: tuple[str, ...]  # how names in a wrapper begin; `export` writes the first
     most: float = math.inf  # the largest rank
     reads_peft: bool = True  # or else the layout that `export` writes
@@ -103,7 +103,7 @@ class Base(NamedTuple):
 
 
 def text_path(path: str) -> str:
-    """Return the path in the text model that a path in an adapter means, whatever was around the model in training.
+    """Return the path in the text model that a path in an adapter means, whatever wrapped the model in training.
 
     >>> text_path("_orig_mod.model.language_model.layers.0.mlp.up_proj.base_layer")
     'model.layers.0.mlp.up_proj'
@@ -115,8 +115,8 @@ def text_path(path: str) -> str:
 def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str, dict[str, Any]]:
     """Describe what each reader, or `only` one, makes of an adapter on a base, without reading a weight of the base.
 
-    "reads" has the tensors that act; "ignores" and "refuses" have others, and settings, with the reason; for one that
-    is refused, the adapter is. "scales" are that of the training and the reader's, by module.
+    "reads" lists the tensors that act. "ignores" and "refuses" have the other tensors and settings, with the reason; a
+    reader that refuses one refuses the adapter. "scales" has the scales of the training and of the reader, by module.
 
     Raises:
         FormatError: a file is damaged, or the scale of the training is not known.
