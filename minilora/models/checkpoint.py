@@ -114,13 +114,6 @@ def stored_weights(
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
     _check_packed(directory, model.config.source, packed, config)
-    if model.config.tie_word_embeddings and HEAD in files:
-        head, embedding = (files[name].read(name) for name in (HEAD, EMBEDDING))
-        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
-            raise FormatError(
-                f"{directory}: {HEAD} is not the embedding, and config.json says that they are tied; for a model with "
-                "this head, as transformers reads it, set tie_word_embeddings to false there, or remove the tensor"
-            )
     chosen = set() if packed else config.chosen(list(_linears(model)))
 
     def read(name: str) -> Tensor:
@@ -285,6 +278,13 @@ def _check_names(
             problems.append(f"packed: {name}, which is no linear's")
     if problems:
         raise FormatError(f"{directory}: the tensors do not fit config.json:{listed(problems)}")
+    if model.config.tie_word_embeddings and HEAD in files:
+        head, embedding = (files[name].read(name) for name in (HEAD, EMBEDDING))
+        if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            raise FormatError(
+                f"{directory}: {HEAD} is not the embedding, and config.json says that they are tied; for a model with "
+                "this head, as transformers reads it, set tie_word_embeddings to false there, or remove the tensor"
+            )
 
 
 def _check_packed(
