@@ -110,6 +110,13 @@ def test_cross_entropy_goes_back_to_what_a_head_is_given_besides(case):
     assert_gradients_of_full_logits((hidden.detach(), labels, head), [added])
 
 
+@given(heads())
+def test_cross_entropy_leaves_logits_as_they_are_for_the_backward_pass_of_a_hook(case):
+    hidden, labels, head = case
+    head.register_forward_hook(lambda module, inputs, logits: logits.tanh())
+    assert_gradients_of_full_logits((hidden, labels, head), [hidden])
+
+
 def test_cross_entropy_gives_an_inactive_adapter_of_the_head_no_gradient():
     hidden, labels, head = randn(0, 5, 4).requires_grad_(), token_ids(0, 5, high=3), make_head("adapted", 1, 4, 3)
     head.active = ()

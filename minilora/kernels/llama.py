@@ -119,8 +119,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if strays := {*_leaves(logits)} - {leaf, *trained}:
                 shape = tuple(strays.pop().shape)
                 raise TrainingError(f"the head uses a trained tensor {shape} that is not one of its parameters")
-            # In place of the logits, unless the backward pass of another kind of head could need them.
-            dlogits = logits.detach() if type(head) is nn.Linear else torch.empty_like(logits)
+            # In place of the logits, unless the backward pass of another kind of head or of a hook could need them.
+            is_plain = type(head) is nn.Linear and not head._forward_hooks
+            dlogits = logits.detach() if is_plain else torch.empty_like(logits)
             loss_sum += _loss(logits.detach(), row_labels, dlogits)
             hidden_grad, *grads = torch.autograd.grad(
                 logits, [leaf, *trained], dlogits, allow_unused=True, materialize_grads=True
