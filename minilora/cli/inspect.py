@@ -9,9 +9,9 @@ Modules or tensors whose names differ only in numbers are one row, n is how
 many there are.
 
 With --base, it shows what other programs make of an adapter on this model: how
-many tensors attach, with which scale, and what is lost. The exit status is 1 if
-the adapter does not act as trained in one of them, or in that of --for. Verdicts
-that were not tried in the program are marked as untried.
+many tensors attach, with which scale, and what is lost. The exit status is 1
+if the adapter does not act as trained in one of them, or in that of --for.
+Verdicts that were not tried in the program are marked as untried.
 
 Example:
   minilora inspect run --base path/to/model --for vllm
