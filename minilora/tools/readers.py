@@ -142,7 +142,9 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     known = {key: values[key] for key in ("r", "lora_alpha", *SCALE_FIELDS) if values.get(key)}
     layout.check_values(known, adapter / CONFIG_FILE)
     config = layout.AdapterFile(adapter, known, low_rank).config()
-    zeros = {path for path, held in low_rank.items() if not all(factor.float().any() for factor in held.values())}
+    pairs = {path: (held["lora_A"], held["lora_B"]) for path, held in low_rank.items() if len(held) == 2}
+    acting = {path for path, pair in pairs.items() if all(factor.float().any() for factor in pair)}
+    misfits = dict.fromkeys((p for p, (A, B) in pairs.items() if len(A) != B.size(1)), "A and B are of two ranks")
     settings = dict.fromkeys(layout.unknown_settings(values), "a setting that minilora does not know")
     settings.pop("target_parameters", None)  # has tensors of its own
     if values.get("init_lora_weights") in layout.DETERMINISTIC_INITS:
@@ -150,9 +152,10 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     largest = max(map(config.rank, low_rank), default=0)
     facts = {}
     for title, reader in READERS.items():
-        if only not in (None, title) or (title == "peft-wrapper" and not base.is_wrapper):
+        is_of_base = title != "peft-wrapper" or base.is_wrapper
+        if only != title and (only or not is_of_base):
             continue
-        found: dict[str, dict[str, str]] = {ruling: {} for ruling in RULINGS}
+        found: dict[str, dict[str, str]] = {R: {}, S: {}, X: {**misfits}}
         for name, shape in file.shapes.items():
             ruling, why = max(_rulings(name, shape, base, reader), key=lambda pair: RULINGS.index(pair[0]))
             found[ruling][name] = why
@@ -170,7 +173,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         reasons = {
             "refuses it": bool(found[X]),
             "nothing attaches": not found[R],
-            "does nothing: B A is zero": all(parse_tensor_name(name)[0] in zeros for name in found[R]),
+            "does nothing: B A is zero": {parse_tensor_name(name)[0] for name in found[R]} <= low_rank.keys() - acting,
             "loses a part": bool(found[S]),
             "takes another scale": any(trained != taken for trained, taken in scales.values()),
         }
