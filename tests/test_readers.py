@@ -172,3 +172,4 @@ def test_half_of_an_update_and_factors_of_two_ranks_do_not_act_as_trained(tmp_pa
         ml.load_adapter(ml.load_model(base), adapter)
     assert main(["inspect", str(adapter), "--base", str(base), "--norms"]) == 1
     assert main(["inspect", str(adapter)]) == 0
+    assert main(["inspect", str(adapter), "--base", ""]) == 1
