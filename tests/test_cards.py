@@ -96,6 +96,14 @@ def test_there_is_no_modelfile_where_the_turns_of_a_template_are_not_alike(tmp_p
     assert modelfile(write_tokenizer(tmp_path, template=FAMILIES[family], post="bos")) is None
 
 
+def test_a_modelfile_asks_for_thoughts_as_in_the_training_or_there_is_none(tmp_path):
+    """Qwen3 asks for an answer without thoughts by empty ones, which it leaves out of earlier turns."""
+    tokenizer = write_tokenizer(tmp_path, template=FAMILIES["qwen3"], eos=CLOSE)
+    assert modelfile(tokenizer.with_prompts(Prompts(thinking=False))) is None
+    text = modelfile(tokenizer.with_prompts(Prompts(thinking=True)))
+    assert written_by_ollama(text, TALKS[1]) == tokenizer.render(TALKS[1], True, enable_thinking=True)
+
+
 @pytest.mark.parametrize("prompts", [Prompts("plain"), Prompts(system='a """ b'), Prompts(system="no\u00a0break")])
 def test_there_is_no_modelfile_for_what_it_cannot_express(tmp_path, prompts):
     assert modelfile(write_tokenizer(tmp_path, template=CHATML).with_prompts(prompts)) is None

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from minilora.adapter import CONFIG_FILE
 from minilora.errors import DataError, FormatError
@@ -107,9 +108,11 @@ def modelfile(tokenizer: Tokenizer) -> str | None:
     names = {"system": SYSTEM, "user": PROMPT, "assistant": RESPONSE}
     system, user, assistant = ({"role": role, "content": name} for role, name in names.items())
     asked = ([user], [user, assistant, user], [system, user])
+    thinking = tokenizer.prompts.thinking
+    way: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        first, later, told = (tokenizer.render(messages, True).removeprefix(bos) for messages in asked)
-        end = tokenizer.render([user, assistant]).rpartition(RESPONSE)[2]
+        first, later, told = (tokenizer.render(messages, True, **way).removeprefix(bos) for messages in asked)
+        end = tokenizer.render([user, assistant], **way).rpartition(RESPONSE)[2]
     except DataError:  # there is no template, or one that takes no system prompt
         return None
     turn = later.removeprefix(first + RESPONSE + end)
