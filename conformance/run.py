@@ -70,7 +70,8 @@ def ask(command: list[str], case: Mapping[str, Any], directory: Path) -> Array |
         tokens.write_text(json.dumps(case["tokens"]))
         paths = [directory / case["base"], tokens, out, *(directory / adapter for adapter in case["adapters"])]
         try:
-            run = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, timeout=SECONDS)
+            call = [*command, *map(str, paths)]
+            run = subprocess.run(call, capture_output=True, text=True, errors="replace", timeout=SECONDS)
         except subprocess.TimeoutExpired:
             return f"other: no answer in {SECONDS} seconds"
         except OSError as error:
@@ -79,13 +80,13 @@ def ask(command: list[str], case: Mapping[str, Any], directory: Path) -> Array |
             lines = run.stderr.strip().splitlines() or [f"status {run.returncode}, no message"]
             errors = [line for line in lines if re.match(r"[\w.]*Error\b", line)]
             return "refused: " + (errors or lines[-1:])[0][:200].replace("|", "\\|")
-        if not out.exists():
+        if not out.is_file():
             return "other: no file"
         try:
             is_npy = out.read_bytes()[:1] == b"\x93"
             found = np.load(out, allow_pickle=False) if is_npy else json.loads(out.read_bytes())
             return np.asarray(found, dtype=np.float64)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             return "other: neither .npy nor JSON of numbers"
 
 

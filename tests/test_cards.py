@@ -45,6 +45,22 @@ def test_a_template_asks_for_thoughts_as_in_the_training_unless_it_is_told(way):
         assert asked[0] == asked[1]
 
 
+@pytest.mark.parametrize("opening", ["\n ", "  x", "{#- c -#}\n"])
+def test_a_template_with_a_line_before_it_still_writes_the_white_space_that_it_begins_with(opening):
+    plain = ChatTemplate(opening + CHATML, {})
+    house = ChatTemplate(plain.with_defaults(HOUSE, thinking=True), {})
+    assert house.render(TALKS[1], True) == plain.render([{"role": "system", "content": HOUSE}, *TALKS[1]], True)
+
+
+def test_only_the_line_that_a_run_adds_is_left_out_of_its_template(tmp_path):
+    """Another program has saved the base's template with the line of an earlier run, and not the prompts."""
+    earlier = ChatTemplate(CHATML, {}).with_defaults(HOUSE, thinking=None)
+    base = write_tokenizer(tmp_path, template=earlier)
+    for prompts in (Prompts(), Prompts(system="Be brief.")):
+        base.with_prompts(prompts).save(tmp_path / "run")
+        assert ml.load_tokenizer(tmp_path / "run").render(TALKS[1], True) == base.render(TALKS[1], True)
+
+
 def written_by_ollama(text, talk):
     """What Ollama writes to ask the last question of a conversation: it fills in its template once a turn."""
     template, system = re.search('TEMPLATE """(.*?)"""\nSYSTEM """(.*?)"""\n', text, re.DOTALL).groups()
@@ -78,6 +94,14 @@ def test_ollama_asks_by_the_modelfile_as_the_chat_template_does(tmp_path, templa
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - TURNS.keys()))
 def test_there_is_no_modelfile_where_the_turns_of_a_template_are_not_alike(tmp_path, family):
     assert modelfile(write_tokenizer(tmp_path, template=FAMILIES[family], post="bos")) is None
+
+
+def test_a_modelfile_asks_for_thoughts_as_in_the_training_or_there_is_none(tmp_path):
+    """Qwen3 asks for an answer without thoughts by empty ones, which it leaves out of earlier turns."""
+    tokenizer = write_tokenizer(tmp_path, template=FAMILIES["qwen3"], eos=CLOSE)
+    assert modelfile(tokenizer.with_prompts(Prompts(thinking=False))) is None
+    text = modelfile(tokenizer.with_prompts(Prompts(thinking=True)))
+    assert written_by_ollama(text, TALKS[1]) == tokenizer.render(TALKS[1], True, enable_thinking=True)
 
 
 @pytest.mark.parametrize("prompts", [Prompts("plain"), Prompts(system='a """ b'), Prompts(system="no\u00a0break")])

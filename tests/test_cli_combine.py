@@ -201,9 +201,10 @@ def test_how_the_base_was_held_in_the_training_is_written_with_the_sum(run, tmp_
 
 def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path):
     for words, phrase in (
-        (["merge", "--adapter=dora:0.5"], "adapter0: cannot be combined with other adapters, or weighed: "),
-        (["export", "--for=peft", "--adapter=a", "--adapter=dora"], "adapter1: cannot be combined"),
+        (["merge", "--adapter=dora:0.5"], "dora: adapter0: cannot be combined with other adapters, or weighed: "),
+        (["export", "--for=peft", "--adapter=a", "--adapter=dora"], "a, dora: adapter1: cannot be combined"),
         (["merge", "--adapter=a:0,5"], "a:0,5: no such directory"),
+        (["merge", "--adapter=a:nan"], "a: need adapters with updates and a finite weight for each"),
         (["export", "--for=peft"], "there is nothing to export: give --adapter"),
     ):
         assert phrase in run(*words, f"--out={tmp_path / 'out'}", status=1)

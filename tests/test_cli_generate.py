@@ -221,6 +221,13 @@ def test_several_prompts_also_of_a_text_file_are_answered_in_a_json_object_a_lin
     assert rows_of(command("--prompts", tmp_path / "prompts.csv", "--columns=prompt=q")) == rows
 
 
+def test_a_record_without_names_of_columns_leaves_them_as_they_are(directory, command, tmp_path):
+    shutil.copytree(directory / "model-adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "run.json").write_text('{"config": {"columns": 5}}')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}')
+    assert rows_of(command("--adapter", tmp_path / "adapter", "--prompts", tmp_path / "prompts.jsonl"))
+
+
 def test_rows_keep_their_fields_and_lose_their_last_answer(directory, command, tmp_path):
     talk = [user("the cat"), {"role": "assistant", "content": "sat"}]
     system = {"role": "system", "content": "be kind"}

@@ -189,6 +189,20 @@ def printed_by(command, capsys):
     return status, dict(re.findall(r"^\| ([\w-]+) \| (.+?) \|", out, flags=re.MULTILINE)), out.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("open(sys.argv[3], 'w').write('[' * 100_000)", "other: neither .npy nor JSON of numbers"),
+        ("open(sys.argv[3], 'w').write(f'[1{400 * str(0)}]')", "other: neither .npy nor JSON of numbers"),
+        ("os.mkdir(sys.argv[3])", "other: no file"),
+        (r"sys.exit(sys.stderr.buffer.write(b'\xff no'))", "refused: \ufffd no"),
+    ],
+)
+def test_what_a_reader_says_or_writes_never_stops_the_runner(answer, verdict, monkeypatch):
+    monkeypatch.setenv("PYTHONUTF8", "1")
+    assert run.ask([sys.executable, "-c", f"import os, sys; {answer}"], CASES["plain"], run.HERE) == verdict
+
+
 def test_the_runner_prints_what_a_command_computes(tmp_path, capsys):
     (tmp_path / "reader.py").write_text(READER)
     expected = {"case": "verdict", **dict.fromkeys(CASES, "right")}

@@ -186,6 +186,22 @@ def test_parts_of_other_sizes_are_refused(tmp_path):
         export_adapter(adapter, base, "peft", tmp_path / "out")
 
 
+@pytest.mark.parametrize("heads", ["8", -1, [1], 0.5])
+def test_matrices_and_heads_that_no_model_has_are_refused(heads, tmp_path):
+    whole = write_base(tmp_path / "whole", "phi3", num_hidden_layers=1)
+    other = write_base(tmp_path / "other", num_hidden_layers=1)
+    adapter = write_adapter(ml.load_model(other), tmp_path / "adapter", target_modules=["k_proj"])
+    config = json.loads((whole / "config.json").read_text())
+    changed = {"num_attention_heads": heads, "num_key_value_heads": heads}
+    (whole / "config.json").write_text(json.dumps(config | changed))
+    tensors = load_file(whole / "model.safetensors")
+    flat = {name: torch.ones(()) if "qkv" in name else tensor for name, tensor in tensors.items()}
+    for held in (tensors, flat):
+        save_file(held, whole / "model.safetensors")
+        with pytest.raises(ml.TargetError, match="the model has no such module"):
+            export_adapter(adapter, whole, "peft", tmp_path / "out")
+
+
 def test_two_names_of_one_module_are_refused(tmp_path):
     base, adapter = write_case(tmp_path, "plain")
     tensors = load_file(adapter / WEIGHTS_FILE)

@@ -93,6 +93,19 @@ def test_the_card_has_base_results_and_how_to_load_it_and_a_dry_run_shows_it(hub
     assert "\ntags: [minilora]\n" in card
 
 
+SCORES = {"loss": 1, "accuracy": None}
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [{}, {"before": 1}, {"before": {}}, *({"before": SCORES, "after": SCORES, "general": x} for x in (5, {"kl": "x"}))],
+)
+def test_a_summary_that_is_no_run_s_is_named(run, summary):
+    (run / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ml.FormatError, match=r"summary\.json: is no summary of a run"):
+        model_card(run, "me/mine", "org/base")
+
+
 def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, capsys):
     hub.status = 403
     for path, name, said in (

@@ -160,3 +160,24 @@ def test_the_page_has_the_table():
         assert f"| {row} | {' | '.join(cells)} |\n" in page
     for reader in READERS.values():
         assert reader.source in page
+
+
+def test_a_reader_of_wrappers_is_asked_about_any_model_if_it_is_named(tmp_path):
+    base, adapter = write_case(tmp_path, "plain")
+    assert [*reader_facts(adapter, Base.read(base), "peft-wrapper")] == ["peft-wrapper"]
+    options = ["--adapter", str(adapter), "--model", str(base), "--for", "peft-wrapper"]
+    assert main(["export", *options, "--out", str(tmp_path / "out")]) == 0
+
+
+def test_half_of_an_update_and_factors_of_two_ranks_do_not_act_as_trained(tmp_path):
+    base, adapter = write_case(tmp_path, "plain")
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    save_file({name: t for name, t in tensors.items() if "lora_A" in name}, adapter / WEIGHTS_FILE)
+    assert set(verdicts(adapter, base).values()) == {"refuses it", "does nothing: B A is zero"}
+    save_file({name: t[:2] if "lora_A" in name else t for name, t in tensors.items()}, adapter / WEIGHTS_FILE)
+    assert set(verdicts(adapter, base).values()) == {"refuses it"}
+    with pytest.raises(ml.FormatError, match=rf"{WEIGHTS_FILE}: model.layers.0.mlp.down_proj has .* of two ranks"):
+        ml.load_adapter(ml.load_model(base), adapter)
+    assert main(["inspect", str(adapter), "--base", str(base), "--norms"]) == 1
+    assert main(["inspect", str(adapter)]) == 0
+    assert main(["inspect", str(adapter), "--base", ""]) == 1

@@ -140,6 +140,9 @@ def read_adapter(directory: Path) -> AdapterFile:
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
+        if "lora_A" in held and len(held["lora_A"]) != held["lora_B"].size(1):
+            shapes = [tuple(held[key].shape) for key in ("lora_A", "lora_B")]
+            raise FormatError(f"{file.path}: {where} has lora_A and lora_B of two ranks: {shapes}")
     return AdapterFile(directory, values, tensors)
 
 

@@ -108,7 +108,8 @@ def rows_of_flags(options: Options) -> list[Row]:
     if file is None:
         return [Row({"prompt": sys.stdin.read().removesuffix("\n")}, "standard input")]
     if not file.endswith(".txt"):
-        trained = run_settings(options).get("columns") or {}
+        columns = run_settings(options).get("columns")
+        trained = columns if isinstance(columns, dict) else {}
         asked = {name: column for name, column in trained.items() if name not in ("output", "completion")}
         return list(stream_rows(*files_to_evaluate(file), columns=options["columns"] or asked or None))
     lines = read_text(Path(file), is_named=True).removeprefix("\ufeff").split("\n")

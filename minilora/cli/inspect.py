@@ -51,7 +51,7 @@ def run(options: Options) -> int:
     if options["memory"]:
         print(memory_page(options["path"]))
         return 0
-    if options["base"]:
+    if options["base"] is not None:
         return _run_readers(options)
     if options["norms"] or options["for"]:
         raise ConfigError("--norms and --for need --base")

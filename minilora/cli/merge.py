@@ -23,7 +23,7 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
 from minilora.cli.messages import base_notes, say_prompts
-from minilora.errors import ConfigError, FormatError
+from minilora.errors import ConfigError, FormatError, MiniloraError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
@@ -82,7 +82,10 @@ def combine(found: Sources, weights: Sequence[float], out: Path) -> None:
     names = [f"adapter{i}" for i in range(len(found.adapters))]
     for name, path in zip(names, found.adapters, strict=True):
         load_adapter(model, path, name)
-    combine_adapters(model, dict(zip(names, weights, strict=True)), "combined")
+    try:
+        combine_adapters(model, dict(zip(names, weights, strict=True)), "combined")
+    except MiniloraError as error:  # which names them by their order
+        raise type(error)(f"{', '.join(map(str, found.adapters))}: {error}") from error
     save_adapter_files(model, out, "combined")
 
 

@@ -107,11 +107,12 @@ class ChatTemplate:
         if system:
             opening = json.dumps(self.adapt([{"role": "system", "content": system}]), ensure_ascii=False)
             is_missing = 'not messages or messages[0]["role"] not in ["system", "developer"]'
-            added += f"{{%- if {is_missing} -%}}{{%- set messages = {opening} + messages -%}}{{%- endif -%}}"
+            added += f"{{%- if {is_missing} -%}}{{%- set messages = {opening} + messages -%}}{{%- endif %}}"
         if thinking is not None:
             set_way = f"{{%- set enable_thinking = {str(thinking).lower()} -%}}"
-            added += f"{{%- if enable_thinking is not defined -%}}{set_way}{{%- endif -%}}"
-        return f"{DEFAULTS}{added}\n{self.source}" if added else self.source
+            added += f"{{%- if enable_thinking is not defined -%}}{set_way}{{%- endif %}}"
+        is_added = added or self.source.startswith(DEFAULTS)  # so that only the added line is left out
+        return f"{DEFAULTS}{added}\n{self.source}" if is_added else self.source
 
     @functools.cached_property
     def _takes_text(self) -> bool:

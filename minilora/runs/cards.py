@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from minilora.adapter import CONFIG_FILE
-from minilora.errors import DataError
+from minilora.errors import DataError, FormatError
 from minilora.files import read_json
 from minilora.models.hub import PINNED
 from minilora.models.prompts import read_prompt_files, read_prompts
@@ -40,20 +41,30 @@ def model_card(directory: Path, name: str, base: str) -> str:
     lines += ["---", "", f"# {'How to ask it' if name == '.' else name}", ""]
     lines += [f"{about} {of} `{base}`." if base else f"{about}.", ""]
     if (directory / "summary.json").is_file():
-        summary = read_json(directory / "summary.json")
-        general = summary.get("general") or {}
-        for when in ("before", "after"):
-            named = {"held-out loss": summary[when]["loss"], "accuracy": summary[when]["accuracy"]}
-            named["loss on general text"] = general.get(when)
-            known = [f"{what} {value:.4f}" for what, value in named.items() if value is not None]
-            lines += [f"- {when}: {', '.join(known)}"] if known else []
-        lines += [f"- KL to the base on general text: {general['kl']:.4f}", ""] if general else [""]
+        lines += [*_results(directory / "summary.json"), ""]
     if read_prompts(directory).system:
         lines += ["It was trained with the system prompt below, which every conversation needs.", ""]
     lines += ["```python", *_code(directory, name, base, library, loader), "```"]
     if (directory / "Modelfile").is_file():
         lines += ["", "Ollama: `ollama create mine -f Modelfile`, in this directory."]
     return "\n".join(lines) + "\n"
+
+
+def _results(path: Path) -> list[str]:
+    """Return what a run measured before and after, as the items of a list."""
+    summary = read_json(path)
+    try:
+        general, lines = summary.get("general") or {}, []
+        for when in ("before", "after"):
+            named = {"held-out loss": summary[when]["loss"], "accuracy": summary[when]["accuracy"]}
+            named["loss on general text"] = general.get(when)
+            known = [f"{what} {value:.4f}" for what, value in named.items() if value is not None]
+            lines += [f"- {when}: {', '.join(known)}"] if known else []
+        return lines + ([f"- KL to the base on general text: {general['kl']:.4f}"] if general else [])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{path}: is no summary of a run ({error!r}); remove it, or restore what was written"
+        ) from error
 
 
 def _code(directory: Path, name: str, base: str, library: str, loader: str) -> list[str]:
@@ -92,9 +103,11 @@ def modelfile(tokenizer: Tokenizer) -> str | None:
     names = {"system": SYSTEM, "user": PROMPT, "assistant": RESPONSE}
     system, user, assistant = ({"role": role, "content": name} for role, name in names.items())
     asked = ([user], [user, assistant, user], [system, user])
+    thinking = tokenizer.prompts.thinking
+    way: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        first, later, told = (tokenizer.render(messages, True).removeprefix(bos) for messages in asked)
-        end = tokenizer.render([user, assistant]).rpartition(RESPONSE)[2]
+        first, later, told = (tokenizer.render(messages, True, **way).removeprefix(bos) for messages in asked)
+        end = tokenizer.render([user, assistant], **way).rpartition(RESPONSE)[2]
     except DataError:  # there is no template, or one that takes no system prompt
         return None
     turn = later.removeprefix(first + RESPONSE + end)

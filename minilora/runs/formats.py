@@ -60,9 +60,8 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system prompt that it begins with, if that is text."""
-        first = self.messages[0]
-        return first["content"] if first["role"] == "system" and isinstance(first["content"], str) else None
+        """The system prompt that it begins with."""
+        return text_of(self.messages[0]) if self.messages[0]["role"] == "system" else None
 
 
 def parse_row(fields: Fields, system: str | None = None) -> PromptCompletion | Conversation:

@@ -102,8 +102,8 @@ def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
 
     What is more than an update, or of another size, is left, and then refused by its name.
     """
-    heads = base.config.get("num_attention_heads") or 1
-    kv_heads = base.config.get("num_key_value_heads") or heads
+    counts = [base.config.get(f"num_{kind}_heads") for kind in ("attention", "key_value")]
+    heads, *_, kv_heads = [n for n in counts if isinstance(n, int) and n > 0] * 2 or (1, 1)
     plain = {path for path in scales if held[path].keys() == {"lora_A", "lora_B"} and path not in base.modules}
     for parent, (name, shares) in itertools.product(
         {path.rpartition(".")[0] for path in plain},
@@ -111,14 +111,14 @@ def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
     ):
         whole, parts = f"{parent}.{name}", [f"{parent}.{part}_proj" for part in shares]
         if whole in base.modules:
-            rows, found = base.modules[whole][0], plain.intersection(parts)
+            rows, found = sum(base.modules[whole][:1]), plain.intersection(parts)
             sizes = {path: rows * n // sum(shares.values()) for path, n in zip(parts, shares.values(), strict=True)}
             if found and all(len(held[path]["lora_B"]) == sizes[path] for path in found):
                 blocks = [held[p]["lora_B"] * scales.pop(p) if p in found else torch.zeros(sizes[p], 0) for p in parts]
                 lora_A = torch.cat([held.pop(path)["lora_A"] for path in parts if path in found])
                 held[whole], scales[whole] = {"lora_A": lora_A, "lora_B": torch.block_diag(*blocks)}, 1.0
         elif whole in plain:
-            rows_of = [base.modules.get(path, (0,))[0] for path in parts]
+            rows_of = [sum(base.modules.get(path, ())[:1]) for path in parts]
             if sum(rows_of) == len(held[whole]["lora_B"]):
                 update = held.pop(whole)
                 for path, lora_B in zip(parts, update["lora_B"].split(rows_of), strict=True):

@@ -124,7 +124,9 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     shapes, values = TensorFile(adapter / WEIGHTS_FILE).shapes, read_json(adapter / CONFIG_FILE)
     low_rank = _read_low_rank(adapter)
     config = low_rank.config()
-    zeros = {path for path, held in low_rank.tensors.items() if not all(t.float().any() for t in held.values())}
+    pairs = {path: (held["lora_A"], held["lora_B"]) for path, held in low_rank.tensors.items() if len(held) == 2}
+    idle = low_rank.tensors.keys() - {p for p, pair in pairs.items() if all(factor.float().any() for factor in pair)}
+    misfits = dict.fromkeys((p for p, (A, B) in pairs.items() if len(A) != B.size(1)), "A and B are of two ranks")
     settings = dict.fromkeys(layout.unknown_settings(values), "a setting that minilora does not know")
     settings.pop("target_parameters", None)  # has tensors of its own
     if values.get("init_lora_weights") in layout.DETERMINISTIC_INITS:
@@ -133,7 +135,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     facts = {}
     for title in [only] if only else [title for title in READERS if base.is_wrapper or title != "peft-wrapper"]:
         reader = READERS[title]
-        found: dict[str, dict[str, str]] = {ruling: {} for ruling in RULINGS}
+        found: dict[str, dict[str, str]] = {R: {}, S: {}, X: {**misfits}}
         for name, shape in shapes.items():
             ruling, why = max(_rulings(name, shape, base, reader), key=lambda pair: RULINGS.index(pair[0]))
             found[ruling][name] = why
@@ -148,7 +150,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
             except MiniloraError as error:
                 found[X][CONFIG_FILE] = str(error)
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank.tensors}
-        is_zero = all(parse_tensor_name(name)[0] in zeros for name in found[R])
+        is_zero = {parse_tensor_name(name)[0] for name in found[R]} <= idle
         verdict = _verdict(found, is_zero, all(trained == taken for trained, taken in scales.values()))
         facts[title] = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
         facts[title] |= {**found, R: list(found[R])}
