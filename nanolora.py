@@ -212,7 +212,7 @@ def encode(row: Any, tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[li
             text = prompt + completion
         case _:
             raise ValueError(f"a row needs prompt and completion, or messages: {str(row)[:50]}")
-    encoding = tokenizer.encode(text, add_special_tokens="prompt" in row)
+    encoding = tokenizer.encode(text, add_special_tokens="messages" not in row)
     start = sum(stop <= len(prompt) for _, stop in encoding.offsets)
     tokens = encoding.ids
     if settings["end"] not in tokens[start:]:
@@ -265,7 +265,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> f
 def train(model: Model, examples: list[Any], epochs: int, peak: float) -> None:
     """Train the adapter by AdamW. Rows of like length share a batch, which saves padding."""
     optimizer = torch.optim.AdamW(model.adapter.values(), weight_decay=0.0)
-    batches = chunks(sorted(examples, key=lambda example: len(example[0])), BATCH)
+    batches = chunks(sorted(examples, key=lambda example: len(example[0] + example[1])), BATCH)
     rng = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(len(batches), generator=rng) for _ in range(epochs)]).tolist()
     for step, i in enumerate(order):
@@ -312,9 +312,9 @@ def load_model(directory: Path, nf4: bool = False) -> Model:
     config = json.loads((directory / "config.json").read_text("utf-8"))
     rope = {"rope_theta": config.get("rope_theta", 10_000.0), "rope_type": "default"}
     rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = (config["model_type"], rope.get("type", rope["rope_type"]))
-    if kind not in (("llama", "default"), ("llama", "llama3")):
-        raise ValueError(f"{directory}: found {kind}, need a llama with rope default or llama3")
+    rope["rope_type"] = rope.get("type", rope["rope_type"])  # "type" in older files
+    if config["model_type"] != "llama" or rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(f"{directory}: {config['model_type']}, {rope}: need llama and llama3")
     config |= {"rope_parameters": rope, "_name_or_path": str(directory)}
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     weights = {}

@@ -399,7 +399,7 @@ def test_it_trains_then_answers_with_what_it_trained_and_writes_a_merged_model(c
         ([], {"rows.jsonl": '{"prompt": "a", "completion": "b"}\n{"text": "a"}\n'}, "needs prompt and completion"),
         ([], {"rows.jsonl": '{"prompt": "a", "completion": "b"}\n'}, "rows.jsonl: need at least two rows"),
         ([], {"rows.jsonl": '{"prompt": "the cat", "completion": "s"}\n' * 2}, "no answer after a prompt in 2 tokens"),
-        ([], {"model/config.json": '{"model_type": "gpt2"}'}, r"\('gpt2', 'default'\)"),
+        ([], {"model/config.json": '{"model_type": "gpt2"}'}, "gpt2, .*need llama"),
         (
             [],
             {"rows.jsonl": CHAT, "model/chat_template.jinja": "{{ messages[-1].content }}"},
