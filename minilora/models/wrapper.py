@@ -36,7 +36,8 @@ def text_config(source: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(text, Mapping):
         return source
     sizes = dict(zip(REQUIRED, SIZES.get(str(text.get("model_type")), ()), strict=False))
-    return {**sizes, **text, **{key: source[key] for key in SHARED if source.get(key) is not None}}
+    missing = {key: size for key, size in sizes.items() if text.get(key) is None}
+    return {**text, **missing, **{key: source[key] for key in SHARED if source.get(key) is not None}}
 
 
 def text_name(name: str) -> str | None:
