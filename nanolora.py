@@ -46,7 +46,7 @@ class Model(NamedTuple):
     adapter: dict[str, Tensor]  # adapter_model.safetensors; if it is empty, the base computes alone
 
 def decode(model: Model, tokens: Tensor, cache: dict[str, Any] | None = None) -> Tensor:
-    """Embedding, blocks, norm.   tokens (B, T), after those in the cache -> hidden (B, T, D)"""
+    """Embedding, blocks, norm.   tokens (B, T), or one (B, 1) after a cache -> hidden (B, T, D)"""
     x = F.embedding(tokens, model.weights["model.embed_tokens.weight"])
     for i in range(model.config["num_hidden_layers"]):
         inputs = (model, f"model.layers.{i}", x, cache)

@@ -361,6 +361,30 @@ def test_a_conversation_is_written_and_labelled_as_in_minilora(tmp_path, templat
         assert (found.tokens, found.labels) == (expected.tokens + added, expected.labels + added)
 
 
+def test_a_conversation_beside_a_prompt_begins_with_bos_once(tmp_path):
+    write_tokenizer(tmp_path, "bos", template=CHATML, eos=CLOSE)
+    row, text = {"messages": conversation([("a", "b")])}, nanolora.load_tokenizer(tmp_path)
+    assert nanolora.encode({**row, "prompt": "a"}, *text) == nanolora.encode(row, *text)
+
+
+def test_rows_of_like_length_share_a_batch_whatever_part_is_long(monkeypatch):
+    rows = [([1] * a, [2] * b) for a, b in ((1, 1), (1, 9), (9, 1), (1, 19)) for _ in range(nanolora.BATCH)]
+    found = []
+    monkeypatch.setattr(nanolora, "train_step", lambda model, optimizer, batches: found.extend(batches) or 0.0)
+    model = nanolora.Model({}, {}, {}, {"A": torch.zeros(1, requires_grad=True)})
+    nanolora.train(model, rows[::2] + rows[1::2], 1, 1e-3)
+    assert sorted(tokens.size(1) for tokens, _ in found) == [2, 10, 10, 20]
+    assert all((tokens > 0).all() for tokens, _ in found)  # there is no padding
+
+
+def test_the_rope_of_an_older_config_json_is_scaled(base):
+    model, directory = base(**ROPE)
+    older = {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3}}
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | older))
+    assert_parity(logits(nanolora.load_model(directory)), model(IDS))
+
+
 # --- the command ---
 
 

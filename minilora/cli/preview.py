@@ -1,4 +1,4 @@
-"""What a run would learn: the first rows with what is learned of them, and the steps."""
+"""What a run would learn: the first rows with their labels, and the steps."""
 
 import sys
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""Conversations as text: how a model is asked for an answer, and what is learned of a conversation.
+"""Conversations as text: how a model is asked for an answer, and which tokens of it are labelled.
 
     text that asks for the answer (`ask`)  +  the answer and the end of its turn, as the template writes them
 
