@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 import minilora as ml
 import nanolora
@@ -17,7 +19,7 @@ from minilora.nf4 import NF4Linear
 from minilora.testing import NotApplicable, check_adapter_directory, parametrize_laws
 from minilora.testing.compare import GRADIENT_PARITY, assert_parity
 from minilora.training import adamw, train_step
-from tests.files import ROOT, SHARD, edit, same_state, write_adapter
+from tests.files import ROOT, SHARD, edit, same_state, save_file, write_adapter
 from tests.models import LLAMA3, randn, tiny_model, token_ids
 from tests.runs import write_inputs
 from tests.text import CHATML, CLOSE, EOS, conversation, encoded, write_tokenizer
@@ -154,13 +156,19 @@ def test_three_losses_and_gradients_equal_those_of_minilora(base, tmp_path, monk
             assert_parity(factor.grad, gradient, GRADIENT_PARITY)
 
 
-def test_the_learning_rate_rises_in_the_warm_up_and_falls_to_almost_nothing():
-    rates = [nanolora.learning_rate(step, 100, peak=2.0, warmup=0.1) for step in range(100)]
-    assert rates[0] == 0.2
-    assert rates.index(max(rates)) == 9
-    assert rates[50] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert 0 < rates[-1] < 0.001
+def test_the_learning_rate_rises_in_the_warm_up_and_falls_as_half_a_cosine(monkeypatch):
+    rates = []
+
+    def train_step(model, optimizer, batches):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 0.0
+
+    monkeypatch.setattr(nanolora, "BATCH", 1)
+    monkeypatch.setattr(nanolora, "train_step", train_step)
+    model = nanolora.Model({}, {}, {}, {"A": torch.zeros(1, requires_grad=True)})
+    nanolora.train(model, examples(4), epochs=25, peak=2.0)
+    assert rates[:4] == pytest.approx([2 / 3, 4 / 3, 2, 2])
+    assert rates[3:] == pytest.approx([1 + math.cos(math.pi * step / 97) for step in range(97)])
 
 
 def test_a_new_adapter_starts_as_in_minilora(base):
@@ -203,7 +211,9 @@ def linear4bit(W, b, double_quant):
 
 
 def merged(W, A, B, scale):
-    return nanolora.merge(one_layer(W, None, (A, B), r=1, lora_alpha=scale)).weights["it.weight"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanolora, "DTYPE", W.dtype)
+        return nanolora.merge(one_layer(W, None, (A, B), r=1, lora_alpha=scale)).weights["it.weight"]
 
 
 def quantize(W, block_size):
@@ -313,6 +323,19 @@ def test_adapters_load_in_minilora_and_back_and_merge_to_the_same_model(base, tm
     assert_parity(logits(nanolora.load_model(tmp_path / "merged")), logits(model))
 
 
+def test_an_adapter_of_other_targets_and_another_dtype_is_read(base, tmp_path):
+    ours, directory = base()
+    config = {"target_modules": ["self_attn.q_proj", "down_proj"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}
+    file = write_adapter(ours, tmp_path / "adapter", r=3, lora_alpha=6, **config) / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    model = nanolora.load_adapter(nanolora.load_model(directory), tmp_path / "adapter")
+    assert {factor.dtype for factor in model.adapter.values()} == {torch.float32}
+    ours = ml.load_model(directory, torch.float32)
+    ml.load_adapter(ours, tmp_path / "adapter")
+    with torch.no_grad():
+        assert_parity(logits(model), ours(IDS))
+
+
 @pytest.mark.parametrize(
     ("config", "edited"),
     [
@@ -320,6 +343,8 @@ def test_adapters_load_in_minilora_and_back_and_merge_to_the_same_model(base, tm
         ({"rank_pattern": {"q_proj": 2}}, {}),
         ({"alpha_pattern": {"q_proj": 2}}, {}),
         ({"modules_to_save": ("norm",)}, {}),
+        ({}, {"target_modules": ["q_proj"]}),
+        ({}, {"alora_invocation_tokens": [1]}),
         ({}, {"init_lora_weights": "pissa"}),  # as PEFT writes it; the base would have to change as well
     ],
 )
@@ -349,16 +374,28 @@ def test_tokens_and_labels_are_those_of_minilora(tmp_path, post, use_regex):
         assert as_minilora([nanolora.encode(row, *nanolora.load_tokenizer(tmp_path))])[0].labels == expected.labels
 
 
-@pytest.mark.parametrize("template", [None, CHATML])
-def test_a_conversation_is_written_and_labelled_as_in_minilora(tmp_path, template):
-    """Without a template it is ChatML; an end token is added where the template has none."""
+def test_a_conversation_is_written_and_labelled_as_in_minilora(tmp_path):
+    """An end token is added where the template has none."""
     ours = write_tokenizer(tmp_path / "ours", template=CHATML, eos=CLOSE)
     row = {"messages": conversation([("what is it?", "the cat"), ("and?", "the mat")], "be brief")}
     expected = encoded(row, ours)
     for eos, added in ((CLOSE, []), (EOS, [ours.encode(EOS)[0]])):
-        write_tokenizer(tmp_path / "model", template=template, eos=eos)
+        write_tokenizer(tmp_path / "model", template=CHATML, eos=eos)
         (found,) = as_minilora([nanolora.encode(row, *nanolora.load_tokenizer(tmp_path / "model"))])
         assert (found.tokens, found.labels) == (expected.tokens + added, expected.labels + added)
+
+
+def test_a_tokenizer_neither_pads_nor_truncates_and_its_end_token_may_be_an_object(tmp_path):
+    write_tokenizer(tmp_path)
+    row = {"prompt": "the cat ", "completion": "sat on the mat"}
+    expected = nanolora.encode(row, *nanolora.load_tokenizer(tmp_path))
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": {"content": EOS, "lstrip": False}}))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert nanolora.encode(row, *nanolora.load_tokenizer(tmp_path)) == expected
 
 
 def test_a_conversation_beside_a_prompt_begins_with_bos_once(tmp_path):
@@ -375,6 +412,13 @@ def test_rows_of_like_length_share_a_batch_whatever_part_is_long(monkeypatch):
     nanolora.train(model, rows[::2] + rows[1::2], 1, 1e-3)
     assert sorted(tokens.size(1) for tokens, _ in found) == [2, 10, 10, 20]
     assert all((tokens > 0).all() for tokens, _ in found)  # there is no padding
+
+
+def test_weights_in_shards_are_read_and_other_files_are_not(base):
+    model, directory = base(shard_bytes=9000)
+    assert len(list(directory.glob("model-*"))) > 1
+    save_file({"model.norm.weight": torch.zeros(24)}, directory / "model_old.safetensors")
+    assert_parity(logits(nanolora.load_model(directory)), model(IDS))
 
 
 def test_the_rope_of_an_older_config_json_is_scaled(base):
@@ -406,7 +450,8 @@ def test_it_trains_then_answers_with_what_it_trained_and_writes_a_merged_model(c
     *_, before, after = command("--adapter", "a", "--lora-r", "3", "--learning-rate", "0.02", "--epochs", "20")
     losses = [float(re.search(r"loss (\S+)", line)[1]) for line in (before, after)]
     assert losses[1] < 0.5 * losses[0]
-    (answer,) = command("--adapter", "a", "--prompt", "the cat?", "--merged", "merged")
+    told, answer = command("--adapter", "a", "--prompt", "the cat?", "--merged", "merged")
+    assert told == "loaded a, nothing trained"
     assert answer in (" yes", " no")
     model, tokenizer = ml.load_model(tmp_path / "merged"), ml.load_tokenizer(tmp_path / "merged")
     tokens = ml.generate(model, [tokenizer.encode("the cat?")], max_new_tokens=9, stop_ids=tokenizer.stop_ids)
@@ -416,20 +461,30 @@ def test_it_trains_then_answers_with_what_it_trained_and_writes_a_merged_model(c
 @pytest.mark.parametrize(
     ("words", "change", "message"),
     [
-        (["--model", "no"], {}, "no does not exist. Give a Llama and your rows"),
+        (["--model", "no"], {}, "no file no\nGive a Llama"),
         (["--data", "no.jsonl"], {}, "No such file or directory: 'no.jsonl'"),
-        (["--lora-r", "0"], {}, "the rank is 0, need at least 1"),
-        ([], {"rows.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a",\n'}, "line 2"),
-        ([], {"rows.jsonl": '{"prompt": "a", "completion": "b"}\n{"text": "a"}\n'}, "needs prompt and completion"),
+        (["--lora-r", "0"], {}, "--lora-r and --epochs must be at least 1"),
+        ([], {"rows.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a",\n'}, "rows.jsonl:2: JSONDecodeError"),
+        (
+            [],
+            {"rows.jsonl": '{"prompt": "a", "completion": "b"}\n{"text": "a"}\n'},
+            "rows.jsonl:2: .*a row needs",
+        ),
         ([], {"rows.jsonl": '{"prompt": "a", "completion": "b"}\n'}, "rows.jsonl: need at least two rows"),
         ([], {"rows.jsonl": '{"prompt": "the cat", "completion": "s"}\n' * 2}, "no answer after a prompt in 2 tokens"),
-        ([], {"model/config.json": '{"model_type": "gpt2"}'}, "gpt2, .*need llama"),
+        ([], {"model/config.json": '{"model_type": "gpt2"}'}, "gpt2.*need llama"),
         (
             [],
             {"rows.jsonl": CHAT, "model/chat_template.jinja": "{{ messages[-1].content }}"},
             "no answer after a prompt",
         ),
-        ([], {"model/model.safetensors": None}, "0 weights are not those"),
+        ([], {"model/model.safetensors": None}, "No such file or directory"),
+        ([], {"model/config.json": (ROOT / "minilora/assets/model/config.json").read_text()}, "not 7 projections"),
+        (
+            [],
+            {"model/config.json": '{"model_type": "llama", "hidden_act": "gelu"}'},
+            "gelu.*, need llama, silu",
+        ),
     ],
 )
 def test_a_bad_input_is_one_clear_line(command, tmp_path, monkeypatch, words, change, message):
