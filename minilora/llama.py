@@ -127,12 +127,14 @@ class LlamaConfig:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, and scale each column.
 
-    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product with weight
+    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product with weight, unless
+    weight is wider than x
 
     Shapes: x (..., D), weight (D) -> (..., D)
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * n.to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
