@@ -39,6 +39,9 @@ from minilora.nf4 import NF4Linear
 CosSin = tuple[Tensor, Tensor]
 BuildBlock = Callable[["LlamaConfig", int], nn.Module]  # (config, index of the layer)
 Checkpointing = Literal["none", "mlp", "block"]  # what the backward pass computes again, for memory
+SIZES = ("vocab_size", "hidden_size", "intermediate_size")
+REQUIRED = (*SIZES, "num_hidden_layers", "num_attention_heads")  # in every `config.json`
+LLAMA3 = ("original_max_position_embeddings", "factor", "low_freq_factor", "high_freq_factor")
 
 
 def rope_frequencies(width: int, theta: float) -> Tensor:
@@ -57,11 +60,13 @@ def llama3_frequencies(width: int, theta: float, scaling: Mapping[str, Any]) -> 
 
     Pairs that turn often in the trained length L keep their f (ρ = 1), slow ones slow down (ρ = 0).
     """
+    if not all(isinstance(scaling.get(key), int | float) for key in LLAMA3):
+        raise ConfigError(f"rope_scaling: found {dict(scaling)}, need numbers for {LLAMA3}")
+    length, factor, low, high = (scaling[key] for key in LLAMA3)
     f = rope_frequencies(width, theta)
-    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = length * f / (2 * math.pi)
     rho = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - rho) * f / scaling["factor"] + rho * f
+    return (1 - rho) * f / factor + rho * f
 
 
 def llama_frequencies(source: Mapping[str, Any], width: int) -> Tensor:
@@ -113,26 +118,32 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> "LlamaConfig":
         """Read a Llama's `config.json`. Other families replace what they read in another way."""
-        heads, bias = source["num_attention_heads"], bool(source.get("attention_bias"))
-        found = {"num_key_value_heads": heads, "head_dim": source["hidden_size"] // heads}
+        sizes = {key: source.get(key) for key in REQUIRED}
+        if bad := {key: size for key, size in sizes.items() if type(size) is not int or size < 1}:
+            raise ConfigError(f"found {bad}, need whole numbers above 0")
+        D, heads = source["hidden_size"], source["num_attention_heads"]
+        found = {"num_key_value_heads": heads, "head_dim": D // heads, "rms_norm_eps": 1e-6}
         names = [field.name for field in fields(cls)]
         found |= {name: source[name] for name in names if source.get(name) is not None}
         rope = Rope(tuple(llama_frequencies(source, found["head_dim"]).tolist()))
         windows = (None,) * source["num_hidden_layers"]
-        own = {"source": source, "rope": rope, "windows": windows, "qkv_bias": bias}
-        return cls(**{**found, **own, "o_bias": bias})
+        own = {"source": source, "rope": rope, "windows": windows}
+        bias = bool(source.get("attention_bias"))
+        return cls(**{**found, **own, "qkv_bias": bias, "o_bias": bias})
 
 
 @definition
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, and scale each column.
 
-    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product with weight
+    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product with weight, unless
+    weight is wider than x
 
     Shapes: x (..., D), weight (D) -> (..., D)
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * n.to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -370,11 +381,16 @@ def pad(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
 
 def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     """Read a Llama's directory; `ml.load_model` reads every family."""
-    source = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    path = Path(directory) / "config.json"
+    source = json.loads(path.read_text(encoding="utf-8"))
     if (source.get("model_type"), source.get("hidden_act", "silu")) != ("llama", "silu"):
         raise ConfigError(f"{directory}: need a Llama with silu; see `ml.load_model` for others")
+    try:
+        config = LlamaConfig.from_dict(source)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(source))
+        model = Llama(config)
     files = sorted(Path(directory).glob("model*.safetensors"))
     load_weights(model, (weight for file in files for weight in load_file(file).items()))
     model.name_or_path = str(directory)

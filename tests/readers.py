@@ -57,12 +57,12 @@ CASES = {
     "default": Case((RIGHT, RIGHT, REFUSED, RIGHT, REFUSED), rename=(".weight", ".default.weight")),
     "no prefix": Case((REFUSED, NOTHING, RIGHT, REFUSED, RIGHT), rename=(PREFIX, "")),
     "another model": Case((REFUSED, PART, PART, REFUSED, REFUSED), rename=("layers.1.", "layers.9.")),
-    "wrapper's names": Case((REFUSED, NOTHING, NOTHING, RIGHT, RIGHT), rename=("model.layers", f"{INNER}layers")),
+    "wrapper's names": Case((RIGHT, NOTHING, NOTHING, RIGHT, RIGHT), rename=("model.layers", f"{INNER}layers")),
     "zero": Case((ZERO,) * 5, zero=True),
 }
 IN_WRAPPER = {  # verdicts of minilora, PEFT on a causal model, PEFT on the wrapper, and the others of `READERS`
     "plain": (RIGHT, RIGHT, NOTHING, NOTHING, RIGHT, RIGHT),
-    "wrapper's names": (REFUSED, NOTHING, RIGHT, RIGHT, RIGHT, RIGHT),
+    "wrapper's names": (RIGHT, NOTHING, RIGHT, RIGHT, RIGHT, RIGHT),
 }
 
 

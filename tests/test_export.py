@@ -134,7 +134,12 @@ def test_dora_becomes_that_of_mlx(tmp_path):
     [
         {"modules_to_save": ("model.norm",)},
         {"trainable_token_indices": {"model.embed_tokens": (3, 5)}},
-        {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"0.self_attn.q_proj": 5},
+        },
     ],
 )
 def test_what_goes_into_a_wrapper_comes_back_the_same(config, tmp_path):
@@ -146,9 +151,10 @@ def test_what_goes_into_a_wrapper_comes_back_the_same(config, tmp_path):
     export_adapter(adapter, base, "peft-wrapper", tmp_path / "there")
     assert all(".language_model." in name or "lm_head" in name for name in load_file(tmp_path / "there" / WEIGHTS_FILE))
     export_adapter(tmp_path / "there", base, "minilora", tmp_path / "back")
-    again = ml.load_model(base)
-    ml.load_adapter(again, tmp_path / "back")
-    assert torch.equal(again(ids), model(ids))
+    for directory in ("there", "back"):
+        again = ml.load_model(base)
+        ml.load_adapter(again, tmp_path / directory)
+        assert torch.equal(again(ids), model(ids))
 
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

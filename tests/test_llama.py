@@ -13,6 +13,7 @@ from torch import nn
 
 from minilora import ShapeError, llama
 from minilora.llama import Documents
+from minilora.models.gemma3 import GemmaNorm
 from minilora.models.generate import KVCache
 from minilora.models.rotary import LengthRope
 from minilora.testing import reference
@@ -89,6 +90,16 @@ def test_rms_norm_takes_its_mean_in_float32_and_rounds_before_the_weight(seed, d
     x, weight = randn(seed, 9, 33, dtype=dtype), randn(seed + 1, 33, dtype=dtype)
     rounded = llama.rms_norm(x.float(), torch.ones(33), 1e-6).to(dtype)
     assert torch.equal(llama.rms_norm(x, weight, 1e-6), weight * rounded)
+
+
+@either
+@given(seeds, st.sampled_from([torch.bfloat16, torch.float16]))
+def test_a_norm_of_gemma_rounds_once(seed, dtype):
+    norm, x = GemmaNorm(33, models.tiny_config("gemma3")).to(dtype), randn(seed, 9, 33, dtype=dtype)
+    norm.weight.data.copy_(randn(seed + 1, 33))
+    exact = reference_model.rms_norm(wide(x), 1 + wide(norm.weight), norm.eps)
+    rounded = torch.from_numpy(exact).to(dtype)
+    assert (norm(x) == rounded).float().mean() > 0.99  # the others are in the middle of two numbers, in float32
 
 
 @either

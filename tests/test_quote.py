@@ -299,7 +299,7 @@ def test_noncharacters_are_refused_in_every_field(tokenizer, character, allow_sp
 def control(*names, **options):
     backend = tokenizers.Tokenizer.from_str(json.dumps({**byte_level(), "added_tokens": []}))
     backend.add_special_tokens([AddedToken(name, **options) for name in names])
-    return ControlTokens(backend.to_str(), backend), backend
+    return ControlTokens(backend.to_str().encode()), backend
 
 
 @pytest.mark.parametrize(
@@ -319,6 +319,6 @@ def test_a_renamed_control_token_is_decoded_as_its_own_text():
     data = json.loads(source_of("legacy metaspace"))
     data["added_tokens"] = [{**token, "normalized": True} for token in data["added_tokens"]]
     backend = tokenizers.Tokenizer.from_str(json.dumps(data))
-    tokens = ControlTokens(json.dumps(data), backend)
+    tokens = ControlTokens(json.dumps(data).encode())
     ids = tokens.backend.encode(tokens.rename(f"the{EOS}the{tokens.quote(EOS)}")[0]).ids
     assert backend.decode(ids, skip_special_tokens=False).replace(" ", "") == f"the{EOS}the{EOS}"

@@ -189,6 +189,9 @@ def test_the_page_of_the_decoder_refuses_other_models_and_other_tensors(tmp_path
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"hidden_act": "gelu"}, "need a Llama with silu"),
         ({"model_type": "mistral"}, "need a Llama with silu"),
+        ({"hidden_size": None}, r"wrong.config\.json: found {'hidden_size': None}, need whole numbers above 0"),
+        ({"num_attention_heads": "4", "vocab_size": 0}, "found {'vocab_size': 0, 'num_attention_heads': '4'}, need"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"found {.*8\.0}, need numbers for .*'low_freq_"),
     ):
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "wrong").mkdir(exist_ok=True)

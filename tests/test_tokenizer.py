@@ -1,6 +1,7 @@
 """Tokenizers: ids and back, which characters each token stands for, and what the files beside `tokenizer.json` say."""
 
 import json
+import tracemalloc
 
 import pytest
 import tokenizers
@@ -188,6 +189,21 @@ def test_saving_writes_the_files_it_was_read_from(directory, tmp_path):
     copy = ml.load_tokenizer(tmp_path / "copy")
     assert copy.render(HI) == tokenizer.render(HI) == "ü hi"
     assert copy.encode("hi") == tokenizer.encode("hi")
+
+
+def test_a_file_is_in_memory_once_as_its_bytes_also_with_other_templates(tmp_path):
+    """As text, the one character beyond 16 bits would make four bytes of each."""
+    vocabulary = {f"one of many tokens {i}": i for i in range(50_000)} | {"🙂": 50_000}
+    tokenizers.Tokenizer(models.WordLevel(vocabulary)).save(str(tmp_path / "tokenizer.json"), pretty=False)
+    size = (tmp_path / "tokenizer.json").stat().st_size
+    ml.load_tokenizer(tmp_path).with_template("{{ messages }}")  # imports what it needs
+    tracemalloc.start()
+    tokenizer = ml.load_tokenizer(tmp_path).with_template("{{ messages }}")
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(tokenizer) == len(vocabulary)
+    assert kept < 1.1 * size
+    assert most < 2.1 * size
 
 
 def test_what_is_no_tokenizer_is_refused_with_its_name(directory, tmp_path):

@@ -4,16 +4,18 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.adapter import PREFIX, WEIGHTS_FILE
 from minilora.cli import main
 from minilora.files import INDEX
 from minilora.models.checkpoint import stored_weights
 from minilora.models.wrapper import describe_other_parts, text_name
+from minilora.testing.compare import assert_parity
 from minilora.tools import merging
 from minilora.tools.merging import Merge, merge_directory
-from tests.files import same_state, write_adapter
+from tests.files import edit, same_state, save_file, write_adapter
 from tests.models import tiny_model
 from tests.runs import write_rows
 from tests.text import write_tokenizer
@@ -111,6 +113,54 @@ def test_only_adapted_layers_are_read_and_keep_their_dtype_unless_another_is_ask
     assert read == [*adapted] * 2
 
 
+def test_an_adapter_that_was_trained_in_the_wrapper_acts_in_its_text_model(request, wrapper, tmp_path):
+    """With the wrapper's names, also in a scale of its own; it is continued and merged."""
+    model, ids, adapter = ml.load_model(wrapper), torch.tensor([[3, 1, 4, 1, 5]]), tmp_path / "adapter"
+    write_adapter(model, adapter, target_modules=["q_proj", "v_proj"], r=2)
+    path, inner = "model.layers.0.self_attn.q_proj", NAMES[request.node.callspec.params["wrapper"]]
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    save_file({f"{PREFIX}{inner(name.removeprefix(PREFIX))}": t for name, t in tensors.items()}, adapter / WEIGHTS_FILE)
+    edit(adapter, alpha_pattern={inner(path).removeprefix("model."): 5})
+    model.get_submodule(path).adapters["default"].scale = 5 / 2
+    again = ml.load_model(wrapper)
+    ml.load_adapter(again, adapter)
+    assert torch.equal(again(ids), model(ids))
+    words = [f"--model={wrapper}", f"--adapter={adapter}"]
+    assert main(["merge", *words, f"--out={tmp_path / 'merged'}"]) == 0
+    assert_parity(ml.load_model(tmp_path / "merged")(ids), model(ids))
+    write_tokenizer(wrapper)
+    write_rows(tmp_path / "rows.jsonl", 4)
+    words += [f"--data={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'run'}", "--max-steps=1", "--general-data=none"]
+    assert main(["finetune", *words, "--learning-rate=1e-12"]) == 0
+    ml.load_adapter(again := ml.load_model(wrapper), tmp_path / "run")
+    assert_parity(again(ids), model(ids))
+
+
+def test_a_wrapper_is_quantized_and_one_in_four_bits_is_read_but_not_merged(request, wrapper, tmp_path, capsys):
+    four_bits, adapter = tmp_path / "nf4", tmp_path / "adapter"
+    assert main(["quantize", f"--model={wrapper}", f"--out={four_bits}"]) == 0
+    assert "only the text model is written, not mtp (1 tensors), vision_tower (1 t" in capsys.readouterr().err
+    model = ml.load_model(wrapper, quantize="nf4")
+    same_state(ml.load_model(four_bits), model)
+    inner, index = NAMES[request.node.callspec.params["wrapper"]], json.loads((wrapper / INDEX).read_text())
+    tensors = {inner(name): tensor for name, tensor in load_file(four_bits / "model.safetensors").items()}
+    save_file(tensors, wrapper / "a.safetensors")
+    index["weight_map"] |= dict.fromkeys(tensors, "a.safetensors")
+    (wrapper / INDEX).write_text(json.dumps(index))
+    config, text = (json.loads((directory / "config.json").read_text()) for directory in (wrapper, four_bits))
+    (wrapper / "config.json").write_text(json.dumps(config | {"quantization_config": text["quantization_config"]}))
+    same_state(ml.load_model(wrapper), model)
+    write_adapter(model, adapter, target_modules=["q_proj"])
+    for words, message in (
+        (["quantize"], "is quantized already"),
+        (["merge", f"--adapter={adapter}"], "is inside a wrapper: merging needs the target original"),
+        (["merge", f"--adapter={adapter}", "--target=original"], "needs the 16-bit model that it was made from"),
+    ):
+        assert main([*words, f"--model={wrapper}", f"--out={tmp_path / 'out'}"]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "adapter"),
     [(["--quantize=nf4"], {}), (["--target=dequantized"], {}), ([], {"modules_to_save": ["lm_head"]})],
@@ -132,11 +182,12 @@ def test_a_text_model_that_is_no_family_is_refused_by_its_own_name(wrapper):
     assert text_name("model.visual.blocks.0.attn.qkv.weight") is None
 
 
-def test_finetune_says_what_it_leaves_out(wrapper, tmp_path, capsys):
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_finetune_says_what_it_leaves_out(quantize, wrapper, tmp_path, capsys):
     write_tokenizer(wrapper)
     write_rows(tmp_path / "rows.jsonl", 4)
     words = [f"--model={wrapper}", f"--data={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'run'}", "--max-steps=1"]
-    assert main(["finetune", *words, "--general-data=none"]) == 0
+    assert main(["finetune", *words, "--general-data=none", f"--quantize={quantize}"]) == 0
     assert "not mtp (1 tensors), vision_tower (1 tensors)" in capsys.readouterr().err
 
 

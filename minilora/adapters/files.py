@@ -95,7 +95,7 @@ def load_adapter(
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
-    stored, modules = layout.read_adapter(fetch(path, "adapter")), base_modules(model)
+    stored, modules = layout.read_adapter(fetch(path, "adapter"), isinstance(model, Llama)), base_modules(model)
     config = stored.config()
     if isinstance(model, Llama) and config.task_type in HEADS:
         task = f"task_type is {config.task_type}, not CAUSAL_LM"

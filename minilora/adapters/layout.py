@@ -28,6 +28,7 @@ from minilora.models.bitsandbytes import CODEBOOKS
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
+from minilora.models.wrapper import text_module, text_name
 from minilora.options import fits
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
@@ -108,8 +109,10 @@ class AdapterFile:
             raise FormatError(f"{self.path / CONFIG_FILE}: {error}") from error
 
 
-def read_adapter(directory: Path) -> AdapterFile:
+def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
     """Read an adapter's two files.
+
+    `is_for_text`: names of modules in a wrapper become those of its text model.
 
     Raises:
         FormatError: one is missing or malformed, has a setting that is not supported, or the weights are not as the
@@ -120,12 +123,16 @@ def read_adapter(directory: Path) -> AdapterFile:
         verify(directory, [WEIGHTS_FILE])
     file = TensorFile(directory / WEIGHTS_FILE)
     tensors: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, str] = {}  # path in the text model -> path in the file
     if strange := [name for name in file.shapes if not name.startswith(PREFIX)]:
         raise FormatError(f"{file.path}: {strange[:5]} are not an adapter's: names have to begin with {PREFIX}")
     for name in file.shapes:
         if (repeated := DUPLICATE_BIAS.fullmatch(name)) and "".join(repeated.groups()) in file.shapes:
             continue
         where, key = parse_tensor_name(name)
+        if is_for_text:
+            names[text_module(where)] = where
+            where, key = text_module(where), key if where else text_name(key) or key
         if key in tensors.setdefault(where, {}):
             raise FormatError(f"{file.path}: {where} has more than one {key}")
         tensor = file.read(name)
@@ -137,6 +144,8 @@ def read_adapter(directory: Path) -> AdapterFile:
         tensors[where][key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     if not tensors:
         raise FormatError(f"{file.path}: has no tensors, so it is not an adapter")
+    if any(where != path for where, path in names.items()):
+        values |= _text_settings(values, AdapterFile(directory, values, {}).config(), names)
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
@@ -144,6 +153,19 @@ def read_adapter(directory: Path) -> AdapterFile:
             shapes = [tuple(held[key].shape) for key in ("lora_A", "lora_B")]
             raise FormatError(f"{file.path}: {where} has lora_A and lora_B of two ranks: {shapes}")
     return AdapterFile(directory, values, tensors)
+
+
+def _text_settings(values: Mapping[str, Any], config: LoraConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that name modules, with the names of the text model; see `read_adapter`."""
+    tokens = config.trainable_token_indices
+    if isinstance(tokens, Mapping):
+        tokens = {text_module(name): ids for name, ids in tokens.items()}
+    alphas = {f"^{where}": config.alpha(path) for where, path in names.items() if path}
+    return {
+        "alpha_pattern": {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha},
+        "modules_to_save": [text_module(name) for name in config.modules_to_save],
+        "trainable_token_indices": tokens,
+    }
 
 
 def base_model_of(path: str | Path) -> str | None:

@@ -109,7 +109,7 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     directory = fetch(adapter, "adapter")
     model = base_of(model, [directory])
     quantization = recorded_quantization(fetch(model, "model"), [directory])
-    adapted = read_adapter(directory).config()
+    adapted = read_adapter(directory, is_for_text=True).config()
     system = read_prompts(directory).system
     columns = run_settings({"adapter": [adapter]}).get("columns")
     settings = {"model": model, **quantization, **vars(adapted), "system": system, "columns": columns}
@@ -140,7 +140,7 @@ def check_settings(settings: Settings, base: Base) -> None:
         raise ConfigError(f"--report {tracker} needs the package {tracker}: pip install {tracker}")
     for directory in base.adapters:
         check_not_merged(base.location, [directory])
-        own = read_adapter(directory).config()
+        own = read_adapter(directory, is_for_text=True).config()
         bad = ["--add-tokens"] if settings.run.add_tokens else []
         for name, value in vars(settings.lora).items():
             if value != (it_has := getattr(own, name)):

@@ -6,7 +6,7 @@ Example:
   minilora quantize --model path/to/model --out model-nf4
 """
 
-from minilora.cli import Options, Parser
+from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, add_out, from_flags, new_directory
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN
@@ -15,6 +15,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.config import read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
+from minilora.models.wrapper import describe_other_parts
 
 
 def add_flags(parser: Parser) -> None:
@@ -33,6 +34,8 @@ def run(options: Options) -> int:
     source = read_config(location.path).source
     if is_four_bit(source):
         raise ConfigError(f"{location.name}: is quantized already")
+    if parts := describe_other_parts(location.path):
+        say(f"only the text model is written, not {parts}")
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})
     dtype, device = checkpoint.stored_dtype(source), checkpoint.usable_device(options["device"])
     model = checkpoint.load_model(location.name, dtype, "meta", config)

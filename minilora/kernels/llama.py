@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(widest(x))
         inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # square() is four times as slow on a CPU
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (wide * inverse).to(x.dtype)
+        return weight * (wide * inverse).to(torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
     @once_differentiable

@@ -7,10 +7,10 @@ from typing import Any
 
 from minilora.errors import ConfigError, in_recipe
 from minilora.files import read_json
-from minilora.llama import LlamaConfig
+from minilora.llama import REQUIRED, LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.delta_rule import SIZES as LINEAR_SIZES
-from minilora.models.family import REQUIRED, Family, equal_windows
+from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
 from minilora.models.granite import GRANITE, MULTIPLIERS
 from minilora.models.lfm2 import LFM2

@@ -22,21 +22,33 @@ from minilora.errors import DataError
 
 QUOTE, RENAMED = "\ufdd2", "\ufdd3"  # Unicode noncharacters, as those that template.py marks spans with
 NONCHARACTERS = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")  # also the halves of surrogate pairs
+TRIMS = re.compile(rb'"trim_offsets"\s*:\s*true')
+
+
+def build(source: bytes) -> tokenizers.Tokenizer:
+    """Build the tokenizer of a tokenizer.json, without truncation and padding; its offsets keep white space."""
+    backend = tokenizers.Tokenizer.from_buffer(TRIMS.sub(b'"trim_offsets":false', source))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 class ControlTokens:
-    """The special tokens of `backend`, which was made from `source`, a tokenizer.json."""
+    """The tokenizer of `source`, a tokenizer.json, and its special tokens.
 
-    def __init__(self, source: str, backend: tokenizers.Tokenizer):
-        self._source, self._original = source, backend
-        added = [token for token in backend.get_added_tokens_decoder().values() if token.special]
+    The file is kept as bytes, since text with one character beyond 16 bits takes four bytes for each.
+    """
+
+    def __init__(self, source: bytes):
+        self.source, self.original = source, build(source)
+        added = [token for token in self.original.get_added_tokens_decoder().values() if token.special]
         self._names = tuple(sorted((token.content for token in added), key=len, reverse=True))
         first = "".join(sorted({re.escape(name[0]) for name in self._names}))
         self._begins = re.compile(f"[{first}]" if first else "(?!)")  # (?!) never matches
         whole = "|".join(map(re.escape, self._names)) or "(?!)"  # the longest first
         self._whole_or_mark = re.compile(f"{QUOTE}|(?={self._begins.pattern})(?:{whole})(?!{QUOTE})")
         # Normalizing can make control tokens, of full-width letters for example.
-        self._normalizer = backend.normalizer if any(token.normalized for token in added) else None
+        self._normalizer = self.original.normalizer if any(token.normalized for token in added) else None
 
     def quote(self, value: Any) -> Any:
         """Return the same value with a mark in each control token of its strings and keys, however deep."""
@@ -68,7 +80,7 @@ class ControlTokens:
     def encode(self, text: str, add_special_tokens: bool) -> tuple[tokenizers.Encoding, Sequence[int]]:
         """Encode text that is quoted in places; return also where in it each encoded character is, and its end."""
         if QUOTE not in text:
-            return self._original.encode(text, add_special_tokens=add_special_tokens), range(len(text) + 1)
+            return self.original.encode(text, add_special_tokens=add_special_tokens), range(len(text) + 1)
         renamed, origin = self.rename(text)
         return self.backend.encode(renamed, add_special_tokens=add_special_tokens), origin
 
@@ -89,12 +101,12 @@ class ControlTokens:
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:
         """The tokenizer with its control tokens renamed; the ids are the same."""
-        data, names = json.loads(self._source), set(self._names)
+        data, names = json.loads(self.source), set(self._names)
         for entry in data["added_tokens"]:
             if entry["content"] in names:
                 entry |= {"content": RENAMED + entry["content"], "normalized": False, "single_word": False}
         _rename_model(data["model"], names)
-        return tokenizers.Tokenizer.from_str(json.dumps(data))
+        return build(json.dumps(data).encode())
 
 
 def _rename_model(model: dict[str, Any], names: set[str]) -> None:

@@ -8,7 +8,6 @@ from minilora.errors import ConfigError
 from minilora.llama import BuildBlock, Llama, llama_block
 
 Values = Mapping[str, Any]  # of a config.json, with the family's defaults for missing keys
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)

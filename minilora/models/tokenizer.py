@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora.errors import ConfigError, DataError, FormatError
-from minilora.files import parse_object, read_text
+from minilora.files import open_file, parse_object, read_text
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
 
@@ -20,6 +20,7 @@ TOKENIZER_BYTES = 2**27  # of a tokenizer.json; that of 262,144 tokens has 33 MB
 TOKENIZER_VALUES = 10**7  # in a tokenizer.json; that of 262,144 tokens has 2.4 million
 
 if TYPE_CHECKING:
+    from minilora.models.control_tokens import ControlTokens
     from minilora.models.template import Message, Tools
 
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -38,8 +39,9 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         raise FormatError(f"{directory}: there is no tokenizer.json")
     configs = [directory / name for name in (*CONFIGS, "config.json")]
     texts = {config.name: read_text(config) for config in configs if config.exists()}
-    texts["tokenizer.json"] = read_text(path, TOKENIZER_BYTES)
-    return Tokenizer(path, texts | read_prompt_files(directory))
+    with open_file(path, TOKENIZER_BYTES) as file:
+        source = file.read()
+    return Tokenizer(path, _control_tokens(source, path), texts | read_prompt_files(directory))
 
 
 def find_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
@@ -55,7 +57,8 @@ class Tokenizer:
 
     Args:
         path: of `tokenizer.json`, for messages.
-        texts: the contents of the files, by name.
+        control: the tokenizer of this file, which tokenizers with other texts share.
+        texts: the contents of the other files, by name.
         now: what the chat template takes for the date; by default, the time of rendering.
 
     Attributes:
@@ -66,17 +69,10 @@ class Tokenizer:
         prompts: the prompts that the model was trained on.
     """
 
-    def __init__(self, path: Path, texts: Mapping[str, str], now: datetime | None = None):
-        import tokenizers  # here, because it takes long
-
-        from minilora.models.control_tokens import ControlTokens
-
+    def __init__(self, path: Path, control: ControlTokens, texts: Mapping[str, str], now: datetime | None = None):
         self._path, self._texts, self._now = path, dict(texts), now
+        self._control, self._backend = control, control.original
         self._ids: dict[int, int] = {}  # one object for each id: a third of the memory of a data set
-        source = _untrimmed(texts["tokenizer.json"], str(self._path))
-        with _no_panic(str(self._path)):
-            self._backend = tokenizers.Tokenizer.from_str(source)
-            self._control = ControlTokens(source, self._backend)
         config, older, generation, model = (
             parse_object(texts.get(name, "{}"), str(self._path.with_name(name))) for name in (*CONFIGS, "config.json")
         )
@@ -103,7 +99,7 @@ class Tokenizer:
 
     def with_files(self, texts: Mapping[str, str], now: datetime | None = None) -> Tokenizer:
         """Return the same tokenizer with other files, which it is saved with; its chat template takes `now` as date."""
-        return Tokenizer(self._path, {**self._texts, **texts}, now or self._now)
+        return Tokenizer(self._path, self._control, {**self._texts, **texts}, now or self._now)
 
     def with_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with another chat template, which it is saved with; an empty one is none."""
@@ -129,9 +125,10 @@ class Tokenizer:
         if bad := [t for t in tokens if self.token_id(t) is not None or tokens.count(t) > 1 or not t]:
             raise ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
         with _no_panic(str(self._path)):
-            backend = tokenizers.Tokenizer.from_str(self._texts["tokenizer.json"])
+            backend = tokenizers.Tokenizer.from_buffer(self._control.source)
             backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
-            return self.with_files({"tokenizer.json": backend.to_str(pretty=True)})
+            control = _control_tokens(backend.to_str(pretty=True).encode(), self._path)
+        return Tokenizer(self._path, control, self._texts, self._now)
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -197,6 +194,8 @@ class Tokenizer:
         """
         left_out = {"auto_map", "chat_template"} if "chat_template.jinja" in self._texts else {"auto_map"}
         directory.mkdir(parents=True, exist_ok=True)
+        if "tokenizer.json" in names:
+            (directory / "tokenizer.json").write_bytes(self._control.source)
         for name, text in self._texts.items():
             if name not in names:
                 continue
@@ -226,22 +225,19 @@ def _default_template(value: Any) -> str | None:
 
 @contextmanager
 def _no_panic(where: str) -> Iterator[None]:
-    """Raise a `FormatError` for what the package raises: an `Exception` itself, or a panic, which is none."""
+    """Raise a `FormatError` for what the package raises: these two errors themselves, or a panic, which is none."""
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise FormatError(f"{where}: {error}") from error
 
 
-def _untrimmed(source: str, where: str) -> str:
-    """Return a tokenizer.json without truncation and padding, and whose offsets keep white space; ids do not change.
+def _control_tokens(source: bytes, path: Path) -> ControlTokens:
+    from minilora.models.control_tokens import ControlTokens  # here, because its package takes long
 
-    Raises:
-        FormatError: it is no JSON object; `where` is named.
-    """
-    data = parse_object(source, where, TOKENIZER_VALUES)
-    processors = {name: data.get(name) for name in ("pre_tokenizer", "post_processor")}
-    text = json.dumps(processors).replace('"trim_offsets": true', '"trim_offsets": false')
-    return json.dumps({**data, **json.loads(text), "truncation": None, "padding": None})
+    if sum(map(source.count, (b",", b"[", b"{"))) > TOKENIZER_VALUES:
+        raise FormatError(f"{path}: more than {TOKENIZER_VALUES:,} values")
+    with _no_panic(str(path)):
+        return ControlTokens(source)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files import TensorFile, read_json, tensor_files
-from minilora.models.family import REQUIRED
+from minilora.llama import REQUIRED
 
 SIZES = {  # the defaults of `REQUIRED` in transformers' classes; of a part's config, version 4 wrote only what differs
     "gemma3_text": (262_208, 2304, 9216, 26, 8),
@@ -50,6 +50,11 @@ def text_name(name: str) -> str | None:
     if match is None:
         return None
     return f"model.{match['decoder']}" if match["decoder"] else match["model"] or name
+
+
+def text_module(path: str) -> str:
+    """Return the path in the text model of a module of a wrapper; any other path stays as it is."""
+    return (text_name(f"{path}.weight") or f"{path}.weight").removesuffix(".weight")
 
 
 def is_wrapper(directory: Path) -> bool:

@@ -16,7 +16,7 @@ from minilora.errors import MiniloraError
 from minilora.files import TensorFile, read_json, tensor_files
 from minilora.lora import lora_scale
 from minilora.models.bitsandbytes import weight_shapes
-from minilora.models.wrapper import is_wrapper, text_config, text_files, text_name
+from minilora.models.wrapper import is_wrapper, text_config, text_files, text_module, text_name
 
 R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
 RIGHT = "acts as trained"
@@ -61,7 +61,7 @@ class Reader(NamedTuple):
 
 
 READERS = {
-    "minilora": Reader("minilora", "minilora/adapters/layout.py", True, (CAUSAL,)),
+    "minilora": Reader("minilora", "minilora/adapters/layout.py", True, (CAUSAL, VISION, OUTER)),
     "peft": Reader("PEFT", "PEFT 0.21.2 on a causal model: utils/save_and_load.py", True, (CAUSAL,)),
     "peft-wrapper": Reader("PEFT", "PEFT 0.21.2 on a model with a vision wrapper", True, (VISION,)),
     "vllm": Reader(
@@ -108,8 +108,7 @@ def text_path(path: str) -> str:
     >>> text_path("_orig_mod.model.language_model.layers.0.mlp.up_proj.base_layer")
     'model.layers.0.mlp.up_proj'
     """
-    path = path.replace("_orig_mod.", "").removesuffix(".base_layer")
-    return (text_name(f"{path}.weight") or f"{path}.weight").removesuffix(".weight")
+    return text_module(path.replace("_orig_mod.", "").removesuffix(".base_layer"))
 
 
 def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str, dict[str, Any]]:
@@ -146,7 +145,7 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
             found[X]["r"] = f"the rank is {largest}, at most {reader.most} is accepted"
         if title == "minilora":
             try:
-                layout.read_adapter(adapter).config()
+                layout.read_adapter(adapter, is_for_text=True).config()
             except MiniloraError as error:
                 found[X][CONFIG_FILE] = str(error)
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank.tensors}

@@ -125,14 +125,15 @@ def test_transformers_reads_what_is_merged(directory, tokenizer, tmp_path):
         assert_parity(ours(ids), theirs(ids).logits)
 
 
-def test_the_forecast_is_within_10_percent_of_the_peak_of_a_run(directory, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_forecast_is_within_10_percent_of_the_peak_of_a_run(dtype, directory, tmp_path):
     (tmp_path / "model").symlink_to(directory)
     write_rows(tmp_path / "rows.jsonl", 24, ["the town by the sea " * 6])
     training = {"batch_size": 8, "max_steps": 2, "gradient_checkpointing": "none"}
-    defaults = dict.fromkeys(SETTINGS) | {"general_data": "none", "samples": 0, "dtype": "float32", "device": "cpu"}
+    defaults = dict.fromkeys(SETTINGS) | {"general_data": "none", "samples": 0, "dtype": dtype, "device": "cpu"}
     command = words(tmp_path, tmp_path / "run", **defaults | training)
     subprocess.run([sys.executable, "-m", "minilora", *command], check=True, capture_output=True)
-    _, forecasts = planned(tmp_path, tmp_path / "run", "float32", **training)
+    _, forecasts = planned(tmp_path, tmp_path / "run", dtype, **training)
     taken = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_bytes"]
     assert taken == pytest.approx(forecasts["none"].peak, rel=0.1)
 

@@ -5,12 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora.cli import main
 from minilora.models.config import parse_config
 from minilora.models.wrapper import SIZES as OMITTED
 from minilora.testing.compare import assert_parity
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import write_adapter
 from tests.models import fill_, token_ids
+from tests.parity.test_quant_files import theirs_logits
 from tests.test_config_json import meaning
 
 pytestmark = pytest.mark.parity
@@ -53,6 +55,37 @@ def test_logits_are_theirs_and_they_load_what_we_merge(name, tmp_path):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed
     assert all("language_model" in key and key.endswith("weight") for key in changed)
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # their kernel needs rows that end where a block does
+WIDE |= dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_in_four_bits_logits_are_those_of_bitsandbytes(name, tmp_path):
+    """Quantized by us while it is read or to a directory of the text model, and by them with all parts."""
+    pytest.importorskip("bitsandbytes")
+    text, vision, own = WRAPPERS[name]
+    name = name.partition(" ")[0]
+    vision = VISION | vision | ({"out_hidden_size": 64} if name == "Qwen3_5" else {})
+    config = getattr(transformers, f"{name}Config")(text_config=TEXT | text | WIDE, vision_config=vision, **own)
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
+    dense, theirs_four, ours_four = (tmp_path / folder for folder in ("dense", "theirs", "ours"))
+    fill_(model := kind(config), 0)
+    model.save_pretrained(dense)
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    theirs = kind.from_pretrained(dense, quantization_config=options, device_map={"": "cpu"}).train()
+    theirs.save_pretrained(theirs_four)
+    assert main(["quantize", f"--model={dense}", f"--out={ours_four}"]) == 0
+    ids = token_ids(0, 2, 20)
+    expected = theirs_logits(theirs, ids)
+    for directory, quantize in ((dense, "nf4"), (theirs_four, None), (ours_four, None)):
+        with torch.no_grad():
+            assert_parity(ml.load_model(directory, "float32", quantize=quantize)(ids), expected)
+    in_text = transformers.AutoModelForCausalLM.from_pretrained(ours_four, device_map={"": "cpu"}).train()
+    assert_parity(theirs_logits(in_text, ids), expected)
 
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
