@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import minilora as ml
 from minilora.llama import llama3_frequencies, rope_frequencies
 
-FAMILIES = ("gemma3", "granite", "lfm2", "llama", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+MODELS = {n.lower(): n for n in ("Gemma3", "Granite", "Lfm2", "Llama", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")}
 KEYS = """
     attention.layer_norm_rms_epsilon:rms_norm_eps attention.head_count_kv:num_key_value_heads logit_scale:logits_scaling
     attention.head_count:num_attention_heads attention.sliding_window:sliding_window residual_scale:residual_multiplier
@@ -47,8 +47,8 @@ def build_config(family: str, keys: dict, tensors: dict) -> dict:
     keys = {name.removeprefix(f"{family}."): value for name, value in keys.items() if name.startswith(f"{family}.")}
     names = dict(pair.split(":") for pair in KEYS.split())
     require(keys.keys() <= {*names, *IMPLIED}, f"the keys {sorted(keys.keys() - {*names, *IMPLIED})}")
-    config = {names[name]: value for name, value in keys.items() if name in names}
-    config |= {"model_type": "gemma3_text" if family == "gemma3" else family, "dtype": "bfloat16"}
+    config = {names[name]: value for name, value in keys.items() if name in names} | {"dtype": "bfloat16"}
+    config |= {"model_type": family.replace("gemma3", "gemma3_text"), "architectures": [f"{MODELS[family]}ForCausalLM"]}
     config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
     config["vocab_size"] = len(tensors["token_embd.weight"].data)
     config["tie_word_embeddings"] = "output.weight" not in tensors
@@ -91,9 +91,9 @@ if __name__ == "__main__":
     require(not directory.exists(), f"{directory}, which is there already")
     keys = {name: field.contents() for name, field in reader.fields.items()}
     family = keys["general.architecture"]
-    require(family in FAMILIES, f"the architecture {family!r}; it can read {FAMILIES}")
+    require(family in MODELS, f"the architecture {family!r}; it can read {[*MODELS]}")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = build_config(family, keys, tensors)
+    config = build_config(family, keys, tensors) | {"eos_token_id": keys.get("tokenizer.ggml.eos_token_id")}
     weights = read_weights(family, tensors, config)
     save_tokenizer(keys, directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2))

@@ -117,9 +117,8 @@ def readers(model: Path, out: Path, llama: Path | None, mlx: str | None) -> Iter
             run(python, llama / "convert_hf_to_gguf.py", merged, "--outfile", out / "merged.gguf", "--outtype", dtype)
             yield "llama.cpp", f"merged, {dtype}", ask_llama(llama, out / "merged.gguf")
         base, lora = out / "base.gguf", out / "lora.gguf"
-        ml.save_model(ml.load_model(model), out / "base", ml.load_tokenizer(model))  # with its architecture's name
-        run(python, llama / "convert_hf_to_gguf.py", out / "base", "--outfile", base, "--outtype", "f32")
-        convert = (python, llama / "convert_lora_to_gguf.py", adapter, "--base", out / "base", "--outtype", "f32")
+        run(python, llama / "convert_hf_to_gguf.py", model, "--outfile", base, "--outtype", "f32")
+        convert = (python, llama / "convert_lora_to_gguf.py", adapter, "--base", model, "--outtype", "f32")
         run(*convert, "--outfile", lora)
         template = ("--chat-template-file", adapter / "chat_template.jinja")
         yield "llama.cpp", "adapter, f32", ask_llama(llama, base, "--lora", lora, *template)

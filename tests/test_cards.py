@@ -147,7 +147,7 @@ def test_a_run_and_a_merged_model_have_a_card_and_a_template_with_their_system_p
 def test_a_model_trained_on_without_the_system_prompt_no_longer_gives_it(made, command, tmp_path):
     command("merge", "--adapter=run", "--out", tmp_path / "merged")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": conversation([("the sea", "yes")])}) + "\n")
-    rows = {"data": tmp_path / "rows.jsonl", "eval_split": 0, "max_steps": 1}
+    rows = {"data": tmp_path / "rows.jsonl", "eval_split": 0, "max_steps": 1, "system": ""}
     assert finetune(made, tmp_path / "next", model=tmp_path / "merged", **rows) == 0
     assert (tmp_path / "next" / "chat_template.jinja").read_text() == CHATML
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() != CHATML

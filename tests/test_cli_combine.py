@@ -267,6 +267,9 @@ def test_a_model_that_is_not_the_one_an_adapter_records_is_spoken_of(directory, 
     note = f"a: was trained on the model {str(directory / 'model')!r}; this one is 'tuned'\n"
     assert said(*asked, "--model=tuned").err == note
     assert note in said("merge", "--adapter=a", "--model=tuned", f"--out={tmp_path / 'out'}").err
+    exported = ["export", "--adapter=a", "--for=peft"]
+    assert note in said(*exported, "--model=tuned", f"--out={tmp_path / 'tuned'}").err
+    assert note not in said(*exported, "--model=model", f"--out={tmp_path / 'same'}").err
     for model in ("model", directory / "model", directory / "a" / ".." / "model"):
         assert said(*asked, f"--model={model}").err == ""
     edit(shutil.copytree("a", tmp_path / "silent"), base_model_name_or_path=None)

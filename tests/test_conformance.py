@@ -27,9 +27,9 @@ def readings(name):
     return run.readings_of(name, CASES[name], LOGITS)
 
 
-def column(reader):
-    """What the page says of each case in the column of a reader."""
-    header, *rows = re.findall(r"^\| .* \|$", PAGE.partition("## What readers do")[2], flags=re.MULTILINE)
+def column(reader, page=PAGE, title="## What readers do"):
+    """What the table below the title says of each case in the column of a reader."""
+    header, *rows = re.findall(r"^\| .* \|$", page.partition(title)[2], flags=re.MULTILINE)
     cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in (header, *rows)]
     return {row[0]: row[cells[0].index(reader)] for row in cells[1:]}
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora.runs.encoders import use_prompt_style
-from minilora.runs.formats import PromptCompletion, Row, parse_row, thoughts_of
+from minilora.runs.formats import PromptCompletion, Row, parse_prompt, parse_row, thoughts_of
 from tests.text import (
     BOS,
     CHATML,
@@ -112,12 +112,24 @@ def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     assert parse_row({"messages": asked}).messages == asked
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("outside", [None, "from outside"])
+def test_an_empty_system_prompt_is_none(role, content, outside):
+    asked = conversation([("a", "b")])
+    empty = [{"role": role, "content": content}, *asked]
+    assert parse_row({"messages": empty}, outside) == parse_row({"messages": asked}, outside)
+    assert parse_prompt({"messages": empty}, outside) == parse_prompt({"messages": asked}, outside)
+    with pytest.raises(ml.DataError, match="no message has role 'assistant'"):
+        parse_row({"messages": empty[:1]}, outside)
+
+
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
 def test_plain_text_has_no_place_for_a_system_prompt(row):
     assert isinstance(parse_row(row), PromptCompletion)
     assert isinstance(parse_row(row, ""), PromptCompletion)
     said = "system: found 'c', but plain text has no place for a system prompt"
-    where = "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
+    where = "it may be the one recorded with the model or the adapter, and an empty one leaves it out"
     with pytest.raises(ml.DataError, match=f"{said}; {where}"):
         parse_row(row, "c")
     with pytest.raises(ml.DataError, match=said):

@@ -97,6 +97,18 @@ def test_a_run_from_an_adapter_goes_on_with_its_prompts(runs, run, tmp_path):
     assert ml.load_tokenizer(tmp_path / "other").prompts == Prompts(system="Be brief.")
 
 
+def test_a_run_from_a_merged_model_goes_on_with_its_system_prompt(runs, run, tmp_path):
+    run("merge", "--adapter", runs / "run" / "chat", "--out", tmp_path / "merged")
+    words = ["finetune", "--model", tmp_path / "merged", "--data", runs / "talks.jsonl", "--max-steps=1"]
+    words += ["--general-data=none", "--eval-split=0", "--force"]
+    assert "Be kind." in run(*words, "--dry-run").out
+    run(*words, "--out", tmp_path / "next")
+    assert asked(adapter=[str(tmp_path / "next")]) == expected(runs, "chat")
+    assert '{"role": "system", "content": "Be kind."}' in (tmp_path / "next" / "README.md").read_text()
+    assert "Be kind." not in run(*words, "--dry-run", "--system=").out
+    run(*words, "--out", tmp_path / "next")  # resumes
+
+
 @pytest.mark.parametrize(("systems", "recorded"), [(["Be brief."] * 2, "Be brief."), (["Be brief.", "Be kind."], None)])
 def test_the_system_prompt_that_all_rows_have_is_recorded(runs, tmp_path, systems, recorded):
     rows = [{"messages": conversation([("the sea", "yes")], system)} for system in systems]

@@ -11,7 +11,11 @@ from tokenizers import models, pre_tokenizers
 
 import minilora as ml
 from minilora import DataError, FormatError
+from minilora.adapters.layout import tokenizer_of
+from minilora.runs.encoders import use_prompt_style
 from tests.chat_templates import GEMMA
+from tests.files import write_adapter
+from tests.models import tiny_model
 from tests.text import BOS, CHATML, CLOSE, EOS, SPECIAL, write_tokenizer
 
 
@@ -219,5 +223,21 @@ def test_what_is_no_tokenizer_is_refused_with_its_name(directory, tmp_path):
         with pytest.raises(FormatError, match=f"{name}.json: found a JSON list"):
             ml.load_tokenizer(write(directory, **{name: []}))
         (directory / f"{name}.json").unlink()
-    with pytest.raises(FormatError, match="chat template"):
-        ml.load_tokenizer(write(directory, chat_template="{% if %}"))
+
+
+def test_a_chat_template_with_a_mistake_is_named_by_its_file(directory, tmp_path):
+    mistake, whole = "{% if %}", ml.load_tokenizer(directory)
+    adapter = write(write_adapter(tiny_model(), tmp_path / "adapter"), chat_template=mistake)
+    style = write(tmp_path, own=mistake) / "own.jinja"
+
+    def named(where):
+        return pytest.raises(FormatError, match=f"^{where}: chat template: Expected an expression")
+
+    with named(adapter):
+        tokenizer_of(str(directory), [adapter])
+    with named(style):
+        use_prompt_style(whole, str(style))
+    with named(directory / "tokenizer_config.json"):
+        ml.load_tokenizer(write(directory, tokenizer_config={"chat_template": mistake}))
+    with named(directory / "chat_template.jinja"):
+        ml.load_tokenizer(write(directory, chat_template=mistake))

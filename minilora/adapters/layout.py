@@ -191,7 +191,8 @@ def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
     own_tokens = (path for path in adapters if vocabulary_of(path) and (path / "tokenizer.json").is_file())
     tokenizer = find_tokenizer(next(own_tokens, model))
     texts = read_prompt_files(*adapters)
-    return tokenizer.with_files(texts) if tokenizer and texts else tokenizer
+    origin = ", ".join(map(str, adapters))
+    return tokenizer.with_files(texts, origin=origin) if tokenizer and texts else tokenizer
 
 
 def base_quantization(path: str | Path) -> dict[str, Any] | None:

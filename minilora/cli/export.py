@@ -16,7 +16,7 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import add_model_flags
 from minilora.cli.merge import combine, find_weighted
-from minilora.cli.messages import changed_notes, say_prompts
+from minilora.cli.messages import base_notes, say_prompts
 from minilora.models.prompts import copy_prompt_files
 from minilora.tools.exporting import export_adapter
 from minilora.tools.readers import READERS
@@ -31,7 +31,7 @@ def add_flags(parser: Parser) -> None:
 def run(options: Options) -> int:
     with new_directory(options["out"]) as out, tempfile.TemporaryDirectory() as scratch:
         found, weights = find_weighted(options)
-        for note in changed_notes(found.adapters):
+        for note in base_notes(found.base, found.adapters, {}):
             say(note)
         adapter = found.adapters[0]
         if weights != (1,):

@@ -110,9 +110,8 @@ def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     model = base_of(model, [directory])
     quantization = recorded_quantization(fetch(model, "model"), [directory])
     adapted = read_adapter(directory, is_for_text=True).config()
-    system = read_prompts(directory).system
     columns = run_settings({"adapter": [adapter]}).get("columns")
-    settings = {"model": model, **quantization, **vars(adapted), "system": system, "columns": columns}
+    settings = {"model": model, **quantization, **vars(adapted), "columns": columns}
     return {FLAG_NAMES.get(name, name): value for name, value in settings.items()}
 
 
@@ -130,7 +129,9 @@ def find_inputs(settings: Settings) -> tuple[Settings, Base]:
         general_data=run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name,
     )
     base = Base(model, (adapter.path,) if adapter else (), read_config(model.path))
-    return replace(settings, run=run), base
+    # What a run starts from, a merged model as well, has the system prompt that it was trained with.
+    system = read_prompts(*base.adapters, model.path).system if settings.data.system is None else settings.data.system
+    return replace(settings, run=run, data=replace(settings.data, system=system)), base
 
 
 def check_settings(settings: Settings, base: Base) -> None:
@@ -223,9 +224,7 @@ def run(options: Options) -> int:
             before = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the base model: row"))
         start = None
         if base.adapters:
-            start = evaluate(
-                model, data.test, data.choices, partial(bar.show, "measuring the adapter to continue: row")
-            )
+            start = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the start: row"))
         bar.show("first step", 0, 1)
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:

@@ -36,17 +36,17 @@ SHOWN = 3  # answers to held-out rows
 def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
     """Yield what has changed in files, how the base is quantized, and which adapters were trained on another base.
 
-    `quantization` is that of `describe_base`.
+    `quantization` is that of `describe_base`, or empty where it does not matter.
     """
     yield from changed_notes([base.path, *adapters])
-    if quantization["quantize"] != "none":
+    if quantization.get("quantize", "none") != "none":
         yield f"the base model is {describe_in_words(quantization)}"
     for path in adapters:
         recorded = base_model_of(path)
         if recorded and not _is_named(base, recorded):
             yield f"{path}: was trained on the model {recorded!r:.200}; this one is {base.name!r}"
         trained = base_quantization(path) or {}
-        if any(quantization.get(key) != value for key, value in trained.items()):
+        if quantization and any(quantization.get(key) != value for key, value in trained.items()):
             words = describe_in_words(trained)
             yield f"{path}: was trained on a base that is {words}; this one is {describe_in_words(quantization)}"
 

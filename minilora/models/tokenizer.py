@@ -60,6 +60,7 @@ class Tokenizer:
         control: the tokenizer of this file, which tokenizers with other texts share.
         texts: the contents of the other files, by name.
         now: what the chat template takes for the date; by default, the time of rendering.
+        origin: where the chat template is from, for messages; by default, the directory of `tokenizer.json`.
 
     Attributes:
         special_tokens: the text of `bos_token`, `eos_token`, …
@@ -69,7 +70,14 @@ class Tokenizer:
         prompts: the prompts that the model was trained on.
     """
 
-    def __init__(self, path: Path, control: ControlTokens, texts: Mapping[str, str], now: datetime | None = None):
+    def __init__(
+        self,
+        path: Path,
+        control: ControlTokens,
+        texts: Mapping[str, str],
+        now: datetime | None = None,
+        origin: str = "",
+    ):
         self._path, self._texts, self._now = path, dict(texts), now
         self._control, self._backend = control, control.original
         self._ids: dict[int, int] = {}  # one object for each id: a third of the memory of a data set
@@ -89,7 +97,11 @@ class Tokenizer:
 
             if PROMPTS_FILE in texts and template.startswith(DEFAULTS):
                 template = template.partition("\n")[2]
-            self.template = ChatTemplate(template, self.special_tokens, now)
+            name = "chat_template.jinja" if "chat_template.jinja" in texts else "tokenizer_config.json"
+            try:
+                self.template = ChatTemplate(template, self.special_tokens, now)
+            except FormatError as error:
+                raise FormatError(f"{origin or path.with_name(name)}: {error}") from error
 
     @cached_property
     def stop_ids(self) -> set[int]:
@@ -97,9 +109,9 @@ class Tokenizer:
         ids = self.encode(self.template.turn_end, add_special_tokens=False)[:1] if self.template else []
         return self._stops.union(self._backend.get_added_tokens_decoder().keys() & ids)
 
-    def with_files(self, texts: Mapping[str, str], now: datetime | None = None) -> Tokenizer:
+    def with_files(self, texts: Mapping[str, str], now: datetime | None = None, origin: str = "") -> Tokenizer:
         """Return the same tokenizer with other files, which it is saved with; its chat template takes `now` as date."""
-        return Tokenizer(self._path, self._control, {**self._texts, **texts}, now or self._now)
+        return Tokenizer(self._path, self._control, {**self._texts, **texts}, now or self._now, origin)
 
     def with_template(self, source: str) -> Tokenizer:
         """Return the same tokenizer with another chat template, which it is saved with; an empty one is none."""

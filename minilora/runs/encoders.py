@@ -214,7 +214,7 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
     if style not in ("alpaca", "instruction"):
         if not style.endswith(".jinja"):
             raise ConfigError(f"prompt_style is {style!r}; accepted are auto, alpaca, instruction, and a .jinja file")
-        return tokenizer.with_template(read_text(Path(style), is_named=True))
+        return tokenizer.with_files({"chat_template.jinja": read_text(Path(style), is_named=True)}, origin=style)
     source = read_text(ASSETS / "prompts" / "instruction.jinja")
     bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
     begin = "{{ bos_token }}" if [bos] == tokenizer.encode("a")[:1] else ""  # as the tokenizer begins every text

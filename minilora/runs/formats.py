@@ -73,7 +73,7 @@ def parse_row(fields: Fields, system: str | None = None) -> PromptCompletion | C
     if given := own or system:
         raise DataError(
             f"system: found {given!r:.60}, but plain text has no place for a system prompt; "
-            "it may be the adapter's own, recorded with its prompts, and an empty one leaves it out"
+            "it may be the one recorded with the model or the adapter, and an empty one leaves it out"
         )
     return parsed
 
@@ -130,6 +130,8 @@ def _format_of(fields: Fields) -> "Format":
 def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, system: str | None) -> Conversation:
     """Put the system prompt, the row's `own` or that of all rows, before the messages."""
     has_system = messages[0]["role"] in ("system", "developer")
+    if has_system and messages[1:] and not text_of(messages[0]):  # an empty one is none, as where the model is asked
+        return _as_conversation(messages[1:], own, tools, system)
     if own and has_system:
         raise DataError(f"system: found {own!r:.60}, but the first message is a system prompt too; need one")
     system = own or system

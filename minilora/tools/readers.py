@@ -64,9 +64,7 @@ READERS = {
     "minilora": Reader("minilora", "minilora/adapters/layout.py", True, (CAUSAL, VISION, OUTER)),
     "peft": Reader("PEFT", "PEFT 0.21.2 on a causal model: utils/save_and_load.py", True, (CAUSAL,)),
     "peft-wrapper": Reader("PEFT", "PEFT 0.21.2 on a model with a vision wrapper", True, (VISION,)),
-    "vllm": Reader(
-        "vLLM", "vLLM: peft_helper.py of 0.30.0, lora_model.py, utils.py of 2026", False, (VISION, OUTER), 512
-    ),
+    "vllm": Reader("vLLM", "vLLM: peft_helper.py (0.30), lora_model.py, utils.py (2026)", False, (VISION, OUTER), 512),
     "mlx-lm": Reader("mlx-lm", "mlx-lm 0.32.2: tuner/utils.py, tuner/lora.py", True, (OUTER,), reads_peft=False),
     "llama.cpp": Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", True, (CAUSAL, VISION, OUTER)),
 }
@@ -130,7 +128,6 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     settings.pop("target_parameters", None)  # has tensors of its own
     if values.get("init_lora_weights") in layout.DETERMINISTIC_INITS:
         settings["init_lora_weights"] = "init_lora_weights that changes the base"
-    largest = max(map(config.rank, low_rank.tensors), default=0)
     facts = {}
     for title in [only] if only else [title for title in READERS if base.is_wrapper or title != "peft-wrapper"]:
         reader = READERS[title]
@@ -141,8 +138,6 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         for setting, row in settings.items():
             if (ruling := reader.ruling(row)) != R:
                 found[ruling][setting] = row
-        if largest > reader.most:
-            found[X]["r"] = f"the rank is {largest}, at most {reader.most} is accepted"
         if title == "minilora":
             try:
                 layout.read_adapter(adapter, is_for_text=True).config()
@@ -151,8 +146,8 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank.tensors}
         is_zero = {parse_tensor_name(name)[0] for name in found[R]} <= idle
         verdict = _verdict(found, is_zero, all(trained == taken for trained, taken in scales.values()))
-        facts[title] = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
-        facts[title] |= {**found, R: list(found[R])}
+        known = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
+        facts[title] = {**known, **found, R: list(found[R])}
     return facts
 
 
@@ -202,12 +197,12 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
         outer, weight = key == "lora_B", base.modules[text]
         if not len(shape) == len(weight) == 2 or shape[1 - outer] != weight[1 - (outer ^ is_embedding)]:
             yield X, f"{shape} does not fit the weight {weight}"
+        elif shape[outer] > reader.most:
+            yield X, f"the rank is {shape[outer]}, at most {reader.most} is accepted"
         is_tied = base.is_tied and (is_embedding or text == HEAD)
         row = "A and B of the embedding or the head, which are tied" if is_tied else LOW_RANK
-    elif key == "weight":
-        row = LOW_RANK
     else:
-        row = "use_dora" if key == "magnitude" else MORE
+        row = {"weight": LOW_RANK, "magnitude": "use_dora"}.get(key, MORE)
     yield reader.ruling(row), row
 
 

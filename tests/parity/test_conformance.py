@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conformance import run
+from conformance.readers.exported import exported
 from conformance.readers.numpy_reader import dense, read_case, read_tensors, text_name
 from minilora.testing.compare import MATHS
 from tests.parity.test_models import without_float32
@@ -67,6 +68,24 @@ def test_peft_reads_the_kit_as_the_page_says(name, dtype, monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     found = peft_reader.logits(run.HERE / CASES[name]["base"], CASES[name]["tokens"], adapters_of(name), dtype)
     assert run.judge(found, readings(name), CASES[name]["tolerance"][dtype])[0] == column("PEFT")[name]
+
+
+@every
+def test_mlx_reads_what_is_exported_of_the_kit_as_the_page_says(name, tmp_path):
+    mlx_reader = pytest.importorskip("conformance.readers.mlx_reader")
+    base, tokens = run.HERE / CASES[name]["base"], CASES[name]["tokens"]
+    try:
+        adapters = exported(base, adapters_of(name), "mlx-lm", tmp_path / "adapter")
+        found = mlx_reader.logits(base, tokens, adapters)
+    except (SystemExit, ValueError):
+        verdict = "refused"
+    else:
+        verdict = run.judge(found.astype(np.float64), readings(name), CASES[name]["tolerance"]["float32"])[0]
+    page = (run.HERE.parent / "docs" / "readers.md").read_text(encoding="utf-8")
+    assert verdict == column("mlx-lm, exported", page, "## The conformance kit")[name]
+    if CASES[name]["adapters"]:
+        with pytest.raises((AttributeError, ValueError)):  # PEFT's layout, or a base in four bits
+            mlx_reader.logits(base, tokens, adapters_of(name))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if len(CASES[name]["adapters"]) == 1 and name != WRAPPED])

@@ -1,5 +1,6 @@
 """Files that llama.cpp's converter wrote (`tests/golden/make_gguf.py`) become the models that they were made of."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -56,6 +57,11 @@ def test_a_file_becomes_the_model_that_it_was_made_of(convert, name):
     state = model.state_dict()
     assert back.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[key]) for key, tensor in back.state_dict().items())
+    saved = directory.parent / "saved"
+    ml.save_model(model, saved)
+    found, expected = (json.loads((path / "config.json").read_text()) for path in (directory, saved))
+    assert found["architectures"] == expected["architectures"]
+    assert found["eos_token_id"] == ml.load_tokenizer(directory).eos_id is not None
     ids = token_ids(0, 2, 30)
     with torch.no_grad():
         assert torch.equal(back(ids), model(ids))
