@@ -74,7 +74,7 @@ def read_data(
     files = find_files(run.data, run.eval_data)
     own = tokenizer_of(run.model, adapters) if adapters else None
     tokenizer = own or load_tokenizer(run.model)
-    tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
+    tokenizer = tokenizer.with_files({}, began.astimezone())
     rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
     encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
