@@ -31,7 +31,6 @@ PARTS = {
     """,
     "Data and training": """
         load_dataset Dataset Example DataConfig train TrainConfig TrainResult ProgressBar Tracker
-        set_dropout_step
     """,
     "Kernels": "plain",
     "Errors": "MiniloraError ConfigError DataError FormatError ShapeError TargetError TrainingError",

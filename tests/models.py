@@ -19,7 +19,7 @@ from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.nf4 import NF4Linear
-from minilora.runs.sampler import set_dropout_step
+from minilora.runs.sampler import adapters_with_dropout, seed_dropout
 
 SIZES = {
     "vocab_size": 61,
@@ -210,6 +210,10 @@ def perturb_(model: torch.nn.Module, seed: int = 0) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+def set_dropout_step(model: torch.nn.Module, seed: int | None, step: int = 0) -> None:
+    seed_dropout(adapters_with_dropout(model), seed, step)
 
 
 def train_a_little(model: torch.nn.Module, ids: Tensor, steps: int = 3) -> None:

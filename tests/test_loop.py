@@ -17,7 +17,7 @@ from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.loop import warmup_steps
 from minilora.runs.settings import COUNTS, RunConfig
 from minilora.testing.compare import assert_maths, assert_parity
-from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model
+from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, set_dropout_step, tiny_model
 from tests.training import (
     adapted,
     assert_same_gradient,
@@ -198,7 +198,7 @@ def test_seed_step_layer_and_adapter_each_have_a_mask_of_their_own():
     q, k = (adapter_layers(model)[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
 
     def mask(seed=1, step=2, layer=q, name="a"):
-        ml.set_dropout_step(model, seed, step)
+        set_dropout_step(model, seed, step)
         return layer.adapters[name].dropout(torch.ones(5, 24)).flatten().tolist()
 
     assert mask() == mask()

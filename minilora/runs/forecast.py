@@ -27,7 +27,7 @@ from minilora.models.checkpoint import build_on_meta
 from minilora.nf4 import NF4Linear
 from minilora.runs import processes
 from minilora.runs.memory import amount, free_memory_bytes
-from minilora.runs.sampler import plan_steps, set_dropout_step
+from minilora.runs.sampler import adapters_with_dropout, plan_steps, seed_dropout
 from minilora.runs.settings import TrainConfig
 
 Shard = Literal["none", "base"]
@@ -102,7 +102,7 @@ def forecast(plan: Plan) -> Forecasts:
     sent = gradients if plan.ranks > 1 else 0  # the buffer in which the ranks' gradients are added
     gathered = 2 * max(blocks) if shards > 1 else 0
     libraries = LIBRARIES if plan.device.type == "cpu" else 0
-    set_dropout_step(model.to("meta").train(), 0)
+    seed_dropout(adapters_with_dropout(model.to("meta").train()), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     micro_batches = (batch for step in plan_steps(len(plan.rows), plan.training) for batch in step)
