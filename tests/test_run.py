@@ -232,14 +232,15 @@ def test_a_finished_run_is_never_overwritten(refused, whole):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 @pytest.mark.parametrize("place", ["model", "data", "out"])
-def test_a_name_that_is_not_utf_8_is_refused_in_one_line_before_anything_is_written(directory, tmp_path, capsys, place):
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line_and_leaves_nothing(directory, tmp_path, capsys, place):
     named = tmp_path / "caf\udce9.jsonl"
     named.write_bytes((directory / "rows.jsonl").read_bytes())
     assert finetune(directory, **{"out": tmp_path / "out", "max_steps": 1, place: named}) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("minilora: a")
-    assert captured.err.endswith(r"caf\udce9.jsonl', which is not UTF-8; rename the file, or convert the text" + "\n")
+    assert captured.err.startswith("minilora: ")
+    assert r"\udce9" in captured.err
+    assert captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [named]
 
 

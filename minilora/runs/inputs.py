@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.errors import DataError, check_utf8
+from minilora.errors import DataError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
@@ -161,7 +161,6 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     documents = [file for file in named if file.suffix in (".txt", ".parquet") and not files]
     for file in (*files, *documents):
         check_link(file)
-        check_utf8("a file's name", file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
             if split in splits:
