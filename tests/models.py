@@ -173,10 +173,10 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     return model
 
 
-def four_bit(model: torch.nn.Module, double_quant: bool = True) -> torch.nn.Module:
-    """The model with its linears, all but the head, in four bits; it computes as it did."""
+def four_bit(model: torch.nn.Module, double_quant: bool = True, dense: str = "lm_head") -> torch.nn.Module:
+    """The model with its linears, all but the head and those with this name, in four bits; it computes as it did."""
     for path, linear in linear_layers(model).items():
-        if path != "lm_head":
+        if path != "lm_head" and not path.endswith(dense):
             model.set_submodule(path, NF4Linear.quantize(linear.weight, linear.bias, double_quant))
     return model
 

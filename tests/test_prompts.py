@@ -22,7 +22,6 @@ OPTIONS = {
     "adapter": [],
     "quantize": None,
     "double_quant": None,
-    "quantize_skip": None,
 }
 QUICK = {"max_steps": 2, "save_steps": 1, "eval_split": 0}
 

@@ -123,7 +123,7 @@ def _build_base(plan: Plan) -> Llama:
     if is_four_bit(source):
         quantization = QuantizeConfig("nf4", bool(source["quantization_config"].get("bnb_4bit_use_double_quant")))
     linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
-    for path in quantization.chosen(list(linears)):
+    for path in quantization.chosen(linears):
         packed = NF4Linear.quantize(linears[path].weight, None, quantization.double_quant)
         assign(model, f"{path}.weight", packed)
     return model
