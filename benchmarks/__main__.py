@@ -14,7 +14,6 @@ import torch
 
 from benchmarks import ablation, results, turns, work
 from benchmarks.process import Round
-from minilora.cli.selftest import code_hash
 
 HERE = Path(__file__).parent
 
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.only, args.peers, args.rounds = [each.name for each in work.trainings()[:7]], ["peft"], 1
         args.out = Path(f"benchmarks-{args.device}.md")
     log, here = args.out.with_suffix(".jsonl"), results.surroundings(torch.device(args.device))
-    state, refused = code_hash(), False
+    state, refused = results.code_hash(), False
     with tempfile.TemporaryDirectory() as folder:
         shop = turns.Workshop(Path(folder), args.model, args.device)
         for name in (name for asked in args.only for name in groups.get(asked, [asked])):

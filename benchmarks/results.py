@@ -1,6 +1,7 @@
 """What was measured: kept as lines of JSON, and shown as RESULTS.md."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+import minilora
 from benchmarks.process import Measurement, Round
 from benchmarks.work import ALPHA, KEPT, OURS, RANK, STEPS, WARM_UP, Ablation, Training, Work
 
@@ -32,6 +34,14 @@ def surroundings(device: torch.device) -> dict[str, str]:
         machine = f"{torch.cuda.get_device_name(device)}; {machine}"
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return {"machine": machine, "device": device.type, "versions": versions}
+
+
+def code_hash() -> str:
+    """A hash of minilora's own code, by which figures name the state that they were measured at."""
+    code = hashlib.sha256()
+    for path in sorted(Path(minilora.__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return code.hexdigest()[:8]
 
 
 def _version(package: str) -> str:

@@ -27,7 +27,6 @@ from benchmarks import results, scale
 from benchmarks.process import called, gemm_peak, in_fresh_process
 from benchmarks.scale import KEYS, step_seconds
 from benchmarks.work import SMOLLM2, Row, Task, Training, training_flops
-from minilora.cli.selftest import code_hash
 from minilora.models.checkpoint import build_on_meta
 from minilora.models.config import parse_config
 from minilora.runs.memory import amount
@@ -133,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found.append(row)
     here = results.surroundings(torch.device("cpu"))
     print(
-        f"{args.shape}, {here['machine']}; {here['versions']}; code {code_hash()}:",
+        f"{args.shape}, {here['machine']}; {here['versions']}; code {results.code_hash()}:",
         results.table(HEAD, found),
         sep="\n\n",
     )

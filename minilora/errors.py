@@ -1,9 +1,7 @@
 """Errors: one family of exceptions, whose messages name file, key, what was found and what is accepted."""
 
-import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 
 class MiniloraError(Exception):
@@ -63,15 +61,3 @@ def listed(problems: Sequence[str], most: int = 10) -> str:
 def in_recipe(name: str) -> str:
     """Return where a feature that is a recipe is found, for the end of a message."""
     return f"it is a recipe: see recipes/{name}.py in minilora's repository"
-
-
-def check_utf8(what: str, *values: object) -> None:
-    """Raise a `ConfigError` if one of the values is text or a path that cannot be written in UTF-8.
-
-    Names of files that are in another encoding have lone surrogates in Python, which neither JSON nor safetensors take.
-    """
-    for value in values:
-        if isinstance(value, str | Path) and re.search("[\ud800-\udfff]", str(value)):
-            raise ConfigError(
-                f"{what} is {str(value)!r:.300}, which is not UTF-8; rename the file, or convert the text"
-            )

@@ -29,13 +29,11 @@ from minilora.models.checkpoint import save_model as save_model
 from minilora.models.generate import generate as generate
 from minilora.models.tokenizer import Tokenizer as Tokenizer
 from minilora.models.tokenizer import load_tokenizer as load_tokenizer
-from minilora.models.vocabulary import resize_token_embeddings as resize_token_embeddings
 from minilora.runs.encoders import Dataset as Dataset
 from minilora.runs.inputs import load_dataset as load_dataset
 from minilora.runs.loop import TrainResult as TrainResult
 from minilora.runs.loop import train as train
 from minilora.runs.reports import ProgressBar as ProgressBar
-from minilora.runs.sampler import set_dropout_step as set_dropout_step
 from minilora.runs.settings import DataConfig as DataConfig
 from minilora.runs.settings import TrainConfig as TrainConfig
 from minilora.runs.tracking import Tracker as Tracker

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minilora.data import Batch
-from minilora.definition import definition
 from minilora.errors import DataError
 from minilora.llama import Checkpointing, Documents, cross_entropy
 
@@ -63,9 +62,9 @@ def adamw(groups: Iterable[Any]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-class Step(NamedTuple):  # reading its tensors waits for the device
-    loss: Tensor
-    grad_norm: Tensor  # before clipping
+class Step(NamedTuple):
+    loss: float
+    grad_norm: float  # before clipping
 
 
 def train_step(
@@ -98,7 +97,6 @@ def accumulate(
     return total, count
 
 
-@definition
 def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float) -> Step:
     """Divide the sum of losses and its gradients by their number, clip the gradients, and step.
 
@@ -111,13 +109,13 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.grad /= count
-    mean = total / count
     norm = total_norm([parameter.grad for parameter in parameters])
-    if mean.isfinite() and norm.isfinite():
+    step = Step(*torch.stack((total / count, norm)).tolist())  # waits for the device, once
+    if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
         if max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         optimizer.step()
-    return Step(mean, norm)
+    return step
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:

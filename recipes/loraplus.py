@@ -59,5 +59,5 @@ def train(model: nn.Module, dataset: Sequence[ml.Example], config: ml.TrainConfi
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(step, len(steps), peak, math.ceil(warmup), config.lr_scheduler)
         batch = collate([dataset[row] for row in rows.tolist()], device)
-        losses.append(train_step(model, optimizer, [batch], max_grad_norm=config.max_grad_norm).loss.item())
+        losses.append(train_step(model, optimizer, [batch], max_grad_norm=config.max_grad_norm).loss)
     return losses

@@ -22,7 +22,7 @@ this page from the docstrings.
 """
 PARTS = {
     "Models and tokenizers": """
-        load_model save_model load_tokenizer Tokenizer resize_token_embeddings generate QuantizeConfig
+        load_model save_model load_tokenizer Tokenizer generate QuantizeConfig
     """,
     "Adapters": """
         LoraConfig find_target_modules attach detach delete_adapter load_adapter save_adapter
@@ -31,7 +31,6 @@ PARTS = {
     """,
     "Data and training": """
         load_dataset Dataset Example DataConfig train TrainConfig TrainResult ProgressBar Tracker
-        set_dropout_step
     """,
     "Kernels": "plain",
     "Errors": "MiniloraError ConfigError DataError FormatError ShapeError TargetError TrainingError",

@@ -19,7 +19,7 @@ from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.nf4 import NF4Linear
-from minilora.runs.sampler import set_dropout_step
+from minilora.runs.sampler import adapters_with_dropout, seed_dropout
 
 SIZES = {
     "vocab_size": 61,
@@ -173,10 +173,10 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     return model
 
 
-def four_bit(model: torch.nn.Module, double_quant: bool = True) -> torch.nn.Module:
-    """The model with its linears, all but the head, in four bits; it computes as it did."""
+def four_bit(model: torch.nn.Module, double_quant: bool = True, dense: str = "lm_head") -> torch.nn.Module:
+    """The model with its linears, all but the head and those with this name, in four bits; it computes as it did."""
     for path, linear in linear_layers(model).items():
-        if path != "lm_head":
+        if path != "lm_head" and not path.endswith(dense):
             model.set_submodule(path, NF4Linear.quantize(linear.weight, linear.bias, double_quant))
     return model
 
@@ -210,6 +210,10 @@ def perturb_(model: torch.nn.Module, seed: int = 0) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+def set_dropout_step(model: torch.nn.Module, seed: int | None, step: int = 0) -> None:
+    seed_dropout(adapters_with_dropout(model), seed, step)
 
 
 def train_a_little(model: torch.nn.Module, ids: Tensor, steps: int = 3) -> None:

@@ -24,10 +24,10 @@ from tests.runs import QUICK, everything, unfinished, write_rows
 from tests.text import write_tokenizer
 
 DOUBLE = "nf4 with double quantization"
-IN_SINGLE = "nf4 without double quantization except for down_proj"
+IN_SINGLE = "nf4 without double quantization"
 HELD_DOUBLE = f"the base model is {DOUBLE}"
 PLAIN, NF4 = ml.QuantizeConfig("none"), ml.QuantizeConfig("nf4")
-SINGLE = ml.QuantizeConfig("nf4", False, ("down_proj",))
+SINGLE = ml.QuantizeConfig("nf4", False)
 HELD = {"dense": ("model", None), "on-nf4": ("nf4", None), "quantized": ("model", NF4), "single": ("model", SINGLE)}
 IN_NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}  # as an adapter says it
 TRAINING = [*QUICK, "--lora-r=2", "--max-steps=2", "--learning-rate=0.01", "--samples=0"]
@@ -46,7 +46,7 @@ def directory(tmp_path_factory):
         ("dense", "model"),
         ("on-nf4", "nf4"),
         ("quantized", "model", "--quantize=nf4"),
-        ("single", "model", "--quantize=nf4", "--no-double-quant", "--quantize-skip=down_proj"),
+        ("single", "model", "--quantize=nf4", "--no-double-quant"),
     ):
         places = [f"--{flag}={directory / name}" for flag, name in (("model", model), ("out", out))]
         assert cli.main(["finetune", *places, f"--data={directory / 'rows.jsonl'}", *TRAINING, *flags]) == 0
@@ -66,7 +66,7 @@ def with_metadata(adapter, out, metadata):
 
 
 def test_an_adapter_says_how_its_base_was_held_and_one_that_does_not_says_nothing(directory, tmp_path, run):
-    single = {**IN_NF4, "double_quant": False, "quantize_skip": ["down_proj"]}
+    single = {**IN_NF4, "double_quant": False}
     held = {"dense": {"quantize": "none"}, "on-nf4": IN_NF4, "quantized": IN_NF4, "single": single}
     assert {name: base_quantization(directory / name) for name in held} == held
     silent = with_metadata(directory / "quantized", tmp_path / "silent", {})
@@ -125,8 +125,7 @@ def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, 
         ("model", ["silent"], {}, PLAIN),
         ("model", ["fp4", "single"], {}, PLAIN),
         ("model", ["single"], {"quantize": "none"}, PLAIN),
-        ("model", ["single"], {"double_quant": True}, ml.QuantizeConfig("nf4", True, ("down_proj",))),
-        ("model", ["single"], {"quantize_skip": ("o_proj",)}, ml.QuantizeConfig("nf4", False, ("o_proj",))),
+        ("model", ["single"], {"double_quant": True}, NF4),
         ("model", ["fp4"], {"quantize": "nf4"}, NF4),
         ("nf4", ["single"], {}, PLAIN),
         ("nf4", ["single"], {"quantize": "nf4"}, NF4),
@@ -140,7 +139,7 @@ def test_quantization_precedence_flags_then_adapter(directory, tmp_path, monkeyp
         "fp4": with_metadata(directory / "single", tmp_path / "fp4", {BASE_METADATA: json.dumps(fp4)}),
     }
     places = {"model": model, "adapter": [str(made.get(name, name)) for name in adapters]}
-    options = {"quantize": None, "double_quant": None, "quantize_skip": None, **flags}
+    options = {"quantize": None, "double_quant": None, **flags}
     assert find_sources({**places, **options}).quantize == expected
 
 

@@ -16,11 +16,10 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.fsdp import load_sharded, local, own_rows, whole
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forgetting
-from minilora.runs.sampler import set_dropout_step
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.training import token_loss
 from tests.files import save_file, write_base
-from tests.models import CONFIGS, WHOLE, allocated, long, perturb_, small_tiles, token_ids
+from tests.models import CONFIGS, WHOLE, allocated, long, perturb_, set_dropout_step, small_tiles, token_ids
 from tests.ranks import on_ranks
 from tests.training import gradients, number, random_rows, trained
 

@@ -17,7 +17,7 @@ from minilora.runs.evaluate import held_out_loss, measure_forgetting
 from minilora.runs.loop import warmup_steps
 from minilora.runs.settings import COUNTS, RunConfig
 from minilora.testing.compare import assert_maths, assert_parity
-from tests.models import FAMILIES, bases, either, examples, four_bit, long, randn, seeds, tiny_model
+from tests.models import FAMILIES, bases, examples, four_bit, long, seeds, set_dropout_step, tiny_model
 from tests.training import (
     adapted,
     assert_same_gradient,
@@ -198,7 +198,7 @@ def test_seed_step_layer_and_adapter_each_have_a_mask_of_their_own():
     q, k = (adapter_layers(model)[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
 
     def mask(seed=1, step=2, layer=q, name="a"):
-        ml.set_dropout_step(model, seed, step)
+        set_dropout_step(model, seed, step)
         return layer.adapters[name].dropout(torch.ones(5, 24)).flatten().tolist()
 
     assert mask() == mask()
@@ -268,21 +268,6 @@ def test_the_norm_of_many_numbers_loses_no_digits():
     assert_parity(training.total_norm([gradient]), gradient.double().norm())  # one float32 sum is off by 5e-4
 
 
-class Heedless(torch.optim.SGD):
-    """Like optimizers on MPS, it takes no notice of `found_inf`."""
-
-    def step(self):
-        assert not hasattr(self, "found_inf")
-        super().step()
-
-
-class OnMPS(torch.Tensor):
-    """A number that says it is on MPS."""
-
-    device = property(lambda self: torch.device("mps"))
-
-
-@either
 @pytest.mark.parametrize("is_finite", [True, False])
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_with_any_optimizer_the_weights_stay_where_the_gradient_is_not_finite(is_fused, is_finite):
@@ -290,32 +275,8 @@ def test_with_any_optimizer_the_weights_stay_where_the_gradient_is_not_finite(is
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=is_fused)
     factor = 1.0 if is_finite else math.inf
     step = training.train_step(torch.nn.Module(), optimizer, [None], lambda *_: (factor * weight.sum(), 1))
-    assert bool(step.grad_norm.isfinite()) == is_finite
+    assert math.isfinite(step.grad_norm) == is_finite
     assert torch.equal(weight, torch.ones(3)) != is_finite
-
-
-@given(seeds, st.integers(1, 9), st.sampled_from([0.0, 0.5, 1e6]), st.sampled_from([torch.float32, torch.float64]))
-def test_the_kernel_of_update_makes_the_same_steps_to_the_bit(seed, count, limit, dtype):
-    def steps(update):
-        weights = [torch.nn.Parameter(randn(seed + i, 3, 5, dtype=dtype)) for i in range(2)]
-        optimizer, found = training.adamw(weights), []
-        for n, total in enumerate((3.0, math.nan, 2.0)):
-            for i, weight in enumerate(weights):
-                weight.grad = randn(seed + 10 * n + i, 3, 5, dtype=dtype)
-            found.append(update(optimizer, torch.tensor(total), count, limit))
-            optimizer.step()  # also after a step that was not made
-        return [*weights, *(number for step in found for number in step)]
-
-    pairs = zip(steps(training.update), steps(training.update.function), strict=True)
-    assert all(torch.equal(ours.nan_to_num(), theirs.nan_to_num()) for ours, theirs in pairs)
-
-
-def test_where_the_fused_optimizer_does_not_skip_a_step_the_definition_does():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = Heedless([weight], lr=1.0, fused=True)
-    weight.grad = torch.full((3,), math.inf)
-    training.update(optimizer, torch.ones(()).as_subclass(OnMPS), 1, 1.0)
-    assert torch.equal(weight, torch.ones(3))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,19 @@ from minilora.kernels import llama as loss
 from minilora.kernels.llama import head_chunk
 from minilora.llama import Documents
 from minilora.nf4 import NF4Linear
-from minilora.runs.sampler import set_dropout_step
 from minilora.testing.compare import assert_maths, assert_parity
-from tests.models import document_lengths, fill_, of_kernels, randn, seeds, sizes, small_tiles, tiny_model, token_ids
+from tests.models import (
+    document_lengths,
+    fill_,
+    of_kernels,
+    randn,
+    seeds,
+    set_dropout_step,
+    sizes,
+    small_tiles,
+    tiny_model,
+    token_ids,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -30,10 +30,20 @@ from minilora.runs.forecast import MemoryCounter, Plan, choose_plan
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import build_optimizer
 from minilora.runs.memory import amount, free_memory_bytes, peak_memory_bytes
-from minilora.runs.sampler import set_dropout_step
 from minilora.runs.settings import RunConfig, Settings, TrainConfig
 from minilora.training import token_loss, train_step
-from tests.models import CONFIGS, FAMILIES, WHOLE, examples, fill_, four_bit, long, tiny_config, tiny_model
+from tests.models import (
+    CONFIGS,
+    FAMILIES,
+    WHOLE,
+    examples,
+    fill_,
+    four_bit,
+    long,
+    set_dropout_step,
+    tiny_config,
+    tiny_model,
+)
 from tests.runs import SETTINGS, words
 from tests.training import random_rows
 

@@ -25,7 +25,7 @@ from tests.files import SHARD, edit, save_file, write_adapter, write_base
 from tests.models import WHOLE, allocated, long, matrix, randn, tiny_model
 from tests.runs import everything
 
-NF4 = ml.QuantizeConfig("nf4", quantize_skip=("o_proj",))
+NF4 = ml.QuantizeConfig("nf4")
 
 
 def write_for(base, path, seed=1, **config):
@@ -172,7 +172,7 @@ def test_shards_are_those_of_a_merge_in_memory(things, monkeypatch, shard_bytes)
 
 @pytest.mark.parametrize(("is_packed", "double_quant"), [(True, True), (False, False)])
 def test_requantized_is_the_dequantized_result_quantized_again_and_the_rest_as_it_was(things, is_packed, double_quant):
-    config = ml.QuantizeConfig("nf4", double_quant, ("o_proj",))
+    config = ml.QuantizeConfig("nf4", double_quant)
     packed = write_base(things / "four", quantize=config, num_hidden_layers=2)
     base, asked = ("four", None) if is_packed else ("base", config)
     for target in ("dequantized", "requantized"):
@@ -184,7 +184,7 @@ def test_requantized_is_the_dequantized_result_quantized_again_and_the_rest_as_i
         assert type(linear) is type(before[path])
         if not isinstance(linear, NF4Linear):
             assert torch.equal(linear.weight, expected.get_submodule(path).weight)
-        elif path.endswith(("q_proj", "down_proj")):
+        elif path.endswith(("q_proj", "o_proj", "down_proj")):
             again = NF4Linear.quantize(expected.get_submodule(path).weight, double_quant=double_quant)
             assert again.layout == linear.layout
             for found, expected_part in zip(linear.parts, again.parts, strict=True):

@@ -22,7 +22,6 @@ OPTIONS = {
     "adapter": [],
     "quantize": None,
     "double_quant": None,
-    "quantize_skip": None,
 }
 QUICK = {"max_steps": 2, "save_steps": 1, "eval_split": 0}
 
@@ -71,7 +70,7 @@ def test_what_is_made_of_an_adapter_is_asked_as_it_was(runs, run, tmp_path, kind
         assert asked(adapter=[str(tmp_path / name)]) == asked(adapter=[str(adapter)]) == expected(runs, kind)
     said = run("merge", "--adapter", adapter, "--out", tmp_path / "merged").err
     run("quantize", "--model", tmp_path / "merged", "--out", tmp_path / "packed")
-    run("merge", "--adapter", adapter, "--adapter", f"{adapter}:0.5", "--out", tmp_path / "sum")
+    run("merge", "--adapter", adapter, "--adapter", adapter, "--out", tmp_path / "sum")
     for name in ("merged", "packed", "sum"):
         assert asked(model=str(tmp_path / name)) == expected(runs, kind)
     assert "ask" not in said

@@ -29,7 +29,7 @@ from minilora.nf4 import DYNAMIC_MAP, NF4Linear, quantize_absmax
 from minilora.testing.compare import assert_parity
 from tests.files import SHARD, change, same_state, write_base
 from tests.golden.make_quantized import FILE, KINDS
-from tests.models import allocated, default_dtype, layouts, long, matrix, tiny_model, token_ids
+from tests.models import allocated, default_dtype, four_bit, layouts, long, matrix, tiny_model, token_ids
 from tests.runs import everything
 
 CPU = torch.device("cpu")
@@ -38,7 +38,6 @@ W = f"{UP}.weight"
 STATE = f"{W}.quant_state.bitsandbytes__nf4"
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
 LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
-SKIP_O = QuantizeConfig("nf4", quantize_skip=("o_proj",))
 LAST_BITS = 2**-22  # of a float32, relative
 doubles = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "plain"])
 
@@ -172,51 +171,30 @@ def test_the_numbers_of_the_file_are_quantized_whatever_the_dtype(stored, dtype,
     assert written == ("float32" if stored == "float64" else stored)  # bitsandbytes has no float64
 
 
-@pytest.mark.parametrize(
-    ("skip", "dense"),
-    [
-        (("down_proj",), r"layers\.\d\.mlp\.down_proj"),
-        ((UP,), re.escape(UP)),
-        (("model.layers.1.mlp",), r"layers\.1\.mlp\..*"),
-        (("mlp.up_proj", UP, UP, "lm_head"), r"layers\.\d\.mlp\.up_proj"),
-        (["layers.1"], r"layers\.1\..*"),
-        (["self_attn"], r".*self_attn.*"),
-    ],
-)
-def test_what_stays_dense_is_chosen_by_path_or_a_part_of_it_and_written_down(skip, dense, tmp_path):
-    small_base(tmp_path / "dense")
-    model = ml.load_model(tmp_path / "dense", quantize=QuantizeConfig("nf4", quantize_skip=skip))
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    plain = tiny_model(dtype=torch.float32, num_hidden_layers=2)
-    expected = {path for path in linear_layers(plain) if re.fullmatch(rf"lm_head|(model\.)?({dense})", path)}
-    assert set(linears) == expected
-    assert len(expected) > 1
-    for path, linear in linears.items():
-        assert torch.equal(linear.weight, plain.get_submodule(path).weight)
-    ml.save_model(model, tmp_path / "a")
-    written = read_json(tmp_path / "a/config.json")["quantization_config"]["llm_int8_skip_modules"]
-    assert {path for path, _ in plain.named_modules() if path.endswith(tuple(written))} == expected
-    same_state(ml.load_model(tmp_path / "a"), model)
+def mixed(directory):
+    """Write a model of two layers in four bits, except for its o_proj; the directory."""
+    ml.save_model(four_bit(tiny_model(dtype=torch.float32, num_hidden_layers=2), dense="o_proj"), directory)
+    return directory
 
 
-def test_what_cannot_be_quantized_is_an_error_that_names_it(tmp_path):
-    """An entry that names no linear also what there is."""
+def test_linears_that_are_dense_in_a_checkpoint_stay_so(tmp_path):
+    model = ml.load_model(mixed(tmp_path / "a"))
+    assert {path.rpartition(".")[2] for path in linear_layers(model).keys() - packed_linears(model)} == (
+        {"lm_head", "o_proj"}
+    )
+    ml.save_model(model, tmp_path / "b")
+    same_state(ml.load_model(tmp_path / "b"), model)
+
+
+def test_an_unknown_quantization_is_refused(tmp_path):
     small_base(tmp_path)
-    for entry in ("up_pro", "roj", "model.layers.4", "layers.1.", "ayers.1", "embed_tokens", "", ".*"):
-        with pytest.raises(ConfigError) as error:
-            ml.load_model(tmp_path, quantize=QuantizeConfig("nf4", quantize_skip=("down_proj", entry)))
-        assert repr(entry) in str(error.value)
-        assert {"q_proj", "o_proj", "up_proj", "down_proj"} <= set(re.findall(r"'(\w+)'", str(error.value)))
-    for skip in (["layers"], ("self_attn", "mlp", "lm_head"), ("model",)):
-        with pytest.raises(ConfigError, match=r"quantize_skip \[.*\] leaves nothing to quantize"):
-            ml.load_model(tmp_path, quantize=QuantizeConfig("nf4", quantize_skip=skip))
     for asked in ("fp4", "int8", "NF4", QuantizeConfig):
         with pytest.raises(ConfigError, match=r"quantize is .*nf4"):
             ml.load_model(tmp_path, quantize=asked)
 
 
 def test_a_head_that_others_packed_is_read_and_written_as_it_is(tmp_path):
-    directory = small_base(tmp_path / "a", quantize=SKIP_O)
+    directory = mixed(tmp_path / "a")
     before = ml.load_model(directory)
     linear = NF4Linear.quantize(before.lm_head.weight)
     change(directory, packed_tensors("lm_head.weight", linear))
@@ -362,17 +340,16 @@ def test_config_json_and_the_tensors_have_to_agree(packed, tmp_path):
 
 def test_a_model_that_is_quantized_is_loaded_as_it_is_and_not_otherwise(packed):
     same_state(ml.load_model(packed, quantize="nf4"), ml.load_model(packed))
-    for asked in (QuantizeConfig("nf4", double_quant=False), SKIP_O):
-        with pytest.raises(ConfigError, match="is quantized already, as nf4; 'none' loads it as it is"):
-            ml.load_model(packed, quantize=asked)
+    with pytest.raises(ConfigError, match="is quantized already, as nf4; 'none' loads it as it is"):
+        ml.load_model(packed, quantize=QuantizeConfig("nf4", double_quant=False))
     make_fp4(packed)
     with pytest.raises(ConfigError, match="is quantized already, as fp4"):
         ml.load_model(packed, quantize="nf4")
     assert packed_linears(ml.load_model(packed, quantize="none"))
 
 
-def test_a_description_names_skipped_linears_a_packed_head_and_fp4(tmp_path):
-    model = ml.load_model(small_base(tmp_path, quantize=SKIP_O))
+def test_a_description_names_dense_linears_a_packed_head_and_fp4(tmp_path):
+    model = ml.load_model(mixed(tmp_path))
     held = describe_quantization(linear_layers(model), "lm_head")
     assert held == {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["o_proj"]}
     model.lm_head = NF4Linear.quantize(model.lm_head.weight)

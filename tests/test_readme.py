@@ -10,9 +10,9 @@ import torch
 
 import minilora as ml
 import minilora.runs.inputs
+from benchmarks.results import code_hash
 from benchmarks.scale import known_config
 from minilora import cli
-from minilora.cli import selftest
 from minilora.cli.forecast import METHODS, default_plan
 from minilora.models.config import FAMILIES
 from minilora.runs.encoders import Dataset
@@ -118,7 +118,7 @@ def test_the_code_that_the_readme_quotes_is_that_of_the_page():
 def test_the_figures_of_a_release_were_measured_at_its_own_code():
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
     code, _ = front.measured()
-    assert newest == "Unreleased" or (newest, code) == (ml.__version__, selftest.code_hash())
+    assert newest == "Unreleased" or (newest, code) == (ml.__version__, code_hash())
 
 
 def test_the_tables_of_readme_and_docs_are_what_scripts_write():

@@ -18,7 +18,6 @@ import minilora as ml
 from minilora import cli
 from minilora.cli import finetune as command
 from minilora.models import checkpoint, template
-from minilora.runs import directory as run_directory
 from minilora.runs import lock
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
@@ -232,14 +231,15 @@ def test_a_finished_run_is_never_overwritten(refused, whole):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 @pytest.mark.parametrize("place", ["model", "data", "out"])
-def test_a_name_that_is_not_utf_8_is_refused_in_one_line_before_anything_is_written(directory, tmp_path, capsys, place):
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line_and_leaves_nothing(directory, tmp_path, capsys, place):
     named = tmp_path / "caf\udce9.jsonl"
     named.write_bytes((directory / "rows.jsonl").read_bytes())
     assert finetune(directory, **{"out": tmp_path / "out", "max_steps": 1, place: named}) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("minilora: a")
-    assert captured.err.endswith(r"caf\udce9.jsonl', which is not UTF-8; rename the file, or convert the text" + "\n")
+    assert captured.err.startswith("minilora: ")
+    assert r"\udce9" in captured.err
+    assert captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [named]
 
 
@@ -354,18 +354,6 @@ def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_p
     weights = runs.ADAPTER[1:]  # the config has the place of the base
     assert contents(tmp_path / "moved", weights) == contents(whole, weights)
     assert starts(tmp_path / "moved") == [0, 4]
-
-
-def test_a_file_that_is_large_is_known_by_its_size_and_evenly_spread_parts(tmp_path, monkeypatch):
-    path, hashes = tmp_path / "large", set()
-    monkeypatch.setattr(run_directory, "WHOLE", 1000)
-    monkeypatch.setattr(run_directory, "PIECE", 10)
-    for place, size in ((0, 50_000), (9, 50_000), (49_999, 50_000), (49_999, 50_001)):
-        content = bytearray(size)
-        content[place] = 1
-        path.write_bytes(content)
-        hashes.add(run_directory.hash_of(path))
-    assert len(hashes) == 4
 
 
 def test_a_run_keeps_the_dtype_that_it_began_with_on_a_machine_where_another_is_faster(

@@ -1,6 +1,5 @@
 """`minilora selftest`: every law holds here, and a broken kernel or definition is told."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 
 from minilora import lora
 from minilora.cli import main
-from minilora.cli.selftest import check_resume, code_hash, kernel_checks
+from minilora.cli.selftest import kernel_checks
 from minilora.definition import WITH_KERNEL
-from minilora.runs import checkpoints
 from minilora.testing import CheckFailure, laws
 from tests.models import long
 
@@ -23,16 +21,13 @@ def some_cases(step):
 @pytest.mark.parametrize(
     ("dtype", "step"), [("float32", 7), *long(*((each, 1) for each in ("float64", "float32", "bfloat16", "float16")))]
 )
-def test_every_law_holds_on_this_machine(dtype, step, tmp_path, monkeypatch, capsys):
+def test_every_law_holds_on_this_machine(dtype, step, monkeypatch, capsys):
     monkeypatch.setattr("minilora.cli.selftest.laws", some_cases(step))
-    assert main(["selftest", "--device", "cpu", "--dtype", dtype, "--json", str(tmp_path / "found.json")]) == 0
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["holds"]
-    assert found["dtype"] == dtype
-    assert found["code"] == code_hash()
-    assert found["laws"]["resume"] == [0.0, 0.0]
-    assert all(0 <= ratio <= 1 for ratios in found["laws"].values() for ratio in ratios)
+    assert main(["selftest", "--device", "cpu", "--dtype", dtype]) == 0
     printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.endswith("holds")]
+    assert len(rows) > 50
+    assert all(0 <= float(ratio) <= 1 for row in rows for ratio in row[-3:-1])
     assert "BROKEN" not in printed
     assert "largest error / derived bound; 1 is the limit" in printed
     assert printed.endswith("\nall laws hold\n")
@@ -63,16 +58,3 @@ def test_a_broken_kernel_that_no_other_law_has_is_told():
             checks["kernel-swiglu"]()
     for check in checks.values():
         check()
-
-
-def test_a_resumed_run_that_ends_in_other_bytes_is_told(monkeypatch):
-    load = checkpoints.load_checkpoint
-
-    def forgetful(folder, model, optimizer, *rest):
-        found = load(folder, model, optimizer, *rest)
-        optimizer.state.clear()
-        return found
-
-    monkeypatch.setattr(checkpoints, "load_checkpoint", forgetful)
-    with pytest.raises(CheckFailure, match=r"resume: \d+ of \d+ tensors differ"):
-        check_resume(torch.device("cpu"))

@@ -67,7 +67,7 @@ losses = []
 for step in range(10):
     optimizer.param_groups[0]["lr"] = training.learning_rate(step, 10, peak=4e-3, warmup=1)
     batch = data.collate(examples[4 * step : 4 * step + 4], torch.device("cpu"))
-    losses.append(training.train_step(model, optimizer, [batch]).loss.item())
+    losses.append(training.train_step(model, optimizer, [batch]).loss)
 model.eval()
 logits["adapted"] = model(ids)
 adapter.save_lora(model, out / "adapter")

@@ -22,7 +22,7 @@ WITHOUT = {"messages": conversation([("the sea", "yes")])}
 WITH = {"messages": [*QUESTION, {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]}
 ROWS = {"with": [WITH] * 4, "without": [WITHOUT] * 4, "mixed": [WITH, WITHOUT] * 2}
 THINKING = {"with": True, "without": False, "mixed": None}
-OPTIONS = {"model": None, "quantize": None, "double_quant": None, "quantize_skip": None, "raw": None, "system": None}
+OPTIONS = {"model": None, "quantize": None, "double_quant": None, "raw": None, "system": None}
 
 
 def write_jsonl(path, rows):

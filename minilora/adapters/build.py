@@ -249,7 +249,10 @@ def _token_rows(
         for path in paths:
             size = len(modules[path].weight)
             if bad := [token for token in ids if token >= size]:
-                raise TargetError(f"trainable_token_indices: {bad[:5]} are not below {size}, the rows of {path}")
+                raise TargetError(
+                    f"trainable_token_indices: {bad[:5]} are not below {size}, the rows of {path}; "
+                    f"for more rows, {in_recipe('new_tokens')}"
+                )
             tokens[path] = ids
     rows = {}
     for path, ids in tokens.items():

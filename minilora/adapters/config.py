@@ -105,7 +105,9 @@ class LoraConfig:
             bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS]}{elsewhere}")
         if self.lora_bias and (self.use_dora or init is not True):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
-        if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in self.token_lists()):
+        tokens = {} if self.trainable_token_indices is None else self.trainable_token_indices
+        lists = tokens.values() if isinstance(tokens, Mapping) else [tokens]
+        if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in lists):
             need = "need ids from 0, each once, or module names with such ids"
             bad.append(f"trainable_token_indices is {self.trainable_token_indices!r}, {need}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -119,18 +121,6 @@ class LoraConfig:
             except re.error as error:
                 bad.append(f"{pattern!r} is not a regular expression ({error})")
         return bad
-
-    @property
-    def vocabulary(self) -> int:
-        """Return how many rows an embedding needs for `trainable_token_indices`; 0 if there are none."""
-        return max((token + 1 for ids in self.token_lists() for token in ids), default=0)
-
-    def token_lists(self) -> list[tuple[int, ...]]:
-        """Return the ids in `trainable_token_indices`, a tuple for each module."""
-        tokens = self.trainable_token_indices
-        if isinstance(tokens, Mapping):
-            return [*tokens.values()]
-        return [] if tokens is None else [tokens]
 
     def rank(self, path: str) -> int:
         """Return r of one module: the value of the first key of `rank_pattern` that matches its path, else `r`."""

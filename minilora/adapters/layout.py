@@ -177,19 +177,14 @@ def base_model_of(path: str | Path) -> str | None:
     return f"{base}@{revision}" if revision and HUB_ID.fullmatch(base) else base  # a path has none
 
 
-def vocabulary_of(path: str | Path) -> int:
-    """Return how many rows an embedding needs for the tokens that an adapter trained; 0 if it trained none."""
-    directory = fetch(path, "adapter")
-    return AdapterFile(directory, read_values(directory), {}).config().vocabulary
-
-
 def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
-    """Return the tokenizer of a model, or of the first adapter with tokens of its own, or None if there is none.
+    """Return the tokenizer of a model, or of the first adapter that trained tokens and has one; None if there is none.
 
     It is asked as the adapters say, if they do.
     """
-    own_tokens = (path for path in adapters if vocabulary_of(path) and (path / "tokenizer.json").is_file())
-    tokenizer = find_tokenizer(next(own_tokens, model))
+    trained_tokens = (path for path in adapters if read_values(path).get("trainable_token_indices"))
+    own = (path for path in trained_tokens if (path / "tokenizer.json").is_file())
+    tokenizer = find_tokenizer(next(own, model))
     texts = read_prompt_files(*adapters)
     origin = ", ".join(map(str, adapters))
     return tokenizer.with_files(texts, origin=origin) if tokenizer and texts else tokenizer

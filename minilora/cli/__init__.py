@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import FormatError, MiniloraError, check_utf8, in_recipe, printable
+from minilora.errors import FormatError, MiniloraError, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line; those of data classes are None if they are not given
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input
+    except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input, or of a name
         say(f"minilora: {error if isinstance(error, FormatError) else _in_flags(str(error), options)}")
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -105,7 +105,6 @@ def parse(words: Sequence[str]) -> Options:
     Flags may be spelled with underscores instead of dashes. An unknown command or flag ends the program, and so does a
     flag that asks for help.
     """
-    check_utf8("an argument", *words)
     command, *words = [_dashed(word) for word in words] or ["--help"]
     if command in ("-h", "--help", "--version"):
         commands = "\n".join(f"  {name:<9} {about}" for name, about in COMMANDS.items())

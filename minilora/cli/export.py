@@ -1,44 +1,37 @@
 """Write an adapter as another program takes it.
 
 Names, scales and matrices become those that the program reads. If it cannot
-take a part, the part is named and nothing is written. Several adapters, or one
-with a number after its name, as in --adapter one:0.7 --adapter two:0.3, become
-their weighted sum.
+take a part, the part is named and nothing is written.
 
 Example:
   minilora export --adapter run --for vllm --out served
 """
 
-import tempfile
-from pathlib import Path
-
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
-from minilora.cli.load import add_model_flags
-from minilora.cli.merge import combine, find_weighted
+from minilora.cli.load import base_of
 from minilora.cli.messages import base_notes, say_prompts
+from minilora.models.hub import fetch, locate
 from minilora.models.prompts import copy_prompt_files
 from minilora.tools.exporting import export_adapter
 from minilora.tools.readers import READERS
 
 
 def add_flags(parser: Parser) -> None:
-    add_model_flags(parser)
+    parser.add_argument("--adapter", required=True, help="directory or hub id of an adapter")
+    parser.add_argument("--model", help="its base model, a directory or a hub id (default: the one that it names)")
     add_out(parser)
     parser.add_argument("--for", choices=READERS, required=True, help="the program that will read it")
 
 
 def run(options: Options) -> int:
-    with new_directory(options["out"]) as out, tempfile.TemporaryDirectory() as scratch:
-        found, weights = find_weighted(options)
-        for note in base_notes(found.base, found.adapters, {}):
-            say(note)
-        adapter = found.adapters[0]
-        if weights != (1,):
-            adapter = Path(scratch)
-            combine(found, weights, adapter)
-        export_adapter(adapter, found.base.path, options["for"], out)
-        copy_prompt_files(found.adapters, out)
+    adapter = fetch(options["adapter"], "adapter")
+    base = locate(base_of(options["model"], [adapter]), "model")
+    for note in base_notes(base, [adapter], {}):
+        say(note)
+    with new_directory(options["out"]) as out:
+        export_adapter(adapter, base.path, options["for"], out)
+        copy_prompt_files([adapter], out)
     print(f"adapter for {options['for']} written to {options['out']}")
     say_prompts(options["out"])
     return 0

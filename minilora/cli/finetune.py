@@ -10,7 +10,7 @@ Example:
 """
 
 import signal
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from functools import partial
@@ -40,7 +40,6 @@ from minilora.models.config import read_config
 from minilora.models.fsdp import load_sharded
 from minilora.models.hub import fetch, locate
 from minilora.models.prompts import read_prompts
-from minilora.models.vocabulary import resize_token_embeddings
 from minilora.runs import processes
 from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting
@@ -142,7 +141,7 @@ def check_settings(settings: Settings, base: Base) -> None:
     for directory in base.adapters:
         check_not_merged(base.location, [directory])
         own = read_adapter(directory, is_for_text=True).config()
-        bad = ["--add-tokens"] if settings.run.add_tokens else []
+        bad = []
         for name, value in vars(settings.lora).items():
             if value != (it_has := getattr(own, name)):
                 bad.append(f"{flag(name)} {value!r:.80} (it has {it_has!r:.80})")
@@ -152,17 +151,10 @@ def check_settings(settings: Settings, base: Base) -> None:
 
 def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> Plan:
     """Return what a run is asked to do; its gradient checkpointing may be "auto"."""
-    ranks, lora = processes.size(), settings.lora
-    ids = map(data.tokenizer.token_id, settings.run.add_tokens)
-    new_tokens = [token for token in ids if token is not None]
-    needed = max([-1, *new_tokens]) + 1 if settings.run.adapter is None else lora.vocabulary
-    if new_tokens:
-        if isinstance(lora.trainable_token_indices, Mapping):
-            raise ConfigError("add_tokens needs trainable_token_indices to be ids, or left out")
-        lora = replace(lora, trainable_token_indices=(*(lora.trainable_token_indices or ()), *new_tokens))
+    ranks = processes.size()
     return Plan(
-        replace(base.config, vocab_size=max(base.config.vocab_size, needed)),
-        lora,
+        base.config,
+        settings.lora,
         settings.training,
         settings.quantization,
         resolve_dtype(dtype, base.config.source, device),
@@ -180,8 +172,6 @@ def load_adapted(plan: Plan, base: Base, device: torch.device | str) -> Llama:
     """
     load = load_model if plan.shard == "none" or device == "meta" else load_sharded
     model = load(base.location.name, plan.dtype, device, plan.quantization)
-    if plan.config.vocab_size > model.config.vocab_size:
-        resize_token_embeddings(model, plan.config.vocab_size)
     if base.adapters:
         load_adapter(model, base.adapters[0], trainable=True)
     elif plan.lora is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from minilora.adapter import WEIGHTS_FILE
 from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter
-from minilora.adapters.layout import base_model_of, base_quantization, tokenizer_of, vocabulary_of
+from minilora.adapters.layout import base_model_of, base_quantization, tokenizer_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.messages import base_notes
@@ -20,7 +20,6 @@ from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.models.vocabulary import resize_token_embeddings
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
 THINKING: dict[str, Any] = {  # the flag --thinking of several commands
@@ -92,7 +91,6 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
     check_not_merged(found.base, found.adapters)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     model = load_model(found.base.name, options["dtype"], usable_device(options["device"]), found.quantize)
-    resize_token_embeddings(model, max(map(vocabulary_of, found.adapters), default=0))
     for path in found.adapters:
         load_adapter(model, path)
     for note in base_notes(found.base, found.adapters, describe_base(model)):

@@ -1,29 +1,24 @@
 """Merge adapters into a model's weights and save the model.
 
-Weights are read, merged and written one at a time. A number after the name of
-an adapter scales it, as in --adapter one:0.7 --adapter two:0.3; a negative
-number subtracts it. The first adapter that has prompts of its own gives them.
+Weights are read, merged and written one at a time. Of several adapters the
+first that has prompts of its own gives them.
 
 Example:
   minilora merge --adapter run --out merged
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from minilora.adapter import WEIGHTS_FILE
 from minilora.adapters.attach import describe_base
-from minilora.adapters.files import load_adapter, save_adapter_files
-from minilora.adapters.weighted import combine_adapters
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
 from minilora.cli.messages import base_notes, say_prompts
-from minilora.errors import ConfigError, FormatError, MiniloraError
+from minilora.errors import ConfigError, FormatError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
@@ -47,57 +42,19 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
+    if not options["adapter"]:
+        raise ConfigError("there is nothing to merge: give --adapter")
     with new_directory(options["out"]) as out:
-        found, weights = find_weighted(options)
-        written = _write_model(options, found, weights, out)
+        written = _write_model(options, find_sources(options), out)
     print(f"{written} written to {options['out']}")
     say_prompts(options["out"])
     return 0
 
 
-def find_weighted(options: Options) -> tuple[Sources, tuple[float, ...]]:
-    """Return the model and the adapters that the flags name, and the adapters' weights."""
-    if not options["adapter"]:
-        raise ConfigError(f"there is nothing to {options['command']}: give --adapter")
-    names, weights = zip(*map(split_weight, options["adapter"]), strict=True)
-    return find_sources({**options, "adapter": list(names)}), weights
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """Split the name of an adapter from the weight that follows it, 1 if there is none.
-
-    >>> split_weight("org/name@v1:0.7"), split_weight("-"), split_weight("C:/adapters/a:-1"), split_weight("C:/7")
-    (('org/name@v1', 0.7), ('-', 1.0), ('C:/adapters/a', -1.0), ('C:/7', 1.0))
-    """
-    name, _, number = text.rpartition(":")
-    with suppress(ValueError):
-        if name and not Path(text).exists():
-            return name, float(number)
-    return text, 1.0
-
-
-def combine(found: Sources, weights: Sequence[float], out: Path) -> None:
-    """Write the weighted sum of the adapters as one."""
-    model = load_model(found.base.name, "auto", "meta", found.quantize)
-    names = [f"adapter{i}" for i in range(len(found.adapters))]
-    for name, path in zip(names, found.adapters, strict=True):
-        load_adapter(model, path, name)
-    try:
-        combine_adapters(model, dict(zip(names, weights, strict=True)), "combined")
-    except MiniloraError as error:  # which names them by their order
-        raise type(error)(f"{', '.join(map(str, found.adapters))}: {error}") from error
-    save_adapter_files(model, out, "combined")
-
-
-def _write_model(options: Options, found: Sources, weights: Sequence[float], out: Path) -> str:
-    """Merge the adapters, or with weights their sum, and describe the error and what was written.
-
-    With weights, what is merged already may be added to or subtracted.
-    """
+def _write_model(options: Options, found: Sources, out: Path) -> str:
+    """Merge the adapters, and describe the error and what was written."""
     target = options["target"]
-    is_plain = all(weight == 1 for weight in weights)
-    if is_plain:
-        check_not_merged(found.base, found.adapters)
+    check_not_merged(found.base, found.adapters)
     quantize = QuantizeConfig() if target == "original" else found.quantize
     quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
     device = usable_device(options["device"])
@@ -105,19 +62,15 @@ def _write_model(options: Options, found: Sources, weights: Sequence[float], out
     dtype = str(merge.weight_dtype).removeprefix("torch.")
     for note in (*base_notes(found.base, found.adapters, quantization), *_dtype_notes(found.adapters, dtype)):
         say(note)
-    with tempfile.TemporaryDirectory() as scratch:
-        if not is_plain:
-            combine(found, weights, Path(scratch))
-            merge = replace(merge, adapters=(Path(scratch),))
-        tokenizer = found.tokenizer
-        if tokenizer and tokenizer.prompts != Prompts():  # in the template of a run they are already
-            tokenizer = tokenizer.with_prompts(tokenizer.prompts)
-        error = merge_directory(merge, out, tokenizer)
+    tokenizer = found.tokenizer
+    if tokenizer and tokenizer.prompts != Prompts():  # in the template of a run they are already
+        tokenizer = tokenizer.with_prompts(tokenizer.prompts)
+    error = merge_directory(merge, out, tokenizer)
     if tokenizer:  # whose template may end an answer with another token than the base's files name
         path = out / "generation_config.json"
         values = read_json(path) if path.exists() else {}
         write_json(path, {**values, "eos_token_id": sorted(tokenizer.stop_ids)})
-    _record_adapters(out, [split_weight(name)[0] for name in options["adapter"]], found.adapters)
+    _record_adapters(out, options["adapter"], found.adapters)
     write_cards(out)
     return f"{_describe_error(error)}\nmerged model"
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minilora.errors import ConfigError, FormatError, TrainingError
+from minilora.errors import FormatError, TrainingError
 from minilora.files import TensorFile, entry_bytes, parse_object
 from minilora.nf4 import BLOCK_SIZE, DYNAMIC_MAP, LEVELS, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
 from minilora.options import check_types, document_fields, option
@@ -37,36 +37,18 @@ class QuantizeConfig:
 
     quantize: Quantize = option("none", "quantize the base model's linears to 4 bits, all but the head")
     double_quant: bool = option(True, "quantize the scales too: 4.127 bits a weight instead of 4.5")
-    quantize_skip: tuple[str, ...] = option(
-        (), "modules that stay dense: paths or parts of them, such as down_proj or layers.0"
-    )
 
     def __post_init__(self) -> None:
         check_types(self)
-        object.__setattr__(self, "quantize_skip", tuple(sorted(set(self.quantize_skip))))
 
     @classmethod
     def of(cls, value: "QuantizeConfig | Quantize | None") -> "QuantizeConfig":
         """Return a config unchanged, or make one from the name of a format; None is "none"."""
         return value if isinstance(value, cls) else cls(value or "none")  # type: ignore[arg-type]
 
-    def chosen(self, linears: Sequence[str]) -> set[str]:
-        """Return which of a model's linears (paths) to quantize.
-
-        Raises:
-            ConfigError: an entry of `quantize_skip` names no linear, or all are skipped.
-        """
-        if self.quantize == "none":
-            return set()
-        for entry in self.quantize_skip:
-            if not any(_is_in(entry, path) for path in linears):
-                kinds = sorted({path.rpartition(".")[2] for path in linears})
-                raise ConfigError(f"quantize_skip {entry!r} names no linear module; the model's end in {kinds}")
-        skipped = ("lm_head", *self.quantize_skip)
-        chosen = {path for path in linears if not any(_is_in(entry, path) for entry in skipped)}
-        if not chosen:
-            raise ConfigError(f"quantize_skip {list(self.quantize_skip)} leaves nothing to quantize")
-        return chosen
+    def chosen(self, linears: Iterable[str]) -> set[str]:
+        """Return which of a model's linears (paths) to quantize."""
+        return set() if self.quantize == "none" else {*linears} - {"lm_head"}
 
 
 def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool = False) -> list[str]:
@@ -78,11 +60,6 @@ def shortest_names(chosen: Sequence[str], modules: Sequence[str], as_text: bool 
     compared = tuple(endings if as_text else (f".{name}" for name in endings))
     meant = {path for path in modules if f".{path}".endswith(compared)}
     return sorted(endings) if meant == set(chosen) else sorted(chosen)
-
-
-def _is_in(entry: str, path: str) -> bool:
-    """Return whether an entry is the path, or consecutive components of it."""
-    return f".{entry}." in f".{path}."
 
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

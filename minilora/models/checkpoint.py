@@ -114,7 +114,7 @@ def stored_weights(
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
     _check_packed(directory, model.config.source, packed, config)
-    chosen = set() if packed else config.chosen(list(_linears(model)))
+    chosen = set() if packed else config.chosen(_linears(model))
 
     def read(name: str) -> Tensor:
         tensor = files[name].read(name)

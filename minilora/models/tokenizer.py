@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.errors import ConfigError, DataError, FormatError
+from minilora.errors import DataError, FormatError
 from minilora.files import open_file, parse_object, read_text
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
@@ -123,24 +123,6 @@ class Tokenizer:
         if template := self.template:
             texts["chat_template.jinja"] = template.with_defaults(prompts.system, prompts.thinking)
         return self.with_files(texts)
-
-    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """Return the same tokenizer with new tokens, whose ids follow the others. They act in any text.
-
-        Raises:
-            ConfigError: a token is empty, is there already or is named twice.
-        """
-        import tokenizers
-
-        if not tokens:
-            return self
-        if bad := [t for t in tokens if self.token_id(t) is not None or tokens.count(t) > 1 or not t]:
-            raise ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
-        with _no_panic(str(self._path)):
-            backend = tokenizers.Tokenizer.from_buffer(self._control.source)
-            backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
-            control = _control_tokens(backend.to_str(pretty=True).encode(), self._path)
-        return Tokenizer(self._path, control, self._texts, self._now)
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()

@@ -27,7 +27,7 @@ from minilora.models.checkpoint import build_on_meta
 from minilora.nf4 import NF4Linear
 from minilora.runs import processes
 from minilora.runs.memory import amount, free_memory_bytes
-from minilora.runs.sampler import plan_steps, set_dropout_step
+from minilora.runs.sampler import adapters_with_dropout, plan_steps, seed_dropout
 from minilora.runs.settings import TrainConfig
 
 Shard = Literal["none", "base"]
@@ -102,7 +102,7 @@ def forecast(plan: Plan) -> Forecasts:
     sent = gradients if plan.ranks > 1 else 0  # the buffer in which the ranks' gradients are added
     gathered = 2 * max(blocks) if shards > 1 else 0
     libraries = LIBRARIES if plan.device.type == "cpu" else 0
-    set_dropout_step(model.to("meta").train(), 0)
+    seed_dropout(adapters_with_dropout(model.to("meta").train()), 0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     micro_batches = (batch for step in plan_steps(len(plan.rows), plan.training) for batch in step)
@@ -123,7 +123,7 @@ def _build_base(plan: Plan) -> Llama:
     if is_four_bit(source):
         quantization = QuantizeConfig("nf4", bool(source["quantization_config"].get("bnb_4bit_use_double_quant")))
     linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
-    for path in quantization.chosen(list(linears)):
+    for path in quantization.chosen(linears):
         packed = NF4Linear.quantize(linears[path].weight, None, quantization.double_quant)
         assign(model, f"{path}.weight", packed)
     return model

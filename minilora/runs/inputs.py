@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.errors import DataError, check_utf8
+from minilora.errors import DataError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
@@ -74,7 +74,7 @@ def read_data(
     files = find_files(run.data, run.eval_data)
     own = tokenizer_of(run.model, adapters) if adapters else None
     tokenizer = own or load_tokenizer(run.model)
-    tokenizer = tokenizer.with_tokens(run.add_tokens).with_files({}, began.astimezone())
+    tokenizer = tokenizer.with_files({}, began.astimezone())
     rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
     encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
@@ -161,7 +161,6 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     documents = [file for file in named if file.suffix in (".txt", ".parquet") and not files]
     for file in (*files, *documents):
         check_link(file)
-        check_utf8("a file's name", file)
         stem = file.name.partition(".")[0]
         for split in (split for split, names in SPLITS.items() if stem in names):
             if split in splits:

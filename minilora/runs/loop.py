@@ -261,11 +261,11 @@ def _step(
     processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
     count, tokens = map(int, processes.sum_over_ranks(count, tokens))
-    mean, grad_norm = torch.stack(update(optimizer, total, count, max_grad_norm)).tolist()  # waits for the device
+    step = update(optimizer, total, count, max_grad_norm)
     return {
-        "loss": mean,
+        "loss": step.loss,
         "learning_rate": rate,
-        "grad_norm": grad_norm,
+        "grad_norm": step.grad_norm,
         "tokens": tokens or count,
         "peak_memory_bytes": peak_memory_bytes(total.device),
     }

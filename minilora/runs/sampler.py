@@ -101,16 +101,6 @@ def hash_seed(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
 
 
-def set_dropout_step(model: nn.Module, seed: int | None, step: int = 0) -> None:
-    """Let adapters draw the dropout masks of a step of a run; `train` does so before each forward pass.
-
-    The mask of a layer follows from the seed, the step, the layer and the adapter. So a layer that is called several
-    times in a step, as the shared layers of ALBERT are, has the same mask each time. With the seed None adapters draw
-    from PyTorch's random state, as after `attach`.
-    """
-    seed_dropout(adapters_with_dropout(model), seed, step)
-
-
 def adapters_with_dropout(model: nn.Module) -> dict[str, LoraAdapter]:
     """Return the adapters that have dropout, by the paths of their layers and their names."""
     layers = adapter_layers(model).values()
@@ -119,7 +109,12 @@ def adapters_with_dropout(model: nn.Module) -> dict[str, LoraAdapter]:
 
 
 def seed_dropout(adapters: Mapping[str, LoraAdapter], seed: int | None, step: int = 0) -> None:
-    """Let `adapters_with_dropout` draw the masks of a step; see `set_dropout_step`."""
+    """Let `adapters_with_dropout` draw the masks of a step of a run.
+
+    The mask of a layer follows from the seed, the step, the layer and the adapter. So a layer that is called several
+    times in a step, as the shared layers of ALBERT are, has the same mask each time. With the seed None adapters draw
+    from PyTorch's random state, as after `attach`.
+    """
     for key, adapter in adapters.items():
         dropout: Any = adapter.dropout
         if isinstance(dropout, SeededDropout) != (seed is not None):

@@ -161,9 +161,6 @@ class RunConfig:
         "general text on which the adapter's side effects are measured: data with a field `text`; none: skip this",
         WATCHING,
     )
-    add_tokens: tuple[str, ...] = option(
-        (), "new tokens of the tokenizer; their embeddings are trained with the adapter", "data"
-    )
     report: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", WATCHING
     )

@@ -25,7 +25,7 @@ from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers, set_adap
 from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
-from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name, vocabulary_of
+from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files, write_json
@@ -48,11 +48,10 @@ from minilora.models.checkpoint import (
 )
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.vocabulary import grown, resize_token_embeddings
 from minilora.models.wrapper import is_wrapper, text_files, text_module, text_name
 from minilora.nf4 import NF4Linear
 
-IN_WRAPPER = "is inside a wrapper: merging needs the target original, no new tokens, and the head tied as before"
+IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,6 @@ class Merge:
     def config(self) -> LlamaConfig:
         return read_config(self.model)
 
-    @functools.cached_property
-    def rows(self) -> int:
-        """How many rows the adapters' tokens need of the embedding."""
-        return max(map(vocabulary_of, self.adapters), default=0)
-
     @property
     def weight_dtype(self) -> torch.dtype:
         dtype = stored_dtype(self.config.source) if self.dtype == "auto" else self.dtype
@@ -92,9 +86,7 @@ class Merge:
 
     def dense_model(self) -> Llama:
         """Build the model without its weights, all of it dense."""
-        model = build_on_meta(self.config)
-        resize_token_embeddings(model, self.rows)
-        return model.to(self.weight_dtype)
+        return build_on_meta(self.config).to(self.weight_dtype)
 
     def weights(
         self, quantize: QuantizeConfig, is_wanted: Callable[[str], object] | None = None
@@ -108,8 +100,6 @@ class Merge:
         head: Weight | None = None
         read = stored_weights(self.model, bare, self.weight_dtype, self.device, quantize, is_wanted=is_wanted)
         for name, weight in read:
-            if name in (EMBEDDING, HEAD) and isinstance(weight, Tensor) and self.rows > len(weight):
-                weight = grown(weight, self.rows)
             if name == EMBEDDING and self.config.tie_word_embeddings:
                 head = weight
             yield name, weight
@@ -139,7 +129,6 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
     """
     quantized = load_model(merge.model, merge.weight_dtype, "meta", merge.quantize)
-    resize_token_embeddings(quantized, merge.rows)
     layers = _load_adapters(merge)
     target = _target_of(merge, describe_base(quantized)["quantize"])
     model = quantized if target == "requantized" else merge.dense_model()
@@ -152,7 +141,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     weights = _merged_weights(merge, quantized, layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
     if is_wrapper(merge.model):
-        if target != "original" or merge.rows > merge.config.vocab_size or is_tied != merge.config.tie_word_embeddings:
+        if target != "original" or is_tied != merge.config.tie_word_embeddings:
             raise ConfigError(f"{merge.model}: {IN_WRAPPER}")
         _save_wrapper(merge.model, out, ((name, dense(weight)) for name, weight in written), is_tied)
         if tokenizer is not None:

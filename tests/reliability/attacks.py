@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.adapters.layout import vocabulary_of
 from minilora.cli import main as command
 from minilora.files import TensorFile, read_json
 from minilora.models.hub import BUILTINS
@@ -125,7 +124,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 def use_adapter(directory: Path, quantize: Any = None) -> None:
     model = ml.load_model(directory / "base", quantize=quantize)
-    ml.resize_token_embeddings(model, vocabulary_of(directory / "adapter"))
     ml.load_adapter(model, directory / "adapter")
 
 
@@ -253,7 +251,6 @@ def _tokenizer(root: Path, changes: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(edit(directory / "tokenizer.json", **changes))
     tokenizer.decode(tokenizer.encode(TEXT))
     tokenizer.encode(tokenizer.quote(TEXT + "<|endoftext|>"))
-    tokenizer.with_tokens(["<new>"]).encode("a<new>")
 
 
 PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}

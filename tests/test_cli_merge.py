@@ -1,7 +1,6 @@
-"""minilora merge and export with weights: what is written and what is said."""
+"""minilora merge and export: what is written and what is said."""
 
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -13,9 +12,8 @@ from safetensors.torch import load_file
 import minilora as ml
 from minilora import cli
 from minilora.adapter import adapter_layers
-from minilora.adapters.layout import base_model_of, base_quantization
+from minilora.adapters.layout import base_model_of
 from minilora.cli.load import MERGED
-from minilora.cli.merge import split_weight
 from minilora.cli.messages import _is_named
 from minilora.files import MANIFEST, read_json
 from minilora.models.hub import Location
@@ -83,15 +81,6 @@ def update(adapter):
     return update
 
 
-def assert_writes_the_same(run, adapter, merged):
-    """An adapter of the model writes what a merged model writes, and computes the same logits."""
-    asked = ["--prompt=the cat", "--max-new-tokens=5"]
-    assert run("generate", f"--adapter={adapter}", *asked) == run("generate", f"--model={merged}", *asked)
-    model, ids = ml.load_model("model"), torch.tensor([[3, 1, 4, 1, 5]])
-    ml.load_adapter(model, adapter)
-    assert_parity(model(ids), ml.load_model(merged)(ids))
-
-
 @pytest.mark.parametrize("command", ["generate --prompt=cat --max-new-tokens=1", "merge", "export --for=vllm"])
 def test_a_changed_config_is_said_and_obeyed_and_changed_weights_are_refused(
     directory, tmp_path, capsys, monkeypatch, command
@@ -121,49 +110,25 @@ def test_a_changed_file_of_the_model_is_said(directory, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[0] == f"{copy}: changed since it was written: config.json"
 
 
-# --- weights ---
+# --- what is written ---
 
 
-def test_only_a_number_after_the_last_colon_is_a_weight_and_what_exists_under_the_whole_name_is_that(
-    tmp_path, monkeypatch
-):
-    for text, name, weight in (
-        ("run", "run", 1.0),
-        ("run:0.7", "run", 0.7),
-        ("run:-.5", "run", -0.5),
-        ("run:+1e-3", "run", 1e-3),
-        ("org/name:0.5", "org/name", 0.5),
-        ("org/name@v1.0:0.5", "org/name@v1.0", 0.5),
-        (r"C:\adapters\run", r"C:\adapters\run", 1.0),
-        ("./a:b:0.5", "./a:b", 0.5),
-        ("run:inf", "run", math.inf),
-        *((text, text, 1.0) for text in ("C:/7", "run:0,7", "run:", ":0.5")),
-    ):
-        assert split_weight(text) == (name, weight), text
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run:0.7").mkdir()
-    assert split_weight("run:0.7") == ("run:0.7", 1.0)
-    assert split_weight("run:0.7:2") == ("run:0.7", 2.0)
-
-
-@pytest.mark.parametrize("words", [["a", "b"], ["a:0.7", "b:-0.3"], *long(["a"], ["b"], ["a:0.7"], ["a", "b:-0.3"])])
-def test_a_merged_model_is_complete_and_has_the_weighted_sum_of_the_adapters(directory, run, tmp_path, words):
-    run("merge", *(f"--adapter={word}" for word in words), f"--out={tmp_path}")
-    names = {path.name for path in (directory / "model").iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} == names | {"README.md", "generation_config.json"}
-    weights = dict(map(split_weight, words))
+@pytest.mark.parametrize("names", [["a", "b"], *long(["a"], ["b"])])
+def test_a_merged_model_is_complete_and_has_the_sum_of_the_adapters(directory, run, tmp_path, names):
+    run("merge", *(f"--adapter={name}" for name in names), f"--out={tmp_path}")
+    files = {path.name for path in (directory / "model").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"README.md", "generation_config.json"}
     base, merged = (load_file(where / "model.safetensors") for where in (directory / "model", tmp_path))
-    updates = {name: update(directory / name) for name in weights}
+    updates = [update(directory / name) for name in names]
     assert base.keys() == merged.keys()
     for name, weight in base.items():
-        changes = [w * updates[adapter][name] for adapter, w in weights.items() if name in updates[adapter]]
-        if changes:
+        if changes := [each[name] for each in updates if name in each]:
             assert_parity(merged[name], weight.double() + sum(changes))
         else:
             assert torch.equal(merged[name], weight)
 
 
-def test_adapters_without_weights_are_merged_as_ever_whatever_they_are(directory, run, tmp_path):
+def test_adapters_of_any_kind_are_merged_as_in_memory(directory, run, tmp_path):
     run("merge", "--adapter=dora", "--adapter=b", f"--out={tmp_path}")
     model = ml.load_model(directory / "model")
     for name in ("dora", "b"):
@@ -173,50 +138,33 @@ def test_adapters_without_weights_are_merged_as_ever_whatever_they_are(directory
     same_state(ml.load_model(tmp_path), model)
 
 
-# --- one adapter ---
-
-
-def test_an_adapter_is_written_in_place_of_a_model_that_does_what_the_merged_one_does(directory, run, tmp_path):
-    both = ["--adapter=a:0.7", "--adapter=b:-0.3"]
-    printed = run("export", *both, "--for=vllm", f"--out={tmp_path / 'adapter'}")
+def test_an_exported_adapter_does_what_the_merged_model_does(directory, run, tmp_path):
+    printed = run("export", "--adapter=a", "--for=vllm", f"--out={tmp_path / 'adapter'}")
     assert printed == [f"adapter for vllm written to {tmp_path / 'adapter'}"]
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", MANIFEST)
     }
-    run("merge", *both, f"--out={tmp_path / 'merged'}")
+    run("merge", "--adapter=a", f"--out={tmp_path / 'merged'}")
     assert base_model_of(tmp_path / "adapter") == str(directory / "model")
-    assert_writes_the_same(run, tmp_path / "adapter", tmp_path / "merged")
-
-
-def test_how_the_base_was_held_in_the_training_is_written_with_the_sum(run, tmp_path):
-    model = ml.load_model("model", quantize="nf4")
-    write_adapter(model, tmp_path / "packed", r=2)
-    for name, adapter in (("dense", "a"), ("four", tmp_path / "packed")):
-        run("export", f"--adapter={adapter}:0.5", "--model=model", "--for=peft", f"--out={tmp_path / name}")
-        assert base_quantization(tmp_path / name) == base_quantization(adapter) is not None
+    asked = ["--prompt=the cat", "--max-new-tokens=5"]
+    assert run("generate", f"--adapter={tmp_path / 'adapter'}", *asked) == (
+        run("generate", f"--model={tmp_path / 'merged'}", *asked)
+    )
 
 
 # --- what is refused ---
 
 
-def test_what_cannot_be_combined_is_refused_before_anything_is_written(run, tmp_path):
-    for words, phrase in (
-        (["merge", "--adapter=dora:0.5"], "dora: adapter0: cannot be combined with other adapters, or weighed: "),
-        (["export", "--for=peft", "--adapter=a", "--adapter=dora"], "a, dora: adapter1: cannot be combined"),
-        (["merge", "--adapter=a:0,5"], "a:0,5: no such directory"),
-        (["merge", "--adapter=a:nan"], "a: need adapters with updates and a finite weight for each"),
-        (["export", "--for=peft"], "there is nothing to export: give --adapter"),
-    ):
-        assert phrase in run(*words, f"--out={tmp_path / 'out'}", status=1)
+def test_nothing_to_merge_is_refused_before_anything_is_written(run, tmp_path):
+    for words, phrase in (([], "there is nothing to merge: give --adapter"), (["--adapter=c"], "c: no such directory")):
+        assert phrase in run("merge", *words, f"--out={tmp_path / 'out'}", status=1)
         assert not (tmp_path / "out").exists()
 
 
 def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(run, elsewhere, tmp_path):
-    for words in (["merge"], ["export", "--for=peft"]):
-        both = ["--adapter=a", f"--adapter={elsewhere}", f"--out={tmp_path / words[0]}"]
-        assert "name different base models" in run(*words, *both, status=1)
-        run(*words, "--model=model", *both)
-    assert base_model_of(tmp_path / "export") == "model"
+    both = ["--adapter=a", f"--adapter={elsewhere}", f"--out={tmp_path / 'out'}"]
+    assert "name different base models" in run("merge", *both, status=1)
+    run("merge", "--model=model", *both)
 
 
 def test_adapters_that_were_asked_differently_are_merged_as_the_first_was(directory, tmp_path, capsys, monkeypatch):
@@ -224,11 +172,9 @@ def test_adapters_that_were_asked_differently_are_merged_as_the_first_was(direct
     shutil.copytree("b", tmp_path / "b")
     both = ["--adapter=a", f"--adapter={tmp_path / 'b'}"]
     (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages[0]['content'] }} !")
-    for words in (["merge"], ["export", "--for=peft"]):
-        for i, order in enumerate((both, both[::-1])):
-            out = tmp_path / f"{words[0]}{i}"
-            said(*words, *order, f"--out={out}")
-            assert (out / "chat_template.jinja").read_text()[-1] == "?!"[i]
+    for i, order in enumerate((both, both[::-1])):
+        said("merge", *order, f"--out={tmp_path / str(i)}")
+        assert (tmp_path / str(i) / "chat_template.jinja").read_text()[-1] == "?!"[i]
 
 
 def test_a_merge_into_another_dtype_than_that_of_the_training_is_said(directory, tmp_path, capsys, monkeypatch):
