@@ -105,7 +105,7 @@ def test_nothing_that_is_code_or_pickled_or_in_a_folder_is_asked_for(hub, models
 
 
 def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
-    model = ml.load_model(base_model_of("org/adapter"))
+    model = ml.load_model(base_model_of(fetch("org/adapter", "adapter")))
     hub.requested.clear()
     ml.load_adapter(model, "org/adapter")
     assert torch.equal(model(IDS), adapter(IDS))

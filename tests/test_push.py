@@ -129,23 +129,39 @@ def base_in(card):
     return text
 
 
-@pytest.mark.parametrize("given", ["org/other", "org/other@v1", "first", BUILTIN, None])
-def test_a_local_base_has_the_given_name_or_is_refused(hub, run, tmp_path, monkeypatch, capsys, given):
+@pytest.mark.parametrize(
+    ("config", "flags", "name"),
+    [
+        ({"_name_or_path": "org/first"}, [], "org/first"),
+        ({"_name_or_path": "org/first"}, ["--base-name=org/other@v1"], "org/other@v1"),
+        ({}, ["--base-name=org/other"], "org/other"),
+        *(({"_name_or_path": name}, [], None) for name in ("/models/first", "models/first", BUILTIN, "", 5)),
+        ({"_name_or_path": "org/first", "merged_adapters": [{}]}, [], None),  # it is that model no longer
+        ({}, ["--base-name=first"], None),
+        ({}, [f"--base-name={BUILTIN}"], None),
+        ({}, [], None),
+    ],
+)
+def test_a_local_base_has_the_name_in_its_config_or_the_given_one_or_is_refused(
+    hub, run, tmp_path, monkeypatch, capsys, config, flags, name
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models/base").mkdir(parents=True)
-    flags = [f"--base-name={given}"] if given else []
+    for base in ("models/base", "models/first"):
+        (tmp_path / base).mkdir(parents=True)
+    (tmp_path / "models/base/config.json").write_text(json.dumps(config))
     for base in ("models/base", str(tmp_path / "models/base")):
         edit(run, base_model_name_or_path=base, revision=None)
-        is_name = given is not None and given.startswith("org/")
-        assert main(["push", str(run), "me/mine", *flags]) == (not is_name)
-        if is_name:
+        assert main(["push", str(run), "me/mine", *flags]) == (name is None)
+        said = capsys.readouterr().err
+        if name is None:
+            assert "--base-name" in said
+            assert not hub.posted
+        else:
             files = committed(hub)
             values = json.loads(files[CONFIG_FILE])
-            assert base_in(files["README.md"].decode()) == given
-            assert (values["base_model_name_or_path"], values["revision"] or "") == given.partition("@")[::2]
-        else:
-            assert "--base-name" in capsys.readouterr().err
-            assert not hub.posted
+            assert base_in(files["README.md"].decode()) == name
+            assert (values["base_model_name_or_path"], values["revision"] or "") == name.partition("@")[::2]
+            assert ("models/base/config.json" in said) == (not flags)  # a guess is said
 
 
 @pytest.mark.parametrize("base", [BUILTIN, "models/moved", None])

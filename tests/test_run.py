@@ -18,6 +18,7 @@ import minilora as ml
 from minilora import cli
 from minilora.cli import finetune as command
 from minilora.models import checkpoint, template
+from minilora.runs import directory as run_directory
 from minilora.runs import lock
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
@@ -354,6 +355,18 @@ def test_a_run_is_the_same_wherever_it_and_its_files_lie(directory, whole, tmp_p
     weights = runs.ADAPTER[1:]  # the config has the place of the base
     assert contents(tmp_path / "moved", weights) == contents(whole, weights)
     assert starts(tmp_path / "moved") == [0, 4]
+
+
+def test_a_file_that_is_large_is_known_by_its_size_and_evenly_spread_parts(tmp_path, monkeypatch):
+    path, hashes = tmp_path / "large", set()
+    monkeypatch.setattr(run_directory, "WHOLE", 1000)
+    monkeypatch.setattr(run_directory, "PIECE", 10)
+    for place, size in ((0, 50_000), (9, 50_000), (49_999, 50_000), (49_999, 50_001)):
+        content = bytearray(size)
+        content[place] = 1
+        path.write_bytes(content)
+        hashes.add(run_directory.hash_of(path))
+    assert len(hashes) == 4
 
 
 def test_a_run_keeps_the_dtype_that_it_began_with_on_a_machine_where_another_is_faster(

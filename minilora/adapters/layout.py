@@ -25,7 +25,7 @@ from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, FormatError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify
 from minilora.models.bitsandbytes import CODEBOOKS
-from minilora.models.hub import HUB_ID, fetch
+from minilora.models.hub import HUB_ID
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.models.wrapper import text_module, text_name
@@ -168,9 +168,9 @@ def _text_settings(values: Mapping[str, Any], config: LoraConfig, names: Mapping
     }
 
 
-def base_model_of(path: str | Path) -> str | None:
+def base_model_of(directory: Path) -> str | None:
     """Return the model that an adapter was made for, as `load_model` takes it, with its revision; None if unknown."""
-    values = read_json(fetch(path, "adapter") / CONFIG_FILE)
+    values = read_json(directory / CONFIG_FILE)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(base, str) or not base:
         return None
@@ -190,9 +190,9 @@ def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
     return tokenizer.with_files(texts, origin=origin) if tokenizer and texts else tokenizer
 
 
-def base_quantization(path: str | Path) -> dict[str, Any] | None:
+def base_quantization(directory: Path) -> dict[str, Any] | None:
     """Return `describe_base` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
-    file = TensorFile(fetch(path, "adapter") / WEIGHTS_FILE)
+    file = TensorFile(directory / WEIGHTS_FILE)
     if BASE_METADATA not in file.metadata:
         return None
     where = f"{file.path}: metadata {BASE_METADATA}"

@@ -12,6 +12,7 @@ OUT/adapter_config.json  adapter_model.safetensors   the adapter, in PEFT's layo
     .lock                                            the process that is at work there
 """
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -46,6 +47,9 @@ from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `BOOKKEEPING` names
+WHOLE = 2**29  # bytes of a file up to which all of it is hashed
+PIECES = 1024  # of a larger file that are hashed
+PIECE = 2**16  # bytes of one
 PACKAGES = ("minilora", "torch", "safetensors", "tokenizers", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -236,14 +240,27 @@ class RunDirectory:
 
 
 def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:
-    """Return SHA-256 of the files that a run starts from, except its data: base, tokenizer, adapter and template."""
+    """Return hashes of the files that a run starts from, except its data: base, tokenizer, adapter and template."""
     paths = {f"model/{path.name}": path for path in sorted(base.location.path.glob("*.safetensors"))}
     paths |= {f"model/{name}": base.location.path / name for name in ("config.json", *TOKENIZER_FILES)}
     for adapter in base.adapters:
         paths |= {f"adapter/{name}": adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)}
     if prompt_style.endswith(".jinja"):
         paths["prompt_style"] = Path(prompt_style)
-    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}
+    return {name: hash_of(path) for name, path in paths.items() if path.is_file()}
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file; of a large one, that of its size and of evenly spread parts."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(PIECES):
+            file.seek(i * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
 
 
 def without_nan(value: Any) -> Any:
