@@ -136,8 +136,7 @@ class LlamaConfig:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, and scale each column.
 
-    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product with weight, unless
-    weight is wider than x
+    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product if weight is as well
 
     Shapes: x (..., D), weight (D) -> (..., D)
     """

@@ -28,7 +28,7 @@ from minilora.models.bitsandbytes import CODEBOOKS
 from minilora.models.hub import HUB_ID, fetch
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
-from minilora.models.wrapper import text_module, text_name
+from minilora.models.wrapper import text_path
 from minilora.options import fits
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
@@ -112,7 +112,7 @@ class AdapterFile:
 def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
     """Read an adapter's two files.
 
-    `is_for_text`: names of modules in a wrapper become those of its text model.
+    `is_for_text`: names of modules become those of the text model; see `text_path`.
 
     Raises:
         FormatError: one is missing or malformed, has a setting that is not supported, or the weights are not as the
@@ -131,8 +131,8 @@ def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
             continue
         where, key = parse_tensor_name(name)
         if is_for_text:
-            names[text_module(where)] = where
-            where, key = text_module(where), key if where else text_name(key) or key
+            names[text_path(where or key)] = where or key
+            where, key = text_path(where), key if where else text_path(key)
         if key in tensors.setdefault(where, {}):
             raise FormatError(f"{file.path}: {where} has more than one {key}")
         tensor = file.read(name)
@@ -145,7 +145,8 @@ def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
     if not tensors:
         raise FormatError(f"{file.path}: has no tensors, so it is not an adapter")
     if any(where != path for where, path in names.items()):
-        values |= _text_settings(values, AdapterFile(directory, values, {}).config(), names)
+        low_rank = {where: names[where] for where, held in tensors.items() if "lora_A" in held}
+        _rename_settings_(values, AdapterFile(directory, values, {}).config(), low_rank)
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
@@ -155,17 +156,12 @@ def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
     return AdapterFile(directory, values, tensors)
 
 
-def _text_settings(values: Mapping[str, Any], config: LoraConfig, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings that name modules, with the names of the text model; see `read_adapter`."""
-    tokens = config.trainable_token_indices
-    if isinstance(tokens, Mapping):
-        tokens = {text_module(name): ids for name, ids in tokens.items()}
-    alphas = {f"^{where}": config.alpha(path) for where, path in names.items() if path}
-    return {
-        "alpha_pattern": {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha},
-        "modules_to_save": [text_module(name) for name in config.modules_to_save],
-        "trainable_token_indices": tokens,
-    }
+def _rename_settings_(values: dict[str, Any], config: LoraConfig, names: Mapping[str, str]) -> None:
+    """Give settings the names of modules in the text model; see `read_adapter`."""
+    values["alpha_pattern"] = {f"^{where}": config.alpha(path) for where, path in names.items()}
+    values["modules_to_save"] = [text_path(name) for name in config.modules_to_save]
+    if isinstance(tokens := config.trainable_token_indices, Mapping):
+        values["trainable_token_indices"] = {text_path(name): ids for name, ids in tokens.items()}
 
 
 def base_model_of(path: str | Path) -> str | None:

@@ -34,10 +34,7 @@ def build(source: bytes) -> tokenizers.Tokenizer:
 
 
 class ControlTokens:
-    """The tokenizer of `source`, a tokenizer.json, and its special tokens.
-
-    The file is kept as bytes, since text with one character beyond 16 bits takes four bytes for each.
-    """
+    """The tokenizer of `source`, a tokenizer.json, and its special tokens."""
 
     def __init__(self, source: bytes):
         self.source, self.original = source, build(source)
