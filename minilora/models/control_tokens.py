@@ -22,12 +22,11 @@ from minilora.errors import DataError
 
 QUOTE, RENAMED = "\ufdd2", "\ufdd3"  # Unicode noncharacters, as those that template.py marks spans with
 NONCHARACTERS = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")  # also the halves of surrogate pairs
-TRIMS = re.compile(rb'"trim_offsets"\s*:\s*true')
 
 
 def build(source: bytes) -> tokenizers.Tokenizer:
     """Build the tokenizer of a tokenizer.json, without truncation and padding; its offsets keep white space."""
-    backend = tokenizers.Tokenizer.from_buffer(TRIMS.sub(b'"trim_offsets":false', source))
+    backend = tokenizers.Tokenizer.from_buffer(re.sub(rb'"trim_offsets"\s*:\s*true', b'"trim_offsets":false', source))
     backend.no_truncation()
     backend.no_padding()
     return backend
