@@ -78,12 +78,12 @@ def check_link(path: Path) -> None:
             raise FormatError(f"{path}: is a link to {target}, outside its directory, which is not followed")
 
 
-def parse_object(text: str | bytes, where: str, most: int = JSON_VALUES) -> dict[str, Any]:
-    """Parse a JSON object of at most `most` values, or raise a `FormatError` whose message begins with `where`."""
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object of at most `JSON_VALUES`, or raise a `FormatError` whose message begins with `where`."""
     try:
         text = text if isinstance(text, str) else text.decode()
-        if sum(map(text.count, (",", "[", "{"))) > most:
-            raise ValueError(f"more than {most:,} values")
+        if sum(map(text.count, (",", "[", "{"))) > JSON_VALUES:
+            raise ValueError(f"more than {JSON_VALUES:,} values")
         value = json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # a half of a surrogate pair, perhaps, which no text may hold
             json.dumps(value, ensure_ascii=False).encode()

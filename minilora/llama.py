@@ -107,9 +107,9 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
     rope: Any  # a `Rope`, or another class with its `rotation`
     windows: tuple[int | None, ...]  # how far each layer looks back; None: all the way
+    rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -121,23 +121,21 @@ class LlamaConfig:
         sizes = {key: source.get(key) for key in REQUIRED}
         if bad := {key: size for key, size in sizes.items() if type(size) is not int or size < 1}:
             raise ConfigError(f"found {bad}, need whole numbers above 0")
-        D, heads = source["hidden_size"], source["num_attention_heads"]
-        found = {"num_key_value_heads": heads, "head_dim": D // heads, "rms_norm_eps": 1e-6}
+        heads, bias = source["num_attention_heads"], bool(source.get("attention_bias"))
+        found = {"num_key_value_heads": heads, "head_dim": source["hidden_size"] // heads}
         names = [field.name for field in fields(cls)]
         found |= {name: source[name] for name in names if source.get(name) is not None}
         rope = Rope(tuple(llama_frequencies(source, found["head_dim"]).tolist()))
         windows = (None,) * source["num_hidden_layers"]
-        own = {"source": source, "rope": rope, "windows": windows}
-        bias = bool(source.get("attention_bias"))
-        return cls(**{**found, **own, "qkv_bias": bias, "o_bias": bias})
+        own = {"source": source, "rope": rope, "windows": windows, "qkv_bias": bias}
+        return cls(**{**found, **own, "o_bias": bias})
 
 
 @definition
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide each row by its root mean square, and scale each column.
 
-    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product with weight, unless
-    weight is wider than x
+    y = weight ∘ x / √(mean(x²) + eps)  [RMS eq. 4], rounded before the product if weight is as well
 
     Shapes: x (..., D), weight (D) -> (..., D)
     """
@@ -381,16 +379,14 @@ def pad(rows: Tensor, lengths: Sequence[int], width: int) -> Tensor:
 
 def load_llama(directory: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     """Read a Llama's directory; `ml.load_model` reads every family."""
-    path = Path(directory) / "config.json"
-    source = json.loads(path.read_text(encoding="utf-8"))
+    source = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     if (source.get("model_type"), source.get("hidden_act", "silu")) != ("llama", "silu"):
         raise ConfigError(f"{directory}: need a Llama with silu; see `ml.load_model` for others")
     try:
-        config = LlamaConfig.from_dict(source)
+        with torch.device("meta"):
+            model = Llama(LlamaConfig.from_dict(source))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        model = Llama(config)
+        raise ConfigError(f"{directory}/config.json: {error}") from error
     files = sorted(Path(directory).glob("model*.safetensors"))
     load_weights(model, (weight for file in files for weight in load_file(file).items()))
     model.name_or_path = str(directory)

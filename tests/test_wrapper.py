@@ -116,11 +116,13 @@ def test_only_adapted_layers_are_read_and_keep_their_dtype_unless_another_is_ask
 def test_an_adapter_that_was_trained_in_the_wrapper_acts_in_its_text_model(request, wrapper, tmp_path):
     """With the wrapper's names, also in a scale of its own; it is continued and merged."""
     model, ids, adapter = ml.load_model(wrapper), torch.tensor([[3, 1, 4, 1, 5]]), tmp_path / "adapter"
-    write_adapter(model, adapter, target_modules=["q_proj", "v_proj"], r=2)
+    rows = {"target_modules": ["q_proj", "v_proj"], "trainable_token_indices": {"model.embed_tokens": [3]}}
+    write_adapter(model, adapter, r=2, **rows)
     path, inner = "model.layers.0.self_attn.q_proj", NAMES[request.node.callspec.params["wrapper"]]
     tensors = load_file(adapter / WEIGHTS_FILE)
     save_file({f"{PREFIX}{inner(name.removeprefix(PREFIX))}": t for name, t in tensors.items()}, adapter / WEIGHTS_FILE)
-    edit(adapter, alpha_pattern={inner(path).removeprefix("model."): 5})
+    rows = {"trainable_token_indices": {inner("model.embed_tokens"): [3]}}
+    edit(adapter, alpha_pattern={inner(path).removeprefix("model."): 5}, **rows)
     model.get_submodule(path).adapters["default"].scale = 5 / 2
     again = ml.load_model(wrapper)
     ml.load_adapter(again, adapter)

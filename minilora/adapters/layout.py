@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from minilora.models.bitsandbytes import CODEBOOKS
 from minilora.models.hub import HUB_ID
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
-from minilora.models.wrapper import text_module, text_name
+from minilora.models.wrapper import text_path
 from minilora.options import fits
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
@@ -38,7 +38,6 @@ NAME = re.compile(r"(\^|\.\*\\\.)?[\w.-]+")
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_METADATA = "base_quantization"  # in the metadata of the weights' file, with these fields
 BASE_FIELDS = {"quantize": str, "double_quant": bool, "block_size": int, "quantize_skip": tuple[str, ...], "head": str}
-T = TypeVar("T")
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -110,9 +109,7 @@ class AdapterFile:
 
 
 def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
-    """Read an adapter's two files.
-
-    `is_for_text`: names of modules in a wrapper become those of its text model.
+    """Read an adapter's two files, with the names of the text model if `is_for_text` says so (see `text_path`).
 
     Raises:
         FormatError: one is missing or malformed, has a setting that is not supported, or the weights are not as the
@@ -131,8 +128,8 @@ def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
             continue
         where, key = parse_tensor_name(name)
         if is_for_text:
-            names[text_module(where)] = where
-            where, key = text_module(where), key if where else text_name(key) or key
+            names[text_path(where or key)] = where or key
+            where, key = text_path(where), key if where else text_path(key)
         if key in tensors.setdefault(where, {}):
             raise FormatError(f"{file.path}: {where} has more than one {key}")
         tensor = file.read(name)
@@ -145,7 +142,7 @@ def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
     if not tensors:
         raise FormatError(f"{file.path}: has no tensors, so it is not an adapter")
     if any(where != path for where, path in names.items()):
-        values |= _text_settings(values, AdapterFile(directory, values, {}).config(), names)
+        _rename_settings_(values, AdapterFile(directory, values, {}).config(), names)
     for where, held in tensors.items():
         if ("lora_A" in held) != ("lora_B" in held) or (where and not held.keys() & {"lora_A", "rows"}):
             raise FormatError(f"{file.path}: {where} has {sorted(held)}, need lora_A and lora_B, or trained rows")
@@ -155,17 +152,13 @@ def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
     return AdapterFile(directory, values, tensors)
 
 
-def _text_settings(values: Mapping[str, Any], config: LoraConfig, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings that name modules, with the names of the text model; see `read_adapter`."""
-    tokens = config.trainable_token_indices
-    if isinstance(tokens, Mapping):
-        tokens = {text_module(name): ids for name, ids in tokens.items()}
-    alphas = {f"^{where}": config.alpha(path) for where, path in names.items() if path}
-    return {
-        "alpha_pattern": {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha},
-        "modules_to_save": [text_module(name) for name in config.modules_to_save],
-        "trainable_token_indices": tokens,
-    }
+def _rename_settings_(values: dict[str, Any], config: LoraConfig, names: Mapping[str, str]) -> None:
+    """Give settings the names of modules in the text model; see `read_adapter`."""
+    alphas = {f"^{where}": config.alpha(path) for where, path in names.items()}
+    values["alpha_pattern"] = {where: alpha for where, alpha in alphas.items() if alpha != config.lora_alpha}
+    values["modules_to_save"] = [text_path(name) for name in config.modules_to_save]
+    if isinstance(tokens := config.trainable_token_indices, Mapping):
+        values["trainable_token_indices"] = {text_path(name): ids for name, ids in tokens.items()}
 
 
 def base_model_of(directory: Path) -> str | None:

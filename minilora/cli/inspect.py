@@ -30,8 +30,9 @@ from minilora.cli.forecast import memory_page
 from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry
 from minilora.models.hub import fetch
+from minilora.models.wrapper import text_path
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
-from minilora.tools.readers import EMBEDDING, HEAD, READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts, text_path
+from minilora.tools.readers import EMBEDDING, HEAD, READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # the first part of a path that ends in a number

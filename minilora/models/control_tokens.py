@@ -22,22 +22,18 @@ from minilora.errors import DataError
 
 QUOTE, RENAMED = "\ufdd2", "\ufdd3"  # Unicode noncharacters, as those that template.py marks spans with
 NONCHARACTERS = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")  # also the halves of surrogate pairs
-TRIMS = re.compile(rb'"trim_offsets"\s*:\s*true')
 
 
 def build(source: bytes) -> tokenizers.Tokenizer:
     """Build the tokenizer of a tokenizer.json, without truncation and padding; its offsets keep white space."""
-    backend = tokenizers.Tokenizer.from_buffer(TRIMS.sub(b'"trim_offsets":false', source))
+    backend = tokenizers.Tokenizer.from_buffer(re.sub(rb'"trim_offsets"\s*:\s*true', b'"trim_offsets":false', source))
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 class ControlTokens:
-    """The tokenizer of `source`, a tokenizer.json, and its special tokens.
-
-    The file is kept as bytes, since text with one character beyond 16 bits takes four bytes for each.
-    """
+    """The tokenizer of `source`, a tokenizer.json, and its special tokens."""
 
     def __init__(self, source: bytes):
         self.source, self.original = source, build(source)

@@ -33,6 +33,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises:
         FormatError: no such directory or repository, no `tokenizer.json`, or a file that is not what its name says.
     """
+    from minilora.models.control_tokens import ControlTokens  # here, because its package takes long
+
     directory = fetch(name_or_path, "tokenizer")
     path = directory / "tokenizer.json"
     if not path.exists():
@@ -40,8 +42,12 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     configs = [directory / name for name in (*CONFIGS, "config.json")]
     texts = {config.name: read_text(config) for config in configs if config.exists()}
     with open_file(path, TOKENIZER_BYTES) as file:
-        source = file.read()
-    return Tokenizer(path, _control_tokens(source, path), texts | read_prompt_files(directory))
+        source = file.read()  # text with a character beyond 16 bits would take four bytes for each
+    if sum(map(source.count, (b",", b"[", b"{"))) > TOKENIZER_VALUES:
+        raise FormatError(f"{path}: more than {TOKENIZER_VALUES:,} values")
+    with _no_panic(str(path)):
+        control = ControlTokens(source)
+    return Tokenizer(path, control, texts | read_prompt_files(directory))
 
 
 def find_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
@@ -226,12 +232,3 @@ def _no_panic(where: str) -> Iterator[None]:
         if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise FormatError(f"{where}: {error}") from error
-
-
-def _control_tokens(source: bytes, path: Path) -> ControlTokens:
-    from minilora.models.control_tokens import ControlTokens  # here, because its package takes long
-
-    if sum(map(source.count, (b",", b"[", b"{"))) > TOKENIZER_VALUES:
-        raise FormatError(f"{path}: more than {TOKENIZER_VALUES:,} values")
-    with _no_panic(str(path)):
-        return ControlTokens(source)

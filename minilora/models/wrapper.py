@@ -52,8 +52,13 @@ def text_name(name: str) -> str | None:
     return f"model.{match['decoder']}" if match["decoder"] else match["model"] or name
 
 
-def text_module(path: str) -> str:
-    """Return the path in the text model of a module of a wrapper; any other path stays as it is."""
+def text_path(path: str) -> str:
+    """Return the path in the text model that a path in an adapter means, whatever wrapped the model in training.
+
+    >>> text_path("_orig_mod.model.language_model.layers.0.mlp.up_proj.base_layer")
+    'model.layers.0.mlp.up_proj'
+    """
+    path = path.replace("_orig_mod.", "").removesuffix(".base_layer")
     return (text_name(f"{path}.weight") or f"{path}.weight").removesuffix(".weight")
 
 

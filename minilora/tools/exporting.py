@@ -14,10 +14,10 @@ from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from minilora.adapters.layers import LoraEmbedding
 from minilora.adapters.layout import parse_tensor_name, read_adapter
 from minilora.adapters.modules_to_save import TrainableTokens
-from minilora.errors import FormatError, TargetError, listed
+from minilora.errors import TargetError, listed
 from minilora.files import TensorFile, read_json, write_json, write_tensors
 from minilora.lora import LoraLinear
-from minilora.tools.readers import EMBEDDING, READERS, SCALE_FIELDS, Base, R, S, X, reader_facts, text_path
+from minilora.tools.readers import EMBEDDING, READERS, SCALE_FIELDS, Base, R, S, X, reader_facts
 
 Held = dict[str, dict[str, Tensor]]  # path in the text model -> key of `parse_tensor_name` -> tensor
 
@@ -31,11 +31,9 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
         FormatError: the adapter cannot be read.
         TargetError: the reader cannot take a part of it, or the model does not have the module.
     """
-    stored, base, reader = read_adapter(adapter), Base.read(directory), READERS[title]
-    config, held = stored.config(), {text_path(path): dict(part) for path, part in stored.tensors.items()}
-    if len(held) < len(stored.tensors):
-        raise FormatError(f"{adapter}: two names mean one module, among {sorted(stored.tensors)[:3]}")
-    scales = {text_path(path): config.scale(path) for path, part in stored.tensors.items() if "lora_A" in part}
+    stored, base, reader = read_adapter(adapter, is_for_text=True), Base.read(directory), READERS[title]
+    config, held = stored.config(), {path: dict(part) for path, part in stored.tensors.items()}
+    scales = {path: config.scale(path) for path, part in held.items() if "lora_A" in part}
     _fit_projections_(held, scales, base)
     values = {**stored.values, "r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
     if scales and any(reader.ruling(row) != R for row in SCALE_FIELDS):
@@ -43,7 +41,7 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
         values |= {"r": r, "lora_alpha": r, "use_rslora": False}
 
     def named(path: str) -> str:
-        return base.names(text_path(path), reader)[0]
+        return base.names(path, reader)[0]
 
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / WEIGHTS_FILE, _peft_tensors(held, named), TensorFile(adapter / WEIGHTS_FILE).metadata)

@@ -48,7 +48,7 @@ from minilora.models.checkpoint import (
 )
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.wrapper import is_wrapper, text_files, text_module, text_name
+from minilora.models.wrapper import is_wrapper, text_files, text_name, text_path
 from minilora.nf4 import NF4Linear
 
 IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"
@@ -221,7 +221,7 @@ def _needed_modules(adapter: Path) -> set[str]:
     """Return the paths of the modules whose weights are needed to read an adapter."""
     keys = [parse_tensor_name(name) for name in TensorFile(adapter / WEIGHTS_FILE).shapes]
     is_repeated = read_json(adapter / CONFIG_FILE).get("init_lora_weights") in DETERMINISTIC_INITS
-    return {text_module(path) for path, key in keys if path and (key == "weight" or (is_repeated and key == "lora_A"))}
+    return {text_path(path) for path, key in keys if path and (key == "weight" or (is_repeated and key == "lora_A"))}
 
 
 def _merged_weights(
@@ -249,7 +249,7 @@ def _merged_weights(
         for key, weight in weights.items():
             name = f"{path}.{key}"
             result: Weight = merged[key]
-            if files and merge.dtype == "auto":
+            if name in files and merge.dtype == "auto":  # a tied head may have no tensor
                 result = merged[key].to(files[name].read(name).dtype)
             if target == "requantized" and isinstance(weight, NF4Linear):
                 result = NF4Linear.quantize(merged[key], None, weight.scales is not None)

@@ -16,7 +16,7 @@ from minilora.errors import MiniloraError
 from minilora.files import TensorFile, read_json, tensor_files
 from minilora.lora import lora_scale
 from minilora.models.bitsandbytes import weight_shapes
-from minilora.models.wrapper import is_wrapper, text_config, text_files, text_module, text_name
+from minilora.models.wrapper import is_wrapper, text_config, text_files, text_name, text_path
 
 R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
 RIGHT = "acts as trained"
@@ -100,15 +100,6 @@ class Base(NamedTuple):
         return [f"language_model.{path}" if root == OUTER else path for root in roots]
 
 
-def text_path(path: str) -> str:
-    """Return the path in the text model that a path in an adapter means, whatever wrapped the model in training.
-
-    >>> text_path("_orig_mod.model.language_model.layers.0.mlp.up_proj.base_layer")
-    'model.layers.0.mlp.up_proj'
-    """
-    return text_module(path.replace("_orig_mod.", "").removesuffix(".base_layer"))
-
-
 def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str, dict[str, Any]]:
     """Describe what each reader, or `only` one, makes of an adapter on a base, without reading a weight of the base.
 
@@ -181,6 +172,7 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
     path, key = parse_tensor_name(name)
     owner = path or key.rpartition(".")[0]
     text, is_embedding = text_path(owner), ".lora_embedding_" in name
+    takes_any = reader.column == "minilora" or not reader.reads_peft  # in which case `export` gives them the names
     if not name.startswith(PREFIX):
         yield reader.ruling(row := "a name without base_model.model."), row
     if NAMED.search(name):
@@ -189,7 +181,7 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
         row = "A and B of stacked experts (target_parameters)"
     elif owner in base.others and VISION in reader.roots:
         row = "modules of a wrapper's other parts"
-    elif text not in base.modules or (reader.reads_peft and owner not in base.names(text, reader)):
+    elif text not in base.modules or not (takes_any or owner in base.names(text, reader)):
         there = f", but {base.names(text, reader)[0]}" if text in base.modules else ""
         yield reader.ruling("a module that the model does not have"), f"the model has no such module{there}"
         return
