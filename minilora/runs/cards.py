@@ -11,8 +11,8 @@ from minilora.models.hub import PINNED
 from minilora.models.prompts import read_prompt_files, read_prompts
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 
-ADAPTER = ("peft", "AutoPeftModelForCausalLM", "lora, minilora", "A LoRA adapter", "of")
-MODEL = ("transformers", "AutoModelForCausalLM", "minilora", "A model", "made from")
+ADAPTER = ("peft", "AutoPeftModelForCausalLM", "lora, minilora", "A LoRA adapter of")
+MODEL = ("transformers", "AutoModelForCausalLM", "minilora", "A model made from")
 SYSTEM, PROMPT, RESPONSE = "{{ .System }}", "{{ .Prompt }}", "{{ .Response }}"  # variables of Ollama's templates
 ANSWER = """\
 ids = inputs["input_ids"]
@@ -35,11 +35,11 @@ def model_card(directory: Path, name: str, base: str) -> str:
 
     The name is that of a repository, or "." of the directory itself.
     """
-    library, loader, tags, about, of = ADAPTER if (directory / CONFIG_FILE).is_file() else MODEL
+    library, loader, tags, about = ADAPTER if (directory / CONFIG_FILE).is_file() else MODEL
     lines = ["---", f"library_name: {library}", f"tags: [{tags}]"]
     lines += [f"base_model: {base.partition('@')[0]}"] if base else []
     lines += ["---", "", f"# {'How to ask it' if name == '.' else name}", ""]
-    lines += [f"{about} {of} `{base}`." if base else f"{about}.", ""]
+    lines += [f"{about} `{base}`.", ""] if base else []
     if (directory / "summary.json").is_file():
         lines += [*_results(directory / "summary.json"), ""]
     if read_prompts(directory).system:
