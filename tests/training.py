@@ -48,6 +48,11 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in trained(model).values()])
 
 
+def gradient_of(loss, model):
+    parts = torch.autograd.grad(loss, [*trained(model).values()], allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
 def number(value):
     return torch.tensor(value, dtype=torch.float64)
 
