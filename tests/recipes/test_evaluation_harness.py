@@ -45,7 +45,7 @@ def test_log_likelihoods_and_whether_they_are_greedy_are_theirs(both):
     contexts = [f"the {text(draw)}{draw.choice(['', ' '])}" for _ in range(12)]
     pairs = [(context, draw.choice(["", " "]) + text(draw, 4)) for context in contexts]
     pairs += [("", "the cat"), (text(draw, 90, 80), " the sea")]  # no context, and one that is too long
-    pairs += zip(contexts, both[0].write(contexts, max_gen_toks=1), strict=True)
+    pairs += [pair for pair in zip(contexts, both[0].write(contexts, max_gen_toks=1), strict=True) if pair[1].isalnum()]
     ours, theirs = (model.loglikelihood(requests("loglikelihood", pairs)) for model in both)
     assert [is_greedy for _, is_greedy in ours] == [is_greedy for _, is_greedy in theirs]
     assert {is_greedy for _, is_greedy in ours} == {True, False}

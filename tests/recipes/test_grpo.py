@@ -122,8 +122,9 @@ def test_trl_has_the_same_loss_and_gradient_on_the_same_samples(tmp_path):
     ml.save_model(ours, tmp_path, write_tokenizer(tmp_path))
     ml.attach(ours, ml.LoraConfig(r=3, lora_alpha=21, target_modules=names))
     args = trl.GRPOConfig(
-        output_dir=str(tmp_path / "trl"), loss_type="grpo", use_bias_correction_kl=False, beta=0.3, epsilon=0.2, bf16=False, report_to="none",
-        use_cpu=True, per_device_train_batch_size=2, num_generations=2, gradient_checkpointing=False,
+        output_dir=str(tmp_path / "trl"), loss_type="grpo", beta=0.3, use_bias_correction_kl=False, epsilon=0.2,
+        bf16=False, report_to="none", use_cpu=True, per_device_train_batch_size=2, num_generations=2,
+        gradient_checkpointing=False,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
         theirs_loaded(tmp_path),
