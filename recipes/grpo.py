@@ -5,18 +5,19 @@
     ρ = π(o_t) / π_old(o_t),   δ = log π_ref(o_t) - log π(o_t)
 
 π_old drew the answers; π_ref is the model with its adapter off. A row has the tokens of a prompt, and what the reward
-needs. Here the model names the category of a definition:
+needs:
 
-    model, tokenizer = ml.load_model("minilora/builtin"), ml.load_tokenizer("minilora/builtin")
-    rows = [{"prompt": tokenizer.encode(row["prompt"]), "answer": row["completion"]} for row in definitions]
-    reward = lambda row, text: float(text == row["answer"])
+    model, tokenizer = ml.load_model("path/to/model"), ml.load_tokenizer("path/to/model")
+    sums = [(a, b) for a in range(20) for b in range(20)]
+    rows = [{"prompt": tokenizer.encode(f"{a} + {b} ="), "answer": f" {a + b}"} for a, b in sums]
+    loss = partial(grpo_loss, tokenizer=tokenizer, reward=lambda row, text: float(text == row["answer"]))
     ml.attach(model, ml.LoraConfig())
-    config = ml.TrainConfig(learning_rate=1e-3, batch_size=8, max_steps=60)
-    loss = partial(grpo_loss, tokenizer=tokenizer, reward=reward, max_new_tokens=4)
+    config = ml.TrainConfig(learning_rate=1e-4, batch_size=8)
     ml.train(model, rows, config, ml.Tracker("tensorboard", "out"), checkpoint_dir="out/checkpoints", loss=loss)
 
-Only the gradient of the loss means something: watch `reward`. Each step draws anew, so ρ is 1 except for rounding and
-dropout; `clipped_loss` also takes samples that were drawn earlier.
+Only the gradient of the loss means something: watch `reward`. A group of equal rewards teaches nothing, so the model
+has to be right now and then from the beginning. Each step draws anew, so ρ is 1 except for rounding and dropout;
+`clipped_loss` also takes samples that were drawn earlier.
 
     [GRPO]  Shao et al. 2024, DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models
 """

@@ -143,8 +143,8 @@ def train(
                 sampler.MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own
             ]
             measured: list[Metrics] = []
-            key = f"{config.seed}/step {state.step}"  # of what the optimizer draws, the same on all ranks
-            made = _step(model, optim, batches, seeded_loss, config.max_grad_norm, key)
+            with sampler.kept_random_state(device, f"{config.seed}/step {state.step}"):  # the optimizer may draw
+                made = _step(model, optim, batches, seeded_loss, config.max_grad_norm)
             record = {"step": state.step + 1, **made, **means(chain(*processes.all_gather(measured)))}
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 raise _not_finite(record, dataset, steps[state.step])
@@ -210,7 +210,7 @@ def _check_run(
         check_examples(model, [*dataset, *held_out])
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
-    optimizer = _build_own(model, config, build) if build else build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, build)
     if build and folder is not None:
         new = copy.deepcopy(optimizer.state_dict())
         checkpoints.try_optimizer(optimizer, model)
@@ -257,28 +257,21 @@ def _number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters, named, in groups of one weight decay.
+def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer | None = None) -> Optimizer:
+    """Build AdamW over the trainable parameters in groups of one weight decay, or let `build` make another optimizer.
 
     Only matrices decay: biases, norms and magnitudes have no reason to be near 0.
     """
-    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append((name, parameter))
-    rate = config.learning_rate
-    return adamw({"params": named, "weight_decay": decay, "lr": rate} for decay, named in groups.items())
-
-
-def _build_own(model: nn.Module, config: TrainConfig, build: BuildOptimizer) -> Optimizer:
-    """Build the optimizer that `train` is given, and check that it trains all that is trainable and nothing else."""
     trained = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if build is None:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in trained:
+            groups.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
+        rate = config.learning_rate
+        return adamw({"params": own, "weight_decay": decay, "lr": rate} for decay, own in groups.items())
     optimizer = build([*trained])
-    own = parameters_of(optimizer)
-    if differing := sorted(trained.get(parameter, "what is not trainable") for parameter in trained.keys() ^ {*own}):
-        raise TrainingError(
-            f"the optimizer needs all trainable parameters and no others; they differ by {differing[:5]}"
-        )
+    if differing := [trained.get(p, "what is not trainable") for p in trained.keys() ^ {*parameters_of(optimizer)}]:
+        raise TrainingError(f"the optimizer has to have what is trainable and no more; different are {differing[:5]}")
     for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
         if getattr(config, name) not in (getattr(TrainConfig, name), *(g.get(key) for g in optimizer.param_groups)):
             raise TrainingError(f"{name} is AdamW's: give it to your own optimizer instead")
@@ -297,24 +290,20 @@ def _step(
     batches: Sequence[sampler.MicroBatch],
     loss: Loss,
     max_grad_norm: float,
-    key: str,
 ) -> Record:
     """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
-    device = next(model.parameters()).device
-    with sampler.kept_random_state(device):  # backward may draw as well
+    with sampler.kept_random_state(next(model.parameters()).device):  # backward may draw as well
         total, count = accumulate(model, optimizer, batches, loss)
     processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
     count, tokens = map(sum, zip(*processes.all_gather((count, tokens)), strict=True))
-    with sampler.kept_random_state(device, key):
-        step = update(optimizer, total, count, max_grad_norm)
-    mean, grad_norm = torch.stack(step).tolist()  # waits for the device
+    mean, grad_norm = torch.stack(update(optimizer, total, count, max_grad_norm)).tolist()  # waits for the device
     return {
         "loss": mean,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm,
         "tokens": tokens or count,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(total.device),
     }
 
 

@@ -34,10 +34,10 @@ class Tracker:
     def __post_init__(self) -> None:
         check_types(self)
         self.run: Any = None
-        name = self.name or Path(self.directory).name
         if self.library == "tensorboard":
             import_module("torch.utils.tensorboard")
         elif self.library != "jsonl":
+            name = self.name or Path(self.directory).name
             self.run = import_module(self.library).init(project=self.project, name=name, config=self.config)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
