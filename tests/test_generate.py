@@ -194,7 +194,7 @@ def test_without_a_seed_each_call_draws_anew_from_the_random_state_of_pytorch():
 
 @families
 @few
-@given(seeds, prompt_lengths, st.integers(1, 4), st.fixed_dictionaries(choices))
+@given(seeds, st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(2, 4), st.fixed_dictionaries(choices))
 def test_rows_of_a_prompt_are_those_of_copies_of_it_and_it_is_computed_once(family, seed, lengths, n, chosen):
     model, prompts, counts = tiny_model(family, seed), prompts_of(seed, lengths), []
     settings = {"temperature": 1.5, "seed": seed, "log_probs": True, **chosen}
