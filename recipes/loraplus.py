@@ -5,7 +5,7 @@
 `groups` are for any optimizer, and have the rates of PEFT's `create_loraplus_optimizer`. Vectors (biases, magnitudes)
 learn as B does; an adapted embedding has a rate of its own, and what is trained in full that of A.
 
-    losses = train(model, dataset, ml.TrainConfig(learning_rate=1e-4), ratio=16)
+    ml.train(model, dataset, config, optimizer=lambda parameters: adamw(groups(model, rate=1e-4, ratio=16)))
 
 With Adam, whose updates do not depend on the scale of a gradient, LoRA+ is a larger alpha: s·B A learns at λ·η what
 λ·s·B′ A learns at η, B′ = B/λ (except for ε and clipping). So `lora_alpha=32 * 16` does without a recipe.
@@ -13,18 +13,12 @@ With Adam, whose updates do not depend on the scale of a gradient, LoRA+ is a la
     [LoRA+]  Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.data import collate
-from minilora.training import adamw, learning_rate, train_step
 
 
 def groups(model: nn.Module, rate: float, ratio: float, embedding_rate: float = 1e-6) -> list[dict[str, Any]]:
@@ -43,21 +37,3 @@ def groups(model: nn.Module, rate: float, ratio: float, embedding_rate: float = 
         else:
             found[rate].append(parameter)
     return [{"params": parameters, "lr": lr} for lr, parameters in found.items()]
-
-
-def train(model: nn.Module, dataset: Sequence[ml.Example], config: ml.TrainConfig, ratio: float) -> list[float]:
-    """Train an adapter and return the loss of each step; of the config, the rates, the rows and clipping count."""
-    optimizer = adamw(groups(model, config.learning_rate, ratio))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(config.seed)
-    order = [torch.randperm(len(dataset), generator=generator) for _ in range(math.ceil(config.epochs))]
-    steps = torch.cat(order).split(config.batch_size)[: config.max_steps]
-    warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * len(steps)
-    device = next(model.parameters()).device
-    losses = []
-    for step, rows in enumerate(steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = learning_rate(step, len(steps), peak, math.ceil(warmup), config.lr_scheduler)
-        batch = collate([dataset[row] for row in rows.tolist()], device)
-        losses.append(train_step(model, optimizer, [batch], max_grad_norm=config.max_grad_norm).loss)
-    return losses

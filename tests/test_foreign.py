@@ -147,6 +147,69 @@ def test_held_out_rows_are_measured_by_the_same_loss_without_dropout():
     assert_parity(number(losses[-1]), number((total / count).item()))
 
 
+# --- what else a loss measures ---
+
+
+def measuring(model, rows):
+    """The mean of all x, of what only heavy rows have, and of nothing."""
+    heavy = [x[0] for x, _, weight in rows if weight == 9]
+    more = {"x": (sum(x.sum() for x, _, _ in rows), 6 * len(rows)), "nothing": (torch.tensor(0.0), 0)}
+    return *loss(model, rows), more | ({"heavy": (sum(heavy), torch.tensor(len(heavy)))} if heavy else {})
+
+
+def all_metrics(rows):
+    _, _, metrics = measuring(plain(), rows)
+    return {name: number(float(total) / float(count)) for name, (total, count) in metrics.items() if count}
+
+
+@examples(0.3)
+@given(seeds, st.sampled_from([(8, 1), (1, 8), (2, 4), (3, 3)]))
+def test_any_cutting_of_rows_gives_the_metrics_of_all_sums_over_all_counts(seed, cut):
+    rows, held_out, records = points(seed, 8, torch.float64), points(seed + 8, 7, torch.float64), []
+    config = {"batch_size": cut[0], "gradient_accumulation_steps": cut[1], "epochs": 1, "eval_steps": 1}
+    run(None, plain(), rows, records.append, held_out, measuring, **config)
+    for record, begin, expected in zip(records, ("", "eval_"), map(all_metrics, (rows, held_out)), strict=True):
+        found = {name: number(record[begin + name]) for name in ("x", "heavy", "nothing") if begin + name in record}
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_maths(found[name], value)
+
+
+def test_a_loss_with_a_parameter_for_it_gets_the_step_of_its_record_also_when_resumed(tmp_path):
+    def resumed(directory):
+        seen, records = [], []
+
+        def counting(model, rows, step):
+            seen.append(step)
+            return loss(model, rows)
+
+        run(directory, on_step=records.append, held_out=points(5, 2), eval_steps=2, given=counting, batch_size=5)
+        assert list(dict.fromkeys(seen)) == list(dict.fromkeys(record["step"] for record in records))
+        return seen
+
+    assert resumed(tmp_path / "whole") == [
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]  # two micro-batches, and the held-out rows after the second step
+    training.copy_checkpoint(tmp_path / "whole", 1, tmp_path / "half")
+    assert resumed(tmp_path / "half") == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        *((wrong, "loss has to give") for wrong in (3, {"x": 1}, {"x": (1, 2, 3)}, {"x": (torch.ones(2), 1)})),
+        *(({name: (1, 1)}, f"cannot be called '{name}'") for name in ("loss", "tokens", "eval_loss")),
+    ],
+)
+def test_metrics_that_are_no_sums_and_counts_or_have_a_name_of_a_record_are_refused(metrics, problem):
+    with pytest.raises(ml.TrainingError, match=problem):
+        run(given=lambda model, rows: (*loss(model, rows), metrics))
+
+
 # --- law 11 ---
 
 

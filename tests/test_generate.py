@@ -189,6 +189,42 @@ def test_without_a_seed_each_call_draws_anew_from_the_random_state_of_pytorch():
     assert sample_twice() == found
 
 
+# --- several rows of a prompt, and their log-probabilities ---
+
+
+@families
+@few
+@given(seeds, st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(2, 4), st.fixed_dictionaries(choices))
+def test_rows_of_a_prompt_are_those_of_copies_of_it_and_it_is_computed_once(family, seed, lengths, n, chosen):
+    model, prompts, counts = tiny_model(family, seed), prompts_of(seed, lengths), []
+    settings = {"temperature": 1.5, "seed": seed, "log_probs": True, **chosen}
+    copies = ml.generate(model, [prompt for prompt in prompts for _ in range(n)], NEW, **settings)
+    model.model.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    rows = ml.generate(model, prompts, NEW, n=n, **settings)
+    assert rows == copies
+    assert counts[0] == sum(lengths)
+    for ours, expected in zip(rows, copies, strict=True):
+        assert ours.stop == expected.stop
+        assert_maths(*(torch.tensor(row.log_probs, dtype=torch.float64) for row in (ours, expected)))
+
+
+@families
+@few
+@given(seeds, prompt_lengths, st.sampled_from([0.0, 0.6, 2.0]), st.fixed_dictionaries(choices))
+def test_log_probabilities_are_the_models_own_of_all_that_was_drawn(family, seed, lengths, temperature, chosen):
+    model, prompts = tiny_model(family, seed), prompts_of(seed, lengths)
+    settings = {"temperature": temperature, "seed": seed, "n": 2, **chosen}
+    rows = ml.generate(model, prompts, NEW, log_probs=True, **settings)
+    assert rows == ml.generate(model, prompts, NEW, **settings)
+    for i, row in enumerate(rows):
+        assert (len(row) == NEW) != (row.stop in chosen["stop_ids"])
+        drawn = [*row] if row.stop is None else [*row, row.stop]
+        assert len(row.log_probs) == len(drawn)
+        for j, log_prob in enumerate(row.log_probs):
+            expected = model(torch.tensor([prompts[i // 2] + drawn[:j]]))[0, -1].log_softmax(-1)[drawn[j]]
+            assert_maths(torch.tensor(log_prob, dtype=torch.float64), expected)
+
+
 # --- as it is written ---
 
 
@@ -227,6 +263,7 @@ WRONG = {
     "top_p": [0.0, 1.1, math.nan],
     "top_k": [-1],
     "seed": [-1, 2**63],
+    "n": [0],
 }
 
 

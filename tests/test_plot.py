@@ -6,6 +6,7 @@ import pytest
 
 from minilora import cli
 from minilora.cli.plot import draw
+from minilora.errors import FormatError
 
 
 def records(steps, every=10):
@@ -37,7 +38,7 @@ def written(records, key):
     ("text", "phrase"),
     [
         (None, "run/metrics.jsonl: cannot be read (No such file"),
-        ("", "run: holds no step yet"),
+        ("", "run: holds no step with loss yet"),
         ('{"step": 1\n{"step": 2}\n', "run/metrics.jsonl, line 1: not JSON"),
         ('{"step": 1}\n{"loss": 2}\n', "run/metrics.jsonl, line 2: need an object with a whole number as 'step'"),
     ],
@@ -65,6 +66,16 @@ def test_each_step_and_each_evaluation_is_a_point_and_a_run_has_one_colour():
         assert drawn(evaluations) == written(run, "eval_loss")
         assert len({line.get_color() for line in (faint, mean, evaluations)}) == 1
     assert lines[0].get_color() != lines[3].get_color()
+
+
+def test_another_metric_and_its_evaluations_are_drawn_by_name():
+    pytest.importorskip("matplotlib")
+    run = [{"step": 1, "loss": 2.0, "reward": 0.5}, {"step": 1, "eval_loss": 3.0, "eval_reward": 0.25}]
+    axes = draw({"run": run}, "reward").get_axes()[0]
+    assert [drawn(line) for line in axes.get_lines()] == [[(1, 0.5)], [(1, 0.5)], [(1, 0.25)]]
+    assert axes.get_ylabel() == "reward"
+    with pytest.raises(FormatError, match="run: holds no step with margin yet"):
+        draw({"run": run}, "margin")
 
 
 def test_of_many_steps_the_line_is_the_mean_of_those_around_a_step():

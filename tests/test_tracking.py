@@ -2,9 +2,12 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 import minilora as ml
 from minilora.cli.finetune import check_settings, find_inputs
+from minilora.cli.plot import points
+from minilora.runs.reports import read_records
 from minilora.runs.settings import RunConfig, Settings
 from tests import runs
 
@@ -30,8 +33,7 @@ def tracked(request, monkeypatch):
     library, sent = ModuleType(request.param), []
 
     def init(project, name, config):
-        assert project == "minilora"
-        run = SimpleNamespace(name=name, config=config, lines=[], is_finished=False)
+        run = SimpleNamespace(project=project, name=name, config=config, lines=[], is_finished=False)
         run.log = lambda line, step: run.lines.append({**line, "step": step})
         run.finish = lambda: setattr(run, "is_finished", True)
         sent.append(run)
@@ -42,7 +44,7 @@ def tracked(request, monkeypatch):
 
     def read(directory):
         (run,) = sent
-        assert run.name == directory.name
+        assert (run.project, run.name) == ("minilora", directory.name)
         assert run.is_finished
         return numbers(run.lines)
 
@@ -70,16 +72,49 @@ def test_a_run_reports_what_it_writes_to_its_metrics(tracked, tmp_path):
     )
 
 
-def test_a_resumed_run_shows_each_step_once_as_it_was_done_last(tmp_path):
-    pytest.importorskip("tensorboard")
+def read_metrics(directory):
+    return numbers(read_records(directory / "metrics.jsonl"))
+
+
+def test_a_run_is_in_the_project_and_has_the_name_that_are_given(monkeypatch, tmp_path):
+    library, given = ModuleType("wandb"), []
+    library.init = lambda **settings: given.append(settings)
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    ml.Tracker("wandb", tmp_path, {"r": 3}, project="rewards", name="third")
+    assert given == [{"project": "rewards", "name": "third", "config": {"r": 3}}]
+
+
+@pytest.mark.parametrize("library", ["jsonl", "tensorboard"])
+def test_a_resumed_run_shows_each_step_once_as_it_was_done_last(library, tmp_path):
+    read = read_metrics
+    if library == "tensorboard":
+        pytest.importorskip("tensorboard")
+        read = lambda directory: read_board(directory / "tensorboard")  # noqa: E731
     for first, end, factor in ((1, 6, 1), (4, 7, 10)):
-        tracker = ml.Tracker("tensorboard", tmp_path, step=first - 1)
+        tracker = ml.Tracker(library, tmp_path)
         for step in range(first, end):
             tracker(record(step, loss=factor * step))
-            assert read_board(tmp_path / "tensorboard")["loss"][-1] == (step, factor * step)  # on the disk at once
+            assert read(tmp_path)["loss"][-1] == (step, factor * step)  # on the disk at once
         tracker.close()
-    found = read_board(tmp_path / "tensorboard")
-    assert found["loss"] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
+    assert read(tmp_path)["loss"] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
+
+
+def test_what_a_loss_measures_reaches_metrics_and_is_plotted_by_its_name(tmp_path):
+    def loss(model, rows):
+        x = torch.stack(rows)
+        return model(x).square().sum(), len(rows), {"reward": (x.sum(), len(rows))}
+
+    rows, tracker = list(torch.arange(8.0).view(8, 1)), ml.Tracker("jsonl", tmp_path)
+    config = ml.TrainConfig(batch_size=2, eval_steps=2)
+    ml.train(torch.nn.Linear(1, 1), rows, config, tracker, rows[:2], loss=loss)
+    found = read_metrics(tmp_path)
+    assert [step for step, _ in found["reward"]] == [1, 2, 3, 4]
+    assert sum(value for _, value in found["reward"]) == 14.0
+    assert found["eval_reward"] == [(2, 0.5), (4, 0.5)]
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [points(records, name) for name in ("reward", "eval_reward")] == [
+        tuple(map(list, zip(*found[name], strict=True))) for name in ("reward", "eval_reward")
+    ]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -48,6 +48,11 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in trained(model).values()])
 
 
+def gradient_of(loss, model):
+    parts = torch.autograd.grad(loss, [*trained(model).values()], allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
 def number(value):
     return torch.tensor(value, dtype=torch.float64)
 
@@ -108,3 +113,16 @@ def copy_checkpoint(run, step, directory):
     """Copy one checkpoint of a run into another directory, as if the run had been killed there; where it lies."""
     name = f"step-{step:06d}"
     return shutil.copytree(run / name, directory / name)
+
+
+def assert_resumed_to_the_same_bytes(directory, make, rows, **arguments):
+    """A run of a loss that was stopped after two steps ends as one that was not; the records of that one, by kind."""
+    config = ml.TrainConfig(batch_size=2, max_steps=4, save_steps=1, learning_rate=0.01, eval_steps=4)
+    whole, records = make(), []
+    ml.train(whole, rows, config, records.append, rows[:2], **arguments)
+    for step in (2, 0):
+        model = make()
+        ml.train(model, rows, config, stop_after(step), rows[:2], directory, **arguments)
+    assert torch.equal(weights(model), weights(whole))
+    assert not torch.equal(weights(make()), weights(whole))
+    return [record for record in records if "loss" in record], records[-1]

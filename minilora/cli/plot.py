@@ -1,4 +1,4 @@
-"""Plot the training loss and the evaluations of one or several runs.
+"""Plot the loss, or what else is measured, of one or several runs, in training and in evaluations.
 
 Example:
   minilora plot run1 run2 --out runs.svg
@@ -25,6 +25,7 @@ WINDOW = 20  # the smoothed line is the mean of a twentieth of the steps
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
+    parser.add_argument("--metric", default="loss", help="what is drawn: loss, or a metric of a loss of your own")
     parser.add_argument("--out", type=Path, default=Path("plot.svg"), help="an .svg, .png or .pdf (default: plot.svg)")
 
 
@@ -34,29 +35,29 @@ def run(options: Options) -> int:
         raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
     if find_spec("matplotlib") is None:
         raise ConfigError("plot needs the package matplotlib: pip install matplotlib")
-    figure = draw({run: read_records(Path(run) / "metrics.jsonl") for run in options["runs"]})
+    figure = draw({run: read_records(Path(run) / "metrics.jsonl") for run in options["runs"]}, options["metric"])
     with replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:], dpi=150)
     print(f"plot written to {out}")
     return 0
 
 
-def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
-    """Draw the loss of each step, its moving average, and the evaluations; `runs` are records by the name of the run.
+def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str = "loss") -> "Figure":
+    """Draw a metric of each step, its moving average, and the evaluations; `runs` are records by the name of the run.
 
     Raises:
-        FormatError: a run has no loss yet.
+        FormatError: a run has no such metric yet.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)" if metric == "loss" else metric)
     for i, (name, records) in enumerate(runs.items()):
         colour, label = f"C{i % 10}", name.replace("$", r"\$")  # two $ would enclose mathematics
-        (steps, losses), evaluations = points(records, "loss"), points(records, "eval_loss")
+        (steps, losses), evaluations = points(records, metric), points(records, f"eval_{metric}")
         if not losses:
-            raise FormatError(f"{name}: holds no step yet")
+            raise FormatError(f"{name}: holds no step with {metric} yet")
         width = max(1, len(losses) // WINDOW)
         means = np.convolve(losses, np.full(width, 1 / width), "valid")
         axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)

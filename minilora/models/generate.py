@@ -70,6 +70,14 @@ class KVCache:
             self.lengths[document] = 0
         return self.lengths[document]
 
+    def repeat(self, n: int) -> None:
+        """Replace each document by n copies, in a row."""
+        if n > 1:
+            self.lengths = [length for length in self.lengths for _ in range(n)]
+            for i, (keys, values) in enumerate(self.layers):
+                self.layers[i] = keys.repeat_interleave(n, 0), values.repeat_interleave(n, 0)
+            self.states = {layer: state.repeat_interleave(n, 0) for layer, state in self.states.items()}
+
     def begin(self, lengths: Sequence[int]) -> None:
         """Begin a call with these numbers of new tokens, whose positions in each document become `spans`.
 
@@ -161,6 +169,13 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).flatten(1, 2)
 
 
+class Continuation(list[int]):
+    """A row of `generate`."""
+
+    stop: int | None = None
+    log_probs: tuple[float, ...] = ()
+
+
 def generate(
     model: Llama,
     input_ids: Tensor | Iterable[Sequence[int]],
@@ -171,8 +186,13 @@ def generate(
     seed: int | None = None,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
-) -> list[list[int]]:
-    """Continue each prompt by at most `max_new_tokens` tokens; a stop token ends one and is not returned.
+    n: int = 1,
+    log_probs: bool = False,
+) -> list[Continuation]:
+    """Continue each prompt by at most `max_new_tokens` tokens, n times; a stop token ends a row and is not in it.
+
+    A row is a list of tokens. Its `stop` is the stop token that ended it, or None. Its `log_probs` are log p of each of
+    its tokens and of that stop token, as the model has it: at temperature 1, without `top_p` and `top_k`.
 
     With a seed, row i of a batch is what `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds
     up to rounding, which depends on the number of rows: of two nearly equally likely tokens the other one may be taken.
@@ -187,35 +207,45 @@ def generate(
         seed: of the sampling; None: each call draws anew from PyTorch's random state of the CPU.
         stop_ids: tokens that end a continuation.
         on_token: is called with row and token when a token is written; True ends the row.
+        n: rows of each prompt, which is computed once for all of them: rows i·n, …, i·n + n - 1 continue prompt i.
+        log_probs: whether rows have them.
 
     Raises:
         ConfigError: numbers out of range, all in one message.
         ShapeError: input_ids are not rows of the model's token ids, or a prompt is empty.
         TrainingError: the model computes NaN or infinity.
     """
-    _check_sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    _check_sampling(max_new_tokens, temperature, top_p, top_k, seed, n)
     weight = model.model.embed_tokens.weight
     prompts = _prompts(input_ids, weight.size(0))
-    generators = [None if seed is None else torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-    documents = [list(prompt) for prompt in prompts]
-    capacity = max(map(len, documents)) + max_new_tokens
-    cache = KVCache(model.config, len(documents), capacity, weight.device)
-    running = list(range(len(documents)))
+    rows = [Continuation() for _ in range(n * len(prompts))]
+    generators = [None if seed is None else torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
+    cache = KVCache(model.config, len(prompts), max(map(len, prompts)) + max_new_tokens, weight.device)
+    running = list(range(len(rows)))
     with evaluating(model):
-        while running:
-            feed: list[list[int]] = [[] for _ in documents]
-            for row in running:
-                feed[row] = documents[row][cache.reuse(row, len(documents[row])) :]
+        logits = _next_logits(model, prompts, cache).repeat_interleave(n, 0)
+        cache.repeat(n)
+        while True:
+            chosen = _choose(logits, [generators[i] for i in running], temperature, top_p, top_k)
+            if log_probs:
+                drawn = logits.cpu().double().log_softmax(-1)[range(len(chosen)), chosen].tolist()
+                for i, log_prob in zip(running, drawn, strict=True):
+                    rows[i].log_probs += (log_prob,)
+            pairs, running = zip(running, chosen, strict=True), []
+            for i, token in pairs:
+                if token in stop_ids:
+                    rows[i].stop = token
+                else:
+                    rows[i].append(token)
+                    is_ended = on_token is not None and on_token(i, token)
+                    running += [i] if not is_ended and len(rows[i]) < max_new_tokens else []
+            if not running:
+                return rows
+            feed: list[list[int]] = [[] for _ in rows]
+            for i in running:
+                document = prompts[i // n] + rows[i]
+                feed[i] = document[cache.reuse(i, len(document)) :]
             logits = _next_logits(model, feed, cache)
-            chosen = _choose(logits, [generators[row] for row in running], temperature, top_p, top_k)
-            written = [(row, token) for row, token in zip(running, chosen, strict=True) if token not in stop_ids]
-            running = []
-            for row, token in written:
-                documents[row].append(token)
-                is_ended = on_token is not None and on_token(row, token)
-                if not is_ended and len(documents[row]) < len(prompts[row]) + max_new_tokens:
-                    running.append(row)
-    return [document[len(prompt) :] for document, prompt in zip(documents, prompts, strict=True)]
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
@@ -267,13 +297,16 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) ->
     return model.lm_head(model.model(tokens, cache)[last])
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
+def _check_sampling(
+    max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None, n: int
+) -> None:
     needs = [
         (max_new_tokens >= 1, f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
         (0 <= temperature < math.inf, f"temperature {temperature}, need a finite number of at least 0"),
         (0 < top_p <= 1, f"top_p {top_p}, need a number above 0 and at most 1"),
         (top_k >= 0, f"top_k {top_k}, need a whole number of at least 0"),
         (seed is None or 0 <= seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
+        (n >= 1, f"n {n}, need a whole number of at least 1"),
     ]
     if bad := [message for is_right, message in needs if not is_right]:
         raise ConfigError("; ".join(bad))

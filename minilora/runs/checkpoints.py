@@ -1,7 +1,7 @@
 """Checkpoints from which a run continues to the same bytes.
 
     checkpoints/step-000120/trained.safetensors      what training changes, by its names in the model
-                            optimizer.safetensors    AdamW's moments, by parameter name
+                            optimizer.safetensors    what the optimizer keeps, such as AdamW's moments, by parameter
                             best.safetensors         with `keep best`: the same of the best evaluation so far
                             state.json               the step, and counts so far
                             adapter_config.json, adapter_model.safetensors
@@ -28,6 +28,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from minilora import files
 from minilora.adapter import adapter_layers, own_parameters
@@ -38,10 +39,12 @@ from minilora.errors import DataError, FormatError, TrainingError
 from minilora.lora import LoraAdapter
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.options import fits
+from minilora.runs.sampler import kept_random_state
 from minilora.runs.settings import TrainConfig
 
 # Settings that may change between two starts of a run, since its weights do not depend on them.
 BOOKKEEPING = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
+KEPT = int, float, Tensor  # in the state of an optimizer
 
 
 @dataclass
@@ -107,25 +110,54 @@ def trained_adapters(model: nn.Module) -> dict[str, list[Any]]:
     return origins
 
 
-def trained_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """Return the parameters of an optimizer by name."""
-    pairs = (zip(group["param_names"], group["params"], strict=True) for group in optimizer.param_groups)
-    return {name: parameter for group in pairs for name, parameter in group}
+def kept_by(optimizer: Optimizer, model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return where an optimizer keeps what it needs of a parameter: {"parameter/key": (a dictionary, its key)}."""
+    named = model.named_parameters()
+    return {f"{name}/{key}": (optimizer.state[p], key) for name, p in named for key in optimizer.state.get(p, ())}
+
+
+def try_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Make a step whose gradients are 1, after which the optimizer has its state; leave the model as it was.
+
+    Raises:
+        TrainingError: the optimizer keeps what no checkpoint has.
+    """
+
+    def others() -> str:
+        attributes = {key: value for key, value in vars(optimizer).items() if key[0] != "_" and key != "state"}
+        return repr((attributes | {"param_groups": None}, optimizer))  # as text, it is its groups
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trained_tensors(model).items()}
+    before = others()
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with kept_random_state(parameters[0].device):
+        optimizer.step()
+    restore(model, weights)
+    optimizer.zero_grad()
+    bad = [name for name, (values, key) in kept_by(optimizer, model).items() if not isinstance(values[key], KEPT)]
+    if bad or optimizer.state.keys() - {*parameters} or others() != before:
+        raise TrainingError(
+            f"{type(optimizer).__name__} keeps {bad[0] if bad else 'something'} that no checkpoint has: those have the "
+            "numbers and tensors in its `state` of each parameter"
+        )
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Return a tensor, or a number as a tensor of all its bits."""
+    return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, best: dict[str, Tensor], keep: int
+    folder: Path, model: nn.Module, optimizer: Optimizer, state: State, best: dict[str, Tensor], keep: int
 ) -> None:
     """Write the checkpoint of a step, with the weights of the best one, then remove all but the newest `keep`.
 
     The metrics of the run are flushed first, so no metrics of a step before a checkpoint are lost.
     """
     files.flush(folder.parent / "metrics.jsonl")
-    moments = {
-        f"{name}/{key}": tensor
-        for name, parameter in trained_parameters(optimizer).items()
-        for key, tensor in optimizer.state[parameter].items()
-    }
+    kept = {name: _as_tensor(values[key]) for name, (values, key) in kept_by(optimizer, model).items()}
     adapters = trained_adapters(model)
     path = folder / f"step-{state.step:06d}"
     files.remove(path)  # a damaged one
@@ -136,7 +168,7 @@ def save_checkpoint(
             if (folder.parent / PROMPTS_FILE).exists():  # the command's run
                 copy_prompt_files([folder.parent], directory)
         files.write_tensors(directory / "trained.safetensors", trained_tensors(model))
-        files.write_tensors(directory / "optimizer.safetensors", moments)
+        files.write_tensors(directory / "optimizer.safetensors", kept)
         if best:
             files.write_tensors(directory / "best.safetensors", best)
         files.write_json(directory / "state.json", asdict(state))
@@ -167,7 +199,7 @@ def read_state(directory: Path) -> State:
 
 
 def load_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str, total_steps: int
+    directory: Path, model: nn.Module, optimizer: Optimizer, run: str, total_steps: int
 ) -> tuple[State, dict[str, Tensor]]:
     """Restore the model and the optimizer; return the state, and the weights of the best step.
 
@@ -186,13 +218,12 @@ def load_checkpoint(
         tensors = _read(files.TensorFile(directory / "best.safetensors"), own)
         best = {name: tensor.clone() for name, tensor in tensors.items()}
     file = files.TensorFile(directory / "optimizer.safetensors")
-    parameters = trained_parameters(optimizer)
-    expected = {f"{name}/step": torch.zeros((), dtype=torch.float32) for name in parameters}
-    expected |= {f"{name}/{key}": p for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
-    moments = _read(file, expected)
-    for name, p in parameters.items():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[p] = {key: moments[f"{name}/{key}"].to(p.device, copy=True) for key in keys}
+    try_optimizer(optimizer, model)
+    kept = kept_by(optimizer, model)
+    for name, tensor in _read(file, {name: _as_tensor(values[key]) for name, (values, key) in kept.items()}).items():
+        values, key = kept[name]
+        is_tensor = isinstance(values[key], Tensor)
+        values[key] = tensor.to(values[key].device, copy=True) if is_tensor else tensor.item()
     restore(model, trained)
     return state, best
 
@@ -231,16 +262,17 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def fingerprint(
-    dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, Any]
+    dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, Any], own: str = ""
 ) -> str:
-    """Return a hash of the settings, of the `trained_adapters`, and of the rows (see `_as_json`).
+    """Return a hash of the settings, `trained_adapters`, an own optimizer as text, and the rows (see `_as_json`).
 
     Raises:
         DataError: a row has an object whose content is unknown.
     """
     idle = BOOKKEEPING | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
-    digest = hashlib.sha256(json.dumps([settings, adapters, len(dataset)], default=_as_json).encode())
+    run = [settings, adapters, len(dataset), *([own] if own else [])]
+    digest = hashlib.sha256(json.dumps(run, default=_as_json).encode())
     for rows in (dataset, held_out):
         for i in range(len(rows)):
             digest.update(json.dumps(rows[i], default=_as_json).encode())

@@ -41,7 +41,7 @@ from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
 from minilora.runs.lock import holds_files, locked
 from minilora.runs.loop import Record
-from minilora.runs.reports import read_records, read_run_record
+from minilora.runs.reports import read_run_record
 from minilora.runs.settings import Settings
 from minilora.runs.tracking import Tracker
 
@@ -116,7 +116,7 @@ class RunDirectory:
         self._settings = settings
         self._config = settings.by_flag
         self._inputs: Mapping[str, str] = {}  # name -> hash of the base, the adapter and the template
-        self._tracker: Tracker | None = None
+        self._trackers: list[Tracker] = []
         self._at_close = ExitStack()
 
     def open(self, base: Base) -> RunHistory:
@@ -171,7 +171,7 @@ class RunDirectory:
         )
 
     def start(self, run: Run, model: Llama) -> None:
-        """Record this start in run.json, and remove what earlier ones left of steps that will be repeated."""
+        """Record this start in run.json, and open what `log` writes to."""
         weight = model.model.embed_tokens.weight
         start = {
             "time": (datetime.now(UTC).replace(microsecond=0) if run.history.starts else run.history.began).isoformat(),
@@ -198,24 +198,17 @@ class RunDirectory:
         system = self._settings.data.system if rows.system is None else rows.system
         prompts = Prompts("template" if rows.conversations else "plain", system, rows.thinking)
         run.data.tokenizer.with_prompts(prompts).save(self.path, PROMPT_FILES)
+        self._trackers = [Tracker("jsonl", self.path)]
         if self._settings.run.report != "none":
-            self._tracker = Tracker(self._settings.run.report, self.path, self._config, run.history.step)
-            self._at_close.callback(self._tracker.close)
-        metrics = self.path / "metrics.jsonl"
-        records = read_records(metrics) if metrics.is_file() else []
-        left = [without_nan(record) for record in records if record["step"] <= run.history.step]
-        with replacing(metrics) as temporary:
-            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in left), encoding="utf-8")
+            self._trackers.append(Tracker(self._settings.run.report, self.path, self._config))
+            self._at_close.callback(self._trackers[-1].close)
 
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
         every = self._settings.training.logging_steps
         if processes.is_main_process() and ("eval_loss" in record or record["step"] % every == 0):
-            line = without_nan({key: value for key, value in record.items() if key != "total_steps"})
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(line)}\n")
-            if self._tracker:
-                self._tracker(line)
+            for tracker in self._trackers:
+                tracker(record)
 
     def finish(
         self, model: Llama, tokenizer: Tokenizer, summary: RunSummary, answers: Sequence[Mapping[str, Any]]

@@ -3,12 +3,13 @@
 Except for generated text, batches are dealt out to the ranks of a run, and each rank returns the scores of all rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.runs import processes, sampler
 from minilora.runs.encoders import Dataset, check_examples
 from minilora.runs.sampler import Rows, eval_groups, kept_random_state
-from minilora.training import Loss, token_loss
+from minilora.training import token_loss
 
 CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-2-7B are 0.5 MB a token
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
@@ -30,6 +31,8 @@ MAX_CHOICES = 64
 THOUGHTS = 1024  # tokens of thoughts before an answer
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
+Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count)
+T = TypeVar("T")
 
 
 def _ignore(done: int, total: int) -> None:
@@ -89,7 +92,7 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
         DataError: the model does not have a token, or no token is labelled.
     """
     check_examples(model, examples)
-    return mean_loss(model, example_loss, examples, eval_groups(examples), progress)
+    return mean_loss(model, example_loss, examples, eval_groups(examples), progress)["loss"]
 
 
 def example_loss(model: Any, examples: Iterable[Example], checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:
@@ -99,13 +102,13 @@ def example_loss(model: Any, examples: Iterable[Example], checkpointing: Checkpo
 
 def mean_loss(
     model: nn.Module,
-    loss: Loss,
+    loss: Callable[[Any, Any], tuple[Any, ...]],
     rows: Sequence[Any],
     groups: Iterable[Rows],
     progress: Progress = _ignore,
     seed: int = 0,
-) -> float:
-    """Return Σ of the losses of all rows / their number; each of the groups is a forward pass.
+) -> dict[str, float]:
+    """Return the "loss", Σ sum / Σ count over all rows, and the means of its metrics; a group is a forward pass.
 
     A loss that samples draws the same at every evaluation of a run.
 
@@ -114,15 +117,26 @@ def mean_loss(
     """
     device = next(model.parameters()).device
 
-    def compute(group: Rows) -> tuple[float, int]:
+    def compute(group: Rows) -> Metrics:
         with kept_random_state(device, f"{seed}/held-out/{group[0]}"):
-            total, count = loss(model, [rows[row] for row in group])
-        return total.item(), count
+            total, count, *metrics = loss(model, [rows[row] for row in group])
+        return {"loss": (total.item(), count), **dict(*metrics)}
 
-    sums = _sum_over_groups(model, groups, len(rows), compute, progress)
-    if not any(sums[1:]):
+    found = means(_map_groups(model, groups, len(rows), compute, progress))
+    if "loss" not in found:
         raise DataError("the loss counts nothing in the held-out rows")
-    return sums[0] / sums[1]
+    return found
+
+
+def means(parts: Iterable[Metrics]) -> dict[str, float]:
+    """Return Σ sum / Σ count by name, without those that count nothing."""
+    totals: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, (total, count) in part.items():
+            totals[name] += total
+            counts[name] += count
+    return {name: totals[name] / count for name, count in counts.items() if count}
 
 
 def measure_forgetting(
@@ -157,25 +171,24 @@ def measure_forgetting(
             sums += torch.stack((*losses, kl)).cpu()
         return [*sums.tolist(), len(batch.labels)]
 
-    *totals, count = _sum_over_groups(model, eval_groups(examples), len(examples), compute, progress)
+    sums = _map_groups(model, eval_groups(examples), len(examples), compute, progress)
+    *totals, count = map(sum, zip(*sums, strict=True))
     return Forgetting(*(total / count for total in totals))
 
 
-def _sum_over_groups(
-    model: nn.Module,
-    groups: Iterable[Rows],
-    total: int,
-    compute: Callable[[Rows], Sequence[float]],
-    progress: Progress,
-) -> list[float]:
-    """Add up what `compute` returns for each group of rows, over all ranks; report how many rows of all are done."""
+def _map_groups(
+    model: nn.Module, groups: Iterable[Rows], total: int, compute: Callable[[Rows], T], progress: Progress
+) -> list[T]:
+    """Return what `compute` returns for each group of rows, of all ranks; report how many rows of all are done."""
     progress(0, total)
-    numbers = []
+    results = []
     with evaluating(model):
         for rows, is_counted in processes.split_for_rank(list(groups)):
-            numbers.append([number if is_counted else 0 for number in compute(rows)])
+            result = compute(rows)
+            if is_counted:
+                results.append(result)
             progress(rows[-1] + 1, total)
-    return processes.sum_over_ranks(*map(sum, zip(*numbers, strict=True)))
+    return [result for rank in processes.all_gather(results) for result in rank]
 
 
 def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
@@ -206,14 +219,14 @@ def choice_accuracy(
     closing = _common_ending(choices)
     answers = [choice[: len(choice) - closing] for choice in choices]
 
-    def compute(rows: Rows) -> list[int]:
+    def compute(rows: Rows) -> int:
         """Count the right answers."""
         scores = _scores(model, [prompt_of(examples[row]) for row in rows], answers)
         chosen = [choices[values.index(max(values))] for values in scores]
-        return [sum(choice == answer_of(examples[row]) for row, choice in zip(rows, chosen, strict=True))]
+        return sum(choice == answer_of(examples[row]) for row, choice in zip(rows, chosen, strict=True))
 
     groups = eval_groups(examples, copies=len({answer[:-1] for answer in answers}))
-    return _sum_over_groups(model, groups, len(examples), compute, progress)[0] / len(examples)
+    return sum(_map_groups(model, groups, len(examples), compute, progress)) / len(examples)
 
 
 def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:

@@ -1,11 +1,13 @@
 """The training loop around the step of `minilora.training`: the plan, evaluation, checkpoints and records."""
 
+import copy
+import inspect
 import math
-import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from minilora.llama import Decoder
 from minilora.models.fsdp import is_sharded
 from minilora.runs import checkpoints, processes, sampler
 from minilora.runs.encoders import check_examples
-from minilora.runs.evaluate import example_loss, mean_loss
+from minilora.runs.evaluate import Metrics, example_loss, mean_loss, means
 from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.settings import TrainConfig
-from minilora.training import Loss, accumulate, adamw, learning_rate, update
+from minilora.training import Loss, accumulate, adamw, learning_rate, parameters_of, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
+BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "total_steps"}
 # Unless `save_steps` is given:
 SAVES = 10  # checkpoints in a run
 SAVE_SECONDS = 600  # the longest time between two
@@ -54,7 +58,8 @@ def train(
     on_step: OnStep | None = None,
     held_out: Sequence[Any] = (),
     checkpoint_dir: str | Path | None = None,
-    loss: Loss | None = None,
+    loss: Callable[..., Any] | None = None,
+    optimizer: BuildOptimizer | None = None,
 ) -> TrainResult:
     """Train the parameters that require grad: those of an attached adapter or, without one, the model itself.
 
@@ -77,10 +82,14 @@ def train(
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
             undamaged one, and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
-            labelled tokens. A step's loss is Σ sum / Σ count. A record's `tokens` are those of rows that have `tokens`,
-            or the count if none has. PyTorch's random state is set from the run's seed and the micro-batch before each
+            labelled tokens. A step's loss is Σ sum / Σ count. (sum, count, metrics) adds to the records what else is
+            measured, such as {"reward": (sum, count)}; its mean over an evaluation is `eval_reward`. A loss with a
+            parameter `step` gets the number in the record. A record's `tokens` are those of rows that have `tokens`, or
+            the count if none has. PyTorch's random state is set from the run's seed and the micro-batch before each
             call, so `generate` without a seed draws anew at each step, and after a resume the same as without it. By
             default the loss of tokens.
+        optimizer: makes an optimizer of a list of the trainable parameters, by default AdamW. The rate of a group rises
+            to its `lr` and falls. With checkpoints, what the optimizer keeps has to be numbers and tensors in `state`.
 
     Raises:
         DataError: there are no rows; an example has not a label for each token, or has a token that the model does
@@ -90,18 +99,19 @@ def train(
         OSError: checkpoints cannot be written.
         TrainingError: nothing is trainable, or an inactive adapter is; FSDP has divided what is trained; a loss or
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
-            `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer.
+            `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer; the optimizer does
+            not have all that is trained, or keeps what cannot be saved.
     """
     config = config or TrainConfig()
     on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    fingerprint = _check_run(model, dataset, held_out, config, loss, folder)
+    optim, fingerprint = _check_run(model, dataset, held_out, config, loss, folder, optimizer)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # now, not after a tenth of the run, if it cannot be written
     device = next(model.parameters()).device
     way: Any = config.gradient_checkpointing  # not "auto"
-    compute_loss = _checked(loss) if loss else partial(example_loss, checkpointing=way)
-    optimizer = build_optimizer(model, config)
+    compute_loss = _checked(loss or partial(example_loss, checkpointing=way))
+    peaks = [group.setdefault("lr", config.learning_rate) for group in optim.param_groups]
     adapters = sampler.adapters_with_dropout(model)
     steps = sampler.plan_steps(len(dataset), config)
     total = len(steps)
@@ -112,11 +122,12 @@ def train(
     def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
         sampler.seed_random_state(device, f"{config.seed}/{batch.number}")
         sampler.seed_dropout(adapters, config.seed, batch.number)
-        part, number = compute_loss(model, batch.rows)
+        part, number, metrics = compute_loss(model, batch.rows, state.step + 1)
+        measured.append(metrics if batch.is_counted else {})
         return (part, number) if batch.is_counted else (0 * part, 0)
 
     try:
-        state, best, damaged = _resume(model, optimizer, fingerprint, total, folder, config.save_total_limit)
+        state, best, damaged = _resume(model, optim, fingerprint, total, folder, config.save_total_limit)
         processes.broadcast_(checkpoints.trained_tensors(model).values())
         finished = state.step == total or state.stale >= patience
         stopped = False
@@ -124,14 +135,17 @@ def train(
         started = saved - state.seconds
         while not (stopped or finished):
             before = time.perf_counter()
-            rate = learning_rate(state.step, total, config.learning_rate, warmup, config.lr_scheduler)
+            for group, peak in zip(optim.param_groups, peaks, strict=True):
+                group["lr"] = learning_rate(state.step, total, peak, warmup, config.lr_scheduler)
             numbered = list(enumerate(steps[state.step], state.step * config.gradient_accumulation_steps))
             own = processes.split_for_rank(numbered)
             batches = [
                 sampler.MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own
             ]
-            made = _step(model, optimizer, batches, seeded_loss, rate, config.max_grad_norm)
-            record = {"step": state.step + 1, **made}
+            measured: list[Metrics] = []
+            with sampler.kept_random_state(device, f"{config.seed}/step {state.step}"):  # the optimizer may draw
+                made = _step(model, optim, batches, seeded_loss, config.max_grad_norm)
+            record = {"step": state.step + 1, **made, **means(chain(*processes.all_gather(measured)))}
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 raise _not_finite(record, dataset, steps[state.step])
             now = time.perf_counter()
@@ -143,23 +157,24 @@ def train(
             finished = state.step == total
             if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
                 groups = sampler.eval_groups(held_out, count=config.batch_size if loss else None)
-                eval_loss = mean_loss(model, compute_loss, held_out, groups, seed=config.seed)
-                if state.note(eval_loss) and config.keep == "best":
+                found = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
+                if state.note(found["loss"]) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
                     best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
                 finished |= state.stale >= patience
-                stops = on_step({"step": state.step, "eval_loss": eval_loss, "best_step": state.best_step}) or stops
+                values = {f"eval_{name}": value for name, value in found.items()}
+                stops = on_step({"step": state.step, **values, "best_step": state.best_step}) or stops
             is_late = config.save_steps is None and time.perf_counter() - saved >= SAVE_SECONDS
-            stopped, is_late = map(bool, processes.sum_over_ranks(bool(stops), is_late))
+            stopped, is_late = map(any, zip(*processes.all_gather((bool(stops), is_late)), strict=True))
             is_due = save_steps > 0 and state.step % save_steps == 0
             if stopped or finished or is_late or is_due:  # finished: what follows training may fail
                 processes.broadcast_(checkpoints.trained_tensors(model).values())
                 if folder is not None:
                     limit = config.save_total_limit
-                    processes.run_on_rank0(checkpoints.save_checkpoint, folder, model, optimizer, state, best, limit)
+                    processes.run_on_rank0(checkpoints.save_checkpoint, folder, model, optim, state, best, limit)
                 saved = time.perf_counter()
     finally:
-        optimizer.zero_grad()
+        optim.zero_grad()
         sampler.seed_dropout(adapters, None)
     model.eval()
     kept = state.step
@@ -174,10 +189,11 @@ def _check_run(
     dataset: Sequence[Any],
     held_out: Sequence[Any],
     config: TrainConfig,
-    loss: Loss | None,
+    loss: Callable[..., Any] | None,
     folder: Path | None,
-) -> str:
-    """Check what `train` is given; return the run's fingerprint, or "" if no checkpoint or other rank needs it."""
+    build: BuildOptimizer | None,
+) -> tuple[Optimizer, str]:
+    """Check what `train` is given; return the optimizer, and a fingerprint if a checkpoint or other rank needs it."""
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     if config.gradient_checkpointing == "auto":
@@ -194,49 +210,72 @@ def _check_run(
         check_examples(model, [*dataset, *held_out])
     if config.selects and not len(held_out):
         raise DataError("keep best and early_stopping need held-out examples")
+    optimizer = build_optimizer(model, config, build)
+    if build and folder is not None:
+        new = copy.deepcopy(optimizer.state_dict())
+        checkpoints.try_optimizer(optimizer, model)
+        optimizer.load_state_dict(new)
     fingerprint = ""
     if folder is not None or processes.size() > 1:
-        fingerprint = checkpoints.fingerprint(dataset, held_out if config.selects else (), config, adapters)
+        rows, own = held_out if config.selects else (), repr(optimizer) if build else ""
+        fingerprint = checkpoints.fingerprint(dataset, rows, config, adapters, own)
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
         if processes.differing({"": (repr(config), len(dataset), len(held_out), fingerprint)}):
             raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
-    return fingerprint
+    return optimizer, fingerprint
 
 
-def _checked(loss: Loss) -> Loss:
-    """Return a loss that raises a `TrainingError` where the given one returns no sum and count."""
+def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metrics]]:
+    """Return a loss that raises a `TrainingError` where the given one returns no sum and count, and perhaps metrics."""
+    takes_step = "step" in inspect.signature(loss).parameters
 
-    def compute(model: Any, rows: Any) -> tuple[Tensor, int]:
-        result = loss(model, rows)
-        is_pair = isinstance(result, tuple | list) and len(result) == 2 and isinstance(result[0], Tensor)
-        if not is_pair or result[0].numel() != 1 or not _is_count(result[1]):
+    def compute(model: Any, rows: Any, step: int) -> tuple[Tensor, int, Metrics]:
+        result = loss(model, rows, step=step) if takes_step else loss(model, rows)
+        try:
+            part, count, *more = result
+            number = _number(count)
+            metrics = {name: (_number(total), _number(count)) for name, (total, count) in dict(*more).items()}
+        except (TypeError, ValueError, RuntimeError):
+            part, number, metrics = None, 0.0, {}
+        if not isinstance(part, Tensor) or part.numel() != 1 or number < 0 or not number.is_integer():
             raise TrainingError(
-                f"loss has to give (sum, count), a tensor of one number and a whole number, found {result!r:.80}"
+                "loss has to give (sum, count), a tensor of one number and a whole number, or also metrics, "
+                f'{{"name": (sum, count), …}}; found {result!r:.80}'
             )
-        if torch.is_grad_enabled() and not result[0].requires_grad:
+        if torch.is_grad_enabled() and not part.requires_grad:
             raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
-        return result[0], int(result[1])
+        if taken := [name for name in metrics if name in KEYS or name.startswith("eval_")]:
+            raise TrainingError(f"a metric of a loss cannot be called {taken[0]!r}, as what every record has")
+        return part, int(number), metrics
 
     return compute
 
 
-def _is_count(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
-    return is_number and 0 <= float(value) < 2**63 and float(value) == int(value)
+def _number(value: Any) -> float:
+    return float(value.item() if isinstance(value, Tensor) else value)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters, named, in groups of one weight decay.
+def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer | None = None) -> Optimizer:
+    """Build AdamW over the trainable parameters in groups of one weight decay, or let `build` make another optimizer.
 
     Only matrices decay: biases, norms and magnitudes have no reason to be near 0.
     """
-    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append((name, parameter))
-    return adamw({"params": named, "weight_decay": decay} for decay, named in groups.items())
+    trained = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if build is None:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in trained:
+            groups.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
+        rate = config.learning_rate
+        return adamw({"params": own, "weight_decay": decay, "lr": rate} for decay, own in groups.items())
+    optimizer = build([*trained])
+    if differing := [trained.get(p, "what is not trainable") for p in trained.keys() ^ {*parameters_of(optimizer)}]:
+        raise TrainingError(f"the optimizer has to have what is trainable and no more; different are {differing[:5]}")
+    for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
+        if getattr(config, name) not in (getattr(TrainConfig, name), *(g.get(key) for g in optimizer.param_groups)):
+            raise TrainingError(f"{name} is AdamW's: give it to your own optimizer instead")
+    return optimizer
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:
@@ -250,21 +289,18 @@ def _step(
     optimizer: Optimizer,
     batches: Sequence[sampler.MicroBatch],
     loss: Loss,
-    rate: float,
     max_grad_norm: float,
 ) -> Record:
     """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     with sampler.kept_random_state(next(model.parameters()).device):  # backward may draw as well
         total, count = accumulate(model, optimizer, batches, loss)
     processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
-    count, tokens = map(int, processes.sum_over_ranks(count, tokens))
+    count, tokens = map(sum, zip(*processes.all_gather((count, tokens)), strict=True))
     step = update(optimizer, total, count, max_grad_norm)
     return {
         "loss": step.loss,
-        "learning_rate": rate,
+        "learning_rate": optimizer.param_groups[0]["lr"],
         "grad_norm": step.grad_norm,
         "tokens": tokens or count,
         "peak_memory_bytes": peak_memory_bytes(total.device),

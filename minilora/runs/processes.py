@@ -93,17 +93,6 @@ def all_reduce_(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def sum_over_ranks(*numbers: float) -> list[float]:
-    """Return the sum over the ranks of each number, which is exact for whole ones below 2^53."""
-    if size() == 1:
-        return [*numbers]
-    device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    with _connection_errors():
-        dist.all_reduce(sums)
-    return sums.tolist()
-
-
 def all_gather(value: T) -> list[T]:
     """Return the value of every rank, which can be any object that can be pickled."""
     if size() == 1:

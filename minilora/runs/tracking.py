@@ -1,48 +1,72 @@
-"""Records of a run for TensorBoard, trackio or wandb, through their own libraries, which the user installs."""
+"""Records of a run in metrics.jsonl, and in TensorBoard, trackio or wandb through their own libraries."""
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from minilora.files import replacing
 from minilora.options import check_types
+from minilora.runs.reports import read_records
 
 
 @dataclass
 class Tracker:
-    """Send the numbers of each record to a library; it is an `on_step` of `train`.
+    """Write the numbers of each record; it is an `on_step` of `train`.
 
-    TensorBoard reads the folder `tensorboard` of the directory; it no longer shows records of steps after
-    `step`, from which a run is resumed. In trackio and wandb, the run is in `project` and has the directory's name.
+    In the directory, "jsonl" writes `metrics.jsonl`, which `minilora plot` reads, and TensorBoard the folder
+    `tensorboard`. Both drop what is there of the first record's step and later ones, which a resumed run repeats. In
+    trackio and wandb, the run is in `project` and has the name, by default that of the directory.
 
     Raises:
         ModuleNotFoundError: the library is not installed.
     """
 
-    library: Literal["tensorboard", "trackio", "wandb"]
+    library: Literal["jsonl", "tensorboard", "trackio", "wandb"]
     directory: str | Path
     config: Mapping[str, Any] | None = None
-    step: int = 0
     project: str = "minilora"
+    name: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        path = Path(self.directory)
+        self.run: Any = None
         if self.library == "tensorboard":
-            board = import_module("torch.utils.tensorboard")
-            self.run = board.SummaryWriter(str(path / "tensorboard"), purge_step=self.step + 1)
-        else:
-            self.run = import_module(self.library).init(project=self.project, name=path.name, config=self.config)
+            import_module("torch.utils.tensorboard")
+        elif self.library != "jsonl":
+            name = self.name or Path(self.directory).name
+            self.run = import_module(self.library).init(project=self.project, name=name, config=self.config)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
-        if self.library == "tensorboard":
+        step, others = record["step"], ("step", "total_steps")
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key not in others}
+        self.run = self.run or self._open(step)
+        if self.library == "jsonl":
+            finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+            with self.run.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps({'step': step, **finite})}\n")
+        elif self.library == "tensorboard":
             for key, value in numbers.items():
-                self.run.add_scalar(key, value, record["step"])
+                self.run.add_scalar(key, value, step)
             self.run.flush()  # a crash loses no record
         else:
-            self.run.log(numbers, step=record["step"])
+            self.run.log(numbers, step=step)
+
+    def _open(self, step: int) -> Any:
+        if self.library == "tensorboard":
+            board = import_module("torch.utils.tensorboard")
+            return board.SummaryWriter(str(Path(self.directory) / "tensorboard"), purge_step=step)
+        path = Path(self.directory) / "metrics.jsonl"
+        left = [record for record in (read_records(path) if path.exists() else ()) if record["step"] < step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in left), encoding="utf-8")
+        return path
 
     def close(self) -> None:
-        self.run.close() if self.library == "tensorboard" else self.run.finish()
+        if self.library == "tensorboard" and self.run:
+            self.run.close()
+        elif self.library in ("trackio", "wandb"):
+            self.run.finish()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minilora.adapter import adapter_layers, adapter_tensors
 from minilora.testing.compare import assert_parity
 
 transformers = pytest.importorskip("transformers")
@@ -25,3 +26,15 @@ def assert_same_but_for_signs(ours, theirs):
     signs = (ours[0] * theirs[0]).sum(1).sign()
     assert_parity(signs.unsqueeze(1) * ours[0], theirs[0], ALLOWED)
     assert_parity(ours[1] * signs, theirs[1], ALLOWED)
+
+
+def with_factors_of(ours, theirs):
+    """Copy the adapter of our model into PEFT's; pairs of parameters, ours and theirs."""
+    own = adapter_tensors(adapter_layers(ours), "default")
+    pairs = []
+    for name, parameter in theirs.named_parameters():
+        if ".default." in name:
+            pairs.append((own.pop(name.replace(".default", "")), parameter))
+            parameter.data.copy_(pairs[-1][0])
+    assert not own
+    return pairs

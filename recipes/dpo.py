@@ -1,0 +1,79 @@
+"""DPO: of two answers, prefer the chosen one to the rejected one by more than the base does.
+
+    L = -log σ(β M),   M = (log π(y⁺) - log π_ref(y⁺)) - (log π(y⁻) - log π_ref(y⁻))     [DPO eq. 7]
+
+π_ref is the model with its adapter off. A row has `prompt`, `chosen` and `rejected`: text, or lists of messages.
+
+    model, tokenizer = ml.load_model("path/to/model"), ml.load_tokenizer("path/to/model")
+    pairs, held_out = load_pairs("train.jsonl", tokenizer), load_pairs("valid.jsonl", tokenizer)
+    ml.attach(model, ml.LoraConfig())
+    config = ml.TrainConfig(learning_rate=5e-5, batch_size=8, eval_steps=20)
+    ml.train(model, pairs, config, ml.Tracker("jsonl", "out"), held_out, "out/checkpoints", loss=dpo_loss)
+    ml.save_adapter(model, "out")
+
+Records have the means that TRL logs, under its names. The margin grows also where both answers become less likely, so
+watch `logps/chosen`: `minilora plot out --metric logps/chosen`.
+
+    [DPO]  Rafailov et al. 2023, Direct Preference Optimization: Your Language Model is Secretly a Reward Model
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import minilora as ml
+from minilora.data import collate
+from minilora.llama import Documents, Llama
+
+Pair = tuple[ml.Example, ml.Example]  # the chosen and the rejected answer to a prompt
+
+
+def load_pairs(path: str | Path, tokenizer: ml.Tokenizer, config: ml.DataConfig | None = None) -> list[Pair]:
+    """Read rows of preferences, without those of which an answer is cut off by `max_length`."""
+    config = config or ml.DataConfig()
+    sides = []
+    for side in ("chosen", "rejected"):
+        columns = {"prompt": "prompt", "completion": side}
+        rows = ml.load_dataset(path, tokenizer, replace(config, columns=columns))
+        sides.append({row.source: row for row in rows if row.source not in rows.cut})
+    chosen, rejected = sides
+    return [(chosen[source], rejected[source]) for source in chosen if source in rejected]
+
+
+def log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
+    """Return log p of each label of some rows, one row after the other."""
+    batch = collate(rows, next(model.parameters()).device)
+    hidden = model.model(batch.tokens, Documents(batch.lengths))
+    logits = model.get_output_embeddings()(hidden[batch.label_positions])  # (labels, V)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(wide, batch.labels, reduction="none")
+
+
+def dpo_loss(model: Llama, pairs: Sequence[Pair], beta: float = 0.1) -> tuple[Tensor, int, dict[str, Any]]:
+    """Return the sum of the losses of pairs, their number, and what to watch."""
+    rows = [row for pair in pairs for row in pair]
+
+    def of_rows() -> Tensor:
+        each = log_probs(model, rows).split([row.labelled for row in rows])
+        return torch.stack([part.sum() for part in each])
+
+    policy = of_rows()
+    with torch.no_grad(), ml.disable_adapter(model):
+        reference = of_rows()
+    chosen, rejected = (beta * (policy - reference)).view(-1, 2).unbind(1)
+    margins = chosen - rejected
+    means = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0,
+        "logps/chosen": policy[0::2],
+        "logps/rejected": policy[1::2],
+    }
+    n = len(pairs)
+    return -F.logsigmoid(margins).sum(), n, {name: (values.sum(), n) for name, values in means.items()}

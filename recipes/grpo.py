@@ -1,0 +1,97 @@
+"""GRPO: draw a group of answers to each prompt, and make those likelier that a program rewards above their group.
+
+    A_i = (R_i - mean R) / (std R + 1e-4)                  R: the rewards of the answers to one prompt    [GRPO §4.1.2]
+    L_i = mean_t [β (e^δ - δ - 1) - min(ρ A_i, clip(ρ, 1 - ε, 1 + ε) A_i)]                               [GRPO eq. 3, 4]
+    ρ = π(o_t) / π_old(o_t),   δ = log π_ref(o_t) - log π(o_t)
+
+π_old drew the answers; π_ref is the model with its adapter off. A row has the tokens of a prompt, and what the reward
+needs:
+
+    model, tokenizer = ml.load_model("path/to/model"), ml.load_tokenizer("path/to/model")
+    sums = [(a, b) for a in range(20) for b in range(20)]
+    rows = [{"prompt": tokenizer.encode(f"{a} + {b} ="), "answer": f" {a + b}"} for a, b in sums]
+    loss = partial(grpo_loss, tokenizer=tokenizer, reward=lambda row, text: float(text == row["answer"]))
+    ml.attach(model, ml.LoraConfig())
+    config = ml.TrainConfig(learning_rate=1e-4, batch_size=8)
+    ml.train(model, rows, config, ml.Tracker("tensorboard", "out"), checkpoint_dir="out/checkpoints", loss=loss)
+
+Only the gradient of the loss means something: watch `reward`. A group of equal rewards teaches nothing, so the model
+has to be right now and then from the beginning. Each step draws anew, so ρ is 1 except for rounding and dropout;
+`clipped_loss` also takes samples that were drawn earlier.
+
+    [GRPO]  Shao et al. 2024, DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import minilora as ml
+from minilora.data import IGNORE_INDEX, collate
+from minilora.llama import Documents, Llama
+
+Row = Mapping[str, Any]
+Result = tuple[Tensor, int, dict[str, Any]]
+
+
+class Sample(NamedTuple):
+    example: ml.Example  # a prompt and an answer, whose tokens are the labels
+    log_probs: Sequence[float]  # log π_old of each label
+    reward: float
+    advantage: float
+
+
+def draw(
+    model: Llama,
+    rows: Sequence[Row],
+    tokenizer: ml.Tokenizer,
+    reward: Callable[[Row, str], float],
+    group: int = 8,
+    max_new_tokens: int = 64,
+) -> list[Sample]:
+    """Draw answers to prompts, and compare each with its group."""
+    prompts, ends = [list(row["prompt"]) for row in rows], tokenizer.stop_ids
+    answers = ml.generate(model, prompts, max_new_tokens, 1.0, stop_ids=ends, n=group, log_probs=True)
+    rewards = [reward(rows[i // group], tokenizer.decode(answer)) for i, answer in enumerate(answers)]
+    groups = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    samples = []
+    for i, (answer, advantage) in enumerate(zip(answers, advantages.flatten().tolist(), strict=True)):
+        prompt, drawn = prompts[i // group], [*answer, *([] if answer.stop is None else [answer.stop])]
+        example = ml.Example(prompt + drawn, [IGNORE_INDEX] * len(prompt) + drawn)
+        samples.append(Sample(example, answer.log_probs, rewards[i], advantage))
+    return samples
+
+
+def log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
+    """Return log p of each label of some rows, one row after the other."""
+    batch = collate(rows, next(model.parameters()).device)
+    hidden = model.model(batch.tokens, Documents(batch.lengths))
+    logits = model.get_output_embeddings()(hidden[batch.label_positions])  # (labels, V)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(wide, batch.labels, reduction="none")
+
+
+def clipped_loss(model: Llama, samples: Sequence[Sample], clip: float = 0.2, beta: float = 0.04) -> Result:
+    """Return the sum of the losses of samples, their number, and what to watch."""
+    policy = log_probs(model, [sample.example for sample in samples])
+    with torch.no_grad(), ml.disable_adapter(model):
+        reference = log_probs(model, [sample.example for sample in samples])
+    lengths = torch.tensor([len(sample.log_probs) for sample in samples], device=policy.device)
+    old = policy.new_tensor([number for sample in samples for number in sample.log_probs])
+    advantage = policy.new_tensor([sample.advantage for sample in samples]).repeat_interleave(lengths)
+    ratio, delta = (policy - old).exp(), reference - policy
+    gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    kl = delta.exp() - delta - 1
+    n, tokens, is_clipped = len(samples), len(policy), (ratio - 1).abs() > clip
+    watched = {"reward": (sum(sample.reward for sample in samples), n), "length": (tokens, n)}
+    watched |= {"kl": (kl.sum(), tokens), "clipped": (is_clipped.sum(), tokens)}
+    return ((beta * kl - gain) / lengths.repeat_interleave(lengths)).sum(), n, watched
+
+
+def grpo_loss(model: Llama, rows: Sequence[Row], *, clip: float = 0.2, beta: float = 0.04, **drawing: Any) -> Result:
+    """Draw answers to the prompts of rows, and return their `clipped_loss`."""
+    return clipped_loss(model, draw(model, rows, **drawing), clip, beta)

@@ -1,0 +1,92 @@
+"""Train adapters of several ranks at several learning rates, and find the one of the lowest held-out loss.
+
+    python recipes/sweep.py OUT TRAIN.jsonl HELD_OUT.jsonl [MODEL]
+
+Each run has a directory of its own: records, checkpoints, adapter. A sweep that was stopped goes on where it was, and
+one with more ranks or rates does only what is new. `sweep` returns the losses; `table` and `heat_map` show them. A best
+run at the edge of the ranks or rates says that a wider sweep may find a better one.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import minilora as ml
+
+Losses = Mapping[tuple[int, float], float]  # (rank, rate) -> held-out loss
+
+
+def sweep(
+    model: Any,
+    rows: Sequence[ml.Example],
+    held_out: Sequence[ml.Example],
+    out: str | Path,
+    ranks: Sequence[int],
+    rates: Sequence[float],
+    lora: ml.LoraConfig | None = None,
+    config: ml.TrainConfig | None = None,
+) -> dict[tuple[int, float], float]:
+    """Train an adapter of each rank at each rate, from the same seed; other settings are those of the configs."""
+    config = config or ml.TrainConfig()
+    losses = {}
+    for r, rate in product(ranks, rates):
+        folder = Path(out) / f"r{r}-{rate:g}"
+        ml.attach(model, replace(lora or ml.LoraConfig(), r=r), seed=config.seed)
+        settings = replace(
+            config, learning_rate=rate, eval_steps=config.eval_steps or 1_000_000
+        )  # or after the last step
+        ml.train(model, rows, settings, ml.Tracker("jsonl", folder), held_out, folder / "checkpoints")
+        ml.save_adapter(model, folder)
+        ml.detach(model)
+        records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        losses[r, rate] = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
+    return losses
+
+
+def best(losses: Losses) -> tuple[int, float]:
+    """Return the rank and the rate of the lowest loss."""
+    return min(losses, key=lambda pair: losses[pair])
+
+
+def grid(losses: Losses) -> tuple[list[int], list[float], list[list[float]]]:
+    """Return the ranks, the rates, and the losses of each rank in the order of rates."""
+    ranks, rates = (sorted({pair[i] for pair in losses}) for i in (0, 1))
+    return ranks, rates, [[losses[r, rate] for rate in rates] for r in ranks]
+
+
+def table(losses: Losses) -> str:
+    """Return the losses as a table of Markdown, the lowest in bold."""
+    ranks, rates, values = grid(losses)
+    lowest = losses[best(losses)]
+    lines = [["r", *(f"{rate:g}" for rate in rates)], ["---"] * (1 + len(rates))]
+    for r, row in zip(ranks, values, strict=True):
+        lines.append([str(r), *(f"**{loss:.4f}**" if loss == lowest else f"{loss:.4f}" for loss in row)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def heat_map(losses: Losses) -> Any:
+    """Draw the losses by rank and rate with matplotlib; return the figure."""
+    from matplotlib.figure import Figure
+
+    ranks, rates, values = grid(losses)
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, origin="lower", cmap="viridis_r", aspect="auto")
+    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set_yticks(range(len(ranks)), ranks)
+    axes.set(xlabel="learning rate", ylabel="rank")
+    figure.colorbar(image, label="held-out loss")
+    return figure
+
+
+if __name__ == "__main__":
+    out, train, valid, name = *sys.argv[1:4], (sys.argv[4:] or ["minilora/builtin"])[0]
+    tokenizer = ml.load_tokenizer(name)
+    data = [ml.load_dataset(path, tokenizer) for path in (train, valid)]
+    found = sweep(ml.load_model(name), *data, out, ranks=(4, 16, 64), rates=(1e-4, 3e-4, 1e-3))
+    print(table(found))
+    heat_map(found).savefig(Path(out) / "losses.svg")
