@@ -230,11 +230,14 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Run a forward and a backward pass of Σ dy·y; return x, whose gradient is 0 where there is none, and y.
 
-    In the mode "again" these are two passes. Where autograd records nothing, the passes come after a call.
+    In the mode "again" these are two passes; in "no_grad" the passes come after such a call.
     """
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: it has no gradients")
-    x, _ = called(layer, case)
+    x = input_of(layer, case)
+    if mode(case) == "no_grad":
+        with torch.no_grad():
+            layer(x)
     x.requires_grad_(needs_dx or mode(case) in ("eval", "inference"))  # a layer that has merged has no other gradient
     for _ in range(2 if mode(case) == "again" else 1):
         x.grad = None
@@ -302,34 +305,34 @@ def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = make_layer(make, case)
-    layer = built.layer
+    layer, given = built.layer, built.given["W"]
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
+    modules = list(layer.modules()) if isinstance(layer, torch.nn.Module) else []
+    tensors = [*layer.parameters(), *layer.buffers()] if modules else []
+    matrices = [matrix for matrix in tensors if matrix.ndim == 2]
+    weights = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
     x, _ = called(layer, case)
     set_mode(layer, training=True)  # a layer may merge in evaluation mode, and keep the merged weight until it trains
     y = layer(x)
-    modules = list(layer.modules()) if isinstance(layer, torch.nn.Module) else []
     for name in ("A", "B"):
         parts = [part for part, _ in built.parts(name, y)]
         if not parts:
             raise AssertionError(f"no parameter of the layer is {name}")
+        owners = [(m, key, part) for m in modules for part in parts for key, p in m._parameters.items() if p is part]
         set_mode(layer, training=True)
         double(parts)
         case = case.changed(**{name: 2 * case.arrays[name]})
         yield output(layer, case, f"y after {name} was doubled in place")
         set_mode(layer, training=True)
-        owners = [(m, key, part) for m in modules for part in parts for key, p in m._parameters.items() if p is part]
         for owner, key, part in owners:
             setattr(owner, key, torch.nn.Parameter(2 * part.detach()))
         if owners:
             case = case.changed(**{name: 2 * case.arrays[name]})
             yield output(layer, case, f"y after {name} was replaced by a parameter twice as large")
     if case.method == "lora" and modules:  # DoRA's start of m depends on W; what else keeps W cannot be seen
-        given = built.given["W"]
-        matrices = [matrix for matrix in (*layer.parameters(), *layer.buffers()) if matrix.ndim == 2]
-        own = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
         set_mode(layer, training=True)
-        double({matrix.data_ptr(): matrix for matrix in (given, *own)}.values())
+        double({matrix.data_ptr(): matrix for matrix in (given, *weights)}.values())
         yield output(layer, case.changed(W=2 * case.W), "y after W was doubled in place as well")
 
 
