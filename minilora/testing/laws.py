@@ -6,8 +6,9 @@ The laws themselves are in the files `*_laws`; `checks` has what is called.
 import functools
 import inspect
 import unittest
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from minilora.testing.cases import rounded
 from minilora.testing.catalogue import CATALOGUE
-from minilora.testing.compare import GRADIENT_PARITY, UNITS, Array, Bounded, as_array, worst
+from minilora.testing.compare import GRADIENT_PARITY, UNITS, Array, Bounded, as_array, relative, worst
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 Tried = tuple[Any, list[Any]]  # a case and its comparisons
@@ -157,7 +158,7 @@ class Law:
         """
         implementation = self.takes(*implementation) if self.takes else implementation
         cases = self.cases if case is None else [case]
-        tried = [(example, self.comparisons(implementation, example)) for example in cases]
+        tried = [(example, list(self.comparisons(implementation, example))) for example in cases]
         failing = [(example, results) for example, results in tried if not keeps(results)]
         if failing:
             failure = self._failure(implementation, failing, [example for example, each in tried if keeps(each)])
@@ -169,19 +170,16 @@ class Law:
         ratios = [result.verdict[0] for _, results in tried for result in results]
         return Report(self.id, self.statement, max(ratios, default=0.0), len(ratios))
 
-    def comparisons(self, implementation: Any, case: Any) -> list[Comparison]:
-        """Return the results of an implementation for a case, and the right ones; an exception is a result as well."""
-        comparisons = []
+    def comparisons(self, implementation: Any, case: Any) -> Iterator[Comparison]:
+        """Yield the results of an implementation for a case, and the right ones; an exception is a result as well."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(RANDOM)  # so that a mistake draws the same masks as an implementation
             try:
-                for comparison in self.compare(implementation, case):
-                    comparisons.append(comparison)
+                yield from self.compare(implementation, case)
             except NotApplicable:
                 raise
             except Exception as error:
-                comparisons.append(Comparison(CALL, error, np.asarray(0.0)))
-        return comparisons
+                yield Comparison(CALL, error, np.asarray(0.0))
 
     def _failure(self, implementation: Any, failing: list[Tried], passing: list[Any]) -> CheckFailure:
         case, comparisons = failing[0]
@@ -237,13 +235,16 @@ class Law:
         """Return whether a mistake has the same result in 3/4 of the failing cases, which is far from right in one."""
         misses, is_far = 0, False
         for case, ours in failing:
+            is_like, is_wrong = True, False
             try:
-                theirs = self.comparisons(self.like(implementation, mistake, case), case)
+                for our, their in zip_longest(ours, self.comparisons(self.like(implementation, mistake, case), case)):
+                    if our is None or their is None or not our.is_like(their.actual):
+                        is_like = False
+                        break
+                    is_wrong = is_wrong or not their.is_like(their.right)
             except NotApplicable:
                 return False
-            pairs = zip(ours, theirs, strict=False)
-            is_like = len(ours) == len(theirs) and all(a.is_like(b.actual) for a, b in pairs)
-            is_far = is_far or (is_like and not all(their.is_like(their.right) for their in theirs))
+            is_far = is_far or (is_like and is_wrong)
             misses += not is_like
             if 4 * misses > len(failing):
                 return False
@@ -265,7 +266,7 @@ def in_order(laws: Sequence[Law]) -> tuple[Law, ...]:
     return tuple(ordered)
 
 
-def keeps(comparisons: Sequence[Comparison]) -> bool:
+def keeps(comparisons: Iterable[Comparison]) -> bool:
     return all(comparison.holds for comparison in comparisons)
 
 
@@ -282,11 +283,12 @@ def spread(cases: Sequence[Any]) -> Sequence[Any]:
 def less_precise(failing: Sequence[Tried]) -> tuple[str, ...]:
     """Return the dtype in which an implementation computes, if its wrong results have no more digits than that."""
     wrong = [result for _, results in failing for result in results if not result.holds]
+    if any(isinstance(result.actual, Exception) or not isinstance(result.expected, Bounded) for result in wrong):
+        return ()
     for dtype in ("bfloat16", "float16", "float32"):
         if all(
-            isinstance(result.expected, Bounded)
-            and not isinstance(result.actual, Exception)
-            and result.verdict[0] <= 4 * UNITS[dtype] / UNITS[result.expected.dtype]
+            relative(result.actual, result.right, 16 * UNITS[dtype]) <= 1
+            and UNITS[result.expected.dtype] < UNITS[dtype]
             and np.array_equal(rounded(result.actual, dtype), result.actual)
             for result in wrong
         ):

@@ -33,7 +33,7 @@ SHAPES: tuple[tuple[tuple[int, ...], int, int, int, LayerKind], ...] = (  # lead
 )
 LEADS = ((), (0,), (3, 1), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several, one token
 FACTORS = {"lora": ("A", "B"), "dora": ("A", "B", "magnitude")}
-MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away
+MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away; fewer of very wide layers
 Make = Callable[..., Any]
 
 
@@ -349,22 +349,24 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         return
     p = 0.7 if case.has_bias else 0.25
     built, single = make_layer(make, replace(case, lead=(1,)).changed(x=case.rows[:1]), dropout=p)
-    layer, lead = built.layer, ((MASKS,), (MASKS, 1), (1, MASKS))[case.seed % 3]
-    x = tensor(single.x, single.dtype).repeat(MASKS, 1).reshape(*lead, -1)
-    set_mode(layer, training=False)
+    masks = max(256, min(MASKS, 2**30 // case.W.size))
+    layer, lead = built.layer, ((masks,), (masks, 1), (1, masks))[case.seed % 3]
     row = tensor(single.x, single.dtype)
+    x, few = row.repeat(masks, 1).reshape(*lead, -1), row.repeat(64, 1)
+    set_mode(layer, training=False)
     yield Comparison("a second y in evaluation mode", layer(row), as_array(layer(row)))
     yield Comparison("y in evaluation mode", layer(row), single.y)
     set_mode(layer, training=True)
     torch.manual_seed(case.seed)
     with recording(case):
-        y, again = (as_array(layer(x)).reshape(MASKS, -1) for _ in range(2))
-    yield Comparison("x, which is only read", x.reshape(MASKS, -1)[:1], single.x)
-    is_same = np.array_equal(y, again) and bool((y != y[0]).any())
+        y = as_array(layer(x)).reshape(masks, -1)
+        first, second = (as_array(layer(few)) for _ in range(2))
+    yield Comparison("x, which is only read", x.flatten()[: case.inner], single.x[0])
+    is_same = np.array_equal(first, second) and bool((first != first[0]).any())
     yield claim("the mask of a second call", "it is that of the first call" if is_same else "")
     yield from statistics(single, p, y)
     if not hasattr(layer, "is_numpy"):
-        yield from gradients_of_masks(built, single, p, x.reshape(MASKS, -1)[:9].clone().requires_grad_())
+        yield from gradients_of_masks(built, single, p, few.requires_grad_())
 
 
 def gradients_of_masks(built: Built, case: AdaptedLinear, p: float, x: Tensor) -> Iterator[Comparison]:
@@ -374,15 +376,15 @@ def gradients_of_masks(built: Built, case: AdaptedLinear, p: float, x: Tensor) -
     it is applied to. So dx·x = dy·(y - b), and ⟨dA, A⟩ = ⟨dB, B⟩ = Σ dy·(y - b - W x).
     """
     y = built.layer(x)
-    dy = torch.from_numpy(np.random.default_rng(case.seed).standard_normal(tuple(y.shape))).to(y)
-    y.backward(dy)
-    rows, outputs, dys = (as_array(array).reshape(len(x), -1) for array in (x, y, dy))
+    dys = np.random.default_rng(case.seed).standard_normal(y.shape)
+    y.backward(torch.from_numpy(dys).to(y))
+    dx = torch.zeros_like(x) if x.grad is None else x.grad
     ratio = case.merged.value / (case.W + case.scale * case.B @ case.A) if case.method == "dora" else np.ones((1, 1))
-    linear = outputs - (0 if case.b is None else case.b)
+    linear = as_array(y) - (0 if case.b is None else case.b)
+    update = (dys * (linear - as_array(x) @ case.W.T * ratio[:, 0])).sum()
     terms = abs(dys) * case.y.error * 4 * (case.inner + case.outer + case.r) / (1 - p)
-    per_row, update = (dys * linear).sum(1), (dys * (linear - rows @ case.W.T * ratio[:, 0])).sum()
-    dx = None if x.grad is None else as_array(x.grad).reshape(rows.shape)
-    yield Comparison("dx·x, with dropout", (dx * rows).sum(1), Bounded(per_row, terms.sum(1)))
+    per_row = Bounded((dys * linear).sum(1), terms.sum(1))
+    yield Comparison("dx·x, with dropout", (as_array(dx) * as_array(x)).sum(1), per_row)
     for name in ("A", "B"):
         gradient = built.gradient(name, y)
         product = gradient if isinstance(gradient, Exception) else (as_array(gradient) * case.arrays[name]).sum()
@@ -390,18 +392,18 @@ def gradients_of_masks(built: Built, case: AdaptedLinear, p: float, x: Tensor) -
 
 
 def statistics(case: AdaptedLinear, p: float, y: Array) -> Iterator[Comparison]:
-    """Compare the variance and the mean of outputs (MASKS, out) of one row by different dropout masks.
+    """Compare the variance and the mean of outputs (masks, out) of one row by different dropout masks.
 
     Each term of Δy[o] = s Σᵢ (B A)[o, i] x[i] becomes 0 or 1/(1 - p) times as large. For 0.211 < p < 0.789 the fourth
-    moment of such a sum is at most that of a normal variable, 3σ⁴: a measured variance varies by 2σ⁴ / MASKS at most.
+    moment of such a sum is at most that of a normal variable, 3σ⁴: a measured variance varies by 2σ⁴ / masks at most.
     """
     update = case.scale * case.B @ case.A
     ratio = case.merged.value / (case.W + update) if case.method == "dora" else 1.0
     terms = ratio * update * case.rows
     rounding, variance, measured = case.y.error[0], p / (1 - p) * (terms**2).sum(1), y.var(0)
-    spread = Bounded(variance, 6 * variance * math.sqrt(2 / MASKS) + rounding)
+    spread = Bounded(variance, 6 * variance * math.sqrt(2 / len(y)) + rounding)
     yield Comparison("the variance of y over dropout masks", measured, spread)
-    mean = Bounded(case.y.value[0], 6 * np.sqrt(np.maximum(variance, measured) / MASKS) + rounding)
+    mean = Bounded(case.y.value[0], 6 * np.sqrt(np.maximum(variance, measured) / len(y)) + rounding)
     yield Comparison("the mean of y over dropout masks", y.mean(0), mean)
 
 
