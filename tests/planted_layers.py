@@ -320,4 +320,18 @@ OWN_DORA = {
     ),
 }
 PLANTED = {"lora": REVIEW | OWN, "rslora": OWN_RSLORA, "dora": REVIEW_DORA | OWN_DORA}
-CAUSES = {}
+CAUSES = {  # what the message may name; a failure in some modes only names them as well
+    "training without the scale": "the scale is missing",
+    "dropout whose gradient has no mask": "gradients do not pass through the dropout mask",
+    "no update under no_grad": "the update is missing",
+    "no scale in inference mode": "the scale is missing",
+    "no update from the third call on": "the update is missing",
+    "no bias in inference mode": "the bias is missing",
+    "no update at every second call": "the update is missing",
+    "the scale of LoRA in training": "the scale is α/r in spite of use_rslora",
+    "the scale of LoRA under no_grad": "the scale is α/r in spite of use_rslora",
+    "m without a gradient in training": "the magnitude is not trained",
+    "a gradient through the norm in training": "the gradient goes through the norm",
+    "m of the first evaluation": "the magnitude is not trained",
+    "no m in inference mode": "DoRA is LoRA: there is no magnitude and no norm",
+}

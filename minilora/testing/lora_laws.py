@@ -15,22 +15,23 @@ from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Meth
 from minilora.testing.compare import Array, Bounded, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, mode
 
-SHAPES: tuple[tuple[tuple[int, ...], int, int, int, LayerKind], ...] = (  # lead, in, out, r, the weight
-    ((1,), 1, 1, 1, "normal"),  # from small to large; square ones, in which exchanged factors still multiply
-    ((), 2, 1, 1, "normal"),
-    ((3, 1), 1, 2, 1, "normal"),
-    ((2,), 2, 2, 1, "normal"),
-    ((2,), 2, 2, 2, "normal"),
-    ((1,), 3, 2, 3, "normal"),
-    ((3,), 4, 4, 2, "tiny_update"),
-    ((2, 3), 5, 4, 3, "normal"),
-    ((4, 1), 7, 9, 4, "outlier"),
-    ((9,), 33, 17, 5, "normal"),
-    ((2, 1, 3), 40, 24, 8, "normal"),
-    ((5,), 136, 144, 40, "normal"),
-    ((3, 100), 9, 530, 24, "normal"),
-    ((2,), 600, 24, 6, "outlier"),
+SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
+    ((1,), 1, 1, 1),
+    ((), 2, 1, 1),
+    ((3, 1), 1, 2, 1),
+    ((2,), 2, 2, 1),
+    ((2,), 2, 2, 2),
+    ((1,), 3, 2, 3),
+    ((3,), 4, 4, 2),
+    ((2, 3), 5, 4, 3),
+    ((4, 1), 7, 9, 4),
+    ((9,), 33, 17, 5),
+    ((2, 1, 3), 40, 24, 8),
+    ((5,), 136, 144, 40),
+    ((3, 100), 9, 530, 24),
+    ((2,), 600, 24, 6),
 )
+WEIGHTS: dict[int, LayerKind] = {6: "tiny_update", 8: "outlier", 13: "outlier"}  # of SHAPES; the others are normal
 LEADS = ((), (0,), (3, 1), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several, one token
 FACTORS = {"lora": ("A", "B"), "dora": ("A", "B", "magnitude")}
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away; fewer of very wide layers
@@ -411,21 +412,9 @@ def statistics(case: AdaptedLinear, p: float, y: Array) -> Iterator[Comparison]:
 def linear_cases(method: Method, dtype: str, use_rslora: bool = False) -> list[AdaptedLinear]:
     """Return cases from small to large, each with and without a bias; the laws share them, and their right results."""
     return [
-        AdaptedLinear(
-            method,
-            lead,
-            inner,
-            outer,
-            r,
-            SCALES[(seed + has_bias) % len(SCALES)],
-            has_bias,
-            seed,
-            dtype,
-            weight,
-            use_rslora,
-        )
-        for seed, (lead, inner, outer, r, weight) in enumerate(SHAPES)
-        for has_bias in (True, False)
+        AdaptedLinear(method, *shape, scale, has_bias, seed, dtype, WEIGHTS.get(seed, "normal"), use_rslora)
+        for seed, shape in enumerate(SHAPES)
+        for has_bias, scale in ((True, SCALES[(seed + 1) % len(SCALES)]), (False, SCALES[seed % len(SCALES)]))
     ]
 
 
