@@ -17,7 +17,7 @@ from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, clai
 
 SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
     ((1,), 1, 1, 1),
-    ((), 2, 1, 1),
+    ((1,), 2, 1, 1),
     ((3, 1), 1, 2, 1),
     ((2,), 2, 2, 1),
     ((2,), 2, 2, 2),
@@ -182,11 +182,13 @@ def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 
 def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, view = make_layer(make, replace(case, lead=(2, 3), mode="train"))
+    x = tensor(np.asfortranarray(view.x), case.dtype)  # its strides are those of a transposed view
+    yield Comparison(f"y of a view of x {tuple(x.shape)}", built.layer(x), view.y)
     for lead in LEADS:
         yield from forward(make, replace(case, lead=lead), f"y of x {(*lead, case.inner)}")
-    built, case = make_layer(make, replace(case, lead=(2, 3), mode="train"))
-    view = tensor(np.asfortranarray(case.x), case.dtype)  # its strides are those of a transposed view
-    yield Comparison(f"y of a view of x {tuple(view.shape)}", built.layer(view), case.y)
+        if not hasattr(built.layer, "is_numpy"):
+            yield from gradients(make, replace(case, lead=lead))
 
 
 def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -219,11 +221,11 @@ def gradients_of(built: Built, case: AdaptedLinear, x: Tensor, y: Tensor) -> Ite
     is_merged = case.mode in ("eval", "inference") and not [leaf for leaf in leaves(y) if leaf is not x]
     for name, expected in case.gradients.items():
         if name == "x" and x.requires_grad:
-            yield Comparison("the gradient of x", x.grad, expected)
+            yield Comparison(f"the gradient of x {tuple(x.shape)}", x.grad, expected)
         if name == "x" or (name == "magnitude" and not case.has_magnitude) or is_merged:
             continue
         total = expected + expected if case.mode == "again" else expected  # of two backward passes
-        yield Comparison(f"the gradient of {name}", built.gradient(name, y), total)
+        yield Comparison(f"the gradient of {name}, of x {tuple(x.shape)}", built.gradient(name, y), total)
 
 
 def backward(
@@ -442,10 +444,10 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [
         Law(kind, "forward", equation, wide + narrow, forward),
-        Law(kind, "shapes", "x (..., in) may have any sizes in front of its features", wide, shapes),
         Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
         Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
         Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], gradients),
+        Law(kind, "shapes", "x (..., in) and its gradient may have any sizes in front of the features", wide, shapes),
         Law(kind, "scale", "twice the alpha is twice the scale", wide, scaling),
         Law(kind, "sums", sums, wide, ranks_add),
         Law(kind, "frozen", "W, b and x keep their bits when A and B are trained", wide, frozen),
