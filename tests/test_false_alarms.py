@@ -13,6 +13,7 @@ from minilora.cli.selftest import implementations as ours
 from minilora.testing import AdapterSum, Chat, Lengths, MaskedLogits, MicroBatches, NF4Weight, NotApplicable, laws
 from minilora.testing.nf4_cases import DrawnKind
 from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
+from tests import right_layers
 from tests.test_catalogue import CORRECT
 from tests.test_sequence_laws import PACKED
 
@@ -75,9 +76,14 @@ RIGHT = [
     for kind in each
     if kind in CASES
 ]
+RIGHT += [
+    pytest.param(kind, make, marks=pytest.mark.long) for kind in right_layers.RIGHT for make in right_layers.RIGHT[kind]
+]
 
 
-@pytest.mark.parametrize(("kind", "implementation"), RIGHT, ids=lambda each: each if isinstance(each, str) else "")
+@pytest.mark.parametrize(
+    ("kind", "implementation"), RIGHT, ids=lambda each: each if isinstance(each, str) else getattr(each, "__name__", "")
+)
 @given(data=st.data())
 def test_of_right_implementations(kind, implementation, data):
     """Each way of comparing once."""

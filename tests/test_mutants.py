@@ -22,7 +22,7 @@ def test_a_mistake_of_a_layer_exceeds_the_bound_in_some_case(kind, dtype):
     """Tenfold, but of the norm of DoRA in bfloat16, whose bounds are as wide as its many roundings."""
     least = 4 if (kind, dtype) == ("dora", "bfloat16") else 10
     for name, mistake in CATALOGUE[kind].items():
-        if used_by(mistake, kind, "float64") > 1:
+        if used_by(mistake, kind, "float64") > 1 and "bfloat16" not in name:
             assert used_by(mistake, kind, dtype) > least, name
 
 

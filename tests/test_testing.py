@@ -71,14 +71,14 @@ def test_what_is_wrong_in_wide_layers_alone_is_refused(wrong):
 
 
 def test_sizes_of_ones_own_are_tried_as_well_and_only_of_layers():
-    def wrong_from_200_features_on(W, A, B, scale):
-        return merge(W, A, B, scale if W.size(1) < 200 else 0.0)
+    def wrong_from_700_features_on(W, A, B, scale):
+        return merge(W, A, B, scale if W.size(1) < 700 else 0.0)
 
-    check(wrong_from_200_features_on, "merge")
-    with pytest.raises(CheckFailure, match=r"W \(8, 256\)"):
-        check(wrong_from_200_features_on, "merge", sizes=[(256, 8, 2)])
+    check(wrong_from_700_features_on, "merge")
+    with pytest.raises(CheckFailure, match=r"W \(8, 800\)"):
+        check(wrong_from_700_features_on, "merge", sizes=[(800, 8, 2)])
     with pytest.raises(ValueError, match="sizes: laws of 'nf4' have no sizes"):
-        check(merge, "nf4", sizes=[(256, 8, 2)])
+        check(merge, "nf4", sizes=[(800, 8, 2)])
 
 
 class Holder(nn.Module):
@@ -131,7 +131,7 @@ def test_a_failure_names_place_bound_smallest_case_cause_and_repetition():
         assert part in message
     lines = message.partition("to repeat:\n")[2].splitlines()
     assert len(lines) == 3
-    case = AdaptedLinear(inner=2, outer=2, scale=0.375, seed=4)
+    case = AdaptedLinear(inner=2, outer=2, scale=0.625, seed=4, mode="eval")
     assert repr(case) == repr(failure.case)
     with pytest.raises(CheckFailure, match="in 1 of 1 cases"):
         laws("lora")["forward"].check(broken, case)
@@ -256,8 +256,12 @@ def test_a_divisor_that_may_be_0_leaves_no_bound_and_no_warning():
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda alpha, A: alpha / (len(A) + 1), lambda alpha, A: alpha / A.shape[1], lambda alpha, A: alpha // len(A)],
-    ids=["r + 1", "in", "rounded down, often to 0"],
+    [
+        lambda alpha, A: alpha / (len(A) + 1),
+        lambda alpha, A: alpha / A.shape[1],
+        lambda alpha, A: min(alpha / len(A), 1),
+    ],
+    ids=["r + 1", "in", "at most 1"],
 )
 def test_a_mistake_that_explains_some_cases_is_not_named(wrong):
     causes = causes_of(
@@ -279,7 +283,7 @@ def test_right_results_are_computed_once_whatever_mistakes_are_tried(monkeypatch
     monkeypatch.setattr(cases, "scaled", None)  # nothing calls it any more
     check_lora_linear(LoRALayer)
     few = lora(lambda self, x: self(x) if len(x) <= 64 else nn.functional.linear(x, self.W, self.b))
-    assert causes_of(laws("lora")["merge"], few) == ("the update is missing",)
+    assert causes_of(laws("lora")["merge"], few) == ()  # a missing update is missed in small inputs, too
 
 
 def test_results_of_numpy_are_refused_with_what_adapts_them():

@@ -11,11 +11,22 @@ import torch
 from minilora.testing.compare import Array, Bounded
 
 WeightKind = Literal["normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio"]
+LayerKind = WeightKind | Literal["tiny_update"]
 Method = Literal["lora", "dora"]
-SCALES = (2.5, 0.375, 7.0, 0.625)  # never 1, which hides a lost scale
+Mode = Literal["train", "eval", "no_grad", "inference", "again", "back", "strided"]
+MODES: dict[Mode, str] = {  # how a layer is called
+    "train": "in training mode, without dropout",
+    "eval": "in evaluation mode",
+    "no_grad": "in training mode under no_grad",
+    "inference": "in evaluation mode under inference_mode",
+    "again": "in a third call, after calls with other inputs and of another layer",
+    "back": "after eval(), a call under inference_mode, and train()",
+    "strided": "with tensors that are not contiguous",
+}
+SCALES = (2.5, 0.375, 16 / 24, 7.0, 1 / 3, 0.625)  # never 1, which hides a lost scale; not only binary fractions
 
 
-def hard_weight(kind: WeightKind, rng: np.random.Generator, rows: int, columns: int) -> Array:
+def hard_weight(kind: LayerKind, rng: np.random.Generator, rows: int, columns: int) -> Array:
     """Draw a weight (rows, columns): normal numbers, or numbers that are hard to compute with.
 
     outlier: one is a thousand times larger; constant: all are equal; tiny: of magnitude 1e-40, denormal in float32;
@@ -51,6 +62,8 @@ class AdaptedLinear:
 
     The scale s is α/r, or α/√r with `use_rslora`; `alpha` follows from it. The arrays are float64, rounded to `dtype`:
     W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
+
+    Weights are those of `hard_weight`; an outlier is in x as well; tiny_update: B is a hundred thousand times smaller.
     """
 
     method: Method = "lora"
@@ -62,9 +75,10 @@ class AdaptedLinear:
     has_bias: bool = True
     seed: int = 0
     dtype: str = "float64"
-    weight: WeightKind = "normal"
+    weight: LayerKind = "normal"
     use_rslora: bool = False
     has_magnitude: bool = True  # of DoRA: drawn, or else the norm of W's rows
+    mode: Mode = "train"
     changes: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)  # of drawn arrays
 
     @cached_property
@@ -77,8 +91,12 @@ class AdaptedLinear:
             "B": rng.standard_normal((self.outer, self.r)),
             "x": rng.standard_normal((*self.lead, self.inner)),
             "dy": rng.standard_normal((*self.lead, self.outer)),
-            "magnitude": rng.uniform(0.5, 3, self.outer),
+            "magnitude": rng.uniform(0.5, 3, self.outer) * rng.choice([1, 1, -1], self.outer),
         }
+        if self.weight == "outlier":
+            drawn["x"][..., rng.integers(self.inner)] *= 100
+        if self.weight == "tiny_update":
+            drawn["B"] *= 1e-5
         changes = {name: np.frombuffer(numbers).copy().reshape(drawn[name].shape) for name, numbers in self.changes}
         arrays = {name: rounded(array, self.dtype) for name, array in {**drawn, **changes}.items()}
         if not self.has_magnitude:
@@ -90,6 +108,7 @@ class AdaptedLinear:
         return (
             f"x {(*self.lead, self.inner)}, W {(self.outer, self.inner)}, A {(self.r, self.inner)}, "
             f"B {(self.outer, self.r)}, alpha {self.alpha:g}, {bias} bias, {self.dtype}"
+            + ("" if self.mode == "train" else f", {MODES[self.mode]}")
         )
 
     @property
@@ -117,7 +136,7 @@ class AdaptedLinear:
         x, B, A = (self._exact(array) for array in (self.rows, self.B, self.A))
         b, base = np.zeros(self.outer) if self.b is None else self.b, self._base
         update = scaled(x @ A.T, B.T, self.scale).widened(x @ (A * self.scale).T @ B.T)
-        y = (base + update + b).widened(x.beside(x @ A.T * self.scale, 1) @ self._exact(self.W).beside(B, 1).T + b)
+        y = (base + update + b).widened(x.beside(x @ A.T * self.scale, 1) @ self._weight.beside(B, 1).T + b)
         if self.method == "dora":
             c = self._ratio
             y = ((base + update) * c + b).widened(base + b + (base * (c - 1) + update * c))
@@ -126,7 +145,8 @@ class AdaptedLinear:
     @cached_property
     def gradients(self) -> dict[str, Bounded]:
         """The gradients of Σ dy·y: x, A, B and, of DoRA, magnitude; the norm is a constant."""
-        x, W, A, B, dy = (self._exact(array) for array in (self.rows, self.W, self.A, self.B, self.dy_rows))
+        x, A, B, dy = (self._exact(array) for array in (self.rows, self.A, self.B, self.dy_rows))
+        W = self._weight
         if self.method == "dora":
             dy = (dy * self._ratio).widened(dy * (self._ratio - 1) + dy)
         s, dW = self.scale, dy.T @ x
@@ -156,7 +176,16 @@ class AdaptedLinear:
     def _base(self) -> Bounded:
         """x Wᵀ, also as what a base with a bias gives, less the bias."""
         b = np.zeros(self.outer) if self.b is None else self.b
-        return self._exact(np.c_[self.rows, np.ones(len(self.rows))]) @ self._exact(np.c_[self.W, b]).T - b
+        with_bias = self._weight.beside(self._exact(b.reshape(-1, 1)), 1)
+        return self._exact(np.c_[self.rows, np.ones(len(self.rows))]) @ with_bias.T - b
+
+    @property
+    def _weight(self) -> Bounded:
+        """W; in the mode "back" also W + s·B A - s·B A, of a layer that merges in evaluation mode."""
+        W = self._exact(self.W)
+        if self.mode != "back":
+            return W
+        return W.widened(self._own - scaled(self._exact(self.B), self._exact(self.A), self.scale))
 
     @property
     def _own(self) -> Bounded:

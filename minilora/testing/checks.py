@@ -27,7 +27,7 @@ from minilora.testing.cases import AdaptedLinear
 from minilora.testing.chat_laws import LAWS as CHAT_LAWS
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
-from minilora.testing.laws import Law, NotApplicable, Report
+from minilora.testing.laws import Law, NotApplicable, Report, in_order
 from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
@@ -35,15 +35,17 @@ from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-LAWS = (
-    *LORA_LAWS,
-    *MERGE_LAWS,
-    *NF4_LAWS,
-    *LINEAR4BIT_LAWS,
-    *DATA_LAWS,
-    *CHAT_LAWS,
-    *SEQUENCE_LAWS,
-    *DIRECTORY_LAWS,
+LAWS = in_order(
+    [
+        *LORA_LAWS,
+        *MERGE_LAWS,
+        *NF4_LAWS,
+        *LINEAR4BIT_LAWS,
+        *DATA_LAWS,
+        *CHAT_LAWS,
+        *SEQUENCE_LAWS,
+        *DIRECTORY_LAWS,
+    ]
 )
 
 
@@ -132,12 +134,16 @@ def check_lora_linear(
 ) -> list[Report]:
     """Check a LoRA linear layer: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, s = α/r, or α/√r for rsLoRA  [LoRA eq. 3].
 
+    Every law tries the layer in each of these modes: training, without dropout; evaluation; under no_grad and
+    inference_mode; in a third call; after eval() and train(); with tensors that are not contiguous. A layer may merge
+    in eval() until train() is called: then A and B change, and have gradients, in training mode only.
+
     Args:
         make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
-            takes `dropout` or `use_rslora` too, those are passed. It may contain A and B, or parameters equal to them
-            or to their transposes. Gradients are taken in evaluation mode.
+            takes `dropout` or `use_rslora` too, those are passed. It may contain A and B, or parameters equal to them,
+            to their transposes, or to their rows in several parts.
         use_rslora: check the scale of rsLoRA.
-        sizes: (in, out, r) to try in addition to the usual ones, which have up to 144 features and rank 40.
+        sizes: (in, out, r) to try in addition to the usual ones, which have up to 600 features and rank 40.
     """
     return check(make_layer, "rslora" if use_rslora else "lora", sizes=sizes)
 

@@ -74,10 +74,12 @@ class Bounded:
     def __matmul__(self, other: Bounded) -> Bounded:
         """Multiply matrices: sums of k products, in any order. Each product may underflow."""
         a, b, k = self, other, self.value.shape[-1]
+        size, gamma = abs(b.value) + b.error, self.gamma(k)
         with np.errstate(invalid="ignore"):
-            magnitude = (abs(a.value) + a.error) @ (abs(b.value) + b.error)
-            propagated = abs(a.value) @ b.error + a.error @ (abs(b.value) + b.error) + k * SMALLEST[self._sum_dtype]
-            return self._rounded(a.value @ b.value, propagated + self.gamma(k) * magnitude)
+            propagated = abs(a.value) @ (b.error + gamma * size) + k * SMALLEST[self._sum_dtype]
+            if a.error.any():
+                propagated += a.error @ ((1 + gamma) * size)
+            return self._rounded(a.value @ b.value, propagated)
 
     def sqrt(self) -> Bounded:
         """Return √v; its error is at most e/√v."""

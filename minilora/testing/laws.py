@@ -6,19 +6,21 @@ The laws themselves are in the files `*_laws`; `checks` has what is called.
 import functools
 import inspect
 import unittest
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 
+from minilora.testing.cases import rounded
 from minilora.testing.catalogue import CATALOGUE
-from minilora.testing.compare import GRADIENT_PARITY, Array, Bounded, as_array, worst
+from minilora.testing.compare import GRADIENT_PARITY, UNITS, Array, Bounded, as_array, relative, worst
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 Tried = tuple[Any, list[Any]]  # a case and its comparisons
-TRIED = 10  # failing cases at most in which mistakes of the catalogue are tried, from small to large
+TRIED = 10  # cases at most in which mistakes of the catalogue are tried
 CALL = "the call"  # what is wrong where an exception is raised
 RANDOM = torch.Generator().manual_seed(0).get_state()
 
@@ -29,7 +31,8 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
     Attributes:
         law: its id, such as "lora-gradients".
         case: the smallest case that fails.
-        causes: mistakes of the catalogue that have the same result in three quarters of the failing cases.
+        causes: mistakes of the catalogue that have the same result in three quarters of the failing cases, and keep
+            what the implementation keeps of this law and of those before it, in the modes of the failing cases.
     """
 
     def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = ()):
@@ -80,7 +83,7 @@ class Comparison:
     def is_like(self, other: Any) -> bool:
         """Return whether another result or claim is the same, except for rounding: within the bound, or to float32."""
         if isinstance(self.actual, Exception) or isinstance(other, Exception):
-            return isinstance(other, AssertionError) and repr(self.actual) == repr(other)
+            return repr(self.actual) == repr(other)
         if self.actual.shape != other.shape:
             return False
         ours, theirs = (np.nan_to_num(array, nan=np.inf, posinf=np.inf) for array in (self.actual, other))
@@ -140,6 +143,7 @@ class Law:
     like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
     takes: Callable[..., Any] | None = None  # of what is given as a tuple: its fields by name
     known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
+    earlier: tuple["Law", ...] = field(default=(), repr=False)  # those of its kind that come before it
 
     @property
     def id(self) -> str:
@@ -154,10 +158,10 @@ class Law:
         """
         implementation = self.takes(*implementation) if self.takes else implementation
         cases = self.cases if case is None else [case]
-        tried = [(example, self.comparisons(implementation, example)) for example in cases]
-        failing = [(example, results) for example, results in tried if not all(result.holds for result in results)]
+        tried = [(example, list(self.comparisons(implementation, example))) for example in cases]
+        failing = [(example, results) for example, results in tried if not keeps(results)]
         if failing:
-            failure = self._failure(implementation, failing, len(cases))
+            failure = self._failure(implementation, failing, [example for example, each in tried if keeps(each)])
             if self.known and self.known in str(failure):
                 return Report(self.id, f"known deviation: {self.known}", float("inf"), 1)
             raise failure
@@ -166,35 +170,40 @@ class Law:
         ratios = [result.verdict[0] for _, results in tried for result in results]
         return Report(self.id, self.statement, max(ratios, default=0.0), len(ratios))
 
-    def comparisons(self, implementation: Any, case: Any) -> list[Comparison]:
-        """Return the results of an implementation for a case, and the right ones; an exception is a result as well."""
-        comparisons = []
+    def comparisons(self, implementation: Any, case: Any) -> Iterator[Comparison]:
+        """Yield the results of an implementation for a case, and the right ones; an exception is a result as well."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(RANDOM)  # so that a mistake draws the same masks as an implementation
             try:
-                for comparison in self.compare(implementation, case):
-                    comparisons.append(comparison)
+                yield from self.compare(implementation, case)
             except NotApplicable:
                 raise
             except Exception as error:
-                comparisons.append(Comparison(CALL, error, np.asarray(0.0)))
-        return comparisons
+                yield Comparison(CALL, error, np.asarray(0.0))
 
-    def _failure(self, implementation: Any, failing: list[Tried], cases: int) -> CheckFailure:
+    def _failure(self, implementation: Any, failing: list[Tried], passing: list[Any]) -> CheckFailure:
         case, comparisons = failing[0]
         first = next(comparison for comparison in comparisons if not comparison.holds)
         mistakes = {} if first.name == CALL else CATALOGUE.get(self.kind, {})  # no mistake of it is an exception
-        some = failing[:: 1 + len(failing) // TRIED]
-        causes = tuple(name for name, mistake in mistakes.items() if self._explains(mistake, implementation, some))
+        modes, kept = dict.fromkeys(mode(example) for example, _ in failing), dict.fromkeys(map(mode, passing))
+        comparable = [example for example in passing if mode(example) in modes]
+        causes = less_precise(failing) or tuple(
+            name
+            for name, mistake in mistakes.items()
+            if self._explains(mistake, implementation, spread(failing))
+            and not self._breaks_more(mistake, implementation, comparable, tuple(modes))
+        )
         title, law = f"{self.id}: {first.name}: wrong", f"  law: {self.statement}"
         details = [f"  {first.verdict[1]}", *(f"  likely cause: {cause}" for cause in causes)]
+        if kept and not modes.keys() & kept.keys():
+            details.insert(1, f"  only in the modes {', '.join(modes)}; right in {', '.join(kept)}")
         if case is None:
             lines = [title, law, *details]
         else:
             made_with = [(f.name, getattr(case, f.name), f.default) for f in fields(case) if f.repr]
             given = ", ".join(f"{name}={value!r}" for name, value, default in made_with if value != default)
             lines = [
-                f"{title} in {len(failing)} of {cases} cases",
+                f"{title} in {len(failing)} of {len(failing) + len(passing)} cases",
                 law,
                 f"  smallest failing case: {case}",
                 *details,
@@ -207,17 +216,35 @@ class Law:
         failure.__cause__ = first.actual if isinstance(first.actual, Exception) else None
         return failure
 
-    def _explains(self, mistake: Any, implementation: Any, failing: list[Tried]) -> bool:
+    def _breaks_more(self, mistake: Any, implementation: Any, passing: list[Any], modes: tuple[str, ...]) -> bool:
+        """Return whether a mistake breaks this law or an earlier one in a case in which the implementation keeps it."""
+        cases = [(self, case) for case in spread(passing)]
+        for law in self.earlier:
+            cases += [(law, case) for case in spread([case for case in law.cases if mode(case) in modes])]
+        for law, case in cases:
+            try:
+                if keeps(law.comparisons(law.like(implementation, mistake, case), case)):
+                    continue
+                if law is self or keeps(law.comparisons(implementation, case)):
+                    return True
+            except NotApplicable:
+                continue
+        return False
+
+    def _explains(self, mistake: Any, implementation: Any, failing: Sequence[Tried]) -> bool:
         """Return whether a mistake has the same result in 3/4 of the failing cases, which is far from right in one."""
         misses, is_far = 0, False
         for case, ours in failing:
+            is_like, is_wrong = True, False
             try:
-                theirs = self.comparisons(self.like(implementation, mistake, case), case)
+                for our, their in zip_longest(ours, self.comparisons(self.like(implementation, mistake, case), case)):
+                    if our is None or their is None or not our.is_like(their.actual):
+                        is_like = False
+                        break
+                    is_wrong = is_wrong or not their.is_like(their.right)
             except NotApplicable:
                 return False
-            pairs = zip(ours, theirs, strict=False)
-            is_like = len(ours) == len(theirs) and all(a.is_like(b.actual) for a, b in pairs)
-            is_far = is_far or (is_like and not all(their.is_like(their.right) for their in theirs))
+            is_far = is_far or (is_like and is_wrong)
             misses += not is_like
             if 4 * misses > len(failing):
                 return False
@@ -229,3 +256,41 @@ def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: value for name, value in options.items() if takes_all or name in parameters}
+
+
+def in_order(laws: Sequence[Law]) -> tuple[Law, ...]:
+    """Return laws that know those of their kind before them, which are easier to break."""
+    ordered = list[Law]()
+    for law in laws:
+        ordered.append(replace(law, earlier=tuple(each for each in ordered if each.kind == law.kind)))
+    return tuple(ordered)
+
+
+def keeps(comparisons: Iterable[Comparison]) -> bool:
+    return all(comparison.holds for comparison in comparisons)
+
+
+def mode(case: Any) -> str:
+    """Return how a case is called, such as "train" or "no_grad"; "" where there is only one way."""
+    return getattr(case, "mode", "")
+
+
+def spread(cases: Sequence[Any]) -> Sequence[Any]:
+    """Return ten cases at most, from small to large."""
+    return cases[:: 1 + len(cases) // TRIED]
+
+
+def less_precise(failing: Sequence[Tried]) -> tuple[str, ...]:
+    """Return the dtype in which an implementation computes, if its wrong results have no more digits than that."""
+    wrong = [result for _, results in failing for result in results if not result.holds]
+    if any(np.isinf(result.verdict[0]) or not isinstance(result.expected, Bounded) for result in wrong):
+        return ()
+    for dtype in ("bfloat16", "float16", "float32"):
+        if all(
+            relative(result.actual, result.right, 16 * UNITS[dtype]) <= 1
+            and UNITS[result.expected.dtype] < UNITS[dtype]
+            and np.array_equal(rounded(result.actual, dtype), result.actual)
+            for result in wrong
+        ):
+            return (f"it is computed in {dtype}",)
+    return ()

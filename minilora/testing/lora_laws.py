@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,26 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.cases import SCALES, AdaptedLinear, Method, interned, tensor
+from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, interned, tensor
 from minilora.testing.compare import Array, Bounded, as_array
-from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, mode
 
 SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
     ((1,), 1, 1, 1),
     ((1,), 2, 1, 1),
-    ((1,), 1, 2, 1),
+    ((3, 1), 1, 2, 1),
     ((2,), 2, 2, 1),
     ((2,), 2, 2, 2),
     ((1,), 3, 2, 3),
     ((3,), 4, 4, 2),
     ((2, 3), 5, 4, 3),
-    ((4,), 7, 9, 4),
+    ((4, 1), 7, 9, 4),
     ((9,), 33, 17, 5),
-    ((2, 3), 40, 24, 8),
+    ((2, 1, 3), 40, 24, 8),
     ((5,), 136, 144, 40),
+    ((3, 100), 9, 530, 24),
+    ((2,), 600, 24, 6),
 )
-LEADS = ((), (0,), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several
-MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away
+WEIGHTS: dict[int, LayerKind] = {6: "tiny_update", 8: "outlier", 13: "outlier"}  # of SHAPES; the others are normal
+LEADS = ((), (0,), (3, 1), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several, one token
+FACTORS = {"lora": ("A", "B"), "dora": ("A", "B", "magnitude")}
+MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away; fewer of very wide layers
 Make = Callable[..., Any]
 
 
@@ -39,32 +44,40 @@ class Built(NamedTuple):
     layer: Any
     given: dict[str, Tensor]  # W, b, A, B, magnitude
 
-    def tensor(self, name: str, y: Any = None) -> Tensor | None:
-        """Return the tensor that is W, A, B, … in the layer, or its transpose; None if there is none.
+    def parts(self, name: str, y: Any = None) -> list[tuple[Tensor, bool]]:
+        """Return the tensors that are W, A, B, … in the layer, or its rows in order, and whether each is transposed.
 
-        It is a tensor that was given, one that y was computed from, or a parameter.
+        It is the tensor that was given, or tensors that y was computed from, or parameters; [] if none are.
         """
         given, reached = self.given[name], leaves(y) if isinstance(y, Tensor) else []
-        if any(leaf is given for leaf in reached):
-            return given
-        for parameter in [*reached, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]:
-            both = (parameter, parameter.T) if parameter.ndim == 2 else (parameter,)
-            for own in sorted(both, key=lambda each: each.shape != given.shape):
-                flat = own.detach().to(given)
-                if flat.numel() == given.numel() and torch.equal(flat.reshape(given.shape), given.detach()):
-                    return own
-        return None
+        own = [*reached, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]
+        both = [(part, is_turned) for part in own for is_turned in ((False, True) if part.ndim == 2 else (False,))]
+        both.sort(key=lambda each: (turned(*each).shape != given.shape, -each[0].numel()))
+        rest, found = given.detach().flatten(), []
+        while len(rest):
+            for each in both:
+                flat = turned(*each).detach().to(rest).flatten()
+                if 0 < len(flat) <= len(rest) and torch.equal(flat, rest[: len(flat)]):
+                    found.append(each)
+                    rest = rest[len(flat) :]
+                    break
+            else:
+                return []
+        return found
 
     def gradient(self, name: str, y: Tensor) -> Any:
         """Return the gradient of A, B or magnitude after a backward pass from y: zeros if there is none."""
-        tensor = self.tensor(name, y)
-        if tensor is None:
+        parts = self.parts(name, y)
+        if not parts:
             return AssertionError(f"no parameter of the layer is {name}")
-        leaf = tensor if tensor.is_leaf else tensor._base
-        if leaf is None or leaf.grad is None:
-            return torch.zeros_like(self.given[name])
-        gradient = leaf.grad if leaf is tensor else leaf.grad.T
-        return gradient.reshape(self.given[name].shape)
+        gradients = [
+            (torch.zeros_like(part) if part.grad is None else part.grad, is_turned) for part, is_turned in parts
+        ]
+        return torch.cat([turned(*each).flatten() for each in gradients]).reshape(self.given[name].shape)
+
+
+def turned(matrix: Tensor, is_turned: bool) -> Tensor:
+    return matrix.T if is_turned else matrix
 
 
 def leaves(y: Tensor) -> list[Tensor]:
@@ -80,26 +93,66 @@ def leaves(y: Tensor) -> list[Tensor]:
 
 
 def make_layer(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, AdaptedLinear]:
-    """Make a layer in evaluation mode; the case is returned with W's norm as magnitude where the maker takes none."""
+    """Make the layer of a case; the case is returned with W's norm as magnitude where the maker takes none."""
+    options = {"dropout": 0.0} | options
     if case.method == "dora":
         options |= {"use_dora": True} | ({"magnitude": None} if case.has_magnitude else {})
     extra = accepted(make, **options, **({"use_rslora": True} if case.use_rslora else {}))
     if case.method == "dora" and "magnitude" not in extra:
         case = replace(case, has_magnitude=False)
-    given = {name: tensor(case.arrays[name], case.dtype) for name in ("W", "A", "B", "magnitude")}
+    given = {name: placed(case.arrays[name], case) for name in ("W", "A", "B", "magnitude")}
     for name in ("A", "B", "magnitude"):
         given[name].requires_grad_()
     if "magnitude" in extra:
         extra["magnitude"] = given["magnitude"]
-    b = None if case.b is None else tensor(case.b, case.dtype)
+    b = None if case.b is None else placed(case.b, case)
     layer = make(given["W"], b, given["A"], given["B"], case.alpha, **extra)
-    set_mode(layer, training=False)
+    if case.mode == "again":
+        other, _ = make_layer(make, replace(case, seed=case.seed + 1, mode="train"), **options)
+        other.layer(placed(case.x, case))
     return Built(layer, given if b is None else given | {"b": b}), interned(case)
+
+
+def placed(array: Array, case: Any) -> Tensor:
+    """Return an array as a tensor; in the mode "strided" its numbers are not next to each other, nor the first."""
+    packed = tensor(array, case.dtype)
+    if mode(case) != "strided":
+        return packed
+    wide = packed.new_zeros([2 * size + 1 for size in packed.shape])
+    return wide[(slice(1, None, 2),) * packed.ndim].copy_(packed)
 
 
 def set_mode(layer: Any, training: bool) -> None:
     if hasattr(layer, "train"):
         layer.train(training)
+
+
+def recording(case: Any) -> AbstractContextManager[Any]:
+    """Return the context of a call in the mode of a case: whether autograd records it."""
+    contexts = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+    return contexts.get(mode(case), nullcontext)()
+
+
+def input_of(layer: Any, case: Any) -> Tensor:
+    """Return x, after the calls that come first in the mode of a case."""
+    x = placed(case.x, case)
+    set_mode(layer, mode(case) not in ("eval", "inference", "back"))
+    if mode(case) == "again":
+        layer(x.mul_(2))
+        layer(x[..., None, :])
+        x.mul_(0.5)
+    if mode(case) == "back":
+        with torch.inference_mode():
+            layer(x)
+        set_mode(layer, training=True)
+    return x
+
+
+def called(layer: Any, case: Any) -> tuple[Tensor, Any]:
+    """Call a layer in the mode of a case; return x and y."""
+    x = input_of(layer, case)
+    with recording(case):
+        return x, layer(x)
 
 
 def with_dtype(name: str, y: Any, right: Bounded) -> Iterator[Comparison]:
@@ -111,24 +164,31 @@ def with_dtype(name: str, y: Any, right: Bounded) -> Iterator[Comparison]:
 
 def output(layer: Any, case: AdaptedLinear, name: str = "y") -> Comparison:
     """Compare what a layer makes of the case's x."""
-    return Comparison(name, layer(tensor(case.x, case.dtype)), interned(case).y)
+    return Comparison(name, called(layer, case)[1], interned(case).y)
 
 
 def forward(make: Make, case: AdaptedLinear, name: str = "y") -> Iterator[Comparison]:
     built, case = make_layer(make, case)
-    yield from with_dtype(name, built.layer(tensor(case.x, case.dtype)), case.y)
+    x, y = called(built.layer, case)
+    yield from with_dtype(name, y, case.y)
+    yield Comparison("x, which is only read", x, case.x)
 
 
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    yield from start_of_magnitude(make, case.changed(B=np.zeros_like(case.B)))
+    case = case.changed(B=np.zeros_like(case.B))
+    yield from start_of_magnitude(make, case)
+    if case.method == "dora":
+        yield from forward(make, case, "y where m is not ‖W‖")
 
 
 def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    built, view = make_layer(make, replace(case, lead=(2, 3), mode="train"))
+    x = tensor(np.asfortranarray(view.x), case.dtype)  # its strides are those of a transposed view
+    yield Comparison(f"y of a view of x {tuple(x.shape)}", built.layer(x), view.y)
     for lead in LEADS:
         yield from forward(make, replace(case, lead=lead), f"y of x {(*lead, case.inner)}")
-    built, case = make_layer(make, replace(case, lead=(2, 3)))
-    turned = tensor(np.asfortranarray(case.x), case.dtype)  # its strides are those of a transposed view
-    yield Comparison(f"y of a view of x {tuple(turned.shape)}", built.layer(turned), case.y)
+        if not hasattr(built.layer, "is_numpy"):
+            yield from gradients(make, replace(case, lead=lead))
 
 
 def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -153,25 +213,66 @@ def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = make_layer(make, case)
-    x, y = backward(built.layer, case)
+    yield from gradients_of(built, case, *backward(built.layer, case, needs_dx=case.seed % 3 < 2))
+
+
+def gradients_of(built: Built, case: AdaptedLinear, x: Tensor, y: Tensor) -> Iterator[Comparison]:
+    """Compare the gradients of x, A, B and magnitude after a backward pass from y."""
+    is_merged = case.mode in ("eval", "inference") and not [leaf for leaf in leaves(y) if leaf is not x]
     for name, expected in case.gradients.items():
-        if name == "magnitude" and not case.has_magnitude:
+        if name == "x" and x.requires_grad:
+            yield Comparison(f"the gradient of x {tuple(x.shape)}", x.grad, expected)
+        if name == "x" or (name == "magnitude" and not case.has_magnitude) or is_merged:
             continue
-        actual = x.grad if name == "x" else built.gradient(name, y)
-        yield Comparison(f"the gradient of {name}, in evaluation mode", actual, expected)
+        total = expected + expected if case.mode == "again" else expected  # of two backward passes
+        yield Comparison(f"the gradient of {name}, of x {tuple(x.shape)}", built.gradient(name, y), total)
 
 
-def backward(layer: Any, case: Any) -> tuple[Tensor, Tensor]:
-    """Run a forward and a backward pass of Σ dy·y; return x, whose gradient is 0 where there is none, and y."""
+def backward(
+    layer: Any, case: Any, needs_dx: bool = True, context: AbstractContextManager[Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a forward and a backward pass of Σ dy·y; return x, whose gradient is 0 where there is none, and y.
+
+    In the mode "again" these are two passes; in "no_grad" the passes come after such a call.
+    """
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: it has no gradients")
-    x = tensor(case.x, case.dtype).requires_grad_()
-    y = layer(x)
-    if not y.requires_grad:
-        raise AssertionError("the layer's output has no gradient")
-    y.backward(tensor(case.dy, case.dtype).to(y.dtype))
+    x = input_of(layer, case)
+    if mode(case) == "no_grad":
+        with torch.no_grad():
+            layer(x)
+    x.requires_grad_(needs_dx or mode(case) in ("eval", "inference"))  # a layer that has merged has no other gradient
+    for _ in range(2 if mode(case) == "again" else 1):
+        x.grad = None
+        with context or nullcontext():
+            y = layer(x)
+        if not y.requires_grad:
+            raise AssertionError("the layer's output has no gradient")
+        y.backward(placed(case.dy, case).to(y.dtype))
     x.grad = torch.zeros_like(x) if x.grad is None else x.grad
     return x, y
+
+
+def autocast(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    low = replace(case, dtype="bfloat16")
+    built, case = make_layer(make, replace(case, dtype="float32").changed(**low.arrays))
+    cuda = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+    x = input_of(built.layer, case)
+    with recording(case), cuda, torch.autocast("cpu", torch.bfloat16):
+        y = built.layer(x)
+    yield Comparison("y under autocast", y, interned(replace(low, has_magnitude=case.has_magnitude)).y)
+
+
+def not_a_number(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    right = interned(replace(case, lead=(2,)))
+    x = right.x.copy()
+    x[0, -1] = np.nan
+    built, case = make_layer(make, right.changed(x=x))
+    y = as_array(called(built.layer, case)[1])
+    yield Comparison("where y is NaN", np.isnan(y), np.repeat([[1.0], [0.0]], case.outer, 1))
+    yield Comparison(
+        "y of the row without a NaN", y[1:], interned(replace(right, has_magnitude=case.has_magnitude)).y[1:]
+    )
 
 
 def scaling(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -186,38 +287,62 @@ def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    case = replace(case, mode="train") if case.mode in ("eval", "inference", "back") else case  # which may merge
     built, case = make_layer(make, case)
-    set_mode(built.layer, training=True)
-    base = {name: built.tensor(name) for name in ("W", "b") if name in built.given}
-    x, _ = backward(built.layer, case)
+    base = {name: built.parts(name) for name in ("W", "b") if name in built.given}
+    x, y = backward(built.layer, case)
+    trained = [leaf for leaf in leaves(y) if leaf is not x]
+    more = sum(leaf.numel() for leaf in trained) - sum(built.given[name].numel() for name in FACTORS[case.method])
+    yield claim("what is trained", f"{more} numbers more than the adapter has" if more > 0 else "")
     parameters = list(built.layer.parameters()) if hasattr(built.layer, "parameters") else []
     for parameter in {id(p): p for p in (*parameters, *built.given.values())}.values():
         if parameter.grad is not None:
             parameter.data -= 0.1 * parameter.grad
-    for name, own in base.items():
+    for name, parts in base.items():
         yield Comparison(f"{name} after a step", built.given[name], case.arrays[name])
-        if own is not None:
-            yield Comparison(f"the layer's {name} after a step", own, case.arrays[name])
+        if parts:
+            own = torch.cat([turned(*part).flatten() for part in parts])
+            yield Comparison(f"the layer's {name} after a step", own, case.arrays[name].flatten())
     yield Comparison("x, which is only read", x, case.x)
 
 
 def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = make_layer(make, case)
-    if hasattr(built.layer, "is_numpy"):
+    layer, given = built.layer, built.given["W"]
+    if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
-    B = built.tensor("B", built.layer(tensor(case.x, case.dtype)))
-    if B is None:
-        raise AssertionError("no parameter of the layer is B")
-    B.data.mul_(2)
-    yield output(built.layer, case.changed(B=2 * case.B), "y after B was doubled in place")
-    if case.method == "lora":  # DoRA's start of m depends on W
-        given, layer = built.given["W"], built.layer
-        tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, torch.nn.Module) else []
-        matrices = [matrix for matrix in tensors if matrix.ndim == 2]
-        own = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
-        for W in {matrix.data_ptr(): matrix for matrix in (given, *own)}.values():
-            W.data.mul_(2)
-        yield output(built.layer, case.changed(W=2 * case.W, B=2 * case.B), "y after W was doubled in place as well")
+    modules = list(layer.modules()) if isinstance(layer, torch.nn.Module) else []
+    tensors = [*layer.parameters(), *layer.buffers()] if modules else []
+    matrices = [matrix for matrix in tensors if matrix.ndim == 2]
+    weights = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
+    x, _ = called(layer, case)
+    set_mode(layer, training=True)  # a layer may merge in evaluation mode, and keep the merged weight until it trains
+    y = layer(x)
+    for name in ("A", "B"):
+        parts = [part for part, _ in built.parts(name, y)]
+        if not parts:
+            raise AssertionError(f"no parameter of the layer is {name}")
+        owners = [(m, key, part) for m in modules for part in parts for key, p in m._parameters.items() if p is part]
+        set_mode(layer, training=True)
+        double(parts)
+        case = case.changed(**{name: 2 * case.arrays[name]})
+        yield output(layer, case, f"y after {name} was doubled in place")
+        set_mode(layer, training=True)
+        for owner, key, part in owners:
+            setattr(owner, key, torch.nn.Parameter(2 * part.detach()))
+        if owners:
+            case = case.changed(**{name: 2 * case.arrays[name]})
+            yield output(layer, case, f"y after {name} was replaced by a parameter twice as large")
+    if case.method == "lora" and modules:  # DoRA's start of m depends on W; what else keeps W cannot be seen
+        set_mode(layer, training=True)
+        double({matrix.data_ptr(): matrix for matrix in (given, *weights)}.values())
+        yield output(layer, case.changed(W=2 * case.W), "y after W was doubled in place as well")
+
+
+@torch.no_grad()
+def double(tensors: Iterable[Tensor]) -> None:
+    for each in tensors:
+        each.mul_(2)
 
 
 def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -225,53 +350,88 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         raise NotApplicable("the layer takes no `dropout`")
     if not case.x.size:
         return
-    p, row = 0.25, case.rows[:1]
-    built, single = make_layer(make, replace(case, lead=(1,)).changed(x=row), dropout=p)
-    x = tensor(single.x, single.dtype).repeat(MASKS, 1)
-    yield Comparison("a second y in evaluation mode", built.layer(x[:1]), as_array(built.layer(x[:1])))
-    yield output(built.layer, single, "y in evaluation mode")
-    set_mode(built.layer, training=True)
+    p = 0.7 if case.has_bias else 0.25
+    built, single = make_layer(make, replace(case, lead=(1,)).changed(x=case.rows[:1]), dropout=p)
+    masks = max(256, min(MASKS, 2**30 // case.W.size))
+    layer, lead = built.layer, ((masks,), (masks, 1), (1, masks))[case.seed % 3]
+    row = tensor(single.x, single.dtype)
+    x, few = row.repeat(masks, 1).reshape(*lead, -1), row.repeat(64, 1)
+    set_mode(layer, training=False)
+    yield Comparison("a second y in evaluation mode", layer(row), as_array(layer(row)))
+    yield Comparison("y in evaluation mode", layer(row), single.y)
+    set_mode(layer, training=True)
     torch.manual_seed(case.seed)
-    y = as_array(built.layer(x)).copy()
-    yield Comparison("x, which is only read", x[0], single.x[0])
+    with recording(case):
+        y = as_array(layer(x)).reshape(masks, -1)
+        first, second = (as_array(layer(few)) for _ in range(2))
+    yield Comparison("x, which is only read", x.flatten()[: case.inner], single.x[0])
+    is_same = np.array_equal(first, second) and bool((first != first[0]).any())
+    yield claim("the mask of a second call", "it is that of the first call" if is_same else "")
     yield from statistics(single, p, y)
+    if not hasattr(layer, "is_numpy"):
+        yield from gradients_of_masks(built, single, p, few.requires_grad_())
+
+
+def gradients_of_masks(built: Built, case: AdaptedLinear, p: float, x: Tensor) -> Iterator[Comparison]:
+    """Compare the masks of y with those of the gradients, of rows x of one case.
+
+    y - b is a linear function of x, and its part s·B A x of A and of B: such a function is its derivative times what
+    it is applied to. So dx·x = dy·(y - b), and ⟨dA, A⟩ = ⟨dB, B⟩ = Σ dy·(y - b - W x).
+    """
+    y = built.layer(x)
+    dys = np.random.default_rng(case.seed).standard_normal(y.shape)
+    y.backward(torch.from_numpy(dys).to(y))
+    dx = torch.zeros_like(x) if x.grad is None else x.grad
+    ratio = case.merged.value / (case.W + case.scale * case.B @ case.A) if case.method == "dora" else np.ones((1, 1))
+    linear = as_array(y) - (0 if case.b is None else case.b)
+    update = (dys * (linear - as_array(x) @ case.W.T * ratio[:, 0])).sum()
+    terms = abs(dys) * case.y.error * 4 * (case.inner + case.outer + case.r) / (1 - p)
+    per_row = Bounded((dys * linear).sum(1), terms.sum(1))
+    yield Comparison("dx·x, with dropout", (as_array(dx) * as_array(x)).sum(1), per_row)
+    for name in ("A", "B"):
+        gradient = built.gradient(name, y)
+        product = gradient if isinstance(gradient, Exception) else (as_array(gradient) * case.arrays[name]).sum()
+        yield Comparison(f"⟨d{name}, {name}⟩, with dropout", product, Bounded(update, terms.sum()))
 
 
 def statistics(case: AdaptedLinear, p: float, y: Array) -> Iterator[Comparison]:
-    """Compare the variance and the mean of outputs (MASKS, out) of one row by different dropout masks.
+    """Compare the variance and the mean of outputs (masks, out) of one row by different dropout masks.
 
     Each term of Δy[o] = s Σᵢ (B A)[o, i] x[i] becomes 0 or 1/(1 - p) times as large. For 0.211 < p < 0.789 the fourth
-    moment of such a sum is at most that of a normal variable, 3σ⁴: a measured variance varies by 2σ⁴ / MASKS at most.
+    moment of such a sum is at most that of a normal variable, 3σ⁴: a measured variance varies by 2σ⁴ / masks at most.
     """
     update = case.scale * case.B @ case.A
     ratio = case.merged.value / (case.W + update) if case.method == "dora" else 1.0
     terms = ratio * update * case.rows
     rounding, variance, measured = case.y.error[0], p / (1 - p) * (terms**2).sum(1), y.var(0)
-    spread = Bounded(variance, 6 * variance * math.sqrt(2 / MASKS) + rounding)
+    spread = Bounded(variance, 6 * variance * math.sqrt(2 / len(y)) + rounding)
     yield Comparison("the variance of y over dropout masks", measured, spread)
-    mean = Bounded(case.y.value[0], 6 * np.sqrt(np.maximum(variance, measured) / MASKS) + rounding)
+    mean = Bounded(case.y.value[0], 6 * np.sqrt(np.maximum(variance, measured) / len(y)) + rounding)
     yield Comparison("the mean of y over dropout masks", y.mean(0), mean)
 
 
 @functools.cache
 def linear_cases(method: Method, dtype: str, use_rslora: bool = False) -> list[AdaptedLinear]:
     """Return cases from small to large, each with and without a bias; the laws share them, and their right results."""
-    scales = [SCALES[i % len(SCALES)] for i in range(len(SHAPES) + 1)]
     return [
-        AdaptedLinear(
-            method, lead, inner, outer, r, scales[seed + has_bias], has_bias, seed, dtype, use_rslora=use_rslora
-        )
-        for seed, (lead, inner, outer, r) in enumerate(SHAPES)
-        for has_bias in (True, False)
+        AdaptedLinear(method, *shape, scale, has_bias, seed, dtype, WEIGHTS.get(seed, "normal"), use_rslora)
+        for seed, shape in enumerate(SHAPES)
+        for has_bias, scale in ((True, SCALES[(seed + 1) % len(SCALES)]), (False, SCALES[seed % len(SCALES)]))
     ]
+
+
+def in_modes(cases: Sequence[AdaptedLinear], first: int = 0) -> list[AdaptedLinear]:
+    """Return cases in the modes in turn; each mode meets small and large ones."""
+    modes = list(MODES)
+    return [replace(case, mode=modes[(first + i) % len(modes)]) for i, case in enumerate(cases)]
 
 
 def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law]:
     scale = "α/√r" if use_rslora else "α/r"
     equation = f"y = x Wᵀ + b + s·(x Aᵀ) Bᵀ with s = {scale}"
     gradient = "dA = s·Bᵀ dW, dB = s·dW Aᵀ, dx = dy W' where dW = dyᵀ x"
-    wide, narrow = (linear_cases(method, dtype, use_rslora) for dtype in ("float64", "float32"))
-    low = linear_cases(method, "bfloat16", use_rslora) + linear_cases(method, "float16", use_rslora)
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+    wide, narrow, *low = (in_modes(linear_cases(method, dtype, use_rslora), i) for i, dtype in enumerate(dtypes))
     extra = []
     if method == "dora":
         equation = "y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b, the norm being that of each row"
@@ -281,19 +441,21 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
             Law(kind, "rslora", "with use_rslora s = α/√r", wide, with_rslora),
         ]
     sums = "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂"
-    dropped = "dropout acts on x in front of A, only in training, and keeps the mean"
+    dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [
         Law(kind, "forward", equation, wide + narrow, forward),
-        Law(kind, "shapes", "x (..., in) may have any sizes in front of its features", wide, shapes),
         Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
         Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
-        Law(kind, "gradients", gradient, wide + narrow, gradients),
+        Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], gradients),
+        Law(kind, "shapes", "x (..., in) and its gradient may have any sizes in front of the features", wide, shapes),
         Law(kind, "scale", "twice the alpha is twice the scale", wide, scaling),
         Law(kind, "sums", sums, wide, ranks_add),
         Law(kind, "frozen", "W, b and x keep their bits when A and B are trained", wide, frozen),
-        Law(kind, "updates", "a change of B in place shows in the next output", wide, follows),
-        Law(kind, "dropout", dropped, wide, dropout),
-        Law(kind, "16-bit", f"{equation}, in bfloat16 and float16", low, forward),
+        Law(kind, "updates", "a change of A, B or W in training shows in the next output", wide, follows),
+        Law(kind, "nan", "a NaN in a row of x makes this row of y NaN, and no other", wide, not_a_number),
+        Law(kind, "dropout", dropped, wide[:-4], dropout),
+        Law(kind, "16-bit", f"{equation}, in bfloat16 and float16", low[0] + low[1], forward),
+        Law(kind, "autocast", f"{equation}, under autocast to bfloat16", narrow, autocast),
         *extra,
     ]
 

@@ -83,6 +83,13 @@ def rescaled(factor: Callable[[LoRALayer], float]) -> Make:
     return with_update(lambda self, x: factor(self) * delta(self, drop(self, x)))
 
 
+def with_scale(scale: Callable[[float, int], float]) -> Make:
+    """Return a maker of LoRA layers with this scale of alpha and r."""
+    return lambda W, b, A, B, alpha, dropout=0.0, **_: LoRALayer(
+        W, b, A, B, scale(alpha, len(A)) * len(A), dropout=dropout
+    )
+
+
 def plus_bias(self: Any, y: Tensor) -> Tensor:
     return y if self.b is None else y + self.b
 
@@ -92,13 +99,33 @@ def transposed_update(self: LoRALayer, x: Tensor) -> Tensor:
     return self.scale * F.linear(x, product.T if len(self.W) == x.shape[-1] else product)
 
 
-def with_unscaled_gradient(name: str) -> Make:
-    """Return a maker of LoRA layers whose gradient of A or B is divided by the scale."""
+def with_gradient(name: str, times: Callable[[LoRALayer], float]) -> Make:
+    """Return a maker of LoRA layers whose gradient of A or B is `times(layer)` the right one."""
 
     def wrong(self: LoRALayer, x: Tensor) -> Tensor:
         factor = self.get_parameter(name)
         frozen = factor.detach()
-        return torch.func.functional_call(self, {name: frozen + (factor - frozen) / self.scale}, x)
+        return torch.func.functional_call(self, {name: frozen + times(self) * (factor - frozen)}, x)
+
+    return lora(wrong)
+
+
+def without_masked_gradient(self: LoRALayer, x: Tensor) -> Tensor:
+    update = delta(self, x)
+    return base(self, x) + update + (delta(self, drop(self, x)) - update).detach()
+
+
+def dropped_with_the_complement(self: LoRALayer, x: Tensor) -> Tensor:
+    return base(self, x) + delta(self, F.dropout(x, 1 - self.p, self.training and self.p > 0))
+
+
+def transposed_if_square(*names: str) -> Make:
+    """Return a maker of LoRA layers that take some square tensors for their transposes."""
+
+    def wrong(self: LoRALayer, x: Tensor) -> Tensor:
+        tensors = {name: tensor for name, tensor in (*self.named_parameters(), *self.named_buffers()) if name in names}
+        square = {name: tensor.T for name, tensor in tensors.items() if len(tensor) == len(tensor.T)}
+        return torch.func.functional_call(self, square, x)
 
     return lora(wrong)
 
@@ -112,11 +139,17 @@ def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
 
 
 EITHER: Mapping[str, Make] = {
-    "the scale is α·r": rescaled(lambda self: len(self.A) ** 2),
-    "the scale is α: it is not divided by r": rescaled(lambda self: len(self.A)),  # Blaizzy/mlx-vlm#845
-    "the scale is missing": rescaled(lambda self: 1 / self.scale),
+    "the scale is α·r": with_scale(lambda alpha, r: alpha * r),
+    "the scale is α: it is not divided by r": with_scale(lambda alpha, r: alpha),  # Blaizzy/mlx-vlm#845
+    "the scale is missing": with_scale(lambda alpha, r: 1.0),
     "the update is missing": lora(base),
     "a square B A is transposed": with_update(transposed_update),  # microsoft/LoRA#61
+    "a square W is transposed": transposed_if_square("W"),
+    "a square A is transposed": transposed_if_square("A"),
+    "a square B is transposed": transposed_if_square("B"),
+    "the update is computed in bfloat16": with_update(
+        lambda self, x: self.scale * F.linear(F.linear(drop(self, x).bfloat16(), self.A.bfloat16()), self.B.bfloat16())
+    ),
     "the bias is missing": lora(lora_sum),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
@@ -134,19 +167,28 @@ EITHER: Mapping[str, Make] = {
     "one dropout mask is used for all rows": with_update(
         lambda self, x: delta(self, x * drop(self, x.new_ones(x.shape[-1])))
     ),
-    "the gradient of A lacks the scale": with_unscaled_gradient("A"),
-    "the gradient of B lacks the scale": with_unscaled_gradient("B"),
+    "dropout is p where 1 - p was asked for": lora(dropped_with_the_complement),
+    "dropout is applied to the update": with_update(lambda self, x: drop(self, delta(self, x))),
+    "gradients do not pass through the dropout mask": lora(
+        without_masked_gradient
+    ),  # foundation-model-stack/fms-acceleration
+    "the gradient of A lacks the scale": with_gradient("A", lambda self: 1 / self.scale),
+    "the gradient of B lacks the scale": with_gradient("B", lambda self: 1 / self.scale),
+    "the gradient of A has the scale twice": with_gradient("A", lambda self: self.scale),
+    "the gradient of B has the scale twice": with_gradient("B", lambda self: self.scale),
     "the gradient of x lacks that of the update": with_update(lambda self, x: delta(self, drop(self, x.detach()))),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),
 }
 LORA: Mapping[str, Make] = {
     **EITHER,
-    "the scale is α/√r, rsLoRA's": rescaled(lambda self: math.sqrt(len(self.A))),
+    "the scale is α/√r, rsLoRA's": with_scale(lambda alpha, r: alpha / math.sqrt(r)),
+    "the scale is rounded down: α // r": with_scale(lambda alpha, r: alpha // r),
 }
 RSLORA: Mapping[str, Make] = {
     **EITHER,
     "the scale is α/r in spite of use_rslora": without_rslora(LoRALayer),  # NVIDIA/TensorRT-LLM#1668
+    "the scale is α·√r": with_scale(lambda alpha, r: alpha * math.sqrt(r)),
 }
 
 # --- DoRA ---

@@ -5,9 +5,9 @@ from typing import get_args
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from minilora.testing.cases import SCALES, AdaptedLinear, Method, WeightKind
+from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, WeightKind
 
-WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
+WEIGHT_KINDS: tuple[LayerKind, ...] = (*get_args(WeightKind), "tiny_update")
 METHODS: tuple[Method, ...] = get_args(Method)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -18,9 +18,9 @@ def adapted_linears(
     max_rank: int = 8,
     methods: tuple[Method, ...] = ("lora",),
     dtypes: tuple[str, ...] = ("float64",),
-    weights: tuple[WeightKind, ...] = ("normal",),
+    weights: tuple[LayerKind, ...] = ("normal",),
 ) -> AdaptedLinear:
-    """Draw a linear layer with an adapter: sizes from 1, with and without a bias, a scale that is never 1."""
+    """Draw a linear layer with an adapter: sizes from 1, with and without a bias, a scale that is never 1, any mode."""
     return AdaptedLinear(
         method=draw(st.sampled_from(methods)),
         lead=tuple(draw(st.lists(st.integers(0, 3), max_size=2))),
@@ -32,4 +32,5 @@ def adapted_linears(
         seed=draw(seeds),
         dtype=draw(st.sampled_from(dtypes)),
         weight=draw(st.sampled_from(weights)),
+        mode=draw(st.sampled_from(list(MODES))),
     )
