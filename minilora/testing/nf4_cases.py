@@ -23,6 +23,7 @@ ABSMAX_LEVELS = replace(EXACT, error=EXACT.gamma(6) * abs(EXACT.value))
 NESTED = 256  # absmaxes that share a scale
 NORMAL = 2.0**-126  # below it, float32's 1/absmax can overflow, and numbers may be flushed to 0
 DrawnKind = WeightKind | Literal["zeros", "zero_block", "levels", "ties"]
+HARD_KINDS: tuple[DrawnKind, ...] = ("outlier", "constant", "tiny", "huge_ratio", "rank_deficient", "zeros")
 
 
 @dataclass(frozen=True)
@@ -172,19 +173,20 @@ class AbsmaxVector:
     """`absmax` (b) to be quantized to 8 bits, with the right `codes`, `scales`, `offset` and dequantized `values`."""
 
     count: int = 5
-    kind: Literal["normal", "constant", "outlier"] = "normal"
+    kind: Literal["normal", "constant", "outlier", "huge_ratio"] = "normal"
     seed: int = 0
     of: NF4Weight | None = None  # whose absmaxes are taken
     given: float | None = None  # an offset that was found, from which the rest follows, in place of the mean
+    power: int = 0  # of two, by which all are multiplied
 
     def __str__(self) -> str:
-        return f"{self.count} absmaxes, {self.kind}"
+        return f"{self.count} absmaxes, {self.kind}, times 2^{self.power}"
 
     @cached_property
     def absmax(self) -> Array:
         if self.of is not None:
             return self.of.absmax
-        return abs(NF4Weight(self.count, 64, kind=self.kind, seed=self.seed).W).max(1)
+        return abs(NF4Weight(self.count, 64, kind=self.kind, seed=self.seed, power=self.power).W).max(1)
 
     @property
     @lru_cache(maxsize=64)  # noqa: B019  # of equal cases, which several laws have
@@ -246,6 +248,7 @@ class QuantizedLinear:
     seed: int = 0
     dtype: str = "float32"
     double_quant: bool = False
+    kind: DrawnKind = "normal"  # of the weight
 
     def __str__(self) -> str:
         parts = ["with bias" if self.has_bias else "no bias", *["double quantization"] * self.double_quant, self.dtype]
@@ -253,7 +256,7 @@ class QuantizedLinear:
 
     @cached_property
     def weight(self) -> NF4Weight:
-        return NF4Weight(self.outer, self.inner, seed=self.seed, dtype=self.dtype)
+        return NF4Weight(self.outer, self.inner, kind=self.kind, seed=self.seed, dtype=self.dtype)
 
     @cached_property
     def _drawn(self) -> tuple[Array, Array, Array]:
@@ -286,7 +289,10 @@ class QuantizedLinear:
 
     @property
     def dx(self) -> Bounded:
-        return (Bounded.exact(self.dy.reshape(-1, self.outer), self.dtype) @ self.dense).reshape(*self.x.shape)
+        return self.input_gradient(self.dy)
+
+    def input_gradient(self, dy: Array) -> Bounded:
+        return (Bounded.exact(dy.reshape(-1, self.outer), self.dtype) @ self.dense).reshape(*self.x.shape)
 
 
 SHAPES = (  # rows, columns: odd counts, rows that end within a block, as many blocks as rows or as columns
