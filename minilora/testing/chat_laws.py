@@ -232,9 +232,11 @@ HELLO = ("Is it day?", "No, night.")
 LONGER = (*HELLO, "And now?", "Now, too.")
 SPACES = [f"{before}Yes.{after}" for before in ("", "  \n ") for after in ("", "  ", "\n\n")]
 CONVERSATIONS = {
-    "turns": chats(HELLO, LONGER, (*LONGER, "a", "b"), ("How many?", " ".join(LONG)), LONG[:16]),
+    "turns": chats(HELLO, LONGER, (*LONGER, "a", "b"), (" ".join(LONG), " ".join(LONG)), LONG[:16]),
     "empty": chats(("Hi.", ""), (*HELLO, "Hi.", ""), ("Hi.", "", *HELLO)),
-    "repeats": chats(("yes", "yes"), ("no", "no no", "no", "no"), ("user", "assistant", "system", "user")),
+    "repeats": chats(
+        ("yes", "yes"), ("no", "no no", "no", "no"), ("a", "b", "b", "a"), ("user", "assistant", "system", "user")
+    ),
     "white_space": chats(*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
     "unicode": chats(("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
     "code": chats(("3 < 4 & \"a\" > 'b'?", "{x} {{ y }} {% z %} %s \\n"), ("if x:\n\ty\n", "a:\n    b\n\n\n  c")),
@@ -280,8 +282,7 @@ def with_calls(*rounds: Sequence[tuple[str, str]], content: str | None = "", **o
             messages.append({"role": "tool", "content": f"{result} degrees", "tool_call_id": own, "name": "Qb"})
     messages.append({"role": "assistant", "content": "Qe, it is."})
     asked, given = zip(*(pair for pairs in rounds for pair in pairs), strict=True)
-    # the name of the function may be in the tool's result as well
-    return MarkedWords(tuple(messages), learned=(*asked, "Qe"), read=("Qa", *given), **options)
+    return MarkedWords(tuple(messages), learned=("Qb", *asked, "Qe"), read=("Qa", *given), **options)
 
 
 _FIRST, _SECOND = ("Qc", "Qd"), ("Qh", "Qi")

@@ -210,8 +210,8 @@ def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
 def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
     """Check a loss: L = 1/N Σ -log p(label at t + 1 | logits at t) over the N labels that are not -100.
 
-    Of up to 300 tokens, 40 rows and a vocabulary of 4,099, also without gradients and of views; logits and labels stay
-    as they were. The gradient is that of a loss that is multiplied by -4.
+    Of up to 1,100 tokens, 40 rows and a vocabulary of 2,053, also without gradients and of views, which may be refused;
+    logits and labels stay as they were. The gradient is that of a loss that is multiplied by -4.
 
     Args:
         loss_fn: (logits (B, T, V), labels (B, T)) -> L. The gradient of the logits is checked where L is a tensor.
@@ -254,7 +254,7 @@ def check_packing(
 ) -> list[Report]:
     """Check that documents in one batch, end to end or padded, do not see each other, nor tokens what follows them.
 
-    Up to seven documents, of up to 57 tokens, some of equal lengths or equal; single tokens among them.
+    Up to nine documents, of up to 99 tokens, some of equal lengths or equal; single tokens among them.
 
     Args:
         run: documents, a list of token lists of unequal lengths -> for each document its logits (T, V) or its losses
@@ -275,7 +275,7 @@ def check_generation(
 ) -> list[Report]:
     """Check greedy decoding with a cache, of prompts of unequal lengths together, against recomputation.
 
-    Up to seven prompts, of up to 57 tokens, some of them equal, and up to 45 new tokens.
+    Up to nine prompts, of up to 99 tokens, some of them equal, and up to 45 new tokens.
 
     Args:
         generate: (prompts, a list of token lists, and a number) -> that many new tokens of each prompt, the likeliest

@@ -24,7 +24,13 @@ __tracebackhide__ = True  # pytest shows the line that calls this module
 DRAWS = 4  # of moved operations: of 16,800 right kernels of softmax(x W) none is refused
 RESULT = "the result"
 HALVED, LARGE = " for half the numbers", " for 64 times the numbers"
-WAYS = {"": (1.0, False), HALVED: (0.5, False), LARGE: (64.0, False), " for views": (1.0, True)}
+WAYS = {
+    "": (1.0, False),
+    HALVED: (0.5, False),
+    LARGE: (64.0, False),
+    " for zeros": (0.0, False),
+    " for views": (1.0, True),
+}
 Results = dict[str, Tensor]  # the result and the gradients, by name
 aten = torch.ops.aten
 CHOICES = (aten.amax, aten.amin, aten.max, aten.min)  # operations that only choose a number
@@ -36,8 +42,8 @@ def check_kernel(
     """Check a faster function against its definition: the result, and the gradients of tensors that require one.
 
     It is called with the tensors, with half of their numbers, which leaves the first result as it was, with 64 times
-    them, where the definition is finite, with views that are not contiguous, without gradients, and with gradients of
-    one tensor at a time. Integers stay as they are.
+    them and with zeros, where the definition is finite, with views that are not contiguous, without gradients, and with
+    gradients of one tensor at a time. Integers stay as they are.
 
     In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
     definition's own, plus its own when each of its operations is off by a unit in the last place, plus such a unit. In

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minilora.testing.cases import tensor
 from minilora.testing.compare import as_array
-from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
 from minilora.testing.lora_laws import backward, set_mode, with_dtype
 from minilora.testing.nf4_cases import HARD_KINDS, QuantizedLinear
 
@@ -93,6 +93,8 @@ def modes(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
         with context():
             y = layer(tensor(case.x, case.dtype))
         yield Comparison(f"y in {mode}", y, case.output(case.x))
+    found = as_array(layer(torch.full_like(tensor(case.x, case.dtype), torch.nan)))
+    yield claim("y of NaN", "" if np.isnan(found).all() else f"found {found.flat[0]:g}, expected NaN")
 
 
 # --- the table ---
@@ -112,7 +114,7 @@ def linears(
 _SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64), ((5,), 192, 136))
 LINEARS = linears(*_SIZES)
 LOW = linears(*_SIZES, dtype="bfloat16") + linears(*_SIZES, dtype="float16")
-LEADS = linears(*((lead, 64, 3) for lead in ((), (0,), (2, 3), (2, 1, 3), (1, 1), (3, 1), (70,))))
+LEADS = linears(*((lead, 64, 3) for lead in ((), (0,), (2, 3), (2, 2, 3), (1, 1), (3, 1), (70,))))
 WIDE = [QuantizedLinear((2,), 520, 130)]  # of more than 512 features, and of more than 65,536 weights
 HARD = [QuantizedLinear((2,), 70, 5, seed=seed, kind=kind) for seed, kind in enumerate(HARD_KINDS)]
 RAGGED = linears(((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,), 70, 3), ((2,), 96, 4))
@@ -121,7 +123,7 @@ _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
 _DX = "dx = dy dequantize(quantize(W))"
 _LAWS = (
     ("weight", f"{_LINEAR}, for x = 1", LINEARS + HARD, weight),
-    ("forward", _LINEAR, LINEARS + WIDE, product),
+    ("forward", _LINEAR, LINEARS + HARD + WIDE, product),
     ("gradients", _DX, LINEARS + WIDE, input_gradient),
     ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", LEADS, product),
     ("shapes_dx", f"{_DX}, for such x", LEADS, input_gradient),

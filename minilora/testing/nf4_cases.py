@@ -262,7 +262,8 @@ class QuantizedLinear:
     def _drawn(self) -> tuple[Array, Array, Array]:
         rng = np.random.default_rng(self.seed + 1)
         shapes = ((self.outer,), (*self.lead, self.inner), (*self.lead, self.outer))
-        b, x, dy = (rounded(rng.standard_normal(shape), self.dtype) for shape in shapes)
+        largest = 1000.0 if self.kind == "outlier" else 1.0
+        b, x, dy = (rounded(largest * rng.standard_normal(shape), self.dtype) for shape in shapes)
         return b, x, dy
 
     b = property(lambda self: self._drawn[0] if self.has_bias else None)

@@ -180,7 +180,17 @@ def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens, new: int) -> str:
     return ""
 
 
-_LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (5, 5, 5), (9, 2, 17), (2, 4, 1, 3, 2, 6, 3), (57, 1, 8, 20))
+_LENGTHS = (
+    (2,),
+    (3, 2),
+    (2, 3, 5),
+    (1, 4),
+    (4, 1, 1),
+    (5, 5, 5),
+    (9, 2, 17),
+    (2, 4, 1, 3, 2, 6, 3, 1, 5),
+    (99, 1, 8, 20),
+)
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 CASES.insert(-1, Lengths((4, 3, 4, 4, 3), has_equal=True))
 SEVERAL = CASES[1:]

@@ -58,9 +58,9 @@ def check_trains_everything(
     if not meant:
         raise ValueError("trained: found no name; accepted are one or more")
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-    traces = {name: Trace() for name in sorted(meant)}
+    traces = {name: Trace(torch.finfo(dtypes.get(name, torch.float32)).eps) for name in sorted(meant)}
     first = float(loss()) if loss else 0.0
-    for number in range(steps):
+    for number in range(1, steps + 1):
         with watched(named(model)) as found:
             step()
         after = snapshot(model, meant)
@@ -95,7 +95,7 @@ def change_of(
         return f"unchanged; {why_unchanged(parameters.get(name), trace.has_gradient)}"
     if trace.has_gradient is False:
         return f"changed only by weight decay or momentum; {why_unchanged(parameters.get(name), False)}"
-    return trace.problem or trace.part_that_stays(old)
+    return trace.wrong_at_last(old)
 
 
 def named(model: nn.Module | Read) -> dict[str, nn.Parameter]:
@@ -146,39 +146,46 @@ def watched(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Found]
 class Trace:
     """What the steps so far did to a parameter."""
 
+    unit: float = 0.0  # rounding of its dtype
     problem: str = ""  # the first that a step shows
+    idle: int = 0  # a step that left it as it was, in spite of a gradient
     has_gradient: bool | None = None  # other than 0; None if none came
     gradient: Any = 0.0  # the largest |gradient| of each number
     moved: Any = False  # each number, in a step
+    units: float = 0.0  # by how many units the numbers of a step moved
 
     def add(self, number: int, old: Array, new: Array, found: Found | None, noise: float) -> None:
         """Take a step into account; a gradient below the noise is one of 0 that is rounded."""
-        self.moved = self.moved | (old != new)
+        moves = old != new
+        self.moved = self.moved | moves
         if found is None:
             return
         self.has_gradient = bool(self.has_gradient or found.gradient.any())
         own = np.where(abs(found.gradient) > noise, found.gradient, 0.0)
         is_first, self.gradient = not np.any(self.gradient), np.fmax(self.gradient, abs(own))
-        if not own.any() or self.problem:
-            return
-        if number and found.was_there:
-            self.problem = f"in step {number + 1} its gradient was added to that of the step before: zero it"
-        elif np.array_equal(old, new):
-            self.problem = f"unchanged in step {number + 1}; {HAD_GRADIENT}"
-        elif is_first:
-            self.problem = contradiction(old, new, own)
+        if moves.any():
+            with np.errstate(divide="ignore"):
+                moved_by = abs(new - old)[moves] / (self.unit * abs(old)[moves])
+            self.units = max(self.units, float(np.median(moved_by)))
+            if own.any() and is_first:
+                self.problem = self.problem or contradiction(old, new, own)
+        elif own.any():
+            self.idle = number
+        if own.any() and number > 1 and found.was_there:
+            self.problem = f"in step {number} its gradient was added to that of the step before: zero it"
 
-    def part_that_stays(self, old: Array) -> str:
-        """Say how many numbers stay though others, of no larger gradients and no smaller units, move; or ""."""
+    def wrong_at_last(self, old: Array) -> str:
+        """Say what is wrong after all steps; or "". What moves by a few units only may stay because of rounding."""
         has_gradient = self.moved & (self.gradient > 0)
-        if not has_gradient.any():
-            return ""
-        units = np.spacing(abs(old))
-        stay = ~self.moved & (self.gradient >= np.median(self.gradient[has_gradient]))
-        stay &= units <= np.median(units[has_gradient])
-        kept = (~self.moved & (self.gradient > 0)).sum()
-        found = f"unchanged in {kept} of {old.size} numbers, though their gradients are as large as those of others"
-        return found if 16 * stay.sum() >= old.size else ""
+        if self.problem or self.units < 8 or not has_gradient.any():
+            return self.problem
+        if self.idle:
+            return f"unchanged in step {self.idle}; {HAD_GRADIENT}"
+        units, stays = np.spacing(abs(old)), ~self.moved & (self.gradient > 0)
+        comparable = stays & (self.gradient >= np.median(self.gradient[has_gradient]))
+        comparable &= units <= np.median(units[has_gradient])
+        found = f"unchanged in {stays.sum()} of {old.size} numbers, whose gradients are as large as those of others"
+        return found if 16 * comparable.sum() >= old.size else ""
 
 
 def contradiction(old: Array, new: Array, gradient: Array) -> str:
@@ -188,7 +195,7 @@ def contradiction(old: Array, new: Array, gradient: Array) -> str:
     if weight[grows & (change * gradient > 0)].sum() > 0.75 * weight[grows].sum():
         return "it moved along its gradient, and not against it: the loss is ascended"
     shrinks = old * gradient < 0  # and should grow
-    if not grows.any() and weight[shrinks].sum() > weight.sum() / 8:
+    if not grows.any() and weight[shrinks].sum() > weight.sum() / 8 and np.ptp(abs(old)) > 0:
         ratios = new[old != 0] / old[old != 0]
         if np.ptp(ratios) < 1e-6:
             return "changed only by weight decay; its gradient was not 0, but was lost before the optimizer's step"
