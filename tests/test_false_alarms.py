@@ -84,7 +84,7 @@ CASES = {
         sizes,
         st.booleans(),
         seeds,
-        st.sampled_from(("float32", "bfloat16")),
+        st.sampled_from(("float32", "bfloat16")),  # float16 overflows
         st.booleans(),
         kinds,
     ),

@@ -27,11 +27,12 @@ def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     yield same(loss_fn, case, "the loss", case.logits, case.labels)
 
 
-def modes(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+def in_each_mode(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     ways: Sequence[tuple[str, Any, Any]] = (
-        ("under no_grad", torch.no_grad, "C"),
-        ("under inference_mode", torch.inference_mode, "C"),
-        ("in the next call, of transposed views", nullcontext, "F"),
+        ("", nullcontext, "C"),
+        (" under no_grad", torch.no_grad, "C"),
+        (" under inference_mode", torch.inference_mode, "C"),
+        (" of transposed views", nullcontext, "F"),
     )
     for mode, context, order in ways:
         logits, labels = (np.array(array, order=order) for array in (case.logits, case.labels))
@@ -43,9 +44,9 @@ def modes(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
             if order == "F":
                 return
             raise
-        yield Comparison(f"the loss {mode}", actual, computed(case, actual).loss)
-        yield Comparison(f"logits {mode}, which are only read", given[0], case.logits)
-        yield Comparison(f"labels {mode}, which are only read", given[1], case.labels)
+        yield Comparison(f"the loss{mode}", actual, computed(case, actual).loss)
+        yield Comparison(f"logits{mode}, which are only read", given[0], case.logits)
+        yield Comparison(f"labels{mode}, which are only read", given[1], case.labels)
 
 
 def same(loss_fn: LossFn, case: MaskedLogits, name: str, logits: Array, labels: Array) -> Comparison:
@@ -217,7 +218,7 @@ BATCHES = batches_of(*GROUPS)
 SINGLE = batches_of(((".x",),), ((".xx.", "...x"),))
 EMPTY = batches_of(((".xx",), ("...",)), ((".x",), ("..",), ("xxx",)))
 _LOSS = (
-    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", LOGITS, loss),
+    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", LOGITS, in_each_mode),
     ("gradient", "dL/dlogits = (softmax - onehot)/N where a label follows, else exactly 0", LOGITS, gradient),
     ("shift", "the last logits and the first label of a row do not count", SOME, ends),
     ("masked", "logits in front of a label of -100 do not matter", SOME, unlabelled),
@@ -228,7 +229,6 @@ _LOSS = (
     ("no_labels", "a batch without labels has the loss 0 or nan, or is an error", NO_LABELS, nothing),
     ("huge", "the loss of logits of 10⁴ is finite", HUGE, both),
     ("16-bit", "the loss and its gradient in bfloat16 and float16", LOW, both),
-    ("modes", "neither no_grad, inference_mode nor strides matter; inputs stay as they were", LOGITS, modes),
 )
 _STEP = (
     ("value", "dW = d/dW 1/N Σ of the losses of all micro-batches, N labels in all of them", BATCHES, accumulated),

@@ -286,14 +286,20 @@ class QuantizedLinear:
         if self.b is not None:  # added to the sum, or its first term
             b, ones = (Bounded.exact(column[:, None], self.dtype) for column in (self.b, np.ones(len(rows.value))))
             y = (y + self.b).widened(rows.beside(ones, 1) @ W.beside(b, 1).T)
-        return y.reshape(*x.shape[:-1], self.outer)
+        return self._unless_it_overflows(y).reshape(*x.shape[:-1], self.outer)
 
     @property
     def dx(self) -> Bounded:
         return self.input_gradient(self.dy)
 
     def input_gradient(self, dy: Array) -> Bounded:
-        return (Bounded.exact(dy.reshape(-1, self.outer), self.dtype) @ self.dense).reshape(*self.x.shape)
+        dx = Bounded.exact(dy.reshape(-1, self.outer), self.dtype) @ self.dense
+        return self._unless_it_overflows(dx).reshape(*self.x.shape)
+
+    def _unless_it_overflows(self, result: Bounded) -> Bounded:
+        """Return a result of which any number is right where it may be infinite in the layer's dtype."""
+        most = torch.finfo(getattr(torch, self.dtype)).max
+        return replace(result, error=np.where(abs(result.value) > most / 2, np.inf, result.error))
 
 
 SHAPES = (  # rows, columns: odd counts, rows that end within a block, as many blocks as rows or as columns
