@@ -21,7 +21,7 @@ from minilora.testing.implementations import (
 from minilora.testing.mistakes_layers import with_formula
 from tests.models import randn
 from tests.test_chat_laws import with_tools
-from tests.test_kernel_laws import softmax
+from tests.test_kernel_laws import inputs, softmax, with_slope
 from tests.test_sequence_laws import PACKED, VOCABULARY, decoder
 
 
@@ -209,23 +209,6 @@ def test_a_step_that_is_wrong_in_part_is_refused(name):
 # --- kernels ---
 
 
-class Backward(torch.autograd.Function):
-    """Softmax of a product; `rule` makes the gradient of the product."""
-
-    @staticmethod
-    def forward(ctx, x, W, rule):
-        p = softmax(x, W)
-        ctx.save_for_backward(x, W, p)
-        ctx.rule = rule
-        return p
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, W, p = ctx.saved_tensors
-        dz = ctx.rule(p, dy)
-        return dz @ W.T, x.T @ dz if ctx.needs_input_grad[0] else 0 * W, None
-
-
 def rule(p, dy):
     return p * (dy - (p * dy).sum(-1, keepdim=True))
 
@@ -256,19 +239,13 @@ KERNELS = {
     "strides": lambda: lambda x, W: softmax(torch.as_strided(x, (8, 16), (16, 1)), W),
     "overflow": lambda: by_powers,
     "large numbers": lambda: lambda x, W: softmax(x.clamp(-8, 8), W),
-    "strides of the gradient": lambda: (
-        lambda x, W: Backward.apply(x, W, lambda p, dy: rule(p, dy if dy.is_contiguous() else 0 * dy))
-    ),
-    "the gradient is changed": lambda: lambda x, W: Backward.apply(x, W, lambda p, dy: rule(p, dy.mul_(2)) / 2),
-    "the gradient of one tensor only": lambda: lambda x, W: Backward.apply(x, W, rule),
+    "strides of the gradient": lambda: with_slope(lambda p, dy: rule(p, dy if dy.is_contiguous() else 0 * dy)),
+    "the gradient is changed": lambda: with_slope(lambda p, dy: rule(p, dy.mul_(2)) / 2),
+    "the gradient of one tensor only": lambda: lambda x, W: softmax(x, W if x.requires_grad else 1.0 * W.detach()),
 }
-
-
-def inputs(dtype=torch.float32):
-    return [randn(i, *shape, dtype=dtype).requires_grad_() for i, shape in enumerate([(8, 16), (16, 32)])]
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_that_is_wrong_in_rare_calls_is_refused(name):
     with pytest.raises(CheckFailure):
-        check_kernel(KERNELS[name](), softmax, inputs())
+        check_kernel(KERNELS[name](), softmax, inputs(0, torch.float32))

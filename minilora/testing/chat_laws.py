@@ -128,12 +128,12 @@ def unusual(render: Render, case: Chat) -> Iterator[Comparison]:
     found = list(chat_mask(render, case))
     if greeting is not None and not all(each.holds for each in found):
         as_read = [("user" if i == greeting else role, content) for i, (role, content) in enumerate(case.turns)]
-        found = list(chat_mask(lambda own: render(with_roles(own, roles)), Chat(tuple(as_read))))
+
+        def with_roles(messages: list[dict[str, Any]]) -> tuple[Sequence[str], Sequence[bool]]:
+            return render([{**message, "role": role} for message, role in zip(messages, roles, strict=True)])
+
+        found = list(chat_mask(with_roles, Chat(tuple(as_read))))
     yield from found
-
-
-def with_roles(messages: list[dict[str, str]], roles: Sequence[str]) -> list[dict[str, str]]:
-    return [{**message, "role": role} for message, role in zip(messages, roles, strict=True)]
 
 
 def calls_of_tools(render: Render, case: MarkedWords) -> Iterator[Comparison]:
@@ -250,6 +250,7 @@ UNUSUAL = [
         (_USER, _REPLY, _NEXT),
         (_REPLY, _NEXT, _LAST),
         (_USER, _REPLY, ("system", "Qs."), _NEXT, _LAST),
+        (_USER, _REPLY, _NEXT, ("system", "Qs."), _LAST),
         (_USER, ("critic", "Qs."), _REPLY),
         (_USER, _NEXT, _REPLY, ("developer", "Qs."), _LAST),
         (("system", "Qs."), _REPLY, _NEXT, _LAST),
