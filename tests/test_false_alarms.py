@@ -10,16 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.cli.selftest import implementations as ours
-from minilora.testing import AdapterSum, Chat, Lengths, MaskedLogits, MicroBatches, NF4Weight, NotApplicable, laws
+from minilora.testing import (
+    AbsmaxVector,
+    AdapterSum,
+    Chat,
+    Lengths,
+    MaskedLogits,
+    MicroBatches,
+    NF4Weight,
+    NotApplicable,
+    QuantizedLinear,
+    laws,
+)
 from minilora.testing.nf4_cases import DrawnKind
 from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
 from tests import right_layers
 from tests.test_catalogue import CORRECT
-from tests.test_sequence_laws import PACKED
+from tests.test_sequence_laws import PACKED, decoder
 
 DTYPES = ("float64", "float32", "bfloat16")
 EXACT = ("ties", "layout", "kept", "idempotence", "powers")  # laws of codes; of denormal blocks any code is right
-OWN_CASES = ("views", "16-bit", "rslora", "shapes", "dropout", "no_labels")  # laws that hold for cases of their own
+OWN_CASES = ("views", "16-bit", "rslora", "shapes", "dropout", "no_labels", "roles")  # laws that hold for their cases
 
 
 def layers(kind):
@@ -67,12 +78,39 @@ CASES = {
     "accumulation": st.builds(
         MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])
     ),
-    "packing": st.builds(Lengths, st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple), seeds),
+    "linear4bit": st.builds(
+        QuantizedLinear,
+        st.lists(st.integers(0, 3), max_size=3).map(tuple),
+        st.integers(1, 150),
+        sizes,
+        st.booleans(),
+        seeds,
+        st.sampled_from(("float32", "bfloat16")),  # float16 overflows
+        st.booleans(),
+        kinds,
+    ),
+    "double_quant": st.builds(
+        AbsmaxVector,
+        st.integers(1, 600),
+        st.sampled_from(("normal", "constant", "outlier", "huge_ratio")),
+        seeds,
+        power=st.integers(-30, 20),
+    ),
+    **dict.fromkeys(
+        ("packing", "generation"),
+        st.builds(
+            Lengths,
+            st.lists(st.integers(1, 12), min_size=2, max_size=6).map(tuple),
+            seeds,
+            st.integers(1, 9),
+            st.booleans(),
+        ),
+    ),
     "chat_mask": chats(),
 }
 RIGHT = [
     (kind, each[kind])
-    for each in (ours(torch.device("cpu")), CORRECT, {"packing": PACKED})
+    for each in (ours(torch.device("cpu")), CORRECT, {"packing": PACKED, "generation": decoder("")})
     for kind in each
     if kind in CASES
 ]

@@ -31,13 +31,14 @@ class MarkedWords:
     """A conversation of any messages, in which words that occur once should be learned, or only read.
 
     A word of `optional` may be left out by the template, as the reasoning of earlier turns is; if it is there, it is
-    learned.
+    learned, or only read if it is in `read` as well. With `may_fail` the template may refuse the conversation.
     """
 
     messages: tuple[dict[str, Any], ...]
     learned: tuple[str, ...]
     read: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    may_fail: bool = False
 
     def __str__(self) -> str:
         return ", ".join(str(message) for message in self.messages)
@@ -68,7 +69,12 @@ def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
 
 
 def marked_words(render: Render, case: MarkedWords) -> Iterator[Comparison]:
-    tokens, flags = render(copy.deepcopy(list(case.messages)))
+    try:
+        tokens, flags = render(copy.deepcopy(list(case.messages)))
+    except Exception:
+        if case.may_fail:
+            return
+        raise
     text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens])
     begins = ends - [len(token) for token in tokens]
     for word in (*case.learned, *case.read, *case.optional):
@@ -90,6 +96,58 @@ def opening(render: Render, case: Chat) -> Iterator[Comparison]:
         question = {"role": "user", "content": f"What is {text[begin:end]}Qa, please?"}
         messages = (question, {"role": "assistant", "content": "Qb."})
         yield from marked_words(render, MarkedWords(messages, learned=("Qb",), read=("Qa",)))
+
+
+def closing(render: Render, case: Chat) -> Iterator[Comparison]:
+    messages = (case.messages[0], {"role": "assistant", "content": f"Qa, and {end_token(render)} Qb."})
+    yield from marked_words(render, MarkedWords(messages, learned=("Qa", "Qb"), read=()))
+
+
+def end_token(render: Render) -> str:
+    """Return the token after a reply, or "" if the text is not found."""
+    tokens, _ = render(Chat().messages)
+    spans = find_messages(render, Chat(), "".join(tokens))
+    ends = np.cumsum([len(token) for token in tokens])
+    behind = [token for token, end in zip(tokens, ends, strict=True) if spans and end > spans[-1][1] and token.strip()]
+    return behind[0] if behind else ""
+
+
+def unusual(render: Render, case: Chat) -> Iterator[Comparison]:
+    """Compare the labels of a conversation that a template may refuse, and from which it may leave out what is read.
+
+    A reply in front of the first question may be learned or not.
+    """
+    roles = [role for role, _ in case.turns]
+    greeting = roles.index("assistant") if "user" not in roles[: roles.index("assistant")] else None
+    learned = [content for i, (role, content) in enumerate(case.turns) if role == "assistant" and i != greeting]
+    read = tuple(content for role, content in case.turns if role != "assistant")
+    words = list(marked_words(render, MarkedWords(tuple(case.messages), tuple(learned), read, read, may_fail=True)))
+    yield from words
+    if not words or len(find_messages(render, case, "".join(render(case.messages)[0]))) < len(case.turns):
+        return
+    found = list(chat_mask(render, case))
+    if greeting is not None and not all(each.holds for each in found):
+        as_read = [("user" if i == greeting else role, content) for i, (role, content) in enumerate(case.turns)]
+
+        def with_roles(messages: list[dict[str, Any]]) -> tuple[Sequence[str], Sequence[bool]]:
+            return render([{**message, "role": role} for message, role in zip(messages, roles, strict=True)])
+
+        found = list(chat_mask(with_roles, Chat(tuple(as_read))))
+    yield from found
+
+
+def calls_of_tools(render: Render, case: MarkedWords) -> Iterator[Comparison]:
+    """Compare the words of a conversation, and the labels of the end tokens between a call and its results."""
+    words = list(marked_words(render, case))
+    yield from words
+    tokens, flags = render(copy.deepcopy(list(case.messages))) if words else ([], [])
+    text, end, begins = "".join(tokens), end_token(render), np.cumsum([0, *map(len, tokens)])
+    for call, result in (("Qc", "Qd"), ("Qh", "Qi")):
+        found = text.find(end, text.find(call), text.find(result)) if end and call in text else -1
+        if found >= 0:
+            own = np.flatnonzero(begins[:-1] <= found)[-1]
+            shown = f"found {bracketed(tokens, flags)}; accepted is that the {end!r} behind a call is learned"
+            yield claim("the end token of a call", "" if flags[own] else shown)
 
 
 def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]]:
@@ -168,19 +226,36 @@ def chats(*conversations: Sequence[str], system: str = "") -> list[Chat]:
     return [Chat((*first, *pairs)) for pairs in turns]
 
 
+LONG = [f"I have seen {i} words." for i in range(60)]
 STATEMENT = "learned are each reply of the assistant and the end token after it, and nothing else; no text is lost"
 HELLO = ("Is it day?", "No, night.")
 LONGER = (*HELLO, "And now?", "Now, too.")
 SPACES = [f"{before}Yes.{after}" for before in ("", "  \n ") for after in ("", "  ", "\n\n")]
 CONVERSATIONS = {
-    "turns": chats(HELLO, LONGER, (*LONGER, "a", "b")),
+    "turns": chats(HELLO, LONGER, (*LONGER, "a", "b"), (" ".join(LONG), " ".join(LONG)), LONG[:16]),
     "empty": chats(("Hi.", ""), (*HELLO, "Hi.", ""), ("Hi.", "", *HELLO)),
-    "repeats": chats(("yes", "yes"), ("no", "no no", "no", "no"), ("user", "assistant", "system", "user")),
+    "repeats": chats(
+        ("yes", "yes"), ("no", "no no", "no", "no"), ("a", "b", "b", "a"), ("user", "assistant", "system", "user")
+    ),
     "white_space": chats(*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
     "unicode": chats(("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
+    "code": chats(("3 < 4 & \"a\" > 'b'?", "{x} {{ y }} {% z %} %s \\n"), ("if x:\n\ty\n", "a:\n    b\n\n\n  c")),
     "two_replies": [Chat((*Chat().turns, ("assistant", "No, night.")))],
     "system": chats(HELLO, LONGER, system="Be brief."),
 }
+_USER, _REPLY, _NEXT, _LAST = ("user", "Qa?"), ("assistant", "Qb."), ("user", "Qc?"), ("assistant", "Qd.")
+UNUSUAL = [
+    Chat(turns)
+    for turns in (
+        (_USER, _REPLY, _NEXT),
+        (_REPLY, _NEXT, _LAST),
+        (_USER, _REPLY, ("system", "Qs."), _NEXT, _LAST),
+        (_USER, _REPLY, _NEXT, ("system", "Qs."), _LAST),
+        (_USER, ("critic", "Qs."), _REPLY),
+        (_USER, _NEXT, _REPLY, ("developer", "Qs."), _LAST),
+        (("system", "Qs."), _REPLY, _NEXT, _LAST),
+    )
+]
 REASONING = MarkedWords(
     (
         {"role": "user", "content": "Is it Qa?"},
@@ -192,23 +267,43 @@ REASONING = MarkedWords(
     read=("Qa", "Qd"),
     optional=("Qb", "Qe"),
 )
-CALL = {"id": "call00001", "type": "function", "function": {"name": "Qb", "arguments": {"city": "Qc"}}}
-TOOLS = MarkedWords(
-    (
-        {"role": "user", "content": "Is it warm in Qa?"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "Qd degrees", "tool_call_id": "call00001", "name": "Qb"},
-        {"role": "assistant", "content": "Qe, it is."},
-    ),
-    learned=("Qc", "Qe"),  # the name of the function may be in the tool's result as well
-    read=("Qa", "Qd"),
-)
+
+
+def with_calls(*rounds: Sequence[tuple[str, str]], content: str | None = "", **options: Any) -> MarkedWords:
+    """Return a question, calls of a tool in each round, with what they ask for and what they give, and a reply."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Is it warm in Qa?"}]
+    for pairs in rounds:
+        ids = [f"call0000{len(messages) + i}" for i in range(len(pairs))]
+        calls = [
+            {"id": own, "type": "function", "function": {"name": "Qb", "arguments": {"city": city}}}
+            for own, (city, _) in zip(ids, pairs, strict=True)
+        ]
+        messages.append({"role": "assistant", "content": content, "tool_calls": calls})
+        for own, (_, result) in zip(ids, pairs, strict=True):
+            messages.append({"role": "tool", "content": f"{result} degrees", "tool_call_id": own, "name": "Qb"})
+    messages.append({"role": "assistant", "content": "Qe, it is."})
+    asked, given = zip(*(pair for pairs in rounds for pair in pairs), strict=True)
+    return MarkedWords(tuple(messages), learned=("Qb", *asked, "Qe"), read=("Qa", *given), **options)
+
+
+_FIRST, _SECOND = ("Qc", "Qd"), ("Qh", "Qi")
+TOOLS = [
+    with_calls([_FIRST]),
+    with_calls([_FIRST], content=None, may_fail=True),
+    with_calls([_FIRST], content="Qf.", optional=("Qf",)),
+    with_calls([_FIRST], [_SECOND]),
+    with_calls([_FIRST, _SECOND], may_fail=True),
+]
+ROLES = f"{STATEMENT}, with any roles in any order; a template may refuse them, or leave out what is read"
+ENDED = "a reply that quotes what ends a reply is learned up to its own end"
 QUOTED = "a question that quotes what opens a reply in its template is not learned"
 THINKING = "replies with reasoning, which a template may drop, are learned; questions are not"
 CALLING = "calls of tools and the replies are learned, questions and results of tools are not; no text is lost"
 LAWS = (
     *(Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()),
+    Law("chat_mask", "roles", ROLES, UNUSUAL, unusual, in_its_template),
     Law("chat_mask", "opening", QUOTED, CONVERSATIONS["turns"][:1], opening, in_its_template),
+    Law("chat_mask", "closing", ENDED, CONVERSATIONS["turns"][:1], closing, in_its_template),
     Law("chat_mask", "reasoning", THINKING, [REASONING], marked_words),
-    Law("chat_tools", "calls", CALLING, [TOOLS], marked_words),
+    Law("chat_tools", "calls", CALLING, TOOLS, calls_of_tools),
 )

@@ -33,6 +33,7 @@ from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
+from minilora.testing.sequence_laws import Lengths
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 LAWS = in_order(
@@ -98,7 +99,7 @@ def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any
     return pytest.mark.parametrize("law", tried, ids=list(chosen))
 
 
-def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, int, int]] = ()) -> list[Report]:
+def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, ...]] = ()) -> list[Report]:
     """Check an implementation against all laws of these kinds, and return what each found.
 
     The report of a law about an option that the implementation does not take has `checked` False.
@@ -106,11 +107,11 @@ def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, int, int]
     Args:
         implementation: what the kinds take: see `laws`.
         kinds: one or more.
-        sizes: (in, out, r) of layers to be tried as well, where the laws are those of adapted layers.
+        sizes: what is to be tried as well: (in, out, r) of adapted layers, or lengths of documents or prompts.
 
     Raises:
         CheckFailure: the first law that is broken; likewise in every check below.
-        ValueError: no kind, or an unknown one; `sizes` of what has no layers.
+        ValueError: no kind, or an unknown one; `sizes` of what has none.
     """
     if not kinds:
         raise ValueError("name the kinds of laws to check, such as 'lora': see `laws`")
@@ -118,9 +119,12 @@ def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, int, int]
     for law in laws(*kinds).values():
         if sizes:
             largest = law.cases[-1]
-            if not isinstance(largest, AdaptedLinear):
+            if isinstance(largest, Lengths):
+                more: list[Any] = [Lengths(tuple(lengths)) for lengths in sizes]
+            elif isinstance(largest, AdaptedLinear):
+                more = [replace(largest, inner=inner, outer=outer, r=r) for inner, outer, r in sizes]
+            else:
                 raise ValueError(f"sizes: laws of {law.kind!r} have no sizes (in, out, r)")
-            more = [replace(largest, inner=inner, outer=outer, r=r) for inner, outer, r in sizes]
             law = replace(law, cases=[*law.cases, *more])
         try:
             reports.append(law.check(implementation))
@@ -161,7 +165,11 @@ def check_dora_linear(make_layer: Callable[..., Any], sizes: Sequence[tuple[int,
 
 
 def check_merge(merge: Callable[..., Any], use_dora: bool = False) -> list[Report]:
-    """Check a merged weight: merge(W, A, B, scale) = W + s·B A, or with DoRA's magnitude as a fifth argument."""
+    """Check a merged weight: merge(W, A, B, scale) = W + s·B A, or with DoRA's magnitude as a fifth argument.
+
+    It has the dtype of W, in which all tensors are given. The scale may be negative, tensors may be views and require
+    gradients, and none is changed.
+    """
     return check(merge, "merge_dora" if use_dora else "merge")
 
 
@@ -195,6 +203,9 @@ def check_double_quant(quantize: Callable[..., Any], dequantize: Callable[..., A
 def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
     """Check a linear layer with a frozen 4-bit weight: y = x dequantize(quantize(W))ᵀ + b, dx = dy dequantize(…).
 
+    In training and evaluation, with and without gradients, in each call, in float32, bfloat16 and float16, for x with
+    any leading sizes, and for W of any size, with outliers, and as a view. W and x stay as they were.
+
     Args:
         make_layer: (W, b) -> a layer, a callable of x (..., in), in blocks of 64; b may be None. If it takes
             `double_quant`, False and True are passed.
@@ -204,6 +215,9 @@ def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
 
 def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
     """Check a loss: L = 1/N Σ -log p(label at t + 1 | logits at t) over the N labels that are not -100.
+
+    Of up to 1,100 tokens, 40 rows and a vocabulary of 2,053, also without gradients and of views, which may be refused;
+    logits and labels stay as they were. The gradient is that of a loss that is multiplied by -4.
 
     Args:
         loss_fn: (logits (B, T, V), labels (B, T)) -> L. The gradient of the logits is checked where L is a tensor.
@@ -224,6 +238,11 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
 def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list[Report]:
     """Check what of a conversation is learned: each reply of the assistant, the end token after it, and nothing else.
 
+    White space next to an end token, such as the newline after it, may be learned or not. A template may refuse, with
+    an error, a conversation that begins with the assistant or ends with the user, other roles than system, user and
+    assistant, a system message in the middle, calls without content and several calls at once; of the first four it
+    may leave out what is not learned.
+
     Args:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the
             rendered text when they are joined, and whether each is learned. It is called with other words in place of
@@ -234,9 +253,14 @@ def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list
 
 
 def check_packing(
-    run: Callable[[list[list[int]]], Any], vocabulary: int, parameters: Sequence[Tensor] = ()
+    run: Callable[[list[list[int]]], Any],
+    vocabulary: int,
+    parameters: Sequence[Tensor] = (),
+    lengths: Sequence[tuple[int, ...]] = (),
 ) -> list[Report]:
     """Check that documents in one batch, end to end or padded, do not see each other, nor tokens what follows them.
+
+    Up to nine documents, of up to 99 tokens, some of equal lengths or equal; single tokens among them.
 
     Args:
         run: documents, a list of token lists of unequal lengths -> for each document its logits (T, V) or its losses
@@ -244,22 +268,29 @@ def check_packing(
             with one document, it gives what the model gives for this document by itself. Dropout is off.
         vocabulary: tokens are drawn below it.
         parameters: tensors of PyTorch whose gradients are compared too; `run` must then record gradients.
+        lengths: those of the documents of batches to be tried as well, such as [(2000, 3)].
     """
-    return check((run, vocabulary, tuple(parameters)), "packing")
+    return check((run, vocabulary, tuple(parameters)), "packing", sizes=lengths)
 
 
 def check_generation(
-    generate: Callable[[list[list[int]], int], Any], logits: Callable[[list[int]], Any], vocabulary: int
+    generate: Callable[[list[list[int]], int], Any],
+    logits: Callable[[list[int]], Any],
+    vocabulary: int,
+    lengths: Sequence[tuple[int, ...]] = (),
 ) -> list[Report]:
     """Check greedy decoding with a cache, of prompts of unequal lengths together, against recomputation.
+
+    Up to nine prompts, of up to 99 tokens, some of them equal, and up to 45 new tokens.
 
     Args:
         generate: (prompts, a list of token lists, and a number) -> that many new tokens of each prompt, the likeliest
             at each step; no token ends an answer.
         logits: tokens -> the logits (T, V) of the same model, all computed anew.
         vocabulary: tokens are drawn below it.
+        lengths: those of the prompts of batches to be tried as well.
     """
-    return check((generate, logits, vocabulary), "generation")
+    return check((generate, logits, vocabulary), "generation", sizes=lengths)
 
 
 def check_adapter_directory(path: str | Path) -> list[Report]:

@@ -95,6 +95,7 @@ class MicroBatches:
     vocabulary: int = 4
     seed: int = 0
     dtype: str = "float64"
+    spread: float = 1.0  # standard deviation of x
 
     def __str__(self) -> str:
         rows = " | ".join(" ".join(rows) for rows in self.groups)
@@ -111,7 +112,7 @@ class MicroBatches:
         return [[self._drawn(rng, text) for text in texts] for texts in self.groups]
 
     def _drawn(self, rng: np.random.Generator, text: str) -> Row:
-        x = rounded(rng.standard_normal((len(text), self.width)), self.dtype)
+        x = rounded(self.spread * rng.standard_normal((len(text), self.width)), self.dtype)
         return x, labels_of(text, rng.integers(0, self.vocabulary, len(text)))
 
     @cached_property

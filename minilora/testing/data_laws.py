@@ -1,8 +1,8 @@
 """Laws of the loss over labelled tokens, and of gradient accumulation over micro-batches."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,33 @@ LossFn = Callable[[Tensor, Tensor], Any]
 
 # --- the loss ---
 
+UPSTREAM = -4.0  # the gradient that comes from above: a loss may be scaled, or be one of several
+
 
 def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
     yield same(loss_fn, case, "the loss", case.logits, case.labels)
+
+
+def in_each_mode(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
+    ways: Sequence[tuple[str, Any, Any]] = (
+        ("", nullcontext, "C"),
+        (" under no_grad", torch.no_grad, "C"),
+        (" under inference_mode", torch.inference_mode, "C"),
+        (" of transposed views", nullcontext, "F"),
+    )
+    for mode, context, order in ways:
+        logits, labels = (np.array(array, order=order) for array in (case.logits, case.labels))
+        given = tensor(logits, case.dtype), tensor(labels, "int64")
+        try:
+            with context():
+                actual = loss_fn(*given)
+        except RuntimeError:  # a loss may refuse views
+            if order == "F":
+                return
+            raise
+        yield Comparison(f"the loss{mode}", actual, computed(case, actual).loss)
+        yield Comparison(f"logits{mode}, which are only read", given[0], case.logits)
+        yield Comparison(f"labels{mode}, which are only read", given[1], case.labels)
 
 
 def same(loss_fn: LossFn, case: MaskedLogits, name: str, logits: Array, labels: Array) -> Comparison:
@@ -40,16 +64,19 @@ def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
 def gradient(loss_fn: LossFn, case: MaskedLogits, changed: Array | None = None) -> Iterator[Comparison]:
     """Compare the gradient of the case's logits, or of logits that are changed where no label follows."""
     logits = tensor(case.logits if changed is None else changed, case.dtype).requires_grad_()
-    result = loss_fn(logits.clone(), tensor(case.labels, "int64"))
+    given, labels = logits.clone(), tensor(case.labels, "int64")
+    result = loss_fn(given, labels)
     if not isinstance(result, Tensor):
         raise NotApplicable("the loss is no tensor of PyTorch: it has no gradient")
     if not result.requires_grad:
         raise AssertionError("the loss has no gradient")
-    result.backward()
+    (UPSTREAM * result).backward()
     actual = torch.zeros_like(logits) if logits.grad is None else logits.grad
     case = computed(case, result)
     chosen = case.is_predicted
-    yield Comparison("the gradient of logits", as_array(actual)[chosen], case.gradient[chosen])
+    yield Comparison("the gradient of logits", as_array(actual)[chosen] / UPSTREAM, case.gradient[chosen])
+    yield Comparison("logits, which are only read", given, as_array(logits))
+    yield Comparison("labels, which are only read", labels, case.labels)
     rest = as_array(actual)[~chosen]
     yield Comparison("the gradient of logits in front of a label of -100", rest, np.zeros_like(rest))
 
@@ -104,9 +131,15 @@ StepFn = Callable[[Tensor, list[tuple[Tensor, Tensor]]], Any]
 
 
 def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
-    W = tensor(case.W, case.dtype)
-    yield Comparison("dW", step_fn(W, tensors(case, case.rows)), case.gradient)
+    W, given = tensor(case.W, case.dtype), tensors(case, case.rows)
+    batches = list(given)
+    yield Comparison("dW", step_fn(W, batches), case.gradient)
+    changed = f"found {len(batches)} after the call, expected {len(given)}"
+    yield claim("the number of micro-batches", "" if len(batches) == len(given) else changed)
     yield Comparison("W, which is only read", W, case.W)
+    for i, (own, right) in enumerate(zip(given, map(padded, case.rows), strict=True)):
+        for name, now, before in zip(("x", "labels"), own, right, strict=True):
+            yield Comparison(f"{name} of micro-batch {i}, which is only read", now, before)
 
 
 def regrouped(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
@@ -143,7 +176,7 @@ def logits_of(
 def batches_of(*all_groups: tuple[tuple[str, ...], ...]) -> list[MicroBatches]:
     """Return a case of each of these micro-batches in each dtype; the laws share them."""
     return [
-        MicroBatches(groups, 2 + seed % 3, (4, 3, 9)[seed % 3], seed, dtype)
+        MicroBatches(groups, 2 + seed % 3, (4, 3, 9)[seed % 3], seed, dtype, spread=(1.0, 8.0)[seed % 2])
         for dtype in ("float64", "float32")
         for seed, groups in enumerate(all_groups)
     ]
@@ -160,6 +193,11 @@ _ROWS = (  # from small to large
     ("..xxx.xx", ".x......", "xxxxxxxx", "......xx"),
 )
 LOGITS = logits_of(*_ROWS)
+LOGITS += [
+    MaskedLogits((".." + "x" * 1098,), 7, dtype="float32"),  # tokens
+    MaskedLogits(("..xx", "x.x."), 2053, dtype="float32"),  # of the vocabulary
+    MaskedLogits((".x.", "xxx") * 20, 7, dtype="float32"),  # rows
+]
 SOME = logits_of((".x.", "x.x"), (".xx.", "..x.", "...."), ("....xxx.", ".xx.x..."))
 ONE_LABEL = logits_of(*(("." * before + "x" + "." * after,) for before in (1, 2, 3) for after in (0, 1, 2)))
 EMPTY_ROWS = logits_of((".xx", "..."), ("....", ".xx.", "x..."))
@@ -173,12 +211,14 @@ GROUPS = (
     ((".x",), ("xxxx",), ("..x",)),
     ((".xx", "..x"), (".x..", "xxxx")),
     (("....xx..", ".x......"), ("xxxxxxxxxx",), ("..x", ".x."), (".x",)),
+    (("..x",), ("xxx",), (".x",)) * 6,
+    ((".x",), ("." + "x" * 99,)),
 )
 BATCHES = batches_of(*GROUPS)
 SINGLE = batches_of(((".x",),), ((".xx.", "...x"),))
 EMPTY = batches_of(((".xx",), ("...",)), ((".x",), ("..",), ("xxx",)))
 _LOSS = (
-    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", LOGITS, loss),
+    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", LOGITS, in_each_mode),
     ("gradient", "dL/dlogits = (softmax - onehot)/N where a label follows, else exactly 0", LOGITS, gradient),
     ("shift", "the last logits and the first label of a row do not count", SOME, ends),
     ("masked", "logits in front of a label of -100 do not matter", SOME, unlabelled),

@@ -1,6 +1,7 @@
 """Laws of linear layers with a frozen 4-bit weight: see `checks.check_linear4bit`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,28 +10,30 @@ from torch import Tensor, nn
 
 from minilora.testing.cases import tensor
 from minilora.testing.compare import as_array
-from minilora.testing.laws import Comparison, Law, NotApplicable, accepted
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
 from minilora.testing.lora_laws import backward, set_mode, with_dtype
-from minilora.testing.nf4_cases import QuantizedLinear
+from minilora.testing.nf4_cases import HARD_KINDS, QuantizedLinear
 
 Make = Callable[..., Any]
 
 
-def make_linear(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
-    """Make a layer, and return it with the tensors that it was given."""
+def make_linear(make: Make, case: QuantizedLinear, order: Any = "C") -> tuple[Any, dict[str, Tensor]]:
+    """Make a layer, and return it with the tensors that it was given, W in an order of numpy's."""
     options = accepted(make, double_quant=case.double_quant)
     if case.double_quant and not options:
         raise NotApplicable("the layer takes no `double_quant`")
-    given = {"W": tensor(case.weight.W, case.dtype)}
+    given = {"W": tensor(np.asarray(case.weight.W, order=order), case.dtype)}
     if case.b is not None:
         given["b"] = tensor(case.b, case.dtype)
     return make(given["W"], given.get("b"), **options), given
 
 
 def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = make_linear(make, case)
-    y = layer(tensor(np.asfortranarray(case.x), case.dtype))  # its strides are those of a transposed view
-    yield from with_dtype("y", y, case.output(case.x))
+    orders: dict[Any, str] = {"C": "y", "F": "y of transposed views of W and x"}
+    for order, what in orders.items():
+        layer, _ = make_linear(make, case, order)
+        x = tensor(np.asarray(case.x, order=order), case.dtype)
+        yield from with_dtype(what, layer(x), case.output(case.x))
 
 
 def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
@@ -41,8 +44,18 @@ def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 
 def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     layer, _ = make_linear(make, case)
-    x, _ = backward(layer, case)
-    yield Comparison("dx", x.grad, case.dx)
+    for mode, training in (("evaluation", False), ("training", True), ("training, once more", True)):
+        set_mode(layer, training)
+        x, _ = backward(layer, case)
+        yield Comparison(f"dx in {mode}", x.grad, case.dx)
+    x = tensor(case.x, case.dtype).requires_grad_()
+    layer(x).sum().backward()  # dy is a view of a single number
+    yield Comparison("the gradient of Σ y", x.grad, case.input_gradient(np.ones_like(case.dy)))
+
+
+def both(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    yield from product(make, case)
+    yield from input_gradient(make, case)
 
 
 def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
@@ -65,14 +78,23 @@ def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     yield Comparison("x, which is only read", x, case.x)
 
 
-def evaluation(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+def modes(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     layer, _ = make_linear(make, case)
-    x = tensor(case.x, case.dtype)
-    before = as_array(layer(x))
-    for training in (False, True):
+    for mode, training, context in (
+        ("training", True, nullcontext),
+        ("training, once more", True, nullcontext),
+        ("training under no_grad", True, torch.no_grad),
+        ("evaluation", False, nullcontext),
+        ("evaluation under no_grad", False, torch.no_grad),
+        ("evaluation under inference_mode", False, torch.inference_mode),
+        ("training after that", True, nullcontext),
+    ):
         set_mode(layer, training)
-        y = layer(x)
-    yield Comparison("y after an evaluation", y, before)
+        with context():
+            y = layer(tensor(case.x, case.dtype))
+        yield Comparison(f"y in {mode}", y, case.output(case.x))
+    found = as_array(layer(torch.full_like(tensor(case.x, case.dtype), torch.nan)))
+    yield claim("y of NaN", "" if np.isnan(found).all() else f"found {found.flat[0]:g}, expected NaN")
 
 
 # --- the table ---
@@ -92,22 +114,24 @@ def linears(
 _SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64), ((5,), 192, 136))
 LINEARS = linears(*_SIZES)
 LOW = linears(*_SIZES, dtype="bfloat16") + linears(*_SIZES, dtype="float16")
-LEADS = linears(((), 64, 3), ((0,), 64, 3), ((2, 3), 64, 3), ((2, 1, 3), 128, 2))
+LEADS = linears(*((lead, 64, 3) for lead in ((), (0,), (2, 3), (2, 2, 3), (1, 1), (3, 1), (70,))))
+WIDE = [QuantizedLinear((2,), 520, 130)]  # of more than 512 features, and of more than 65,536 weights
+HARD = [QuantizedLinear((2,), 70, 5, seed=seed, kind=kind) for seed, kind in enumerate(HARD_KINDS)]
 RAGGED = linears(((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,), 70, 3), ((2,), 96, 4))
 NESTED = linears(((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300), double_quant=True)  # at last two scales
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
 _DX = "dx = dy dequantize(quantize(W))"
 _LAWS = (
-    ("weight", f"{_LINEAR}, for x = 1", LINEARS, weight),
-    ("forward", _LINEAR, LINEARS, product),
-    ("gradients", _DX, LINEARS, input_gradient),
+    ("weight", f"{_LINEAR}, for x = 1", LINEARS + HARD, weight),
+    ("forward", _LINEAR, LINEARS + HARD + WIDE, product),
+    ("gradients", _DX, LINEARS + WIDE, input_gradient),
     ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", LEADS, product),
     ("shapes_dx", f"{_DX}, for such x", LEADS, input_gradient),
     ("ragged", f"{_LINEAR}, where rows end within a block", RAGGED, weight),
     ("ragged_dx", f"{_DX}, where rows end within a block", RAGGED, input_gradient),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
-    ("evaluation", "an evaluation leaves the output of training as it was", LINEARS, evaluation),
+    ("modes", f"{_LINEAR}, in training and evaluation, with and without gradients, in each call", LINEARS, modes),
     ("double_quant", f"{_LINEAR}, with 8-bit absmaxes", NESTED, weight),
-    ("16-bit", f"{_LINEAR}, in bfloat16 and float16", LOW, product),
+    ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW, both),
 )
 LAWS = tuple(Law("linear4bit", *row) for row in _LAWS)

@@ -1,22 +1,33 @@
 """Laws of merging an adapter into a weight, and of sums of adapters."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from minilora.testing.cases import AdaptedLinear, tensor
+import numpy as np
+
+from minilora.testing.cases import AdaptedLinear, Method, tensor
 from minilora.testing.compare import Array, Bounded
 from minilora.testing.laws import Comparison, Law
-from minilora.testing.lora_laws import linear_cases
+from minilora.testing.lora_laws import linear_cases, with_dtype
 
 
-def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
-    tensors = {name: tensor(case.arrays[name], case.dtype) for name in ("W", "A", "B", "magnitude")}
-    last = [tensors.pop("magnitude")]
-    actual = merge(*tensors.values(), case.scale, *(last if case.method == "dora" else []))
-    yield Comparison("the merged weight", actual, case.merged)
-    for name, given in tensors.items():
-        yield Comparison(f"{name}, which is only read", given, case.arrays[name])
+def merging(merge: Callable[..., Any], case: AdaptedLinear, order: Any = "C") -> Iterator[Comparison]:
+    names = ("W", "A", "B", *(["magnitude"] if case.method == "dora" else []))
+    given = {name: tensor(np.asarray(case.arrays[name], order=order), case.dtype) for name in names}
+    for name in names[1:]:
+        given[name].requires_grad_(order == "F")
+    actual = merge(*list(given.values())[:3], case.scale, *list(given.values())[3:])
+    right = case.merged
+    if case.method == "lora":  # the sum over the ranks may begin with W
+        right = replace(right, error=right.error + right.gamma(case.r + 1) * abs(case.W))
+    yield from with_dtype("the merged weight", actual, right)
+    for name in names:
+        yield Comparison(f"{name}, which is only read", given[name], case.arrays[name])
+
+
+def merging_parameters(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
+    yield from merging(merge, case, "F")
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class AdapterSum:
 
     @property
     def weights(self) -> list[float]:
-        return [(0.75, -1.5, 0.3)[i % 3] for i in range(len(self.ranks))]
+        return [(0.75, -1.5, 0.3, 2.5, 0.0)[i % 5] for i in range(len(self.ranks))]
 
 
 def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Comparison]:
@@ -58,15 +69,31 @@ def adapter_sum(add: Callable[..., Any], case: AdapterSum) -> Iterator[Compariso
     yield Comparison("ΔW", result, expected.widened(slack))
 
 
-RANKS = ((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2))  # of one, two and three adapters, equal and different
+RANKS = ((1,), (1, 1), (2, 2), (1, 2), (3, 1, 2), (2, 1, 1, 3), (1, 2, 2, 1, 4, 1, 1, 2, 1))  # equal and different
 SUMS = [AdapterSum(3, 4, ranks, seed) for seed, ranks in enumerate(RANKS)] + [
     AdapterSum(17, 9, (4, 8), 7),
     AdapterSum(136, 144, (32, 40), 8),
 ]
-LORA = linear_cases("lora", "float64") + linear_cases("lora", "float32")
-DORA = linear_cases("dora", "float64") + linear_cases("dora", "float32")
+
+
+def _merge_laws(kind: str, method: Method, equation: str) -> list[Law]:
+    plain = linear_cases(method, "float64") + linear_cases(method, "float32")
+    low = linear_cases(method, "bfloat16") + linear_cases(method, "float16")
+    hard = [AdaptedLinear(method, (1,), 9, 7, 3, scale, seed=i) for i, scale in enumerate((2 / 3, -1 / 3, 1e-3, 40.0))]
+    for dtype in ("float64", "bfloat16"):
+        hard += [AdaptedLinear(method, (1,), 9, 7, 3, weight=kind, dtype=dtype) for kind in ("outlier", "huge_ratio")]
+    hard += [hard[-1].changed(B=0 * hard[-1].B)]
+    hard += [AdaptedLinear(method, (1,), 530, 520, 70, 16 / 24)]
+    hard += [hard[0].changed(magnitude=-hard[0].magnitude)] if method == "dora" else []
+    return [
+        Law(kind, "weight", f"{equation}, and the inputs stay as they were", plain + hard, merging),
+        Law(kind, "parameters", f"{equation}, of transposed views that require a gradient", plain, merging_parameters),
+        Law(kind, "16-bit", f"{equation}, in the dtype of W: bfloat16 and float16", low, merging),
+    ]
+
+
 LAWS = (
-    Law("merge", "weight", "W' = W + s·B A, and the inputs stay as they were", LORA, merging),
-    Law("merge_dora", "weight", "W' = m·(W + s·B A)/‖W + s·B A‖ by row", DORA, merging),
+    *_merge_laws("merge", "lora", "W' = W + s·B A"),
+    *_merge_laws("merge_dora", "dora", "W' = m·(W + s·B A)/‖W + s·B A‖ by row"),
     Law("adapter_sum", "delta", "ΔW = Σ wᵢ·sᵢ·Bᵢ Aᵢ", SUMS, adapter_sum),
 )

@@ -58,12 +58,18 @@ def mean_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
     return torch.stack(gradients).mean(0)
 
 
+def mean_by_rows(W: Tensor, micro_batches: Batches) -> Tensor:
+    gradients = [len(labels) * accumulated_gradient(W, [(x, labels)]) for x, labels in micro_batches if count(labels)]
+    return torch.stack(gradients).sum(0) / sum(len(labels) for _, labels in micro_batches)
+
+
 def predictions(micro_batches: Batches) -> Any:
     return sum(count(labels) for _, labels in micro_batches)
 
 
 ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
     "it is the mean of the means of the micro-batches": mean_of_means,  # huggingface/transformers#34191
+    "the means of the micro-batches are weighted by their rows": mean_by_rows,
     "the sum is not divided": lambda W, batches: accumulated_gradient(W, batches) * predictions(batches),
     "the labels are counted before the shift": lambda W, batches: (
         accumulated_gradient(W, batches) * predictions(batches) / sum((labels != IGNORE).sum() for _, labels in batches)
@@ -114,6 +120,7 @@ def second_reply_lost(messages: Messages, tokens: Sequence[str], spans: Spans) -
 
 CHAT_MASK: Mapping[str, Render] = {
     "everything is learned": with_spans(lambda messages, tokens, spans: [(0, len(tokens))]),
+    "only the first reply is learned": with_spans(lambda messages, tokens, spans: spans[:1]),
     "only the last reply is learned": with_spans(lambda messages, tokens, spans: spans[-1:]),
     "the second of two replies in a row is not learned": with_spans(second_reply_lost),  # huggingface/trl#3224
     "the end token after a reply is not learned": with_spans(  # verl-project/verl#535
@@ -124,6 +131,9 @@ CHAT_MASK: Mapping[str, Render] = {
     ),
     "the token in front of a reply is learned": with_spans(
         lambda messages, tokens, spans: [(begin - 1, end) for begin, end in spans]
+    ),
+    "the mask is one token early": with_spans(
+        lambda messages, tokens, spans: [(begin - 1, end - 1) for begin, end in spans]
     ),
     "the mask is one token late": with_spans(  # zai-org/ChatGLM3#184
         lambda messages, tokens, spans: [(begin + 1, end + 1) for begin, end in spans]

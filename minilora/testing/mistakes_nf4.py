@@ -85,6 +85,7 @@ NF4: Mapping[str, Pair] = {
         code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True)
     ),
     "the absmax is the largest w instead of the largest |w|": pair(scale=lambda blocks: blocks.amax(1)),
+    "the absmaxes are rounded to bfloat16": pair(scale=lambda blocks: blocks.abs().amax(1).bfloat16().float()),
     "each row is taken for ⌊in/block_size⌋ whole blocks": pair(  # bitsandbytes 0.50.2 on AVX512
         dequantize=dequantize_whole_blocks
     ),

@@ -23,6 +23,7 @@ ABSMAX_LEVELS = replace(EXACT, error=EXACT.gamma(6) * abs(EXACT.value))
 NESTED = 256  # absmaxes that share a scale
 NORMAL = 2.0**-126  # below it, float32's 1/absmax can overflow, and numbers may be flushed to 0
 DrawnKind = WeightKind | Literal["zeros", "zero_block", "levels", "ties"]
+HARD_KINDS: tuple[DrawnKind, ...] = ("outlier", "constant", "tiny", "huge_ratio", "rank_deficient", "zeros")
 
 
 @dataclass(frozen=True)
@@ -172,19 +173,20 @@ class AbsmaxVector:
     """`absmax` (b) to be quantized to 8 bits, with the right `codes`, `scales`, `offset` and dequantized `values`."""
 
     count: int = 5
-    kind: Literal["normal", "constant", "outlier"] = "normal"
+    kind: Literal["normal", "constant", "outlier", "huge_ratio"] = "normal"
     seed: int = 0
     of: NF4Weight | None = None  # whose absmaxes are taken
     given: float | None = None  # an offset that was found, from which the rest follows, in place of the mean
+    power: int = 0  # of two, by which all are multiplied
 
     def __str__(self) -> str:
-        return f"{self.count} absmaxes, {self.kind}"
+        return f"{self.count} absmaxes, {self.kind}, times 2^{self.power}"
 
     @cached_property
     def absmax(self) -> Array:
         if self.of is not None:
             return self.of.absmax
-        return abs(NF4Weight(self.count, 64, kind=self.kind, seed=self.seed).W).max(1)
+        return abs(NF4Weight(self.count, 64, kind=self.kind, seed=self.seed, power=self.power).W).max(1)
 
     @property
     @lru_cache(maxsize=64)  # noqa: B019  # of equal cases, which several laws have
@@ -246,6 +248,7 @@ class QuantizedLinear:
     seed: int = 0
     dtype: str = "float32"
     double_quant: bool = False
+    kind: DrawnKind = "normal"  # of the weight
 
     def __str__(self) -> str:
         parts = ["with bias" if self.has_bias else "no bias", *["double quantization"] * self.double_quant, self.dtype]
@@ -253,13 +256,14 @@ class QuantizedLinear:
 
     @cached_property
     def weight(self) -> NF4Weight:
-        return NF4Weight(self.outer, self.inner, seed=self.seed, dtype=self.dtype)
+        return NF4Weight(self.outer, self.inner, kind=self.kind, seed=self.seed, dtype=self.dtype)
 
     @cached_property
     def _drawn(self) -> tuple[Array, Array, Array]:
         rng = np.random.default_rng(self.seed + 1)
         shapes = ((self.outer,), (*self.lead, self.inner), (*self.lead, self.outer))
-        b, x, dy = (rounded(rng.standard_normal(shape), self.dtype) for shape in shapes)
+        largest = 1000.0 if self.kind == "outlier" else 1.0
+        b, x, dy = (rounded(largest * rng.standard_normal(shape), self.dtype) for shape in shapes)
         return b, x, dy
 
     b = property(lambda self: self._drawn[0] if self.has_bias else None)
@@ -282,11 +286,20 @@ class QuantizedLinear:
         if self.b is not None:  # added to the sum, or its first term
             b, ones = (Bounded.exact(column[:, None], self.dtype) for column in (self.b, np.ones(len(rows.value))))
             y = (y + self.b).widened(rows.beside(ones, 1) @ W.beside(b, 1).T)
-        return y.reshape(*x.shape[:-1], self.outer)
+        return self._unless_it_overflows(y).reshape(*x.shape[:-1], self.outer)
 
     @property
     def dx(self) -> Bounded:
-        return (Bounded.exact(self.dy.reshape(-1, self.outer), self.dtype) @ self.dense).reshape(*self.x.shape)
+        return self.input_gradient(self.dy)
+
+    def input_gradient(self, dy: Array) -> Bounded:
+        dx = Bounded.exact(dy.reshape(-1, self.outer), self.dtype) @ self.dense
+        return self._unless_it_overflows(dx).reshape(*self.x.shape)
+
+    def _unless_it_overflows(self, result: Bounded) -> Bounded:
+        """Return a result of which any number is right where it may be infinite in the layer's dtype."""
+        most = torch.finfo(getattr(torch, self.dtype)).max
+        return replace(result, error=np.where(abs(result.value) > most / 2, np.inf, result.error))
 
 
 SHAPES = (  # rows, columns: odd counts, rows that end within a block, as many blocks as rows or as columns

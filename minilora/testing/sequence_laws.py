@@ -32,17 +32,21 @@ class Decoder(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token sequences of these lengths, drawn from a seed: `tokens(vocabulary)`."""
+    """Token sequences of these lengths, drawn from a seed: `tokens(vocabulary)`; `new` are to be generated."""
 
     lengths: tuple[int, ...] = (3, 2)
     seed: int = 0
+    new: int = 6
+    has_equal: bool = False  # sequences of equal lengths are equal
 
     def __str__(self) -> str:
-        return f"sequences of {', '.join(map(str, self.lengths))} tokens"
+        return f"sequences of {', '.join(map(str, self.lengths))} tokens{', some of them equal' * self.has_equal}"
 
     def tokens(self, vocabulary: int) -> list[Tokens]:
         rng = np.random.default_rng(self.seed)
-        return [rng.integers(0, vocabulary, length).tolist() for length in self.lengths]
+        drawn = [rng.integers(0, vocabulary, length).tolist() for length in self.lengths]
+        first = {len(tokens): tokens for tokens in reversed(drawn)}
+        return [list(first[len(tokens)]) for tokens in drawn] if self.has_equal else drawn
 
 
 def allowed(result: Any) -> float:
@@ -61,7 +65,9 @@ def near(right: Any, result: Any) -> Bounded:
 
 def results(packed: Packed, documents: list[Tokens]) -> list[Any]:
     """Return the result of each document, or of one number, the mean loss, the sum of the losses."""
-    result = packed.run([list(document) for document in documents])
+    given = [list(document) for document in documents]
+    result = packed.run(given)
+    assert given == documents, "the documents, which are only read, are others after the call"
     if isinstance(result, list | tuple):
         assert len(result) == len(documents), f"found {len(result)} results for {len(documents)} documents"
         return list(result)
@@ -110,13 +116,16 @@ def neighbours(packed: Packed, case: Lengths) -> Iterator[Comparison]:
 
 def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     for i, document in enumerate(case.tokens(packed.vocabulary)):
-        changed = [*document[:-1], (document[-1] + 1) % packed.vocabulary]
-        own, other = (result_of(packed, tokens) for tokens in (document, changed))
-        if len(document) > 1 and np.array_equal(as_array(own), as_array(other)):
-            raise AssertionError("found the same result for other tokens: nothing can be compared")
-        if as_array(own).ndim:
-            name = f"document {i} by itself, in front of a last token that is another"
-            yield Comparison(name, as_array(other)[:-1], near(own, own)[:-1])
+        T = len(document)
+        for place in sorted({T // 4, T // 2, T - 1}):
+            changed = [*document[:place], (document[place] + 1) % packed.vocabulary, *document[place + 1 :]]
+            own, other = (result_of(packed, tokens) for tokens in (document, changed))
+            if T > 1 and np.array_equal(as_array(own), as_array(other)):
+                raise AssertionError("found the same result for other tokens: nothing can be compared")
+            if as_array(own).ndim:
+                before = slice(max(0, place + len(own) - T))  # of losses, that of the token itself is the one before
+                name = f"document {i} by itself, in front of token {place}, which is another,"
+                yield Comparison(name, as_array(other)[before], near(own, own)[before])
 
 
 def summed_gradients(packed: Packed, case: Lengths) -> Iterator[Comparison]:
@@ -150,17 +159,19 @@ def slopes(packed: Packed, documents: list[Tokens]) -> list[torch.Tensor]:
 def greedy(decoder: Decoder, case: Lengths) -> Iterator[Comparison]:
     prompts = case.tokens(decoder.vocabulary)
     for way, chosen in (("", prompts), (" in reverse order", prompts[::-1]), (" by itself", prompts[:1])):
-        answers = decoder.generate([list(prompt) for prompt in chosen], NEW)
+        given = [list(prompt) for prompt in chosen]
+        answers = decoder.generate(given, case.new)
+        yield claim("the prompts", "" if given == chosen else "they are only read, and others after the call")
         counts = f"found {len(answers)} answers to {len(chosen)} prompts"
         yield claim(f"the answers{way}", "" if len(answers) == len(chosen) else counts)
         for i, (prompt, answer) in enumerate(zip(chosen, answers, strict=False)):
-            yield claim(f"the answer to prompt {i}{way}", unlikely(decoder, prompt, [int(token) for token in answer]))
+            yield claim(f"the answer to prompt {i}{way}", unlikely(decoder, prompt, list(map(int, answer)), case.new))
 
 
-def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens) -> str:
+def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens, new: int) -> str:
     """Say which token of an answer has not the largest logit of a model that computes all tokens anew; or ""."""
-    if len(answer) != NEW:
-        return f"found {len(answer)} tokens; accepted are {NEW}"
+    if len(answer) != new:
+        return f"found {len(answer)} tokens; accepted are {new}"
     found = decoder.logits(prompt + answer[:-1])
     rows = as_array(found)[len(prompt) - 1 :]
     for i, (token, row) in enumerate(zip(answer, rows, strict=True)):
@@ -169,17 +180,28 @@ def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens) -> str:
     return ""
 
 
-NEW = 6  # tokens to generate
-_LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (9, 2, 17), (33, 1, 8, 20))
+_LENGTHS = (
+    (2,),
+    (3, 2),
+    (2, 3, 5),
+    (1, 4),
+    (4, 1, 1),
+    (5, 5, 5),
+    (9, 2, 17),
+    (2, 4, 1, 3, 2, 6, 3, 1, 5),
+    (99, 1, 8, 20),
+)
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
+CASES.insert(-1, Lengths((4, 3, 4, 4, 3), has_equal=True))
 SEVERAL = CASES[1:]
+PROMPTS = [*CASES, Lengths((3, 12), new=45)]
 _PACKING = (
     ("alone", "each document has the result that it has by itself", SEVERAL, by_itself),
     ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours),
     ("causal", "a token changes results, and none in front of it", SEVERAL, causal),
     ("gradients", "gradients are the sums of the documents' own", SEVERAL, summed_gradients),
 )
-_GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", CASES, greedy)
+_GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", PROMPTS, greedy)
 LAWS = (
     *(Law("packing", *row, takes=Packed) for row in _PACKING),
     Law("generation", *_GREEDY, takes=Decoder),

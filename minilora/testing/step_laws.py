@@ -2,26 +2,38 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from minilora.testing.compare import Array, as_array
 from minilora.testing.laws import CheckFailure, Report
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 STATEMENT = "a step changes every parameter that is meant to be trained, and nothing else"
+HAD_GRADIENT = (
+    "its gradient was not 0: the optimizer does not have it, its learning rate is 0, the step was skipped, or the "
+    "change is rounded away"
+)
 Read = Callable[[], Mapping[str, Any]]
 
 
 def check_trains_everything(
-    model: nn.Module | Read, step: Callable[[], Any], trained: Iterable[str] | None = None, steps: int = 2
+    model: nn.Module | Read,
+    step: Callable[[], Any],
+    trained: Iterable[str] | None = None,
+    steps: int = 2,
+    loss: Callable[[], Any] | None = None,
 ) -> Report:
     """Check that training steps change every parameter that is meant to be trained, and nothing else.
 
-    Two steps, because LoRA's A has no gradient in the first one, where B = 0.
+    Two steps, because LoRA's A has no gradient in the first one, where B = 0. In each step a parameter that gets a
+    gradient has to change, in all of its parts that get one, and first against the gradient, which starts from zero.
+    Dtypes, frozen weights and buffers stay as they were, except the statistics of batch norms that are trained.
 
     Args:
         model: any module; or, for other libraries, a function that returns its arrays by name.
@@ -29,71 +41,165 @@ def check_trains_everything(
         trained: names of what is meant to be trained, as `named_parameters` has them; by default what requires a
             gradient. For arrays it must be given.
         steps: how many steps are made.
+        loss: returns the loss of the batch, a number; if given, it has to be lower after the steps than before.
 
     Raises:
         CheckFailure: something kept its value, changed without being meant to, or is not finite; each with its cause
             as far as it shows.
         ValueError: `trained` is missing, empty, or has a name that the model does not have.
     """
-    # a shared parameter under each of its names
-    parameters = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
-    before = snapshot(model)
+    parameters = named(model)
     if trained is None:
         trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     meant = set(trained or ())
+    before = start = snapshot(model, meant)
     if unknown := sorted(meant - set(before)):
         raise ValueError(f"trained: the model has no {unknown[0]!r}; it has {', '.join(before)}")
     if not meant:
         raise ValueError("trained: found no name; accepted are one or more")
-    with watched(parameters) as gradients:
-        for _ in range(steps):
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    traces = {name: Trace(torch.finfo(dtypes.get(name, torch.float32)).eps) for name in sorted(meant)}
+    first = float(loss()) if loss else 0.0
+    for number in range(1, steps + 1):
+        with watched(named(model)) as found:
             step()
-    after = snapshot(model)
-    problems = []
-    for name, old in before.items():
-        new = after.get(name)
-        if new is None:
-            problems.append(f"{name}: gone after the step")
-        elif not np.isfinite(new).all() and np.isfinite(old).all():
-            problems.append(f"{name}: not finite after the step")
-        elif name in meant and np.array_equal(old, new):
-            problems.append(f"{name}: unchanged; {why_unchanged(parameters.get(name), gradients.get(name))}")
-        elif name in meant and gradients.get(name) is False:
-            reason = why_unchanged(parameters.get(name), gradients.get(name))
-            problems.append(f"{name}: changed only by weight decay or momentum; {reason}")
-        elif name not in meant and not np.array_equal(old, new, equal_nan=True):
-            problems.append(f"{name}: changed; {why_changed(parameters, name)}")
-    if problems:
-        lines = [f"trains-everything: {len(problems)} of {len(before)} tensors are wrong", f"  law: {STATEMENT}"]
-        raise CheckFailure("\n".join(lines + [f"  {problem}" for problem in problems]), "trains-everything", None)
-    return Report("trains-everything", STATEMENT, 0.0, len(before))
+        after = snapshot(model, meant)
+        noise = 1e-5 * max((abs(own.gradient).max(initial=0.0) for own in found.values()), default=0.0)
+        for name, trace in traces.items():
+            if name in after and after[name].shape == before[name].shape:
+                trace.add(number, before[name], after[name], found.get(name), noise)
+        before = after
+    reasons = {name: change_of(name, old, after.get(name), traces.get(name), parameters) for name, old in start.items()}
+    for name, own in named(model).items():
+        if own.dtype != dtypes.get(name, own.dtype):
+            reasons[name] = f"its dtype was {dtypes[name]}, and is {own.dtype}"
+    if loss and not (last := float(loss())) < first:
+        reasons["the loss"] = f"it was {first:.6g} before the steps, and is {last:.6g}: is it ascended?"
+    if problems := [f"  {name}: {reason}" for name, reason in reasons.items() if reason]:
+        title = f"trains-everything: {len(problems)} of {len(start)} tensors are wrong"
+        raise CheckFailure("\n".join([title, f"  law: {STATEMENT}", *problems]), "trains-everything", None)
+    return Report("trains-everything", STATEMENT, 0.0, len(start))
 
 
-def snapshot(model: nn.Module | Read) -> dict[str, Any]:
-    """Return copies of all parameters and buffers, except the statistics of batch norms."""
+def change_of(
+    name: str, old: Array, new: Array | None, trace: "Trace | None", parameters: Mapping[str, nn.Parameter]
+) -> str:
+    """Say what is wrong with the change of a tensor, which has a trace if it is meant to be trained; or ""."""
+    if new is None:
+        return "gone after the step"
+    if not np.isfinite(new).all() and np.isfinite(old).all():
+        return "not finite after the step"
+    if trace is None:
+        return "" if np.array_equal(old, new, equal_nan=True) else f"changed; {why_changed(parameters, name)}"
+    if np.array_equal(old, new):
+        return f"unchanged; {why_unchanged(parameters.get(name), trace.has_gradient)}"
+    if trace.has_gradient is False:
+        return f"changed only by weight decay or momentum; {why_unchanged(parameters.get(name), False)}"
+    return trace.wrong_at_last(old)
+
+
+def named(model: nn.Module | Read) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module, a shared one under each of its names; none of arrays."""
+    return dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+
+
+def snapshot(model: nn.Module | Read, meant: set[str]) -> dict[str, Any]:
+    """Return copies of all parameters and buffers, except the statistics of batch norms that are trained."""
     if not isinstance(model, nn.Module):
         return {name: np.array(array) for name, array in model().items()}
-    norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    norms = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and (not module.affine or {f"{path}.{name}" for name in ("weight", "bias")} & meant)
+    }
     buffers = {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in norms}
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in {**named(model), **buffers}.items()}
     return {name: (own.double() if own.is_floating_point() else own).numpy() for name, own in copies.items()}
 
 
-@contextmanager
-def watched(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, bool]]:
-    """Note of each parameter that gets a gradient whether any was other than 0."""
-    seen: dict[str, bool] = {}
+class Found(NamedTuple):
+    """The gradient that came to a parameter in a call, and whether there was one before."""
 
-    def note(name: str, own: torch.Tensor) -> None:
-        # None where an optimizer steps in the backward pass
-        seen[name] = seen.get(name, False) or own.grad is None or bool(own.grad.any())
+    was_there: bool
+    gradient: Array
+
+
+@contextmanager
+def watched(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Found]]:
+    """Note the sum of the gradients that come to each parameter."""
+    found: dict[str, Found] = {}
+
+    def note(name: str, own: nn.Parameter, gradient: torch.Tensor) -> None:
+        dense = gradient.detach().to_dense() if gradient.is_sparse else gradient
+        before = found.get(name, Found(own.grad is not None and bool(own.grad.any()), np.zeros(own.shape)))
+        found[name] = before._replace(gradient=before.gradient + as_array(dense))
 
     with ExitStack() as hooks:
         for name, parameter in parameters.items():
             if parameter.requires_grad and parameter.is_leaf:
-                hooks.enter_context(parameter.register_post_accumulate_grad_hook(partial(note, name)))
-        yield seen
+                hooks.enter_context(parameter.register_hook(partial(note, name, parameter)))
+        yield found
+
+
+@dataclass
+class Trace:
+    """What the steps so far did to a parameter."""
+
+    unit: float = 0.0  # rounding of its dtype
+    problem: str = ""  # the first that a step shows
+    idle: int = 0  # a step that left it as it was, in spite of a gradient
+    has_gradient: bool | None = None  # other than 0; None if none came
+    gradient: Any = 0.0  # the largest |gradient| of each number
+    moved: Any = False  # each number, in a step
+    units: float = 0.0  # by how many units the numbers of a step moved
+
+    def add(self, number: int, old: Array, new: Array, found: Found | None, noise: float) -> None:
+        """Take a step into account; a gradient below the noise is one of 0 that is rounded."""
+        moves = old != new
+        self.moved = self.moved | moves
+        if found is None:
+            return
+        self.has_gradient = bool(self.has_gradient or found.gradient.any())
+        own = np.where(abs(found.gradient) > noise, found.gradient, 0.0)
+        is_first, self.gradient = not np.any(self.gradient), np.fmax(self.gradient, abs(own))
+        if moves.any():
+            with np.errstate(divide="ignore"):
+                moved_by = abs(new - old)[moves] / (self.unit * abs(old)[moves])
+            self.units = max(self.units, float(np.median(moved_by)))
+            if own.any() and is_first:
+                self.problem = self.problem or contradiction(old, new, own)
+        elif own.any():
+            self.idle = number
+        if own.any() and number > 1 and found.was_there:
+            self.problem = f"in step {number} its gradient was added to that of the step before: zero it"
+
+    def wrong_at_last(self, old: Array) -> str:
+        """Say what is wrong after all steps; or "". What moves by a few units only may stay because of rounding."""
+        has_gradient = self.moved & (self.gradient > 0)
+        if self.problem or self.units < 8 or not has_gradient.any():
+            return self.problem
+        if self.idle:
+            return f"unchanged in step {self.idle}; {HAD_GRADIENT}"
+        units, stays = np.spacing(abs(old)), ~self.moved & (self.gradient > 0)
+        comparable = stays & (self.gradient >= np.median(self.gradient[has_gradient]))
+        comparable &= units <= np.median(units[has_gradient])
+        found = f"unchanged in {stays.sum()} of {old.size} numbers, whose gradients are as large as those of others"
+        return found if 16 * comparable.sum() >= old.size else ""
+
+
+def contradiction(old: Array, new: Array, gradient: Array) -> str:
+    """Say how a first change contradicts the gradient, except that weight decay moves numbers towards 0; or ""."""
+    change, weight = new - old, abs(gradient)
+    grows = (change != 0) & (change * old >= 0)
+    if weight[grows & (change * gradient > 0)].sum() > 0.75 * weight[grows].sum():
+        return "it moved along its gradient, and not against it: the loss is ascended"
+    shrinks = old * gradient < 0  # and should grow
+    if not grows.any() and weight[shrinks].sum() > weight.sum() / 8 and np.ptp(abs(old)) > 0:
+        ratios = new[old != 0] / old[old != 0]
+        if np.ptp(ratios) < 1e-6:
+            return "changed only by weight decay; its gradient was not 0, but was lost before the optimizer's step"
+    return ""
 
 
 def why_unchanged(parameter: nn.Parameter | None, has_gradient: bool | None) -> str:
@@ -109,10 +215,7 @@ def why_unchanged(parameter: nn.Parameter | None, has_gradient: bool | None) -> 
         )
     if not has_gradient:
         return "its gradient was exactly 0: no token reached it, or what multiplies it is 0"
-    return (
-        "its gradient was not 0: the optimizer does not have it, its learning rate is 0, the step was skipped, "
-        f"or the change is rounded away in {parameter.dtype}"
-    )
+    return f"{HAD_GRADIENT} in {parameter.dtype}"
 
 
 def why_changed(parameters: Mapping[str, nn.Parameter], name: str) -> str:

@@ -1,0 +1,251 @@
+"""Mistakes that show only in rare calls, such as a second one or one without gradients: each is refused.
+
+Each is an implementation that is right elsewhere; `catalogue` has the mistakes that have a name.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minilora.testing import CheckFailure, check, check_kernel, check_trains_everything
+from minilora.testing.implementations import (
+    Linear4bit,
+    double_dequantize,
+    double_quantize,
+    loss_sum,
+    masked_loss,
+    merge,
+    render_chat,
+)
+from minilora.testing.mistakes_layers import with_formula
+from tests.models import randn
+from tests.test_chat_laws import with_tools
+from tests.test_kernel_laws import inputs, softmax, with_slope
+from tests.test_sequence_laws import PACKED, VOCABULARY, decoder
+
+
+def doubled_where(condition):
+    """A 4-bit linear whose output is doubled where a condition holds."""
+    return with_formula(Linear4bit, lambda self, x: self(x) * (2 if condition(x) else 1))
+
+
+class Unweighted(torch.autograd.Function):
+    """A loss that makes its gradient in the forward pass, and ignores what comes from above."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            loss = masked_loss(leaf, labels)
+        ctx.save_for_backward(*torch.autograd.grad(loss, leaf))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.saved_tensors[0], None
+
+
+def changing_labels(logits, labels):
+    loss = masked_loss(logits, labels)
+    labels[labels == -100] = 0
+    return loss
+
+
+def rendered(is_learned):
+    """Render as `render_chat`; `is_learned` of the messages, the number of one and that of a token in it."""
+
+    def render(messages):
+        parts = [(n, i, token) for n, own in enumerate(messages) for i, token in enumerate(render_chat([own])[0])]
+        return [token for _, _, token in parts], [i > 0 and bool(is_learned(messages, n, i)) for n, i, _ in parts]
+
+    return render
+
+
+def of_reply(messages, n, token=0):
+    return messages[n]["role"] == "assistant"
+
+
+def seeing(sees):
+    """Documents, the tokens of which see those before them in other documents, too, where `sees` is true of both."""
+
+    def run(documents):
+        logits = PACKED.run(documents)
+        for i, own in enumerate(documents):
+            before = [z.mean() for z, other in zip(logits[:i], documents, strict=False) if sees(documents, other, own)]
+            logits[i] = logits[i] + sum(before)
+        return logits
+
+    return run, VOCABULARY, PACKED.parameters
+
+
+RARE = {
+    "linear4bit": {
+        "under no_grad": doubled_where(lambda x: not torch.is_grad_enabled()),
+        "for x (B, 1, in)": doubled_where(lambda x: x.ndim == 3 and x.size(1) == 1),
+        "with more than 512 features": doubled_where(lambda x: x.size(-1) > 512),
+        "in the gradient of bfloat16": with_formula(
+            Linear4bit, lambda self, x: self(2 * x - x.detach()) if x.dtype == torch.bfloat16 else self(x)
+        ),
+    },
+    "double_quant": {
+        "small absmaxes are clipped": (lambda absmax: double_quantize(absmax.clamp(min=1e-3)), double_dequantize)
+    },
+    "merge": {"the scale is rounded": lambda W, A, B, scale: merge(W, A, B, round(scale, 3))},
+    "loss_masking": {
+        "the gradient from above is ignored": Unweighted.apply,
+        "behind 64 tokens": lambda logits, labels: masked_loss(logits[:, :64], labels[:, :64]),
+        "above 256 tokens of the vocabulary": lambda logits, labels: masked_loss(
+            logits[..., :256], labels.clamp(max=255)
+        ),
+        "labels are changed": changing_labels,
+        "under no_grad": lambda logits, labels: (masked_loss if torch.is_grad_enabled() else loss_sum)(logits, labels),
+    },
+    "chat_mask": {
+        "a user's turn at the end": rendered(lambda m, n, i: of_reply(m, n) or n == len(m) - 1),
+        "a system message in the middle": rendered(lambda m, n, i: of_reply(m, n) or (n and m[n]["role"] == "system")),
+        "unknown roles": rendered(lambda m, n, i: m[n]["role"] not in ("user", "system")),
+        "behind an assistant at the beginning": rendered(lambda m, n, i: of_reply(m, n) or of_reply(m, 0)),
+        "replies of more than 100 tokens": rendered(lambda m, n, i: of_reply(m, n) and i <= 100),
+        "what is behind 256 tokens is cut off": lambda messages: [each[:256] for each in render_chat(messages)],
+    },
+    "chat_tools": {
+        "the end token of a call": lambda messages: with_tools(
+            messages, unlearned=lambda message, word: word == "[/]" and "tool_calls" in message
+        ),
+        "the second of two calls": lambda messages: with_tools(
+            [{**m, "tool_calls": m["tool_calls"][:1]} if "tool_calls" in m else m for m in messages]
+        ),
+    },
+    "packing": {
+        "documents of equal length": seeing(lambda documents, other, own: len(other) == len(own)),
+        "equal documents": seeing(lambda documents, other, own: other == own and len(own) > 3),
+        "more than four documents": seeing(lambda documents, other, own: len(documents) > 4),
+    },
+    "generation": {
+        "behind 40 tokens": decoder("a window of 40 tokens"),
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in RARE for name in RARE[kind]])
+def test_what_is_wrong_in_rare_calls_only_is_refused(kind, name):
+    with pytest.raises(CheckFailure):
+        check(RARE[kind][name], kind)
+
+
+# --- steps ---
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter, behind a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4).requires_grad_(False).eval()
+        self.W, self.A, self.B = randn(0, 6, 4), nn.Parameter(randn(1, 2, 4)), nn.Parameter(torch.zeros(6, 2).double())
+
+    def forward(self, x):
+        return F.linear(self.norm(x.float()).double(), self.W + self.B.to(self.A) @ self.A)
+
+
+def stepping(model, optimizer, *, zero=True, between=lambda: None, after=lambda: None, sign=1, skips=None):
+    calls = []
+
+    def step():
+        calls.append(None)
+        loss = sign * loss_of(model)
+        loss.backward()
+        between()
+        if len(calls) != skips:
+            optimizer.step()
+        after()
+        if zero:
+            optimizer.zero_grad()
+
+    return step
+
+
+def loss_of(model):
+    return (model(randn(2, 16, 4)) - randn(3, 16, 6)).square().mean()
+
+
+def half_put_back(model):
+    model.B.data[3:] = 0
+
+
+STEPS = {  # of a model and an optimizer
+    "gradients are never zeroed": lambda model, own: stepping(model, own, zero=False),
+    "the loss is ascended": lambda model, own: stepping(model, own, sign=-1),
+    "a gradient is ascended": lambda model, own: stepping(model, own, between=lambda: model.A.grad.neg_()),
+    "half of B's rows": lambda model, own: stepping(model, own, after=lambda: half_put_back(model)),
+    "the second step is skipped": lambda model, own: stepping(model, own, skips=2),
+    "a gradient is zeroed": lambda model, own: stepping(model, own, between=lambda: model.A.grad.zero_()),
+    "statistics of a frozen norm": lambda model, own: stepping(model.train(), own),
+    "the dtype": lambda model, own: stepping(
+        model,
+        torch.optim.SGD([model.A, model.B], 0.01),
+        after=lambda: setattr(model.B, "data", model.B.data.half()),
+    ),
+}
+
+
+def adapted(step_of):
+    model = Adapted()
+    optimizer = torch.optim.AdamW([model.A, model.B], 0.01, weight_decay=0.1)
+    return check_trains_everything(model, step_of(model, optimizer), loss=lambda: loss_of(model).item())
+
+
+def test_a_right_step_of_an_adapter_passes():
+    assert adapted(stepping).checked
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_is_wrong_in_part_is_refused(name):
+    with pytest.raises(CheckFailure):
+        adapted(STEPS[name])
+
+
+# --- kernels ---
+
+
+def rule(p, dy):
+    return p * (dy - (p * dy).sum(-1, keepdim=True))
+
+
+def keeping_the_first():
+    kept = {}
+    return lambda x, W: softmax(x, W - W.detach() + kept.setdefault(W.shape, W.detach().clone()))
+
+
+def with_a_workspace():
+    workspace = torch.empty(8, 32)
+
+    def kernel(x, W):
+        return softmax(x, W) if torch.is_grad_enabled() else workspace.copy_(softmax(x, W))
+
+    return kernel
+
+
+def by_powers(x, W):
+    e = (x @ W).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+KERNELS = {
+    "the second call": keeping_the_first,
+    "the result of the call before": with_a_workspace,
+    "under no_grad": lambda: lambda x, W: softmax(x * (1 if torch.is_grad_enabled() else 2), W),
+    "strides": lambda: lambda x, W: softmax(torch.as_strided(x, (8, 16), (16, 1)), W),
+    "overflow": lambda: by_powers,
+    "large numbers": lambda: lambda x, W: softmax(x.clamp(-8, 8), W),
+    "strides of the gradient": lambda: with_slope(lambda p, dy: rule(p, dy if dy.is_contiguous() else 0 * dy)),
+    "the gradient is changed": lambda: with_slope(lambda p, dy: rule(p, dy.mul_(2)) / 2),
+    "the gradient of one tensor only": lambda: lambda x, W: softmax(x, W if x.requires_grad else 1.0 * W.detach()),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_that_is_wrong_in_rare_calls_is_refused(name):
+    with pytest.raises(CheckFailure):
+        check_kernel(KERNELS[name](), softmax, inputs(0, torch.float32))
