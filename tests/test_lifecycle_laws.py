@@ -328,7 +328,7 @@ def load_merged(model, path, unties=True):
 
 def test_merged_models_keep_the_laws_if_a_head_that_was_tied_is_no_longer():
     check_roundtrip(attach, save_merged, load_merged)
-    with pytest.raises(CheckFailure, match="roundtrip-(tied_head|head_in_full)"):
+    with pytest.raises(CheckFailure, match=r"roundtrip-(tied_head|head_in_full)"):
         check_roundtrip(attach, save_merged, lambda model, path: load_merged(model, path, unties=False))
 
 
@@ -367,7 +367,7 @@ def test_a_merge_of_numpy_arrays_keeps_them():
 
     functions = [lambda layer, sign=sign: layer.__wrapped__.add(sign) for sign in (1, -1)]
     reports = check_merge_cycle(on_numpy(Layer), *functions)
-    assert [report.checked for report in reports] == [True, True, True, True, False]
+    assert [report.checked for report in reports] == [True, True, False, False, False]
 
 
 def test_our_runs_are_resumed():
@@ -389,7 +389,7 @@ def test_our_checkpointing_changes_no_gradient(way):
     ml.attach(model, ml.LoraConfig(r=2, lora_dropout=0.3))
     randomize_adapters_(model)
     model.train()
-    batch = collate([Example(row, row) for row in token_ids(0, 3, 9).tolist()])
+    batch = collate([Example(row, row) for row in token_ids(0, 3, 9).tolist()], "cpu")
 
     def gradients(recompute, seed):
         ml.set_dropout_step(model, seed, 0)
@@ -433,7 +433,7 @@ def test_all_laws_are_reported_where_some_are_broken():
     assert table["roundtrip-dora"] == "–"
     assert float(table["roundtrip-alpha"]) < 1
     assert caught.value.law == "roundtrip-rslora"
-    assert "the logits of what was loaded: wrong" in str(caught.value)
+    assert "the logits of what was saved and loaded once: wrong" in str(caught.value)
     assert check(TAKEN["roundtrip"](by_hand), "roundtrip", all=True)
 
 
@@ -456,7 +456,7 @@ def test_what_cannot_be_wrong_is_refused():
 
     with pytest.raises(CheckFailure, match="found no parameter that requires a gradient"):
         check_roundtrip(frozen, by_hand.save, by_hand.load)
-    with pytest.raises(CheckFailure, match="the adapter does not act"):
+    with pytest.raises(CheckFailure, match="found logits that do not depend on what is trained"):
         check_roundtrip(idle, by_hand.save, by_hand.load)
     with pytest.raises(CheckFailure, match="nothing is trained"):
         check_resume(lambda path, stop, total: [torch.zeros(2)])

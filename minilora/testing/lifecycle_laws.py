@@ -90,15 +90,21 @@ def is_same(found: Array, right: Array) -> bool:
     return same("", found, right).holds
 
 
-def train(model: Any, steps: int = 3) -> None:
-    """Make steps of descent, all of one size, in all that requires a gradient."""
+def trainable(model: Any) -> list[nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise NotApplicable("the model is no module of PyTorch")
-    if not (parameters := [parameter for parameter in model.parameters() if parameter.requires_grad]):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train(model: Any, steps: int = 3) -> None:
+    """Make steps of descent, all of one size, in all that requires a gradient."""
+    if not (parameters := trainable(model)):
         raise AssertionError("found no parameter that requires a gradient: nothing is trained")
     set_mode(model, training=True)
     for _ in range(steps):
         y = model(torch.arange(11))
+        if not y.requires_grad:
+            raise AssertionError("found logits that do not depend on what is trained")
         dy = (y - torch.arange(y.numel()).cos().view_as(y)).detach()
         gradients = torch.autograd.grad(y, parameters, dy, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -109,11 +115,9 @@ def train(model: Any, steps: int = 3) -> None:
 
 
 def roundtrip(case: AdaptedModel, attach: Call, save: Call, load: Call) -> Results:
-    model, base = attached(attach, case.build(), **case.configs["default"]), case.build()
+    model = attached(attach, case.build(), **case.configs["default"])
     train(model)
     right = logits(model)
-    if is_same(right, logits(base)):
-        raise AssertionError("found the base's logits after a training: the adapter does not act")
     with tempfile.TemporaryDirectory() as folder:
         for times in ("once", "twice"):
             path, base = Path(folder, times), case.build()
@@ -150,14 +154,17 @@ class Several:
         y, known = logits(self.model), [logits(self.case.build()), *self.right.values()]
         right = self.right.get(name, next((own for own in known if is_same(y, own)), known[0]))
         yield same(f"the logits {when}", y, right)
-        if name not in self.right and not any(parameter.requires_grad for parameter in self.model.parameters()):
+        if name not in self.right and not trainable(self.model):
             return  # the base acts
         train(self.model, steps=1)
         y, before = logits(self.model), self.right
-        self.right = {}
+        self.right, owned = {}, list[int]()
         for other in before:
             self.switch(self.model, other)
             self.right[other] = logits(self.model)
+            owned += map(id, trainable(self.model))
+        shared = "found parameters that require a gradient with several of them"
+        yield claim("what is trained with one adapter", "" if len(set(owned)) == len(owned) else shared)
         acting = [other for other, own in self.right.items() if is_same(y, own)]
         trained = [other for other, own in self.right.items() if not is_same(own, before[other])]
         is_sum = not acting and len(trained) > 1  # of several that act and are trained
@@ -204,15 +211,15 @@ def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call
         raise NotApplicable("no `delete` was given")
     state = several(case, attach, switch)
     first, acting, last = case.configs
-    for name in (last, acting):
+    for name, added in ((last, last), (first, ""), (acting, acting)):
         switch(state.model, acting)
         delete(state.model, name)
         del state.right[name]
         yield from state.acts(f"after deleting {name!r} while {acting!r} acts", acting)
-    state.add(acting)
-    for name in (first, acting):
-        switch(state.model, name)
-        yield from state.acts(f"with {name!r} after {acting!r} was deleted and added again", name)
+        if added:
+            state.add(added)
+            switch(state.model, added)
+            yield from state.acts(f"after adding {added!r} again", added)
 
 
 # --- merged and unmerged ---
@@ -249,22 +256,21 @@ def cycles(
         y = probe.changed(B=factor * probe.B).y
         return Comparison(f"layer(1), the weight that is applied, {when}", layer(x), replace(y, error=y.error + extra))
 
-    def scale_B(factor: float) -> None:
-        if B is not None:
-            B.data.copy_(tensor(factor * probe.B, probe.dtype).view_as(B))
-
     yield applied("before it is merged", extra=0.0)
+    factor = 1.0
     for i in range(count):
-        scale_B((-1) ** i * (1 - i / (3 * count)))
+        if B is not None:
+            factor = (-1) ** i * (1 - i / (3 * count))
+            B.data.copy_(tensor(factor * probe.B, probe.dtype).view_as(B))
         layer = changed(layer, merge(layer))
-        if i == 0:
-            yield applied("merged")
+        if i in (0, count - 1):
+            yield applied(f"merged {i + 1} times", factor)
         layer = changed(layer, unmerge(layer))
-    scale_B(1.0)
-    yield applied(f"merged and unmerged, {count} times")
+        if i in (0, count - 1):
+            yield applied(f"merged and unmerged {i + 1} times", factor)
     if B is not None:
-        scale_B(-2.0)
-        yield applied("then with -2 B", factor=-2.0)
+        B.data.mul_(-1)
+        yield applied("with -B after that", -factor)
 
 
 # --- stopped and resumed, recomputed ---
