@@ -47,7 +47,7 @@ class AdaptedModel:
     layers each has `q_proj`, `up_proj` and `down_proj`. Its tokens are below 11.
     """
 
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: dict[str, dict[str, Any]]
     seed: int = 0
 
     def build(self) -> nn.Module:
@@ -225,23 +225,24 @@ def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call
 # --- merged and unmerged ---
 
 
-def merge_cycle(case: AdaptedLinear, *functions: Call, count: int = 1) -> Results:
+def merge_cycle(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call, count: int = 1) -> Results:
     """Errors of 16 bits must not add up: those of many cycles would be as large as the weight."""
     W, A, B = (Bounded.exact(abs(array), case.dtype) for array in (case.W, case.A, case.B))
     rounding = 2 * (W + scaled(B, A, case.scale)).error  # of W + s·B A, and of what is left when s·B A is subtracted
-    yield from cycles(case, *functions, count, rounding * (count if case.dtype == "float32" else 1))
+    yield from cycles(case, make, merge, unmerge, count, rounding * (count if case.dtype == "float32" else 1))
 
 
-def four_bit_cycles(case: AdaptedLinear, *functions: Call) -> Results:
+def four_bit_cycles(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call) -> Results:
     """The base is in NF4, and may be quantized again: by half a gap g of a block's absmax, and by g·(1 + g) of it."""
-    if not accepted(functions[0], quantize="nf4"):
+    if not accepted(make, quantize="nf4"):
         raise NotApplicable("the layer takes no `quantize`")
     codes, absmax = nf4_quantize(case.W, 64)
     W = np.array(NF4_LEVELS)[codes].reshape(-1, 64) * absmax[:, None]
     case = case.changed(W=W.astype(np.float32).reshape(case.W.shape))  # which NF4 has without an error
     size = abs(case.W) + abs(case.scale * case.B @ case.A)
     absmax = size.reshape(-1, 64).max(1).repeat(64).reshape(size.shape)
-    yield from cycles(case, *functions, CYCLES, HALF_GAP * (2 + HALF_GAP) * absmax, quantize="nf4")
+    allowed = HALF_GAP * (2 + HALF_GAP) * absmax
+    yield from cycles(case, make, merge, unmerge, CYCLES, allowed, quantize="nf4")
 
 
 def cycles(
@@ -403,12 +404,14 @@ def on_ranks(step_fn: Call, W: Tensor, shards: list[Any]) -> list[Any]:
 # --- the tables ---
 
 
-def linears(*dtypes: str, sizes: Any = ((3, 4, 2), (16, 16, 4), (40, 24, 8))) -> list[AdaptedLinear]:
+def linears(
+    *dtypes: str, sizes: tuple[tuple[int, int, int], ...] = ((3, 4, 2), (16, 16, 4), (40, 24, 8))
+) -> list[AdaptedLinear]:
     """Return cases of these (in, out, r) in each dtype."""
     return [
-        AdaptedLinear("lora", (1,), *size, 2.5 - seed, seed % 2 == 0, seed, dtype)
+        AdaptedLinear("lora", (1,), inner, outer, r, 2.5 - seed, seed % 2 == 0, seed, dtype)
         for dtype in dtypes
-        for seed, size in enumerate(sizes)
+        for seed, (inner, outer, r) in enumerate(sizes)
     ]
 
 
@@ -417,7 +420,7 @@ def _several(kind: str, name: str, statement: str, cases: list[Any], compare: Ca
     return Law(kind, name, statement, cases, lambda functions, case: compare(case, *functions))
 
 
-_SAVED = {  # what is saved: settings of an adapter
+_SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
     "alpha": {},
     "rslora": {"use_rslora": True},
     "patterns": {
