@@ -428,18 +428,22 @@ _SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
         "alpha_pattern": {"q_proj": 1, "layers.0.up_proj": 30},
     },
     "expression": {"target_modules": r".*layers\.1\.(q|up)_proj"},
-    "modules_to_save": {"modules_to_save": ["norm"]},
+    "whole_norm": {"modules_to_save": ["norm"]},
     "tied_head": {"target_modules": ["up_proj", "lm_head"]},
-    "head_in_full": {"modules_to_save": ["lm_head"]},
+    "whole_head": {"modules_to_save": ["lm_head"]},
     "embedding": {"target_modules": ["up_proj", "embed_tokens"]},
     "bias": {"bias": "lora_only"},
     "dora": {"use_dora": True},
 }
 _Q_UP = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"]}
-_Q, _DOWN = {**_Q_UP, "r": 2, "target_modules": ["q_proj"]}, {**_Q_UP, "lora_alpha": 1, "target_modules": ["down_proj"]}
-_CONFIGS = {"a": _Q, "ab": _Q_UP, "b": _DOWN}  # one name begins with another
+_CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
+    "a": {"r": 2, "lora_alpha": 12, "target_modules": ["q_proj"]},
+    "ab": _Q_UP,
+    "b": {"r": 3, "lora_alpha": 1, "target_modules": ["down_proj"]},
+}
 _SEVERAL = [AdaptedModel(_CONFIGS)]
 _WITH_NORM = [AdaptedModel({name: {**config, "modules_to_save": ["norm"]} for name, config in _CONFIGS.items()})]
+_LOADED = "what is saved and loaded, once and twice, computes the same"
 _CYCLE = "merged the layer applies W + s·B A, and unmerged W again"
 _MANY = f"{_CYCLE}, {CYCLES} times while B is trained"
 _32, _16 = linears("float32"), linears("bfloat16", "float16")
@@ -447,20 +451,14 @@ _4 = linears("float32", sizes=((64, 3, 4), (128, 24, 8)))
 _STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6)]
 LAWS = (
     *(
-        _several(
-            "roundtrip",
-            name,
-            f"what is saved and loaded, once and twice, computes the same, with {config or 'its scale'}",
-            [AdaptedModel({"default": {**_Q_UP, **config}})],
-            roundtrip,
-        )
+        _several("roundtrip", name, _LOADED, [AdaptedModel({"default": {**_Q_UP, **config}})], roundtrip)
         for name, config in _SAVED.items()
     ),
     _several("adapters", "add", "a new adapter changes nothing, and what acts is trained", _SEVERAL, added),
     _several("adapters", "switch", "after a switch one acts, and only it is trained", _SEVERAL, switched),
     _several("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, disabled),
     _several("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, deleted),
-    _several("adapters", "modules_to_save", "what is trained in full is switched as well", _WITH_NORM, switched),
+    _several("adapters", "whole_norm", "what is trained in full is switched as well", _WITH_NORM, switched),
     _several("merge_cycle", "once", _CYCLE, linears("float64") + _32, merge_cycle),
     _several("merge_cycle", "often", _MANY, _32, partial(merge_cycle, count=CYCLES)),
     _several("merge_cycle", "16-bit", f"{_CYCLE}, in bfloat16 and float16", _16, merge_cycle),
