@@ -10,15 +10,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.cli.selftest import implementations as ours
-from minilora.testing import AdapterSum, Chat, Lengths, MaskedLogits, MicroBatches, NF4Weight, NotApplicable, laws
+from minilora.testing import (
+    AdaptedModel,
+    AdapterSum,
+    Chat,
+    Lengths,
+    MaskedLogits,
+    MicroBatches,
+    NF4Weight,
+    NotApplicable,
+    laws,
+)
 from minilora.testing.nf4_cases import DrawnKind
 from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
+from tests import by_hand
 from tests.test_catalogue import CORRECT
+from tests.test_lifecycle_laws import TAKEN
 from tests.test_sequence_laws import PACKED
 
 DTYPES = ("float64", "float32", "bfloat16")
 EXACT = ("ties", "layout", "kept", "idempotence", "powers")  # laws of codes; of denormal blocks any code is right
-OWN_CASES = ("views", "16-bit", "rslora", "shapes", "dropout", "no_labels")  # laws that hold for cases of their own
+OWN_CASES = (
+    "views",
+    "16-bit",
+    "4-bit",
+    "rslora",
+    "shapes",
+    "dropout",
+    "no_labels",
+)  # laws that hold for cases of their own
 
 
 def layers(kind):
@@ -49,6 +69,22 @@ def chats(draw):
 
 
 sizes = st.integers(1, 9)
+adapters = st.fixed_dictionaries(
+    {
+        "r": sizes,
+        "lora_alpha": st.floats(0.5, 40),
+        "target_modules": st.lists(st.sampled_from(("q_proj", "up_proj", "down_proj", "lm_head")), min_size=1),
+        "use_rslora": st.booleans(),
+        "modules_to_save": st.sampled_from(([], ["norm"])),
+        "rank_pattern": st.dictionaries(st.sampled_from(("q_proj", "layers.1.up_proj")), sizes),
+    }
+)
+
+
+def models(*names):
+    return st.builds(AdaptedModel, st.fixed_dictionaries(dict.fromkeys(names, adapters)), seeds)
+
+
 kinds = st.sampled_from([kind for literal in get_args(DrawnKind) for kind in get_args(literal)])
 groups = st.lists(rows((2, 8), 2), min_size=1, max_size=4).map(lambda groups: (("xx",), *groups))
 CASES = {
@@ -68,10 +104,14 @@ CASES = {
     ),
     "packing": st.builds(Lengths, st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple), seeds),
     "chat_mask": chats(),
+    "roundtrip": models("default"),
+    "adapters": models("a", "ab", "b"),
+    "merge_cycle": layers("lora"),
 }
+HAND = {kind: take(by_hand) for kind, take in TAKEN.items()}
 RIGHT = [
     (kind, each[kind])
-    for each in (ours(torch.device("cpu")), CORRECT, {"packing": PACKED})
+    for each in (ours(torch.device("cpu")), CORRECT, {"packing": PACKED}, HAND)
     for kind in each
     if kind in CASES
 ]
