@@ -283,17 +283,14 @@ def check_generation(
 def check_roundtrip(
     attach: Callable[..., Any], save: Callable[[Any, Path], Any], load: Callable[[nn.Module, Path], Any]
 ) -> list[Report]:
-    """Check that an adapter that is saved and loaded computes the same.
+    """Check that an adapter that is saved and loaded computes the same. To check merged models, merge in `save`.
 
     Args:
-        attach: (model, **config) -> the model with a new adapter. The model is a small one of PyTorch with a tied head;
-            the config is in the names of PEFT's LoraConfig: `r`, `lora_alpha` and `target_modules`, and others only if
-            `attach` takes them. What requires a gradient then is trained.
+        attach: (model, **config) -> a small model of PyTorch with a new adapter: what then requires a gradient. The
+            config has PEFT's names: r, lora_alpha, target_modules, and others if `attach` takes them. A function that
+            returns None has changed the model; one that cannot do something may raise NotApplicable.
         save: (model, path) -> anything. The path does not exist yet.
         load: (a new base model, path) -> the model with the saved adapter. It may be another library's.
-
-    What `attach` and `load` return may be None if they change the model that they are given; what they cannot do, such
-    as embeddings, may raise NotApplicable. To check merged models, merge in `save`.
     """
     return check((attach, save, load), "roundtrip")
 
@@ -307,11 +304,10 @@ def check_adapters(
     """Check which of several adapters acts, and that it is what is trained, after each is added, chosen or deleted.
 
     Args:
-        attach: (model, name=…, **config) -> the model with one more adapter, as for `check_roundtrip`. Which one acts
-            then is not prescribed.
+        attach: (model, name=…, **config) -> the model with one more adapter, as for `check_roundtrip`.
         switch: (model, name): from now on this adapter acts and is trained, and no other.
         disabled: (model) -> a context manager, in which the base acts.
-        delete: (model, name). If this one acts, either the base or another one acts afterwards.
+        delete: (model, name). If this one acts, the base or any other one acts afterwards.
     """
     return check((attach, switch, disabled, delete), "adapters")
 
@@ -319,14 +315,14 @@ def check_adapters(
 def check_merge_cycle(
     make_layer: Callable[..., Any], merge: Callable[[Any], Any], unmerge: Callable[[Any], Any]
 ) -> list[Report]:
-    """Check that a layer that is merged applies W + s·B A, and unmerged W again, also after a hundred times.
+    """Check that a merged layer applies W + s·B A, and unmerged W again, also after 100 cycles.
 
-    The errors of subtracting s·B A may add up in float32, but neither in 16 bits, nor in four.
+    Errors of subtracting s·B A may add up in float32, but not in 16 or 4 bits.
 
     Args:
         make_layer: as for `check_lora_linear`. If it takes `quantize`, "nf4" is passed for a base in 4 bits, in blocks
             of 64 without double quantization. B of what it makes is changed between two cycles.
-        merge: (layer) -> the merged layer, or None if it changes the layer.
+        merge: (layer) -> the merged layer, or None if the layer is changed.
         unmerge: (merged layer) -> the layer, or None.
     """
     return check((make_layer, merge, unmerge), "merge_cycle")
@@ -336,19 +332,19 @@ def check_resume(run: Callable[[Path, int, int], Any]) -> list[Report]:
     """Check that a run that is stopped and resumed ends in the bits of one that is not.
 
     Args:
-        run: (directory, stop, total) -> the arrays that are trained, by name, or a list of them. It makes the steps of
-            a run of `total` steps up to the step `stop`, and goes on from what it finds in the directory, which is
-            empty at first. PyTorch's random state is another one at each call.
+        run: (directory, stop, total) -> the arrays that are trained, by name or as a list, at the step `stop` of a run
+            of `total` steps. It goes on from what it finds in the directory, which is empty at first. PyTorch's random
+            state is another one at each call.
     """
     return check(run, "resume")
 
 
 def check_recompute(gradients: Callable[[bool, int], Any]) -> list[Report]:
-    """Check that recomputation (gradient checkpointing) changes no gradient, and that it is at work.
+    """Check that recomputation (gradient checkpointing) changes no gradient, with dropout too, and is at work.
 
     Args:
-        gradients: (recompute, seed) -> the gradients of one step, by name or as a list. Dropout may be on; PyTorch's
-            random state is set by the seed, others are up to it.
+        gradients: (recompute, seed) -> the gradients of a step, by name or as a list. PyTorch's random state is set by
+            the seed before each call.
     """
     return check(gradients, "recompute")
 

@@ -23,11 +23,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minilora.testing.cases import AdaptedLinear, scaled, tensor
-from minilora.testing.compare import PARITY, Array, Bounded, as_array
+from minilora.testing.compare import PARITY, UNITS, Array, Bounded, as_array
 from minilora.testing.data_cases import MicroBatches
 from minilora.testing.data_laws import BATCHES, EMPTY, tensors
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
-from minilora.testing.lora_laws import make_layer, set_mode
+from minilora.testing.lora_laws import linear_cases, make_layer, set_mode
 from minilora.testing.reference import NF4_LEVELS, nf4_quantize
 from minilora.testing.sequence_laws import near
 
@@ -211,15 +211,15 @@ def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call
         raise NotApplicable("no `delete` was given")
     state = several(case, attach, switch)
     first, acting, last = case.configs
-    for name, added in ((last, last), (first, ""), (acting, acting)):
+    for name, again in ((last, last), (first, ""), (acting, acting)):
         switch(state.model, acting)
         delete(state.model, name)
         del state.right[name]
         yield from state.acts(f"after deleting {name!r} while {acting!r} acts", acting)
-        if added:
-            state.add(added)
-            switch(state.model, added)
-            yield from state.acts(f"after adding {added!r} again", added)
+        if again:
+            state.add(again)
+            switch(state.model, again)
+            yield from state.acts(f"after adding {again!r} again", again)
 
 
 # --- merged and unmerged ---
@@ -404,17 +404,6 @@ def on_ranks(step_fn: Call, W: Tensor, shards: list[Any]) -> list[Any]:
 # --- the tables ---
 
 
-def linears(
-    *dtypes: str, sizes: tuple[tuple[int, int, int], ...] = ((3, 4, 2), (16, 16, 4), (40, 24, 8))
-) -> list[AdaptedLinear]:
-    """Return cases of these (in, out, r) in each dtype."""
-    return [
-        AdaptedLinear("lora", (1,), inner, outer, r, 2.5 - seed, seed % 2 == 0, seed, dtype)
-        for dtype in dtypes
-        for seed, (inner, outer, r) in enumerate(sizes)
-    ]
-
-
 def _several(kind: str, name: str, statement: str, cases: list[Any], compare: Callable[..., Results]) -> Law:
     """Return a law whose comparison takes a case, and then the functions of which an implementation is a tuple."""
     return Law(kind, name, statement, cases, lambda functions, case: compare(case, *functions))
@@ -446,8 +435,8 @@ _WITH_NORM = [AdaptedModel({name: {**config, "modules_to_save": ["norm"]} for na
 _LOADED = "what is saved and loaded, once and twice, computes the same"
 _CYCLE = "merged the layer applies W + s·B A, and unmerged W again"
 _MANY = f"{_CYCLE}, {CYCLES} times while B is trained"
-_32, _16 = linears("float32"), linears("bfloat16", "float16")
-_4 = linears("float32", sizes=((64, 3, 4), (128, 24, 8)))
+_64, _32, _F16, _B16 = (linear_cases("lora", dtype)[12:22:3] for dtype in UNITS)
+_4 = [AdaptedLinear(inner=64, r=4, dtype="float32"), AdaptedLinear(inner=128, outer=24, r=8, dtype="float32")]
 _STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6)]
 LAWS = (
     *(
@@ -459,10 +448,12 @@ LAWS = (
     _several("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, disabled),
     _several("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, deleted),
     _several("adapters", "whole_norm", "what is trained in full is switched as well", _WITH_NORM, switched),
-    _several("merge_cycle", "once", _CYCLE, linears("float64") + _32, merge_cycle),
+    _several("merge_cycle", "once", _CYCLE, _64 + _32, merge_cycle),
     _several("merge_cycle", "often", _MANY, _32, partial(merge_cycle, count=CYCLES)),
-    _several("merge_cycle", "16-bit", f"{_CYCLE}, in bfloat16 and float16", _16, merge_cycle),
-    _several("merge_cycle", "drift", "in 16 bits errors do not add up", _16, partial(merge_cycle, count=CYCLES)),
+    _several("merge_cycle", "16-bit", f"{_CYCLE}, in bfloat16 and float16", _B16 + _F16, merge_cycle),
+    _several(
+        "merge_cycle", "drift", "in 16 bits errors do not add up", _B16 + _F16, partial(merge_cycle, count=CYCLES)
+    ),
     _several("merge_cycle", "4-bit", f"{_MANY}, in NF4, in which errors do not add up", _4, four_bit_cycles),
     Law("resume", "exact", "k steps, saved, loaded, and k more are 2k steps, bit for bit", _STOPS, resumed),
     Law("recompute", "gradients", "recomputation changes no gradient, dropout included", [None], recomputed),
