@@ -426,9 +426,9 @@ _SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
 }
 _Q_UP = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"]}
 _CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
-    "a": {"r": 2, "lora_alpha": 12, "target_modules": ["q_proj"]},
+    "a": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]},
     "ab": _Q_UP,
-    "b": {"r": 3, "lora_alpha": 1, "target_modules": ["down_proj"]},
+    "b": {"r": 2, "lora_alpha": 1, "target_modules": ["up_proj", "down_proj"]},
 }
 _SEVERAL = [AdaptedModel(_CONFIGS)]
 _WITH_NORM = [AdaptedModel({name: {**config, "modules_to_save": ["norm"]} for name, config in _CONFIGS.items()})]
