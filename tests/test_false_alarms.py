@@ -102,6 +102,7 @@ CASES = {
     "accumulation": st.builds(
         MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])
     ),
+    "ranks": st.builds(MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])),
     "packing": st.builds(Lengths, st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple), seeds),
     "chat_mask": chats(),
     "roundtrip": models("default"),

@@ -37,7 +37,7 @@ TAKEN = {
     "merge_cycle": lambda own: (own.Merged, own.Merged.merge, own.Merged.unmerge),
     "resume": lambda own: own.run,
     "recompute": lambda own: own.gradients,
-    "accumulation": lambda own: own.step,
+    "ranks": lambda own: own.step,
 }
 CONFIG, KEY, STORED = 'config = model.configs["default"]', 'f"{where}.{key}"', 'stored["tensors"][f"{where}.{key}"]'
 COPY = f"tensor.copy_({STORED})"
@@ -204,7 +204,7 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
         },
         "the graph is cut": {RECOMPUTED: "checkpoint(block, h.detach().requires_grad_(), use_reentrant=False)"},
     },
-    "accumulation": {
+    "ranks": {
         "it is the mean of the ranks' means": {
             **RANKS,
             REDUCED: "all_reduce(leaf.grad / count.clamp(min=1)) / world_size",
@@ -250,7 +250,7 @@ RIGHT = {  # done in another way
     "recompute": {
         "by reentrant calls": {DRAWN: f"{DRAWN}.requires_grad_()", "use_reentrant=False": "use_reentrant=True"}
     },
-    "accumulation": {
+    "ranks": {
         "gradients are averaged": {
             **RANKS,
             REDUCED: "all_reduce(leaf.grad / all_reduce(count) * world_size) / world_size",

@@ -62,7 +62,7 @@ def laws(*kinds: str) -> dict[str, Law]:
         nf4, double_quant      the pair (quantize, dequantize), as `check_nf4` and `check_double_quant`
         linear4bit             make_layer, as `check_linear4bit`
         loss_masking           loss_fn, as `check_loss_masking`
-        accumulation           step_fn, as `check_accumulation`
+        accumulation, ranks    step_fn, as `check_accumulation`
         chat_mask, chat_tools  render, as `check_chat_mask`
         packing                (run, vocabulary) or (run, vocabulary, parameters), as `check_packing`
         generation             (generate, logits, vocabulary), as `check_generation`
@@ -236,7 +236,7 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
             ranks, in threads, each with its own micro-batches: `all_reduce(tensor)` gives the sum over the ranks.
             `rank` and `world_size` are passed if it takes them.
     """
-    return check(step_fn, "accumulation")
+    return check(step_fn, "accumulation", "ranks")
 
 
 def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list[Report]:

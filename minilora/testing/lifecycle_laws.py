@@ -458,5 +458,5 @@ LAWS = (
     Law("resume", "exact", "k steps, saved, loaded, and k more are 2k steps, bit for bit", _STOPS, resumed),
     Law("recompute", "gradients", "recomputation changes no gradient, dropout included", [None], recomputed),
     Law("recompute", "kept", "recomputation keeps less for the backward pass", [None], kept),
-    Law("accumulation", "ranks", "each rank gets the gradient of one batch", BATCHES + EMPTY, over_ranks),
+    Law("ranks", "gradient", "each rank gets the gradient of one batch", BATCHES + EMPTY, over_ranks),
 )
