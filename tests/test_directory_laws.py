@@ -106,6 +106,26 @@ TENSORS = {  # config of the adapter, change of its tensors, the law that finds 
     "nan": ({}, replaced(f"{Q}.lora_A.weight", lambda A: A / 0 * 0), "values", ["q_proj.lora_A", "72 numbers", "none"]),
     "no prefix": ({}, renamed(PREFIX, ""), "names", ["model.layers.0", f"begin with {PREFIX}", "only warns"]),
     "adapter's name": ({}, renamed(".weight", ".default.weight"), "names", ["lora_A.default.weight: is nothing"]),
+    "compiled": (
+        {},
+        renamed(f"{PREFIX}model.", f"{PREFIX}_orig_mod.model."),
+        "names",
+        ["without _orig_mod, which wrapped"],
+    ),
+    "sharded": ({}, renamed(".q_proj", "._fsdp_wrapped_module.q_proj"), "names", ["without _fsdp_wrapped_module"]),
+    "adapted twice": (
+        {},
+        renamed("q_proj", "q_proj.base_layer"),
+        "names",
+        ["q_proj.base_layer: accepted is model.layers.0"],
+    ),
+    "a frozen weight": (
+        {},
+        added(f"{Q}.base_layer.weight", 40, 24),
+        "names",
+        ["is frozen; accepted is only an embedding"],
+    ),
+    "a frozen weight by itself": ({}, added(f"{NORM}.weight", 24), "names", ["norm.weight: is nothing that"]),
     "no B": ({}, without(f"{Q}.lora_B.weight"), "pairs", [f"{Q}: found only lora_A.weight"]),
     "stray magnitude": (
         DORA,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from minilora.cli.selftest import implementations as ours
 from minilora.testing import (
     AbsmaxVector,
+    AdaptedModel,
     AdapterSum,
     Chat,
     Lengths,
@@ -24,13 +25,23 @@ from minilora.testing import (
 )
 from minilora.testing.nf4_cases import DrawnKind
 from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
-from tests import right_layers
+from tests import by_hand, right_layers
 from tests.test_catalogue import CORRECT
+from tests.test_lifecycle_laws import TAKEN
 from tests.test_sequence_laws import PACKED, decoder
 
 DTYPES = ("float64", "float32", "bfloat16")
 EXACT = ("ties", "layout", "kept", "idempotence", "powers")  # laws of codes; of denormal blocks any code is right
-OWN_CASES = ("views", "16-bit", "rslora", "shapes", "dropout", "no_labels", "roles")  # laws that hold for their cases
+OWN_CASES = (
+    "views",
+    "16-bit",
+    "4-bit",
+    "rslora",
+    "shapes",
+    "dropout",
+    "no_labels",
+    "roles",
+)  # laws that hold for theirs
 
 
 def layers(kind):
@@ -61,6 +72,22 @@ def chats(draw):
 
 
 sizes = st.integers(1, 9)
+adapters = st.fixed_dictionaries(
+    {
+        "r": sizes,
+        "lora_alpha": st.floats(0.5, 40),
+        "target_modules": st.lists(st.sampled_from(("q_proj", "up_proj", "down_proj", "lm_head")), min_size=1),
+        "use_rslora": st.booleans(),
+        "modules_to_save": st.sampled_from(([], ["norm"])),
+        "rank_pattern": st.dictionaries(st.sampled_from(("q_proj", "layers.1.up_proj")), sizes),
+    }
+)
+
+
+def models(*names):
+    return st.builds(AdaptedModel, st.fixed_dictionaries(dict.fromkeys(names, adapters)), seeds)
+
+
 kinds = st.sampled_from([kind for literal in get_args(DrawnKind) for kind in get_args(literal)])
 groups = st.lists(rows((2, 8), 2), min_size=1, max_size=4).map(lambda groups: (("xx",), *groups))
 CASES = {
@@ -106,11 +133,16 @@ CASES = {
             st.booleans(),
         ),
     ),
+    "ranks": st.builds(MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])),
     "chat_mask": chats(),
+    "roundtrip": models("default"),
+    "adapters": models("a", "ab", "b"),
+    "merge_cycle": layers("lora"),
 }
+HAND = {kind: take(by_hand) for kind, take in TAKEN.items()}
 RIGHT = [
     (kind, each[kind])
-    for each in (ours(torch.device("cpu")), CORRECT, {"packing": PACKED, "generation": decoder("")})
+    for each in (ours(torch.device("cpu")), CORRECT, {"packing": PACKED, "generation": decoder("")}, HAND)
     for kind in each
     if kind in CASES
 ]

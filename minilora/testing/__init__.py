@@ -10,6 +10,7 @@ from minilora.testing.checks import (
     check_accumulation,
     check_adapter_directory,
     check_adapter_sum,
+    check_adapters,
     check_chat_mask,
     check_dora_linear,
     check_double_quant,
@@ -18,8 +19,12 @@ from minilora.testing.checks import (
     check_lora_linear,
     check_loss_masking,
     check_merge,
+    check_merge_cycle,
     check_nf4,
     check_packing,
+    check_recompute,
+    check_resume,
+    check_roundtrip,
     laws,
     on_numpy,
     parametrize_laws,
@@ -28,6 +33,7 @@ from minilora.testing.compare import Bounded, assert_maths, assert_parity, asser
 from minilora.testing.data_cases import MaskedLogits, MicroBatches
 from minilora.testing.kernel_laws import check_kernel
 from minilora.testing.laws import CheckFailure, NotApplicable, Report
+from minilora.testing.lifecycle_laws import AdaptedModel, Stops
 from minilora.testing.merge_laws import AdapterSum
 from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
 from minilora.testing.sequence_laws import Lengths
@@ -36,6 +42,7 @@ from minilora.testing.step_laws import check_trains_everything
 __all__ = [
     "AbsmaxVector",
     "AdaptedLinear",
+    "AdaptedModel",
     "AdapterSum",
     "Bounded",
     "Chat",
@@ -48,6 +55,7 @@ __all__ = [
     "NotApplicable",
     "QuantizedLinear",
     "Report",
+    "Stops",
     "assert_maths",
     "assert_parity",
     "assert_precision",
@@ -55,6 +63,7 @@ __all__ = [
     "check_accumulation",
     "check_adapter_directory",
     "check_adapter_sum",
+    "check_adapters",
     "check_chat_mask",
     "check_dora_linear",
     "check_double_quant",
@@ -64,8 +73,12 @@ __all__ = [
     "check_lora_linear",
     "check_loss_masking",
     "check_merge",
+    "check_merge_cycle",
     "check_nf4",
     "check_packing",
+    "check_recompute",
+    "check_resume",
+    "check_roundtrip",
     "check_trains_everything",
     "laws",
     "on_numpy",

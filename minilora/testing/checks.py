@@ -15,19 +15,22 @@ Implementations are plain callables on torch tensors; `on_numpy` adapts one on n
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.testing.cases import AdaptedLinear
 from minilora.testing.chat_laws import LAWS as CHAT_LAWS
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
-from minilora.testing.laws import Law, NotApplicable, Report, in_order
+from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report, in_order
+from minilora.testing.lifecycle_laws import LAWS as LIFECYCLE_LAWS
 from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
@@ -45,6 +48,7 @@ LAWS = in_order(
         *DATA_LAWS,
         *CHAT_LAWS,
         *SEQUENCE_LAWS,
+        *LIFECYCLE_LAWS,
         *DIRECTORY_LAWS,
     ]
 )
@@ -61,10 +65,15 @@ def laws(*kinds: str) -> dict[str, Law]:
         nf4, double_quant      the pair (quantize, dequantize), as `check_nf4` and `check_double_quant`
         linear4bit             make_layer, as `check_linear4bit`
         loss_masking           loss_fn, as `check_loss_masking`
-        accumulation           step_fn, as `check_accumulation`
+        accumulation, ranks    step_fn, as `check_accumulation`
         chat_mask, chat_tools  render, as `check_chat_mask`
         packing                (run, vocabulary) or (run, vocabulary, parameters), as `check_packing`
         generation             (generate, logits, vocabulary), as `check_generation`
+        roundtrip              (attach, save, load), as `check_roundtrip`
+        adapters               (attach, switch, disabled, delete), as `check_adapters`; the last two may be None
+        merge_cycle            (make_layer, merge, unmerge), as `check_merge_cycle`
+        resume                 run, as `check_resume`
+        recompute              gradients, as `check_recompute`
         adapter_directory      a path, as `check_adapter_directory`
 
     `law.check` returns a `Report` or raises CheckFailure, or NotApplicable; `law.check(…, case)` tries a single case.
@@ -99,23 +108,25 @@ def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any
     return pytest.mark.parametrize("law", tried, ids=list(chosen))
 
 
-def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, ...]] = ()) -> list[Report]:
+def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, ...]] = (), all: bool = False) -> list[Report]:
     """Check an implementation against all laws of these kinds, and return what each found.
 
-    The report of a law about an option that the implementation does not take has `checked` False.
+    A law about something that the implementation does not have, such as an option or a gradient, is not checked: its
+    report has `checked` False, and its statement says why. An implementation may raise NotApplicable by itself.
 
     Args:
         implementation: what the kinds take: see `laws`.
         kinds: one or more.
         sizes: what is to be tried as well: (in, out, r) of adapted layers, or lengths of documents or prompts.
+        all: check all laws before a failure is raised, which then begins with a table of them.
 
     Raises:
-        CheckFailure: the first law that is broken; likewise in every check below.
+        CheckFailure: the first law that is broken; likewise in every check below. With `all`, its message has all.
         ValueError: no kind, or an unknown one; `sizes` of what has none.
     """
     if not kinds:
         raise ValueError("name the kinds of laws to check, such as 'lora': see `laws`")
-    reports = []
+    reports, failures = list[Report](), list[CheckFailure]()
     for law in laws(*kinds).values():
         if sizes:
             largest = law.cases[-1]
@@ -130,6 +141,15 @@ def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, ...]] = (
             reports.append(law.check(implementation))
         except NotApplicable as reason:
             reports.append(Report(law.id, f"not checked: {reason}", 0.0, 0))
+        except CheckFailure as failure:
+            if not all:
+                raise
+            reports.append(Report(law.id, f"BROKEN: {law.statement}", math.inf, 1))
+            failures.append(failure)
+    if failures:
+        first, table = failures[0], "\n".join(map(str, reports))
+        message = "\n\n".join([f"{len(failures)} of {len(reports)} laws are broken\n{table}", *map(str, failures)])
+        raise CheckFailure(message, first.law, first.case, first.causes) from first
     return reports
 
 
@@ -230,9 +250,11 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
 
     Args:
         step_fn: (W (V, D), [(x (B, T, D), labels (B, T)), …]) -> dW, the gradient of one optimizer step over all of the
-            micro-batches, where the model's logits are x Wᵀ.
+            micro-batches, where the model's logits are x Wᵀ. If it takes `all_reduce`, it is also called on several
+            ranks, in threads, each with its own micro-batches: `all_reduce(tensor)` gives the sum over the ranks.
+            `rank` and `world_size` are passed if it takes them.
     """
-    return check(step_fn, "accumulation")
+    return check(step_fn, "accumulation", "ranks")
 
 
 def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list[Report]:
@@ -291,6 +313,75 @@ def check_generation(
         lengths: those of the prompts of batches to be tried as well.
     """
     return check((generate, logits, vocabulary), "generation", sizes=lengths)
+
+
+def check_roundtrip(
+    attach: Callable[..., Any], save: Callable[[Any, Path], Any], load: Callable[[nn.Module, Path], Any]
+) -> list[Report]:
+    """Check that an adapter that is saved and loaded computes the same. To check merged models, merge in `save`.
+
+    Args:
+        attach: (model, **config) -> a small model of PyTorch with a new adapter: what then requires a gradient. The
+            config has PEFT's names: r, lora_alpha, target_modules, and others if `attach` takes them. A function that
+            returns None has changed the model; one that cannot do something may raise NotApplicable.
+        save: (model, path) -> anything. The path does not exist yet.
+        load: (a new base model, path) -> the model with the saved adapter. It may be another library's.
+    """
+    return check((attach, save, load), "roundtrip")
+
+
+def check_adapters(
+    attach: Callable[..., Any],
+    switch: Callable[[Any, str], Any],
+    disabled: Callable[[Any], AbstractContextManager[Any]] | None = None,
+    delete: Callable[[Any, str], Any] | None = None,
+) -> list[Report]:
+    """Check which of several adapters acts, and that it is what is trained, after each is added, chosen or deleted.
+
+    Args:
+        attach: (model, name=…, **config) -> the model with one more adapter, as for `check_roundtrip`.
+        switch: (model, name): from now on this adapter acts and is trained, and no other.
+        disabled: (model) -> a context manager, in which the base acts.
+        delete: (model, name). If this one acts, the base or any other one acts afterwards.
+    """
+    return check((attach, switch, disabled, delete), "adapters")
+
+
+def check_merge_cycle(
+    make_layer: Callable[..., Any], merge: Callable[[Any], Any], unmerge: Callable[[Any], Any]
+) -> list[Report]:
+    """Check that a merged layer applies W + s·B A, and unmerged W again, also after 100 cycles.
+
+    Errors of subtracting s·B A may add up in float32, but not in 16 or 4 bits.
+
+    Args:
+        make_layer: as for `check_lora_linear`. If it takes `quantize`, "nf4" is passed for a base in 4 bits, in blocks
+            of 64 without double quantization. B of what it makes is changed between two cycles.
+        merge: (layer) -> the merged layer, or None if the layer is changed.
+        unmerge: (merged layer) -> the layer, or None.
+    """
+    return check((make_layer, merge, unmerge), "merge_cycle")
+
+
+def check_resume(run: Callable[[Path, int, int], Any]) -> list[Report]:
+    """Check that a run that is stopped and resumed ends in the bits of one that is not.
+
+    Args:
+        run: (directory, stop, total) -> the arrays that are trained, by name or as a list, at the step `stop` of a run
+            of `total` steps. It goes on from what it finds in the directory, which is empty at first. PyTorch's random
+            state is another one at each call.
+    """
+    return check(run, "resume")
+
+
+def check_recompute(gradients: Callable[[bool, int], Any]) -> list[Report]:
+    """Check that recomputation (gradient checkpointing) changes no gradient, with dropout too, and is at work.
+
+    Args:
+        gradients: (recompute, seed) -> the gradients of a step, by name or as a list. PyTorch's random state is set by
+            the seed before each call.
+    """
+    return check(gradients, "recompute")
 
 
 def check_adapter_directory(path: str | Path) -> list[Report]:

@@ -29,8 +29,10 @@ BIAS_OF_B = "lora_B.bias"
 MAGNITUDE = "lora_magnitude_vector"
 BASE_BIAS = "base_layer.bias"
 ROWS = "token_adapter.trainable_tokens_delta"
-PARTS = (A, B, *OF_EMBEDDINGS, BIAS_OF_B, MAGNITUDE, "base_layer.weight", BASE_BIAS, ROWS)  # ends of names
+BASE_WEIGHT = "base_layer.weight"
+PARTS = (A, B, *OF_EMBEDDINGS, BIAS_OF_B, MAGNITUDE, BASE_WEIGHT, BASE_BIAS, ROWS)  # ends of names
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of a model that was wrapped when saved
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
 SHOWN = 10  # problems of one law at most
 Problems = Iterator[str]  # what is wrong
@@ -140,6 +142,17 @@ def names(adapter: Adapter) -> Problems:
     for name in adapter.tensors:
         if not name.startswith(PREFIX):
             yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}; PEFT only warns of others"
+        if wrappers := [part for part in name.split(".") if part in WRAPPERS]:
+            yield f"{WEIGHTS}: {name}: accepted is the name without {wrappers[0]}, which wrapped the model"
+    for where, own in adapter.parts.items():
+        outer, inside, _ = where.partition(".base_layer")
+        if inside and outer not in adapter.parts:
+            yield f"{WEIGHTS}: {PREFIX}{where}: accepted is {outer}, whose base_layer has no adapter of its own"
+        is_embedding = (
+            where.endswith(("embed_tokens", "lm_head")) or f"{PREFIX}{where}.lora_embedding_A" in adapter.tensors
+        )
+        if BASE_WEIGHT in own and not is_embedding:
+            yield f"{WEIGHTS}: {PREFIX}{where}.{BASE_WEIGHT}: is frozen; accepted is only an embedding's or a head's"
     is_saved = (*EMBEDDINGS, *[".bias"] * (adapter.config.get("bias", "none") == "all"))
     for name in adapter.others:
         is_whole = any(meant(name, entry) for entry in adapter.listed("modules_to_save"))
@@ -313,7 +326,9 @@ LAWS = (
     _law("files", "the directory", f"{CONFIG} and {WEIGHTS} can be read, and there is no adapter_model.bin", files),
     _law("config", CONFIG, "the settings have the types and ranges of PEFT's", config),
     _law("values", WEIGHTS, "all numbers are floating-point and finite", finite_values),
-    _law("names", "the name of a tensor", "each tensor is a part of an adapter, or of a module trained in full", names),
+    _law(
+        "names", "the name of a tensor", "each tensor is what an adapter trains, by its name in the plain model", names
+    ),
     _law("pairs", "a pair of factors", "A and B are there for each module", pairs),
     _law("shapes", "the shape of a factor", "A is (r, in) and B (out, r), r being that of the module", factor_ranks),
     _law("patterns", "a pattern", "each key of rank_pattern and alpha_pattern matches a module", patterns),

@@ -116,7 +116,7 @@ class Report:
 
     def __str__(self) -> str:
         used = f"{self.ratio:.3f}" if self.checked else "–"
-        return f"{self.law:16} {used:>5}  {self.statement}"
+        return f"{self.law:20} {used:>5}  {self.statement}"
 
 
 def like(implementation: Any, wrong: Any, case: Any) -> Any:

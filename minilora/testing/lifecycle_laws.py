@@ -1,0 +1,464 @@
+"""Laws of an adapter's life: saved, switched, merged, resumed, recomputed, divided among ranks.
+
+All have one shape: two ways that have to lead to one result. What is loaded computes what was saved, and k steps, saved
+and loaded, and k more are 2k steps. So an implementation is compared with itself; whether its layer is right is for
+`lora_laws`.
+"""
+
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from minilora.testing.cases import AdaptedLinear, scaled, tensor
+from minilora.testing.compare import PARITY, UNITS, Array, Bounded, as_array
+from minilora.testing.data_cases import MicroBatches
+from minilora.testing.data_laws import BATCHES, EMPTY, tensors
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
+from minilora.testing.lora_laws import linear_cases, make_layer, set_mode
+from minilora.testing.reference import NF4_LEVELS, nf4_quantize
+from minilora.testing.sequence_laws import near
+
+Call = Callable[..., Any]
+Results = Iterator[Comparison]
+CYCLES = 100  # of merging
+HALF_GAP = 0.151904  # of the two levels of NF4 that are farthest apart
+
+# --- a small model and its adapters ---
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A small model, `build()`, and the `configs` of its adapters by name, in the words of PEFT's LoraConfig.
+
+    It is a Sequential of `embed_tokens`, `layers`, `norm` and `lm_head`, whose weight is the embedding's; of the two
+    layers each has `q_proj`, `up_proj` and `down_proj`. Its tokens are below 11.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    seed: int = 0
+
+    def build(self) -> nn.Module:
+        """Return the model, frozen; its numbers are the same in each call."""
+        sizes = {"q_proj": (6, 6), "up_proj": (6, 9), "down_proj": (9, 6)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            embedding, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            layers = [{name: nn.Linear(*size) for name, size in sizes.items()} | {"act": nn.Tanh()} for _ in range(2)]
+        head.weight = embedding.weight
+        blocks = nn.Sequential(*(nn.Sequential(OrderedDict(layer)) for layer in layers))
+        parts = {"embed_tokens": embedding, "layers": blocks, "norm": nn.LayerNorm(6), "lm_head": head}
+        return nn.Sequential(OrderedDict(parts)).requires_grad_(False)
+
+
+def attached(attach: Call, model: Any, **options: Any) -> Any:
+    taken = accepted(attach, **options)
+    if lacking := [name for name in options if name not in taken]:
+        raise NotApplicable(f"`attach` takes no `{lacking[0]}`")
+    return changed(model, attach(model, **taken))
+
+
+def changed(given: Any, result: Any) -> Any:
+    """Return the result of a function, or what it was given and has changed, if it returned nothing."""
+    return given if result is None else result
+
+
+def logits(model: Any) -> Array:
+    """Return the logits of all tokens in evaluation mode."""
+    set_mode(model, training=False)
+    with torch.no_grad():
+        return as_array(model(torch.arange(11))).copy()
+
+
+def same(name: str, found: Array, right: Array) -> Comparison:
+    return Comparison(name, found, Bounded(right, np.full(right.shape, PARITY * abs(right).max())))
+
+
+def is_same(found: Array, right: Array) -> bool:
+    return same("", found, right).holds
+
+
+def trainable(model: Any) -> list[nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        raise NotApplicable("the model is no module of PyTorch")
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train(model: Any, steps: int = 3) -> None:
+    """Make steps of descent, all of one size, in all that requires a gradient."""
+    if not (parameters := trainable(model)):
+        raise AssertionError("found no parameter that requires a gradient: nothing is trained")
+    set_mode(model, training=True)
+    for _ in range(steps):
+        y = model(torch.arange(11))
+        if not y.requires_grad:
+            raise AssertionError("found logits that do not depend on what is trained")
+        dy = (y - torch.arange(y.numel()).cos().view_as(y)).detach()
+        gradients = torch.autograd.grad(y, parameters, dy, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.data -= 0.03 * (0 if gradient is None else gradient.sign())
+
+
+# --- saved and loaded ---
+
+
+def roundtrip(case: AdaptedModel, attach: Call, save: Call, load: Call) -> Results:
+    model = attached(attach, case.build(), **case.configs["default"])
+    train(model)
+    right = logits(model)
+    with tempfile.TemporaryDirectory() as folder:
+        for times in ("once", "twice"):
+            path, base = Path(folder, times), case.build()
+            save(model, path)
+            yield same(f"the logits after saving {times}", logits(model), right)
+            model = changed(base, load(base, path))
+            yield same(f"the logits of what was saved and loaded {times}", logits(model), right)
+
+
+# --- several adapters ---
+
+
+@dataclass
+class Several:
+    """A model, and the right logits with each of its adapters."""
+
+    case: AdaptedModel
+    attach: Call
+    switch: Call
+    model: Any = None
+    right: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, name: str) -> None:
+        self.model = attached(self.attach, self.model, name=name, **self.case.configs[name])
+        self.right[name] = logits(self.case.build())  # a new adapter changes nothing
+
+    def train(self, name: str) -> None:
+        self.switch(self.model, name)
+        train(self.model)
+        self.right[name] = logits(self.model)
+
+    def acts(self, when: str, name: str = "") -> Results:
+        """Compare the logits with those of an adapter, or any; and claim that a step changes those that act, only."""
+        y, known = logits(self.model), [logits(self.case.build()), *self.right.values()]
+        right = self.right.get(name, next((own for own in known if is_same(y, own)), known[0]))
+        yield same(f"the logits {when}", y, right)
+        if name not in self.right and not trainable(self.model):
+            return  # the base acts
+        train(self.model, steps=1)
+        y, before = logits(self.model), self.right
+        self.right, owned = {}, list[int]()
+        for other in before:
+            self.switch(self.model, other)
+            self.right[other] = logits(self.model)
+            owned += map(id, trainable(self.model))
+        shared = "found parameters that require a gradient with several of them"
+        yield claim("what is trained with one adapter", "" if len(set(owned)) == len(owned) else shared)
+        acting = [other for other, own in self.right.items() if is_same(y, own)]
+        trained = [other for other, own in self.right.items() if not is_same(own, before[other])]
+        is_sum = not acting and len(trained) > 1  # of several that act and are trained
+        found = f"found that {acting or 'nothing'} acts, and that a step changes {trained or 'nothing'}"
+        yield claim(f"what is trained {when}", "" if acting == trained or is_sum else found)
+
+
+def several(case: AdaptedModel, attach: Call, switch: Call) -> Several:
+    state = Several(case, attach, switch, case.build())
+    for name in case.configs:
+        state.add(name)
+        state.train(name)
+    return state
+
+
+def added(case: AdaptedModel, attach: Call, switch: Call, *_: Any) -> Results:
+    state = Several(case, attach, switch, case.build())
+    for name in case.configs:
+        state.add(name)
+        yield from state.acts(f"after adding {name!r}")
+        state.train(name)
+
+
+def switched(case: AdaptedModel, attach: Call, switch: Call, *_: Any) -> Results:
+    state = several(case, attach, switch)
+    for name in (*case.configs, *reversed(case.configs)):
+        switch(state.model, name)
+        yield from state.acts(f"after switching to {name!r}", name)
+
+
+def disabled(case: AdaptedModel, attach: Call, switch: Call, disable: Call | None, _: Any) -> Results:
+    if disable is None:
+        raise NotApplicable("no `disabled` was given")
+    state = several(case, attach, switch)
+    for name in case.configs:
+        switch(state.model, name)
+        with disable(state.model):
+            yield same(f"the logits with {name!r} disabled", logits(state.model), logits(case.build()))
+        yield from state.acts(f"after {name!r} was disabled", name)
+
+
+def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call | None) -> Results:
+    if delete is None:
+        raise NotApplicable("no `delete` was given")
+    state = several(case, attach, switch)
+    first, acting, last = case.configs
+    for name, again in ((last, last), (first, ""), (acting, acting)):
+        switch(state.model, acting)
+        delete(state.model, name)
+        del state.right[name]
+        yield from state.acts(f"after deleting {name!r} while {acting!r} acts", acting)
+        if again:
+            state.add(again)
+            switch(state.model, again)
+            yield from state.acts(f"after adding {again!r} again", again)
+
+
+# --- merged and unmerged ---
+
+
+def merge_cycle(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call, count: int = 1) -> Results:
+    """Errors of 16 bits must not add up: those of many cycles would be as large as the weight."""
+    W, A, B = (Bounded.exact(abs(array), case.dtype) for array in (case.W, case.A, case.B))
+    rounding = 2 * (W + scaled(B, A, case.scale)).error  # of W + s·B A, and of what is left when s·B A is subtracted
+    yield from cycles(case, make, merge, unmerge, count, rounding * (count if case.dtype == "float32" else 1))
+
+
+def four_bit_cycles(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call) -> Results:
+    """The base is in NF4, and may be quantized again: by half a gap g of a block's absmax, and by g·(1 + g) of it."""
+    if not accepted(make, quantize="nf4"):
+        raise NotApplicable("the layer takes no `quantize`")
+    codes, absmax = nf4_quantize(case.W, 64)
+    W = np.array(NF4_LEVELS)[codes].reshape(-1, 64) * absmax[:, None]
+    case = case.changed(W=W.astype(np.float32).reshape(case.W.shape))  # which NF4 has without an error
+    size = abs(case.W) + abs(case.scale * case.B @ case.A)
+    absmax = size.reshape(-1, 64).max(1).repeat(64).reshape(size.shape)
+    allowed = HALF_GAP * (2 + HALF_GAP) * absmax
+    yield from cycles(case, make, merge, unmerge, CYCLES, allowed, quantize="nf4")
+
+
+def cycles(
+    case: AdaptedLinear, make: Call, merge: Call, unmerge: Call, count: int, allowed: Array, **options: Any
+) -> Results:
+    """Compare the weight that a layer applies, merged and then unmerged, while B is another one in each cycle."""
+    built, probe = make_layer(make, replace(case, lead=(case.inner,)).changed(x=np.eye(case.inner)), **options)
+    layer, x = built.layer, tensor(probe.x, probe.dtype)
+    parts = [] if hasattr(layer, "is_numpy") else built.parts("B", layer(x))
+    trained = [(part, part.detach().double()) for part, _ in parts]
+
+    def applied(when: str, factor: float = 1.0, extra: Any = allowed.T) -> Comparison:
+        y = probe.changed(B=factor * probe.B).y
+        return Comparison(f"layer(1), the weight that is applied, {when}", layer(x), replace(y, error=y.error + extra))
+
+    yield applied("before it is merged", extra=0.0)
+    factor = 1.0
+    for i in range(count):
+        factor = (-1) ** i * (1 - i / (3 * count)) if trained else 1.0
+        for part, B in trained:
+            part.data.copy_(factor * B)
+        layer = changed(layer, merge(layer))
+        if i in (0, count - 1):
+            yield applied(f"merged {i + 1} times", factor)
+        layer = changed(layer, unmerge(layer))
+        if i in (0, count - 1):
+            yield applied(f"merged and unmerged {i + 1} times", factor)
+    if trained:
+        for part, _ in trained:
+            part.data.neg_()
+        yield applied("with -B after that", -factor)
+
+
+# --- stopped and resumed, recomputed ---
+
+
+@dataclass(frozen=True)
+class Stops:
+    """A run of `total` steps that stops after each of `stops`, and is resumed from its files."""
+
+    stops: tuple[int, ...] = (2,)
+    total: int = 4
+
+
+def resumed(run: Callable[[Path, int, int], Any], case: Stops) -> Results:
+    steps = list[int]()
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    with hook, tempfile.TemporaryDirectory() as folder:
+
+        def arrays(name: str, stop: int, seed: int = 0) -> dict[str, Bounded]:
+            steps.clear()
+            path = Path(folder, name)
+            path.mkdir(exist_ok=True)
+            return seeded(seed, run, path, stop, case.total)
+
+        whole = arrays("whole", case.total)
+        made = len(steps)  # 0 without an optimizer of PyTorch
+        yield from equal("of a second run", arrays("again", case.total), whole)
+        found = arrays("stopped", case.stops[0])
+        if all(np.array_equal(found[name].value, own.value) for name, own in whole.items()):
+            raise AssertionError(f"found the same after {case.stops[0]} and {case.total} steps: nothing is trained")
+        for last, stop in pairwise((*case.stops, case.total)):
+            found = arrays("stopped", stop, seed=stop)  # another process has other random numbers
+            problem = f"found {len(steps)} optimizer steps from {last} to {stop}, and {made} in a whole run"
+            yield claim("the number of steps", problem if len(steps) * case.total != made * (stop - last) else "")
+        yield from equal("of a resumed run", found, whole)
+
+
+def seeded(seed: int, function: Call, *arguments: Any) -> dict[str, Bounded]:
+    """Return copies of the arrays of a mapping, a list or a single one, as what others have to be near."""
+    torch.manual_seed(seed)
+    result = function(*arguments)
+    if not isinstance(result, Mapping):
+        result = dict(enumerate(result if isinstance(result, list | tuple) else [result]))
+    return {str(name): near(as_array(own).copy(), own) for name, own in result.items()}
+
+
+def equal(when: str, found: Mapping[str, Bounded], right: Mapping[str, Bounded], is_exact: bool = True) -> Results:
+    names = f"found {', '.join(found)}; accepted are {', '.join(right)}"
+    yield claim(f"the names {when}", "" if found.keys() == right.keys() else names)
+    for name, own in right.items():
+        yield Comparison(f"{name} {when}", found[name].value, own.value if is_exact else own)
+
+
+def recomputed(gradients: Callable[[bool, int], Any], _: None) -> Results:
+    for seed in range(3):
+        plain, again, ours = (seeded(seed, gradients, is_on, seed) for is_on in (False, False, True))
+        if not any(own.value.any() for own in plain.values()):
+            raise AssertionError("found 0 for all gradients")
+        yield from equal("when computed twice", again, plain, is_exact=False)
+        yield from equal("with recomputation", ours, plain, is_exact=False)
+
+
+def kept(gradients: Callable[[bool, int], Any], _: None) -> Results:
+    plain, ours = (numbers_kept(partial(seeded, 0, gradients, is_on, 0)) for is_on in (False, True))
+    if not plain:
+        raise NotApplicable("autograd of PyTorch keeps nothing")
+    found = f"found {ours} numbers kept for the backward pass, and {plain} without recomputation: it saves nothing"
+    yield claim("what is kept", found if ours >= plain else "")
+
+
+def numbers_kept(run: Call) -> int:
+    """Return how many numbers are kept when a backward pass begins."""
+    sizes, at_begin = list[int](), list[int]()
+
+    def pack(own: Tensor) -> Tensor:
+        sizes.append(own.numel())
+        return own
+
+    def unpack(own: Tensor) -> Tensor:
+        at_begin.append(sum(sizes))
+        return own
+
+    with saved_tensors_hooks(pack, unpack):
+        run()
+    return [*at_begin, sum(sizes)][0]
+
+
+# --- divided among ranks ---
+
+
+def over_ranks(step_fn: Call, case: MicroBatches) -> Results:
+    if not accepted(step_fn, all_reduce=None):
+        raise NotApplicable("the step takes no `all_reduce`")
+    for world_size in range(1, len(case.rows) + 1):
+        shards = [tensors(case, case.rows[rank::world_size]) for rank in range(world_size)]
+        for rank, dW in enumerate(on_ranks(step_fn, tensor(case.W, case.dtype), shards)):
+            yield Comparison(f"dW of rank {rank} of {world_size}", dW, case.gradient)
+
+
+def on_ranks(step_fn: Call, W: Tensor, shards: list[Any]) -> list[Any]:
+    """Run a step on each rank, in a thread; `all_reduce` waits for all, and returns the sum of their tensors."""
+    barrier, shelf = Barrier(len(shards)), [None] * len(shards)
+
+    def exchanged(rank: int, value: Any) -> list[Any]:
+        shelf[rank] = value
+        barrier.wait()
+        values = list(shelf)
+        barrier.wait()
+        if len({own is None for own in values}) > 1:  # some ranks are at their ends
+            raise AssertionError("found ranks that call `all_reduce` less often than others, which wait forever")
+        return values
+
+    def all_reduce(rank: int, value: Any) -> Tensor:
+        return torch.stack([torch.as_tensor(own).detach() for own in exchanged(rank, value)]).sum(0)
+
+    def on_rank(rank: int) -> Any:
+        options = {"all_reduce": partial(all_reduce, rank), "rank": rank, "world_size": len(shards)}
+        try:
+            dW = step_fn(W.clone(), shards[rank], **accepted(step_fn, **options))
+            exchanged(rank, None)
+        except BaseException:
+            barrier.abort()  # or the others would wait
+            raise
+        return dW
+
+    with ThreadPoolExecutor(len(shards)) as pool:
+        return list(pool.map(on_rank, range(len(shards))))
+
+
+# --- the tables ---
+
+
+def _several(kind: str, name: str, statement: str, cases: list[Any], compare: Callable[..., Results]) -> Law:
+    """Return a law whose comparison takes a case, and then the functions of which an implementation is a tuple."""
+    return Law(kind, name, statement, cases, lambda functions, case: compare(case, *functions))
+
+
+_SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
+    "alpha": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"layers.1.q_proj": 5, "up_proj": 2},
+        "alpha_pattern": {"q_proj": 1, "layers.0.up_proj": 30},
+    },
+    "expression": {"target_modules": r".*layers\.1\.(q|up)_proj"},
+    "whole_norm": {"modules_to_save": ["norm"]},
+    "tied_head": {"target_modules": ["up_proj", "lm_head"]},
+    "whole_head": {"modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": ["up_proj", "embed_tokens"]},
+    "bias": {"bias": "lora_only"},
+    "dora": {"use_dora": True},
+}
+_Q_UP = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"]}
+_CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
+    "a": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]},
+    "ab": _Q_UP,
+    "b": {"r": 2, "lora_alpha": 1, "target_modules": ["up_proj", "down_proj"]},
+}
+_SEVERAL = [AdaptedModel(_CONFIGS)]
+_WITH_NORM = [AdaptedModel({name: {**config, "modules_to_save": ["norm"]} for name, config in _CONFIGS.items()})]
+_LOADED = "what is saved and loaded, once and twice, computes the same"
+_CYCLE = "merged the layer applies W + s·B A, and unmerged W again"
+_MANY = f"{_CYCLE}, {CYCLES} times while B is trained"
+_64, _32, _F16, _B16 = (linear_cases("lora", dtype)[12:22:3] for dtype in UNITS)
+_4 = [AdaptedLinear(inner=64, r=4, dtype="float32"), AdaptedLinear(inner=128, outer=24, r=8, dtype="float32")]
+_STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6)]
+LAWS = (
+    *(
+        _several("roundtrip", name, _LOADED, [AdaptedModel({"default": {**_Q_UP, **config}})], roundtrip)
+        for name, config in _SAVED.items()
+    ),
+    _several("adapters", "add", "a new adapter changes nothing, and what acts is trained", _SEVERAL, added),
+    _several("adapters", "switch", "after a switch one acts, and only it is trained", _SEVERAL, switched),
+    _several("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, disabled),
+    _several("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, deleted),
+    _several("adapters", "whole_norm", "what is trained in full is switched as well", _WITH_NORM, switched),
+    _several("merge_cycle", "once", _CYCLE, _64 + _32, merge_cycle),
+    _several("merge_cycle", "often", _MANY, _32, partial(merge_cycle, count=CYCLES)),
+    _several("merge_cycle", "16-bit", f"{_CYCLE}, in bfloat16 and float16", _B16 + _F16, merge_cycle),
+    _several(
+        "merge_cycle", "drift", "in 16 bits errors do not add up", _B16 + _F16, partial(merge_cycle, count=CYCLES)
+    ),
+    _several("merge_cycle", "4-bit", f"{_MANY}, in NF4, in which errors do not add up", _4, four_bit_cycles),
+    Law("resume", "exact", "k steps, saved, loaded, and k more are 2k steps, bit for bit", _STOPS, resumed),
+    Law("recompute", "gradients", "recomputation changes no gradient, dropout included", [None], recomputed),
+    Law("recompute", "kept", "recomputation keeps less for the backward pass", [None], kept),
+    Law("ranks", "gradient", "each rank gets the gradient of one batch", BATCHES + EMPTY, over_ranks),
+)
