@@ -87,6 +87,7 @@ def models(*names):
 
 kinds = st.sampled_from([kind for literal in get_args(DrawnKind) for kind in get_args(literal)])
 groups = st.lists(rows((2, 8), 2), min_size=1, max_size=4).map(lambda groups: (("xx",), *groups))
+batches = st.builds(MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2]))
 CASES = {
     **{kind: layers(kind) for kind in ("lora", "rslora", "dora", "merge", "merge_dora")},
     "adapter_sum": st.builds(AdapterSum, sizes, sizes, st.lists(sizes, min_size=1, max_size=4).map(tuple), seeds),
@@ -99,10 +100,7 @@ CASES = {
         seeds,
         st.sampled_from(DTYPES),
     ),
-    "accumulation": st.builds(
-        MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])
-    ),
-    "ranks": st.builds(MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])),
+    **dict.fromkeys(("accumulation", "ranks"), batches),
     "packing": st.builds(Lengths, st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple), seeds),
     "chat_mask": chats(),
     "roundtrip": models("default"),
