@@ -90,6 +90,7 @@ def models(*names):
 
 kinds = st.sampled_from([kind for literal in get_args(DrawnKind) for kind in get_args(literal)])
 groups = st.lists(rows((2, 8), 2), min_size=1, max_size=4).map(lambda groups: (("xx",), *groups))
+batches = st.builds(MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2]))
 CASES = {
     **{kind: layers(kind) for kind in ("lora", "rslora", "dora", "merge", "merge_dora")},
     "adapter_sum": st.builds(AdapterSum, sizes, sizes, st.lists(sizes, min_size=1, max_size=4).map(tuple), seeds),
@@ -102,9 +103,7 @@ CASES = {
         seeds,
         st.sampled_from(DTYPES),
     ),
-    "accumulation": st.builds(
-        MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])
-    ),
+    **dict.fromkeys(("accumulation", "ranks"), batches),
     "linear4bit": st.builds(
         QuantizedLinear,
         st.lists(st.integers(0, 3), max_size=3).map(tuple),
@@ -133,7 +132,6 @@ CASES = {
             st.booleans(),
         ),
     ),
-    "ranks": st.builds(MicroBatches, groups, st.integers(1, 5), st.integers(2, 9), seeds, st.sampled_from(DTYPES[:2])),
     "chat_mask": chats(),
     "roundtrip": models("default"),
     "adapters": models("a", "ab", "b"),
