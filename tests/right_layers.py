@@ -114,12 +114,14 @@ class Backward(torch.autograd.Function):
     """As Unsloth: gradients by hand, of rows."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, W, b, A, B, s):
         ctx.save_for_backward(x, W, A, B)
         ctx.s = s
         return F.linear(x, W, b) + s * (x @ A.T @ B.T)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, dy):
         x, W, A, B = ctx.saved_tensors
         rows, dys, s = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), ctx.s

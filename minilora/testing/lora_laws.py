@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     yield Comparison(f"y of a view of x {tuple(x.shape)}", built.layer(x), view.y)
     for lead in LEADS:
         yield from forward(make, replace(case, lead=lead), f"y of x {(*lead, case.inner)}")
-        if not hasattr(built.layer, "is_numpy"):
+        with suppress(NotApplicable):
             yield from gradients(make, replace(case, lead=lead))
 
 
@@ -256,11 +256,14 @@ def backward(
 def autocast(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     low = replace(case, dtype="bfloat16")
     built, case = make_layer(make, replace(case, dtype="float32").changed(**low.arrays))
-    cuda = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+    right = interned(replace(low, has_magnitude=case.has_magnitude))
+    cast = torch.autocast("cpu", torch.bfloat16)
     x = input_of(built.layer, case)
-    with recording(case), cuda, torch.autocast("cpu", torch.bfloat16):
+    with recording(case), cast:
         y = built.layer(x)
-    yield Comparison("y under autocast", y, interned(replace(low, has_magnitude=case.has_magnitude)).y)
+    yield Comparison("y under autocast", y, right.y)
+    if not hasattr(built.layer, "is_numpy"):
+        yield from gradients_of(built, right, *backward(built.layer, case, context=cast))
 
 
 def not_a_number(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -357,8 +360,9 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     row = tensor(single.x, single.dtype)
     x, few = row.repeat(masks, 1).reshape(*lead, -1), row.repeat(64, 1)
     set_mode(layer, training=False)
-    yield Comparison("a second y in evaluation mode", layer(row), as_array(layer(row)))
-    yield Comparison("y in evaluation mode", layer(row), single.y)
+    with recording(case):
+        yield Comparison("a second y in evaluation mode", layer(row), as_array(layer(row)))
+        yield Comparison("y in evaluation mode", layer(row), single.y)
     set_mode(layer, training=True)
     torch.manual_seed(case.seed)
     with recording(case):
@@ -444,7 +448,13 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [
         Law(kind, "forward", equation, wide + narrow, forward),
-        Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
+        Law(
+            kind,
+            "identity",
+            "with B = 0 the layer is its base: y = x Wᵀ + b",
+            wide + narrow,
+            identity,
+        ),
         Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
         Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], gradients),
         Law(kind, "shapes", "x (..., in) and its gradient may have any sizes in front of the features", wide, shapes),
