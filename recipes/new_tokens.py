@@ -1,8 +1,8 @@
-"""New tokens: a model directory with rows for them, whose tokenizer finds them in any text.
+"""Write a model directory with rows for new tokens, and with a tokenizer that finds them in any text.
 
     w_new = 1/V Σ_v w_v                        in the embedding and in the head [Hewitt]
 
-A row that is the mean of all others is as likely as they are on average. Train only the new rows, beside the adapter:
+A row that is the mean of the others has the mean of their logits. Train only the new rows, together with the adapter:
 
     python recipes/new_tokens.py path/to/model grown "<coin>" Wumpus
     minilora finetune --model grown --data rows.jsonl --trainable-token-indices 49152,49153
@@ -30,7 +30,7 @@ def with_tokens(tokenizer: ml.Tokenizer, tokens: Sequence[str]) -> ml.Tokenizer:
     """Return the same tokenizer with new tokens, whose ids follow the others.
 
     Raises:
-        ConfigError: a token is empty, is there already or is named twice.
+        ConfigError: a token is empty, exists already or is named twice.
     """
     if bad := [t for t in tokens if not t or tokenizer.token_id(t) is not None or tokens.count(t) > 1]:
         raise ml.ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
@@ -49,7 +49,7 @@ def grown(weight: Tensor, size: int) -> nn.Parameter:
 
 
 def add_rows_(model: nn.Module, size: int) -> None:
-    """Give the embedding and the head of a model without adapters so many rows, unless they have more."""
+    """Grow the embedding and the head of a model without adapters to `size` rows; they never lose rows."""
     embedding, head = model.model.embed_tokens, model.lm_head
     is_tied = head.weight is embedding.weight
     embedding.weight = grown(embedding.weight, size)
