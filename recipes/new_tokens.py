@@ -37,8 +37,9 @@ def with_tokens(tokenizer: ml.Tokenizer, tokens: Sequence[str]) -> ml.Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         backend = Backend.from_file(f"{folder}/tokenizer.json")
-    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-    return tokenizer.with_files({"tokenizer.json": backend.to_str(pretty=True)})
+        backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+        backend.save(f"{folder}/tokenizer.json")
+        return ml.load_tokenizer(folder)
 
 
 def grown(weight: Tensor, size: int) -> nn.Parameter:
