@@ -2,8 +2,8 @@
 
     L = Σ_t KL(π(·|y_<t) ‖ π_T(·|y_<t)) / number of tokens,   y ~ π       [GKD §3.1 with λ = 1, reverse KL]
 
-The sum over the vocabulary is exact; that y depends on π is left out of the gradient, as in GKD. A row is the tokens of
-a prompt. Both models have one vocabulary.
+The KL sums over the whole vocabulary. The gradient treats the sampled y as a constant, as in GKD. A row is the list of
+tokens of a prompt. Student and teacher must have the same vocabulary.
 
     student, teacher = ml.load_model("small"), ml.load_model("large").requires_grad_(False)
     tokenizer = ml.load_tokenizer("small")
@@ -31,7 +31,7 @@ from minilora.llama import Documents, Llama
 def draw(
     model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]
 ) -> list[ml.Example]:
-    """Let a model answer prompts; the labels are the tokens that it drew, with the stop token."""
+    """Sample an answer to each prompt; the labels are the sampled tokens, including the stop token."""
     answers = ml.generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=stop_ids)
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -41,14 +41,17 @@ def draw(
 
 
 def log_distributions(model: Llama, batch: Batch) -> Tensor:
-    """Return log p of every token of the vocabulary where a label is predicted, (N, V)."""
+    """Return the log probabilities of the whole vocabulary at each position that predicts a label, (N, V)."""
     hidden = model.model(batch.tokens, Documents(batch.lengths))
     logits = model.get_output_embeddings()(hidden[batch.label_positions])
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def reverse_kl(student: Llama, teacher: Llama, examples: Sequence[ml.Example]) -> tuple[Tensor, int, dict[str, Any]]:
-    """Return the sum of KL(π ‖ π_T) over the labels of examples, their number, and how often both have one favorite."""
+    """Return the sum of KL(π ‖ π_T) over the labels, their number, and metrics.
+
+    `agreement` is how often student and teacher have the same most likely token.
+    """
     batch = collate(examples, next(student.parameters()).device)
     log_p = log_distributions(student, batch)
     with torch.no_grad():
@@ -66,5 +69,5 @@ def distillation_loss(
     stop_ids: Collection[int],
     max_new_tokens: int = 64,
 ) -> tuple[Tensor, int, dict[str, Any]]:
-    """Draw answers of the student, and return their `reverse_kl`."""
+    """Sample answers of the student, and return their `reverse_kl`."""
     return reverse_kl(model, teacher, draw(model, prompts, max_new_tokens, stop_ids))

@@ -1,8 +1,8 @@
-"""DPO: of two answers, prefer the chosen one to the rejected one by more than the base does.
+"""DPO: prefer the chosen one of two answers to the rejected one, by more than the base does.
 
     L = -log σ(β M),   M = (log π(y⁺) - log π_ref(y⁺)) - (log π(y⁻) - log π_ref(y⁻))     [DPO eq. 7]
 
-π_ref is the model with its adapter off. A row has `prompt`, `chosen` and `rejected`: text, or lists of messages.
+π_ref is the model with its adapter disabled. A row has `prompt`, `chosen` and `rejected`: texts or lists of messages.
 
     model, tokenizer = ml.load_model("path/to/model"), ml.load_tokenizer("path/to/model")
     pairs, held_out = load_pairs("train.jsonl", tokenizer), load_pairs("valid.jsonl", tokenizer)
@@ -11,7 +11,7 @@
     ml.train(model, pairs, config, ml.Tracker("jsonl", "out"), held_out, "out/checkpoints", loss=dpo_loss)
     ml.save_adapter(model, "out")
 
-Records have the means that TRL logs, under its names. The margin grows also where both answers become less likely, so
+Records have the means that TRL logs, under TRL's names. The margin can grow while both answers become less likely, so
 watch `logps/chosen`: `minilora plot out --metric logps/chosen`.
 
     [DPO]  Rafailov et al. 2023, Direct Preference Optimization: Your Language Model is Secretly a Reward Model
@@ -34,7 +34,7 @@ Pair = tuple[ml.Example, ml.Example]  # the chosen and the rejected answer to a 
 
 
 def load_pairs(path: str | Path, tokenizer: ml.Tokenizer, config: ml.DataConfig | None = None) -> list[Pair]:
-    """Read rows of preferences, without those of which an answer is cut off by `max_length`."""
+    """Read pairs of answers; rows with an answer that `max_length` cuts off are left out."""
     config = config or ml.DataConfig()
     sides = []
     for side in ("chosen", "rejected"):
@@ -46,7 +46,7 @@ def load_pairs(path: str | Path, tokenizer: ml.Tokenizer, config: ml.DataConfig 
 
 
 def log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
-    """Return log p of each label of some rows, one row after the other."""
+    """Return the log probability of each label, row after row, (labels,)."""
     batch = collate(rows, next(model.parameters()).device)
     hidden = model.model(batch.tokens, Documents(batch.lengths))
     logits = model.get_output_embeddings()(hidden[batch.label_positions])  # (labels, V)
@@ -55,19 +55,19 @@ def log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
 
 
 def dpo_loss(model: Llama, pairs: Sequence[Pair], beta: float = 0.1) -> tuple[Tensor, int, dict[str, Any]]:
-    """Return the sum of the losses of pairs, their number, and what to watch."""
+    """Return the sum of the losses of pairs, their number, and metrics."""
     rows = [row for pair in pairs for row in pair]
 
-    def of_rows() -> Tensor:
-        each = log_probs(model, rows).split([row.labelled for row in rows])
-        return torch.stack([part.sum() for part in each])
+    def answer_log_probs() -> Tensor:
+        parts = log_probs(model, rows).split([row.labelled for row in rows])
+        return torch.stack([part.sum() for part in parts])
 
-    policy = of_rows()
+    policy = answer_log_probs()
     with torch.no_grad(), ml.disable_adapter(model):
-        reference = of_rows()
+        reference = answer_log_probs()
     chosen, rejected = (beta * (policy - reference)).view(-1, 2).unbind(1)
     margins = chosen - rejected
-    means = {
+    metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
@@ -76,4 +76,4 @@ def dpo_loss(model: Llama, pairs: Sequence[Pair], beta: float = 0.1) -> tuple[Te
         "logps/rejected": policy[1::2],
     }
     n = len(pairs)
-    return -F.logsigmoid(margins).sum(), n, {name: (values.sum(), n) for name, values in means.items()}
+    return -F.logsigmoid(margins).sum(), n, {name: (values.sum(), n) for name, values in metrics.items()}

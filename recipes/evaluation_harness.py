@@ -1,16 +1,16 @@
-"""A model of lm-evaluation-harness: its tasks measure a model with its adapters, without files in between.
+"""Run tasks of lm-evaluation-harness on a model with its adapters, without files in between.
 
-    log p(continuation | context) = Σ_t log p(token t | before), and whether each token is the likeliest
+    log p(continuation | context) = Σ_t log p(token t | tokens before), and whether each token is the most likely one
 
     from lm_eval import simple_evaluate
     model, tokenizer = ml.load_model("path/to/model"), ml.load_tokenizer("path/to/model")
     ml.load_adapter(model, "out")
-    found = simple_evaluate(HarnessModel(model, tokenizer), tasks=["arc_easy", "gsm8k"], limit=100)["results"]
+    tuned = simple_evaluate(HarnessModel(model, tokenizer), tasks=["arc_easy", "gsm8k"], limit=100)["results"]
     with ml.disable_adapter(model):
         base = simple_evaluate(HarnessModel(model, tokenizer), tasks=["arc_easy", "gsm8k"], limit=100)["results"]
 
-Text becomes tokens as in the harness's `hf`: no special tokens are added, the end is kept of a text that is too long,
-and BOS, or EOS where there is none, stands for an empty context.
+Texts are encoded as by the harness's own model `hf`: no special tokens are added, a text that is too long loses its
+beginning, and an empty context is BOS, or EOS if there is no BOS.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,7 +40,7 @@ class HarnessModel(LM):
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return for each pair of tokens log p(continuation | context), and whether greedy decoding continues so."""
+        """Return log p(continuation | context) of each pair, and whether greedy decoding gives this continuation."""
         results = []
         for i in range(0, len(pairs), self.batch_size):
             rows = []
@@ -50,8 +50,8 @@ class HarnessModel(LM):
             batch = collate(rows, next(self.model.parameters()).device)
             hidden = self.model.model(batch.tokens, Documents(batch.lengths))[batch.label_positions]
             logs = self.model.get_output_embeddings()(hidden).float().log_softmax(-1)
-            both = torch.stack((logs.gather(1, batch.labels[:, None])[:, 0], logs.argmax(-1) == batch.labels), 1)
-            for part in both.split([row.labelled for row in rows]):
+            scores = torch.stack((logs.gather(1, batch.labels[:, None])[:, 0], logs.argmax(-1) == batch.labels), 1)
+            for part in scores.split([row.labelled for row in rows]):
                 results.append((part[:, 0].sum().item(), bool(part[:, 1].all())))
         return results
 
@@ -78,7 +78,7 @@ class HarnessModel(LM):
         return texts
 
     def write(self, prompts: Sequence[str], until: Any = (), max_gen_toks: int = 256, **sampling: Any) -> list[str]:
-        """Continue prompts up to one of the texts `until`."""
+        """Continue each prompt until one of the texts in `until`, which is left off."""
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         written: list[list[int]] = [[] for _ in prompts]
 

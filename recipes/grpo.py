@@ -1,11 +1,11 @@
-"""GRPO: draw a group of answers to each prompt, and make those likelier that a program rewards above their group.
+"""GRPO: sample a group of answers to each prompt, and make those more likely whose reward is above the group's mean.
 
     A_i = (R_i - mean R) / (std R + 1e-4)                  R: the rewards of the answers to one prompt    [GRPO §4.1.2]
     L_i = mean_t [β (e^δ - δ - 1) - min(ρ A_i, clip(ρ, 1 - ε, 1 + ε) A_i)]                               [GRPO eq. 3, 4]
     ρ = π(o_t) / π_old(o_t),   δ = log π_ref(o_t) - log π(o_t)
 
-π_old drew the answers; π_ref is the model with its adapter off. A row has the tokens of a prompt, and what the reward
-needs:
+π_old is the model that sampled the answers, and π_ref the model with its adapter disabled. A row has the tokens of a
+prompt, and whatever the reward needs:
 
     model, tokenizer = ml.load_model("path/to/model"), ml.load_tokenizer("path/to/model")
     sums = [(a, b) for a in range(20) for b in range(20)]
@@ -15,9 +15,9 @@ needs:
     config = ml.TrainConfig(learning_rate=1e-4, batch_size=8)
     ml.train(model, rows, config, ml.Tracker("tensorboard", "out"), checkpoint_dir="out/checkpoints", loss=loss)
 
-Only the gradient of the loss means something: watch `reward`. A group of equal rewards teaches nothing, so the model
-has to be right now and then from the beginning. Each step draws anew, so ρ is 1 except for rounding and dropout;
-`clipped_loss` also takes samples that were drawn earlier.
+The value of the loss says little about progress, so watch `reward`. A group with equal rewards has no advantage to
+learn from, so the model has to be right sometimes from the beginning. Each step samples new answers, so ρ is 1 except
+for rounding and dropout; `clipped_loss` also takes samples that were drawn earlier.
 
     [GRPO]  Shao et al. 2024, DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models
 """
@@ -52,22 +52,23 @@ def draw(
     group: int = 8,
     max_new_tokens: int = 64,
 ) -> list[Sample]:
-    """Draw answers to prompts, and compare each with its group."""
-    prompts, ends = [list(row["prompt"]) for row in rows], tokenizer.stop_ids
-    answers = ml.generate(model, prompts, max_new_tokens, 1.0, stop_ids=ends, n=group, log_probs=True)
+    """Sample answers to prompts, and compare the reward of each with its group."""
+    prompts = [list(row["prompt"]) for row in rows]
+    answers = ml.generate(model, prompts, max_new_tokens, 1.0, stop_ids=tokenizer.stop_ids, n=group, log_probs=True)
     rewards = [reward(rows[i // group], tokenizer.decode(answer)) for i, answer in enumerate(answers)]
     groups = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     samples = []
     for i, (answer, advantage) in enumerate(zip(answers, advantages.flatten().tolist(), strict=True)):
-        prompt, drawn = prompts[i // group], [*answer, *([] if answer.stop is None else [answer.stop])]
+        prompt = prompts[i // group]
+        drawn = [*answer] if answer.stop is None else [*answer, answer.stop]
         example = ml.Example(prompt + drawn, [IGNORE_INDEX] * len(prompt) + drawn)
         samples.append(Sample(example, answer.log_probs, rewards[i], advantage))
     return samples
 
 
 def log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
-    """Return log p of each label of some rows, one row after the other."""
+    """Return the log probability of each label, row after row, (labels,)."""
     batch = collate(rows, next(model.parameters()).device)
     hidden = model.model(batch.tokens, Documents(batch.lengths))
     logits = model.get_output_embeddings()(hidden[batch.label_positions])  # (labels, V)
@@ -76,22 +77,24 @@ def log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
 
 
 def clipped_loss(model: Llama, samples: Sequence[Sample], clip: float = 0.2, beta: float = 0.04) -> Result:
-    """Return the sum of the losses of samples, their number, and what to watch."""
+    """Return the sum of the losses of samples, their number, and metrics."""
     policy = log_probs(model, [sample.example for sample in samples])
     with torch.no_grad(), ml.disable_adapter(model):
         reference = log_probs(model, [sample.example for sample in samples])
     lengths = torch.tensor([len(sample.log_probs) for sample in samples], device=policy.device)
     old = policy.new_tensor([number for sample in samples for number in sample.log_probs])
     advantage = policy.new_tensor([sample.advantage for sample in samples]).repeat_interleave(lengths)
-    ratio, delta = (policy - old).exp(), reference - policy
+    ratio = (policy - old).exp()
+    delta = reference - policy
     gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     kl = delta.exp() - delta - 1
-    n, tokens, is_clipped = len(samples), len(policy), (ratio - 1).abs() > clip
-    watched = {"reward": (sum(sample.reward for sample in samples), n), "length": (tokens, n)}
-    watched |= {"kl": (kl.sum(), tokens), "clipped": (is_clipped.sum(), tokens)}
-    return ((beta * kl - gain) / lengths.repeat_interleave(lengths)).sum(), n, watched
+    is_clipped = (ratio - 1).abs() > clip
+    n, tokens = len(samples), len(policy)
+    metrics = {"reward": (sum(sample.reward for sample in samples), n), "length": (tokens, n)}
+    metrics |= {"kl": (kl.sum(), tokens), "clipped": (is_clipped.sum(), tokens)}
+    return ((beta * kl - gain) / lengths.repeat_interleave(lengths)).sum(), n, metrics
 
 
 def grpo_loss(model: Llama, rows: Sequence[Row], *, clip: float = 0.2, beta: float = 0.04, **drawing: Any) -> Result:
-    """Draw answers to the prompts of rows, and return their `clipped_loss`."""
+    """Sample answers to the prompts of rows, and return their `clipped_loss`."""
     return clipped_loss(model, draw(model, rows, **drawing), clip, beta)

@@ -1,8 +1,8 @@
-"""New tokens: a model directory with rows for them, whose tokenizer finds them in any text.
+"""Write a model directory with rows for new tokens, and with a tokenizer that finds them in any text.
 
     w_new = 1/V Σ_v w_v                        in the embedding and in the head [Hewitt]
 
-A row that is the mean of all others is as likely as they are on average. Train only the new rows, beside the adapter:
+A row that is the mean of the others has the mean of their logits. Train only the new rows, together with the adapter:
 
     python recipes/new_tokens.py path/to/model grown "<coin>" Wumpus
     minilora finetune --model grown --data rows.jsonl --trainable-token-indices 49152,49153
@@ -30,15 +30,16 @@ def with_tokens(tokenizer: ml.Tokenizer, tokens: Sequence[str]) -> ml.Tokenizer:
     """Return the same tokenizer with new tokens, whose ids follow the others.
 
     Raises:
-        ConfigError: a token is empty, is there already or is named twice.
+        ConfigError: a token is empty, exists already or is named twice.
     """
     if bad := [t for t in tokens if not t or tokenizer.token_id(t) is not None or tokens.count(t) > 1]:
         raise ml.ConfigError(f"new tokens: {bad[:5]} are empty, named twice, or tokens already")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         backend = Backend.from_file(f"{folder}/tokenizer.json")
-    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-    return tokenizer.with_files({"tokenizer.json": backend.to_str(pretty=True)})
+        backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+        backend.save(f"{folder}/tokenizer.json")
+        return ml.load_tokenizer(folder)
 
 
 def grown(weight: Tensor, size: int) -> nn.Parameter:
@@ -49,7 +50,7 @@ def grown(weight: Tensor, size: int) -> nn.Parameter:
 
 
 def add_rows_(model: nn.Module, size: int) -> None:
-    """Give the embedding and the head of a model without adapters so many rows, unless they have more."""
+    """Grow the embedding and the head of a model without adapters to `size` rows; they never lose rows."""
     embedding, head = model.model.embed_tokens, model.lm_head
     is_tied = head.weight is embedding.weight
     embedding.weight = grown(embedding.weight, size)

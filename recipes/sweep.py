@@ -1,10 +1,10 @@
-"""Train adapters of several ranks at several learning rates, and find the one of the lowest held-out loss.
+"""Train adapters of several ranks at several learning rates, and find the one with the lowest held-out loss.
 
     python recipes/sweep.py OUT TRAIN.jsonl HELD_OUT.jsonl [MODEL]
 
-Each run has a directory of its own: records, checkpoints, adapter. A sweep that was stopped goes on where it was, and
-one with more ranks or rates does only what is new. `sweep` returns the losses; `table` and `heat_map` show them. A best
-run at the edge of the ranks or rates says that a wider sweep may find a better one.
+Each run has a directory of its own with records, checkpoints and the adapter. A sweep that was stopped resumes, and one
+with more ranks or rates trains only the new ones. `sweep` returns the losses; `table` and `heat_map` show them. If the
+best run is at the edge of the ranks or rates, a wider sweep may find a better one.
 """
 
 import json
@@ -32,13 +32,12 @@ def sweep(
 ) -> dict[tuple[int, float], float]:
     """Train an adapter of each rank at each rate, from the same seed; other settings are those of the configs."""
     config = config or ml.TrainConfig()
+    eval_steps = config.eval_steps or 1_000_000  # by default only after the last step
     losses = {}
     for r, rate in product(ranks, rates):
         folder = Path(out) / f"r{r}-{rate:g}"
         ml.attach(model, replace(lora or ml.LoraConfig(), r=r), seed=config.seed)
-        settings = replace(
-            config, learning_rate=rate, eval_steps=config.eval_steps or 1_000_000
-        )  # or after the last step
+        settings = replace(config, learning_rate=rate, eval_steps=eval_steps)
         ml.train(model, rows, settings, ml.Tracker("jsonl", folder), held_out, folder / "checkpoints")
         ml.save_adapter(model, folder)
         ml.detach(model)
@@ -48,18 +47,19 @@ def sweep(
 
 
 def best(losses: Losses) -> tuple[int, float]:
-    """Return the rank and the rate of the lowest loss."""
+    """Return the rank and the rate with the lowest loss."""
     return min(losses, key=lambda pair: losses[pair])
 
 
 def grid(losses: Losses) -> tuple[list[int], list[float], list[list[float]]]:
-    """Return the ranks, the rates, and the losses of each rank in the order of rates."""
-    ranks, rates = (sorted({pair[i] for pair in losses}) for i in (0, 1))
+    """Return the ranks, the rates, and the losses with a row for each rank and a column for each rate."""
+    ranks = sorted({r for r, _ in losses})
+    rates = sorted({rate for _, rate in losses})
     return ranks, rates, [[losses[r, rate] for rate in rates] for r in ranks]
 
 
 def table(losses: Losses) -> str:
-    """Return the losses as a table of Markdown, the lowest in bold."""
+    """Return the losses as a Markdown table, the lowest in bold."""
     ranks, rates, values = grid(losses)
     lowest = losses[best(losses)]
     lines = [["r", *(f"{rate:g}" for rate in rates)], ["---"] * (1 + len(rates))]
@@ -84,9 +84,10 @@ def heat_map(losses: Losses) -> Any:
 
 
 if __name__ == "__main__":
-    out, train, valid, name = *sys.argv[1:4], (sys.argv[4:] or ["minilora/builtin"])[0]
+    out, train, valid, *rest = sys.argv[1:]
+    name = rest[0] if rest else "minilora/builtin"
     tokenizer = ml.load_tokenizer(name)
     data = [ml.load_dataset(path, tokenizer) for path in (train, valid)]
-    found = sweep(ml.load_model(name), *data, out, ranks=(4, 16, 64), rates=(1e-4, 3e-4, 1e-3))
-    print(table(found))
-    heat_map(found).savefig(Path(out) / "losses.svg")
+    losses = sweep(ml.load_model(name), *data, out, ranks=(4, 16, 64), rates=(1e-4, 3e-4, 1e-3))
+    print(table(losses))
+    heat_map(losses).savefig(Path(out) / "losses.svg")

@@ -1,10 +1,10 @@
-"""TinyLoRA: a few numbers in all, which weight fixed random matrices between the singular vectors of each W.
+"""TinyLoRA: train a few numbers, which weight fixed random matrices between the singular vectors of each W.
 
     W′ = W + U_r √S_r (Σ_i v_i P_i) √S_r V_rᵀ        W = U S Vᵀ,  P_i (r, r) ~ N(0, 1/r)   [TinyLoRA §4, LoRA-XS §3]
 
-v starts at zero, so a new adapter changes nothing. With `weight_tying` layers share v: at 0 each has its own, at 1 all
-layers have one, so that u = 13 trains 13 numbers. LoRA-XS trains the r·r numbers of the sum itself. To a `LoraLinear`
-this is a LoRA of scale 1 with A = (Σ v_i P_i) √S_r V_rᵀ and B = U_r √S_r: forward, merging and training are its own.
+v starts at zero, so a new adapter changes nothing. With `weight_tying` layers share v: at 0 each layer has its own, at
+1 all layers have the same, so that u = 13 trains 13 numbers. LoRA-XS trains the r·r numbers of the sum itself.
+`LoraLinear` computes this as a LoRA of scale 1 with A = (Σ v_i P_i) √S_r V_rᵀ and B = U_r √S_r.
 
     in, out  features    r  rank    u  numbers in v
 
@@ -25,7 +25,7 @@ from minilora.lora import Linear, LoraAdapter, LoraLinear
 
 
 class TinyAdapter(LoraAdapter):
-    """What one layer has: √S_r V_rᵀ (r, in), U_r √S_r (out, r), P (u, r, r), and v (u), perhaps with other layers."""
+    """The tensors of a layer: √S_r V_rᵀ (r, in), U_r √S_r (out, r), P (u, r, r), and v (u,), which layers may share."""
 
     def __init__(self, base: Linear, v: nn.Parameter, r: int, seed: int, dropout: float):
         super().__init__({}, scale=1.0, dropout=dropout)
@@ -57,7 +57,7 @@ def attach_tinylora(
     name: str = "default",
 ) -> None:
     """Add an adapter to the linear layers of these names; the arguments are those of PEFT's TinyLoraConfig."""
-    linears = {p: base for p, base in linear_layers(model).items() if p.rpartition(".")[2] in target_modules}
+    linears = {key: base for key, base in linear_layers(model).items() if key.rpartition(".")[2] in target_modules}
     groups = max(1, round(len(linears) * (1 - weight_tying)))
     size = max(1, len(linears) // groups)
     vectors = [nn.Parameter(torch.zeros(u, device=next(model.parameters()).device)) for _ in range(groups)]
@@ -90,7 +90,7 @@ def save_tinylora(model: nn.Module, path: str | Path, name: str = "default") -> 
 
 
 def load_tinylora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Attach an adapter that PEFT or `save_tinylora` wrote, frozen; it stays attached if tensors do not fit."""
+    """Attach an adapter that PEFT or `save_tinylora` wrote, frozen. It stays attached if its tensors do not fit."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     names = ("target_modules", "r", "u", "weight_tying", "tinylora_dropout")
     attach_tinylora(model, **{key: config[key] for key in names}, name=name)
