@@ -63,18 +63,7 @@ class Rounding:
         """Return level · scale, with a bound that holds for every admissible code."""
         values, levels = self.values, self.levels.value
         gaps = abs(np.where(self.admissible, levels - levels[self.codes][:, None], 0)).max(1)
-        return replace(values, error=values.error + gaps * self._largest_scales)
-
-    @property
-    def loss(self) -> Array:
-        """Return the largest error of the nearest level, half the widest gap, with that of rounding."""
-        levels = self.levels.value
-        widest = max(np.diff(levels).max() / 2, 1 + levels[0])  # of absmaxes there is no level of -1
-        return (widest + 2 * self.quotients.error) * self._largest_scales
-
-    @property
-    def _largest_scales(self) -> Array:
-        return abs(self.scales.value) + self.scales.error
+        return replace(values, error=values.error + gaps * (abs(self.scales.value) + self.scales.error))
 
 
 @dataclass(frozen=True)
@@ -153,11 +142,6 @@ class NF4Weight:
         return Rounding(x, absmax, Bounded.exact(LEVELS, "float32"), self.codes)
 
     @property
-    def approximated(self) -> Bounded:
-        """Return W with the bound of the error that quantization makes."""
-        return Bounded(self.W, self.rounding.loss.reshape(self.W.shape) + self.values.error, "float32")
-
-    @property
     def values(self) -> Bounded:
         """Return level · absmax for the codes that are right: (rows, columns)."""
         return self.rounding.values.reshape(self.rows, self.columns)
@@ -230,11 +214,6 @@ class AbsmaxVector:
     def dequantized(self) -> Bounded:
         """Return the absmaxes after both ways, with a bound that holds for every admissible code."""
         return self.rounding.admissible_values + self.offset
-
-    @property
-    def approximated(self) -> Bounded:
-        """Return the absmaxes with the bound of the error that quantization makes."""
-        return Bounded(self.absmax, self.rounding.loss + self.values.error, "float32")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from minilora.testing.cases import tensor
 from minilora.testing.compare import Array, as_array
 from minilora.testing.laws import Comparison, Law, claim
-from minilora.testing.nf4_cases import HARD_KINDS, NESTED, AbsmaxVector, NF4Weight, weights
+from minilora.testing.nf4_cases import HARD_KINDS, AbsmaxVector, NF4Weight, weights
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]  # quantize, dequantize
 
@@ -48,23 +48,13 @@ def stored(case: NF4Weight) -> tuple[Tensor, Tensor]:
     return tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
 
 
-def nearest_codes(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
-    packed, _ = quantized(pair, case)
+def quantizing(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
+    packed, absmax = quantized(pair, case)
     yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
+    yield form("absmax", absmax, case.absmax.shape, "float32")
     codes = as_codes(packed, case.W.size)
     yield Comparison("codes", codes if is_exact else case.rounding.certain(codes), case.codes)
-
-
-def largest_absmax(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    yield Comparison("absmax", quantized(pair, case)[1], case.stored_absmax)
-
-
-def layout(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    _, absmax = quantized(pair, case)
-    yield from nearest_codes(pair, case, is_exact=True)
-    yield form("absmax", absmax, (-(-case.W.size // case.block_size),), "float32")
-    weight = dequantized(pair, case, *stored(case))
-    yield form("the dequantized weight", weight, (case.rows, case.columns), "float32")
+    yield Comparison("absmax", absmax, case.stored_absmax)
 
 
 def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
@@ -74,19 +64,13 @@ def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 def dequantized_values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     weight = dequantized(pair, case, *stored(case))
+    yield form("the dequantized weight", weight, case.W.shape, "float32")
     yield Comparison("dequantize", weight, case.values)
 
 
 def error(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     weight = dequantized(pair, case, *quantized(pair, case))
-    yield Comparison("dequantize(quantize(W))", weight, case.approximated)
-
-
-def kept_exactly(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    weight = as_array(dequantized(pair, case, *quantized(pair, case)))
-    absmax = case.absmax[case.block].reshape(case.W.shape)
-    for name, chosen in (("zeros", case.W == 0), ("the largest numbers of the blocks", abs(case.W) == absmax)):
-        yield Comparison(name, np.where(chosen, weight, 0.0), np.where(chosen, case.W, 0.0))
+    yield Comparison("dequantize(quantize(W))", weight, case.round_trip(case.stored_absmax))
 
 
 def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
@@ -97,19 +81,8 @@ def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     yield Comparison("absmax of a dequantized weight", largest, as_array(absmax))
 
 
-def powers(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, _ = quantized(pair, case)
-    for k in (-30, 40):
-        scaled = replace(case, power=k)
-        other, larger = quantized(pair, scaled)
-        first, second = (as_codes(data, case.W.size) for data in (packed, other))
-        yield Comparison(f"codes of 2^{k}·W", second, first)
-        yield Comparison(f"absmax of 2^{k}·W", larger, scaled.stored_absmax)
-
-
 def all_of(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    yield from nearest_codes(pair, case)
-    yield from largest_absmax(pair, case)
+    yield from quantizing(pair, case)
     yield from dequantized_values(pair, case)
     yield from error(pair, case)
 
@@ -133,26 +106,13 @@ def nested(pair: Pair, case: AbsmaxVector) -> tuple[Any, Any, Any, AbsmaxVector]
     return codes, scales, offset, replace(case, given=float(as_array(offset).reshape(())))
 
 
-def offset(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    found = nested(pair, case)[3].offset.value
-    yield Comparison("offset", found, case.offset)
-
-
-def scales(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    _, found, _, case = nested(pair, case)
-    yield Comparison("scales", found, case.scales)
-
-
-def nested_codes(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    codes, _, _, case = nested(pair, case)
-    yield Comparison("codes", case.rounding.certain(as_array(codes)), case.codes)
-
-
-def nested_layout(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    codes, scales, offset, _ = nested(pair, case)
+def nested_quantizing(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
+    codes, scales, offset, given = nested(pair, case)
+    yield Comparison("offset", as_array(offset).reshape(()), case.offset)
+    yield form("scales", scales, given.scales.value.shape, "float32")
+    yield Comparison("scales", scales, given.scales)
     yield form("codes", codes, (case.count,), "uint8")
-    yield form("scales", scales, (-(-case.count // NESTED),), "float32")
-    yield form("the absmaxes", pair[1](codes, scales, offset), (case.count,), "float32")
+    yield Comparison("codes", given.rounding.certain(as_array(codes)), given.codes)
 
 
 def nested_stored(case: AbsmaxVector) -> tuple[Tensor, Tensor, Tensor, AbsmaxVector]:
@@ -164,12 +124,14 @@ def nested_stored(case: AbsmaxVector) -> tuple[Tensor, Tensor, Tensor, AbsmaxVec
 
 def nested_values(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     *given, case = nested_stored(case)
-    yield Comparison("dequantize", pair[1](*given), case.values)
+    absmax = pair[1](*given)
+    yield form("the dequantized absmaxes", absmax, (case.count,), "float32")
+    yield Comparison("dequantize", absmax, case.values)
 
 
 def nested_error(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     *found, case = nested(pair, case)
-    yield Comparison("dequantize(quantize(absmax))", pair[1](*found), case.approximated)
+    yield Comparison("dequantize(quantize(absmax))", pair[1](*found), case.dequantized)
 
 
 def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
@@ -196,43 +158,36 @@ LARGER = [
     for rows, columns in ((1, 5), (7, 65), (9, 512))
 ]
 PLAIN = weights("normal", "zero_block")
-HARD = [*weights(*HARD_KINDS), NF4Weight(130, 513)]  # more than 65,536 weights, in more than 1,024 blocks
+POWERS = [NF4Weight(9, 65, seed=7, power=power) for power in (-30, 40)]
+HARD = [*weights(*HARD_KINDS), *POWERS, NF4Weight(130, 513)]  # more than 65,536 weights, in more than 1,024 blocks
 SURE = weights("levels")
 LOW = weights("normal", "outlier", dtype="bfloat16") + weights("normal", "outlier", dtype="float16")
 _CODE = "each code is that of the level nearest to w / absmax"
+_LARGEST = "the largest |w| of a block of the rows laid end to end"
+_TIES = "a number midway between two levels gets the lower one, its neighbours the nearest, and a level its own"
+_HARD = f"{_CODE}, for outliers, constants, small, large and many numbers; of denormals and zeros, any"
 _NF4 = (
-    ("nearest", f"{_CODE}, the largest |w| of a block of the rows laid end to end", PLAIN, nearest_codes),
-    (
-        "ties",
-        "a number midway between two levels gets the lower one, its neighbours the nearest",
-        weights("ties"),
-        functools.partial(nearest_codes, is_exact=True),
-    ),
-    (
-        "absmax",
-        "absmax = max |w| of each block, bit for bit; below the smallest normal number, within it",
-        PLAIN,
-        largest_absmax,
-    ),
-    ("layout", "packed: uint8 (⌈n/2⌉), the first of two codes in the high half; absmax: float32 (b)", SURE, layout),
+    ("nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
+    ("ties", _TIES, weights("ties") + SURE, functools.partial(quantizing, is_exact=True)),
     ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
-    ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax", PLAIN, error),
-    ("kept", "zeros and the largest number of each block are kept exactly", PLAIN, kept_exactly),
-    ("idempotence", "a dequantized weight has the same codes and absmaxes", PLAIN, idempotence),
-    ("powers", "2^k·W has the codes of W and 2^k times its absmaxes", PLAIN, powers),
-    ("hard", f"{_CODE}, for outliers, constants, small and many numbers; of denormals and zeros, any", HARD, all_of),
+    ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax, and is that of the nearest level", PLAIN, error),
+    (
+        "idempotence",
+        "a dequantized weight has the same codes and absmaxes, so the largest |w| is kept",
+        PLAIN,
+        idempotence,
+    ),
+    ("hard", _HARD, HARD, all_of),
     ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, all_of),
     ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, all_of),
     ("views", "a weight that is a transposed view of a parameter has the codes of its copy", SURE, views),
     ("inputs", "the inputs stay as they were", PLAIN, unchanged),
 )
+_QUANTIZE = "offset = mean; scale = max |absmax - offset| of each 256; each code is that of the nearest of 256 levels"
 _DOUBLE_QUANT = (
-    ("offset", "offset = mean of the absmaxes", offset),
-    ("scales", "scale = max |absmax - offset| of each 256", scales),
-    ("codes", "each code is that of the nearest of 256 levels, within half a place of 65,536", nested_codes),
-    ("layout", "codes: uint8 (b); scales: float32 (⌈b/256⌉); the dequantized absmaxes: float32 (b)", nested_layout),
-    ("values", "dequantize gives level · scale + offset", nested_values),
-    ("error", "|absmax - dequantize(quantize(absmax))| ≤ scale · half the widest gap of the levels", nested_error),
+    ("codes", f"{_QUANTIZE}, within half a place of 65,536", nested_quantizing),
+    ("values", "dequantize gives level · scale + offset, in float32", nested_values),
+    ("error", "dequantize(quantize(absmax)) is off by half a gap of the levels, times scale", nested_error),
     ("inputs", "the inputs stay as they were", nested_unchanged),
 )
 LAWS = (
