@@ -103,19 +103,6 @@ def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
             yield Comparison(f"{name} of micro-batch {i}, which is only read", now, before)
 
 
-def regrouped(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
-    rows = [row for own in case.rows for row in own]
-    ways = {
-        "one batch": [rows],
-        "a micro-batch for each row": [[row] for row in rows],
-        "a micro-batch for each row, in reverse": [[row] for row in reversed(rows)],
-        "a micro-batch of the first row, and the rest": [rows[:1], rows[1:]],
-    }
-    for way, groups in ways.items():
-        actual = step_fn(tensor(case.W, case.dtype), tensors(case, groups))
-        yield Comparison(f"dW of {way}", actual, case.gradient)
-
-
 def tensors(case: MicroBatches, groups: list[list[Row]]) -> list[tuple[Tensor, Tensor]]:
     return [(tensor(x, case.dtype), tensor(labels, "int64")) for x, labels in map(padded, groups)]
 
@@ -175,7 +162,7 @@ GROUPS = (
     (("..x",), ("xxx",), (".x",)) * 6,
     ((".x",), ("." + "x" * 99,)),
 )
-SINGLE = batches_of(((".x",),), ((".xx.", "...x"),))
+SINGLE = batches_of(((".x",),), ((".xx.", "...x"),), ((".x", "xxxx", "..x", "...", "x.x", ".xxx"),))
 BATCHES = batches_of(*GROUPS)
 EMPTY = batches_of(((".xx",), ("...",)), ((".x",), ("..",), ("xxx",)))
 _LOSS = (
@@ -185,9 +172,8 @@ _LOSS = (
     ("huge", "the loss of logits of 10⁴ is finite", HUGE, both),
     ("16-bit", "the loss and its gradient in bfloat16 and float16", LOW, both),
 )
-_MEAN = "dW = d/dW 1/N Σ of the losses of all micro-batches, one or several, N labels in all of them"
-_STEP = (
-    ("value", _MEAN, SINGLE + BATCHES + EMPTY, accumulated),
-    ("split", "k micro-batches give the gradient of one batch, however rows are grouped", BATCHES, regrouped),
+_STEP = "k micro-batches give the gradient of one batch, d/dW 1/N Σ of all losses, N labels, however rows are grouped"
+LAWS = (
+    *(Law("loss_masking", *row) for row in _LOSS),
+    Law("accumulation", "value", _STEP, SINGLE + BATCHES + EMPTY, accumulated),
 )
-LAWS = (*(Law("loss_masking", *row) for row in _LOSS), *(Law("accumulation", *row) for row in _STEP))
