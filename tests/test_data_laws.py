@@ -92,12 +92,12 @@ def numpy_loss(logits, labels):
 @either
 @pytest.mark.parametrize("loss_fn", [our_loss, on_numpy(numpy_loss), lambda z, y: masked_loss(z.float(), y)])
 def test_a_right_loss_passes(loss_fn):
-    assert len(check_loss_masking(loss_fn)) > 5
+    assert len(check_loss_masking(loss_fn)) == 5
 
 
 @either
 def test_a_right_step_passes():
-    assert len(check_accumulation(our_step)) == 4
+    assert len(check_accumulation(our_step)) == 2
 
 
 @pytest.mark.parametrize("result", [0.0, float("nan"), ValueError("no labels")])

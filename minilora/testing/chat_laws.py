@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.testing.compare import Array
 from minilora.testing.laws import Comparison, Law, NotApplicable, claim
 
 
@@ -24,6 +25,10 @@ class Chat:
     @property
     def messages(self) -> list[dict[str, str]]:
         return [{"role": role, "content": content} for role, content in self.turns]
+
+    def is_reply(self, i: int) -> bool:
+        """Whether a message is a reply of the assistant, and not in front of the first question."""
+        return self.turns[i][0] == "assistant" and any(role == "user" for role, _ in self.turns[:i])
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,9 @@ def chat_mask(render: Render, case: Chat) -> Iterator[Comparison]:
         accepted = "accepted is every text, whole or without white space around, in order"
         yield claim("the text", f"found {''.join(tokens)!r}, in which {lost}; {accepted}")
     elif len(flags) == len(tokens):
-        right, closings = right_labels(tokens, flags, spans, case)
+        right, is_closed = right_labels(tokens, flags, spans, case)
         unclosed = f"found {''.join(tokens)!r}; accepted is an end token after each reply"
-        replies = sum(role == "assistant" for role, _ in case.turns)
-        yield claim("the end tokens", "" if closings == replies else unclosed)
+        yield claim("the end tokens", "" if is_closed else unclosed)
         shown = f"learned are    {bracketed(tokens, flags)}\n  accepted are   {bracketed(tokens, right)}"
         yield claim("the labelled text", "" if right == [bool(flag) for flag in flags] else shown)
 
@@ -75,8 +79,7 @@ def marked_words(render: Render, case: MarkedWords) -> Iterator[Comparison]:
         if case.may_fail:
             return
         raise
-    text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens])
-    begins = ends - [len(token) for token in tokens]
+    text, (begins, ends) = "".join(tokens), bounds(tokens)
     for word in (*case.learned, *case.read, *case.optional):
         begin, end = text.find(word), text.find(word) + len(word)
         if begin < 0:
@@ -107,33 +110,18 @@ def end_token(render: Render) -> str:
     """Return the token after a reply, or "" if the text is not found."""
     tokens, _ = render(Chat().messages)
     spans = find_messages(render, Chat(), "".join(tokens))
-    ends = np.cumsum([len(token) for token in tokens])
-    behind = [token for token, end in zip(tokens, ends, strict=True) if spans and end > spans[-1][1] and token.strip()]
-    return behind[0] if behind else ""
+    pairs = zip(tokens, bounds(tokens)[1], strict=True)
+    return next((token for token, end in pairs if spans and end > spans[-1][1] and token.strip()), "")
 
 
 def unusual(render: Render, case: Chat) -> Iterator[Comparison]:
-    """Compare the labels of a conversation that a template may refuse, and from which it may leave out what is read.
-
-    A reply in front of the first question may be learned or not.
-    """
-    roles = [role for role, _ in case.turns]
-    greeting = roles.index("assistant") if "user" not in roles[: roles.index("assistant")] else None
-    learned = [content for i, (role, content) in enumerate(case.turns) if role == "assistant" and i != greeting]
+    """Compare a conversation that a template may refuse, and from which it may leave out what is only read."""
+    learned = tuple(content for i, (_, content) in enumerate(case.turns) if case.is_reply(i))
     read = tuple(content for role, content in case.turns if role != "assistant")
-    words = list(marked_words(render, MarkedWords(tuple(case.messages), tuple(learned), read, read, may_fail=True)))
+    words = list(marked_words(render, MarkedWords(tuple(case.messages), learned, read, read, may_fail=True)))
     yield from words
-    if not words or len(find_messages(render, case, "".join(render(case.messages)[0]))) < len(case.turns):
-        return
-    found = list(chat_mask(render, case))
-    if greeting is not None and not all(each.holds for each in found):
-        as_read = [("user" if i == greeting else role, content) for i, (role, content) in enumerate(case.turns)]
-
-        def with_roles(messages: list[dict[str, Any]]) -> tuple[Sequence[str], Sequence[bool]]:
-            return render([{**message, "role": role} for message, role in zip(messages, roles, strict=True)])
-
-        found = list(chat_mask(with_roles, Chat(tuple(as_read))))
-    yield from found
+    if words and len(find_messages(render, case, "".join(render(case.messages)[0]))) == len(case.turns):
+        yield from chat_mask(render, case)
 
 
 def calls_of_tools(render: Render, case: MarkedWords) -> Iterator[Comparison]:
@@ -141,11 +129,11 @@ def calls_of_tools(render: Render, case: MarkedWords) -> Iterator[Comparison]:
     words = list(marked_words(render, case))
     yield from words
     tokens, flags = render(copy.deepcopy(list(case.messages))) if words else ([], [])
-    text, end, begins = "".join(tokens), end_token(render), np.cumsum([0, *map(len, tokens)])
+    text, end, begins = "".join(tokens), end_token(render), bounds(tokens)[0]
     for call, result in (("Qc", "Qd"), ("Qh", "Qi")):
         found = text.find(end, text.find(call), text.find(result)) if end and call in text else -1
         if found >= 0:
-            own = np.flatnonzero(begins[:-1] <= found)[-1]
+            own = np.flatnonzero(begins <= found)[-1]
             shown = f"found {bracketed(tokens, flags)}; accepted is that the {end!r} behind a call is learned"
             yield claim("the end token of a call", "" if flags[own] else shown)
 
@@ -176,26 +164,35 @@ def find_messages(render: Render, case: Chat, text: str) -> list[tuple[int, int]
 
 def right_labels(
     tokens: Sequence[str], flags: Sequence[bool], spans: Sequence[tuple[int, int]], case: Chat
-) -> tuple[list[bool], int]:
-    """Return the labels that are right, and how many replies have an end token.
+) -> tuple[list[bool], bool]:
+    """Return the labels that are right, and whether each reply has an end token.
 
     The end token is that of the first character after a reply that is not white space. Where both labels are right, it
-    is that of `flags`: of white space next to an end token, and of a token with the ends of a header and the beginning
-    of a reply.
+    is that of `flags`: of white space next to an end token, of a token with the ends of a header and the beginning of a
+    reply, and of a reply in front of the first question.
     """
-    text, ends = "".join(tokens), np.cumsum([len(token) for token in tokens])
-    begins = ends - [len(token) for token in tokens]
-    is_blank = np.array([not token.strip() for token in tokens])
+    text, (begins, ends) = "".join(tokens), bounds(tokens)
+    is_blank, given = np.array([not token.strip() for token in tokens]), np.array(flags, dtype=bool)
     reply, closing, either = (np.zeros(len(tokens), dtype=bool) for _ in range(3))
+    is_closed = True
     for i, (begin, end) in enumerate(spans):
-        if case.turns[i][0] == "assistant":
+        own = (begins < end) & (ends > begin)
+        if case.is_reply(i) or (case.turns[i][0] == "assistant" and given[own].any()):
             until = spans[i + 1][0] if i + 1 < len(spans) else len(text)
             mark = end + len(text[end:until]) - len(text[end:until].lstrip())
-            reply |= (begins < end) & (ends > begin)
-            closing |= (begins <= mark) & (mark < ends) & (mark < until)
+            mark_token = (begins <= mark) & (mark < ends) & (mark < until)
+            is_closed &= bool(mark_token.any())
+            reply |= own
+            closing |= mark_token
             either |= ((begins < begin) & (ends > begin)) | (is_blank & (begins >= end) & (ends <= until))
     either = (either & ~closing) | (begins == ends)
-    return np.where(either, np.array(flags, dtype=bool), reply | closing).tolist(), int(closing.sum())
+    return np.where(either, given, reply | closing).tolist(), is_closed
+
+
+def bounds(tokens: Sequence[str]) -> tuple[Array, Array]:
+    """Return where each token begins in the text, and where it ends."""
+    ends = np.cumsum([0, *map(len, tokens)])
+    return ends[:-1], ends[1:]
 
 
 def in_its_template(render: Render, mistake: Callable[..., Any], case: Chat) -> Render:
@@ -205,8 +202,8 @@ def in_its_template(render: Render, mistake: Callable[..., Any], case: Chat) -> 
         tokens, flags = render(messages)
         own = Chat(tuple((message["role"], message["content"]) for message in messages))
         spans = find_messages(render, own, "".join(tokens))
-        right, closings = right_labels(tokens, flags, spans, own)
-        if len(spans) < len(own.turns) or closings < sum(role == "assistant" for role, _ in own.turns):
+        right, is_closed = right_labels(tokens, flags, spans, own)
+        if len(spans) < len(own.turns) or not is_closed:
             raise NotApplicable("what is wrong is the text, and not its labels")
         return tokens, right
 

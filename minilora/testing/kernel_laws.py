@@ -45,9 +45,8 @@ def check_kernel(
     them and with zeros, where the definition is finite, with views that are not contiguous, without gradients, and with
     gradients of one tensor at a time. Integers stay as they are.
 
-    In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
-    definition's own, plus its own when each of its operations is off by a unit in the last place, plus such a unit. In
-    bfloat16 this may be a third of a gradient: check a kernel in float32 as well.
+    In float64 both agree to 1e-11, in other dtypes within the bound above. In bfloat16 this may be a third of a
+    gradient: check a kernel in float32 as well.
 
     Args:
         kernel: (*tensors) -> a tensor.

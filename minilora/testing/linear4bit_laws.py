@@ -1,7 +1,7 @@
 """Laws of linear layers with a frozen 4-bit weight: see `checks.check_linear4bit`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 
 def make_linear(make: Make, case: QuantizedLinear, order: Any = "C") -> tuple[Any, dict[str, Tensor]]:
-    """Make a layer, and return it with the tensors that it was given, W in an order of numpy's."""
+    """Return a layer and the tensors that it was given, W in an order of numpy's."""
     options = accepted(make, double_quant=case.double_quant)
     if case.double_quant and not options:
         raise NotApplicable("the layer takes no `double_quant`")
@@ -29,17 +29,12 @@ def make_linear(make: Make, case: QuantizedLinear, order: Any = "C") -> tuple[An
 
 
 def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    orders: dict[Any, str] = {"C": "y", "F": "y of transposed views of W and x"}
-    for order, what in orders.items():
+    orders: dict[Any, str] = {"C": "", "F": ", of transposed views"}
+    for order, views in orders.items():
         layer, _ = make_linear(make, case, order)
-        x = tensor(np.asarray(case.x, order=order), case.dtype)
-        yield from with_dtype(what, layer(x), case.output(case.x))
-
-
-def weight(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = make_linear(make, case)
-    identity = np.eye(case.inner)
-    yield Comparison("layer(1), the weight that is applied", layer(tensor(identity, case.dtype)), case.output(identity))
+        for x, what in ((case.x, "y"), (np.eye(case.inner), "layer(1), the weight that is applied")):
+            y = layer(tensor(np.asarray(x, order=order), case.dtype))
+            yield from with_dtype(what + views, y, case.output(x))
 
 
 def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
@@ -55,7 +50,8 @@ def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 
 def both(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     yield from product(make, case)
-    yield from input_gradient(make, case)
+    with suppress(NotApplicable):  # a layer without gradients
+        yield from input_gradient(make, case)
 
 
 def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
@@ -122,16 +118,13 @@ NESTED = linears(((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300), 
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
 _DX = "dx = dy dequantize(quantize(W))"
 _LAWS = (
-    ("weight", f"{_LINEAR}, for x = 1", LINEARS + HARD, weight),
-    ("forward", _LINEAR, LINEARS + HARD + WIDE, product),
+    ("forward", f"{_LINEAR}, also for x = 1", LINEARS + HARD + WIDE, product),
     ("gradients", _DX, LINEARS + WIDE, input_gradient),
-    ("shapes", f"{_LINEAR}, for x with no, with several and with empty leading sizes", LEADS, product),
-    ("shapes_dx", f"{_DX}, for such x", LEADS, input_gradient),
-    ("ragged", f"{_LINEAR}, where rows end within a block", RAGGED, weight),
-    ("ragged_dx", f"{_DX}, where rows end within a block", RAGGED, input_gradient),
+    ("shapes", f"{_LINEAR} and {_DX}, for x with no, with several and with empty leading sizes", LEADS, both),
+    ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
     ("modes", f"{_LINEAR}, in training and evaluation, with and without gradients, in each call", LINEARS, modes),
-    ("double_quant", f"{_LINEAR}, with 8-bit absmaxes", NESTED, weight),
+    ("double_quant", f"{_LINEAR}, with 8-bit absmaxes", NESTED, product),
     ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW, both),
 )
 LAWS = tuple(Law("linear4bit", *row) for row in _LAWS)

@@ -12,22 +12,20 @@ from minilora.testing.laws import Comparison, Law
 from minilora.testing.lora_laws import linear_cases, with_dtype
 
 
-def merging(merge: Callable[..., Any], case: AdaptedLinear, order: Any = "C") -> Iterator[Comparison]:
+def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
     names = ("W", "A", "B", *(["magnitude"] if case.method == "dora" else []))
-    given = {name: tensor(np.asarray(case.arrays[name], order=order), case.dtype) for name in names}
-    for name in names[1:]:
-        given[name].requires_grad_(order == "F")
-    actual = merge(*list(given.values())[:3], case.scale, *list(given.values())[3:])
     right = case.merged
     if case.method == "lora":  # the sum over the ranks may begin with W
         right = replace(right, error=right.error + right.gamma(case.r + 1) * abs(case.W))
-    yield from with_dtype("the merged weight", actual, right)
-    for name in names:
-        yield Comparison(f"{name}, which is only read", given[name], case.arrays[name])
-
-
-def merging_parameters(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparison]:
-    yield from merging(merge, case, "F")
+    orders: dict[Any, str] = {"C": "", "F": " of transposed views that require a gradient"}
+    for order, views in orders.items():
+        given = {name: tensor(np.asarray(case.arrays[name], order=order), case.dtype) for name in names}
+        for name in names[1:]:
+            given[name].requires_grad_(order == "F")
+        W, A, B, *magnitude = given.values()
+        yield from with_dtype(f"the merged weight{views}", merge(W, A, B, case.scale, *magnitude), right)
+        for name in names:
+            yield Comparison(f"{name}{views}, which is only read", given[name], case.arrays[name])
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ def _merge_laws(kind: str, method: Method, equation: str) -> list[Law]:
     hard += [AdaptedLinear(method, (1,), 530, 520, 70, 16 / 24)]
     hard += [hard[0].changed(magnitude=-hard[0].magnitude)] if method == "dora" else []
     return [
-        Law(kind, "weight", f"{equation}, and the inputs stay as they were", plain + hard, merging),
-        Law(kind, "parameters", f"{equation}, of transposed views that require a gradient", plain, merging_parameters),
+        Law(kind, "weight", f"{equation}, also of views, and the inputs stay as they were", plain + hard, merging),
         Law(kind, "16-bit", f"{equation}, in the dtype of W: bfloat16 and float16", low, merging),
     ]
 

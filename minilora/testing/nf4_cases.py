@@ -22,7 +22,7 @@ EXACT = Bounded.exact(absmax_levels(), "float32")
 ABSMAX_LEVELS = replace(EXACT, error=EXACT.gamma(6) * abs(EXACT.value))
 NESTED = 256  # absmaxes that share a scale
 NORMAL = 2.0**-126  # below it, float32's 1/absmax can overflow, and numbers may be flushed to 0
-DrawnKind = WeightKind | Literal["zeros", "zero_block", "levels", "ties"]
+DrawnKind = WeightKind | Literal["zeros", "zero_block", "ties"]
 HARD_KINDS: tuple[DrawnKind, ...] = ("outlier", "constant", "tiny", "huge_ratio", "rank_deficient", "zeros")
 
 
@@ -63,27 +63,15 @@ class Rounding:
         """Return level · scale, with a bound that holds for every admissible code."""
         values, levels = self.values, self.levels.value
         gaps = abs(np.where(self.admissible, levels - levels[self.codes][:, None], 0)).max(1)
-        return replace(values, error=values.error + gaps * self._largest_scales)
-
-    @property
-    def loss(self) -> Array:
-        """Return the largest error of the nearest level, half the widest gap, with that of rounding."""
-        levels = self.levels.value
-        widest = max(np.diff(levels).max() / 2, 1 + levels[0])  # of absmaxes there is no level of -1
-        return (widest + 2 * self.quotients.error) * self._largest_scales
-
-    @property
-    def _largest_scales(self) -> Array:
-        return abs(self.scales.value) + self.scales.error
+        return replace(values, error=values.error + gaps * (abs(self.scales.value) + self.scales.error))
 
 
 @dataclass(frozen=True)
 class NF4Weight:
     """A weight `W` to be quantized in blocks, with the right `packed`, `absmax` and dequantized `values`.
 
-    Kinds: those of `hard_weight`; zeros; zero_block: the first block is 0; levels: powers of two times levels, so that
-    bytes are certain; ties: midpoints of levels, of those that float32 represents, and float32's next numbers below and
-    above each midpoint.
+    Kinds: those of `hard_weight`; zeros; zero_block: the first block is 0; ties: powers of two times midpoints of
+    levels, of those that float32 represents, and times float32's next numbers below and above each midpoint.
     """
 
     rows: int = 1
@@ -101,11 +89,8 @@ class NF4Weight:
     @cached_property
     def W(self) -> Array:
         rng = np.random.default_rng(self.seed)
-        if self.kind == "levels":
-            drawn = self._of_powers(rng, LEVELS)
-        elif self.kind == "ties":
-            below, above = (np.nextafter(MIDPOINTS.astype(np.float32), np.float32(end)) for end in (-2, 2))
-            drawn = self._of_powers(rng, np.concatenate([TIES, below, above]))
+        if self.kind == "ties":
+            drawn = self._ties(rng)
         elif self.kind == "zeros" or self.kind == "zero_block":
             drawn = rng.standard_normal((self.rows, self.columns))
             drawn.reshape(-1)[: drawn.size if self.kind == "zeros" else self.block_size] = 0
@@ -114,10 +99,11 @@ class NF4Weight:
         most = torch.finfo(getattr(torch, self.dtype)).max
         return rounded(np.clip(drawn * 2.0**self.power, -most, most), self.dtype)
 
-    def _of_powers(self, rng: np.random.Generator, numbers: Array) -> Array:
-        """Draw some of the numbers, times a power of two in each block, which is also its absmax."""
+    def _ties(self, rng: np.random.Generator) -> Array:
+        """Draw midpoints and their neighbours, times a power of two in each block, which is also its absmax."""
         count, bs = self.rows * self.columns, self.block_size
-        flat = rng.choice(numbers.astype(np.float64), count)
+        below, above = (np.nextafter(MIDPOINTS.astype(np.float32), np.float32(end)) for end in (-2, 2))
+        flat = rng.choice(np.concatenate([TIES, below, above]), count)
         flat[::bs] = rng.choice([-1.0, 1.0], -(-count // bs))
         powers = 2.0 ** rng.integers(-4, 5, -(-count // bs))
         return (flat * powers[self.block]).reshape(self.rows, self.columns)
@@ -151,11 +137,6 @@ class NF4Weight:
         x = Bounded.exact(self.W.reshape(-1), "float32") * (Bounded.exact(1.0, "float32") / divisor) * 1
         x = replace(x, error=np.where(is_normal, x.error, 2.0))
         return Rounding(x, absmax, Bounded.exact(LEVELS, "float32"), self.codes)
-
-    @property
-    def approximated(self) -> Bounded:
-        """Return W with the bound of the error that quantization makes."""
-        return Bounded(self.W, self.rounding.loss.reshape(self.W.shape) + self.values.error, "float32")
 
     @property
     def values(self) -> Bounded:
@@ -230,11 +211,6 @@ class AbsmaxVector:
     def dequantized(self) -> Bounded:
         """Return the absmaxes after both ways, with a bound that holds for every admissible code."""
         return self.rounding.admissible_values + self.offset
-
-    @property
-    def approximated(self) -> Bounded:
-        """Return the absmaxes with the bound of the error that quantization makes."""
-        return Bounded(self.absmax, self.rounding.loss + self.values.error, "float32")
 
 
 @dataclass(frozen=True)

@@ -103,17 +103,6 @@ def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     yield from compared(packed, documents[::-1], right[::-1], "in reverse order")
 
 
-def neighbours(packed: Packed, case: Lengths) -> Iterator[Comparison]:
-    documents = case.tokens(packed.vocabulary)
-    others = Lengths(case.lengths, case.seed + 1000).tokens(packed.vocabulary)
-    before = results(packed, documents)
-    if len(before) != len(documents):
-        raise NotApplicable("the result is one number for all documents")
-    for i, own in enumerate(before):
-        changed = [document if j == i else others[j] for j, document in enumerate(documents)]
-        yield Comparison(f"document {i} next to other tokens", results(packed, changed)[i], near(own, own))
-
-
 def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     for i, document in enumerate(case.tokens(packed.vocabulary)):
         T = len(document)
@@ -196,8 +185,7 @@ CASES.insert(-1, Lengths((4, 3, 4, 4, 3), has_equal=True))
 SEVERAL = CASES[1:]
 PROMPTS = [*CASES, Lengths((3, 12), new=45)]
 _PACKING = (
-    ("alone", "each document has the result that it has by itself", SEVERAL, by_itself),
-    ("neighbours", "other tokens of its neighbours change nothing", SEVERAL, neighbours),
+    ("alone", "each document has the result that it has by itself, whatever its neighbours", SEVERAL, by_itself),
     ("causal", "a token changes results, and none in front of it", SEVERAL, causal),
     ("gradients", "gradients are the sums of the documents' own", SEVERAL, summed_gradients),
 )

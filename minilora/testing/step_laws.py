@@ -1,10 +1,10 @@
 """The law of a training step: it changes all that is meant to be trained, and nothing else."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,13 +61,16 @@ def check_trains_everything(
     traces = {name: Trace(torch.finfo(dtypes.get(name, torch.float32)).eps) for name in sorted(meant)}
     first = float(loss()) if loss else 0.0
     for number in range(1, steps + 1):
-        with watched(named(model)) as found:
+        with ExitStack() as hooks:
+            for name, own in named(model).items():
+                if name in traces and own.requires_grad and own.is_leaf:
+                    hooks.enter_context(own.register_hook(partial(traces[name].note, own)))
             step()
         after = snapshot(model, meant)
-        noise = 1e-5 * max((abs(own.gradient).max(initial=0.0) for own in found.values()), default=0.0)
+        noise = 1e-5 * max(np.max(abs(trace.sum), initial=0.0) for trace in traces.values())
         for name, trace in traces.items():
             if name in after and after[name].shape == before[name].shape:
-                trace.add(number, before[name], after[name], found.get(name), noise)
+                trace.add(number, before[name], after[name], noise)
         before = after
     reasons = {name: change_of(name, old, after.get(name), traces.get(name), parameters) for name, old in start.items()}
     for name, own in named(model).items():
@@ -118,35 +121,14 @@ def snapshot(model: nn.Module | Read, meant: set[str]) -> dict[str, Any]:
     return {name: (own.double() if own.is_floating_point() else own).numpy() for name, own in copies.items()}
 
 
-class Found(NamedTuple):
-    """The gradient that came to a parameter in a call, and whether there was one before."""
-
-    was_there: bool
-    gradient: Array
-
-
-@contextmanager
-def watched(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Found]]:
-    """Note the sum of the gradients that come to each parameter."""
-    found: dict[str, Found] = {}
-
-    def note(name: str, own: nn.Parameter, gradient: torch.Tensor) -> None:
-        dense = gradient.detach().to_dense() if gradient.is_sparse else gradient
-        before = found.get(name, Found(own.grad is not None and bool(own.grad.any()), np.zeros(own.shape)))
-        found[name] = before._replace(gradient=before.gradient + as_array(dense))
-
-    with ExitStack() as hooks:
-        for name, parameter in parameters.items():
-            if parameter.requires_grad and parameter.is_leaf:
-                hooks.enter_context(parameter.register_hook(partial(note, name, parameter)))
-        yield found
-
-
 @dataclass
 class Trace:
     """What the steps so far did to a parameter."""
 
     unit: float = 0.0  # rounding of its dtype
+    sum: Any = 0.0  # of the gradients that came in this step
+    came: bool = False  # whether any did
+    was_there: bool = False  # a gradient before them
     problem: str = ""  # the first that a step shows
     idle: int = 0  # a step that left it as it was, in spite of a gradient
     has_gradient: bool | None = None  # other than 0; None if none came
@@ -154,14 +136,21 @@ class Trace:
     moved: Any = False  # each number, in a step
     units: float = 0.0  # by how many units the numbers of a step moved
 
-    def add(self, number: int, old: Array, new: Array, found: Found | None, noise: float) -> None:
-        """Take a step into account; a gradient below the noise is one of 0 that is rounded."""
+    def note(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take a gradient of this step into account."""
+        if not self.came:
+            self.was_there = parameter.grad is not None and bool(parameter.grad.any())
+        self.sum, self.came = self.sum + as_array(gradient.to_dense() if gradient.is_sparse else gradient), True
+
+    def add(self, number: int, old: Array, new: Array, noise: float) -> None:
+        """Take the end of a step into account; a gradient below the noise is one of 0 that is rounded."""
         moves = old != new
         self.moved = self.moved | moves
-        if found is None:
+        if not self.came:
             return
-        self.has_gradient = bool(self.has_gradient or found.gradient.any())
-        own = np.where(abs(found.gradient) > noise, found.gradient, 0.0)
+        self.has_gradient = bool(self.has_gradient or self.sum.any())
+        own = np.where(abs(self.sum) > noise, self.sum, 0.0)
+        self.sum, self.came = 0.0, False
         is_first, self.gradient = not np.any(self.gradient), np.fmax(self.gradient, abs(own))
         if moves.any():
             with np.errstate(divide="ignore"):
@@ -171,7 +160,7 @@ class Trace:
                 self.problem = self.problem or contradiction(old, new, own)
         elif own.any():
             self.idle = number
-        if own.any() and number > 1 and found.was_there:
+        if own.any() and number > 1 and self.was_there:
             self.problem = f"in step {number} its gradient was added to that of the step before: zero it"
 
     def wrong_at_last(self, old: Array) -> str:
