@@ -27,7 +27,7 @@ from minilora.testing import (
     on_numpy,
 )
 from tests import by_hand
-from tests.models import randomize_adapters_, tiny_model, token_ids
+from tests.models import randomize_adapters_, set_dropout_step, tiny_model, token_ids
 
 # --- written by hand, and mistakes in it ---
 
@@ -392,7 +392,7 @@ def test_our_checkpointing_changes_no_gradient(way):
     batch = collate([Example(row, row) for row in token_ids(0, 3, 9).tolist()], "cpu")
 
     def gradients(recompute, seed):
-        ml.set_dropout_step(model, seed, 0)
+        set_dropout_step(model, seed, 0)
         model.zero_grad()
         training.token_loss(model, batch, way if recompute else "none")[0].backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
