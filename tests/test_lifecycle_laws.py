@@ -367,7 +367,7 @@ def test_a_merge_of_numpy_arrays_keeps_them():
 
     functions = [lambda layer, sign=sign: layer.__wrapped__.add(sign) for sign in (1, -1)]
     reports = check_merge_cycle(on_numpy(Layer), *functions)
-    assert [report.checked for report in reports] == [True, True, False, False, False]
+    assert [report.checked for report in reports] == [True, False, False]
 
 
 def test_our_runs_are_resumed():
@@ -456,7 +456,7 @@ def test_what_cannot_be_wrong_is_refused():
 
     with pytest.raises(CheckFailure, match="found no parameter that requires a gradient"):
         check_roundtrip(frozen, by_hand.save, by_hand.load)
-    with pytest.raises(CheckFailure, match="found logits that do not depend on what is trained"):
+    with pytest.raises(CheckFailure, match="found logits that do not depend on all that requires a gradient"):
         check_roundtrip(idle, by_hand.save, by_hand.load)
     with pytest.raises(CheckFailure, match="nothing is trained"):
         check_resume(lambda path, stop, total: [torch.zeros(2)])

@@ -1,4 +1,4 @@
-"""Plot the loss, or what else is measured, of one or several runs, in training and in evaluations.
+"""Plot the loss, or another metric, of one or several runs.
 
 Example:
   minilora plot run1 run2 --out runs.svg

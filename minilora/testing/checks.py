@@ -251,7 +251,8 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
     Args:
         step_fn: (W (V, D), [(x (B, T, D), labels (B, T)), …]) -> dW, the gradient of one optimizer step over all of the
             micro-batches, where the model's logits are x Wᵀ. If it takes `all_reduce`, it is also called on several
-            ranks, in threads, each with its own micro-batches: `all_reduce(tensor)` gives the sum over the ranks.
+            ranks, each with its own micro-batches: `all_reduce(tensor)` gives the sum over the ranks. These are called
+            one after another: where a sum is not known yet, a call ends with an exception, and is made again later.
             `rank` and `world_size` are passed if it takes them.
     """
     return check(step_fn, "accumulation", "ranks")

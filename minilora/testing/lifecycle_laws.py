@@ -8,12 +8,11 @@ and loaded, and k more are 2k steps. So an implementation is compared with itsel
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -103,12 +102,12 @@ def train(model: Any, steps: int = 3) -> None:
     set_mode(model, training=True)
     for _ in range(steps):
         y = model(torch.arange(11))
-        if not y.requires_grad:
-            raise AssertionError("found logits that do not depend on what is trained")
         dy = (y - torch.arange(y.numel()).cos().view_as(y)).detach()
-        gradients = torch.autograd.grad(y, parameters, dy, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.data -= 0.03 * (0 if gradient is None else gradient.sign())
+        gradients = torch.autograd.grad(y, parameters, dy, allow_unused=True) if y.requires_grad else [None]
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            if gradient is None:
+                raise AssertionError("found logits that do not depend on all that requires a gradient")
+            parameter.data -= 0.03 * gradient.sign()
 
 
 # --- saved and loaded ---
@@ -157,19 +156,14 @@ class Several:
         if name not in self.right and not trainable(self.model):
             return  # the base acts
         train(self.model, steps=1)
-        y, before = logits(self.model), self.right
-        self.right, owned = {}, list[int]()
+        y, before, self.right = logits(self.model), self.right, {}
         for other in before:
             self.switch(self.model, other)
             self.right[other] = logits(self.model)
-            owned += map(id, trainable(self.model))
-        shared = "found parameters that require a gradient with several of them"
-        yield claim("what is trained with one adapter", "" if len(set(owned)) == len(owned) else shared)
         acting = [other for other, own in self.right.items() if is_same(y, own)]
         trained = [other for other, own in self.right.items() if not is_same(own, before[other])]
-        is_sum = not acting and len(trained) > 1  # of several that act and are trained
         found = f"found that {acting or 'nothing'} acts, and that a step changes {trained or 'nothing'}"
-        yield claim(f"what is trained {when}", "" if acting == trained or is_sum else found)
+        yield claim(f"what is trained {when}", "" if acting == trained else found)
 
 
 def several(case: AdaptedModel, attach: Call, switch: Call) -> Several:
@@ -225,14 +219,14 @@ def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call
 # --- merged and unmerged ---
 
 
-def merge_cycle(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call, count: int = 1) -> Results:
-    """Errors of 16 bits must not add up: those of many cycles would be as large as the weight."""
+def cycles_of_floats(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call) -> Results:
+    """Errors must not add up in 16 bits: those of many cycles would be as large as the weight."""
     W, A, B = (Bounded.exact(abs(array), case.dtype) for array in (case.W, case.A, case.B))
     rounding = 2 * (W + scaled(B, A, case.scale)).error  # of W + s·B A, and of what is left when s·B A is subtracted
-    yield from cycles(case, make, merge, unmerge, count, rounding * (count if case.dtype == "float32" else 1))
+    yield from cycles(case, make, merge, unmerge, rounding, adds_up=case.dtype in ("float32", "float64"))
 
 
-def four_bit_cycles(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call) -> Results:
+def cycles_of_nf4(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call) -> Results:
     """The base is in NF4, and may be quantized again: by half a gap g of a block's absmax, and by g·(1 + g) of it."""
     if not accepted(make, quantize="nf4"):
         raise NotApplicable("the layer takes no `quantize`")
@@ -241,39 +235,38 @@ def four_bit_cycles(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call)
     case = case.changed(W=W.astype(np.float32).reshape(case.W.shape))  # which NF4 has without an error
     size = abs(case.W) + abs(case.scale * case.B @ case.A)
     absmax = size.reshape(-1, 64).max(1).repeat(64).reshape(size.shape)
-    allowed = HALF_GAP * (2 + HALF_GAP) * absmax
-    yield from cycles(case, make, merge, unmerge, CYCLES, allowed, quantize="nf4")
+    yield from cycles(case, make, merge, unmerge, HALF_GAP * (2 + HALF_GAP) * absmax, adds_up=False, quantize="nf4")
 
 
 def cycles(
-    case: AdaptedLinear, make: Call, merge: Call, unmerge: Call, count: int, allowed: Array, **options: Any
+    case: AdaptedLinear, make: Call, merge: Call, unmerge: Call, allowed: Array, adds_up: bool, **options: Any
 ) -> Results:
-    """Compare the weight that a layer applies, merged and then unmerged, while B is another one in each cycle."""
+    """Compare the weight that a layer applies, merged and unmerged, in the first and the last cycles.
+
+    B is another one in each cycle. What a merge and unmerging it may change of the weight is `allowed`.
+    """
     built, probe = make_layer(make, replace(case, lead=(case.inner,)).changed(x=np.eye(case.inner)), **options)
     layer, x = built.layer, tensor(probe.x, probe.dtype)
     parts = [] if hasattr(layer, "is_numpy") else built.parts("B", layer(x))
-    trained = [(part, part.detach().clone().double()) for part, _ in parts]
+    trained = [(part, part.detach().to(torch.float64, copy=True)) for part, _ in parts]
 
-    def applied(when: str, factor: float = 1.0, extra: Any = allowed.T) -> Comparison:
+    def applied(when: str, merges: int) -> Comparison:
         y = probe.changed(B=factor * probe.B).y
-        return Comparison(f"layer(1), the weight that is applied, {when}", layer(x), replace(y, error=y.error + extra))
+        error = y.error + allowed.T * (merges if adds_up else min(merges, 1))
+        return Comparison(f"layer(1), the weight that is applied, {when}", layer(x), replace(y, error=error))
 
-    yield applied("before it is merged", extra=0.0)
     factor = 1.0
-    for i in range(count):
-        factor = (-1) ** i * (1 - i / (3 * count)) if trained else 1.0
-        for part, B in trained:
-            part.data.copy_(factor * B)
+    for i in range(CYCLES + 1):
+        if trained and i > 1:  # the first merge has to keep B as it was
+            factor = (-1) ** i * (1 - i / (3 * CYCLES))
+            for part, B in trained:
+                part.data.copy_(factor * B)
+        if i in (0, 1, CYCLES):
+            yield applied(f"after {i} cycles", merges=i)
         layer = changed(layer, merge(layer))
-        if i in (0, count - 1):
-            yield applied(f"merged {i + 1} times", factor)
+        if i in (0, CYCLES):
+            yield applied(f"merged after {i} cycles", merges=i + 1)
         layer = changed(layer, unmerge(layer))
-        if i in (0, count - 1):
-            yield applied(f"merged and unmerged {i + 1} times", factor)
-    if trained:
-        for part, _ in trained:
-            part.data.neg_()
-        yield applied("with -B after that", -factor)
 
 
 # --- stopped and resumed, recomputed ---
@@ -306,9 +299,9 @@ def resumed(run: Callable[[Path, int, int], Any], case: Stops) -> Results:
             raise AssertionError(f"found the same after {case.stops[0]} and {case.total} steps: nothing is trained")
         for last, stop in pairwise((*case.stops, case.total)):
             found = arrays("stopped", stop, seed=stop)  # another process has other random numbers
+            too_many = len(steps) * case.total > made * (stop - last + 1)  # one more may restore an optimizer's state
             problem = f"found {len(steps)} optimizer steps from {last} to {stop}, and {made} in a whole run"
-            more = len(steps) * case.total - made * (stop - last)  # a step may be for the state of the optimizer
-            yield claim("the number of steps", "" if 0 <= more <= made else problem)
+            yield claim("the number of steps", problem if too_many else "")
         yield from equal("of a resumed run", found, whole)
 
 
@@ -328,80 +321,72 @@ def equal(when: str, found: Mapping[str, Bounded], right: Mapping[str, Bounded],
         yield Comparison(f"{name} {when}", found[name].value, own.value if is_exact else own)
 
 
-def recomputed(gradients: Callable[[bool, int], Any], _: None) -> Results:
+def recomputed(gradients: Callable[[bool, int], Any], case: None) -> Results:
     for seed in range(3):
-        plain, again, ours = (seeded(seed, gradients, is_on, seed) for is_on in (False, False, True))
+        run = partial(seeded, seed, gradients)
+        (plain, kept), (again, _), (ours, less) = (counted(run, is_on, seed) for is_on in (False, False, True))
         if not any(own.value.any() for own in plain.values()):
             raise AssertionError("found 0 for all gradients")
         yield from equal("when computed twice", again, plain, is_exact=False)
         yield from equal("with recomputation", ours, plain, is_exact=False)
+        found = f"found {less} numbers, and {kept} without recomputation: it saves nothing"
+        yield claim("what is kept for the backward pass", found if 0 < kept <= less else "")
 
 
-def kept(gradients: Callable[[bool, int], Any], _: None) -> Results:
-    plain, ours = (numbers_kept(partial(seeded, 0, gradients, is_on, 0)) for is_on in (False, True))
-    if not plain:
-        raise NotApplicable("autograd of PyTorch keeps nothing")
-    found = f"found {ours} numbers kept for the backward pass, and {plain} without recomputation: it saves nothing"
-    yield claim("what is kept", found if ours >= plain else "")
-
-
-def numbers_kept(run: Call) -> int:
-    """Return how many numbers are kept when a backward pass begins."""
-    sizes, at_begin = list[int](), list[int]()
+def counted(run: Call, *arguments: Any) -> tuple[Any, int]:
+    """Return a result, and how many numbers autograd has kept when a backward pass begins, 0 without autograd."""
+    kept, at_begin = list[int](), list[int]()
 
     def pack(own: Tensor) -> Tensor:
-        sizes.append(own.numel())
+        kept.append(own.numel())
         return own
 
     def unpack(own: Tensor) -> Tensor:
-        at_begin.append(sum(sizes))
+        at_begin.append(sum(kept))
         return own
 
     with saved_tensors_hooks(pack, unpack):
-        run()
-    return [*at_begin, sum(sizes)][0]
+        result = run(*arguments)
+    return result, at_begin[0] if at_begin else sum(kept)
 
 
 # --- divided among ranks ---
+
+
+class Waits(BaseException):
+    """A rank calls `all_reduce`, and others have not yet done so."""
 
 
 def over_ranks(step_fn: Call, case: MicroBatches) -> Results:
     if not accepted(step_fn, all_reduce=None):
         raise NotApplicable("the step takes no `all_reduce`")
     for world_size in range(1, len(case.rows) + 1):
-        shards = [tensors(case, case.rows[rank::world_size]) for rank in range(world_size)]
-        for rank, dW in enumerate(on_ranks(step_fn, tensor(case.W, case.dtype), shards)):
+        for rank, dW in enumerate(on_ranks(step_fn, case, world_size)):
             yield Comparison(f"dW of rank {rank} of {world_size}", dW, case.gradient)
 
 
-def on_ranks(step_fn: Call, W: Tensor, shards: list[Any]) -> list[Any]:
-    """Run a step on each rank, in a thread; `all_reduce` waits for all, and returns the sum of their tensors."""
-    barrier, shelf = Barrier(len(shards)), [None] * len(shards)
+def on_ranks(step_fn: Call, case: MicroBatches, world_size: int) -> list[Any]:
+    """Run a step on one rank after another, all from the start again once another of their sums is known."""
+    sums = list[Tensor]()
+    while True:
+        waiting, results = list[Tensor](), list[Any]()
 
-    def exchanged(rank: int, value: Any) -> list[Any]:
-        shelf[rank] = value
-        barrier.wait()
-        values = list(shelf)
-        barrier.wait()
-        if len({own is None for own in values}) > 1:  # some ranks are at their ends
+        def all_reduce(known: Iterator[Tensor], value: Any) -> Tensor:
+            for total in known:
+                return total.clone()
+            waiting.append(torch.as_tensor(value).detach().clone())  # noqa: B023  # called before the next round
+            raise Waits
+
+        for rank in range(world_size):
+            options = {"all_reduce": partial(all_reduce, iter(sums)), "rank": rank, "world_size": world_size}
+            shard = tensors(case, case.rows[rank::world_size])
+            with suppress(Waits):
+                results.append(step_fn(tensor(case.W, case.dtype), shard, **accepted(step_fn, **options)))
+        if not waiting:
+            return results
+        if results:
             raise AssertionError("found ranks that call `all_reduce` less often than others, which wait forever")
-        return values
-
-    def all_reduce(rank: int, value: Any) -> Tensor:
-        return torch.stack([torch.as_tensor(own).detach() for own in exchanged(rank, value)]).sum(0)
-
-    def on_rank(rank: int) -> Any:
-        options = {"all_reduce": partial(all_reduce, rank), "rank": rank, "world_size": len(shards)}
-        try:
-            dW = step_fn(W.clone(), shards[rank], **accepted(step_fn, **options))
-            exchanged(rank, None)
-        except BaseException:
-            barrier.abort()  # or the others would wait
-            raise
-        return dW
-
-    with ThreadPoolExecutor(len(shards)) as pool:
-        return list(pool.map(on_rank, range(len(shards))))
+        sums.append(torch.stack(waiting).sum(0))
 
 
 # --- the tables ---
@@ -436,9 +421,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
 _SEVERAL = [AdaptedModel(_CONFIGS)]
 _WITH_NORM = [AdaptedModel({name: {**config, "modules_to_save": ["norm"]} for name, config in _CONFIGS.items()})]
 _LOADED = "what is saved and loaded, once and twice, computes the same"
-_CYCLE = "merged the layer applies W + s·B A, and unmerged W again"
-_MANY = f"{_CYCLE}, {CYCLES} times while B is trained"
+_CYCLE = f"merged the layer applies W + s·B A, and unmerged W again, in {CYCLES} cycles"
 _64, _32, _F16, _B16 = (linear_cases("lora", dtype)[12:22:3] for dtype in UNITS)
+_16 = _B16 + _F16
 _4 = [AdaptedLinear(inner=64, r=4, dtype="float32"), AdaptedLinear(inner=128, outer=24, r=8, dtype="float32")]
 _STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6)]
 LAWS = (
@@ -451,15 +436,10 @@ LAWS = (
     _several("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, disabled),
     _several("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, deleted),
     _several("adapters", "whole_norm", "what is trained in full is switched as well", _WITH_NORM, switched),
-    _several("merge_cycle", "once", _CYCLE, _64 + _32, merge_cycle),
-    _several("merge_cycle", "often", _MANY, _32, partial(merge_cycle, count=CYCLES)),
-    _several("merge_cycle", "16-bit", f"{_CYCLE}, in bfloat16 and float16", _B16 + _F16, merge_cycle),
-    _several(
-        "merge_cycle", "drift", "in 16 bits errors do not add up", _B16 + _F16, partial(merge_cycle, count=CYCLES)
-    ),
-    _several("merge_cycle", "4-bit", f"{_MANY}, in NF4, in which errors do not add up", _4, four_bit_cycles),
+    _several("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, cycles_of_floats),
+    _several("merge_cycle", "16-bit", f"{_CYCLE} of 16 bits, without drift", _16, cycles_of_floats),
+    _several("merge_cycle", "4-bit", f"{_CYCLE} of NF4, without drift", _4, cycles_of_nf4),
     Law("resume", "exact", "k steps, saved, loaded, and k more are 2k steps, bit for bit", _STOPS, resumed),
-    Law("recompute", "gradients", "recomputation changes no gradient, dropout included", [None], recomputed),
-    Law("recompute", "kept", "recomputation keeps less for the backward pass", [None], kept),
+    Law("recompute", "gradients", "it changes no gradient, dropout included, and keeps less", [None], recomputed),
     Law("ranks", "gradient", "each rank gets the gradient of one batch", BATCHES + EMPTY, over_ranks),
 )
