@@ -178,12 +178,12 @@ def test_a_wrapped_model_is_refused_for_its_names_would_fit_no_other(wrapped):
 
 def test_a_loss_that_is_no_sum_and_count_is_told():
     for loss, message in (
-        (lambda total: total, "has to give"),
-        (lambda total: None, "has to give"),
-        (lambda total: (total, -2), "has to give"),
-        (lambda total: (total, float("nan")), "has to give"),
-        (lambda total: (total.expand(2), 1), "has to give"),
-        (lambda total: (1.0, 1), "has to give"),
+        (lambda total: total, "must return"),
+        (lambda total: None, "must return"),
+        (lambda total: (total, -2), "must return"),
+        (lambda total: (total, float("nan")), "must return"),
+        (lambda total: (total.expand(2), 1), "must return"),
+        (lambda total: (1.0, 1), "must return"),
         (lambda total: (total.detach(), 1), "a sum with a gradient"),
     ):
         model = Tied()

@@ -201,7 +201,7 @@ def test_a_loss_with_a_parameter_for_it_gets_the_step_of_its_record_also_when_re
 @pytest.mark.parametrize(
     ("metrics", "problem"),
     [
-        *((wrong, "loss has to give") for wrong in (3, {"x": 1}, {"x": (1, 2, 3)}, {"x": (torch.ones(2), 1)})),
+        *((wrong, "loss must return") for wrong in (3, {"x": 1}, {"x": (1, 2, 3)}, {"x": (torch.ones(2), 1)})),
         *(({name: (1, 1)}, f"cannot be called '{name}'") for name in ("loss", "tokens", "eval_loss")),
     ],
 )

@@ -116,14 +116,14 @@ def test_each_group_has_its_own_peak_of_the_schedule():
 def test_an_optimizer_that_keeps_what_no_checkpoint_has_is_refused_before_the_first_step(kind, tmp_path):
     model = adapted(layers=1, dtype=torch.float32)
     before = weights(model)
-    with pytest.raises(ml.TrainingError, match=f"{kind.__name__} keeps .* that no checkpoint has"):
+    with pytest.raises(ml.TrainingError, match=f"{kind.__name__} keeps .* that checkpoints do not store"):
         run(kind, tmp_path, model=model)
     assert torch.equal(weights(model), before)
     assert run(kind)[1].finished  # there are no checkpoints
 
 
 def test_an_optimizer_of_other_parameters_or_beside_settings_of_adamw_is_refused():
-    with pytest.raises(ml.TrainingError, match=r"different are \['model\.layers\.0.*lora_A"):
+    with pytest.raises(ml.TrainingError, match=r"differing: \['model\.layers\.0.*lora_A"):
         run(lambda parameters: SGD(parameters[1:]))
     with pytest.raises(ml.TrainingError, match="what is not trainable"):
         run(lambda parameters: SGD([*parameters, torch.nn.Parameter(torch.ones(1))]))

@@ -1,4 +1,4 @@
-"""Adapters of the kit as `minilora export` writes them for a program, for its reader."""
+"""Export adapters of the kit for another program, whose reader then reads the result."""
 
 import sys
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from minilora.cli import main as minilora
 
 
 def exported(base: Path, adapters: Sequence[Path], program: str, out: Path) -> list[Path]:
-    """Return the directory of one adapter in place of all, or end as `minilora export` does if it refuses them."""
+    """Return the directory of the exported adapter; if `minilora export` refuses, exit with its status."""
     if not adapters:
         return []
-    words = ["export", f"--model={base}", *(f"--adapter={path}" for path in adapters)]
-    if status := minilora([*words, f"--for={program}", f"--out={out}"]):
+    arguments = [f"--model={base}", *(f"--adapter={path}" for path in adapters), f"--for={program}", f"--out={out}"]
+    if status := minilora(["export", *arguments]):
         sys.exit(status)
     return [out]

@@ -1,7 +1,8 @@
 // Logits of llama.cpp: llama_cpp_logits TOKENS OUT MODEL.gguf [ADAPTER.gguf ...]
 //
-// TOKENS is a file with a JSON list; OUT gets the logits of the document, with all adapters active, as JSON. Attention
-// and its cache are in float32. With LLAMA_CPP a checkout that was built in `build` without shared libraries:
+// TOKENS is a file with a JSON list of token ids. The program writes the logits of this document, with all adapters
+// active, to OUT as JSON. Attention and its cache are in float32. LLAMA_CPP is a checkout that was built in its folder
+// `build` without shared libraries:
 //
 //     g++ -O2 llama_cpp_logits.cpp -o llama_cpp_logits -I LLAMA_CPP/include -I LLAMA_CPP/ggml/include \
 //         LLAMA_CPP/build/src/libllama.a LLAMA_CPP/build/ggml/src/libggml{,-cpu,-base}.a -fopenmp -lpthread -ldl

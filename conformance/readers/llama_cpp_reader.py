@@ -2,8 +2,9 @@
 
     python -m conformance.readers.llama_cpp_reader [--export] LLAMA_CPP PROGRAM BASE TOKENS OUT [ADAPTER ...]
 
-LLAMA_CPP is a checkout, whose converters make GGUF files in float32; they need the package sentencepiece. PROGRAM is
-made of llama_cpp_logits.cpp, which says how. --export gives the converter what `minilora export` writes for it.
+LLAMA_CPP is a checkout of llama.cpp. Its converters make GGUF files in float32; they need the package sentencepiece.
+PROGRAM is compiled from llama_cpp_logits.cpp, which shows the command. With --export the converter reads the adapter
+that `minilora export` writes for it.
 """
 
 import shutil
@@ -16,21 +17,21 @@ from conformance.readers.exported import exported
 
 
 def piece(text: bytes, kind: int) -> bytes:
-    """Return a piece of a SentencePiece model, as protobuf writes it: its text, its score 0 and its kind."""
+    """Return a piece of a SentencePiece model in protobuf's format: its text, a score of 0 and its kind."""
     entry = b"\x0a" + bytes([len(text)]) + text + b"\x15" + bytes(4) + b"\x18" + bytes([kind])
     return b"\x0a" + bytes([len(entry)]) + entry
 
 
-# The converter wants a tokenizer, which the kit does not have, and adds tokens up to the size of the vocabulary.
-TOKENIZER = piece(b"<unk>", 2) + piece(b"a", 1) + b"\x12\x02\x18\x02"  # merges pairs
+# The converter needs a tokenizer, which the kit does not have. It adds tokens up to the size of the vocabulary.
+TOKENIZER = piece(b"<unk>", 2) + piece(b"a", 1) + b"\x12\x02\x18\x02"  # the last field: a BPE model
 
 
 def run(*words: object) -> None:
-    """Run a command, or end with its status and with what it says."""
-    done = subprocess.run([str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    if done.returncode:
-        sys.stderr.buffer.write(done.stderr)
-        sys.exit(done.returncode)
+    """Run a command; if it fails, print its standard error and exit with its status."""
+    result = subprocess.run([str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if result.returncode:
+        sys.stderr.buffer.write(result.stderr)
+        sys.exit(result.returncode)
 
 
 if __name__ == "__main__":
@@ -43,8 +44,8 @@ if __name__ == "__main__":
         shutil.copytree(base, scratch / "base")
         (scratch / "base" / "tokenizer.model").write_bytes(TOKENIZER)
         files = [scratch / f"{i}.gguf" for i in range(1 + len(adapters))]
-        how = ("--outtype", "f32", "--outfile")
-        run(sys.executable, llama / "convert_hf_to_gguf.py", scratch / "base", *how, files[0])
+        options = ("--outtype", "f32", "--outfile")
+        run(sys.executable, llama / "convert_hf_to_gguf.py", scratch / "base", *options, files[0])
         for path, file in zip(adapters, files[1:], strict=True):
-            run(sys.executable, llama / "convert_lora_to_gguf.py", path, "--base", scratch / "base", *how, file)
+            run(sys.executable, llama / "convert_lora_to_gguf.py", path, "--base", scratch / "base", *options, file)
         run(program, tokens, out, *files)

@@ -1,6 +1,6 @@
 """mlx-lm as a reader of the kit: python -m conformance.readers.mlx_reader [--export] BASE TOKENS OUT [ADAPTER ...].
 
-mlx-lm has a layout of its own for adapters; --export writes them in it by `minilora export`.
+mlx-lm has an adapter format of its own. With --export it reads the adapter that `minilora export` writes for it.
 """
 
 import json

@@ -71,7 +71,7 @@ class KVCache:
         return self.lengths[document]
 
     def repeat(self, n: int) -> None:
-        """Replace each document by n copies, in a row."""
+        """Replace each document by n copies, which follow each other."""
         if n > 1:
             self.lengths = [length for length in self.lengths for _ in range(n)]
             for i, (keys, values) in enumerate(self.layers):
@@ -170,9 +170,9 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
 
 
 class Continuation(list[int]):
-    """A row of `generate`."""
+    """The new tokens of a row of `generate`."""
 
-    stop: int | None = None
+    stop: int | None = None  # the stop token that ended it
     log_probs: tuple[float, ...] = ()
 
 
@@ -189,13 +189,13 @@ def generate(
     n: int = 1,
     log_probs: bool = False,
 ) -> list[Continuation]:
-    """Continue each prompt by at most `max_new_tokens` tokens, n times; a stop token ends a row and is not in it.
+    """Continue each prompt by at most `max_new_tokens` tokens, n times; a stop token ends a row and is left off.
 
-    A row is a list of tokens. Its `stop` is the stop token that ended it, or None. Its `log_probs` are log p of each of
-    its tokens and of that stop token, as the model has it: at temperature 1, without `top_p` and `top_k`.
+    A row is a list of tokens. Its `stop` is the stop token that ended it, or None. Its `log_probs` are the model's log
+    probabilities of its tokens and of that stop token: at temperature 1, without `top_p` and `top_k`.
 
-    With a seed, row i of a batch is what `generate(model, [input_ids[i]], seed=seed + i)` gives. In bfloat16 that holds
-    up to rounding, which depends on the number of rows: of two nearly equally likely tokens the other one may be taken.
+    With a seed, row i is what `generate(model, [input_ids[i // n]], seed=seed + i)` gives. In bfloat16 this holds up to
+    rounding, which depends on the number of rows: of two nearly equally likely tokens the other one may be taken.
 
     Args:
         model: the model, with its active adapters.
@@ -207,8 +207,8 @@ def generate(
         seed: of the sampling; None: each call draws anew from PyTorch's random state of the CPU.
         stop_ids: tokens that end a continuation.
         on_token: is called with row and token when a token is written; True ends the row.
-        n: rows of each prompt, which is computed once for all of them: rows i·n, …, i·n + n - 1 continue prompt i.
-        log_probs: whether rows have them.
+        n: rows for each prompt, which is computed once: rows i·n, …, i·n + n - 1 continue prompt i.
+        log_probs: whether to compute the `log_probs` of rows.
 
     Raises:
         ConfigError: numbers out of range, all in one message.
@@ -231,14 +231,16 @@ def generate(
                 drawn = logits.cpu().double().log_softmax(-1)[range(len(chosen)), chosen].tolist()
                 for i, log_prob in zip(running, drawn, strict=True):
                     rows[i].log_probs += (log_prob,)
-            pairs, running = zip(running, chosen, strict=True), []
-            for i, token in pairs:
+            written = list(zip(running, chosen, strict=True))
+            running = []
+            for i, token in written:
                 if token in stop_ids:
                     rows[i].stop = token
                 else:
                     rows[i].append(token)
                     is_ended = on_token is not None and on_token(i, token)
-                    running += [i] if not is_ended and len(rows[i]) < max_new_tokens else []
+                    if not is_ended and len(rows[i]) < max_new_tokens:
+                        running.append(i)
             if not running:
                 return rows
             feed: list[list[int]] = [[] for _ in rows]

@@ -1,7 +1,7 @@
 """Checkpoints from which a run continues to the same bytes.
 
     checkpoints/step-000120/trained.safetensors      what training changes, by its names in the model
-                            optimizer.safetensors    what the optimizer keeps, such as AdamW's moments, by parameter
+                            optimizer.safetensors    the optimizer's state, such as AdamW's moments, by parameter
                             best.safetensors         with `keep best`: the same of the best evaluation so far
                             state.json               the step, and counts so far
                             adapter_config.json, adapter_model.safetensors
@@ -44,7 +44,7 @@ from minilora.runs.settings import TrainConfig
 
 # Settings that may change between two starts of a run, since its weights do not depend on them.
 BOOKKEEPING = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
-KEPT = int, float, Tensor  # in the state of an optimizer
+STATE_TYPES = int, float, Tensor  # of values in the state of an optimizer
 
 
 @dataclass
@@ -110,42 +110,43 @@ def trained_adapters(model: nn.Module) -> dict[str, list[Any]]:
     return origins
 
 
-def kept_by(optimizer: Optimizer, model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Return where an optimizer keeps what it needs of a parameter: {"parameter/key": (a dictionary, its key)}."""
+def state_entries(optimizer: Optimizer, model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return the places of the values in the optimizer's state: {"parameter/key": (state of the parameter, key)}."""
     named = model.named_parameters()
     return {f"{name}/{key}": (optimizer.state[p], key) for name, p in named for key in optimizer.state.get(p, ())}
 
 
-def try_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Make a step whose gradients are 1, after which the optimizer has its state; leave the model as it was.
+def init_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
+    """Let the optimizer create its state by a step with gradients of 1; leave the model as it was.
 
     Raises:
-        TrainingError: the optimizer keeps what no checkpoint has.
+        TrainingError: the optimizer keeps something that checkpoints do not store.
     """
 
-    def others() -> str:
+    def other_attributes() -> str:
         attributes = {key: value for key, value in vars(optimizer).items() if key[0] != "_" and key != "state"}
-        return repr((attributes | {"param_groups": None}, optimizer))  # as text, it is its groups
+        return repr((attributes | {"param_groups": None}, optimizer))  # the text of an optimizer shows its groups
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trained_tensors(model).items()}
-    before = others()
+    before = other_attributes()
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     with kept_random_state(parameters[0].device):
         optimizer.step()
     restore(model, weights)
     optimizer.zero_grad()
-    bad = [name for name, (values, key) in kept_by(optimizer, model).items() if not isinstance(values[key], KEPT)]
-    if bad or optimizer.state.keys() - {*parameters} or others() != before:
+    entries = state_entries(optimizer, model)
+    bad = [name for name, (values, key) in entries.items() if not isinstance(values[key], STATE_TYPES)]
+    if bad or optimizer.state.keys() - {*parameters} or other_attributes() != before:
         raise TrainingError(
-            f"{type(optimizer).__name__} keeps {bad[0] if bad else 'something'} that no checkpoint has: those have the "
-            "numbers and tensors in its `state` of each parameter"
+            f"{type(optimizer).__name__} keeps {bad[0] if bad else 'something'} that checkpoints do not store: they "
+            "store the numbers and tensors in its `state` of each parameter"
         )
 
 
 def _as_tensor(value: Any) -> Tensor:
-    """Return a tensor, or a number as a tensor of all its bits."""
+    """Return a tensor as it is, and a number as a tensor in double precision or int64."""
     return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
@@ -157,7 +158,8 @@ def save_checkpoint(
     The metrics of the run are flushed first, so no metrics of a step before a checkpoint are lost.
     """
     files.flush(folder.parent / "metrics.jsonl")
-    kept = {name: _as_tensor(values[key]) for name, (values, key) in kept_by(optimizer, model).items()}
+    entries = state_entries(optimizer, model).items()
+    optimizer_state = {name: _as_tensor(values[key]) for name, (values, key) in entries}
     adapters = trained_adapters(model)
     path = folder / f"step-{state.step:06d}"
     files.remove(path)  # a damaged one
@@ -168,7 +170,7 @@ def save_checkpoint(
             if (folder.parent / PROMPTS_FILE).exists():  # the command's run
                 copy_prompt_files([folder.parent], directory)
         files.write_tensors(directory / "trained.safetensors", trained_tensors(model))
-        files.write_tensors(directory / "optimizer.safetensors", kept)
+        files.write_tensors(directory / "optimizer.safetensors", optimizer_state)
         if best:
             files.write_tensors(directory / "best.safetensors", best)
         files.write_json(directory / "state.json", asdict(state))
@@ -218,10 +220,11 @@ def load_checkpoint(
         tensors = _read(files.TensorFile(directory / "best.safetensors"), own)
         best = {name: tensor.clone() for name, tensor in tensors.items()}
     file = files.TensorFile(directory / "optimizer.safetensors")
-    try_optimizer(optimizer, model)
-    kept = kept_by(optimizer, model)
-    for name, tensor in _read(file, {name: _as_tensor(values[key]) for name, (values, key) in kept.items()}).items():
-        values, key = kept[name]
+    init_optimizer_state(optimizer, model)
+    entries = state_entries(optimizer, model)
+    expected = {name: _as_tensor(values[key]) for name, (values, key) in entries.items()}
+    for name, tensor in _read(file, expected).items():
+        values, key = entries[name]
         is_tensor = isinstance(values[key], Tensor)
         values[key] = tensor.to(values[key].device, copy=True) if is_tensor else tensor.item()
     restore(model, trained)
@@ -262,16 +265,22 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def fingerprint(
-    dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, adapters: Mapping[str, Any], own: str = ""
+    dataset: Sequence[Any],
+    held_out: Sequence[Any],
+    config: TrainConfig,
+    adapters: Mapping[str, Any],
+    own_optimizer: str = "",
 ) -> str:
-    """Return a hash of the settings, `trained_adapters`, an own optimizer as text, and the rows (see `_as_json`).
+    """Return a hash of the settings, `trained_adapters`, the rows (see `_as_json`), and the text of an own optimizer.
 
     Raises:
         DataError: a row has an object whose content is unknown.
     """
     idle = BOOKKEEPING | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
-    run = [settings, adapters, len(dataset), *([own] if own else [])]
+    run = [settings, adapters, len(dataset)]
+    if own_optimizer:
+        run.append(own_optimizer)
     digest = hashlib.sha256(json.dumps(run, default=_as_json).encode())
     for rows in (dataset, held_out):
         for i in range(len(rows)):

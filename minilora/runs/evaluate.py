@@ -108,12 +108,12 @@ def mean_loss(
     progress: Progress = _ignore,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return the "loss", Σ sum / Σ count over all rows, and the means of its metrics; a group is a forward pass.
+    """Return {"loss": Σ sum / Σ count over all rows} with the means of the metrics; each group is a forward pass.
 
-    A loss that samples draws the same at every evaluation of a run.
+    A loss that samples draws the same samples at every evaluation of a run.
 
     Raises:
-        DataError: there are none.
+        DataError: the loss counts nothing.
     """
     device = next(model.parameters()).device
 
@@ -122,14 +122,14 @@ def mean_loss(
             total, count, *metrics = loss(model, [rows[row] for row in group])
         return {"loss": (total.item(), count), **dict(*metrics)}
 
-    found = means(_map_groups(model, groups, len(rows), compute, progress))
-    if "loss" not in found:
+    scores = means(_map_groups(model, groups, len(rows), compute, progress))
+    if "loss" not in scores:
         raise DataError("the loss counts nothing in the held-out rows")
-    return found
+    return scores
 
 
 def means(parts: Iterable[Metrics]) -> dict[str, float]:
-    """Return Σ sum / Σ count by name, without those that count nothing."""
+    """Return Σ sum / Σ count of each metric, except of metrics that count nothing."""
     totals: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for part in parts:

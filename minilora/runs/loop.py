@@ -28,6 +28,7 @@ from minilora.training import Loss, accumulate, adamw, learning_rate, parameters
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
 BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+# Of the record of a step:
 KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "total_steps"}
 # Unless `save_steps` is given:
 SAVES = 10  # checkpoints in a run
@@ -82,14 +83,15 @@ def train(
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
             undamaged one, and ends in the same bytes as if it had never stopped.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
-            labelled tokens. A step's loss is Σ sum / Σ count. (sum, count, metrics) adds to the records what else is
-            measured, such as {"reward": (sum, count)}; its mean over an evaluation is `eval_reward`. A loss with a
-            parameter `step` gets the number in the record. A record's `tokens` are those of rows that have `tokens`, or
-            the count if none has. PyTorch's random state is set from the run's seed and the micro-batch before each
-            call, so `generate` without a seed draws anew at each step, and after a resume the same as without it. By
-            default the loss of tokens.
-        optimizer: makes an optimizer of a list of the trainable parameters, by default AdamW. The rate of a group rises
-            to its `lr` and falls. With checkpoints, what the optimizer keeps has to be numbers and tensors in `state`.
+            labelled tokens. A step's loss is Σ sum / Σ count. By default the loss of tokens.
+            (sum, count, metrics) adds metrics to the records, such as {"reward": (sum, count)}, whose means are
+            `reward` and, in an evaluation, `eval_reward`. A loss with a parameter `step` receives the step of the
+            record. `tokens` in a record counts the tokens of rows that have `tokens`, or is the count if none has.
+            PyTorch's random state is set from the run's seed and the micro-batch before each call, so `generate`
+            without a seed draws new samples at each step, and a resumed run draws the same ones.
+        optimizer: makes an optimizer of the list of trainable parameters; by default AdamW. The `lr` of each of its
+            parameter groups is the peak of the schedule. With checkpoints, its `state` may contain only numbers and
+            tensors, for each parameter.
 
     Raises:
         DataError: there are no rows; an example has not a label for each token, or has a token that the model does
@@ -99,8 +101,8 @@ def train(
         OSError: checkpoints cannot be written.
         TrainingError: nothing is trainable, or an inactive adapter is; FSDP has divided what is trained; a loss or
             gradient is not finite; a checkpoint belongs to another run; the model needs `loss`;
-            `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer; the optimizer does
-            not have all that is trained, or keeps what cannot be saved.
+            `gradient_checkpointing` is "auto", which the command replaces; a rank does not answer; the optimizer has
+            other parameters than the trainable ones, or keeps what cannot be saved.
     """
     config = config or TrainConfig()
     on_step = on_step or (lambda record: None)
@@ -157,12 +159,12 @@ def train(
             finished = state.step == total
             if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
                 groups = sampler.eval_groups(held_out, count=config.batch_size if loss else None)
-                found = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
-                if state.note(found["loss"]) and config.keep == "best":
+                scores = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
+                if state.note(scores["loss"]) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
                     best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
                 finished |= state.stale >= patience
-                values = {f"eval_{name}": value for name, value in found.items()}
+                values = {f"eval_{name}": value for name, value in scores.items()}
                 stops = on_step({"step": state.step, **values, "best_step": state.best_step}) or stops
             is_late = config.save_steps is None and time.perf_counter() - saved >= SAVE_SECONDS
             stopped, is_late = map(any, zip(*processes.all_gather((bool(stops), is_late)), strict=True))
@@ -212,13 +214,14 @@ def _check_run(
         raise DataError("keep best and early_stopping need held-out examples")
     optimizer = build_optimizer(model, config, build)
     if build and folder is not None:
-        new = copy.deepcopy(optimizer.state_dict())
-        checkpoints.try_optimizer(optimizer, model)
-        optimizer.load_state_dict(new)
+        before = copy.deepcopy(optimizer.state_dict())
+        checkpoints.init_optimizer_state(optimizer, model)
+        optimizer.load_state_dict(before)
     fingerprint = ""
     if folder is not None or processes.size() > 1:
-        rows, own = held_out if config.selects else (), repr(optimizer) if build else ""
-        fingerprint = checkpoints.fingerprint(dataset, rows, config, adapters, own)
+        rows = held_out if config.selects else ()
+        own_optimizer = repr(optimizer) if build else ""
+        fingerprint = checkpoints.fingerprint(dataset, rows, config, adapters, own_optimizer)
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
@@ -228,7 +231,7 @@ def _check_run(
 
 
 def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metrics]]:
-    """Return a loss that raises a `TrainingError` where the given one returns no sum and count, and perhaps metrics."""
+    """Return a loss that raises an error unless the given one returns (sum, count) or (sum, count, metrics)."""
     takes_step = "step" in inspect.signature(loss).parameters
 
     def compute(model: Any, rows: Any, step: int) -> tuple[Tensor, int, Metrics]:
@@ -241,13 +244,13 @@ def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metri
             part, number, metrics = None, 0.0, {}
         if not isinstance(part, Tensor) or part.numel() != 1 or number < 0 or not number.is_integer():
             raise TrainingError(
-                "loss has to give (sum, count), a tensor of one number and a whole number, or also metrics, "
-                f'{{"name": (sum, count), …}}; found {result!r:.80}'
+                "loss must return (sum, count), a tensor of one number and a whole number, or (sum, count, metrics) "
+                f'with metrics {{"name": (sum, count), …}}; found {result!r:.80}'
             )
         if torch.is_grad_enabled() and not part.requires_grad:
-            raise TrainingError("loss has to give a sum with a gradient; this one depends on nothing that is trained")
+            raise TrainingError("loss must return a sum with a gradient; this one depends on nothing that is trained")
         if taken := [name for name in metrics if name in KEYS or name.startswith("eval_")]:
-            raise TrainingError(f"a metric of a loss cannot be called {taken[0]!r}, as what every record has")
+            raise TrainingError(f"a metric of a loss cannot be called {taken[0]!r}: records have their own")
         return part, int(number), metrics
 
     return compute
@@ -258,7 +261,7 @@ def _number(value: Any) -> float:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer | None = None) -> Optimizer:
-    """Build AdamW over the trainable parameters in groups of one weight decay, or let `build` make another optimizer.
+    """Build AdamW over the trainable parameters, grouped by weight decay, or let `build` make another optimizer.
 
     Only matrices decay: biases, norms and magnitudes have no reason to be near 0.
     """
@@ -271,10 +274,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer
         return adamw({"params": own, "weight_decay": decay, "lr": rate} for decay, own in groups.items())
     optimizer = build([*trained])
     if differing := [trained.get(p, "what is not trainable") for p in trained.keys() ^ {*parameters_of(optimizer)}]:
-        raise TrainingError(f"the optimizer has to have what is trainable and no more; different are {differing[:5]}")
+        raise TrainingError(f"the optimizer must have exactly the trainable parameters; differing: {differing[:5]}")
     for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
         if getattr(config, name) not in (getattr(TrainConfig, name), *(g.get(key) for g in optimizer.param_groups)):
-            raise TrainingError(f"{name} is AdamW's: give it to your own optimizer instead")
+            raise TrainingError(f"{name} is AdamW's: set it in your own optimizer instead")
     return optimizer
 
 

@@ -15,11 +15,11 @@ from minilora.runs.reports import read_records
 
 @dataclass
 class Tracker:
-    """Write the numbers of each record; it is an `on_step` of `train`.
+    """Write the numbers of each record; pass a tracker to `train` as `on_step`.
 
-    In the directory, "jsonl" writes `metrics.jsonl`, which `minilora plot` reads, and TensorBoard the folder
-    `tensorboard`. Both drop what is there of the first record's step and later ones, which a resumed run repeats. In
-    trackio and wandb, the run is in `project` and has the name, by default that of the directory.
+    "jsonl" writes `metrics.jsonl` in the directory, which `minilora plot` reads, and "tensorboard" writes the folder
+    `tensorboard`. Both drop earlier records of the first record's step and of later steps, which a resumed run repeats.
+    In trackio and wandb the run belongs to `project` and is called `name`, by default the name of the directory.
 
     Raises:
         ModuleNotFoundError: the library is not installed.
@@ -41,8 +41,9 @@ class Tracker:
             self.run = import_module(self.library).init(project=self.project, name=name, config=self.config)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        step, others = record["step"], ("step", "total_steps")
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key not in others}
+        step = record["step"]
+        measured = {key: value for key, value in record.items() if key not in ("step", "total_steps")}
+        numbers = {key: value for key, value in measured.items() if isinstance(value, int | float)}
         self.run = self.run or self._open(step)
         if self.library == "jsonl":
             finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
@@ -60,9 +61,10 @@ class Tracker:
             board = import_module("torch.utils.tensorboard")
             return board.SummaryWriter(str(Path(self.directory) / "tensorboard"), purge_step=step)
         path = Path(self.directory) / "metrics.jsonl"
-        left = [record for record in (read_records(path) if path.exists() else ()) if record["step"] < step]
+        records = read_records(path) if path.exists() else []
+        lines = [f"{json.dumps(record)}\n" for record in records if record["step"] < step]
         with replacing(path) as temporary:
-            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in left), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
         return path
 
     def close(self) -> None:
