@@ -223,9 +223,6 @@ def check_double_quant(quantize: Callable[..., Any], dequantize: Callable[..., A
 def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
     """Check a linear layer with a frozen 4-bit weight: y = x dequantize(quantize(W))ᵀ + b, dx = dy dequantize(…).
 
-    In training and evaluation, with and without gradients, in each call, in float32, bfloat16 and float16, for x with
-    any leading sizes, and for W of any size, with outliers, and as a view. W and x stay as they were.
-
     Args:
         make_layer: (W, b) -> a layer, a callable of x (..., in), in blocks of 64; b may be None. If it takes
             `double_quant`, False and True are passed.
@@ -236,11 +233,9 @@ def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
 def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
     """Check a loss: L = 1/N Σ -log p(label at t + 1 | logits at t) over the N labels that are not -100.
 
-    Of up to 1,100 tokens, 40 rows and a vocabulary of 2,053, also without gradients and of views, which may be refused;
-    logits and labels stay as they were. The gradient is that of a loss that is multiplied by -4.
-
     Args:
-        loss_fn: (logits (B, T, V), labels (B, T)) -> L. The gradient of the logits is checked where L is a tensor.
+        loss_fn: (logits (B, T, V), labels (B, T)) -> L. Views may be refused. The gradient of the logits is checked
+            where L is a tensor, of a loss that is multiplied by -4.
     """
     return check(loss_fn, "loss_masking")
 
@@ -283,8 +278,6 @@ def check_packing(
 ) -> list[Report]:
     """Check that documents in one batch, end to end or padded, do not see each other, nor tokens what follows them.
 
-    Up to nine documents, of up to 99 tokens, some of equal lengths or equal; single tokens among them.
-
     Args:
         run: documents, a list of token lists of unequal lengths -> for each document its logits (T, V) or its losses
             (T - 1), of one forward pass over all; or one number, the mean loss of all Σ (T - 1) predictions. Called
@@ -303,8 +296,6 @@ def check_generation(
     lengths: Sequence[tuple[int, ...]] = (),
 ) -> list[Report]:
     """Check greedy decoding with a cache, of prompts of unequal lengths together, against recomputation.
-
-    Up to nine prompts, of up to 99 tokens, some of them equal, and up to 45 new tokens.
 
     Args:
         generate: (prompts, a list of token lists, and a number) -> that many new tokens of each prompt, the likeliest

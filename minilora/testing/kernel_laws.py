@@ -1,9 +1,7 @@
-"""The law of a kernel: it computes what its definition does, as exactly.
+"""The law of a kernel: it computes what its definition does, as exactly: see `check_kernel`.
 
-The bound is flash-attention's, twice the error of plain PyTorch at that dtype. This error may be small by chance: a
-kernel that exceeds it may be off further, by the error of the definition when the result of each of its operations is
-moved by a unit in the last place. That of softmax is moved by as many units as a rounded exponent changes it, because
-e^(z - log Σ e^z) is right as well.
+A definition's own error may be small by chance, so its operations are moved by a unit in the last place. A softmax is
+moved by as many units as a rounded exponent changes it, because e^(z - log Σ e^z) is right as well.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,8 +43,9 @@ def check_kernel(
     them and with zeros, where the definition is finite, with views that are not contiguous, without gradients, and with
     gradients of one tensor at a time. Integers stay as they are.
 
-    In float64 both agree to 1e-11, in other dtypes within the bound above. In bfloat16 this may be a third of a
-    gradient: check a kernel in float32 as well.
+    In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
+    definition's own, plus its own when each of its operations is off by a unit in the last place, plus such a unit. In
+    bfloat16 this may be a third of a gradient: check a kernel in float32 as well.
 
     Args:
         kernel: (*tensors) -> a tensor.

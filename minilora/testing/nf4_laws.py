@@ -43,13 +43,10 @@ def dequantized(pair: Pair, case: NF4Weight, packed: Any, absmax: Any) -> Any:
     return pair[1](packed, absmax, (case.rows, case.columns), case.block_size)
 
 
-def stored(case: NF4Weight) -> tuple[Tensor, Tensor]:
-    """Return the right packed bytes and absmaxes."""
-    return tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
-
-
 def quantizing(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
-    packed, absmax = quantized(pair, case)
+    W = tensor(case.W, case.dtype)
+    packed, absmax = pair[0](W, case.block_size)
+    yield Comparison("W, which is only read", W, case.W)
     yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
     yield form("absmax", absmax, case.absmax.shape, "float32")
     codes = as_codes(packed, case.W.size)
@@ -64,7 +61,10 @@ def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
 
 
 def dequantized_values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    weight = dequantized(pair, case, *stored(case))
+    packed, absmax = tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
+    weight = dequantized(pair, case, packed, absmax)
+    yield Comparison("packed, which is only read", packed, case.packed)
+    yield Comparison("absmax, which is only read", absmax, case.absmax)
     yield form("the dequantized weight", weight, case.W.shape, "float32")
     yield Comparison("dequantize", weight, case.values)
 
@@ -88,30 +88,19 @@ def all_of(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     yield from error(pair, case)
 
 
-def only_read(function: Callable[..., Any], *options: Any, **given: Tensor) -> Iterator[Comparison]:
-    before = {name: as_array(own).copy() for name, own in given.items()}
-    function(*given.values(), *options)
-    for name, own in given.items():
-        yield Comparison(f"{name}, only read,", own, before[name])
-
-
-def unchanged(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, absmax = stored(case)
-    yield from only_read(pair[0], case.block_size, W=tensor(case.W, case.dtype))
-    yield from only_read(pair[1], (case.rows, case.columns), case.block_size, packed=packed, absmax=absmax)
-
-
 # --- laws of double quantization ---
 
 
-def nested(pair: Pair, case: AbsmaxVector) -> tuple[Any, Any, Any, AbsmaxVector]:
+def nested(pair: Pair, case: AbsmaxVector, absmax: Tensor) -> tuple[Any, Any, Any, AbsmaxVector]:
     """Return codes, scales and offset of an implementation, and the case with its offset, from which others follow."""
-    codes, scales, offset = pair[0](tensor(case.absmax, "float32"))
+    codes, scales, offset = pair[0](absmax)
     return codes, scales, offset, replace(case, given=float(as_array(offset).reshape(())))
 
 
 def nested_quantizing(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    codes, scales, offset, given = nested(pair, case)
+    absmax = tensor(case.absmax, "float32")
+    codes, scales, offset, given = nested(pair, case, absmax)
+    yield Comparison("absmax, which is only read", absmax, case.absmax)
     yield Comparison("offset", as_array(offset).reshape(()), case.offset)
     yield form("scales", scales, given.scales.value.shape, "float32")
     yield Comparison("scales", scales, given.scales)
@@ -119,29 +108,20 @@ def nested_quantizing(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     yield Comparison("codes", given.rounding.certain(as_array(codes)), given.codes)
 
 
-def nested_stored(case: AbsmaxVector) -> tuple[Tensor, Tensor, Tensor, AbsmaxVector]:
-    """Return the right codes, scales and offset, rounded to float32, and the case with this offset."""
-    case = replace(case, given=float(np.float32(case.offset.value)))
-    offset = tensor(case.offset.value, "float32")
-    return tensor(case.codes, "uint8"), tensor(case.scales.value, "float32"), offset, case
-
-
 def nested_values(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    *given, case = nested_stored(case)
+    case = replace(case, given=float(np.float32(case.offset.value)))
+    given = [tensor(case.codes, "uint8"), *(tensor(own.value, "float32") for own in (case.scales, case.offset))]
+    before = [as_array(own).copy() for own in given]
     absmax = pair[1](*given)
+    for name, own, right in zip(("codes", "scales", "offset"), given, before, strict=True):
+        yield Comparison(f"{name}, which are only read", own, right)
     yield form("the dequantized absmaxes", absmax, (case.count,), "float32")
     yield Comparison("dequantize", absmax, case.values)
 
 
 def nested_error(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    *found, case = nested(pair, case)
+    *found, case = nested(pair, case, tensor(case.absmax, "float32"))
     yield Comparison("dequantize(quantize(absmax))", pair[1](*found), case.dequantized)
-
-
-def nested_unchanged(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    codes, scales, offset, _ = nested_stored(case)
-    yield from only_read(pair[0], absmax=tensor(case.absmax, "float32"))
-    yield from only_read(pair[1], codes=codes, scales=scales, offset=offset)
 
 
 # --- the table ---
@@ -165,7 +145,12 @@ _LARGEST = "the largest |w| of a block of the rows laid end to end"
 _TIES = "a number midway between two levels gets the lower one, its neighbours the nearest"
 _HARD = f"{_CODE}, for outliers, constants, small, large and many numbers; of denormals and zeros, any"
 _NF4 = (
-    ("nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
+    (
+        "nearest",
+        f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte; W stays as it was",
+        PLAIN,
+        quantizing,
+    ),
     ("ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
     ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
     ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax, and is that of the nearest level", PLAIN, error),
@@ -174,14 +159,12 @@ _NF4 = (
     ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, all_of),
     ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, all_of),
     ("views", "a weight that is a transposed view of a parameter has the codes of its copy", PLAIN, views),
-    ("inputs", "the inputs stay as they were", PLAIN, unchanged),
 )
 _QUANTIZE = "offset = mean; scale = max |absmax - offset| of each 256; each code is that of the nearest of 256 levels"
 _DOUBLE_QUANT = (
     ("codes", f"{_QUANTIZE}, within half a place of 65,536", nested_quantizing),
     ("values", "dequantize gives level · scale + offset, in float32", nested_values),
     ("error", "dequantize(quantize(absmax)) is off by half a gap of the levels at most, times scale", nested_error),
-    ("inputs", "the inputs stay as they were", nested_unchanged),
 )
 LAWS = (
     *(Law("nf4", *row) for row in _NF4),

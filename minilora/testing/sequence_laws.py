@@ -85,22 +85,17 @@ def result_of(packed: Packed, document: Tokens) -> Any:
     return result
 
 
-def compared(packed: Packed, documents: list[Tokens], right: list[Any], place: str) -> Iterator[Comparison]:
-    """Compare the results of documents in one batch with those of the documents by themselves."""
-    together = results(packed, documents)
-    if len(together) == len(right):
-        for i, (result, alone) in enumerate(zip(together, right, strict=True)):
-            yield Comparison(f"document {i} {place}", result, near(alone, result))
-    else:
-        total = sum(as_array(alone) for alone in right)
-        yield Comparison(f"the sum of the losses {place}", together[0], near(total, together[0]))
-
-
 def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
     documents = case.tokens(packed.vocabulary)
     right = [result_of(packed, document) for document in documents]
-    yield from compared(packed, documents, right, "in a batch with the others")
-    yield from compared(packed, documents[::-1], right[::-1], "in reverse order")
+    for place, order in (("in a batch with the others", 1), ("in reverse order", -1)):
+        together, alone = results(packed, documents[::order]), right[::order]
+        if len(together) == len(alone):
+            for i, result in enumerate(together):
+                yield Comparison(f"document {i} {place}", result, near(alone[i], result))
+        else:
+            total = sum(as_array(own) for own in alone)
+            yield Comparison(f"the sum of the losses {place}", together[0], near(total, together[0]))
 
 
 def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
