@@ -57,7 +57,9 @@ def make_layer(W, b, A, B, alpha, quantize=None):
     return layer
 
 
-@parametrize_laws("merge_cycle", known={"merge_cycle-16-bit": "after 100 cycles", "merge_cycle-4-bit": "after 100 cycles"})
+@parametrize_laws(
+    "merge_cycle", known={"merge_cycle-16-bit": "after 100 cycles", "merge_cycle-4-bit": "after 100 cycles"}
+)
 def test_their_merging(law):
     """It subtracts from the weight, so that errors add up."""
     law.check((make_layer, lambda layer: layer.merge(), lambda layer: layer.unmerge()))
