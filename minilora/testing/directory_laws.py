@@ -12,8 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +38,29 @@ Problems = Iterator[str]  # what is wrong
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class Adapter:
-    """An adapter's config and tensors."""
+    """An adapter's config and tensors.
 
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    Attributes:
+        names: of tensors, without the prefix.
+        parts: the tensors of each adapted module, by its path and one of `PARTS`; those of embeddings are A and B too.
+        others: names of tensors that are no part of an adapted module.
+        factors: A and B by path, where both are there.
+    """
 
-    @cached_property
-    def names(self) -> list[str]:
-        """The names of tensors, without the prefix."""
-        return [name.removeprefix(PREFIX) for name in self.tensors if name.startswith(PREFIX)]
-
-    @cached_property
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each adapted module, by its path and one of `PARTS`; those of embeddings are A and B too."""
-        found: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]):
+        self.config, self.tensors = config, tensors
+        self.names = [name.removeprefix(PREFIX) for name in tensors if name.startswith(PREFIX)]
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.others = list[str]()
         for name in self.names:
-            end = part_of(name)
-            if end is not None:
-                own = found.setdefault(name.removesuffix(f".{end}"), {})
-                own[OF_EMBEDDINGS.get(end, end)] = self.tensors[PREFIX + name]
-        return found
-
-    @property
-    def others(self) -> list[str]:
-        """The names of tensors that are no part of an adapted module."""
-        return [name for name in self.names if part_of(name) is None]
-
-    @property
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B by path, where both are there."""
-        return {path: (own[A], own[B]) for path, own in self.parts.items() if {A, B} <= own.keys()}
+            end = next((end for end in PARTS if name.endswith(f".{end}")), None)
+            if end is None:
+                self.others.append(name)
+            else:
+                own = self.parts.setdefault(name.removesuffix(f".{end}"), {})
+                own[OF_EMBEDDINGS.get(end, end)] = tensors[PREFIX + name]
+        self.factors = {path: (own[A], own[B]) for path, own in self.parts.items() if {A, B} <= own.keys()}
 
     def listed(self, key: str) -> list[str]:
         """Return a list of names in the config, which may be null."""
@@ -83,11 +73,6 @@ def read(path: Path) -> Adapter:
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG}: found {config!r:.40}, accepted is an object")
     return Adapter(config, load_file(path / WEIGHTS))
-
-
-def part_of(name: str) -> str | None:
-    """Return which of `PARTS` a tensor's name ends with."""
-    return next((end for end in PARTS if name.endswith(f".{end}")), None)
 
 
 def meant(name: str, entry: str) -> bool:
@@ -110,81 +95,80 @@ def matches_target(where: str, target: str | list[str]) -> bool:
 # --- the laws ---
 
 
-def files(path: Path) -> Problems:
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            yield f"{name}: found no such file in {path}; accepted is a directory with {CONFIG} and {WEIGHTS}"
+def files(path: str | Path, case: None) -> Iterator[Comparison]:
+    path = Path(path)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+    needed = f"accepted is a directory with {CONFIG} and {WEIGHTS}"
+    problems = [f"{name}: found no such file in {path}; {needed}" for name in missing]
     if (path / "adapter_model.bin").exists():
-        yield f"adapter_model.bin: found, accepted is only {WEIGHTS}: loading the other file can run code"
-    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+        problems.append(f"adapter_model.bin: found, accepted is only {WEIGHTS}: loading the other file can run code")
+    if not missing:
         try:
             read(path)
         except Exception as error:
-            yield f"{path}: found files that cannot be read ({error}); accepted are JSON and safetensors"
+            problems.append(f"{path}: found files that cannot be read ({error}); accepted are JSON and safetensors")
+    yield claim("the directory", "\n  ".join(problems))
 
 
 def config(adapter: Adapter) -> Problems:
     for key, (default, is_right, need) in FIELDS.items():
         value = adapter.config.get(key, default)
         if not is_right(value):
-            yield f"{CONFIG}: {key}: found {value!r:.60}, accepted is {need}"
+            yield f"{key}: found {value!r:.60}, accepted is {need}"
 
 
 def finite_values(adapter: Adapter) -> Problems:
     for name, tensor in adapter.tensors.items():
         if not tensor.is_floating_point():
-            yield f"{WEIGHTS}: {name}: found {tensor.dtype}, accepted are floating-point numbers"
+            yield f"{name}: found {tensor.dtype}, accepted are floating-point numbers"
         elif not (is_finite := tensor.isfinite()).all():
-            yield f"{WEIGHTS}: {name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none"
+            yield f"{name}: found {(~is_finite).sum()} numbers that are inf or nan, accepted is none"
 
 
 def names(adapter: Adapter) -> Problems:
     for name in adapter.tensors:
         if not name.startswith(PREFIX):
-            yield f"{WEIGHTS}: {name}: accepted are names that begin with {PREFIX}; PEFT only warns of others"
+            yield f"{name}: accepted are names that begin with {PREFIX}; PEFT only warns of others"
         if wrappers := [part for part in name.split(".") if part in WRAPPERS]:
-            yield f"{WEIGHTS}: {name}: accepted is the name without {wrappers[0]}, which wrapped the model"
+            yield f"{name}: accepted is the name without {wrappers[0]}, which wrapped the model"
     for where, own in adapter.parts.items():
         outer, inside, _ = where.partition(".base_layer")
         if inside and outer not in adapter.parts:
-            yield f"{WEIGHTS}: {PREFIX}{where}: accepted is {outer}, whose base_layer has no adapter of its own"
-        is_embedding = (
-            where.endswith(("embed_tokens", "lm_head")) or f"{PREFIX}{where}.lora_embedding_A" in adapter.tensors
-        )
-        if BASE_WEIGHT in own and not is_embedding:
-            yield f"{WEIGHTS}: {PREFIX}{where}.{BASE_WEIGHT}: is frozen; accepted is only an embedding's or a head's"
+            yield f"{where}: accepted is {outer}, whose base_layer has no adapter of its own"
+        is_head = where.endswith(("embed_tokens", "lm_head"))
+        if BASE_WEIGHT in own and not is_head and f"{where}.lora_embedding_A" not in adapter.names:
+            yield f"{where}.{BASE_WEIGHT}: is frozen; accepted is only an embedding's or a head's"
     is_saved = (*EMBEDDINGS, *[".bias"] * (adapter.config.get("bias", "none") == "all"))
     for name in adapter.others:
         is_whole = any(meant(name, entry) for entry in adapter.listed("modules_to_save"))
         if ".lora_" in name or not (is_whole or name.endswith(is_saved)):
-            found = f"{WEIGHTS}: {PREFIX}{name}: is nothing that {CONFIG} describes"
-            yield f"{found}; accepted are {', '.join(PARTS)}, and modules_to_save"
+            described = f"{', '.join(PARTS)}, and modules_to_save"
+            yield f"{name}: is nothing that {CONFIG} describes; accepted are {described}"
 
 
 def pairs(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         if own.keys() != {ROWS} and not {A, B} <= own.keys():
-            found = f"{WEIGHTS}: {PREFIX}{where}: found only {', '.join(own)}"
-            yield f"{found}, accepted are {A} and {B} and what belongs to them"
+            yield f"{where}: found only {', '.join(own)}, accepted are {A} and {B} and what belongs to them"
     if not adapter.parts and not adapter.others:
-        yield f"{WEIGHTS}: found no tensor, accepted is at least one pair of factors"
+        yield "found no tensor, accepted is at least one pair of factors"
 
 
 def factor_ranks(adapter: Adapter) -> Problems:
     ranks = adapter.config.get("rank_pattern") or {}
     for where, (lora_A, lora_B) in adapter.factors.items():
-        r, source, key = adapter.config["r"], "r is", first_match(ranks, where)
-        if key is not None:
-            r, source = ranks[key], f"rank_pattern[{key!r}], the first key that matches, is"
-        found = f"{WEIGHTS}: {PREFIX}{where}: found A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
+        key = first_match(ranks, where)
+        r = adapter.config["r"] if key is None else ranks[key]
+        found = f"{where}: found A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
         if lora_A.dim() != lora_B.dim() or lora_A.dim() < 2:
             yield f"{found}, accepted are two matrices or kernels"
             continue
         of_A, of_B = len(lora_A), lora_B.shape[1]
         is_stacked = adapter.listed("target_parameters") and of_A == of_B and of_A % r == 0  # r an expert
-        is_grouped = lora_A.dim() > 2 and r % of_B == 0
-        if not is_stacked and (of_A != r or (of_B != r and not is_grouped)):
-            yield f"{found}, accepted are A ({r}, in) and B (out, {r}) since {source} {r}"
+        is_grouped = of_A == r and lora_A.dim() > 2 and r % of_B == 0
+        if not (is_stacked or is_grouped or of_A == of_B == r):
+            source = "r" if key is None else f"rank_pattern[{key!r}], the first key that matches,"
+            yield f"{found}, accepted are A ({r}, in) and B (out, {r}) since {source} is {r}"
 
 
 def patterns(adapter: Adapter) -> Problems:
@@ -192,7 +176,7 @@ def patterns(adapter: Adapter) -> Problems:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in adapter.config.get(field) or {}:
             if not any(first_match([key], where) for where in known):
-                yield f"{CONFIG}: {field}: found {key!r}, {matching(adapter)}"
+                yield f"{field}: found {key!r}, {matching(adapter)}"
 
 
 def dora(adapter: Adapter) -> Problems:
@@ -202,20 +186,19 @@ def dora(adapter: Adapter) -> Problems:
 def biases(adapter: Adapter) -> Problems:
     for where, own in adapter.parts.items():
         if BASE_BIAS in own and adapter.config.get("bias", "none") == "none":
-            found = f"{WEIGHTS}: {PREFIX}{where}.{BASE_BIAS}: found {tuple(own[BASE_BIAS].shape)}"
-            yield f"{found}, accepted is none since bias is 'none'"
+            yield f"{where}.{BASE_BIAS}: found {tuple(own[BASE_BIAS].shape)}, accepted is none since bias is 'none'"
     yield from optional(adapter, BIAS_OF_B, "lora_bias", lambda B: B[:1])
 
 
 def optional(adapter: Adapter, part: str, field: str, shape: Callable[[Shape], Shape]) -> Problems:
     """Yield the modules in which an optional tensor is missing, has a wrong shape, or is there without its field."""
+    is_on = bool(adapter.config.get(field))
     for where, (_, lora_B) in adapter.factors.items():
         own = adapter.parts[where]
-        found = tuple(own[part].shape) if part in own else None
-        right = shape(tuple(lora_B.shape)) if adapter.config.get(field) else None
+        found = tuple(own[part].shape) if part in own else "none"
+        right = shape(tuple(lora_B.shape)) if is_on else "none"
         if found != right:
-            said = f"since {field} is {str(right is not None).lower()}"
-            yield f"{WEIGHTS}: {PREFIX}{where}.{part}: found {found or 'none'}, accepted is {right or 'none'} {said}"
+            yield f"{where}.{part}: found {found}, accepted is {right} since {field} is {str(is_on).lower()}"
 
 
 def whole_modules(adapter: Adapter) -> Problems:
@@ -224,7 +207,7 @@ def whole_modules(adapter: Adapter) -> Problems:
     if set(HEADS) <= set(entries) and not set(HEADS) <= set(lacking):
         lacking = [entry for entry in lacking if entry not in HEADS]
     for entry in lacking:
-        yield f"{CONFIG}: modules_to_save: found {entry!r}, accepted are modules whose tensors are in {WEIGHTS}"
+        yield f"modules_to_save: found {entry!r}, accepted are modules whose tensors are in {WEIGHTS}"
 
 
 def rows(adapter: Adapter) -> Problems:
@@ -234,28 +217,29 @@ def rows(adapter: Adapter) -> Problems:
     counts = [sorted(map(len, each)) for each in (own, set(own))]  # a tied head has the rows of the embedding
     if sorted(found.values()) not in counts:
         need = f"accepted are as many rows in {WEIGHTS} as tokens; there are {found or 'none'}"
-        yield f"{CONFIG}: trainable_token_indices: found {asked!r:.60}, {need}"
+        yield f"trainable_token_indices: found {asked!r:.60}, {need}"
 
 
 def targets(adapter: Adapter) -> Problems:
-    target, adapted = adapter.config.get("target_modules"), list(adapter.factors)
+    target = adapter.config.get("target_modules")
+    entries = [] if isinstance(target, str) else target or []
     parameters = [entry.rpartition(".")[0] for entry in adapter.listed("target_parameters")]
     if isinstance(target, str) and target.lower() == "all-linear":
         return
-    for where in adapted:
-        outer = where.partition(".base_layer")[0]  # of a module in a module, or of several parameters of one
-        ways = (matches_target(path, target or []) for path in (where, outer))
-        if not any(ways) and not any(matches_target(outer, [entry]) or not entry for entry in parameters):
+    outer = {where: where.partition(".base_layer")[0] for where in adapter.factors}  # of a module in a module
+    for where, module in outer.items():
+        is_meant = any(matches_target(path, target or []) for path in (where, module))
+        if not is_meant and "" not in parameters and not matches_target(module, parameters):
             need = f"accepted is what matches all modules of {WEIGHTS}, {where} too"
-            yield f"{CONFIG}: target_modules: found {target!r:.80}, {need}"
-    for entry in [] if isinstance(target, str) else target or []:
-        if not any(matches_target(path.partition(".base_layer")[0], [entry]) for path in adapted):
-            yield f"{CONFIG}: target_modules: found {entry!r}, {matching(adapter)}"
+            yield f"target_modules: found {target!r:.80}, {need}"
+    for entry in entries:
+        if not any(matches_target(module, [entry]) for module in outer.values()):
+            yield f"target_modules: found {entry!r}, {matching(adapter)}"
 
 
 def trained(adapter: Adapter) -> Problems:
     if adapter.factors and not any(lora_A.any() and lora_B.any() for lora_A, lora_B in adapter.factors.values()):
-        yield f"{WEIGHTS}: found A or B = 0 in every module, as before training, accepted is one where neither is 0"
+        yield "found A or B = 0 in every module, as before training, accepted is one where neither is 0"
 
 
 def matching(adapter: Adapter) -> str:
@@ -306,36 +290,31 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default,
 }
 
 
-def _law(name: str, subject: str, statement: str, problems: Callable[[Any], Problems]) -> Law:
-    """Return a law whose claim lists all problems that are found."""
+def _law(name: str, where: str, statement: str, problems: Callable[[Any], Problems]) -> Law:
+    """Return a law whose claim lists all problems that are found in a file."""
 
     def compare(path: str | Path, case: None) -> Iterator[Comparison]:
-        directory: Any = Path(path)
-        if name != "files":
-            try:
-                directory = read(directory)
-            except Exception as error:
-                raise NotApplicable(f"the files cannot be read: {error}") from error
-        found = list(problems(directory))
-        yield claim(subject, "\n  ".join(found[:SHOWN]))
+        try:
+            adapter = read(Path(path))
+        except Exception as error:
+            raise NotApplicable(f"the files cannot be read: {error}") from error
+        yield claim(where, "\n  ".join(islice(problems(adapter), SHOWN)))
 
     return Law("adapter_directory", name, statement, [None], compare)
 
 
 LAWS = (
-    _law("files", "the directory", f"{CONFIG} and {WEIGHTS} can be read, and there is no adapter_model.bin", files),
+    Law("adapter_directory", "files", "both files can be read, and there is no adapter_model.bin", [None], files),
     _law("config", CONFIG, "the settings have the types and ranges of PEFT's", config),
     _law("values", WEIGHTS, "all numbers are floating-point and finite", finite_values),
-    _law(
-        "names", "the name of a tensor", "each tensor is what an adapter trains, by its name in the plain model", names
-    ),
-    _law("pairs", "a pair of factors", "A and B are there for each module", pairs),
-    _law("shapes", "the shape of a factor", "A is (r, in) and B (out, r), r being that of the module", factor_ranks),
-    _law("patterns", "a pattern", "each key of rank_pattern and alpha_pattern matches a module", patterns),
-    _law("dora", "a magnitude", "with use_dora each module has a magnitude of a number an output, else none", dora),
-    _law("biases", "a bias", "the biases are those that `bias` and `lora_bias` name", biases),
-    _law("modules_to_save", "modules_to_save", "each of its entries has tensors", whole_modules),
-    _law("rows", "trainable_token_indices", "there is a row for each token", rows),
-    _law("targets", "target_modules", "it matches the adapted modules, and each entry one of them", targets),
-    _law("trained", "the adapter", "it changes the model: in some module neither A nor B is 0", trained),
+    _law("names", WEIGHTS, "each tensor is what an adapter trains, by its name in the plain model", names),
+    _law("pairs", WEIGHTS, "A and B are there for each module", pairs),
+    _law("shapes", WEIGHTS, "A is (r, in) and B (out, r), r being that of the module", factor_ranks),
+    _law("patterns", CONFIG, "each key of rank_pattern and alpha_pattern matches a module", patterns),
+    _law("dora", WEIGHTS, "with use_dora each module has a magnitude of a number an output, else none", dora),
+    _law("biases", WEIGHTS, "the biases are those that `bias` and `lora_bias` name", biases),
+    _law("modules_to_save", CONFIG, "each entry of modules_to_save has tensors", whole_modules),
+    _law("rows", CONFIG, "there is a row for each token of trainable_token_indices", rows),
+    _law("targets", CONFIG, "target_modules matches the adapted modules, and each entry one of them", targets),
+    _law("trained", WEIGHTS, "the adapter changes the model: in some module neither A nor B is 0", trained),
 )
