@@ -119,6 +119,21 @@ def test_what_a_reader_cannot_take_is_named_and_nothing_is_written(title, name, 
     assert not (tmp_path / "out").exists()
 
 
+def test_several_adapters_are_refused_and_none_is_dropped(tmp_path, capsys):
+    base, adapter = write_case(tmp_path, "rsLoRA")
+    words = [
+        "export",
+        f"--adapter={adapter}",
+        "--adapter=b",
+        f"--model={base}",
+        "--for=peft",
+        f"--out={tmp_path / 'out'}",
+    ]
+    assert main(words) == 1
+    assert "export takes one --adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_dora_becomes_that_of_mlx(tmp_path):
     base, adapter = write_case(tmp_path, "DoRA")
     export_adapter(adapter, base, "mlx-lm", tmp_path / "out")

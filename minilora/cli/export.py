@@ -11,6 +11,7 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import base_of
 from minilora.cli.messages import base_notes, say_prompts
+from minilora.errors import ConfigError
 from minilora.models.hub import fetch, locate
 from minilora.models.prompts import copy_prompt_files
 from minilora.tools.exporting import export_adapter
@@ -18,14 +19,16 @@ from minilora.tools.readers import READERS
 
 
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--adapter", required=True, help="directory or hub id of an adapter")
+    parser.add_argument("--adapter", action="append", required=True, help="directory or hub id of an adapter")
     parser.add_argument("--model", help="its base model, a directory or a hub id (default: the one that it names)")
     add_out(parser)
     parser.add_argument("--for", choices=READERS, required=True, help="the program that will read it")
 
 
 def run(options: Options) -> int:
-    adapter = fetch(options["adapter"], "adapter")
+    if len(options["adapter"]) > 1:
+        raise ConfigError(f"export takes one --adapter, found {options['adapter']}; ml.combine_adapters makes a sum")
+    adapter = fetch(options["adapter"][0], "adapter")
     base = locate(base_of(options["model"], [adapter]), "model")
     for note in base_notes(base, [adapter], {}):
         say(note)
