@@ -66,8 +66,8 @@ def load_adapted(run: Path) -> tuple[Any, dict[str, Factors]]:
 
 
 def book() -> dict[str, Any]:
-    """Return the curve over s of chapter 9: the mean of its seeds."""
-    path = ROOT / "tutorials" / "experiments" / "09_forgetting.json"
+    """Return the curve over s of chapter 10: the mean of its seeds."""
+    path = ROOT / "tutorials" / "experiments" / "10_forgetting.json"
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
     runs = [result["scaled"] for result in results if result["run"] == "LoRA r 16, 2e-3"]
     means = [[statistics.mean(run[scale][i] for run in runs) for i in (0, 1)] for scale in runs[0]]

@@ -46,14 +46,14 @@ def percent(values):
 
 
 def rank():
-    runs, base = results("05_rank"), results("05_rank", "base")
+    runs, base = results("06_rank"), results("06_rank", "base")
     lora = statistics.mean(run["accuracy"] for run in runs if run.get("r") == 1)
     full = statistics.mean(run["accuracy"] for run in runs if run["method"] == "full, AdamW")
     yield f"rank 1 keeps {100 * (lora - base) / (full - base):.0f} % of the gain"
 
 
 def where():
-    runs = results("06_where")
+    runs = results("07_where")
     best = {}
     for place in {run["place"] for run in runs}:
         of_rate = {}
@@ -75,14 +75,14 @@ def where():
 
 
 def codes():
-    found = {(run["code"], run["block_size"]): run for run in results("08_codes")}
+    found = {(run["code"], run["block_size"]): run for run in results("09_codes")}
     kl = {name: f"{run['kl']:.3f} ± {run['kl_interval']:.3f}" for (name, size), run in found.items() if size == 64}
     yield f"SmolLM2: {kl['NF4']}, {kl['FP4, E2M1']}, {kl['Int4']}"
     yield f"SmolLM2: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
     more = {key: f"{run['more']:.3f} ± {run['more_interval']:.3f}" for key, run in found.items()}
     yield f"{more['fitted, |e|', 4096]}, {more['fitted, e²', 4096]} (SmolLM2)"
     for key, model in CLEAN:
-        clean = {(run["code"], run["block_size"]): run for run in results("08_codes", key)}
+        clean = {(run["code"], run["block_size"]): run for run in results("09_codes", key)}
         kl = {name: f"{run['kl']:.4f}" for (name, size), run in clean.items() if size == 64}
         more = {key: f"{run['more']:.4f} ± {run['more_interval']:.4f}" for key, run in clean.items()}
         yield f"the {model}: NF4 {kl['NF4']}, FP4 (E2M1) more by {more['FP4, E2M1', 64]}, Int4 by {more['Int4', 64]}"
@@ -92,7 +92,7 @@ def codes():
 
 
 def methods():
-    runs = results("11_methods")
+    runs = results("12_methods")
 
     def values(method, rate, key):
         return [run[key] for run in runs if run["method"] == method and rate in (None, run["rate"])]
@@ -110,7 +110,7 @@ def methods():
 
 
 def merging():
-    runs = results("10_merging")
+    runs = results("11_merging")
 
     def pair(values):
         return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
@@ -132,7 +132,7 @@ def merging():
 
 def clean_merging():
     for key, model in CLEAN:
-        for rate, runs in results("10_merging", key).items():
+        for rate, runs in results("11_merging", key).items():
             ratio = statistics.mean([run["original"]["error"] for run in runs])
             bases = statistics.mean([run["base, 16 bits"] - run["base, 4 bits"] for run in runs])
             more = [run["original"]["more"] for run in runs]
@@ -147,7 +147,7 @@ def clean_merging():
 
 def specialists():
     for key, model in (("results", "built-in model"), ("10M", "10M model")):
-        runs = results("10_specialists", key)
+        runs = results("11_specialists", key)
 
         def loss(way, part=0, runs=runs):
             return mean([run[way][part] for run in runs])
@@ -156,7 +156,7 @@ def specialists():
         yield f"{model}: mean of the two {mean_of_two[0]} and {mean_of_two[1]}, TIES {ties[0]} and {ties[1]}"
         dropped = [f"{loss(way)} before, {loss(f'{way}, dropped')} after" for way in ("first", "whole")]
         yield f"{model}: a specialist {dropped[0]}; the adapter of all categories {dropped[1]}"
-    sums = [[sum(run[f"{way}, tuned"]) for run in results("10_specialists")] for way in ("mean", "TIES")]
+    sums = [[sum(run[f"{way}, tuned"]) for run in results("11_specialists")] for way in ("mean", "TIES")]
     of_mean, of_ties = (", ".join(f"{loss:.3f}" for loss in each) for each in sums)
     yield f"{of_mean} for the mean and {of_ties} for TIES, a difference of {difference(*sums)}"
 
@@ -166,7 +166,7 @@ STORED = (rank, where, codes, methods, merging, clean_merging, specialists)
 
 @pytest.mark.parametrize("figures", STORED)
 def test_what_the_pages_repeat_is_what_the_experiment_has_stored(figures):
-    pages = " ".join(" ".join(map(read, [*OURS, "../README.md", "../tutorials/10_merging.md"])).split())
+    pages = " ".join(" ".join(map(read, [*OURS, "../README.md", "../tutorials/11_merging.md"])).split())
     missing = [figure for figure in figures() if figure not in pages]
     assert not missing
 

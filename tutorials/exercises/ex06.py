@@ -1,15 +1,13 @@
-"""Exercise 6: adapters for an unknown model. For the verdict: python tutorials/exercises/check.py 06"""
+"""Exercise 5: the best adapter of a rank, and its loss. For the verdict: python tutorials/exercises/check.py 05"""
 
-from collections.abc import Callable, Collection
-
-from torch import nn
+from torch import Tensor
 
 
-def attach(model: nn.Module, names: Collection[str], wrap: Callable[[nn.Linear], nn.Module]) -> int:
-    """Put an adapter, `wrap(linear)`, where each linear of these names stands, and return how many adapters there are.
+def best_adapter(delta: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
+    """The A and B of rank r for which s·B A is nearest to ΔW, and the loss ‖ΔW - s·B A‖² that must remain.
 
-    The name of a module is the last part of its path, whole: "proj" does not mean "q_proj". Only linears are meant, at
-    any depth. A linear that stands in several places of these names gets one adapter, which stands in all of them.
-    Afterwards the adapters' own parameters are trained, and those of the model are frozen.
+    ‖·‖² is the sum of the squares of all numbers. The loss is told from the singular values alone.
+
+    Shapes: delta (out, in) -> A (r, in), B (out, r)
     """
     raise NotImplementedError

@@ -1,103 +1,43 @@
-"""What a solution of exercise 6 must do."""
+"""What a solution of exercise 5 must do."""
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
+import math
 from types import ModuleType
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
-WIDTH, RANK, SCALE = 6, 2, 3.0
-NAMES = ("q_proj", "proj", "up", "gate")
-SHARED = ("blocks.0.mlp.up", "blocks.0.mlp.gate", "blocks.1.mlp.up", "blocks.1.mlp.gate")  # one linear
-PLACES = ("blocks.0.q_proj", "blocks.1.q_proj", "blocks.1.mlp.proj", *SHARED)
-OTHERS = ("blocks.0.out_proj", "blocks.1.out_proj", "blocks.0.mlp.proj", "head")
+from minilora.testing.reference import lora_merged_weight
 
-
-class Adapter(nn.Module):
-    """An adapter whose B is not zero, so that it shows whether it is there."""
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base = base
-        self.A = nn.Parameter(torch.linspace(-1, 1, RANK * WIDTH).view(RANK, WIDTH))
-        self.B = nn.Parameter(torch.linspace(1, 2, WIDTH * RANK).view(WIDTH, RANK))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x) + SCALE * (x @ self.A.T) @ self.B.T
-        return y
-
-
-class MLP(nn.Module):
-    """A linear with two names, and `proj`, which is a linear in one block and something else in the other."""
-
-    def __init__(self, up: nn.Linear, proj: nn.Module):
-        super().__init__()
-        self.up = self.gate = up
-        self.proj = proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.proj(self.up(x) * self.gate(x).sigmoid())
-        return y
-
-
-class Block(nn.Module):
-    """A block with two linears of its own, and an MLP that may share one with another block."""
-
-    def __init__(self, up: nn.Linear, proj: nn.Module):
-        super().__init__()
-        self.q_proj, self.out_proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = MLP(up, proj)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.mlp(self.out_proj(self.q_proj(x).tanh()))
-        return y
-
-
-def make_model() -> nn.Module:
-    """Two blocks that share `up`, and a head."""
-    torch.manual_seed(0)
-    up = nn.Linear(WIDTH, WIDTH)
-    blocks = nn.Sequential(Block(up, nn.Tanh()), Block(up, nn.Linear(WIDTH, WIDTH)))
-    return nn.Sequential(OrderedDict[str, nn.Module](blocks=blocks, head=nn.Linear(WIDTH, 3))).double()
+CASES = [((6, 9), 1, 0.5), ((6, 9), 3, 2.0), ((9, 4), 2, 7.0), ((9, 4), 4, 0.25)]  # (out, in), r, s
 
 
 def check(answer: ModuleType) -> None:
-    """Adapters stand where they should, one for each linear; they alone are trained, and the model uses them."""
-    model = make_model()
-    plain = copy.deepcopy(model)
-    made: list[Adapter] = []
-
-    def wrap(linear: nn.Linear) -> Adapter:
-        assert isinstance(linear, nn.Linear), f"wrap is given {type(linear).__name__}, need a linear"
-        made.append(Adapter(linear).double())
-        return made[-1]
-
-    count = answer.attach(model, NAMES, wrap)
-    for path in PLACES:
-        found = type(model.get_submodule(path)).__name__
-        assert found == "Adapter", (
-            f"{path} is {found}, need an adapter. A linear that two blocks share stands in both; `named_modules` and "
-            "`named_children` list it once"
+    """`best_adapter` reaches the loss that the eigenvalues of ΔWᵀ ΔW allow, and says which that is."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, r, s in CASES:
+        delta = torch.randn(shape, generator=generator, dtype=torch.float64)
+        given = delta.clone()
+        case = f"ΔW {shape}, rank {r}, scale {s}"
+        A, B, told = answer.best_adapter(delta, r, s)
+        for name, factor, need in (("A", A, (r, shape[1])), ("B", B, (shape[0], r))):
+            assert factor.shape == need, f"{case}: {name} is {tuple(factor.shape)}, need {need}"
+        kind = type(told).__name__
+        assert isinstance(told, float), f"{case}: the loss is a {kind}, need a Python float (`.item()`)"
+        squares = np.linalg.eigvalsh(delta.numpy().T @ delta.numpy())[::-1]  # of the singular values
+        least, total = max(0.0, math.fsum(squares[r:])), math.fsum(squares)
+        left = delta.numpy() - lora_merged_weight(np.zeros(shape), A.numpy(), B.numpy(), s)
+        loss = float(np.square(left).sum())
+        hint = "keep the r largest singular values, each once, with the u and v that belong to them"
+        others = [np.square(delta.numpy() - factor * (B @ A).numpy()).sum() for factor in (1, s * s)]
+        if min(others) < least + 1e-9 * total:
+            hint = "these are the right singular values, but is s divided out once? The layer multiplies B A by it"
+        assert loss < least + 1e-9 * total, (
+            f"{case}: s·B A misses {loss:.4f} of {total:.4f}, and the best misses {least:.4f}. {hint}"
         )
-    for path in OTHERS:
-        found = type(model.get_submodule(path)).__name__
-        assert found == type(plain.get_submodule(path)).__name__, (
-            f"{path} is {found}, and should be as it was: names are {NAMES}, whole, and only linears are meant"
+        assert abs(told - least) < 1e-9 * total, (
+            f"{case}: the loss is said to be {told:.4f} and is {least:.4f}: "
+            "the sum of the squares of the singular values of ΔW that are dropped"
         )
-    first, second = (model.get_submodule(f"blocks.{i}.mlp.up") for i in (0, 1))
-    assert first is second, (
-        "blocks.0.mlp.up and blocks.1.mlp.up are one linear, and have two adapters: need one for both"
-    )
-    assert len(made) == 4, f"wrap is called {len(made)} times for 4 linears"
-    assert count == 4, f"attach returns {count!r}, need 4, the number of adapters"
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    own = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in ("A", "B")}
-    assert own <= trained, f"{min(own - trained)} is frozen, so nothing would be learned: freeze before you attach"
-    assert trained <= own, f"{min(trained - own)} is trained, need only the adapters"
-    x = torch.randn(4, WIDTH, dtype=torch.float64)
-    for linear in {plain.get_submodule(path) for path in PLACES}:
-        linear.weight.data += SCALE * (made[0].B @ made[0].A).detach()
-    assert torch.allclose(model(x), plain(x), rtol=1e-9), "the model does not compute W x + s·B A x at each place"
+        assert torch.equal(delta, given), f"{case}: best_adapter changes the ΔW that it was given"

@@ -1,14 +1,15 @@
-"""Exercise 7: ranks for a budget of bytes. For the verdict: python tutorials/exercises/check.py 07"""
+"""Exercise 6: adapters for an unknown model. For the verdict: python tutorials/exercises/check.py 06"""
+
+from collections.abc import Callable, Collection
+
+from torch import nn
 
 
-def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
-    """Return the rank of an adapter on each linear, so that weights and training fit into `budget` bytes.
+def attach(model: nn.Module, names: Collection[str], wrap: Callable[[nn.Linear], nn.Module]) -> int:
+    """Put an adapter, `wrap(linear)`, where each linear of these names stands, and return how many adapters there are.
 
-    `shapes` are (out, in) by name. Each weight is kept in NF4 with double quantization, as in the chapter's
-    `nf4_bytes`. All that is trained is in float32: A and B, their gradients, and two moments of each.
-
-    First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
-    more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
-    where the budget does not hold the weights, they stay there.
+    The name of a module is the last part of its path, whole: "proj" does not mean "q_proj". Only linears are meant, at
+    any depth. A linear that stands in several places of these names gets one adapter, which stands in all of them.
+    Afterwards the adapters' own parameters are trained, and those of the model are frozen.
     """
     raise NotImplementedError

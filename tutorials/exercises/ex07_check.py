@@ -1,69 +1,103 @@
-"""What a solution of exercise 7 must do."""
+"""What a solution of exercise 6 must do."""
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minilora.nf4 import NF4Linear
+WIDTH, RANK, SCALE = 6, 2, 3.0
+NAMES = ("q_proj", "proj", "up", "gate")
+SHARED = ("blocks.0.mlp.up", "blocks.0.mlp.gate", "blocks.1.mlp.up", "blocks.1.mlp.gate")  # one linear
+PLACES = ("blocks.0.q_proj", "blocks.1.q_proj", "blocks.1.mlp.proj", *SHARED)
+OTHERS = ("blocks.0.out_proj", "blocks.1.out_proj", "blocks.0.mlp.proj", "head")
 
-MODEL = {"q": (24, 24), "k": (8, 24), "gate": (40, 24), "down": (24, 40), "odd": (5, 7)}
+
+class Adapter(nn.Module):
+    """An adapter whose B is not zero, so that it shows whether it is there."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(torch.linspace(-1, 1, RANK * WIDTH).view(RANK, WIDTH))
+        self.B = nn.Parameter(torch.linspace(1, 2, WIDTH * RANK).view(WIDTH, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) + SCALE * (x @ self.A.T) @ self.B.T
+        return y
+
+
+class MLP(nn.Module):
+    """A linear with two names, and `proj`, which is a linear in one block and something else in the other."""
+
+    def __init__(self, up: nn.Linear, proj: nn.Module):
+        super().__init__()
+        self.up = self.gate = up
+        self.proj = proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(self.up(x) * self.gate(x).sigmoid())
+        return y
+
+
+class Block(nn.Module):
+    """A block with two linears of its own, and an MLP that may share one with another block."""
+
+    def __init__(self, up: nn.Linear, proj: nn.Module):
+        super().__init__()
+        self.q_proj, self.out_proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = MLP(up, proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.mlp(self.out_proj(self.q_proj(x).tanh()))
+        return y
+
+
+def make_model() -> nn.Module:
+    """Two blocks that share `up`, and a head."""
+    torch.manual_seed(0)
+    up = nn.Linear(WIDTH, WIDTH)
+    blocks = nn.Sequential(Block(up, nn.Tanh()), Block(up, nn.Linear(WIDTH, WIDTH)))
+    return nn.Sequential(OrderedDict[str, nn.Module](blocks=blocks, head=nn.Linear(WIDTH, 3))).double()
 
 
 def check(answer: ModuleType) -> None:
-    """The ranks use the budget that packed weights and a real optimizer leave, as far as the rule allows."""
-    free = bytes_of(MODEL, dict.fromkeys(MODEL, 0))
-    step = bytes_of(MODEL, dict.fromkeys(MODEL, 1)) - free
-    one_more = bytes_of(MODEL, dict.fromkeys(MODEL, 0) | {"q": 1}) - free
-    for budget in (
-        free + 3 * step,
-        free + 3 * step - 1,
-        free + 2 * step + one_more,
-        free + 1000,
-        free + 1,
-        free + 9999,
-        free - 1,
-    ):
-        found = answer.ranks(dict(MODEL), budget)
-        case = f"a budget of {budget:,} bytes, {free:,} of them for the weights"
-        assert isinstance(found, dict), f"{case}: ranks returns {type(found).__name__}, need a dict: name -> rank"
-        assert found.keys() == MODEL.keys(), f"{case}: the ranks are {found}, need one for each of {[*MODEL]}"
-        assert min(found.values()) >= 0, f"{case}: the ranks are {found}; where the weights do not fit, need 0"
-        used, right = bytes_of(MODEL, found), expected(budget)
-        assert used <= max(budget, free), (
-            f"{case}: {found} takes {used:,}. Four float32 numbers are held for each number of A and B, and a weight "
-            "takes half a byte a number, rounded up, and its scales"
+    """Adapters stand where they should, one for each linear; they alone are trained, and the model uses them."""
+    model = make_model()
+    plain = copy.deepcopy(model)
+    made: list[Adapter] = []
+
+    def wrap(linear: nn.Linear) -> Adapter:
+        assert isinstance(linear, nn.Linear), f"wrap is given {type(linear).__name__}, need a linear"
+        made.append(Adapter(linear).double())
+        return made[-1]
+
+    count = answer.attach(model, NAMES, wrap)
+    for path in PLACES:
+        found = type(model.get_submodule(path)).__name__
+        assert found == "Adapter", (
+            f"{path} is {found}, need an adapter. A linear that two blocks share stands in both; `named_modules` and "
+            "`named_children` list it once"
         )
-        assert found == right, (
-            f"{case}: {found} takes {used:,}, and {right} takes {bytes_of(MODEL, right):,}. The rank of all first, "
-            "then one more for each, in order, that still fits; one that does not fit does not end the round. Ranks "
-            "that are too low can also mean that the bytes of a weight or of a rank are counted too high"
+    for path in OTHERS:
+        found = type(model.get_submodule(path)).__name__
+        assert found == type(plain.get_submodule(path)).__name__, (
+            f"{path} is {found}, and should be as it was: names are {NAMES}, whole, and only linears are meant"
         )
-
-
-def expected(budget: int) -> dict[str, int]:
-    """The ranks, by trying."""
-    r = 0
-    while bytes_of(MODEL, dict.fromkeys(MODEL, r + 1)) <= budget:
-        r += 1
-    found = dict.fromkeys(MODEL, r)
-    for name in MODEL:
-        more = found | {name: r + 1}
-        found = more if bytes_of(MODEL, more) <= budget else found
-    return found
-
-
-def bytes_of(shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> int:
-    """The bytes of packed weights, and of A and B with what a step of AdamW leaves."""
-    packed = [NF4Linear.quantize(torch.ones(shape)) for shape in shapes.values()]
-    trained = [nn.Parameter(torch.ones(ranks[name], size)) for name, shape in shapes.items() for size in shape]
-    optimizer = torch.optim.AdamW(trained)
-    sum(parameter.sum() for parameter in trained).backward()
-    optimizer.step()
-    held = [tensor for layer in packed for tensor in layer.parameters()]
-    for parameter in trained:
-        state = optimizer.state[parameter]
-        held += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
-    return sum(tensor.nbytes for tensor in held)
+    first, second = (model.get_submodule(f"blocks.{i}.mlp.up") for i in (0, 1))
+    assert first is second, (
+        "blocks.0.mlp.up and blocks.1.mlp.up are one linear, and have two adapters: need one for both"
+    )
+    assert len(made) == 4, f"wrap is called {len(made)} times for 4 linears"
+    assert count == 4, f"attach returns {count!r}, need 4, the number of adapters"
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in ("A", "B")}
+    assert own <= trained, f"{min(own - trained)} is frozen, so nothing would be learned: freeze before you attach"
+    assert trained <= own, f"{min(trained - own)} is trained, need only the adapters"
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    for linear in {plain.get_submodule(path) for path in PLACES}:
+        linear.weight.data += SCALE * (made[0].B @ made[0].A).detach()
+    assert torch.allclose(model(x), plain(x), rtol=1e-9), "the model does not compute W x + s·B A x at each place"

@@ -1,13 +1,14 @@
-"""Exercise 8: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 08"""
-
-from torch import Tensor
+"""Exercise 7: ranks for a budget of bytes. For the verdict: python tutorials/exercises/check.py 07"""
 
 
-def fit(block_size: int) -> Tensor:
-    """16 rising levels from -1 to 1, with an exact 0, for normal numbers divided by the absmax of their block.
+def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
+    """Return the rank of an adapter on each linear, so that weights and training fit into `budget` bytes.
 
-    At block 4,096 their mean absolute error is at least 5 % less than NF4's, at block 64 not more than 1 % greater.
+    `shapes` are (out, in) by name. Each weight is kept in NF4 with double quantization, as in the chapter's
+    `nf4_bytes`. All that is trained is in float32: A and B, their gradients, and two moments of each.
 
-    Shapes: -> (16) float32
+    First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
+    more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
+    where the budget does not hold the weights, they stay there.
     """
     raise NotImplementedError

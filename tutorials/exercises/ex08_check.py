@@ -1,57 +1,69 @@
-"""What a solution of exercise 8 must do."""
+"""What a solution of exercise 7 must do."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from minilora.testing.reference import NF4_LEVELS
+from minilora.nf4 import NF4Linear
 
-ALLOWED = {4096: 0.95, 64: 1.01}  # block size -> mean absolute error, as a share of NF4's
+MODEL = {"q": (24, 24), "k": (8, 24), "gate": (40, 24), "down": (24, 40), "odd": (5, 7)}
 
 
 def check(answer: ModuleType) -> None:
-    """`fit` returns a code that represents -1, 0 and 1, and its error on normal numbers is small enough."""
-    normal = torch.randn(2**20, generator=torch.Generator().manual_seed(7))
-    fitted = {size: answer.fit(size) for size in ALLOWED}
-    for size, levels in fitted.items():
-        _check_levels(levels, f"block {size}")
-    for size, levels in fitted.items():
-        error, of_nf4 = (mean_error(normal, each, size) for each in (levels, torch.tensor(NF4_LEVELS)))
-        needed, other = ALLOWED[size] * of_nf4, next(each for each in fitted if each != size)
-        if torch.equal(levels, fitted[other]):
-            why = f"The code is the same as for block {other}. Are the numbers divided by the absmax of blocks of the "
-            why += "given size? In larger blocks the absmax is larger, and all others are smaller after the division"
-        else:
-            why = "Is each level the median of the numbers nearest to it, and was that repeated until nothing moves?"
-        assert error <= needed, f"block {size}: the mean absolute error is {error:.4f}, need {needed:.4f}. {why}"
+    """The ranks use the budget that packed weights and a real optimizer leave, as far as the rule allows."""
+    free = bytes_of(MODEL, dict.fromkeys(MODEL, 0))
+    step = bytes_of(MODEL, dict.fromkeys(MODEL, 1)) - free
+    one_more = bytes_of(MODEL, dict.fromkeys(MODEL, 0) | {"q": 1}) - free
+    for budget in (
+        free + 3 * step,
+        free + 3 * step - 1,
+        free + 2 * step + one_more,
+        free + 1000,
+        free + 1,
+        free + 9999,
+        free - 1,
+    ):
+        found = answer.ranks(dict(MODEL), budget)
+        case = f"a budget of {budget:,} bytes, {free:,} of them for the weights"
+        assert isinstance(found, dict), f"{case}: ranks returns {type(found).__name__}, need a dict: name -> rank"
+        assert found.keys() == MODEL.keys(), f"{case}: the ranks are {found}, need one for each of {[*MODEL]}"
+        assert min(found.values()) >= 0, f"{case}: the ranks are {found}; where the weights do not fit, need 0"
+        used, right = bytes_of(MODEL, found), expected(budget)
+        assert used <= max(budget, free), (
+            f"{case}: {found} takes {used:,}. Four float32 numbers are held for each number of A and B, and a weight "
+            "takes half a byte a number, rounded up, and its scales"
+        )
+        assert found == right, (
+            f"{case}: {found} takes {used:,}, and {right} takes {bytes_of(MODEL, right):,}. The rank of all first, "
+            "then one more for each, in order, that still fits; one that does not fit does not end the round. Ranks "
+            "that are too low can also mean that the bytes of a weight or of a rank are counted too high"
+        )
 
 
-def _check_levels(levels: Tensor, case: str) -> None:
-    assert isinstance(levels, Tensor), f"{case}: fit returns {type(levels).__name__}, need a tensor"
-    assert levels.shape == (16,), f"{case}: the shape is {tuple(levels.shape)}, need (16,): four bits name 16 levels"
-    assert not levels.isnan().any(), f"{case}: a level is not a number: the mean or median of no numbers at all?"
-    ends = [levels.min().item(), levels.max().item()]
-    assert max(map(abs, ends)) <= 1, (
-        f"{case}: the levels go from {ends[0]:.3f} to {ends[1]:.3f}, but what is rounded lies in [-1, 1]: "
-        "are the numbers divided by the absmax of their block?"
-    )
-    assert (levels.diff() > 0).all(), f"{case}: the levels must rise, for their midpoints say what is nearest"
-    assert ends == [-1, 1], (
-        f"{case}: the levels go from {ends[0]:.3f} to {ends[1]:.3f}. Keep -1 and 1: each block has one number that is "
-        "exactly one of them, its largest, and a model's largest weights matter most"
-    )
-    assert (levels == 0).any(), (
-        f"{case}: the level nearest to 0 is {levels[levels.abs().argmin()]:.4f}. Keep an exact 0: zeros, such as "
-        "padding and pruned weights, must stay zeros"
-    )
+def expected(budget: int) -> dict[str, int]:
+    """The ranks, by trying."""
+    r = 0
+    while bytes_of(MODEL, dict.fromkeys(MODEL, r + 1)) <= budget:
+        r += 1
+    found = dict.fromkeys(MODEL, r)
+    for name in MODEL:
+        more = found | {name: r + 1}
+        found = more if bytes_of(MODEL, more) <= budget else found
+    return found
 
 
-def mean_error(normal: Tensor, levels: Tensor, block_size: int) -> float:
-    """Return the mean absolute error of normal numbers, rounded in blocks."""
-    blocks = normal.view(-1, block_size)
-    absmax = blocks.abs().amax(1, keepdim=True)
-    codes = torch.bucketize(blocks / absmax, (levels[1:] + levels[:-1]) / 2)
-    return (levels[codes] * absmax - blocks).abs().mean().item()
+def bytes_of(shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> int:
+    """The bytes of packed weights, and of A and B with what a step of AdamW leaves."""
+    packed = [NF4Linear.quantize(torch.ones(shape)) for shape in shapes.values()]
+    trained = [nn.Parameter(torch.ones(ranks[name], size)) for name, shape in shapes.items() for size in shape]
+    optimizer = torch.optim.AdamW(trained)
+    sum(parameter.sum() for parameter in trained).backward()
+    optimizer.step()
+    held = [tensor for layer in packed for tensor in layer.parameters()]
+    for parameter in trained:
+        state = optimizer.state[parameter]
+        held += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+    return sum(tensor.nbytes for tensor in held)

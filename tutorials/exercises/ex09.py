@@ -1,16 +1,13 @@
-"""Exercise 9: as far as a budget goes. For the verdict: python tutorials/exercises/check.py 09"""
-
-from collections.abc import Callable
+"""Exercise 8: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 08"""
 
 from torch import Tensor
 
-Weights = dict[str, Tensor]
 
+def fit(block_size: int) -> Tensor:
+    """16 rising levels from -1 to 1, with an exact 0, for normal numbers divided by the absmax of their block.
 
-def weaken(before: Weights, after: Weights, kl: Callable[[Weights], float], budget: float) -> Weights:
-    """The weights before + c·(after - before) with the largest c in [0, 1] whose KL to the base keeps to the budget.
+    At block 4,096 their mean absolute error is at least 5 % less than NF4's, at block 64 not more than 1 % greater.
 
-    `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. On the way from before
-    to after, KL grows like c². Nothing that was given is changed.
+    Shapes: -> (16) float32
     """
     raise NotImplementedError

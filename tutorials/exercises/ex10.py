@@ -1,16 +1,16 @@
-"""Exercise 10: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 10"""
+"""Exercise 9: as far as a budget goes. For the verdict: python tutorials/exercises/check.py 09"""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
+Weights = dict[str, Tensor]
 
-def merge_error(layers: list[tuple[Tensor, Tensor, Tensor, float]], store: Callable[[Tensor], Tensor]) -> float:
-    """‖W' - (W + ΔW)‖ / ‖ΔW‖ over all layers (W, A, B, s) together, with ΔW = s·B A and W' = store(W + ΔW).
 
-    `store` rounds a weight as it will be stored, to bfloat16 or to four bits, and returns it as it is read back. Norms
-    are of all numbers of all layers. Everything else is computed in float64, and nothing that was given is changed.
+def weaken(before: Weights, after: Weights, kl: Callable[[Weights], float], budget: float) -> Weights:
+    """The weights before + c·(after - before) with the largest c in [0, 1] whose KL to the base keeps to the budget.
 
-    Shapes: W (out, in) bfloat16, A (r, in), B (out, r), with other sizes for each layer
+    `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. On the way from before
+    to after, KL grows like c². Nothing that was given is changed.
     """
     raise NotImplementedError

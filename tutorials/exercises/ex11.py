@@ -1,11 +1,16 @@
-"""Exercise 11: the gradient of m. For the verdict: python tutorials/exercises/check.py 11"""
+"""Exercise 10: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 10"""
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 
-def magnitude_gradient(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """The gradient of DoRA's m, where y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b and dy is the gradient of y.
+def merge_error(layers: list[tuple[Tensor, Tensor, Tensor, float]], store: Callable[[Tensor], Tensor]) -> float:
+    """‖W' - (W + ΔW)‖ / ‖ΔW‖ over all layers (W, A, B, s) together, with ΔW = s·B A and W' = store(W + ΔW).
 
-    Shapes: x (N, in), dy (N, out), W (out, in), A (r, in), B (out, r) -> (out)
+    `store` rounds a weight as it will be stored, to bfloat16 or to four bits, and returns it as it is read back. Norms
+    are of all numbers of all layers. Everything else is computed in float64, and nothing that was given is changed.
+
+    Shapes: W (out, in) bfloat16, A (r, in), B (out, r), with other sizes for each layer
     """
     raise NotImplementedError

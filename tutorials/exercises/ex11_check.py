@@ -1,69 +1,98 @@
-"""What a solution of exercise 11 must do."""
+"""What a solution of exercise 10 must do."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.testing.compare import MATHS, relative
-from minilora.testing.reference import dora_gradients
+from minilora.nf4 import BLOCK_SIZE, dequantize, quantize
+from minilora.testing.reference import lora_merged_weight
+
+Layer = tuple[Tensor, Tensor, Tensor, float]
+Store = Callable[[Tensor], Tensor]
+
+
+def bfloat16(W: Tensor) -> Tensor:
+    """The weight after a round trip through bfloat16."""
+    return W.to(torch.bfloat16)
+
+
+def four_bits(W: Tensor) -> Tensor:
+    """The weight after a round trip through NF4."""
+    return dequantize(*quantize(W, BLOCK_SIZE), W.shape, torch.float32)
 
 
 def check(answer: ModuleType) -> None:
-    """`magnitude_gradient` equals the loops of `minilora.testing.reference`."""
+    """`merge_error` equals the error by the loops of `minilora.testing.reference`, for one layer and for several."""
+    layers = _layers()
+    before = [tensor.clone() for W, A, B, _ in layers for tensor in (W, A, B)]
+    for store in (bfloat16, four_bits):
+        for chosen in (layers[:1], layers):
+            case = f"{store.__name__}, layers: {len(chosen)}"
+            found = answer.merge_error(list(chosen), store)
+            assert isinstance(found, float), f"{case}: merge_error returns {type(found).__name__}, need a Python float"
+            expected = _ratio(chosen, store)
+            same = all(map(torch.equal, before, (tensor for W, A, B, _ in layers for tensor in (W, A, B))))
+            assert same, f"{case}: merge_error changes a W, A or B that it was given; it is to tell the error before"
+            assert math.isclose(found, expected, rel_tol=1e-9), (
+                f"{case}: the error is {expected:.6f}, found {found:.6f}{_reason(chosen, store, found)}"
+            )
+
+
+def _layers() -> list[Layer]:
+    """Three layers of different sizes, whose updates differ in size, too."""
     generator = torch.Generator().manual_seed(0)
-    x, dy, W, A, B = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((4, 5), (4, 5), (5, 5), (2, 5), (5, 2))
-    )
-    for s in (0.5, 7.0):
-        arrays = [tensor.numpy() for tensor in (x, dy, W, A, B)]
-        *_, expected = dora_gradients(*arrays, s, torch.ones(5, dtype=torch.float64).numpy())
-        found = answer.magnitude_gradient(x, dy, W, A, B, s)
-        assert isinstance(found, Tensor), f"found {type(found).__name__}, need a tensor"
-        shape = tuple(found.shape)
-        assert shape == (5,), f"the shape is {shape}, need (5,): one number for each output, summed over the rows of x"
-        assert found.dtype == x.dtype, f"the dtype is {found.dtype}, need that of x, {x.dtype}"
-        why = next(
-            (why for why, wrong in mistakes(x, dy, W, A, B, s).items() if relative(found, wrong, MATHS) <= 1), ""
-        )
-        assert relative(found, expected, MATHS) <= 1, (
-            f"with s = {s}, found {rounded(found)}, need {rounded(expected)}{why}"
-        )
+    layers = []
+    for out, inputs, r, s in ((8, 64, 2, 0.5), (16, 128, 4, 2.0), (4, 64, 1, 7.0)):
+        W, A, B = (torch.randn(shape, generator=generator) for shape in ((out, inputs), (r, inputs), (out, r)))
+        layers.append((W.bfloat16(), A, 0.02 * B, s))
+    return layers
 
 
-def rounded(values: object) -> str:
-    return " ".join(f"{value:.3f}" for value in torch.as_tensor(values).tolist())
+def _parts(layers: list[Layer], store: Store, twice: bool = False) -> list[tuple[float, float, float]]:
+    """‖error‖², ‖ΔW‖² and ‖W‖² of each layer; `twice` rounds ΔW, too."""
+    found = []
+    for W, A, B, s in layers:
+        exact = torch.from_numpy(np.asarray(lora_merged_weight(W.double().numpy(), A.numpy(), B.numpy(), s)))
+        delta = exact - W.double()
+        error = store(W.double() + store(delta).double() if twice else exact).double() - exact
+        found.append((square(error), square(delta), square(W.double())))
+    return found
 
 
-def mistakes(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> dict[str, Tensor]:
-    """What wrong answers give that are easily made, by what is wrong with them."""
-    V, unscaled = W + s * B @ A, W + B @ A
+def square(values: Tensor) -> float:
+    """The sum of squares."""
+    return values.square().sum().item()
 
-    def gradient(direction: Tensor) -> Tensor:
-        return (dy * (x @ direction.T)).sum(dim=0)
 
-    return {
-        ". The norm is missing: m multiplies a row of length 1": gradient(V),
-        ". That is the norm of each column (dim=0); m belongs to the rows, the outputs": gradient(V / V.norm(dim=0)),
-        ". That is the norm of each column (dim=0) beside the rows; need that of each row (dim=1)": gradient(
-            V / V.norm(dim=0)[:, None]
-        ),
-        ". The norms of the rows are spread over the columns; keepdim=True keeps them beside their rows": gradient(
-            V / V.norm(dim=1)
-        ),
-        ". That divides by the norm of W; the forward divides by that of W + s·B A": gradient(
-            V / W.norm(dim=1, keepdim=True)
-        ),
-        ". The direction is that of W + s·B A; here it is that of W, as if nothing were trained": gradient(
-            W / W.norm(dim=1, keepdim=True)
-        ),
-        ". That divides by the norm of the whole matrix; need that of each row (dim=1)": gradient(V / V.norm()),
-        ". The output is that of W alone, divided by the norm of W + s·B A; need that of W + s·B A": gradient(
-            W / V.norm(dim=1, keepdim=True)
-        ),
-        ". The scale s is missing": gradient(unscaled / unscaled.norm(dim=1, keepdim=True)),
-        ". The rows of x are averaged; a gradient sums over them": gradient(V / V.norm(dim=1, keepdim=True)) / len(x),
+def _ratio(layers: list[Layer], store: Store, twice: bool = False) -> float:
+    error, effect, _ = map(sum, zip(*_parts(layers, store, twice), strict=True))
+    return math.sqrt(error / effect)
+
+
+def _reason(layers: list[Layer], store: Store, found: float) -> str:
+    """What was probably done instead, if that is known."""
+    parts = _parts(layers, store)
+    error, effect, scale = map(sum, zip(*parts, strict=True))
+    without = [(W, A, B, 1.0) for W, A, B, _ in layers]
+    wrong = {
+        "the error is measured against ‖W‖. What it spoils is ΔW, which is much smaller": math.sqrt(error / scale),
+        "the root is missing: a ratio of norms, not of their squares": error / effect,
+        "the scale s is missing": _ratio(without, store),
+        "ΔW is rounded before it is added, so that the sum is rounded a second time": _ratio(layers, store, True),
+        "the error vanishes, as the exact sum was rounded before it was compared": 0.0,
     }
+    if len(parts) > 1:  # of one layer it is the right answer
+        mean = sum(math.sqrt(e / d) for e, d, _ in parts) / len(parts)
+        wrong["the layers' ratios are averaged. Add squares over all layers, then take the root once"] = mean
+    if math.isclose(found, math.sqrt(error / effect), rel_tol=1e-6):
+        return ", which differs in the last digits: everything but what `store` returns is to be computed in float64"
+    for reason, value in wrong.items():
+        if math.isclose(found, value, rel_tol=1e-4, abs_tol=1e-9):
+            return f". It seems that {reason}"
+    return ". Is B A formed in float64, is ΔW added before anything is rounded, and is the result compared with W + ΔW?"

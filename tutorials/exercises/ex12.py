@@ -1,11 +1,11 @@
-"""Exercise 12: what a change amplifies. For the verdict: python tutorials/exercises/check.py 12"""
+"""Exercise 11: the gradient of m. For the verdict: python tutorials/exercises/check.py 11"""
 
 from torch import Tensor
 
 
-def amplification(W: Tensor, A: Tensor, B: Tensor, s: float, k: int) -> float:
-    """‖ΔW cut to rank k‖ / ‖Uₖᵀ W Vₖ‖, where ΔW = s·B A has the singular vectors U and V, of which the first k count.
+def magnitude_gradient(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """The gradient of DoRA's m, where y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b and dy is the gradient of y.
 
-    Shapes: W (out, in), A (r, in), B (out, r)
+    Shapes: x (N, in), dy (N, out), W (out, in), A (r, in), B (out, r) -> (out)
     """
     raise NotImplementedError

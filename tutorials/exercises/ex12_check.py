@@ -1,47 +1,69 @@
-"""What a solution of exercise 12 must do."""
+"""What a solution of exercise 11 must do."""
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
-import numpy as np
 import torch
+from torch import Tensor
 
-SHAPES = ((7, 11), (11, 7), (8, 8))  # (out, in)
+from minilora.testing.compare import MATHS, relative
+from minilora.testing.reference import dora_gradients
 
 
 def check(answer: ModuleType) -> None:
-    """`amplification` equals that by the eigenvectors of ΔWᵀ ΔW, without a singular value decomposition."""
+    """`magnitude_gradient` equals the loops of `minilora.testing.reference`."""
     generator = torch.Generator().manual_seed(0)
-    for out, width in SHAPES:
-        W, A, B = (
-            torch.randn(shape, generator=generator, dtype=torch.float64)
-            for shape in ((out, width), (4, width), (out, 4))
+    x, dy, W, A, B = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 5), (4, 5), (5, 5), (2, 5), (5, 2))
+    )
+    for s in (0.5, 7.0):
+        arrays = [tensor.numpy() for tensor in (x, dy, W, A, B)]
+        *_, expected = dora_gradients(*arrays, s, torch.ones(5, dtype=torch.float64).numpy())
+        found = answer.magnitude_gradient(x, dy, W, A, B, s)
+        assert isinstance(found, Tensor), f"found {type(found).__name__}, need a tensor"
+        shape = tuple(found.shape)
+        assert shape == (5,), f"the shape is {shape}, need (5,): one number for each output, summed over the rows of x"
+        assert found.dtype == x.dtype, f"the dtype is {found.dtype}, need that of x, {x.dtype}"
+        why = next(
+            (why for why, wrong in mistakes(x, dy, W, A, B, s).items() if relative(found, wrong, MATHS) <= 1), ""
         )
-        for k, s in ((4, 2.0), (2, 0.5), (1, 7.0)):
-            case = f"W {(out, width)}, rank 4, s = {s}, k = {k}"
-            found = answer.amplification(W, A, B, s, k)
-            assert isinstance(found, float), f"{case}: found {type(found).__name__}, need a float (`.item()`)"
-            expected, wrong = ratios(W.numpy(), A.numpy(), B.numpy(), s, k)
-            why = next((why for why, value in wrong.items() if math.isclose(found, value, rel_tol=1e-6)), "")
-            assert math.isclose(found, expected, rel_tol=1e-9), f"{case}: found {found:.5f}, need {expected:.5f}{why}"
+        assert relative(found, expected, MATHS) <= 1, (
+            f"with s = {s}, found {rounded(found)}, need {rounded(expected)}{why}"
+        )
 
 
-def ratios(W: np.ndarray, A: np.ndarray, B: np.ndarray, s: float, k: int) -> tuple[float, dict[str, float]]:
-    """The amplification, and what answers give that are easily made, by what is wrong with them."""
-    delta = s * B @ A
-    squares, V = np.linalg.eigh(delta.T @ delta)
-    V = V[:, ::-1][:, :k]  # of the largest eigenvalues
-    U = delta @ V / np.linalg.norm(delta @ V, axis=0)
-    size, inside = math.sqrt(squares[::-1][:k].sum()), float(np.linalg.norm(U.T @ W @ V))
-    own = float(np.linalg.norm(np.linalg.svd(W, compute_uv=False)[:k]))
-    return size / inside, {
-        ". The scale s is missing": size / s / inside,
-        ". That is the whole of ΔW over a part of W: cut ΔW to the same k directions": float(np.linalg.norm(delta))
-        / inside,
-        ". Those are the directions of W; need those of ΔW": size / own,
-        ". That is a ratio of squares; a norm is their root": (size / inside) ** 2,
-        ". That is the inverse: by how much does ΔW exceed what W does?": inside / size,
-        ". That divides by all of W, not by what lies in the directions of ΔW": size / float(np.linalg.norm(W)),
+def rounded(values: object) -> str:
+    return " ".join(f"{value:.3f}" for value in torch.as_tensor(values).tolist())
+
+
+def mistakes(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> dict[str, Tensor]:
+    """What wrong answers give that are easily made, by what is wrong with them."""
+    V, unscaled = W + s * B @ A, W + B @ A
+
+    def gradient(direction: Tensor) -> Tensor:
+        return (dy * (x @ direction.T)).sum(dim=0)
+
+    return {
+        ". The norm is missing: m multiplies a row of length 1": gradient(V),
+        ". That is the norm of each column (dim=0); m belongs to the rows, the outputs": gradient(V / V.norm(dim=0)),
+        ". That is the norm of each column (dim=0) beside the rows; need that of each row (dim=1)": gradient(
+            V / V.norm(dim=0)[:, None]
+        ),
+        ". The norms of the rows are spread over the columns; keepdim=True keeps them beside their rows": gradient(
+            V / V.norm(dim=1)
+        ),
+        ". That divides by the norm of W; the forward divides by that of W + s·B A": gradient(
+            V / W.norm(dim=1, keepdim=True)
+        ),
+        ". The direction is that of W + s·B A; here it is that of W, as if nothing were trained": gradient(
+            W / W.norm(dim=1, keepdim=True)
+        ),
+        ". That divides by the norm of the whole matrix; need that of each row (dim=1)": gradient(V / V.norm()),
+        ". The output is that of W alone, divided by the norm of W + s·B A; need that of W + s·B A": gradient(
+            W / V.norm(dim=1, keepdim=True)
+        ),
+        ". The scale s is missing": gradient(unscaled / unscaled.norm(dim=1, keepdim=True)),
+        ". The rows of x are averaged; a gradient sums over them": gradient(V / V.norm(dim=1, keepdim=True)) / len(x),
     }
