@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 import tempfile
+import termios
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -27,11 +28,11 @@ def record(command: list[str]) -> list[tuple[float, str]]:
     started, written = time.monotonic(), list[tuple[float, str]]()
 
     def read(descriptor: int) -> bytes:
+        termios.tcsetwinsize(descriptor, (ROWS, COLUMNS))
         data = os.read(descriptor, 65536)
         written.append((time.monotonic() - started, data.decode("utf-8", "replace")))
         return data
 
-    os.environ |= {"COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if status := pty.spawn(command, read):
