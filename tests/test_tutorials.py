@@ -18,7 +18,7 @@ from tests.files import pretrained
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
 CHAPTERS = sorted(path for path in TUTORIALS.glob("[01A][0-9]_*.md") if path.name != "00_whole.md")
-EXECUTED = sorted(TUTORIALS.glob("*_*.md"))
+EXECUTED = sorted(path for path in TUTORIALS.glob("*.md") if path.name != "README.md")
 PAGES = [TUTORIALS / "00_whole.md", *CHAPTERS, TUTORIALS / "README.md", TUTORIALS / "data/devil/README.md"]
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MAX_FIGURE = 60_000  # bytes
