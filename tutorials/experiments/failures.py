@@ -4,8 +4,8 @@
     python tutorials/experiments/failures.py --small   two short runs: is the mistake seen in the answers, not in the loss?
 
 The built-in model takes 100 steps of 8 rows with AdamW, rank 16 and α = 32. `loss` is what the run itself reports, a
-number a step. Every ten steps the model answers held-out questions as it would be used: `accuracy` is the share of 200
-test rows whose right category is the likeliest, `ended` the share of 50 answers that end within 16 tokens.
+number a step. Every twenty steps the model answers held-out questions as it would be used: `accuracy` is the share of
+100 test rows whose right category is the likeliest, `ended` the share of 20 answers that end within 8 tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import torch
 from record import asks_for_small, record_runs
 
 import minilora as ml
@@ -24,10 +23,10 @@ from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices, prompt_of
 
-SEEDS = (0, 1, 2)
-STEPS, EVERY = 100, 10
+SEEDS = (0,)
+STEPS, EVERY = 100, 20
 RATE, TOO_HIGH = 2e-3, 6.4e-2
-MAX_NEW_TOKENS = 16
+MAX_NEW_TOKENS = 8
 MISTAKES = ("none", "trailing space", "s twice", "rate too high", "labels shifted", "adapter in eval only", "no stop token")
 
 
@@ -56,8 +55,8 @@ def set_scale(model: Llama, scale: float) -> None:
 
 def used(model: Llama, end: int) -> dict[str, float]:
     """Accuracy, and the share of answers that end."""
-    test = rows("test")[:200]
-    asked = [prompt_of(example) for example in test[:50]]
+    test = rows("test")[:100]
+    asked = [prompt_of(example) for example in test[:20]]
     answers = ml.generate(model, asked, max_new_tokens=MAX_NEW_TOKENS, stop_ids={end})
     return {
         "accuracy": choice_accuracy(model, test, find_choices(rows("train")) or []),
@@ -109,7 +108,6 @@ def main() -> None:
     if asks_for_small(__doc__):
         small()
         return
-    torch.set_num_threads(1)
     record_runs(__file__, [functools.partial(measure, mistake) for mistake in MISTAKES], SEEDS)
 
 
