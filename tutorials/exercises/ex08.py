@@ -1,4 +1,4 @@
-"""Exercise 7: ranks for a budget of bytes. For the verdict: python tutorials/exercises/check.py 07"""
+"""Exercise 8: ranks for a budget of bytes. For the verdict: python tutorials/exercises/check.py 08"""
 
 
 def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:

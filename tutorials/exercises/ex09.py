@@ -1,4 +1,4 @@
-"""Exercise 8: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 08"""
+"""Exercise 9: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 09"""
 
 from torch import Tensor
 

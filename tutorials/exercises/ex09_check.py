@@ -1,4 +1,4 @@
-"""What a solution of exercise 8 must do."""
+"""What a solution of exercise 9 must do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exercise 9: as far as a budget goes. For the verdict: python tutorials/exercises/check.py 09"""
+"""Exercise 10: as far as a budget goes. For the verdict: python tutorials/exercises/check.py 10"""
 
 from collections.abc import Callable
 
