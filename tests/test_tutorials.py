@@ -35,6 +35,11 @@ MISTAKES = {
         ("dy @ W + h @ A", "dy @ W"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
     ],
+    "05": [
+        ("s * math.sqrt(r)", "s * r"),
+        ("(1 / few - 1 / many)", "(many - few)"),
+        ("1 / c, rate / c", "1, rate / c"),
+    ],
     "06": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
     "07": [
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
