@@ -32,8 +32,11 @@ MISTAKES = {
         ("[*labels, end]", "[*labels, -100]"),
     ],
     "04": [
+        (" + rate**2 * s**3 * G @ A.T @ B.T @ G", ""),
+        ("-rate * s**2", "-rate * s"),
         ("dy @ W + h @ A", "dy @ W"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
+        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T"),
     ],
     "05": [
         ("s * math.sqrt(r)", "s * r"),

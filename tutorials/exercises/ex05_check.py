@@ -26,7 +26,7 @@ def check_first_gradient(answer: ModuleType) -> None:
         found = answer.first_gradient(G.norm().item(), width, r, alpha)
         assert math.isclose(found, measured, rel_tol=0.02), (
             f"first_gradient: ‖G‖ = {G.norm():.3f}, width {width}, rank {r}, α = {alpha:g}: over 20,000 starts it is "
-            f"{measured:.4f}, and you say {found:.4f}. How large is the gradient of one column of B, and how many are there?"
+            f"{measured:.4f}, and you say {found:.4f}. How large is the gradient of one column of B? How many are there?"
         )
 
 
@@ -36,7 +36,7 @@ def check_signal_and_noise(answer: ModuleType) -> None:
         signal, noise = answer.signal_and_noise(dict(squares))
         for rows, square in squares.items():
             assert math.isclose(signal + noise / rows, square, rel_tol=1e-9), (
-                f"signal_and_noise: of {squares} you find signal {signal:g} and noise {noise:g}, with which {rows} rows "
+                f"signal_and_noise: of {squares} you find signal {signal:g}, noise {noise:g}, with which {rows} rows "
                 f"have {signal + noise / rows:g} and not {square:g}. Write the law down once for each size"
             )
 
@@ -48,15 +48,17 @@ def check_same_training(answer: ModuleType) -> None:
         pairs = zip(steps(s, 1.0, rate), steps(new_s, factor, new_rate), strict=True)
         for number, (old, new) in enumerate(pairs, start=1):
             assert torch.allclose(old, new, rtol=1e-4, atol=1e-6), (
-                f"same_training: from s = {s:g} to {new_s:g} at rate {rate:g}, ΔW is another after step {number}: its norm "
-                f"is {new.norm():.4f}, and was {old.norm():.4f}. In ΔW = s·BA, what does each of the three numbers contribute?"
+                f"same_training: from s = {s:g} to {new_s:g} at rate {rate:g}, ΔW is another after step {number}: its norm is "
+                f"{new.norm():.4f}, and was {old.norm():.4f}. In ΔW = s·BA, what does each of the three contribute?"
             )
 
 
 def steps(s: float, factor: float, rate: float) -> list[Tensor]:
     """ΔW after each of ten steps of Adam, with A's start multiplied by the factor."""
     generator = torch.Generator().manual_seed(0)
-    x, wanted, start = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((20, 7), (20, 5), (3, 7)))
+    x, wanted, start = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((20, 7), (20, 5), (3, 7))
+    )
     A, B = nn.Parameter(factor * start), nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))
     adam = torch.optim.Adam([A, B], lr=rate)
     found = []
