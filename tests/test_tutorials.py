@@ -52,8 +52,16 @@ MISTAKES = {
         ("[*labels, end]", "[*labels, -100]"),
     ],
     "04": [
+        (" + rate**2 * s**3 * G @ A.T @ B.T @ G", ""),
+        ("-rate * s**2", "-rate * s"),
         ("dy @ W + h @ A", "dy @ W"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
+        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T"),
+    ],
+    "05": [
+        ("s * math.sqrt(r)", "s * r"),
+        ("(1 / few - 1 / many)", "(many - few)"),
+        ("1 / c, rate / c", "1, rate / c"),
     ],
     "06": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
     "07": [
