@@ -63,7 +63,13 @@ MISTAKES = {
         ("(1 / few - 1 / many)", "(many - few)"),
         ("1 / c, rate / c", "1, rate / c"),
     ],
-    "06": [("(sigma[:r] / s)", "sigma[:r]"), ("(sigma[:r] / s)", "(sigma[-r:] / s)")],
+    "06": [
+        ("(sigma[:r] / s)", "sigma[:r]"),
+        ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
+        ("svdvals(delta).square()", "svdvals(delta)"),
+        ("(energy < share * energy[-1]).sum()) + 1", "(energy < share * energy[-1]).sum())"),
+        ("[s * B for", "[B for"),
+    ],
     "07": [
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
         ("name in names", "name.endswith(tuple(names))"),
@@ -71,14 +77,23 @@ MISTAKES = {
     "08": [
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),
         ("16 * (out + width)", "8 * (out + width)"),
+        ("return 16 * weights", "return 12 * weights"),
+        ("4 * weights + 16 * r", "16 * weights + 16 * r"),
+        ("rows % n == 0 and", ""),
+        ("rows // n * row_bytes", "rows * row_bytes"),
     ],
     "09": [
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
         ("-1, 0, 1\n", "-1, levels[7], 1\n"),
+        ("8 + 32 / group_size", "8 + 32"),
+        ("16 * codes[::2] + codes[1::2]", "codes[::2] + 16 * codes[1::2]"),
     ],
     "10": [
         ("** 0.5)", ")"),
         ("min(1.0, (budget / kl(after)) ** 0.5)", "(budget / kl(after)) ** 0.5"),
+        ("base.log_softmax(-1), tuned.log_softmax(-1)", "tuned.log_softmax(-1), base.log_softmax(-1)"),
+        ("base.log_softmax(-1), tuned.log_softmax(-1)", "base.softmax(-1).log(), tuned.softmax(-1).log()"),
+        ("task * share / (1 - share)", "task * share"),
     ],
     "11": [
         ("effect += delta", "effect += W.double()"),

@@ -1,7 +1,7 @@
 """The gallery of failures: one training as it should be, and six with a mistake that raises no error.
 
     python tutorials/experiments/failures.py           writes failures.json, after each run anew
-    python tutorials/experiments/failures.py --small   two short runs: is the mistake seen in the answers, not in the loss?
+    python tutorials/experiments/failures.py --small   two short runs: do the answers show what the loss hides?
 
 The built-in model takes 100 steps of 8 rows with AdamW, rank 16 and α = 32. `loss` is what the run itself reports, a
 number a step. Every twenty steps the model answers held-out questions as it would be used: `accuracy` is the share of
@@ -27,7 +27,15 @@ SEEDS = (0,)
 STEPS, EVERY = 100, 20
 RATE, TOO_HIGH = 2e-3, 6.4e-2
 MAX_NEW_TOKENS = 8
-MISTAKES = ("none", "trailing space", "s twice", "rate too high", "labels shifted", "adapter in eval only", "no stop token")
+MISTAKES = (
+    "none",
+    "trailing space",
+    "s twice",
+    "rate too high",
+    "labels shifted",
+    "adapter in eval only",
+    "no stop token",
+)
 
 
 @functools.cache
