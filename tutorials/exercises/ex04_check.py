@@ -15,6 +15,32 @@ CASES = [((6,), 7, 5, 3, 2.0), ((2, 4), 5, 8, 2, 0.5), ((1,), 4, 4, 1, 7.0)]  # 
 
 
 def check(answer: ModuleType) -> None:
+    """Each of the three, from easy to hard."""
+    check_change_of_delta(answer)
+    check_lora_backward(answer)
+    check_share_seen(answer)
+
+
+def check_change_of_delta(answer: ModuleType) -> None:
+    """The change is that of a step that PyTorch takes, small or large."""
+    generator = torch.Generator().manual_seed(1)
+    for _, width, out, r, s in CASES:
+        G, A, B = (torch.randn(shape, generator=generator).double() for shape in ((out, width), (r, width), (out, r)))
+        for rate, size in ((1e-6, "small"), (0.5, "large")):
+            factors = [A.clone().requires_grad_(), B.clone().requires_grad_()]
+            sgd = torch.optim.SGD(factors, lr=rate)
+            (G * (s * factors[1] @ factors[0])).sum().backward()
+            sgd.step()
+            right = (s * factors[1] @ factors[0] - s * B @ A).detach()
+            found = answer.change_of_delta(G, A, B, s, rate)
+            error = (found - right).abs().max().item() / right.abs().max().item()
+            assert error < 1e-6, (
+                f"change_of_delta: at rate {rate:g}, s = {s:g}, a {size} step, the largest error is {error:.1e} of the "
+                "largest number. Multiply out what ΔW is after the step, and keep every product"
+            )
+
+
+def check_lora_backward(answer: ModuleType) -> None:
     """The gradients equal those of plain loops, and cost no more operations than they need."""
     generator = torch.Generator().manual_seed(0)
     for tokens, width, out, r, s in CASES:
@@ -40,6 +66,23 @@ def check(answer: ModuleType) -> None:
         f"the gradients are right, and take {counter.get_total_flops():,} operations of products; {allowed:,} are more "
         "than enough. Is there a product of dy with x, or of B with A? Go through the r numbers of each token"
     )
+
+
+def check_share_seen(answer: ModuleType) -> None:
+    """The share is planted: G has one part in the space of A's rows, and one at right angles to it."""
+    generator = torch.Generator().manual_seed(2)
+    for out, width, r, share in ((6, 9, 3, 0.25), (4, 7, 1, 0.9), (5, 8, 2, 0.0)):
+        basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        inside, outside = (torch.randn(out, n, generator=generator, dtype=torch.float64) for n in (r, width - r))
+        parts = (share**0.5 * inside / inside.norm(), (1 - share) ** 0.5 * outside / outside.norm())
+        G = 3 * torch.cat(parts, dim=1) @ basis.T
+        A = torch.randn(r, r, generator=generator, dtype=torch.float64) @ basis[:, :r].T
+        found = answer.share_seen(G, A)
+        assert isinstance(found, float), f"share_seen returns {type(found).__name__}, need a Python float"
+        assert abs(found - share) < 1e-9, (
+            f"share_seen: {share:.0%} of the energy of G was put into the space of the {r} rows of A, and you find "
+            f"{found:.4f}. Does your number stay the same if A is multiplied by 10, or if a row is added to another?"
+        )
 
 
 def hint(name: str, ours: np.ndarray, right: np.ndarray, s: float) -> str:

@@ -4,7 +4,7 @@
 
 Only the linear layers of the built-in model are trained, so that full fine-tuning and LoRA change the same weights. It
 takes 100 steps of 8 rows; accuracy is that on the 800 test rows. LoRA has α = 32 and one rate at every rank. AdamW's
-rates are within a factor of three of the best of chapter 4's sweep (04_rates.json), which has another α and trains
+rates are within a factor of three of the best of chapter 5's sweep (05_rates.json), which has another α and trains
 all weights in full fine-tuning. SGD has momentum 0.9, and a rate between 0.03 and 0.1, which did equally well in a
 trial.
 """

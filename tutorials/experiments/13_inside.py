@@ -3,7 +3,7 @@
     python tutorials/experiments/13_inside.py     writes 13_inside.json
 
 The built-in model takes 100 steps of 8 rows: adapters of rank 8 and 64 on all linears, α = 16, with the rate that did
-best in chapter 4's sweep (04_rates.json), and full fine-tuning of the same linears with its own best rate. A run has a
+best in chapter 5's sweep (05_rates.json), and full fine-tuning of the same linears with its own best rate. A run has a
 seed for its start and one for the order of its rows. M = U Σ Vᵀ, and Uᵢ are the first i columns of U.
 
     φ(M, N, i, j) = ‖Uᵢᵀ U'ⱼ‖² / min(i, j)     [LoRA §7.2]; random directions have max(i, j)/n on average

@@ -1,7 +1,7 @@
-"""Chapter 4: the loss after 100 steps at each learning rate, for full fine-tuning and LoRA at several ranks and scales.
+"""Chapter 5: the loss after 100 steps at each learning rate, for full fine-tuning and LoRA at several ranks and scales.
 
-    python tutorials/experiments/04_rates.py           the runs that 04_rates.json does not have yet
-    python tutorials/experiments/04_rates.py --small   four of the runs: does the direction hold?
+    python tutorials/experiments/05_rates.py           the runs that 05_rates.json does not have yet
+    python tutorials/experiments/05_rates.py --small   four of the runs: does the direction hold?
 
 A curve has a method, a rank r and a scale s. The built-in model takes 100 steps of 8 rows with AdamW and the cosine
 schedule; the loss is that of its 400 validation rows. Seed 0 tries a grid of rates; the other seeds try the best

@@ -1,6 +1,6 @@
-"""Chapter 4: the best learning rate for batches of 2, 8 and 32 rows, where all read the same 800 rows once.
+"""Chapter 5: the best learning rate for batches of 2, 8 and 32 rows, where all read the same 800 rows once.
 
-    python tutorials/experiments/04_batch.py     writes 04_batch.json; 8 rows are in 04_rates.json
+    python tutorials/experiments/05_batch.py     writes 05_batch.json; 8 rows are in 05_rates.json
 
 The built-in model has an adapter of rank 8 and s = 2 on all linears, AdamW and the cosine schedule; the loss is that
 of its 400 validation rows. Seed 0 only: the script shows a direction.
