@@ -24,7 +24,7 @@ from tests.runs import flags_of, type_in, write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]}
 README = PAGES["README.md"]
 BLOCK = r"(?<!-->\n)```{}\n(.*?)```"  # those after a mark are run by CI, or quote the code
 COMMANDS = {name: "\n".join(re.findall(BLOCK.format("sh"), page, flags=re.DOTALL)) for name, page in PAGES.items()}
@@ -46,6 +46,7 @@ def directory(tmp_path, monkeypatch):
     model = tiny_model(dtype=torch.float32, vocab_size=400, num_hidden_layers=1, num_key_value_heads=4)
     ml.save_model(model, MODEL, write_tokenizer(MODEL, template=CHATML, eos=CLOSE))
     write_rows(tmp_path / "rows.jsonl", 9)
+    (tmp_path / "rows.csv").write_text("instruction,output\n" + "".join(f"Which number?,{i}\n" for i in range(9)))
     return tmp_path
 
 
