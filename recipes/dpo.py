@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import minilora as ml
 from minilora.data import collate
-from minilora.llama import Documents, Llama
+from minilora.llama import Documents, Llama, cross_entropy
 
 Pair = tuple[ml.Example, ml.Example]  # the chosen and the rejected answer to a prompt
 
@@ -45,26 +45,21 @@ def load_pairs(path: str | Path, tokenizer: ml.Tokenizer, config: ml.DataConfig 
     return [(chosen[source], rejected[source]) for source in chosen if source in rejected]
 
 
-def log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
-    """Return the log probability of each label, row after row, (labels,)."""
+def answer_log_probs(model: Llama, rows: Sequence[ml.Example]) -> Tensor:
+    """Return log π(answer | prompt) of each row, (rows,)."""
     batch = collate(rows, next(model.parameters()).device)
-    hidden = model.model(batch.tokens, Documents(batch.lengths))
-    logits = model.get_output_embeddings()(hidden[batch.label_positions])  # (labels, V)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(wide, batch.labels, reduction="none")
+    hidden = model.model(batch.tokens, Documents(batch.lengths))[batch.label_positions]
+    head, lengths = model.get_output_embeddings(), [row.labelled for row in rows]
+    answers = zip(hidden.split(lengths), batch.labels.split(lengths), strict=True)
+    return torch.stack([-cross_entropy(states, labels, head) for states, labels in answers])
 
 
 def dpo_loss(model: Llama, pairs: Sequence[Pair], beta: float = 0.1) -> tuple[Tensor, int, dict[str, Any]]:
     """Return the sum of the losses of pairs, their number, and metrics."""
     rows = [row for pair in pairs for row in pair]
-
-    def answer_log_probs() -> Tensor:
-        parts = log_probs(model, rows).split([row.labelled for row in rows])
-        return torch.stack([part.sum() for part in parts])
-
-    policy = answer_log_probs()
+    policy = answer_log_probs(model, rows)
     with torch.no_grad(), ml.disable_adapter(model):
-        reference = answer_log_probs()
+        reference = answer_log_probs(model, rows)
     chosen, rejected = (beta * (policy - reference)).view(-1, 2).unbind(1)
     margins = chosen - rejected
     metrics = {

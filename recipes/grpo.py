@@ -15,9 +15,9 @@ prompt, and whatever the reward needs:
     config = ml.TrainConfig(learning_rate=1e-4, batch_size=8)
     ml.train(model, rows, config, ml.Tracker("tensorboard", "out"), checkpoint_dir="out/checkpoints", loss=loss)
 
-The value of the loss says little about progress, so watch `reward`. A group with equal rewards has no advantage to
-learn from, so the model has to be right sometimes from the beginning. Each step samples new answers, so ρ is 1 except
-for rounding and dropout; `clipped_loss` also takes samples that were drawn earlier.
+The value of the loss says little about progress, so watch `reward`: `tensorboard --logdir out` shows it. A group with
+equal rewards has no advantage to learn from, so the model has to be right sometimes from the beginning. Each step
+samples new answers, so ρ is 1 except for rounding and dropout; `clipped_loss` also takes samples drawn earlier.
 
     [GRPO]  Shao et al. 2024, DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models
 """

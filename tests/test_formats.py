@@ -103,8 +103,8 @@ def test_text_is_learned_whole(tokenizer, text, train_on):
 def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     asked = conversation([("a", "b")])
     system = "from outside"
-    own = [{"role": role, "content": "own"}, *asked]
-    assert parse_row({"messages": own}, system).messages == own
+    own = parse_row({"messages": [{"role": role, "content": "own"}, *asked]}, system)
+    assert (own.messages, own.system) == ([{"role": "system", "content": "own"}, *asked], "own")
     for absent in ({}, {"system": None}, {"system": ""}):
         assert parse_row({"messages": asked, **absent}, system).messages[0]["content"] == "from outside"
     found = parse_row({"messages": asked, "system": "own"}, system).messages

@@ -107,6 +107,17 @@ def test_the_status_is_that_of_the_reader_who_is_meant_and_the_page_names_what_i
     assert "need --base" in capsys.readouterr().err
 
 
+def test_an_adapter_of_another_base_is_said_to_be_one(tmp_path, capsys):
+    base, adapter = write_case(tmp_path, "plain")
+    words = ["inspect", str(adapter), "--base", str(base), "--for", "peft"]
+    edit(adapter, base_model_name_or_path=str(base))
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+    edit(adapter, base_model_name_or_path="org/other")
+    assert main(words) == 0
+    assert f"was trained on the model 'org/other'; this one is '{base}'" in capsys.readouterr().err
+
+
 def test_tensors_of_odd_shapes_are_refused_everywhere(tmp_path):
     base, adapter = write_case(tmp_path, "plain")
     tensors = load_file(adapter / WEIGHTS_FILE)

@@ -195,6 +195,11 @@ def test_saving_writes_the_files_it_was_read_from(directory, tmp_path):
     assert copy.encode("hi") == tokenizer.encode("hi")
 
 
+def test_other_files_do_not_replace_the_tokens(tokenizer):
+    with pytest.raises(ml.ConfigError, match=r"keeps tokenizer\.json"):
+        tokenizer().with_files({"tokenizer.json": "{}"})
+
+
 def test_a_file_is_in_memory_once_as_its_bytes_also_with_other_templates(tmp_path):
     """As text, the one character beyond 16 bits would make four bytes of each."""
     vocabulary = {f"one of many tokens {i}": i for i in range(50_000)} | {"🙂": 50_000}

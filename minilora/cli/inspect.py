@@ -25,11 +25,12 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from minilora.adapters.layout import PEFT_DEFAULTS, parse_tensor_name
-from minilora.cli import Options
+from minilora.cli import Options, say
 from minilora.cli.forecast import memory_page
+from minilora.cli.messages import base_notes
 from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry
-from minilora.models.hub import fetch
+from minilora.models.hub import fetch, locate
 from minilora.models.wrapper import text_path
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
 from minilora.tools.readers import EMBEDDING, HEAD, READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts
@@ -62,18 +63,17 @@ def run(options: Options) -> int:
 
 
 def _run_readers(options: Options) -> int:
-    adapter, directory = fetch(options["path"], "adapter"), fetch(options["base"], "model")
-    base = Base.read(directory)
+    adapter, location = fetch(options["path"], "adapter"), locate(options["base"], "model")
+    for note in base_notes(location, [adapter], {}):
+        say(note)
+    base = Base.read(location.path)
     facts: dict[str, Any] = {"readers": reader_facts(adapter, base, options["for"])}
     if options["norms"]:
         updates = {module["module"]: module["norm"] for module in adapter_facts(adapter)["modules"]}
         owners = {path: EMBEDDING if base.is_tied and text_path(path) == HEAD else text_path(path) for path in updates}
-        weights = weight_norms(directory, owners.values())
-        facts["norms"] = {
-            path: {"update": updates[path], "weight": weights[owner]}
-            for path, owner in owners.items()
-            if owner in weights
-        }
+        weights = weight_norms(location.path, owners.values())
+        known = {path: weights[owner] for path, owner in owners.items() if owner in weights}
+        facts["norms"] = {path: {"update": updates[path], "weight": weight} for path, weight in known.items()}
     print(json.dumps(facts) if options["json"] else readers_page(**facts))
     return int(any(found["verdict"] != RIGHT for found in facts["readers"].values()))
 
@@ -91,8 +91,7 @@ def readers_page(readers: Mapping[str, Any], norms: Mapping[str, Mapping[str, fl
         verdict = found["verdict"]
         if verdict == RIGHT and not READERS[title].reads_peft:
             verdict += f", by `minilora export --for {title}`"
-        if not found["tried"]:
-            verdict += " (untried)"
+        verdict += "" if found["tried"] else " (untried)"
         table.append((title, attached, ", ".join(scales), verdict))
         for ruling in (S, X):
             reasons = {parse_tensor_name(name)[0] or name: NUMBER.sub("*", why) for name, why in found[ruling].items()}

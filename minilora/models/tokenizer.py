@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.errors import DataError, FormatError
+from minilora.errors import ConfigError, DataError, FormatError
 from minilora.files import open_file, parse_object, read_text
 from minilora.models.hub import fetch
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
@@ -117,6 +117,8 @@ class Tokenizer:
 
     def with_files(self, texts: Mapping[str, str], now: datetime | None = None, origin: str = "") -> Tokenizer:
         """Return the same tokenizer with other files, which it is saved with; its chat template takes `now` as date."""
+        if "tokenizer.json" in texts:
+            raise ConfigError("with_files keeps tokenizer.json; write another one to a directory for load_tokenizer")
         return Tokenizer(self._path, self._control, {**self._texts, **texts}, now or self._now, origin)
 
     def with_template(self, source: str) -> Tokenizer:
@@ -196,9 +198,8 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         if "tokenizer.json" in names:
             (directory / "tokenizer.json").write_bytes(self._control.source)
-        for name, text in self._texts.items():
-            if name not in names:
-                continue
+        for name in self._texts.keys() & names:
+            text = self._texts[name]
             if name in CONFIGS and left_out & (values := json.loads(text)).keys():
                 text = json.dumps({key: value for key, value in values.items() if key not in left_out}, indent=2)
             (directory / name).write_text(text, encoding="utf-8")

@@ -215,7 +215,6 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
         if not style.endswith(".jinja"):
             raise ConfigError(f"prompt_style is {style!r}; accepted are auto, alpaca, instruction, and a .jinja file")
         return tokenizer.with_files({"chat_template.jinja": read_text(Path(style), is_named=True)}, origin=style)
-    source = read_text(ASSETS / "prompts" / "instruction.jinja")
     bos = tokenizer.token_id(tokenizer.special_tokens.get("bos_token"))
     begin = "{{ bos_token }}" if [bos] == tokenizer.encode("a")[:1] else ""  # as the tokenizer begins every text
     if tokenizer.eos_id is not None and tokenizer.token_id(tokenizer.special_tokens.get("eos_token")) is None:
@@ -223,7 +222,7 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
         begin += f"{{% set eos_token = {json.dumps(closing)} %}}"
     if style == "alpaca":
         begin += "{% set preamble = true %}"
-    return tokenizer.with_template(begin + source)
+    return tokenizer.with_template(begin + read_text(ASSETS / "prompts" / "instruction.jinja"))
 
 
 def check_examples(model: Any, examples: Sequence[Example]) -> None:

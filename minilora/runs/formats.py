@@ -134,8 +134,9 @@ def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, 
         return _as_conversation(messages[1:], own, tools, system)
     if own and has_system:
         raise DataError(f"system: found {own!r:.60}, but the first message is a system prompt too; need one")
-    system = own or system
-    if system and not has_system:
+    if has_system:
+        messages = [{**messages[0], "role": "system"}, *messages[1:]]  # the name that templates know
+    elif system := own or system:
         messages = [{"role": "system", "content": system}, *messages]
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:

@@ -54,6 +54,9 @@ def test_a_stopped_sweep_goes_on_with_the_step_it_was_at_and_repeats_no_run(tmp_
         run(tmp_path / "half", rows=Rows(ROWS))
     Rows.read, Rows.most = 0, 10**9
     assert run(tmp_path / "half", rows=Rows(ROWS)) == expected
+    whole, half = (sorted((tmp_path / name).glob("*/adapter_model.safetensors")) for name in ("whole", "half"))
+    assert [file.read_bytes() for file in half] == [file.read_bytes() for file in whole]
+    assert len(whole) == 4
     assert Rows.read == 4 * passed + 4 + 6 + 6
     assert run(tmp_path / "half", rows=Rows(ROWS), ranks=(2, 4, 3)).items() > expected.items()
 

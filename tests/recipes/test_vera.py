@@ -11,7 +11,7 @@ from minilora.adapter import adapter_layers
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes.vera import attach_vera, load_vera, save_vera
 from tests.models import bases, examples, randn, seeds, tiny_model, token_ids
-from tests.training import random_rows
+from tests.training import assert_resumed_to_the_same_bytes, random_rows
 
 IDS = token_ids(3, 2, 7)
 NAMES = ["q_proj", "down_proj"]
@@ -65,15 +65,8 @@ def test_a_new_adapter_changes_nothing_and_all_layers_share_the_matrices():
 
 
 def test_it_trains_and_a_run_that_stopped_ends_as_one_that_did_not(tmp_path):
-    rows, config = random_rows(0, 12), ml.TrainConfig(learning_rate=0.1, max_steps=6, batch_size=2, save_steps=1)
-    whole = with_vera(dtype=torch.float32)
-    before = whole(IDS)
-    ml.train(whole, rows, config)
-    assert not torch.equal(whole(IDS), before)
-    for stop in (3, 0):
-        model = with_vera(dtype=torch.float32)
-        ml.train(model, rows, config, lambda record, stop=stop: record["step"] == stop, checkpoint_dir=tmp_path)
-    assert torch.equal(model(IDS), whole(IDS))
+    make = lambda: with_vera(dtype=torch.float32)  # noqa: E731
+    assert_resumed_to_the_same_bytes(tmp_path, make, random_rows(0, 8))
 
 
 def test_it_is_saved_and_loaded_as_itself_disabled_and_beside_another(tmp_path):
