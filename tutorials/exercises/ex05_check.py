@@ -26,7 +26,7 @@ def check_first_gradient(answer: ModuleType) -> None:
         found = answer.first_gradient(G.norm().item(), width, r, alpha)
         assert math.isclose(found, measured, rel_tol=0.02), (
             f"first_gradient: ‖G‖ = {G.norm():.3f}, width {width}, rank {r}, α = {alpha:g}: over 20,000 starts it is "
-            f"{measured:.4f}, and you say {found:.4f}. How large is the gradient of one column of B? How many are there?"
+            f"{measured:.4f}, and you say {found:.4f}. How large is one column of the gradient? How many are there?"
         )
 
 
@@ -48,8 +48,8 @@ def check_same_training(answer: ModuleType) -> None:
         pairs = zip(steps(s, 1.0, rate), steps(new_s, factor, new_rate), strict=True)
         for number, (old, new) in enumerate(pairs, start=1):
             assert torch.allclose(old, new, rtol=1e-4, atol=1e-6), (
-                f"same_training: from s = {s:g} to {new_s:g} at rate {rate:g}, ΔW is another after step {number}: its norm is "
-                f"{new.norm():.4f}, and was {old.norm():.4f}. In ΔW = s·BA, what does each of the three contribute?"
+                f"same_training: from s = {s:g} to {new_s:g} at rate {rate:g}, ΔW is another after step {number}: norm "
+                f"{new.norm():.4f} instead of {old.norm():.4f}. In ΔW = s·BA, what does each of the three contribute?"
             )
 
 
