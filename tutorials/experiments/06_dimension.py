@@ -3,9 +3,9 @@
     python tutorials/experiments/06_dimension.py           writes 06_dimension.json
     python tutorials/experiments/06_dimension.py --small   one of the runs, d = 1,000
 
-Each weight of the linears belongs to one of d numbers, drawn at random, and moves by ± that number: a random subspace of
-d dimensions. The built-in model takes 100 steps of 8 rows with Adam. Seed 0 tries four rates at each d and keeps the one
-with the best accuracy on 200 validation rows; accuracy is that on the 800 test rows, as in 06_rank.py.
+Each weight of the linears belongs to one of d numbers, drawn at random, and moves by ± that number: a random subspace
+of d dimensions. The built-in model takes 100 steps of 8 rows with Adam. Seed 0 tries four rates at each d and keeps the
+one with the best accuracy on 200 validation rows; accuracy is that on the 800 test rows, as in 06_rank.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minilora.training import learning_rate, train_step
 SEEDS = (0, 1, 2)
 DIMENSIONS = (10, 100, 1_000, 10_000)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-SMALL = (1_000, 1e-3)
+SMALL = (1_000, 3e-3)  # d, rate
 
 
 class InSubspace(nn.Module):
