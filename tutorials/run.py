@@ -303,12 +303,12 @@ def run_each(names: list[str], check: bool) -> bool:
 def main() -> None:
     """Run or check the chapters that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "01, 02, … or verify; by default all that are not slow"
+    names = "01, 02, … or the first word of a page; by default all that are not slow"
     parser.add_argument("chapters", nargs="*", metavar="NN", help=names)
     parser.add_argument("--check", action="store_true", help="fail where an output would change, and change nothing")
     parser.add_argument("--notebooks", action="store_true", help="write notebooks with their outputs")
     arguments = parser.parse_args()
-    paths = {path.name.partition("_")[0]: path for path in sorted(HERE.glob("*_*.md"))}
+    paths = {path.stem.partition("_")[0]: path for path in sorted(HERE.glob("*.md")) if path.name != "README.md"}
     if unknown := set(arguments.chapters) - paths.keys():
         parser.error(f"there is no chapter {min(unknown)}; there are {', '.join(paths)}")
     slow = {name for name, path in paths.items() if "<!-- slow -->" in path.read_text("utf-8")}

@@ -1,4 +1,4 @@
-"""The verdict on an exercise.
+"""The verdict on an exercise, one line for each of its parts.
 
 python tutorials/exercises/check.py NN [FILE]     FILE: your solution, if it is not in exNN.py
 """
@@ -14,17 +14,26 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 
 
-def verdict(number: str, solution: Path) -> str | None:
-    """What is wrong with a solution; None if it is right."""
-    try:
-        load(HERE / f"ex{number}_check.py").check(load(solution))
-    except NotImplementedError:
-        return "nothing is written yet"
-    except AssertionError as error:
-        return str(error)
-    except Exception as error:  # whatever the reader's code raises is part of the verdict
-        return f"{type(error).__name__}: {error}"
-    return None
+def verdicts(number: str, solution: Path) -> dict[str, str | None]:
+    """What is wrong with each part of a solution, by the name of its function; None if it is right.
+
+    `check_scale` judges the function `scale`. An exercise of one part has `check`, and the part no name.
+    """
+    checks = vars(load(HERE / f"ex{number}_check.py"))
+    parts = [name for name in checks if name.startswith("check")]
+    found: dict[str, str | None] = {}
+    for part in parts:
+        name = part.removeprefix("check").removeprefix("_")
+        try:
+            checks[part](load(solution))
+            found[name] = None
+        except NotImplementedError:
+            found[name] = "nothing is written yet"
+        except AssertionError as error:
+            found[name] = str(error)
+        except Exception as error:  # whatever the reader's code raises is part of the verdict
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def load(path: Path) -> ModuleType:
@@ -38,14 +47,16 @@ def load(path: Path) -> ModuleType:
 
 
 def main() -> None:
-    """Print the verdict; the exit status is 0 if the solution is right."""
+    """Print the verdicts; the exit status is 0 if the whole solution is right."""
     numbers = sorted(path.name[2:4] for path in HERE.glob("ex[01A][0-9].py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", metavar="NN", choices=numbers, help=f"one of {', '.join(numbers)}")
     parser.add_argument("file", metavar="FILE", type=Path, nargs="?")
     arguments = parser.parse_args()
-    wrong = verdict(arguments.number, arguments.file or HERE / f"ex{arguments.number}.py")
-    sys.exit(f"not yet: {wrong}" if wrong else print("right"))
+    found = verdicts(arguments.number, arguments.file or HERE / f"ex{arguments.number}.py")
+    for name, wrong in found.items():
+        print(f"{name}: " if name else "", "right" if wrong is None else f"not yet: {wrong}", sep="")
+    sys.exit(any(wrong is not None for wrong in found.values()))
 
 
 if __name__ == "__main__":

@@ -2,37 +2,100 @@
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
+from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from minilora.testing.reference import lora_merged_weight
+from minilora.testing.reference import lora_forward, lora_merged_weight
 
 
-def check(answer: ModuleType) -> None:
-    """`merge` equals the loops of `minilora.testing.reference`, for one, two and no adapters."""
-    generator = torch.Generator().manual_seed(0)
-    W, A1, B1, A2, B2 = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((5, 7), (2, 7), (5, 2), (3, 7), (5, 3))
-    )
-    before = [tensor.clone() for tensor in (W, A1, B1, A2, B2)]
+def draw(*shape: int) -> Tensor:
+    """A matrix of random numbers, of these sizes the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def difference(found: object, right: Tensor, case: str) -> float:
+    """How far a tensor is from the right one; what is no such tensor is an AssertionError."""
+    assert isinstance(found, Tensor), f"{case}: this returns {type(found).__name__}, need a tensor"
+    assert found.shape == right.shape, f"{case}: the shape is {tuple(found.shape)}, need {tuple(right.shape)}"
+    return float((found.detach().double() - right).abs().max())
+
+
+def check_scale(answer: ModuleType) -> None:
+    """α/r, and with rsLoRA α/√r."""
+    for r, alpha, use_rslora in ((16, 32.0, False), (4, 7.0, False), (16, 32.0, True), (4, 7.0, True)):
+        found, right = answer.scale(r, alpha, use_rslora), alpha / (math.sqrt(r) if use_rslora else r)
+        assert isinstance(found, float), f"scale returns {type(found).__name__}, need a float"
+        case = f"r {r}, alpha {alpha:g}, use_rslora {use_rslora}"
+        assert math.isclose(found, right), f"{case}: s is {found:g}, which is {found / right:g} times what it should be"
+
+
+def check_count(answer: ModuleType) -> None:
+    """r·(in + out) for each linear."""
+    for linears, r in (([(5, 5)], 1), ([(576, 1536)], 1), ([(576, 192), (576, 1536), (1536, 576)], 16)):
+        found, right = answer.count(linears, r), r * sum(map(sum, linears))
+        case = f"rank {r}, (in, out) {linears}"
+        assert found == right, f"{case}: {found:,} numbers, {'more' if found > right else 'fewer'} than A and B have"
+
+
+def check_forward(answer: ModuleType) -> None:
+    """`forward` equals loops, and takes no more products than the narrow way."""
+    x, W, A, B, s = draw(3, 40), draw(30, 40), draw(2, 40), draw(30, 2), 7.0
+    with FlopCounterMode(display=False) as counter:
+        found = answer.forward(x, W, A, B, s)
+    right = torch.from_numpy(lora_forward(*(each.numpy() for each in (x, W)), None, A.numpy(), B.numpy(), s))
+    case = f"x {tuple(x.shape)}, W {tuple(W.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, s {s:g}"
+    error = difference(found, right, case)
+    if error > 1e-9:
+        update = right - x @ W.T
+        known = {"W x": x @ W.T, "the update": update, "y without s": x @ W.T + update / s, "y with s twice": right + 6 * update}
+        names = [name for name, value in known.items() if difference(found, value, case) < 1e-9]
+        what = f"this is {names[0]}" if names else f"y is off by up to {error:.2g}"
+        raise AssertionError(f"{case}: {what}")
+    products = counter.get_total_flops() // 2
+    need = 3 * (40 * 30 + 2 * (40 + 30))
+    assert products <= need, f"{case}: y is right, but it took {products:,} products, and {need:,} are enough"
+
+
+def check_merge(answer: ModuleType) -> None:
+    """`merge` equals loops, for one, two and no adapters, and changes nothing that it was given."""
+    W, A1, B1, A2, B2 = given = draw(5, 7), draw(2, 7), draw(5, 2), draw(3, 7), draw(5, 3)
+    before = [tensor.clone() for tensor in given]
     for adapters in ([(A1, B1, 0.5)], [(A1, B1, 0.5), (A2, B2, 7.0)], []):
-        expected = W.numpy()
+        right = W.numpy()
         for A, B, s in adapters:
-            expected = lora_merged_weight(expected, A.numpy(), B.numpy(), s)
+            right = lora_merged_weight(right, A.numpy(), B.numpy(), s)
         case = f"with {len(adapters)} adapters of scale {[s for *_, s in adapters]}"
-        try:
-            merged = answer.merge(W, adapters)
-        except NotImplementedError:
-            raise
-        except RuntimeError as error:  # of shapes that do not go together
-            raise AssertionError(f"{case}, A {tuple(A1.shape)}, B {tuple(B1.shape)}: {error}") from error
-        assert isinstance(merged, torch.Tensor), f"{case}: merge returns {type(merged).__name__}, need a tensor"
-        assert merged.shape == W.shape, f"{case}: the shape is {tuple(merged.shape)}, need {tuple(W.shape)}"
-        error = np.abs(merged.numpy() - expected).max()
-        assert merged.dtype == W.dtype, f"{case}: the weight is {merged.dtype}, need that of W, {W.dtype}"
-        assert error < 1e-12, f"{case}: the weight is off by up to {error:.2g}: is each B A there, times its own s?"
-        same = all(map(torch.equal, before, (W, A1, B1, A2, B2)))
-        assert same, f"{case}: merge changes the W, A or B that it was given"
+        error = difference(answer.merge(W, adapters), torch.from_numpy(right), case)
+        assert error < 1e-12, f"{case}: the weight is off by up to {error:.2g}"
+        changed = [name for name, old, new in zip(("W", "A", "B"), before, given, strict=False) if not old.equal(new)]
+        assert not changed, f"{case}: the {changed[0]} that was given is another one afterwards"
+
+
+def check_read_update(answer: ModuleType) -> None:
+    """`read_update` finds the tensors of a path, and takes the scale from the configuration."""
+    factors = {"model.a": (draw(2, 7), draw(5, 2)), "model.b.a": (draw(4, 6), draw(3, 4))}
+    for use_rslora in (False, True):
+        with tempfile.TemporaryDirectory() as name:
+            tensors = {
+                f"base_model.model.{path}.lora_{letter}.weight": tensor
+                for path, pair in factors.items()
+                for letter, tensor in zip("AB", pair, strict=True)
+            }
+            save_file(tensors, Path(name) / "adapter_model.safetensors")
+            config = {"r": 4, "lora_alpha": 12, "use_rslora": use_rslora, "rank_pattern": {}}
+            (Path(name) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+            A, B = factors["model.b.a"]
+            found = answer.read_update(Path(name), "model.b.a")
+        case = f"adapter_config.json {config}"
+        right = B @ A * (6.0 if use_rslora else 3.0)
+        error = difference(found, right, case)
+        times = float((found * right).sum() / right.square().sum())
+        assert error < 1e-9, f"{case}: the update is off by up to {error:.2g}; its size is {times:.2f} times the right one"

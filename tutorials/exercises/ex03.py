@@ -1,20 +1,17 @@
 """Exercise 3: a recipe with four silent mistakes. For the verdict: python tutorials/exercises/check.py 03"""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-raise NotImplementedError  # delete this line when you have repaired what is below
+raise NotImplementedError  # delete this line, and repair the four functions below, which are in order of difficulty
 
 
-def encode(prompt: str, completion: str, tokenizer: Any, end: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of a row and their labels: the completion and the end token are learned, the rest is -100."""
-    tokens = [*tokenizer.encode(prompt + completion).ids, end]
-    count = len(tokenizer.encode(prompt).ids)
-    return tokens, [-100] * count + tokens[count:]
+def step_loss(parts: list[tuple[Tensor, int]]) -> Tensor:
+    """Return the loss of one step from its micro-batches, each (the sum of -log p, the number of its labels)."""
+    return sum(total / count for total, count in parts) / len(parts)
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
@@ -29,17 +26,18 @@ def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, 
     return input_ids, targets
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """Return the sum of -log p over the labels of a batch that `collate` made, and their number.
 
     Shapes: logits (B, T, V), targets (B, T) -> (), ()
     """
     logits, targets = logits[:, :-1], targets[:, 1:]
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total, (targets != -100).sum()
+    return total, int((targets != -100).sum())
 
 
-def step_loss(model: Callable[[Tensor], Tensor], micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the loss of one step over micro-batches that `collate` made; the model maps (B, T) to (B, T, V)."""
-    parts = [token_loss(model(input_ids), targets) for input_ids, targets in micro_batches]
-    return sum(total / count for total, count in parts) / len(parts)
+def encode(prompt: str, completion: str, tokenizer: Any, end: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of a row and their labels: the completion and the end token are learned, the rest is -100."""
+    tokens = [*tokenizer.encode(prompt + completion).ids, end]
+    count = len(tokenizer.encode(prompt).ids)
+    return tokens, [-100] * count + tokens[count:]

@@ -19,10 +19,52 @@ ROWS = [  # tokens and labels
     ([2, 4, 3, 3, 1, 2, 5, END], [-100, 4, 3, 3, 1, 2, 5, END]),
     ([4, END], [-100, END]),
 ]
+WIDTH = 8
+SCORES = 2 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # after each token
 
 
-def check(answer: ModuleType) -> None:
-    """The labels are those of `encode_row`, and the losses those of `minilora.testing.reference`."""
+def check_step_loss(answer: ModuleType) -> None:
+    """`step_loss` is one sum over one count."""
+    parts = [(torch.tensor(2.0), 2), (torch.tensor(60.0), 10), (torch.tensor(0.0), 0)]
+    for some, right in ((parts[:1], 1.0), (parts[:2], 62 / 12), (parts, 62 / 12)):
+        found = float(answer.step_loss(some))
+        told = ", ".join(f"{total:g} over {count}" for total, count in some)
+        assert found != 3.5, f"sums of {told} labels: 3.5. Each label of the first counts five times as much as one of the second"
+        assert math.isclose(found, right, rel_tol=1e-6), f"sums of {told} labels: the loss is {found:.4f}, and not {right:.4f}"
+
+
+def check_collate(answer: ModuleType) -> None:
+    """`collate` pads tokens, and moves labels by one within each row; the end token keeps its label."""
+    for rows in ([ROWS[1]], ROWS):
+        input_ids, targets = (each.tolist() for each in answer.collate(rows, END))
+        for i, (tokens, labels) in enumerate(rows):
+            padding = WIDTH - len(tokens)
+            right = [*labels[1:], -100] + [-100] * padding
+            case = f"row {i} of {len(rows)}, labels {labels}"
+            assert input_ids[i] == tokens + [END] * padding, f"{case}: the tokens are {input_ids[i]}"
+            lost = [label for label in labels[1:] if label >= 0 and label not in targets[i]]
+            assert not lost, f"{case}: the targets are {targets[i]}, and {lost[0]} is learned nowhere"
+            assert targets[i] == right, f"{case}: the targets are {targets[i]}, which are not the labels one place earlier"
+
+
+def check_token_loss(answer: ModuleType) -> None:
+    """`token_loss` is the sum of -log p over all targets, and their number."""
+    for rows in ([ROWS[1]], ROWS):
+        tokens = torch.tensor([tokens + [END] * (WIDTH - len(tokens)) for tokens, _ in rows])
+        labels = torch.tensor([labels + [-100] * (WIDTH - len(labels)) for _, labels in rows])
+        targets = torch.cat([labels[:, 1:], torch.full((len(rows), 1), -100)], dim=1)
+        total, count = answer.token_loss(SCORES[tokens], targets)
+        right = int((targets >= 0).sum())
+        case = f"targets {targets.tolist()}"
+        assert int(count) == right, f"{case}: {int(count)} labels are counted of {right}"
+        mean = masked_loss(SCORES[tokens].numpy(), labels.numpy())
+        assert math.isclose(float(total), mean * right, rel_tol=1e-9), (
+            f"{case}: the sum is {float(total):.4f}, and not {mean * right:.4f}: which logits stand at a target's place?"
+        )
+
+
+def check_encode(answer: ModuleType) -> None:
+    """`encode` labels as `encode_row` does."""
     tokenizer = Tokenizer.from_file(str(ASSETS / "model" / "tokenizer.json"))
     for prompt, completion in TEXTS:
         right = encode_row({"prompt": prompt, "completion": completion}, tokenizer, END)
@@ -30,48 +72,5 @@ def check(answer: ModuleType) -> None:
         case = f"encode({prompt!r}, {completion!r})"
         assert tokens == right.tokens, f"{case}: the tokens are {tokens}, need those of the text and the end token"
         assert labels[-1] == END, f"{case}: the end token has no label, so the model would not learn to stop"
-        assert labels == right.labels, (
-            f"{case}: the labels are {labels}, need {right.labels}. A tokenizer may join the end of the prompt and the "
-            "beginning of the completion in one token: ask which tokens share a character with the completion"
-        )
-    generator = torch.Generator().manual_seed(0)
-    scores = 2 * torch.randn(6, 6, generator=generator, dtype=torch.float64)  # the logits after each token
-    for rows in ([ROWS[1]], ROWS):
-        check_batch(answer, rows, scores)
-    loss = answer.step_loss(scores.__getitem__, [answer.collate([row], END) for row in ROWS])
-    means = [expected([row], scores) for row in ROWS]
-    assert not is_near(loss, sum(means) / len(means)), (
-        "step_loss is a mean of means: a label of a short row weighs more than one of a long row. "
-        "Add up the sums, add up the counts, and divide once"
-    )
-    right_loss = expected(ROWS, scores)
-    assert is_near(loss, right_loss), f"step_loss of three micro-batches is {float(loss):.6f}, need {right_loss:.6f}"
-
-
-def check_batch(answer: ModuleType, rows: list[tuple[list[int], list[int]]], scores: torch.Tensor) -> None:
-    """`collate` and `token_loss` together give the sum and the number of the labels."""
-    input_ids, targets = answer.collate(rows, END)
-    total, count = answer.token_loss(scores[input_ids], targets)
-    right = sum(label != -100 for _, labels in rows for label in labels[1:])
-    assert count != right - len(rows), (
-        f"{len(rows)} rows: {int(count)} labels are counted, need {right}: one of each row is missing. Is the end "
-        "token taken for a pad, or are the labels moved twice?"
-    )
-    assert count == right, f"{len(rows)} rows: {int(count)} labels are counted, not {right}: pads and prompts have none"
-    mean = expected(rows, scores)
-    assert is_near(total / count, mean), (
-        f"{len(rows)} rows: token_loss is {float(total):.6f} over {int(count)} labels, need {mean * right:.6f}: the "
-        "sum of -log p, where the logits at each position predict the token after it, and not the one after that"
-    )
-
-
-def expected(rows: list[tuple[list[int], list[int]]], scores: torch.Tensor) -> float:
-    """The mean loss of some rows, by loops."""
-    width = max(len(tokens) for tokens, _ in rows)
-    tokens = torch.tensor([tokens + [END] * (width - len(tokens)) for tokens, _ in rows])
-    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
-    return masked_loss(scores[tokens].numpy(), labels.numpy())
-
-
-def is_near(loss: torch.Tensor, right: float) -> bool:
-    return math.isclose(float(loss), right, rel_tol=1e-9)
+        learned = tokenizer.decode([label for label in labels if label >= 0])
+        assert labels == right.labels, f"{case}: what is learned reads {learned!r}"

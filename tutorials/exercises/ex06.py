@@ -1,4 +1,4 @@
-"""Exercise 5: the best adapter of a rank, and its loss. For the verdict: python tutorials/exercises/check.py 05"""
+"""Exercise 6: three functions on rank. For the verdict: python tutorials/exercises/check.py 06"""
 
 from torch import Tensor
 
@@ -9,5 +9,18 @@ def best_adapter(delta: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float
     ‖·‖² is the sum of the squares of all numbers. The loss is told from the singular values alone.
 
     Shapes: delta (out, in) -> A (r, in), B (out, r)
+    """
+    raise NotImplementedError
+
+
+def rank_for(delta: Tensor, share: float) -> int:
+    """The smallest rank whose best cut of ΔW keeps at least this share of the energy ‖ΔW‖², 0 < share ≤ 1."""
+    raise NotImplementedError
+
+
+def stack(adapters: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """One A and one B with B A = Σ sᵢ Bᵢ Aᵢ. An adapter is (A, B, s); the rank is the sum of all ranks.
+
+    Shapes: A (r, in), B (out, r) of each -> A (Σ r, in), B (out, Σ r)
     """
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a solution of exercise 5 must do."""
+"""What a solution of exercise 6 must do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minilora.testing.reference import lora_merged_weight
 CASES = [((6, 9), 1, 0.5), ((6, 9), 3, 2.0), ((9, 4), 2, 7.0), ((9, 4), 4, 0.25)]  # (out, in), r, s
 
 
-def check(answer: ModuleType) -> None:
+def check_best_adapter(answer: ModuleType) -> None:
     """`best_adapter` reaches the loss that the eigenvalues of ΔWᵀ ΔW allow, and says which that is."""
     generator = torch.Generator().manual_seed(0)
     for shape, r, s in CASES:
@@ -29,15 +29,45 @@ def check(answer: ModuleType) -> None:
         least, total = max(0.0, math.fsum(squares[r:])), math.fsum(squares)
         left = delta.numpy() - lora_merged_weight(np.zeros(shape), A.numpy(), B.numpy(), s)
         loss = float(np.square(left).sum())
-        hint = "keep the r largest singular values, each once, with the u and v that belong to them"
+        hint = "which directions of ΔW are worth keeping?"
         others = [np.square(delta.numpy() - factor * (B @ A).numpy()).sum() for factor in (1, s * s)]
         if min(others) < least + 1e-9 * total:
-            hint = "these are the right singular values, but is s divided out once? The layer multiplies B A by it"
+            hint = "the directions are right, and their length is not. What does the layer do to B A?"
         assert loss < least + 1e-9 * total, (
             f"{case}: s·B A misses {loss:.4f} of {total:.4f}, and the best misses {least:.4f}. {hint}"
         )
         assert abs(told - least) < 1e-9 * total, (
-            f"{case}: the loss is said to be {told:.4f} and is {least:.4f}: "
-            "the sum of the squares of the singular values of ΔW that are dropped"
+            f"{case}: you say that the loss is {told:.4f}, and it is {least:.4f} of {total:.4f}. "
+            "Which part of the energy is lost?"
         )
         assert torch.equal(delta, given), f"{case}: best_adapter changes the ΔW that it was given"
+
+
+def check_rank_for(answer: ModuleType) -> None:
+    """The rank keeps the share, and one rank less does not."""
+    generator = torch.Generator().manual_seed(1)
+    for shape, share in (((6, 9), 0.5), ((9, 4), 0.9), ((5, 5), 0.99), ((7, 3), 0.2)):
+        delta = torch.randn(shape, generator=generator, dtype=torch.float64)
+        squares = np.linalg.eigvalsh(delta.numpy() @ delta.numpy().T)[::-1]
+        found = answer.rank_for(delta, share)
+        case = f"ΔW {shape}, {share:.0%} of the energy"
+        assert isinstance(found, int), f"{case}: the rank is a {type(found).__name__}, need an int"
+        kept, before = (math.fsum(squares[:r]) / math.fsum(squares) for r in (found, found - 1))
+        assert kept >= share, f"{case}: rank {found} keeps {kept:.1%}. Is energy a length, or the square of one?"
+        assert before < share, f"{case}: rank {found} is more than is needed; one less keeps {before:.1%}"
+
+
+def check_stack(answer: ModuleType) -> None:
+    """The product is the sum of all updates, on the rank that is the sum of theirs."""
+    generator = torch.Generator().manual_seed(2)
+    for ranks in ((1, 3), (2,), (4, 1, 2)):
+        adapters = [
+            (torch.randn(r, 6, generator=generator), torch.randn(5, r, generator=generator), 0.5 * r + 1) for r in ranks
+        ]
+        A, B = answer.stack(adapters)
+        case = f"adapters of ranks {ranks}"
+        assert A.shape == (sum(ranks), 6), f"{case}: A is {tuple(A.shape)}, need {(sum(ranks), 6)}"
+        assert B.shape == (5, sum(ranks)), f"{case}: B is {tuple(B.shape)}, need {(5, sum(ranks))}"
+        wanted = sum(lora_merged_weight(np.zeros((5, 6)), A.numpy(), B.numpy(), s) for A, B, s in adapters)
+        off = float(np.abs((B @ A).double().numpy() - wanted).max())
+        assert off < 1e-4, f"{case}: B A is off by {off:.3f} somewhere. Nothing multiplies B A by a scale any more"

@@ -1,4 +1,4 @@
-"""Exercise 6: adapters for an unknown model. For the verdict: python tutorials/exercises/check.py 06"""
+"""Exercise 7: adapters for an unknown model. For the verdict: python tutorials/exercises/check.py 07"""
 
 from collections.abc import Callable, Collection
 

@@ -1,4 +1,4 @@
-"""What a solution of exercise 6 must do."""
+"""What a solution of exercise 7 must do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exercise 7: ranks for a budget of bytes. For the verdict: python tutorials/exercises/check.py 07"""
+"""Exercise 8: three functions on memory. For the verdict: python tutorials/exercises/check.py 08"""
 
 
 def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
@@ -10,5 +10,23 @@ def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
     First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
     more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
     where the budget does not hold the weights, they stay there.
+    """
+    raise NotImplementedError
+
+
+def trained_bytes(shapes: list[tuple[int, int]], r: int | None) -> int:
+    """The bytes of all that training keeps in float32 for linears of shapes (out, in), without activations.
+
+    Each weight is there. With a rank it is frozen, and A and B are trained; with None it is trained itself. For each
+    number that is trained, AdamW keeps two more, and backward makes one.
+    """
+    raise NotImplementedError
+
+
+def micro_batches(rows: int, row_bytes: int, fixed: int, budget: int) -> int | None:
+    """The smallest number of equal micro-batches by which a batch fits into a budget of bytes; None if none does.
+
+    `fixed` bytes are needed at all times, and each row of a micro-batch takes `row_bytes` of activations. The
+    micro-batches have the same number of rows, so their number divides `rows`.
     """
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Exercise 8: a code that beats NF4. For the verdict: python tutorials/exercises/check.py 08"""
+"""Exercise 9: three functions on four bits. For the verdict: python tutorials/exercises/check.py 09"""
 
 from torch import Tensor
 
@@ -9,5 +9,22 @@ def fit(block_size: int) -> Tensor:
     At block 4,096 their mean absolute error is at least 5 % less than NF4's, at block 64 not more than 1 % greater.
 
     Shapes: -> (16) float32
+    """
+    raise NotImplementedError
+
+
+def bits_per_weight(block_size: int, group_size: int | None) -> float:
+    """The bits that a weight takes in NF4, for a matrix without end.
+
+    Each block has one absmax. It is a float32, or, with a group size, a code of 8 bits; then each group of that many
+    blocks has one float32 of its own.
+    """
+    raise NotImplementedError
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes of four bits in each byte, the first of a pair in the high half. With an odd number the last half is 0.
+
+    Shapes: codes (N) of int64, each from 0 to 15 -> ((N + 1) // 2) uint8
     """
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a solution of exercise 8 must do."""
+"""What a solution of exercise 9 must do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minilora.testing.reference import NF4_LEVELS
 ALLOWED = {4096: 0.95, 64: 1.01}  # block size -> mean absolute error, as a share of NF4's
 
 
-def check(answer: ModuleType) -> None:
+def check_fit(answer: ModuleType) -> None:
     """`fit` returns a code that represents -1, 0 and 1, and its error on normal numbers is small enough."""
     normal = torch.randn(2**20, generator=torch.Generator().manual_seed(7))
     fitted = {size: answer.fit(size) for size in ALLOWED}
@@ -22,10 +22,9 @@ def check(answer: ModuleType) -> None:
         error, of_nf4 = (mean_error(normal, each, size) for each in (levels, torch.tensor(NF4_LEVELS)))
         needed, other = ALLOWED[size] * of_nf4, next(each for each in fitted if each != size)
         if torch.equal(levels, fitted[other]):
-            why = f"The code is the same as for block {other}. Are the numbers divided by the absmax of blocks of the "
-            why += "given size? In larger blocks the absmax is larger, and all others are smaller after the division"
+            why = f"The code is the same as for block {other}. What does the size of a block change?"
         else:
-            why = "Is each level the median of the numbers nearest to it, and was that repeated until nothing moves?"
+            why = "Where does a level serve its numbers best, and do they stay its numbers?"
         assert error <= needed, f"block {size}: the mean absolute error is {error:.4f}, need {needed:.4f}. {why}"
 
 
@@ -36,7 +35,7 @@ def _check_levels(levels: Tensor, case: str) -> None:
     ends = [levels.min().item(), levels.max().item()]
     assert max(map(abs, ends)) <= 1, (
         f"{case}: the levels go from {ends[0]:.3f} to {ends[1]:.3f}, but what is rounded lies in [-1, 1]: "
-        "are the numbers divided by the absmax of their block?"
+        "what is rounded, a weight or its share of the absmax?"
     )
     assert (levels.diff() > 0).all(), f"{case}: the levels must rise, for their midpoints say what is nearest"
     assert ends == [-1, 1], (
@@ -55,3 +54,25 @@ def mean_error(normal: Tensor, levels: Tensor, block_size: int) -> float:
     absmax = blocks.abs().amax(1, keepdim=True)
     codes = torch.bucketize(blocks / absmax, (levels[1:] + levels[:-1]) / 2)
     return (levels[codes] * absmax - blocks).abs().mean().item()
+
+
+def check_bits_per_weight(answer: ModuleType) -> None:
+    """The bits are those of a large matrix, counted."""
+    for block_size, group_size in ((64, None), (64, 256), (32, 128), (4096, None)):
+        weights = block_size * (group_size or 1) * 8
+        blocks = weights // block_size
+        scales = 32 * blocks if group_size is None else 8 * blocks + 32 * blocks // group_size
+        found, need = answer.bits_per_weight(block_size, group_size), (4 * weights + scales) / weights
+        case = f"blocks of {block_size}, " + (f"groups of {group_size}" if group_size else "no groups")
+        assert abs(found - need) < 1e-9, f"{case}: you say {found:.4f}; {weights:,} weights take {need:.4f} bits each"
+
+
+def check_pack(answer: ModuleType) -> None:
+    """The bytes are those that a loop makes."""
+    for codes in ([1, 2], [15, 0, 7], [3], [], [9, 8, 8, 9, 15, 15]):
+        packed = answer.pack(torch.tensor(codes, dtype=torch.int64))
+        need = [16 * high + low for high, low in zip(codes[::2], [*codes[1::2], 0], strict=False)]
+        assert packed.dtype == torch.uint8, f"{codes}: the bytes are {packed.dtype}, need torch.uint8"
+        assert packed.shape == (len(need),), f"{codes}: there are {packed.numel()} bytes, need {len(need)}"
+        found = packed.tolist()
+        assert found == need, f"{codes}: {[f'{byte:02x}' for byte in found]}, need {[f'{byte:02x}' for byte in need]}"

@@ -1,4 +1,4 @@
-"""Exercise 9: as far as a budget goes. For the verdict: python tutorials/exercises/check.py 09"""
+"""Exercise 10: three functions on forgetting. For the verdict: python tutorials/exercises/check.py 10"""
 
 from collections.abc import Callable
 
@@ -12,5 +12,22 @@ def weaken(before: Weights, after: Weights, kl: Callable[[Weights], float], budg
 
     `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. On the way from before
     to after, KL grows like c². Nothing that was given is changed.
+    """
+    raise NotImplementedError
+
+
+def divergence(base: Tensor, tuned: Tensor) -> float:
+    """The mean over all positions of KL(base ‖ tuned) = Σ p·log(p/q), from logits, in nats. It is finite.
+
+    Shapes: base (N, V), tuned (N, V)
+    """
+    raise NotImplementedError
+
+
+def replayed(task: int, general: int, share: float) -> list[int]:
+    """The rows to train on: all `task` rows, and as many general ones as make `share` of the whole.
+
+    Rows are numbered: task rows from 0, general ones from `task` on. General rows are taken in order, and again from
+    the first if there are too few; their number is rounded to the nearest. 0 ≤ share < 1.
     """
     raise NotImplementedError

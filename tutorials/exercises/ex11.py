@@ -1,4 +1,4 @@
-"""Exercise 10: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 10"""
+"""Exercise 11: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 11"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What a solution of exercise 10 must do."""
+"""What a solution of exercise 11 must do."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Where do adapters help most? The same number of parameters on the attention, on the MLPs, and on all linears.
 
-    python tutorials/experiments/07_where.py            about ten minutes on two cores; writes 07_where.json beside it
+And a smaller number, the same for each, on one kind of linear alone.
+
+    python tutorials/experiments/07_where.py            about 25 minutes on two cores; writes 07_where.json beside it
     python tutorials/experiments/07_where.py --small    a short run for two of them, in some seconds; prints the losses
 
 The built-in model learns to sort definitions. The learning rate of each place is chosen with seed 0 by the loss on the
@@ -25,8 +27,11 @@ from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss,
 OUT = Path(__file__).with_suffix(".json")
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 PLACES = {"attention": (15, ATTENTION), "MLPs": (10, MLP), "all": (6, [*ATTENTION, *MLP])}  # 84,000 parameters each
+RANKS = {"q_proj": 21, "k_proj": 28, "v_proj": 28, "o_proj": 21, "gate_proj": 12, "up_proj": 12, "down_proj": 12}
+LINEARS = {name: (r, [name]) for name, r in RANKS.items()}  # 33,600 parameters each
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2, 3, 4)
+GRIDS = ((PLACES, RATES, SEEDS), (LINEARS, (2e-3, 4e-3, 8e-3, 1.6e-2), SEEDS[:3]))
 STEPS = 100  # one pass over the training rows
 
 tokenizer = ml.load_tokenizer("minilora/builtin")
@@ -37,7 +42,7 @@ choices = find_choices(train) or []
 
 def trained(place: str, rate: float, seed: int, steps: int = STEPS) -> Llama:
     """Return the model with a trained adapter."""
-    r, targets = PLACES[place]
+    r, targets = (PLACES | LINEARS)[place]
     model = ml.load_model("minilora/builtin")
     ml.attach(model, ml.LoraConfig(r=r, target_modules=targets), seed=seed)
     settings = ml.TrainConfig(learning_rate=rate, batch_size=16, max_steps=steps, seed=seed)
@@ -79,9 +84,10 @@ def main() -> None:
         print(results[-1], flush=True)
         return results[-1]
 
-    tried = {place: [known(place, rate, 0) for rate in RATES] for place in PLACES}
-    for place, seed in product(PLACES, SEEDS):
-        known(place, min(tried[place], key=lambda each: each["valid_loss"])["rate"], seed)
+    for places, rates, seeds in GRIDS:
+        tried = {place: [known(place, rate, 0) for rate in rates] for place in places}
+        for place, seed in product(places, seeds):
+            known(place, min(tried[place], key=lambda each: each["valid_loss"])["rate"], seed)
 
 
 if __name__ == "__main__":
