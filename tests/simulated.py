@@ -217,6 +217,11 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return target
 
 
+def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Compute in one operation, as CUDA and MPS do, what other devices compute in several."""
+    return SimTensor(aten.silu_backward.default(unwrap(grad), unwrap(x)))
+
+
 def empty(size: Any, *, device: Any, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
     if device.index:
         raise RuntimeError(f"the only device of its kind is sim:0, not {device}")
@@ -264,3 +269,4 @@ LIBRARY = torch.library.Library("aten", "IMPL")
 LIBRARY.impl("empty.memory_format", empty, "PrivateUse1")
 LIBRARY.impl("empty_strided", empty_strided, "PrivateUse1")
 LIBRARY.impl("copy_", copy_, "PrivateUse1")
+LIBRARY.impl("silu_backward", silu_backward, "PrivateUse1")

@@ -18,9 +18,12 @@ from minilora import cli, definition
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import selftest
 from minilora.files import read_json
+from minilora.kernels import llama as heads
+from minilora.kernels import lora as tiles
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import choice_accuracy, example_loss, held_out_loss, measure_forgetting
+from minilora.runs.forecast import Plan, forecast
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes import classify_texts, distill, dpo, grpo, loraplus, tinylora, vera
 from tests.adapters import many_kinds
@@ -46,13 +49,6 @@ try:
 except ImportError as error:
     pytest.skip(f"PyTorch {torch.__version__} has no backends in Python: {error}", allow_module_level=True)
 
-METHODS = {  # the base of a dense model, whether to use DoRA, and the family
-    "LoRA": (lambda model: model, False, "smollm3-window"),
-    "QLoRA": (four_bit, False, "smollm3-window"),
-    "DoRA": (lambda model: model, True, "smollm3-window"),
-    "DoRA on 4 bits": (four_bit, True, "smollm3-window"),
-    "QLoRA beside delta rules": (four_bit, False, "qwen3.5"),
-}
 STEPS = 2
 IDS = token_ids(1, 2, 9)
 ROWS = random_rows(0, 8)
@@ -69,6 +65,23 @@ def on(device, model):
     """Move a model to a device, where `Module.to` would make two weights of a shared one if they are of a subclass."""
     model.to(device).tie_weights()
     return model
+
+
+def fp4(model):
+    """The model in the other format of bitsandbytes."""
+    for linear in (each for each in four_bit(model, double_quant=False).modules() if isinstance(each, NF4Linear)):
+        linear.layout = replace(linear.layout, levels=FP4_LEVELS)
+    return model
+
+
+METHODS = {  # the base of a dense model, whether to use DoRA, and the family
+    "LoRA": (lambda model: model, False, "smollm3-window"),
+    "QLoRA": (four_bit, False, "smollm3-window"),
+    "DoRA": (lambda model: model, True, "smollm3-window"),
+    "DoRA on 4 bits": (four_bit, True, "smollm3-window"),
+    "LoRA on FP4": (fp4, False, "llama"),
+    "QLoRA beside delta rules": (four_bit, False, "qwen3.5"),
+}
 
 
 def adapted_on(device, method, dtype=torch.float64):
@@ -136,12 +149,9 @@ def of_kind(device, dtype, folder, kind):
     return used(adapted(WHOLE, dtype, base=partial(on, device), **CONFIGS[kind]), device)
 
 
-def of_file(device, dtype, folder, quantize=None, double_quant=True, levels=None):
-    """A dense model that is quantized while it is loaded, or a file of bitsandbytes."""
-    model = tiny_model(dtype=dtype) if quantize else four_bit(tiny_model(dtype=dtype), double_quant)
-    for linear in (each for each in model.modules() if levels and isinstance(each, NF4Linear)):
-        linear.layout = replace(linear.layout, levels=levels)
-    ml.save_model(model, folder / "model")
+def of_file(device, dtype, folder, make=four_bit, quantize=None):
+    """A model that is loaded from a file, and may be quantized meanwhile."""
+    ml.save_model(make(tiny_model(dtype=dtype)), folder / "model")
     model = ml.load_model(folder / "model", dtype, device, quantize)
     ml.attach(model, ml.LoraConfig(r=3, lora_alpha=6, use_dora=True), dtype=dtype)
     randomize_adapters_(model)
@@ -236,10 +246,10 @@ RECIPES = ("dpo", "grpo", "distill", "loraplus", "classify_texts", "vera", "tiny
 WORKS = {
     **{f"the family {name}": partial(of_family, family=name) for name in FAMILIES},
     **{f"{name}, an adapter": partial(of_kind, kind=name) for name in CONFIGS},
-    "4 bits made while loading": partial(of_file, quantize="nf4"),
+    "4 bits made while loading": partial(of_file, make=lambda model: model, quantize="nf4"),
     "a file of bitsandbytes": of_file,
-    "a file without double quantization": partial(of_file, double_quant=False),
-    "a file of FP4": partial(of_file, double_quant=False, levels=FP4_LEVELS),
+    "a file without double quantization": partial(of_file, make=partial(four_bit, double_quant=False)),
+    "a file of FP4": partial(of_file, make=fp4),
     "several adapters": several,
     **{f"a merge to {target}": partial(merged_file, target=target) for target in ("dequantized", "requantized")},
     "another library's module": of_another_library,
@@ -383,3 +393,30 @@ def test_a_model_is_never_twice_on_the_device_while_it_loads(quantize, tmp_path)
     own = sum(p.nbytes for p in model.parameters())
     assert MEMORY.live - start == own
     assert MEMORY.peak - start <= own + 3 * largest < 1.5 * own
+
+
+@of_kernels
+@pytest.mark.parametrize("checkpointing", [*long("mlp"), "none", "block"])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "QLoRA"])
+def test_the_peak_of_a_run_is_within_10_percent_of_the_forecast_for_the_device(method, checkpointing, monkeypatch):
+    """With tiles and chunks of rows as small beside the model as they are beside a real one.
+
+    All attention is in windows, by minilora's own kernel: the device has none of PyTorch's that keep no scores.
+    """
+    monkeypatch.setattr(tiles, "tile_size", lambda device: 2**14)
+    monkeypatch.setattr(heads, "HEAD_LOGITS", 2**18)
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "vocab_size": 3000, "sliding_window": 150}
+    model = tiny_model("mistral", dtype=torch.float32, **sizes)
+    lora = ml.LoraConfig(r=8, use_dora=method == "DoRA")
+    quantization = ml.QuantizeConfig("nf4" if method == "QLoRA" else "none")
+    rows = [ml.Example(ids, ids) for ids in token_ids(0, 4, 200, high=3000).tolist()]
+    config = ml.TrainConfig(batch_size=2, gradient_checkpointing=checkpointing)
+    lengths = [(len(row.tokens), row.labelled) for row in rows]
+    device = torch.device("sim")
+    planned = forecast(Plan(model.config, lora, config, quantization, torch.float32, device, lengths))[checkpointing]
+    start = MEMORY.start()
+    model = on(device, four_bit(model) if method == "QLoRA" else model)
+    ml.attach(model, lora)
+    ml.train(model, rows, config)
+    taken = MEMORY.peak - start
+    assert abs((planned.peak - planned.overhead) / taken - 1) < 0.1, (planned, taken)
