@@ -11,7 +11,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,20 @@ class Memory:
 
 MEMORY = Memory()
 RANDOM = torch.Generator()  # the device's random state
+
+
+@contextmanager
+def own_random_state() -> Iterator[None]:
+    """Let the CPU draw from the device's random state inside the block."""
+    kept = torch.get_rng_state()
+    torch.set_rng_state(RANDOM.get_state())
+    try:
+        yield
+    finally:
+        RANDOM.set_state(torch.get_rng_state())
+        torch.set_rng_state(kept)
+
+
 REFUSED: set[torch.dtype] = set()
 
 
@@ -153,9 +167,9 @@ class SimTensor(Tensor):
         raw_kwargs = {key: convert(unwrap, value) for key, value in kwargs.items()}
         if "device" in kwargs:
             raw_kwargs["device"] = "cpu" if device.type == "sim" else device
-        if torch.Tag.nondeterministic_seeded in func.tags and "generator" in str(func._schema):
-            raw_kwargs["generator"] = kwargs.get("generator") or RANDOM
-        result = func(*convert(unwrap, args), **raw_kwargs)
+        draws = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        with own_random_state() if draws else nullcontext():
+            result = func(*convert(unwrap, args), **raw_kwargs)
         if device.type != "sim":
             return result
         return return_and_correct_aliasing(func, args, kwargs, convert(SimTensor, result))

@@ -45,7 +45,7 @@ from tests.test_selftest import some_cases
 from tests.training import adapted, number, random_rows, trained
 
 try:
-    from tests.simulated import MEMORY, Generator, traffic, without_float64
+    from tests.simulated import MEMORY, RANDOM, Generator, traffic, without_float64
 except ImportError as error:
     pytest.skip(f"PyTorch {torch.__version__} has no backends in Python: {error}", allow_module_level=True)
 
@@ -299,6 +299,12 @@ def test_every_law_of_the_self_test_holds(monkeypatch):
     monkeypatch.setattr(torch, "inference_mode", lambda mode=True: no_grad if mode else off)
     with without_float64():
         assert cli.main(["selftest", "--device", "sim"]) == 0
+
+
+def test_a_run_leaves_the_random_state_of_the_device_as_it_was(tmp_path):
+    before = RANDOM.get_state()
+    of_another_library("sim", torch.float32, tmp_path)
+    assert torch.equal(RANDOM.get_state(), before)
 
 
 def test_tables_that_were_copied_in_inference_mode_serve_training():
