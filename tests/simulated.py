@@ -156,7 +156,7 @@ class SimTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute an operation that has a tensor of the device among its arguments."""
         kwargs = kwargs or {}
-        OPERATIONS.add(str(func.overloadpacket).removeprefix("aten."))
+        OPERATIONS.add(str(func))
         if func is aten.copy_.default:
             return copy_(*args)
         if func is aten._to_copy.default:

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from minilora.runs.evaluate import choice_accuracy, example_loss, held_out_loss,
 from minilora.runs.forecast import Plan, forecast
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes import classify_texts, distill, dpo, grpo, loraplus, tinylora, vera
+from scripts import operations
 from tests.adapters import many_kinds
 from tests.models import (
     CONFIGS,
@@ -426,3 +428,7 @@ def test_the_peak_of_a_run_is_within_10_percent_of_the_forecast_for_the_device(m
     ml.train(model, rows, config)
     taken = MEMORY.peak - start
     assert abs((planned.peak - planned.overhead) / taken - 1) < 0.1, (planned, taken)
+
+
+def test_the_table_of_operations_with_limits_stands_in_the_documents():
+    assert operations.table() in Path("docs/devices.md").read_text()
