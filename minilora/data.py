@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.definition import to_device
+
 IGNORE_INDEX = -100  # the label of a token that is read but not learned
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -85,9 +87,8 @@ def collate(examples: Iterable[Example], device: torch.device) -> Batch:
         lengths.append(len(example.tokens))
     positions = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
     labels = [targets[i] for i in positions]
-    return Batch(
-        torch.tensor(tokens, device=device),
-        lengths,
-        torch.tensor(positions, dtype=torch.int64, device=device),
-        torch.tensor(labels, dtype=torch.int64, device=device),
-    )
+
+    def on_device(numbers: list[int]) -> Tensor:
+        return to_device(torch.tensor(numbers, dtype=torch.int64), device)
+
+    return Batch(on_device(tokens), lengths, on_device(positions), on_device(labels))

@@ -101,6 +101,11 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
     return _copy(table, device) if has_numbers else table.to(device)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting for its work, but on MPS, which may read a freed tensor then."""
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
 @functools.cache
 def _copy(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device)

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora.definition import definition
+from minilora.definition import definition, to_device
 from minilora.errors import ConfigError, FormatError, ShapeError
 from minilora.nf4 import NF4Linear
 
@@ -91,8 +91,8 @@ class Rope:
         """Compute cos and sin of position · frequency, (N, R/2) each, for spans of positions."""
         positions = torch.cat([torch.arange(span.start, span.stop) for span in spans]).float()
         angles = torch.outer(positions, torch.tensor(self.frequencies, dtype=torch.float32))
-        on_device = angles.to(device, non_blocking=device.type == "cuda")
-        return on_device.cos(), on_device.sin()
+        angles = to_device(angles, device)
+        return angles.cos(), angles.sin()
 
 
 @dataclass(frozen=True)

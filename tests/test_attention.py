@@ -1,5 +1,7 @@
 """The kernels of causal attention: each against the loops, in blocks of any size, memory, and which one is chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -122,3 +124,9 @@ def test_memory_grows_with_the_length_of_a_document_and_not_with_its_square(dtyp
         return allocated(lambda: causal_attention(q, k, v, [length], [length], window).sum().backward())[1]
 
     assert most(length) <= 2.2 * most(length // 2)
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("mps", block_attention), ("cuda", fused_attention)])
+def test_the_fused_kernel_is_not_used_on_mps_where_queries_may_see_later_keys(device, chosen):
+    q = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    assert select_kernel(q, [5], [5], None) is chosen

@@ -9,6 +9,7 @@ from minilora import lora
 from minilora.cli import main
 from minilora.cli.selftest import kernel_checks
 from minilora.definition import WITH_KERNEL
+from minilora.files import read_json
 from minilora.testing import CheckFailure, laws
 from tests.models import long
 
@@ -36,17 +37,22 @@ def test_every_law_holds_on_this_machine(dtype, step, monkeypatch, capsys):
         assert law in printed
 
 
-def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypatch, capsys):
+def test_a_broken_kernel_is_told_with_its_law_and_the_definitions_hold(monkeypatch, capsys, tmp_path):
     own = lora.lora_linear
     monkeypatch.setattr(own, "kernel", lambda x, base, bias, A, B, scale: own.function(x, base, bias, A, B, 1.0))
     monkeypatch.setattr("minilora.cli.selftest.kernel_checks", lambda device, dtype: {})
     monkeypatch.setattr("minilora.cli.selftest.laws", lambda *kinds: {"forward": laws("lora")["forward"]})
-    assert main(["selftest", "--device", "cpu"]) == 1
+    assert main(["selftest", "--device", "cpu", "--json", str(tmp_path / "cpu.json")]) == 1
     printed = capsys.readouterr().out
     assert "likely cause: the scale is missing" in printed
     row = next(line for line in printed.splitlines() if line.startswith("lora-forward"))
     assert row.split()[2:] == ["inf", "BROKEN"]
     assert float(row.split()[1]) <= 1
+    found = read_json(tmp_path / "cpu.json")
+    assert {"versions", "system", "device", "dtype"} < found.keys()
+    assert [(each["law"], each["kernels"], each["holds"]) for each in found["rows"]] == [("lora-forward", None, False)]
+    assert "likely cause: the scale is missing" in found["failures"][0]
+    assert "cpu.json: please attach it to an issue of the form 'A device that was tried'" in printed
 
 
 def test_a_broken_kernel_that_no_other_law_has_is_told():

@@ -6,12 +6,15 @@ a law is broken.
 
 Example:
   minilora selftest --dtype bfloat16
+  minilora selftest --device cuda --json cuda.json  # for an issue about a device
 """
 
+import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +25,11 @@ from minilora import llama, nf4
 from minilora.adapters.weighted import Factors, concatenate
 from minilora.cli import Options, Parser
 from minilora.definition import plain
+from minilora.files import write_json
 from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
 from minilora.models.checkpoint import usable_device
 from minilora.models.delta_rule import gated_delta_rule, unit
+from minilora.runs.directory import without_nan
 from minilora.testing.checks import laws
 from minilora.testing.kernel_laws import check_kernel
 from minilora.testing.laws import CheckFailure, Report
@@ -37,16 +42,18 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--device", default="auto", help="device to check: cpu, cuda, mps (default: auto)")
     dtypes = ("float64", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype to check (default: float32)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the table to this file")
 
 
 def run(options: Options) -> int:
     device = usable_device(options["device"])
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     versions = f"minilora {minilora.__version__}, PyTorch {torch.__version__}"
     print(f"{versions}, {machine}, {options['dtype']}, threads: {torch.get_num_threads()}")
     print("largest error / derived bound; 1 is the limit")
     print(f"{'law':36} {'definitions':>11} {'kernels':>9}  verdict")
-    failures = []
+    failures: list[str] = []
+    rows: list[dict[str, Any]] = []
     checks = law_checks(device, options["dtype"]) | kernel_checks(device, getattr(torch, options["dtype"]))
     for name, check in checks.items():
         ratios, broken = [], []
@@ -59,7 +66,12 @@ def run(options: Options) -> int:
                 broken.append(str(failure))
         print(f"{name:36} {ratios[0]:11.3f} {ratios[1]:9.3f}  {'BROKEN' if broken else 'holds'}", flush=True)
         failures += broken[:1]
+        rows.append({"law": name, "definitions": ratios[0], "kernels": ratios[1], "holds": not broken})
     print("\n".join(["", *failures]) if failures else "all laws hold")
+    if options["json"]:
+        about = {"versions": versions, "system": platform.platform(), "device": machine, "dtype": options["dtype"]}
+        write_json(options["json"], without_nan({**about, "rows": rows, "failures": failures}))
+        print(f"wrote {options['json']}: please attach it to an issue of the form 'A device that was tried'")
     return 1 if failures else 0
 
 

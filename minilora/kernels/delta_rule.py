@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.definition import kernel, no_autocast
+from minilora.definition import kernel, no_autocast, to_device
 from minilora.models import delta_rule
 
 CHUNK = 64  # as in transformers; not measured
@@ -120,5 +120,5 @@ def _chunks(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[
         running = [sum(len(part) > i for part in documents) for i in range(len(ordered[0]))]
         places = torch.cat([ordered[document][i] for i, count in enumerate(running) for document in range(count)])
         parts = longest_first, longest_first.argsort(), places.argsort()[:total], places
-        *others, places = torch.cat(parts).to(device).split([len(part) for part in parts])
+        *others, places = to_device(torch.cat(parts), device).split([len(part) for part in parts])
     return running, [*others, places.view(-1, size)]

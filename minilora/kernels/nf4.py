@@ -1,5 +1,6 @@
 """Kernels of 4-bit weights."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -68,13 +69,11 @@ def _tables() -> tuple[Tensor, Tensor]:
 TABLES = _tables()
 
 
+@functools.cache
 def _level_pairs(levels: tuple[float, ...]) -> Tensor:
     """Return for each byte the float32 levels of its two halves, as one int64."""
     pairs = list(itertools.product(levels, repeat=2))
     return torch.tensor(pairs, dtype=torch.float32, device="cpu").view(torch.int64).squeeze(1)
-
-
-PAIRS = _level_pairs(nf4.LEVELS)
 
 
 @kernel(of=nf4.dequantize)
@@ -92,8 +91,7 @@ def dequantize(
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
     whole, tile = _tiles(weight, block_size)
-    is_nf4 = levels == nf4.LEVELS
-    table = on_device(PAIRS, packed.device) if is_nf4 else _level_pairs(levels).to(packed.device)
+    table = on_device(_level_pairs(levels), packed.device)
     half = min(tile, whole) // 2
     byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
     packed = packed.reshape(-1)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.definition import to_device
 from minilora.errors import ConfigError, ShapeError, TrainingError
 from minilora.llama import Llama, LlamaConfig, causal_attention
 from minilora.models.rotary import LengthRope
@@ -87,7 +88,7 @@ class KVCache:
         self._new, self._layer = list(lengths), 0
         self.lengths = [span.stop for span in spans]
         places = [(document, position) for document, span in enumerate(spans) for position in span]
-        self._documents, self._positions = torch.tensor(places, device=self._device).unbind(1)
+        self._documents, self._positions = to_device(torch.tensor(places), self._device).unbind(1)
         self._views = {window: self._common_view(window) for window in self._windows} if max(lengths) == 1 else {}
         self.spans = spans
 
@@ -153,7 +154,7 @@ class KVCache:
         if all(span == (begin, end) for span in spans):
             return slice(begin, end), None
         position = torch.arange(begin, end, device=self._device)
-        first, total = torch.tensor(spans, device=self._device).T.unsqueeze(2)
+        first, total = to_device(torch.tensor(spans), self._device).T.unsqueeze(2)
         visible = (position >= first) & (position < total)
         return slice(begin, end), visible[:, None, None]
 
@@ -226,9 +227,11 @@ def generate(
         logits = _next_logits(model, prompts, cache).repeat_interleave(n, 0)
         cache.repeat(n)
         while True:
+            if temperature or log_probs:
+                logits = logits.cpu()
             chosen = _choose(logits, [generators[i] for i in running], temperature, top_p, top_k)
             if log_probs:
-                drawn = logits.cpu().double().log_softmax(-1)[range(len(chosen)), chosen].tolist()
+                drawn = logits.double().log_softmax(-1)[range(len(chosen)), chosen].tolist()
                 for i, log_prob in zip(running, drawn, strict=True):
                     rows[i].log_probs += (log_prob,)
             written = list(zip(running, chosen, strict=True))
@@ -274,8 +277,6 @@ def _choose(
     logits: Tensor, generators: Sequence[torch.Generator | None], temperature: float, top_p: float, top_k: int
 ) -> list[int]:
     """Choose the token that follows each document. Results are copied from the device once."""
-    if temperature > 0:
-        logits = logits.cpu()
     is_finite = torch.stack(logits.aminmax()).isfinite().all(0, keepdim=True)  # NaN is the least and the most
     *likeliest, all_finite = torch.cat((logits.argmax(-1), is_finite)).tolist()
     if not all_finite:
@@ -293,8 +294,8 @@ def _next_logits(model: Llama, feed: Sequence[Sequence[int]], cache: KVCache) ->
     device = model.model.embed_tokens.weight.device
     lengths = [len(document) for document in feed]
     ends = [end - 1 for end, length in zip(accumulate(lengths), lengths, strict=True) if length]
-    tokens = torch.tensor([token for document in feed for token in document], device=device)
-    last = torch.tensor(ends, device=device)  # copied before the device is busy
+    tokens = to_device(torch.tensor([token for document in feed for token in document]), device)
+    last = to_device(torch.tensor(ends), device)
     cache.begin(lengths)
     return model.lm_head(model.model(tokens, cache)[last])
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.definition import to_device
 from minilora.errors import ConfigError
 from minilora.llama import MLP, Attends, Attention, Block, CosSin, LlamaConfig, Rope, rotate
 from minilora.models.family import Family, Values, equal_windows
@@ -31,8 +32,7 @@ class GrowingRope:
         cos, sin = self.rope.rotation(spans, device)
         positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
         factors = 1 + self.beta * (1 + (positions / self.length).floor()).log()
-        column = factors.unsqueeze(1).to(device, non_blocking=device.type == "cuda")
-        return torch.cat((cos, column), dim=1), sin
+        return torch.cat((cos, to_device(factors.unsqueeze(1), device)), dim=1), sin
 
 
 class Ministral3Attention(Attention):

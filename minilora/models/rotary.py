@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.definition import to_device
 from minilora.errors import ConfigError
 from minilora.llama import CosSin, Rope, llama_frequencies, rope_frequencies
 
@@ -49,7 +50,7 @@ class LengthRope:
     def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
         """Compute cos and sin of position · frequency, (N, R/2) each, for a span of positions of each document."""
         angles = [torch.outer(torch.arange(s.start, s.stop).float(), self.frequencies(s.stop)) for s in spans]
-        on_device = torch.cat(angles).to(device, non_blocking=device.type == "cuda")
+        on_device = to_device(torch.cat(angles), device)
         return self.amplitude * on_device.cos(), self.amplitude * on_device.sin()
 
     def changes(self, before: int, after: int) -> bool:

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from minilora.adapter import disable_adapter
 from minilora.data import IGNORE_INDEX, Example, collate
+from minilora.definition import to_device
 from minilora.errors import DataError
 from minilora.llama import Checkpointing, Documents, Llama
 from minilora.models.generate import evaluating, generate
@@ -31,7 +33,7 @@ MAX_CHOICES = 64
 THOUGHTS = 1024  # tokens of thoughts before an answer
 Choice = tuple[int, ...]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
-Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count)
+Metrics = Mapping[str, tuple[Any, Any]]  # name -> (sum, count), numbers or tensors of one number
 T = TypeVar("T")
 
 
@@ -120,12 +122,20 @@ def mean_loss(
     def compute(group: Rows) -> Metrics:
         with kept_random_state(device, f"{seed}/held-out/{group[0]}"):
             total, count, *metrics = loss(model, [rows[row] for row in group])
-        return {"loss": (total.item(), count), **dict(*metrics)}
+        return as_numbers([{"loss": (total.detach().reshape(()), count), **dict(*metrics)}])[0]
 
     scores = means(_map_groups(model, groups, len(rows), compute, progress))
     if "loss" not in scores:
         raise DataError("the loss counts nothing in the held-out rows")
     return scores
+
+
+def as_numbers(measured: Sequence[Metrics]) -> list[Metrics]:
+    """Replace tensors of one number by the numbers, which are copied from the device together."""
+    leaves, places = tree_flatten([*measured])
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return tree_unflatten([next(numbers) if isinstance(leaf, Tensor) else leaf for leaf in leaves], places)
 
 
 def means(parts: Iterable[Metrics]) -> dict[str, float]:
@@ -238,7 +248,7 @@ def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice
     documents = [[*prompt, *stem] for prompt in prompts for stem in stems]
     lengths = [len(document) for document in documents]
     device = next(model.parameters()).device
-    tokens = torch.tensor([token for document in documents for token in document], device=device)
+    tokens = to_device(torch.tensor([token for document in documents for token in document]), device)
     hidden = iter(model.model(tokens, Documents(lengths)).split(lengths))
     for prompt in prompts:
         states = {stem: next(hidden)[len(prompt) - 1 :] for stem in stems}

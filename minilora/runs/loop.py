@@ -20,7 +20,7 @@ from minilora.llama import Decoder
 from minilora.models.fsdp import is_sharded
 from minilora.runs import checkpoints, processes, sampler
 from minilora.runs.encoders import check_examples
-from minilora.runs.evaluate import Metrics, example_loss, mean_loss, means
+from minilora.runs.evaluate import Metrics, as_numbers, example_loss, mean_loss, means
 from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, accumulate, adamw, learning_rate, parameters_of, update
@@ -147,7 +147,7 @@ def train(
             measured: list[Metrics] = []
             with sampler.kept_random_state(device, f"{config.seed}/step {state.step}"):  # the optimizer may draw
                 made = _step(model, optim, batches, seeded_loss, config.max_grad_norm)
-            record = {"step": state.step + 1, **made, **means(chain(*processes.all_gather(measured)))}
+            record = {"step": state.step + 1, **made, **means(chain(*processes.all_gather(as_numbers(measured))))}
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 raise _not_finite(record, dataset, steps[state.step])
             now = time.perf_counter()
@@ -238,7 +238,7 @@ def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metri
         result = loss(model, rows, step=step) if takes_step else loss(model, rows)
         try:
             part, count, *more = result
-            number = _number(count)
+            number = float(count)
             metrics = {name: (_number(total), _number(count)) for name, (total, count) in dict(*more).items()}
         except (TypeError, ValueError, RuntimeError):
             part, number, metrics = None, 0.0, {}
@@ -256,8 +256,11 @@ def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metri
     return compute
 
 
-def _number(value: Any) -> float:
-    return float(value.item() if isinstance(value, Tensor) else value)
+def _number(value: Any) -> Any:
+    """Return a number or, of another device than the CPU, a tensor of it, for which nothing waits yet."""
+    if isinstance(value, Tensor):
+        return float(value.item()) if value.is_cpu else value.detach().reshape(())
+    return float(value)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer | None = None) -> Optimizer:

@@ -127,19 +127,19 @@ def seed_dropout(adapters: Mapping[str, LoraAdapter], seed: int | None, step: in
 @contextmanager
 def kept_random_state(device: torch.device, key: str | None = None) -> Iterator[None]:
     """Leave PyTorch's random state as it was before the block, in which it follows from the key, if one is given."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         if key is not None:
             seed_random_state(device, key)
         yield
 
 
 def seed_random_state(device: torch.device, key: str) -> None:
-    """Set PyTorch's random state from a hash of the key, on the CPU and on CUDA.
+    """Set PyTorch's random state from a hash of the key, on the CPU and on the device.
 
     So the dropout of another library's model, and what a loss samples, are the same in a resumed run.
     """
-    state = hash_seed(key)
-    torch.default_generator.manual_seed(state)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(state)
+    seed = hash_seed(key)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        state = torch.Generator(device).manual_seed(seed).get_state()
+        torch.get_device_module(device).set_rng_state(state, device)
