@@ -65,7 +65,7 @@ def check_token_loss(answer: ModuleType) -> None:
         assert int(count) == right, f"{case}: {int(count)} labels are counted of {right}"
         mean = masked_loss(SCORES[tokens].numpy(), labels.numpy())
         assert math.isclose(float(total), mean * right, rel_tol=1e-9), (
-            f"{case}: the sum is {float(total):.4f}, and not {mean * right:.4f}: which logits stand at a target's place?"
+            f"{case}: the sum is {float(total):.4f}, and not {mean * right:.4f}; look at the logits beside each"
         )
 
 
