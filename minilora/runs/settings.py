@@ -138,9 +138,9 @@ class RunConfig:
     data: tuple[str, ...] = option(
         (BUILTIN,),
         "rows: .jsonl, .json, .csv or .tsv files, or .txt documents; a directory of documents, or with train.jsonl and "
-        "perhaps valid.jsonl and test.jsonl; or a hub id",
+        "perhaps valid.jsonl and test.jsonl",
     )
-    eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id, as for --data", "data")
+    eval_data: str | None = option(None, "held-out rows: a file or a directory, as for --data", "data")
     eval_split: float = option(
         0.05, "share of the training rows to hold out, if no rows are held out by --data or --eval-data", "data"
     )
