@@ -13,7 +13,7 @@ import minilora.runs.inputs
 from benchmarks.results import code_hash
 from benchmarks.scale import known_config
 from minilora import cli
-from minilora.cli.forecast import METHODS, default_plan
+from minilora.cli.dry_run import METHODS, default_plan
 from minilora.models.config import FAMILIES
 from minilora.runs.encoders import Dataset
 from minilora.runs.forecast import forecast
