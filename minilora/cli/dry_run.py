@@ -50,9 +50,8 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     steps = plan_steps(len(data.train), config)
     seen = [data.train[row] for step in steps for batch in step for row in batch]
     tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
-    at_most = "at most " if config.early_stopping else ""
     totals = [
-        f"the run: {at_most}{len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
+        f"the run: {len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]

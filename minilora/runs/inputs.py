@@ -195,7 +195,7 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
     """
     splits = dict(splits)
     needed = ["test"] if "valid" not in splits else []
-    if training.selects:  # rows that select the adapter cannot also measure it
+    if training.keep == "best":  # rows that select the adapter cannot also measure it
         needed = ["test", "valid"]
     missing = [split for split in needed if split not in splits]
     for i, split in enumerate(missing):
@@ -208,8 +208,8 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
             splits[split] = Dataset(shuffled[:held], whole.cut)
     test = splits.get("test") or splits.get("valid") or Dataset(())
     valid = splits.get("valid") or test
-    if training.selects and not valid:
-        raise DataError("keep best and early_stopping need held-out rows: see eval_split and eval_data")
+    if training.keep == "best" and not valid:
+        raise DataError("keep best needs held-out rows: see eval_split and eval_data")
     return {"train": splits["train"], "valid": valid, "test": test}
 
 
