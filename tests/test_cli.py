@@ -408,7 +408,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=data --target-modules=q_prj", "matches --target-modules 'q_prj'"),
         ("finetune --lora-r=0 --lora-dropout=2", "minilora: --lora-r is 0, need a whole number"),
         ("finetune --lora-r=0 --lora-dropout=2", "; --lora-dropout is 2.0, need"),
-        ("finetune --keep=best", "need --eval-steps"),
+        ("finetune --keep=best", "needs --eval-steps"),
         ("finetune --epochs=0 --seed=-1", "; --seed is -1, need a whole number"),
         ("finetune --model=model --data=data --eval-data=many.jsonl", "have a test split already"),
         ("finetune --model=model --data=data --eval-data=many.jsonl", "leave --eval-data out"),
