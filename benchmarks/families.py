@@ -29,8 +29,6 @@ def sizes(hidden: int, width: int, layers: int, heads: int, key_heads: int, voca
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-MULTIPLIERS = {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22}
-MULTIPLIERS |= {"logits_scaling": 8.0}
 LINEAR = {"linear_num_key_heads": 16, "linear_num_value_heads": 16}
 TIED = {"tie_word_embeddings": True}
 # model_type -> a published model, and its config.json; layers are as few as show each kind of them
@@ -45,7 +43,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi-3 mini", {**sizes(3072, 8192, 2, 32, 32, 32_064), "sliding_window": 2047}),
     "olmo2": ("OLMo 2 1B", sizes(2048, 8192, 2, 16, 16, 100_352)),
     "olmo3": ("OLMo 3 7B", sizes(4096, 11_008, 4, 32, 32, 100_278)),
-    "granite": ("Granite 3.3 2B", {**sizes(2048, 8192, 2, 32, 8, 49_159), **TIED, **MULTIPLIERS}),
     "gemma3_text": ("Gemma 3 270M", {**sizes(640, 2048, 6, 4, 1, 262_144), "head_dim": 256, "sliding_window": 512}),
     "lfm2": ("LFM2 350M", {**sizes(1024, 6656, 3, 16, 8, 65_536), "full_attn_idxs": [2]}),
 }

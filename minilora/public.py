@@ -34,6 +34,6 @@ from minilora.runs.inputs import load_dataset as load_dataset
 from minilora.runs.loop import TrainResult as TrainResult
 from minilora.runs.loop import train as train
 from minilora.runs.reports import ProgressBar as ProgressBar
+from minilora.runs.reports import Tracker as Tracker
 from minilora.runs.settings import DataConfig as DataConfig
 from minilora.runs.settings import TrainConfig as TrainConfig
-from minilora.runs.tracking import Tracker as Tracker

@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 import minilora as ml
 from minilora.llama import llama3_frequencies, rope_frequencies
 
-MODELS = {n.lower(): n for n in ("Gemma3", "Granite", "Lfm2", "Llama", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")}
+MODELS = {n.lower(): n for n in ("Gemma3", "Lfm2", "Llama", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")}
 KEYS = """
-    attention.layer_norm_rms_epsilon:rms_norm_eps attention.head_count_kv:num_key_value_heads logit_scale:logits_scaling
-    attention.head_count:num_attention_heads attention.sliding_window:sliding_window residual_scale:residual_multiplier
+    attention.layer_norm_rms_epsilon:rms_norm_eps attention.head_count_kv:num_key_value_heads
+    attention.head_count:num_attention_heads attention.sliding_window:sliding_window shortconv.l_cache:conv_L_cache
     rope.freq_base_swa:rope_local_base_freq context_length:max_position_embeddings feed_forward_length:intermediate_size
-    embedding_scale:embedding_multiplier attention.scale:attention_multiplier shortconv.l_cache:conv_L_cache
     block_count:num_hidden_layers attention.key_length:head_dim embedding_length:hidden_size rope.freq_base:rope_theta
 """
 IMPLIED = ("vocab_size", "attention.value_length", "rope.dimension_count", "rope.scaling.original_context_length")
@@ -78,7 +77,7 @@ def read_weights(family: str, tensors: dict, config: dict) -> dict:
     weights = {}
     for name, tensor in tensors.items():
         weight = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if family in ("llama", "smollm3", "granite") and (".attn_q." in name or ".attn_k." in name):
+        if family in ("llama", "smollm3") and (".attn_q." in name or ".attn_k." in name):
             weight = weight.unflatten(0, (-1, config["head_dim"] // 2, 2)).transpose(1, 2).flatten(0, 2)
         if family == "gemma3" and name.endswith("norm.weight"):
             weight = weight - 1

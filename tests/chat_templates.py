@@ -77,10 +77,6 @@ GLM4 = (  # writes the thoughts of the last answer, and takes parts too
     "{% elif m.role == 'tool' %}<|observation|>\n{{ text }}{% else %}<|{{ m.role }}|>\n{{ text }}{% endif %}"
     "{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
 )
-PARTS_ONLY = (  # of models that see
-    "{% for m in messages %}{{ m.role | capitalize }}:{% for part in m.content %} {{ part.text }}{% endfor %}"
-    "<end_of_utterance>\n{% endfor %}{{ 'Assistant:' if add_generation_prompt }}"
-)
 FAMILIES = {
     name.lower(): source for name, source in vars().copy().items() if name.isupper() and name not in ("BOS", "FAMILIES")
 }

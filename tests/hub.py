@@ -18,7 +18,7 @@ def commit_of(revision):
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name ("org/name" or "datasets/org/name") and revision: the commit and the files' bytes.
+    """Repositories by name, "org/name", and revision: the commit and the files' bytes.
 
     Of those in `gated` only the list is given. `requested` are the files that were asked for, and `posted` the paths
     and bodies of uploads, which are answered with `status`.
@@ -48,9 +48,7 @@ class Hub(ThreadingHTTPServer):
 
     def answer(self, path):
         """Status, headers and body."""
-        listing = re.fullmatch(
-            r"/api/(?:models/|(?=datasets/))(.+?)(?:/(revision|tree)/([^/?]+)(/\w+)?)?(?:\?.*)?", path
-        )
+        listing = re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/?]+)(/\w+)?)?(?:\?.*)?", path)
         file = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
         if not (listing or file):
             return 404, {}, b""

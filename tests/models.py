@@ -62,12 +62,6 @@ DELTA = {  # of Qwen3.5: odd sizes, more value heads than key heads
 ONE_LAYER = {"num_hidden_layers": 1, "use_cache": False}  # transformers' cache needs a layer that attends
 ODD = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 9, "attention_bias": True}
 AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [1, 1, 0]}}
-MULTIPLIERS = {  # of Granite
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.3,
-    "residual_multiplier": 0.7,
-    "logits_scaling": 2.5,
-}
 EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
 
 # Every family, and every switch of each, as the keys of its config.json. Documents in tests are up to 30 tokens long.
@@ -95,7 +89,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, **LONG},
     },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
-    "granite": {"model_type": "granite", **MULTIPLIERS, **BIASES, "tie_word_embeddings": True},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": EVERY_OTHER, **QUERY, **BY_KIND},
     "lfm2": {"model_type": "lfm2", **CONVOLUTIONS, "conv_L_cache": 3},
     "olmo3": {"model_type": "olmo3", "sliding_window": 4, "rope_parameters": OLMO3},
@@ -135,13 +128,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 # Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations,
-# multipliers, norms after both branches, queries that grow, convolutions and memories.
+# norms after both branches, queries that grow, convolutions and memories.
 MOST_DIFFERENT = (
     "llama-bias-tied-wide-heads",
     "qwen3",
     "smollm3-window",
     "phi3-longrope",
-    "granite",
     "gemma3",
     "ministral3",
     "qwen3.5",

@@ -408,7 +408,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=data --target-modules=q_prj", "matches --target-modules 'q_prj'"),
         ("finetune --lora-r=0 --lora-dropout=2", "minilora: --lora-r is 0, need a whole number"),
         ("finetune --lora-r=0 --lora-dropout=2", "; --lora-dropout is 2.0, need"),
-        ("finetune --keep=best", "need --eval-steps"),
+        ("finetune --keep=best", "needs --eval-steps"),
         ("finetune --epochs=0 --seed=-1", "; --seed is -1, need a whole number"),
         ("finetune --model=model --data=data --eval-data=many.jsonl", "have a test split already"),
         ("finetune --model=model --data=data --eval-data=many.jsonl", "leave --eval-data out"),
@@ -418,7 +418,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
-        ("eval --model=model --data=", "the name is empty; leave it out, or name something"),
+        ("eval --model=model --data=", "no such file or directory"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),
         ("eval --model=model --data=many.jsonl --metric=choice", "needs rows with few distinct answers"),
     ):

@@ -1,6 +1,5 @@
 """minilora merge and export: what is written and what is said."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -177,24 +176,6 @@ def test_adapters_that_were_asked_differently_are_merged_as_the_first_was(direct
     for i, order in enumerate((both, both[::-1])):
         said("merge", *order, f"--out={tmp_path / str(i)}")
         assert (tmp_path / str(i) / "chat_template.jinja").read_text()[-1] == "?!"[i]
-
-
-def test_a_merge_into_another_dtype_than_that_of_the_training_is_said(directory, tmp_path, capsys, monkeypatch):
-    said = runner(directory, capsys, monkeypatch)
-    record = {"config": {}, "data_sha256": {}, "inputs_sha256": {}}
-    start = {"time": "2026-01-01T00:00:00+00:00", "dtype": "float32"}
-    for name, text in (("run", json.dumps({**record, "starts": [start]})), ("other", '{"starts": 1}')):
-        (shutil.copytree("a", tmp_path / name) / "run.json").write_text(text)
-    cases = (
-        ("run", ["--dtype=bfloat16"], True),
-        ("run", ["--dtype=bfloat16", "--adapter=b"], True),
-        ("run", [], False),  # the base is in float32
-        ("other", ["--dtype=bfloat16"], False),
-    )
-    for i, (name, words, is_said) in enumerate(cases):
-        note = said("merge", f"--adapter={tmp_path / name}", *words, f"--out={tmp_path / str(i)}").err
-        text = f"{tmp_path / 'run'}: trained in float32, merged into bfloat16: "
-        assert (text in note) == is_said
 
 
 def test_an_adapter_is_not_applied_to_the_model_that_it_is_merged_into(directory, run, tmp_path):

@@ -11,7 +11,7 @@ from minilora.models.convolution import convolves
 from minilora.models.qwen35 import is_linear
 from minilora.models.smollm3 import rotated_layers
 from tests import models
-from tests.models import LLAMA3, MULTIPLIERS, SIZES, YARN, examples, tiny_config, tiny_model, token_ids
+from tests.models import LLAMA3, SIZES, YARN, examples, tiny_config, tiny_model
 
 ALL_KINDS = {
     "default": {},
@@ -135,12 +135,6 @@ def test_qwen3_5_attends_in_every_fourth_layer_or_where_its_config_says_so():
         assert [hasattr(block, "linear_attn") for block in model.model.layers] == linear
 
 
-def test_a_granite_whose_config_lacks_its_multipliers_multiplies_by_1():
-    one, none = (tiny_model("granite", **dict.fromkeys(MULTIPLIERS, value)) for value in (1.0, None))
-    ids = token_ids(0, 2, 5)
-    assert torch.equal(none(ids), one(ids))
-
-
 def test_longrope_has_two_older_names_in_phi3_alone():
     for old in ("su", "yarn"):
         configs = [tiny_config("phi3", rope_scaling={"type": t, **ALL_KINDS["longrope"]}) for t in (old, "longrope")]
@@ -175,7 +169,6 @@ def test_biases_are_read_where_the_family_has_them():
         "phi3": (False, False, False),
         "olmo2": (True, True, False),
         "olmo3": (True, True, False),
-        "granite": (True, True, True),
         "gemma3_text": (True, True, False),
         "lfm2": (False, False, False),
     }

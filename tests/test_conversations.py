@@ -16,7 +16,6 @@ from tests.chat_templates import (
     LLAMA3,
     MISTRAL,
     NEMOTRON,
-    PARTS_ONLY,
     PHI3,
     QWEN3,
     QWEN3_TRAINING,
@@ -117,28 +116,15 @@ def test_each_family_learns_only_the_answer_of_a_plain_conversation(tokenizer, f
 # --- content in parts ---
 
 
-@pytest.mark.parametrize(
-    "template", [LLAMA3, CHATML, PHI3, GLM4, PARTS_ONLY], ids=["trim", "print", "+", "both", "only"]
-)
+@pytest.mark.parametrize("template", [LLAMA3, CHATML, PHI3, GLM4], ids=["trim", "print", "+", "both"])
 @pytest.mark.parametrize("train_on", ["completion", "all"])
-def test_parts_and_text_are_the_same_to_a_template_that_takes_one_of_them(tokenizer, template, train_on):
+def test_parts_are_joined_to_text(tokenizer, template, train_on):
     chosen, messages = tokenizer(template=template), conversation([("what?", "good day")], "Be brief.")
-    found = encoded({"messages": as_parts(messages)}, chosen, train_on)
-    assert found == encoded({"messages": messages}, chosen, train_on)
-    assert "'type'" not in chosen.decode(found.tokens)
-    halves = [*messages[:2], answer([{"type": "text", "text": text} for text in ("good", " day")])]
-    assert template == PARTS_ONLY or encoded({"messages": halves}, chosen, train_on) == found
+    halves = [*as_parts(messages[:2]), answer([{"type": "text", "text": text} for text in ("good", " day")])]
+    assert encoded({"messages": halves}, chosen, train_on) == encoded({"messages": messages}, chosen, train_on)
 
 
 DEMANDING = "{{ raise_exception('begin with a system message') if messages[0].role != 'system' }}"
-
-
-def test_a_template_that_takes_parts_alone_may_demand_a_system_message(tokenizer):
-    chosen = tokenizer(template=DEMANDING + PARTS_ONLY)
-    expected = encoded({"messages": conversation([("a", "b")], "c")}, tokenizer(template=PARTS_ONLY))
-    assert encoded({"messages": conversation([("a", "b")], "c")}, chosen) == expected
-    with pytest.raises(ml.DataError, match="begin with a system message"):
-        encoded({"messages": conversation([("a", "b")])}, chosen)
 
 
 # --- what a template leaves out, or puts elsewhere where it asks ---
@@ -163,12 +149,12 @@ LEFT_OUT = {  # what the messages are that ask, the answer, and a template leave
         "(what message 2 says|the tool calls of message 1)",
     ),
     "system prompt": (NO_SYSTEM, [{"role": "system", "content": "c"}, QUESTION], answer("b"), "what message 0 says"),
-    "calls": (PARTS_ONLY, [QUESTION], answer(None, tool_calls=[CALL]), "the tool calls of message 1"),
+    "calls": (CHATML, [QUESTION], answer(None, tool_calls=[CALL]), "the tool calls of message 1"),
     "a second call": (FIRST_CALL, [QUESTION], answer("a", tool_calls=[CALL] * 2), "the tool calls of message 1"),
     **{
         f"{field} {i}": (template, [QUESTION], answer("b", **{field: "hm"}), "what message 1 says, or its thoughts")
         for field in ("reasoning", "thinking", "reasoning_content")
-        for i, template in enumerate((CHATML, GEMMA, PARTS_ONLY))
+        for i, template in enumerate((CHATML, GEMMA))
     },
 }
 

@@ -114,20 +114,10 @@ def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
     assert wanted <= {path.name for path in fetch("org/adapter", "adapter").iterdir()}
 
 
-def test_data_are_the_data_files_at_the_top(hub):
-    for i, names in enumerate((["train.jsonl", "valid.jsonl"], ["rows.jsonl"], ["a.json"])):
-        rows, name = {name: name.encode() for name in names}, f"org/data{i}"
-        hub.add(f"datasets/{name}", {**rows, **dict.fromkeys(("dataset_infos.json", "data/a.jsonl", "load.py"), b"no")})
-        assert files_of(fetch(name, "dataset")) == rows
-        assert locate(name, "dataset").name == f"{name}@{commit_of(f'datasets/{name}main')}"
-
-
-def test_every_name_in_the_settings_of_a_run_has_its_commit(hub, models, adapter):
-    hub.add("datasets/org/rows", {"train.jsonl": b"{}"})
-    names = {"model": "org/tiny", "adapter": "org/adapter"}
-    names |= {"eval_data": "org/rows", "general_data": "org/rows", "data": ("org/rows",)}
-    found = vars(find_inputs(Settings(RunConfig(**names)))[0].run)
-    assert all("@" in (found[name] if name != "data" else found[name][0]) for name in names)
+def test_model_and_adapter_in_the_settings_of_a_run_have_their_commits(hub, models, adapter):
+    run = find_inputs(Settings(RunConfig(model="org/tiny", adapter="org/adapter")))[0].run
+    assert "@" in run.model
+    assert "@" in run.adapter
 
 
 def test_the_base_and_its_commit_are_written_with_the_adapter_and_found_again(hub, models, tmp_path):
@@ -175,16 +165,8 @@ def test_a_directory_is_itself_before_it_is_a_name_of_the_hub(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for name in ("org/tiny", "org/tiny@v1.0"):
         Path(name).mkdir(parents=True)
-        for kind in ("model", "tokenizer", "adapter", "dataset"):
+        for kind in ("model", "tokenizer", "adapter"):
             assert locate(name, kind) == Location(Path(name), name)
-
-
-def test_a_mistyped_data_file_is_not_looked_for_on_the_hub(hub):
-    hub.add("datasets/org/rows.jsonl", {"rows.jsonl": b"{}"})
-    assert "no such file or directory" in refuses("org/rows.jsonl", "dataset")
-    Path("rows").mkdir()
-    (path := Path("rows/a.jsonl")).write_text("{}")
-    assert fetch("rows/a.jsonl", "dataset") == path
 
 
 def test_a_gguf_file_is_pointed_to_its_recipe(tmp_path):
@@ -194,17 +176,14 @@ def test_a_gguf_file_is_pointed_to_its_recipe(tmp_path):
 
 
 def test_what_is_built_in_has_a_name_that_never_means_the_hub(hub):
-    for name in (BUILTIN, f"datasets/{BUILTIN}"):
-        hub.add(name, {"adapter_model.safetensors": b""})
+    hub.add(BUILTIN, {"adapter_model.safetensors": b""})
     assert fetch(BUILTIN, "model") == fetch(BUILTIN, "tokenizer") == ASSETS / "model"
-    assert fetch(BUILTIN, "dataset") == ASSETS / "data"
     assert "no such directory" in refuses(BUILTIN, "adapter")
 
 
 def test_what_the_hub_says_is_said(hub, models, monkeypatch):
     assert "Repository Not Found" in refuses("org/none")
     assert "Revision Not Found" in refuses("org/tiny@v9")
-    assert "Repository Not Found" in refuses("org/tiny", "dataset")
     hub.add("org/gated", {"model.safetensors": b""})
     hub.gated.add("org/gated")
     assert "Cannot access gated repo" in refuses("org/gated")
@@ -222,22 +201,19 @@ def test_a_repository_without_a_format_that_is_read_is_told_of(hub):
         ("model", ["config.json", "consolidated.safetensors"], r"*.safetensors"),
         ("adapter", ["adapter_config.json", "adapter_model.bin"], r"adapter_model.safetensors"),
         ("tokenizer", ["config.json", "tokenizer.model"], r"tokenizer.json"),
-        ("dataset", ["data/train.jsonl", "train.parquet"], r"*.jsonl"),
-        ("dataset", [], r"*.jsonl"),
     ):
-        hub.add("datasets/org/x" if kind == "dataset" else "org/x", dict.fromkeys(files, b"{}"))
+        hub.add("org/x", dict.fromkeys(files, b"{}"))
         assert f"the repository has no {needed}" in refuses("org/x", kind)
 
 
 HOSTILE = ["../../../../a.json", "/b/a.json", "a/../../a.json", "./a.json", "..\\..\\a.json", "C:a.json", "C:\\a.json"]
 
 
-@pytest.mark.parametrize("kind", ["model", "dataset"])
-def test_names_that_lead_elsewhere_are_not_fetched(hub, tmp_path, kind):
+def test_names_that_lead_elsewhere_are_not_fetched(hub, tmp_path):
     good = {"model.safetensors": b"", "b.json": b""}
     files = {**good, **dict.fromkeys(HOSTILE, b"hostile")}
-    hub.add("datasets/org/bad" if kind == "dataset" else "org/bad", files)
-    fetch("org/bad", kind)
+    hub.add("org/bad", files)
+    fetch("org/bad", "model")
     assert set(hub.requested) <= set(good)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"hostile"]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import cli
-from minilora.cli import forecast as pages
+from minilora.cli import dry_run as pages
 from minilora.cli.finetune import find_inputs, plan_run
 from minilora.data import Batch
 from minilora.kernels import llama as heads

@@ -4,7 +4,7 @@ import re
 import pytest
 
 import minilora as ml
-from minilora.cli.preview import mark_learned
+from minilora.cli.dry_run import mark_learned
 from minilora.data import IGNORE_INDEX
 from minilora.runs.encoders import encode_rows
 from minilora.runs.formats import Row

@@ -14,7 +14,7 @@ from tests.training import adapted, as_written, copy_checkpoint, random_rows, st
 ROWS, HELD_OUT = random_rows(1, 9), random_rows(9, 4)
 # A learning rate at which the held-out loss falls and then rises; an evaluation after each of the 10 steps.
 CONFIG = {"batch_size": 3, "epochs": 4, "max_steps": 10, "learning_rate": 0.05, "lr_scheduler": "constant"}
-CONFIG |= {"eval_steps": 1, "keep": "best", "early_stopping": 3}
+CONFIG |= {"eval_steps": 1, "keep": "best"}
 
 
 def run(directory=None, model=None, on_step=None, held_out=HELD_OUT, **config):
@@ -33,14 +33,14 @@ def watched():
             losses.append(record["eval_loss"])
             snapshots.append(weights(model))
 
-    run(model=model, on_step=watch, keep="last", early_stopping=None)
+    run(model=model, on_step=watch, keep="last")
     assert 0 < losses.index(min(losses)) < len(losses) - 4  # or these tests would show nothing
     return losses, snapshots
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that keeps the best adapter and ends early: its checkpoints, its model and its result."""
+    """A run that keeps the best adapter: its checkpoints, its model and its result."""
     directory = tmp_path_factory.mktemp("whole")
     return directory, *run(directory, save_steps=1, save_total_limit=99)
 
@@ -52,25 +52,6 @@ def test_of_evaluations_now_and_then_the_best_of_those_is_kept(watched):
     best = min(evaluated, key=losses.__getitem__)
     assert result.kept == best + 1
     assert torch.equal(weights(model), snapshots[best])
-
-
-@pytest.mark.parametrize(
-    ("patience", "keep"),
-    [
-        *((1, "best"), (2, "last")),
-        *long((2, "best"), (3, "best"), (1, "last"), (3, "last")),
-    ],
-)
-def test_a_run_ends_after_so_many_evaluations_without_a_new_lowest_loss(watched, patience, keep):
-    losses, snapshots = watched
-    stale = [step - losses.index(min(losses[: step + 1])) for step in range(len(losses))]
-    last = next(step for step, count in enumerate(stale) if count == patience)
-    model, result = run(early_stopping=patience, keep=keep)
-    assert result.finished
-    assert result.steps == last + 1
-    kept = losses.index(min(losses[: last + 1])) if keep == "best" else last
-    assert torch.equal(weights(model), snapshots[kept])
-    assert result.kept == kept + 1
 
 
 @pytest.mark.parametrize("step", [2, 5, *long(1, 3, 4, 6)])
@@ -103,29 +84,26 @@ def test_a_best_adapter_of_other_tensors_is_refused(whole, tmp_path):
 def test_a_checkpoint_that_lacks_what_is_known_of_the_best_adapter_is_refused(whole, tmp_path):
     newest = copy_checkpoint(whole[0], 6, tmp_path)
     state = json.loads((newest / "state.json").read_text())
-    (newest / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "stale"}))
+    (newest / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "best_loss"}))
     as_written(newest)
-    with pytest.raises(ml.FormatError, match=r"state\.json: stale is not there"):
+    with pytest.raises(ml.FormatError, match=r"state\.json: best_loss is not there"):
         run(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change", [{"eval_steps": 2}, {"keep": "last"}, {"early_stopping": 1}, {"held_out": HELD_OUT[:2]}]
-)
+@pytest.mark.parametrize("change", [{"eval_steps": 2}, {"keep": "last"}, {"held_out": HELD_OUT[:2]}])
 def test_what_chooses_the_result_cannot_change_when_the_run_goes_on(whole, change):
     with pytest.raises(ml.TrainingError, match="other data or settings"):
         run(whole[0], **change)
 
 
 def test_without_held_out_examples_there_is_nothing_to_choose_by():
-    with pytest.raises(ml.DataError, match="need held-out examples"):
+    with pytest.raises(ml.DataError, match="needs held-out examples"):
         run(held_out=())
 
 
-@pytest.mark.parametrize("options", [{"keep": "best"}, {"early_stopping": 2}])
-def test_choosing_needs_evaluations(options):
-    with pytest.raises(ml.ConfigError, match="need eval_steps"):
-        ml.TrainConfig(**options)
+def test_choosing_needs_evaluations():
+    with pytest.raises(ml.ConfigError, match="needs eval_steps"):
+        ml.TrainConfig(keep="best")
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 2.5, float("inf"), float("nan")]), min_size=1, max_size=8))
@@ -136,4 +114,3 @@ def test_the_first_of_the_lowest_finite_losses_is_the_best(losses):
     finite = [loss for loss in losses if loss < float("inf")]
     assert state.best_loss == (min(finite) if finite else None)
     assert state.best_step == (losses.index(min(finite)) + 1 if finite else 0)
-    assert state.stale == len(losses) - state.best_step

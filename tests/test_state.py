@@ -333,7 +333,7 @@ def test_a_weight_that_is_not_finite_is_in_no_checkpoint(tmp_path):
     ("key", "value"),
     [
         *(("step", value) for value in ("2", None, 99)),
-        *(("tokens", None), ("seconds", "1"), ("best_loss", "x"), ("stale", 0.5)),
+        *(("tokens", None), ("seconds", "1"), ("best_loss", "x")),
     ],
 )
 def test_a_state_with_a_number_of_another_kind_or_step_is_refused_by_its_name(whole, tmp_path, key, value):

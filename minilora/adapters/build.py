@@ -21,7 +21,6 @@ from minilora.adapters.initialize import factors_from_weight, gaussian_factors
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LoraEmbedding, LowRankWrapper, as_matrix
 from minilora.adapters.modules_to_save import ModulesToSave, TokenRows, TrainableTokens, TrainedCopy
 from minilora.errors import ConfigError, ShapeError, TargetError, in_recipe
-from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, Linear, LoraAdapter, LoraLinear, dora_norm, initial_factors
 from minilora.models.fsdp import whole, whole_weight
 from minilora.nf4 import NF4Linear
@@ -282,10 +281,6 @@ def check_layers(
     model = modules[""]
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
         raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
-    divides = isinstance(model, Llama) and "logits_scaling" in model.config.source
-    head = layers.get("lm_head")
-    if divides and isinstance(head, LoraLinear) and any(a.lora_bias is not None for a in head.adapters.values()):
-        raise TargetError("lm_head: logits_scaling divides its input, not the bias that lora_bias adds; exclude it")
     for path, layer in layers.items():
         is_own = has_hooks(layer.base) or "forward" in layer.base.__dict__
         if is_own and isinstance(layer, LINEARS):

@@ -30,7 +30,7 @@ from minilora.runs.settings import DataConfig
 def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
     parser.add_argument(
-        "--data", required=True, nargs="+", help="files, directories or hub ids; of a directory, the test split is used"
+        "--data", required=True, nargs="+", help="files or directories; of a directory, the test split is used"
     )
     parser.add_argument(
         "--metric",

@@ -26,11 +26,10 @@ from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import read_adapter
 from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, closest_name, say
+from minilora.cli.dry_run import dry_run_lines, preview
 from minilora.cli.flags import add_fields, from_flags, read_config_file
-from minilora.cli.forecast import dry_run_lines
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
 from minilora.cli.messages import report, run_notes, say_start
-from minilora.cli.preview import preview
 from minilora.errors import ConfigError
 from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.llama import Llama
@@ -123,9 +122,6 @@ def find_inputs(settings: Settings) -> tuple[Settings, Base]:
         run,
         model=model.name,
         adapter=adapter and adapter.name,
-        data=tuple(locate(name, "dataset").name for name in run.data),
-        eval_data=run.eval_data and locate(run.eval_data, "dataset").name,
-        general_data=run.general_data if run.general_data == "none" else locate(run.general_data, "dataset").name,
     )
     base = Base(model, (adapter.path,) if adapter else (), read_config(model.path))
     # What a run starts from, a merged model as well, has the system prompt that it was trained with.

@@ -26,7 +26,7 @@ from typing import Any
 
 from minilora.adapters.layout import PEFT_DEFAULTS, parse_tensor_name
 from minilora.cli import Options, say
-from minilora.cli.forecast import memory_page
+from minilora.cli.dry_run import memory_page
 from minilora.cli.messages import base_notes
 from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry

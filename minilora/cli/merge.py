@@ -7,8 +7,7 @@ Example:
   minilora merge --adapter run --out merged
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -18,13 +17,12 @@ from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
 from minilora.cli.messages import base_notes, say_prompts
-from minilora.errors import ConfigError, FormatError
+from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.prompts import Prompts
 from minilora.runs.cards import write_cards
-from minilora.runs.reports import read_run_record
 from minilora.tools.merging import Merge, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
@@ -59,8 +57,7 @@ def _write_model(options: Options, found: Sources, out: Path) -> str:
     quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
     device = usable_device(options["device"])
     merge = Merge(found.base.path, found.adapters, target, found.quantize, options["dtype"], device)
-    dtype = str(merge.weight_dtype).removeprefix("torch.")
-    for note in (*base_notes(found.base, found.adapters, quantization), *_dtype_notes(found.adapters, dtype)):
+    for note in base_notes(found.base, found.adapters, quantization):
         say(note)
     tokenizer = found.tokenizer
     if tokenizer and tokenizer.prompts != Prompts():  # in the template of a run they are already
@@ -73,16 +70,6 @@ def _write_model(options: Options, found: Sources, out: Path) -> str:
     _record_adapters(out, options["adapter"], found.adapters)
     write_cards(out)
     return f"{_describe_error(error)}\nmerged model"
-
-
-def _dtype_notes(adapters: Sequence[Path], merged: str) -> Iterator[str]:
-    """Yield which adapters were trained on a base of another dtype, by the record of their runs."""
-    for path in adapters:
-        with suppress(FormatError):  # there is no record, or it is another program's
-            trained = read_run_record(path / "run.json")["starts"][0]["dtype"]
-            if trained != merged:
-                rounding = f"its weights are rounded in another way; --dtype {trained} merges as it was trained"
-                yield f"{path}: trained in {trained}, merged into {merged}: {rounding}"
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) -> None:

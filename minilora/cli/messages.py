@@ -159,8 +159,6 @@ def say_start(run: Run, model: Llama) -> None:
 def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence[Mapping[str, Any]]) -> None:
     """Print what the run has changed, as a table, and show the first answers to held-out rows."""
     forgetting = summary.general
-    if result.steps < result.total_steps:
-        say(f"stopped early: no new lowest loss in {run.plan.training.early_stopping} evaluations")
     if result.kept != result.steps:
         say(f"the adapter of step {result.kept} had the lowest loss of all evaluations and is the one kept")
     has_accuracy = summary.after.accuracy is not None

@@ -10,12 +10,10 @@ Example:
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.layout import base_model_of
-from minilora.cli import Options, say
-from minilora.cli.load import MERGED
+from minilora.cli import Options
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN, read_json
 from minilora.models.checkpoint import MODEL_FILES
@@ -33,8 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-name",
         metavar="ORG/NAME",
-        help="name of the base model on the hub, org/name[@revision] (default: the one that the adapter or the base "
-        "model's config.json records)",
+        help="name of the base model on the hub, org/name[@revision] (default: the one that the adapter records)",
     )
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private by default")
     parser.add_argument("--dry-run", action="store_true", help="show the card, and upload nothing")
@@ -63,7 +60,7 @@ def run(options: Options) -> int:
 
 
 def find_base_name(directory: Path, given: str | None) -> str:
-    """Return the name of an adapter's base on the Hub: the given one, or what the adapter or its base records.
+    """Return the name of an adapter's base on the Hub: the given one, or what the adapter records.
 
     A model has none, unless one is given: "".
 
@@ -79,22 +76,13 @@ def find_base_name(directory: Path, given: str | None) -> str:
         return given or ""
     recorded = base_model_of(directory) or ""
     is_run = (directory / "run.json").is_file()  # which records the commit of a repository
-    if PINNED.fullmatch(recorded) or (_is_hub_name(recorded) and not is_run):
+    is_name = HUB_ID.fullmatch(recorded) and recorded != BUILTIN and not Path(recorded).exists()
+    if PINNED.fullmatch(recorded) or (is_name and not is_run):
         return recorded
-    config = Path(recorded, "config.json")
-    values = read_json(config) if recorded and config.is_file() else {}
-    if _is_hub_name(name := values.get("_name_or_path")) and MERGED not in values:
-        say(f"the base model is published as {name}, `_name_or_path` of {config}; if it is another, give --base-name")
-        return str(name)
     raise ConfigError(
         f"{directory}: the base model is {recorded!r}, which is no model on the Hub; give --base-name ORG/NAME, "
         "its name there"
     )
-
-
-def _is_hub_name(name: Any) -> bool:
-    """Return whether this is a name of the Hub, by the rule of `locate`: an existing path is a path."""
-    return isinstance(name, str) and bool(HUB_ID.fullmatch(name)) and name != BUILTIN and not Path(name).exists()
 
 
 def without_paths(file: Path, base: str) -> Path | bytes:

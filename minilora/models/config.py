@@ -12,7 +12,6 @@ from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.delta_rule import SIZES as LINEAR_SIZES
 from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
-from minilora.models.granite import GRANITE, MULTIPLIERS
 from minilora.models.lfm2 import LFM2
 from minilora.models.ministral3 import MINISTRAL3
 from minilora.models.olmo2 import OLMO2, OLMO3
@@ -51,7 +50,7 @@ NEEDS: dict[str, Need] = {  # of a value that is not null
     **dict.fromkeys(("sliding_window_pattern", "no_rope_layer_interval"), LENGTH),
     "max_window_layers": whole_number(2**31 - 1, least=0),  # 0: every layer has a window
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq"), number()),
-    **dict.fromkeys(("query_pre_attn_scalar", *MULTIPLIERS), number()),
+    "query_pre_attn_scalar": number(),
     "partial_rotary_factor": number(1.0),
     "block_ffn_dim_multiplier": number(100.0),
     "rope_scaling": of_type(Mapping, "a JSON object"),
@@ -78,7 +77,6 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "phi3": PHI3,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
-    "granite": GRANITE,
     "gemma3_text": GEMMA3,
     "lfm2": LFM2,
 }

@@ -1,7 +1,7 @@
-"""Models, adapters and data by name: a path, what comes with minilora, or a repository on the Hugging Face Hub.
+"""Models and adapters by name: a path, what comes with minilora, or a repository on the Hugging Face Hub.
 
-    ./a/path              a file or directory, if it exists
-    minilora/builtin      the small model, or its data, that comes with minilora
+    ./a/path              a directory, if it exists
+    minilora/builtin      the small model that comes with minilora
     org/name              the newest commit of a repository
     org/name@revision     a branch, a tag or a commit of it
 
@@ -16,14 +16,13 @@ from typing import Literal, NamedTuple
 from minilora.errors import FormatError, in_recipe
 from minilora.files import ASSETS, BUILTIN
 
-Kind = Literal["model", "tokenizer", "adapter", "dataset"]
-DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
+Kind = Literal["model", "tokenizer", "adapter"]
 PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?!.*\.\.)(?![^@]*--)({PART}/{PART})(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
 PINNED = re.compile(rf"({PART}/{PART})@([0-9a-f]{{40}})", re.ASCII)
 
 # A star matches separators too: a name with one could lead out of the cache.
-NEVER = ["*/*", "*\\*", "*:*", "consolidated*", "dataset_infos.json"]
+NEVER = ["*/*", "*\\*", "*:*", "consolidated*"]
 
 
 class Location(NamedTuple):
@@ -33,12 +32,10 @@ class Location(NamedTuple):
     name: str
 
 
-BUILTINS: dict[Kind, Path] = {"model": ASSETS / "model", "tokenizer": ASSETS / "model", "dataset": ASSETS / "data"}
-NEEDED: dict[Kind, tuple[str, ...]] = {  # of these files, a repository has at least one
-    "model": ("*.safetensors",),
-    "tokenizer": ("tokenizer.json",),
-    "adapter": ("adapter_model.safetensors",),
-    "dataset": tuple(f"*{ending}" for ending in DATA_ENDINGS),
+NEEDED: dict[Kind, str] = {  # the files without which a repository is of no use
+    "model": "*.safetensors",
+    "tokenizer": "tokenizer.json",
+    "adapter": "adapter_model.safetensors",
 }
 
 
@@ -51,25 +48,24 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     """Find what a name means, and fetch it if that is a repository of the hub. A `Path` is never a repository.
 
     Raises:
-        FormatError: there is no such file, directory or repository; it cannot be fetched, or has no file of a format
+        FormatError: there is no such directory or repository; it cannot be fetched, or has no file of a format
             that minilora reads.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if not name:
         raise FormatError("the name is empty; leave it out, or name something")
-    if name == BUILTIN and kind in BUILTINS:
-        return Location(BUILTINS[kind], name)
-    if path.is_dir() or (kind == "dataset" and path.exists()):
+    if name == BUILTIN and kind != "adapter":
+        return Location(ASSETS / "model", name)
+    if path.is_dir():
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
             _explain_missing_adapter(path)
         return Location(path, name)
-    if path.suffix == ".gguf" and kind != "dataset":
+    if path.suffix == ".gguf":
         raise FormatError(f"{path}: a GGUF file has to become a directory first; {in_recipe('from_gguf')}")
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
-    if HUB_ID.fullmatch(name) and not is_path and not (kind == "dataset" and name.endswith(DATA_ENDINGS)):  # mistyped
+    if HUB_ID.fullmatch(name) and not is_path:
         return _download(name, kind)
-    missing = "no such file or directory" if kind == "dataset" else "no such directory"
-    raise FormatError(f"{path}: {missing}, and not 'org/name' or 'org/name@revision' of the Hugging Face Hub")
+    raise FormatError(f"{path}: no such directory, and not 'org/name' or 'org/name@revision' of the Hugging Face Hub")
 
 
 def _explain_missing_adapter(path: Path) -> None:
@@ -93,18 +89,15 @@ def _download(name: str, kind: Kind) -> Location:
     try:
         directory = huggingface_hub.snapshot_download(
             repository,
-            repo_type="dataset" if kind == "dataset" else "model",
             revision=revision or None,
-            allow_patterns=[*NEEDED[kind], *(() if kind == "dataset" else ("*.json", "*.jinja"))],
+            allow_patterns=[NEEDED[kind], "*.json", "*.jinja"],
             ignore_patterns=NEVER,
         )
     except Exception as error:  # of the hub, or of its HTTP library
         raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
     path = Path(directory)
-    if not any(any(path.glob(pattern)) for pattern in NEEDED[kind]):
-        convert = f'; in Python, datasets.load_dataset("{repository}", split="train").to_json("rows.jsonl") writes one'
-        how = convert if kind == "dataset" else ""
-        raise FormatError(f"{name}: the repository has no {' or '.join(NEEDED[kind])} at its top{how}")
+    if not any(path.glob(NEEDED[kind])):
+        raise FormatError(f"{name}: the repository has no {NEEDED[kind]} at its top")
     return Location(path, f"{repository}@{path.name}")
 
 

@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
@@ -62,7 +62,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any) -> str:
         """Return the conversation as text; the variables, such as `tools`, have transformers' names."""
-        return self._run(self.adapt(messages), add_generation_prompt=add_generation_prompt, **variables)
+        return self._run(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def render_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks.
@@ -70,7 +70,6 @@ class ChatTemplate:
         Raises:
             DataError: as for `render`; the template changes the text of a block before it writes it, or nests blocks.
         """
-        messages = self.adapt(messages)
         expected = self._run(messages, **variables)
         if "endgeneration" not in self.source:
             return expected, []
@@ -84,20 +83,6 @@ class ChatTemplate:
         ends = itertools.accumulate(map(len, pieces))  # every other piece is a block
         return expected, [(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)][1::2]
 
-    def adapt(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages with each content as text, or as a list of parts for a template that takes no text."""
-        return [self._adapt(message) if isinstance(message, Mapping) else message for message in messages]
-
-    def _adapt(self, message: Message) -> Message:
-        content = message.get("content")
-        if isinstance(content, str) and not self._takes_text:
-            return {**message, "content": _as_parts(content)}
-        if isinstance(content, list) and self._takes_text:
-            texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-            if all(isinstance(text, str) for text in texts):
-                return {**message, "content": "".join(map(str, texts))}
-        return message
-
     def with_defaults(self, system: str | None, thinking: bool | None) -> str:
         """Return the source with a first line that gives this system prompt and this way of asking where none is given.
 
@@ -105,7 +90,7 @@ class ChatTemplate:
         """
         added = ""
         if system:
-            opening = json.dumps(self.adapt([{"role": "system", "content": system}]), ensure_ascii=False)
+            opening = json.dumps([{"role": "system", "content": system}], ensure_ascii=False)
             is_missing = 'not messages or messages[0]["role"] not in ["system", "developer"]'
             added += f"{{%- if {is_missing} -%}}{{%- set messages = {opening} + messages -%}}{{%- endif %}}"
         if thinking is not None:
@@ -113,11 +98,6 @@ class ChatTemplate:
             added += f"{{%- if enable_thinking is not defined -%}}{set_way}{{%- endif %}}"
         is_added = added or self.source.startswith(DEFAULTS)  # so that only the added line is left out
         return f"{DEFAULTS}{added}\n{self.source}" if is_added else self.source
-
-    @functools.cached_property
-    def _takes_text(self) -> bool:
-        """Whether the template writes a content that is text; those of models that see may take only parts."""
-        return PROBE in self._probe("user", content=str) or PROBE not in self._probe("user", content=_as_parts)
 
     @functools.cached_property
     def always_asks(self) -> bool:
@@ -138,11 +118,10 @@ class ChatTemplate:
         """What the template writes after an answer, without white space before it."""
         return self._probe("user", "assistant").rpartition(PROBE)[2].lstrip()
 
-    def _probe(self, *roles: str, content: Callable[[str], Any] | None = None, **variables: bool) -> str:
+    def _probe(self, *roles: str, **variables: bool) -> str:
         """Return the text of some messages, after a system prompt if the template demands one; "" if it refuses."""
-        content = content or (str if self._takes_text else _as_parts)
-        messages = [{"role": role, "content": content(PROBE)} for role in roles]
-        for before in ([], [{"role": "system", "content": content("a")}]):
+        messages = [{"role": role, "content": PROBE} for role in roles]
+        for before in ([], [{"role": "system", "content": "a"}]):
             with suppress(DataError):
                 return self._run([*before, *messages], **variables)
         return ""
@@ -156,12 +135,8 @@ class ChatTemplate:
             raise DataError(f"chat template: {reason_of(error)}") from error
 
 
-def _as_parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
-
-
 def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Drop keys without a value, and store reasoning under all names that templates use, as transformers does."""
+    """Drop keys without a value, join parts of text, and store reasoning under all names that templates use."""
     if not messages:
         raise DataError("a conversation needs at least one message")
     normalized = []
@@ -169,6 +144,9 @@ def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise DataError(f"a message must be an object with role and content, found {type(message).__name__}")
         kept = {key: value for key, value in message.items() if value is not None}
+        parts = kept.get("content")
+        if isinstance(parts, list) and all(isinstance(part, Mapping) and "text" in part for part in parts):
+            kept["content"] = "".join(str(part["text"]) for part in parts)
         reasoning = next((kept[key] for key in REASONING if key in kept), None)
         if reasoning is not None:
             kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}

@@ -58,17 +58,14 @@ class State:
     total_steps: int = 0  # of the whole run, as it was planned then
     best_step: int = 0  # of the evaluation with the lowest loss; 0 before the first one
     best_loss: float | None = None
-    stale: int = 0  # evaluations since then
 
     def note(self, loss: float) -> bool:
         """Record an evaluation at this step; return whether its loss is the lowest. One that is not finite never is."""
-        if loss < (math.inf if self.best_loss is None else self.best_loss):
+        is_lowest = loss < (math.inf if self.best_loss is None else self.best_loss)
+        if is_lowest:
             self.best_step = self.step
             self.best_loss = loss
-            self.stale = 0
-        else:
-            self.stale += 1
-        return self.stale == 0
+        return is_lowest
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

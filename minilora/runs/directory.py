@@ -41,9 +41,8 @@ from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
 from minilora.runs.lock import holds_files, locked
 from minilora.runs.loop import Record
-from minilora.runs.reports import read_run_record
+from minilora.runs.reports import Tracker, read_run_record
 from minilora.runs.settings import Settings
-from minilora.runs.tracking import Tracker
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
 FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `BOOKKEEPING` names

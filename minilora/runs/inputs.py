@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters.layout import tokenizer_of
-from minilora.errors import DataError
+from minilora.errors import DataError, FormatError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
-from minilora.models.hub import DATA_ENDINGS, fetch
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
 from minilora.runs.evaluate import Choice, Question, find_choices
@@ -19,7 +18,8 @@ from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig, Settings, TrainConfig, TrainOn
 
-Names = str | Path | Sequence[str | Path]  # of files, directories and repositories of the hub
+Names = str | Path | Sequence[str | Path]  # of files and directories
+DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
 MARGIN = 16  # tokens of an answer beyond twice those of the wanted one
 
@@ -153,7 +153,10 @@ def find_splits(names: Names) -> dict[str, list[Path]]:
 
 
 def _splits_of(name: str | Path) -> dict[str, list[Path]]:
-    path, splits = fetch(name, "dataset"), dict[str, list[Path]]()
+    path, splits = ASSETS / "data" if name == BUILTIN else Path(name), dict[str, list[Path]]()
+    if not name or not path.exists():
+        convert = 'datasets.load_dataset(NAME, split="train").to_json("rows.jsonl")'
+        raise FormatError(f"{path}: no such file or directory; in Python, {convert} writes a data set of the hub")
     if not path.is_dir():
         return {"train": [path]}
     named = [file for file in sorted(path.iterdir()) if file.name[0] != "." and file.is_file()]
@@ -192,7 +195,7 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
     """
     splits = dict(splits)
     needed = ["test"] if "valid" not in splits else []
-    if training.selects:  # rows that select the adapter cannot also measure it
+    if training.keep == "best":  # rows that select the adapter cannot also measure it
         needed = ["test", "valid"]
     missing = [split for split in needed if split not in splits]
     for i, split in enumerate(missing):
@@ -205,8 +208,8 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
             splits[split] = Dataset(shuffled[:held], whole.cut)
     test = splits.get("test") or splits.get("valid") or Dataset(())
     valid = splits.get("valid") or test
-    if training.selects and not valid:
-        raise DataError("keep best and early_stopping need held-out rows: see eval_split and eval_data")
+    if training.keep == "best" and not valid:
+        raise DataError("keep best needs held-out rows: see eval_split and eval_data")
     return {"train": splits["train"], "valid": valid, "test": test}
 
 

@@ -119,7 +119,6 @@ def train(
     total = len(steps)
     warmup = warmup_steps(config, total)
     save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
-    patience = config.early_stopping or math.inf
 
     def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
         sampler.seed_random_state(device, f"{config.seed}/{batch.number}")
@@ -131,7 +130,7 @@ def train(
     try:
         state, best, damaged = _resume(model, optim, fingerprint, total, folder, config.save_total_limit)
         processes.broadcast_(checkpoints.trained_tensors(model).values())
-        finished = state.step == total or state.stale >= patience
+        finished = state.step == total
         stopped = False
         saved = time.perf_counter()
         started = saved - state.seconds
@@ -163,7 +162,6 @@ def train(
                 if state.note(scores["loss"]) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
                     best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-                finished |= state.stale >= patience
                 values = {f"eval_{name}": value for name, value in scores.items()}
                 stops = on_step({"step": state.step, **values, "best_step": state.best_step}) or stops
             is_late = config.save_steps is None and time.perf_counter() - saved >= SAVE_SECONDS
@@ -210,8 +208,8 @@ def _check_run(
                 "give loss=, a function (model, rows) -> (sum, count)"
             )
         check_examples(model, [*dataset, *held_out])
-    if config.selects and not len(held_out):
-        raise DataError("keep best and early_stopping need held-out examples")
+    if config.keep == "best" and not len(held_out):
+        raise DataError("keep best needs held-out examples")
     optimizer = build_optimizer(model, config, build)
     if build and folder is not None:
         before = copy.deepcopy(optimizer.state_dict())
@@ -219,7 +217,7 @@ def _check_run(
         optimizer.load_state_dict(before)
     fingerprint = ""
     if folder is not None or processes.size() > 1:
-        rows = held_out if config.selects else ()
+        rows = held_out if config.keep == "best" else ()
         own_optimizer = repr(optimizer) if build else ""
         fingerprint = checkpoints.fingerprint(dataset, rows, config, adapters, own_optimizer)
     if processes.size() > 1:

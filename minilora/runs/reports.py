@@ -1,22 +1,28 @@
-"""Reports of a run: progress on standard error; reading metrics.jsonl and run.json.
+"""Reports of a run: progress on standard error; its records, also for other libraries; reading them and run.json.
 
 {"step": 20, "loss": 0.545, "learning_rate": 0.0016, "grad_norm": 2.80, …}      a line of metrics.jsonl for a step
 {"step": 20, "eval_loss": 0.488, …}                                             and one for an evaluation
 """
 
+import json
+import math
 import signal
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from threading import Event, RLock, Thread
 from time import time
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minilora.errors import FormatError, printable
-from minilora.files import parse_object, read_json, read_text
+from minilora.files import parse_object, read_json, read_text, replacing
+from minilora.options import check_types
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 
@@ -129,6 +135,67 @@ class ProgressBar:
             with _Bar.get_lock():
                 self._bar.close()
                 self._bar = None
+
+
+@dataclass
+class Tracker:
+    """Write the numbers of each record; pass a tracker to `train` as `on_step`.
+
+    "jsonl" writes `metrics.jsonl` in the directory, which `minilora plot` reads, and "tensorboard" writes the folder
+    `tensorboard`. Both drop earlier records of the first record's step and of later steps, which a resumed run repeats.
+    In trackio and wandb the run belongs to `project` and is called `name`, by default the name of the directory.
+
+    Raises:
+        ModuleNotFoundError: the library is not installed.
+    """
+
+    library: Literal["jsonl", "tensorboard", "trackio", "wandb"]
+    directory: str | Path
+    config: Mapping[str, Any] | None = None
+    project: str = "minilora"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.run: Any = None
+        if self.library == "tensorboard":
+            import_module("torch.utils.tensorboard")
+        elif self.library != "jsonl":
+            name = self.name or Path(self.directory).name
+            self.run = import_module(self.library).init(project=self.project, name=name, config=self.config)
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        measured = {key: value for key, value in record.items() if key not in ("step", "total_steps")}
+        numbers = {key: value for key, value in measured.items() if isinstance(value, int | float)}
+        self.run = self.run or self._open(step)
+        if self.library == "jsonl":
+            finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+            with self.run.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps({'step': step, **finite})}\n")
+        elif self.library == "tensorboard":
+            for key, value in numbers.items():
+                self.run.add_scalar(key, value, step)
+            self.run.flush()  # a crash loses no record
+        else:
+            self.run.log(numbers, step=step)
+
+    def _open(self, step: int) -> Any:
+        if self.library == "tensorboard":
+            board = import_module("torch.utils.tensorboard")
+            return board.SummaryWriter(str(Path(self.directory) / "tensorboard"), purge_step=step)
+        path = Path(self.directory) / "metrics.jsonl"
+        records = read_records(path) if path.exists() else []
+        lines = [f"{json.dumps(record)}\n" for record in records if record["step"] < step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+        return path
+
+    def close(self) -> None:
+        if self.library == "tensorboard" and self.run:
+            self.run.close()
+        elif self.library in ("trackio", "wandb"):
+            self.run.finish()
 
 
 def shorten(text: str, most: int, keeps_end: bool = False) -> str:

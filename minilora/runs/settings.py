@@ -17,7 +17,7 @@ WATCHING = "evaluating, saving and reporting"  # a group of the help page
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
 COUNTS = (
     *("batch_size", "gradient_accumulation_steps", "max_steps"),
-    *("eval_steps", "early_stopping", "save_total_limit", "logging_steps"),
+    *("eval_steps", "save_total_limit", "logging_steps"),
 )
 
 
@@ -89,7 +89,6 @@ class TrainConfig:
     keep: Literal["last", "best"] = option(
         "last", "which weights are the result: the last, or the best of the evaluations", WATCHING
     )
-    early_stopping: int | None = option(None, "stop after this many evaluations without a new lowest loss", WATCHING)
     save_steps: int | None = option(
         None,
         "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten times a run, and "
@@ -119,15 +118,10 @@ class TrainConfig:
             bad.append(f"save_steps is {self.save_steps!r}, need a whole number of at least 0")
         if not 0 <= self.seed < 2**32:
             bad.append(f"seed is {self.seed!r}, need a whole number of at least 0 and below 2**32")
-        if self.eval_steps is None and self.selects:
-            bad.append("keep best and early_stopping need eval_steps")
+        if self.eval_steps is None and self.keep == "best":
+            bad.append("keep best needs eval_steps")
         if bad:
             raise ConfigError("TrainConfig: " + "; ".join(bad))
-
-    @property
-    def selects(self) -> bool:
-        """Return whether evaluations decide which weights are the result."""
-        return self.keep == "best" or self.early_stopping is not None
 
 
 @dataclass(frozen=True)
@@ -138,9 +132,9 @@ class RunConfig:
     data: tuple[str, ...] = option(
         (BUILTIN,),
         "rows: .jsonl, .json, .csv or .tsv files, or .txt documents; a directory of documents, or with train.jsonl and "
-        "perhaps valid.jsonl and test.jsonl; or a hub id",
+        "perhaps valid.jsonl and test.jsonl",
     )
-    eval_data: str | None = option(None, "held-out rows: a file, a directory or a hub id, as for --data", "data")
+    eval_data: str | None = option(None, "held-out rows: a file or a directory, as for --data", "data")
     eval_split: float = option(
         0.05, "share of the training rows to hold out, if no rows are held out by --data or --eval-data", "data"
     )

@@ -27,7 +27,6 @@ MODELS = {  # name: how its text is split, and what differs from the family's mo
     "smollm3": ("llama-bpe", {"num_hidden_layers": 4}),
     "phi3": ("smollm", {}),
     "olmo2": ("smollm", {"tie_word_embeddings": True}),
-    "granite": ("smollm", {}),
     "gemma3": (
         "smollm",
         {"vocab_size": 356, "num_hidden_layers": 6, "layer_types": None, "rope_parameters": TWO_ROPES},

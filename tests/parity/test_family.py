@@ -49,7 +49,7 @@ ROWS_OF_HEAD = tuple({"embed_tokens": [3, 1], "lm_head": ids} for ids in ([3, 1]
 SAVED = (None, None, ["gate_proj"], ["gate_proj", "model.norm"], ["lm_head", "gate_proj"], ["embed_tokens"])
 
 
-BASES = (*[WHOLE] * 4, "olmo2", "granite", "gemma3", "lfm2", "olmo3", "ministral3", "qwen3.5")
+BASES = (*[WHOLE] * 4, "olmo2", "gemma3", "lfm2", "olmo3", "ministral3", "qwen3.5")
 OTHERS = {"lfm2": "conv", "qwen3.5": "linear_attention"}  # kinds of layers without q_proj
 LFM2 = {"o_proj": "out_proj", "up_proj": "w3", "down_proj": "w2", "gate_proj": "w1", "model.norm": "embedding_norm"}
 RENAMED = {
@@ -110,7 +110,7 @@ def families(draw, patterns, inits, bases):
     base = some(*bases)
     kind = some("lora", "dora", "lora_bias")
     init = True if kind == "lora_bias" else some(True, "gaussian", *inits)
-    others = [] if init in MOVED or (base, kind) == ("granite", "lora_bias") else ["lm_head"]
+    others = [] if init in MOVED else ["lm_head"]
     if init is True and kind != "lora_bias":
         others += ["embed_tokens"]
     others = draw(st.lists(st.sampled_from(others), unique=True, max_size=2)) if others else []

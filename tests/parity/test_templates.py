@@ -1,7 +1,7 @@
 """Ours and transformers' rendering of real chat templates: the same text, and the same tokens said by the assistant.
 
-Transformers gets each content as the template takes it, as text or as parts, which ours finds out itself. Of a
-conversation with each template all of an answer is learned, and nothing else.
+Transformers gets parts of text joined to one text. Of a conversation with each template all of an answer is learned,
+and nothing else.
 """
 
 import copy
@@ -30,7 +30,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_t
 SOURCES = {
     path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8")
     for path in sorted((files("trl") / "chat_templates").iterdir(), key=lambda path: path.name)
-    if path.name.endswith(".jinja")
+    if path.name.endswith(".jinja") and not path.name.startswith(("idefics3", "llava", "smolvlm"))  # take no text
 }
 MARKED = [name for name, source in SOURCES.items() if "endgeneration" in source]
 
@@ -154,6 +154,17 @@ def ours(theirs, tmp_path_factory):
 
 def theirs_outcome(theirs, messages, **options):
     """What transformers makes of a conversation, or None where it or the template refuses it."""
+    contents = [message.get("content") for message in messages]
+    joined = [
+        "".join(part["text"] for part in content)
+        if isinstance(content, list) and all("text" in part for part in content)
+        else content
+        for content in contents
+    ]
+    messages = [
+        {**message, "content": content} if "content" in message else message
+        for message, content in zip(messages, joined, strict=True)
+    ]
     try:
         return theirs.apply_chat_template(messages, **options)
     except Exception:  # it lets through whatever the template's code raises
@@ -172,9 +183,7 @@ def test_text_is_equal_and_the_same_conversations_are_refused(theirs, name):
     template = ChatTemplate(SOURCES[name], SPECIAL)
     for options in OPTIONS:
         theirs_texts = {
-            key: theirs_outcome(
-                theirs, template.adapt(messages), chat_template=SOURCES[name], tokenize=False, **options
-            )
+            key: theirs_outcome(theirs, messages, chat_template=SOURCES[name], tokenize=False, **options)
             for key, messages in CONVERSATIONS.items()
         }
         ours_texts = {
@@ -189,7 +198,7 @@ def test_the_tokens_that_the_assistant_says_are_equal(ours, theirs, name):
     template, said = ChatTemplate(SOURCES[name], SPECIAL), 0
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     for key, messages in CONVERSATIONS.items():
-        encoded = theirs_outcome(theirs, template.adapt(messages), chat_template=SOURCES[name], tools=TOOLS, **options)
+        encoded = theirs_outcome(theirs, messages, chat_template=SOURCES[name], tools=TOOLS, **options)
         rendered = ours_outcome(template.render_spans, messages, tools=TOOLS)
         assert (rendered is None) == (encoded is None), key
         if rendered is not None:
