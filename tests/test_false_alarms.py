@@ -23,6 +23,7 @@ from minilora.testing import (
     QuantizedLinear,
     laws,
 )
+from minilora.testing.cases import MODES
 from minilora.testing.nf4_cases import DrawnKind
 from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears, seeds
 from tests import by_hand, right_layers
@@ -48,7 +49,9 @@ def layers(kind):
     method = "dora" if "dora" in kind else "lora"
     drawn = adapted_linears(methods=(method,), dtypes=DTYPES, weights=WEIGHT_KINDS)
     drawn = drawn.filter(lambda case: (case.method, case.weight) != ("dora", "tiny"))  # norms ≥ 1e-38 here
-    return drawn.map(lambda case: replace(case, use_rslora=kind == "rslora"))
+    return drawn.map(
+        lambda case: replace(case, use_rslora=kind == "rslora", has_magnitude=case.seed % 2 == 0 or method == "lora")
+    )
 
 
 @st.composite
@@ -114,6 +117,7 @@ CASES = {
         st.sampled_from(("float32", "bfloat16")),  # float16 overflows
         st.booleans(),
         kinds,
+        st.sampled_from(list(MODES)),
     ),
     "double_quant": st.builds(
         AbsmaxVector,

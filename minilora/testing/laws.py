@@ -141,7 +141,6 @@ class Law:
     cases: Sequence[Any]  # from small to large; only None if nothing is drawn, as for files
     compare: Callable[[Any, Any], Iterator[Comparison]]  # (implementation, case) -> comparisons
     like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
-    takes: Callable[..., Any] | None = None  # of what is given as a tuple: its fields by name
     known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
     earlier: tuple["Law", ...] = field(default=(), repr=False)  # those of its kind that come before it
 
@@ -156,7 +155,6 @@ class Law:
             CheckFailure: it breaks the law, or a known deviation is no longer there.
             NotApplicable: the law is about something that the implementation does not have.
         """
-        implementation = self.takes(*implementation) if self.takes else implementation
         cases = self.cases if case is None else [case]
         tried = [(example, list(self.comparisons(implementation, example))) for example in cases]
         failing = [(example, results) for example, results in tried if not keeps(results)]
@@ -256,6 +254,12 @@ def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: value for name, value in options.items() if takes_all or name in parameters}
+
+
+@functools.cache
+def unpacked(compare: Callable[..., Iterator[Comparison]]) -> Callable[[Any, Any], Iterator[Comparison]]:
+    """Return a comparison of an implementation that is a tuple, by one that takes a case and what is in the tuple."""
+    return lambda functions, case: compare(case, *functions)
 
 
 def in_order(laws: Sequence[Law]) -> tuple[Law, ...]:

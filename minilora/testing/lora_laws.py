@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -176,7 +176,7 @@ def forward(make: Make, case: AdaptedLinear, name: str = "y") -> Iterator[Compar
 
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     case = case.changed(B=np.zeros_like(case.B))
-    yield from start_of_magnitude(make, case)
+    yield from forward(make, replace(case, has_magnitude=False))
     if case.method == "dora":
         yield from forward(make, case, "y where m is not ‖W‖")
 
@@ -191,15 +191,10 @@ def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
             yield from gradients(make, replace(case, lead=lead))
 
 
-def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    built, case = make_layer(make, replace(case, has_magnitude=False))
-    yield output(built.layer, case)
-
-
 def with_rslora(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     if not accepted(make, use_rslora=True):
         raise NotApplicable("the layer takes no `use_rslora`")
-    yield from forward(make, replace(case, use_rslora=True))
+    yield from forward(make, case)
 
 
 def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -276,17 +271,6 @@ def not_a_number(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     yield Comparison(
         "y of the row without a NaN", y[1:], interned(replace(right, has_magnitude=case.has_magnitude)).y[1:]
     )
-
-
-def scaling(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    for scaled in (case, replace(case, scale=2 * case.scale)):
-        yield from forward(make, scaled, f"y with alpha {scaled.alpha:g}")
-
-
-def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    other = replace(case, seed=case.seed + 1000)
-    A, B = np.concatenate([case.A, other.A]), np.concatenate([case.B, other.B], axis=1)
-    yield from forward(make, replace(case, r=2 * case.r).changed(A=A, B=B), "y of [A₁; A₂], [B₁ B₂]")
 
 
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -424,7 +408,7 @@ def linear_cases(method: Method, dtype: str, use_rslora: bool = False) -> list[A
     ]
 
 
-def in_modes(cases: Sequence[AdaptedLinear], first: int = 0) -> list[AdaptedLinear]:
+def in_modes(cases: Iterable[Any], first: int = 0) -> list[Any]:
     """Return cases in the modes in turn; each mode meets small and large ones."""
     modes = list(MODES)
     return [replace(case, mode=modes[(first + i) % len(modes)]) for i, case in enumerate(cases)]
@@ -436,30 +420,24 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     gradient = "dA = s·Bᵀ dW, dB = s·dW Aᵀ, dx = dy W' where dW = dyᵀ x"
     dtypes = ("float64", "float32", "bfloat16", "float16")
     wide, narrow, *low = (in_modes(linear_cases(method, dtype, use_rslora), i) for i, dtype in enumerate(dtypes))
+    larger = [replace(case, scale=2 * case.scale, r=2 * case.r) for case in wide]
     extra = []
     if method == "dora":
+        start = [replace(case, has_magnitude=False) for case in wide]
+        rooted = [replace(case, use_rslora=True) for case in wide]
         equation = "y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b, the norm being that of each row"
         gradient = "as LoRA's of dy·m/‖W + s·B A‖, with the norm held constant; dm = Σ dW·(W + s·B A)/‖W + s·B A‖"
         extra = [
-            Law(kind, "start", "without a given magnitude m = ‖W‖, of each row", wide, start_of_magnitude),
-            Law(kind, "rslora", "with use_rslora s = α/√r", wide, with_rslora),
+            Law(kind, "start", "without a given magnitude m = ‖W‖, of each row", start, forward),
+            Law(kind, "rslora", "with use_rslora s = α/√r", rooted, with_rslora),
         ]
-    sums = "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂"
     dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [
-        Law(kind, "forward", equation, wide + narrow, forward),
-        Law(
-            kind,
-            "identity",
-            "with B = 0 the layer is its base: y = x Wᵀ + b",
-            wide + narrow,
-            identity,
-        ),
+        Law(kind, "forward", equation, wide + narrow + larger, forward),
+        Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
         Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
         Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], gradients),
         Law(kind, "shapes", "x (..., in) and its gradient may have any sizes in front of the features", wide, shapes),
-        Law(kind, "scale", "twice the alpha is twice the scale", wide, scaling),
-        Law(kind, "sums", sums, wide, ranks_add),
         Law(kind, "frozen", "W, b and x keep their bits when A and B are trained", wide, frozen),
         Law(kind, "updates", "a change of A, B or W in training shows in the next output", wide, follows),
         Law(kind, "nan", "a NaN in a row of x makes this row of y NaN, and no other", wide, not_a_number),

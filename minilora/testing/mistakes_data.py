@@ -102,6 +102,11 @@ def with_spans(change: Callable[[Messages, Sequence[str], Spans], Spans]) -> Ren
     return wrong
 
 
+def moved(begins: int, ends: int) -> Render:
+    """Return a rendering whose labels begin and end some tokens later than the correct ones."""
+    return with_spans(lambda messages, tokens, spans: [(begin + begins, end + ends) for begin, end in spans])
+
+
 def found_by_its_text(messages: Messages, tokens: Sequence[str], spans: Spans) -> Spans:
     found = []
     for begin, end in spans:
@@ -123,20 +128,12 @@ CHAT_MASK: Mapping[str, Render] = {
     "only the first reply is learned": with_spans(lambda messages, tokens, spans: spans[:1]),
     "only the last reply is learned": with_spans(lambda messages, tokens, spans: spans[-1:]),
     "the second of two replies in a row is not learned": with_spans(second_reply_lost),  # huggingface/trl#3224
-    "the end token after a reply is not learned": with_spans(  # verl-project/verl#535
-        lambda messages, tokens, spans: [(begin, end - 1) for begin, end in spans]
-    ),
+    "the end token after a reply is not learned": moved(0, -1),  # verl-project/verl#535
     "the end token of an empty reply is not learned": with_spans(
         lambda messages, tokens, spans: [(begin, end) for begin, end in spans if end > begin + 1]
     ),
-    "the token in front of a reply is learned": with_spans(
-        lambda messages, tokens, spans: [(begin - 1, end) for begin, end in spans]
-    ),
-    "the mask is one token early": with_spans(
-        lambda messages, tokens, spans: [(begin - 1, end - 1) for begin, end in spans]
-    ),
-    "the mask is one token late": with_spans(  # zai-org/ChatGLM3#184
-        lambda messages, tokens, spans: [(begin + 1, end + 1) for begin, end in spans]
-    ),
+    "the token in front of a reply is learned": moved(-1, 0),
+    "the mask is one token early": moved(-1, -1),
+    "the mask is one token late": moved(1, 1),  # zai-org/ChatGLM3#184
     "a reply is found by its text, even in the question": with_spans(found_by_its_text),
 }

@@ -59,7 +59,7 @@ def in_place(quantize: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrong(numbers: Tensor, *rest: Any) -> Any:
         result = quantize(numbers, *rest)
-        numbers.sub_(numbers.mean())
+        numbers.detach().sub_(numbers.mean())
         return result
 
     return wrong

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minilora.testing.cases import WeightKind, hard_weight, rounded
+from minilora.testing.cases import MODES, Mode, WeightKind, hard_weight, rounded
 from minilora.testing.compare import Array, Bounded
 from minilora.testing.reference import NF4_LEVELS, absmax_levels, absmax_quantize, nf4_pack, nf4_quantize
 
@@ -225,9 +225,11 @@ class QuantizedLinear:
     dtype: str = "float32"
     double_quant: bool = False
     kind: DrawnKind = "normal"  # of the weight
+    mode: Mode = "train"
 
     def __str__(self) -> str:
         parts = ["with bias" if self.has_bias else "no bias", *["double quantization"] * self.double_quant, self.dtype]
+        parts += [] if self.mode == "train" else [MODES[self.mode]]
         return f"x {(*self.lead, self.inner)}, W {(self.outer, self.inner)}, {', '.join(parts)}"
 
     @cached_property
