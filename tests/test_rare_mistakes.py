@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.testing import CheckFailure, check, check_kernel, check_trains_everything
+from minilora.testing.catalogue import with_formula
 from minilora.testing.implementations import (
     Linear4bit,
     double_dequantize,
@@ -18,7 +19,6 @@ from minilora.testing.implementations import (
     merge,
     render_chat,
 )
-from minilora.testing.mistakes_layers import with_formula
 from tests.models import randn
 from tests.test_chat_laws import with_tools
 from tests.test_kernel_laws import inputs, softmax, with_slope

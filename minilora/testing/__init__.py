@@ -32,8 +32,8 @@ from minilora.testing.compare import Bounded as Bounded
 from minilora.testing.compare import assert_maths as assert_maths
 from minilora.testing.compare import assert_parity as assert_parity
 from minilora.testing.compare import assert_precision as assert_precision
-from minilora.testing.data_cases import MaskedLogits as MaskedLogits
-from minilora.testing.data_cases import MicroBatches as MicroBatches
+from minilora.testing.data_laws import MaskedLogits as MaskedLogits
+from minilora.testing.data_laws import MicroBatches as MicroBatches
 from minilora.testing.kernel_laws import check_kernel as check_kernel
 from minilora.testing.laws import CheckFailure as CheckFailure
 from minilora.testing.laws import NotApplicable as NotApplicable

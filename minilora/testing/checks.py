@@ -25,23 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.testing import (
-    chat_laws,
-    data_laws,
-    directory_laws,
-    lifecycle_laws,
-    lora_laws,
-    merge_laws,
-    nf4_laws,
-    sequence_laws,
-)
 from minilora.testing.cases import AdaptedLinear
+from minilora.testing.chat_laws import LAWS as CHAT_LAWS
+from minilora.testing.data_laws import LAWS as DATA_LAWS
+from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
 from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report, in_order
+from minilora.testing.lifecycle_laws import LAWS as LIFECYCLE_LAWS
+from minilora.testing.lora_laws import LAWS as LORA_LAWS
+from minilora.testing.merge_laws import LAWS as MERGE_LAWS
+from minilora.testing.nf4_laws import LAWS as NF4_LAWS
+from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
 from minilora.testing.sequence_laws import Lengths
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-_FILES = lora_laws, merge_laws, nf4_laws, data_laws, chat_laws, sequence_laws, lifecycle_laws, directory_laws
-LAWS = in_order([law for file in _FILES for law in file.LAWS])
+LAWS = in_order(LORA_LAWS, MERGE_LAWS, NF4_LAWS, DATA_LAWS, CHAT_LAWS, SEQUENCE_LAWS, LIFECYCLE_LAWS, DIRECTORY_LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:

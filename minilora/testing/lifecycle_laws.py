@@ -23,11 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minilora.testing.cases import AdaptedLinear, scaled, tensor
 from minilora.testing.compare import PARITY, UNITS, Array, Bounded, as_array
-from minilora.testing.data_cases import MicroBatches
-from minilora.testing.data_laws import BATCHES, EMPTY, tensors
+from minilora.testing.data_laws import BATCHES, EMPTY, MicroBatches, tensors
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, unpacked
 from minilora.testing.lora_laws import linear_cases, make_layer, set_mode
-from minilora.testing.reference import NF4_LEVELS, nf4_quantize
+from minilora.testing.nf4_cases import NF4Weight
 from minilora.testing.sequence_laws import near
 
 Call = Callable[..., Any]
@@ -226,9 +225,8 @@ def cycles_of_nf4(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call) -
     """The base is in NF4, and may be quantized again: by half a gap g of a block's absmax, and by g·(1 + g) of it."""
     if not accepted(make, quantize="nf4"):
         raise NotApplicable("the layer takes no `quantize`")
-    codes, absmax = nf4_quantize(case.W, 64)
-    W = np.array(NF4_LEVELS)[codes].reshape(-1, 64) * absmax[:, None]
-    case = case.changed(W=W.astype(np.float32).reshape(case.W.shape))  # which NF4 has without an error
+    W = NF4Weight(case.outer, case.inner, seed=case.seed).values.value
+    case = case.changed(W=W.astype(np.float32))  # which NF4 has without an error
     size = abs(case.W) + abs(case.scale * case.B @ case.A)
     absmax = size.reshape(-1, 64).max(1).repeat(64).reshape(size.shape)
     yield from cycles(case, make, merge, unmerge, HALF_GAP * (2 + HALF_GAP) * absmax, adds_up=False, quantize="nf4")

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, interned, tensor
+from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, interned, strided, tensor
 from minilora.testing.compare import Array, Bounded, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, mode
 
@@ -50,7 +50,8 @@ class Built(NamedTuple):
         It is the tensor that was given, or tensors that y was computed from, or parameters; [] if none are.
         """
         given, reached = self.given[name], leaves(y) if isinstance(y, Tensor) else []
-        own = [*reached, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]
+        is_module = isinstance(self.layer, nn.Module)
+        own = [*reached, *([*self.layer.parameters(), *self.layer.buffers()] if is_module else [])]
         both = [(part, is_turned) for part in own for is_turned in ((False, True) if part.ndim == 2 else (False,))]
         both.sort(key=lambda each: (turned(*each).shape != given.shape, -each[0].numel()))
         rest, found = given.detach().flatten(), []
@@ -98,6 +99,8 @@ def make_layer(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, 
     if case.method == "dora":
         options |= {"use_dora": True} | ({"magnitude": None} if case.has_magnitude else {})
     extra = accepted(make, **options, **({"use_rslora": True} if case.use_rslora else {}))
+    if case.method == "dora" and case.use_rslora and "use_rslora" not in extra:
+        raise NotApplicable("the layer takes no `use_rslora`")
     if case.method == "dora" and "magnitude" not in extra:
         case = replace(case, has_magnitude=False)
     given = {name: placed(case.arrays[name], case) for name in ("W", "A", "B", "magnitude")}
@@ -116,10 +119,7 @@ def make_layer(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, 
 def placed(array: Array, case: Any) -> Tensor:
     """Return an array as a tensor; in the mode "strided" its numbers are not next to each other, nor the first."""
     packed = tensor(array, case.dtype)
-    if mode(case) != "strided":
-        return packed
-    wide = packed.new_zeros([2 * size + 1 for size in packed.shape])
-    return wide[(slice(1, None, 2),) * packed.ndim].copy_(packed)
+    return strided(packed) if mode(case) == "strided" else packed
 
 
 def set_mode(layer: Any, training: bool) -> None:
@@ -189,12 +189,6 @@ def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         yield from forward(make, replace(case, lead=lead), f"y of x {(*lead, case.inner)}")
         with suppress(NotApplicable):
             yield from gradients(make, replace(case, lead=lead))
-
-
-def with_rslora(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    if not accepted(make, use_rslora=True):
-        raise NotApplicable("the layer takes no `use_rslora`")
-    yield from forward(make, case)
 
 
 def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -298,10 +292,8 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     layer, given = built.layer, built.given["W"]
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
-    modules = list(layer.modules()) if isinstance(layer, torch.nn.Module) else []
-    tensors = [*layer.parameters(), *layer.buffers()] if modules else []
-    matrices = [matrix for matrix in tensors if matrix.ndim == 2]
-    weights = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
+    modules = list(layer.modules()) if isinstance(layer, nn.Module) else []
+    weights = [part for part, _ in built.parts("W")]
     x, _ = called(layer, case)
     set_mode(layer, training=True)  # a layer may merge in evaluation mode, and keep the merged weight until it trains
     y = layer(x)
@@ -316,7 +308,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         yield output(layer, case, f"y after {name} was doubled in place")
         set_mode(layer, training=True)
         for owner, key, part in owners:
-            setattr(owner, key, torch.nn.Parameter(2 * part.detach()))
+            setattr(owner, key, nn.Parameter(2 * part.detach()))
         if owners:
             case = case.changed(**{name: 2 * case.arrays[name]})
             yield output(layer, case, f"y after {name} was replaced by a parameter twice as large")
@@ -429,7 +421,7 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
         gradient = "as LoRA's of dy·m/‖W + s·B A‖, with the norm held constant; dm = Σ dW·(W + s·B A)/‖W + s·B A‖"
         extra = [
             Law(kind, "start", "without a given magnitude m = ‖W‖, of each row", start, forward),
-            Law(kind, "rslora", "with use_rslora s = α/√r", rooted, with_rslora),
+            Law(kind, "rslora", "with use_rslora s = α/√r", rooted, forward),
         ]
     dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [

@@ -5,7 +5,6 @@ A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_doubl
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from minilora.testing.cases import tensor
 from minilora.testing.compare import Array, as_array
-from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, both, claim
 from minilora.testing.lora_laws import backward, called, in_modes, placed, recording, with_dtype
 from minilora.testing.nf4_cases import HARD_KINDS, AbsmaxVector, NF4Weight, QuantizedLinear, weights
 
@@ -38,15 +37,6 @@ def form(name: str, array: Any, shape: tuple[int, ...], dtype: str) -> Compariso
 # --- laws of NF4 ---
 
 
-def quantized(pair: Pair, case: NF4Weight) -> tuple[Any, Any]:
-    packed, absmax = pair[0](tensor(case.W, case.dtype), case.block_size)
-    return packed, absmax
-
-
-def dequantized(pair: Pair, case: NF4Weight, packed: Any, absmax: Any) -> Any:
-    return pair[1](packed, absmax, (case.rows, case.columns), case.block_size)
-
-
 def quantizing(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
     view = tensor(case.W.T.copy(), case.dtype).requires_grad_().T
     for W, what in ((tensor(case.W, case.dtype), ""), (view, " of a transposed view")):
@@ -61,44 +51,20 @@ def quantizing(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[
 
 def dequantized_values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     packed, absmax = tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
-    weight = dequantized(pair, case, packed, absmax)
+    weight = pair[1](packed, absmax, (case.rows, case.columns), case.block_size)
     yield Comparison("packed, which is only read", packed, case.packed)
     yield Comparison("absmax, which is only read", absmax, case.absmax)
     yield form("the dequantized weight", weight, case.W.shape, "float32")
     yield Comparison("dequantize", weight, case.values)
 
 
-def error(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    weight = dequantized(pair, case, *quantized(pair, case))
-    yield Comparison("dequantize(quantize(W))", weight, case.round_trip(case.stored_absmax))
-
-
-def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, absmax = quantized(pair, case)
-    again, largest = pair[0](dequantized(pair, case, packed, absmax), case.block_size)
-    first, second = (as_codes(data, case.W.size) for data in (packed, again))
-    yield Comparison("codes of a dequantized weight", second, first)
-    yield Comparison("absmax of a dequantized weight", largest, as_array(absmax))
-
-
-def all_of(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    yield from quantizing(pair, case)
-    yield from dequantized_values(pair, case)
-    yield from error(pair, case)
-
-
 # --- laws of double quantization ---
-
-
-def nested(pair: Pair, case: AbsmaxVector, absmax: Tensor) -> tuple[Any, Any, Any, AbsmaxVector]:
-    """Return codes, scales and offset of an implementation, and the case with its offset, from which others follow."""
-    codes, scales, offset = pair[0](absmax)
-    return codes, scales, offset, replace(case, given=float(as_array(offset).reshape(())))
 
 
 def nested_quantizing(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     absmax = tensor(case.absmax, "float32")
-    codes, scales, offset, given = nested(pair, case, absmax)
+    codes, scales, offset = pair[0](absmax)
+    given = replace(case, given=float(as_array(offset).reshape(())))  # from which the others follow
     yield Comparison("absmax, which is only read", absmax, case.absmax)
     yield Comparison("offset", as_array(offset).reshape(()), case.offset)
     yield form("scales", scales, given.scales.value.shape, "float32")
@@ -116,11 +82,6 @@ def nested_values(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
         yield Comparison(f"{name}, which are only read", own, right)
     yield form("the dequantized absmaxes", absmax, (case.count,), "float32")
     yield Comparison("dequantize", absmax, case.values)
-
-
-def nested_error(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    *found, case = nested(pair, case, tensor(case.absmax, "float32"))
-    yield Comparison("dequantize(quantize(absmax))", pair[1](*found), case.dequantized)
 
 
 # --- laws of 4-bit linear layers ---
@@ -156,12 +117,6 @@ def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     x = tensor(case.x, case.dtype).requires_grad_()
     layer(x).sum().backward()  # dy is a view of a single number
     yield Comparison("the gradient of Σ y", x.grad, case.input_gradient(np.ones_like(case.dy)))
-
-
-def both(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    yield from product(make, case)
-    with suppress(NotApplicable):  # a layer without gradients
-        yield from input_gradient(make, case)
 
 
 def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
@@ -211,23 +166,20 @@ HARD = [*weights(*HARD_KINDS), *POWERS, NF4Weight(130, 513)]  # more than 65,536
 LOW = weights("normal", "outlier", dtype="bfloat16") + weights("normal", "outlier", dtype="float16")
 _CODE = "each code is that of the level nearest to w / absmax"
 _LARGEST = "the largest |w| of a block of the rows laid end to end"
-_TIES = "a number midway between two levels gets the lower one, its neighbours the nearest"
+_TIES = "a level has its own code; a number midway between two gets the lower one, its neighbours the nearest"
 _HARD = f"{_CODE}, for outliers, constants, small, large and many numbers; of denormals and zeros, any"
 _NF4 = (
     ("nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
     ("ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
     ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
-    ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax, and is that of the nearest level", PLAIN, error),
-    ("idempotence", "a dequantized weight has the same codes and absmaxes", PLAIN, idempotence),
-    ("hard", _HARD, HARD, all_of),
-    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, all_of),
-    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, all_of),
+    ("hard", _HARD, HARD, both(quantizing, dequantized_values)),
+    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, both(quantizing, dequantized_values)),
+    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, both(quantizing, dequantized_values)),
 )
 _QUANTIZE = "offset = mean; scale = max |absmax - offset| of each 256; each code is that of the nearest of 256 levels"
 _DOUBLE_QUANT = (
     ("codes", f"{_QUANTIZE}, within half a place of 65,536", nested_quantizing),
     ("values", "dequantize gives level · scale + offset, in float32", nested_values),
-    ("error", "dequantize(quantize(absmax)) is off by half a gap of the levels at most, times scale", nested_error),
 )
 _SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64), ((5,), 192, 136))
 LINEARS = linears(*_SIZES)
@@ -242,11 +194,11 @@ _DX = "dx = dy dequantize(quantize(W))"
 _LINEAR4BIT = (
     ("forward", f"{_LINEAR}, also for x = 1", LINEARS + HARD_LINEARS + WIDE, product),
     ("gradients", _DX, LINEARS + WIDE, input_gradient),
-    ("shapes", f"{_LINEAR} and {_DX}, for x with no, with several and with empty leading sizes", LED_LINEARS, both),
-    ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both),
+    ("shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, both(product, input_gradient)),
+    ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both(product, input_gradient)),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
     ("double_quant", f"{_LINEAR}, with 8-bit absmaxes", NESTED, product),
-    ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, both),
+    ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, both(product, input_gradient)),
 )
 LAWS = (
     *(Law("nf4", *row) for row in _NF4),

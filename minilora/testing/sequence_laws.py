@@ -24,9 +24,6 @@ class Lengths:
     new: int = 6
     has_equal: bool = False  # sequences of equal lengths are equal
 
-    def __str__(self) -> str:
-        return f"sequences of {', '.join(map(str, self.lengths))} tokens{', some of them equal' * self.has_equal}"
-
     def tokens(self, vocabulary: int) -> list[Tokens]:
         rng = np.random.default_rng(self.seed)
         drawn = [rng.integers(0, vocabulary, length).tolist() for length in self.lengths]
@@ -119,9 +116,7 @@ def slopes(run: Call, documents: list[Tokens], parameters: Sequence[torch.Tensor
         total = total.to(result) + (result * weight.cos()).sum()
     if not total.requires_grad:  # of single tokens, or under no_grad
         return [torch.zeros_like(parameter) for parameter in parameters]
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    pairs = zip(gradients, parameters, strict=True)
-    return [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]
+    return list(torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True))
 
 
 # --- generation ---
