@@ -412,7 +412,7 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     gradient = "dA = s·Bᵀ dW, dB = s·dW Aᵀ, dx = dy W' where dW = dyᵀ x"
     dtypes = ("float64", "float32", "bfloat16", "float16")
     wide, narrow, *low = (in_modes(linear_cases(method, dtype, use_rslora), i) for i, dtype in enumerate(dtypes))
-    larger = [replace(case, scale=2 * case.scale, r=2 * case.r) for case in wide]
+    larger = in_modes((replace(case, scale=2 * case.scale, r=2 * case.r) for case in wide), 3)
     extra = []
     if method == "dora":
         start = [replace(case, has_magnitude=False) for case in wide]
