@@ -70,13 +70,13 @@ def seeing(sees):
     """Documents, the tokens of which see those before them in other documents, too, where `sees` is true of both."""
 
     def run(documents):
-        logits = PACKED.run(documents)
+        logits = PACKED[0](documents)
         for i, own in enumerate(documents):
             before = [z.mean() for z, other in zip(logits[:i], documents, strict=False) if sees(documents, other, own)]
             logits[i] = logits[i] + sum(before)
         return logits
 
-    return run, VOCABULARY, PACKED.parameters
+    return run, VOCABULARY, PACKED[2]
 
 
 RARE = {

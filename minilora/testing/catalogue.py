@@ -257,7 +257,6 @@ DORA: Mapping[str, Make] = {
 
 # --- merging, and sums of adapters ---
 
-
 MERGE: Mapping[str, Make] = {
     "the scale is missing": lambda W, A, B, scale, *m: merge(W, A, B, 1.0, *m),
     "the update is added twice": lambda W, A, B, scale, *m: merge(W, A, B, 2 * scale, *m),  # huggingface/peft#3774
@@ -358,7 +357,6 @@ NF4: Mapping[str, Pair] = {
 }
 
 # --- double quantization ---
-
 
 double = partial(pair, quantize=double_quantize, dequantize=double_dequantize)
 DOUBLE_QUANT: Mapping[str, Pair] = {

@@ -109,7 +109,6 @@ class MicroBatches:
 
     @cached_property
     def rows(self) -> list[list[Row]]:
-        """The rows of each micro-batch."""
         rng = np.random.default_rng(self.seed + 1000)
         return [[self._drawn(rng, text) for text in texts] for texts in self.groups]
 

@@ -385,7 +385,6 @@ def on_ranks(step_fn: Call, case: MicroBatches, world_size: int) -> list[Any]:
 
 # --- the tables ---
 
-
 _SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
     "alpha": {},
     "rslora": {"use_rslora": True},

@@ -50,8 +50,7 @@ class Built(NamedTuple):
         It is the tensor that was given, or tensors that y was computed from, or parameters; [] if none are.
         """
         given, reached = self.given[name], leaves(y) if isinstance(y, Tensor) else []
-        is_module = isinstance(self.layer, nn.Module)
-        own = [*reached, *([*self.layer.parameters(), *self.layer.buffers()] if is_module else [])]
+        own = [*reached, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]
         both = [(part, is_turned) for part in own for is_turned in ((False, True) if part.ndim == 2 else (False,))]
         both.sort(key=lambda each: (turned(*each).shape != given.shape, -each[0].numel()))
         rest, found = given.detach().flatten(), []
@@ -293,7 +292,9 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
     modules = list(layer.modules()) if isinstance(layer, nn.Module) else []
-    weights = [part for part, _ in built.parts("W")]
+    tensors = [*layer.parameters(), *layer.buffers()] if modules else []
+    matrices = [matrix for matrix in tensors if matrix.ndim == 2]
+    weights = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
     x, _ = called(layer, case)
     set_mode(layer, training=True)  # a layer may merge in evaluation mode, and keep the merged weight until it trains
     y = layer(x)

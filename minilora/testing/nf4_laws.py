@@ -150,7 +150,6 @@ def linears(
 
 # --- the tables ---
 
-
 COUNTS = (1, 2, 5, 64, 255, 256, 257, 600, 1300)  # with whole and with incomplete blocks of 256
 ABSMAXES = [AbsmaxVector(count, "normal", seed) for seed, count in enumerate(COUNTS)]
 ABSMAXES += [AbsmaxVector(count, kind, count) for kind in ("constant", "outlier", "huge_ratio") for count in (3, 300)]
