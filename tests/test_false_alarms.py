@@ -49,7 +49,7 @@ def layers(kind):
     drawn = adapted_linears(methods=(method,), dtypes=DTYPES, weights=WEIGHT_KINDS)
     drawn = drawn.filter(lambda case: (case.method, case.weight) != ("dora", "tiny"))  # norms ≥ 1e-38 here
     return drawn.map(
-        lambda case: replace(case, use_rslora=kind == "rslora", has_magnitude=case.seed % 2 == 0 or method == "lora")
+        lambda case: replace(case, use_rslora=kind == "rslora", has_magnitude=case.seed % 2 == 0 or kind != "dora")
     )
 
 
