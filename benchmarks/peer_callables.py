@@ -128,37 +128,3 @@ def torchtune_merge(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Te
     if magnitude is not None:
         state["layer.magnitude"] = magnitude
     return get_merged_lora_ckpt(state, rank=len(A), alpha=scale * len(A))["layer.weight"]
-
-
-# --- NeMo AutoModel ---
-
-
-def nemo_linear(
-    W: Tensor,
-    b: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    dropout: float = 0.0,
-    use_dora: bool = False,
-    magnitude: Tensor | None = None,
-) -> Any:
-    from nemo_automodel.components._peft.lora import LinearLoRA
-
-    options = {"use_dora": use_dora, "dropout": dropout, "dropout_position": "pre"}
-    layer = LinearLoRA(base(W, b), len(A), alpha, **options)
-    return filled(layer, lora_A__weight=A, lora_B__weight=B, lora_magnitude=magnitude)
-
-
-# --- torchtitan ---
-
-
-def torchtitan_linear(W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, alpha: float) -> Any:
-    from torchtitan.components.lora import _get_lora_cls
-    from torchtitan.models.common.linear import Linear
-
-    config = _get_lora_cls(Linear).Config(
-        in_features=W.shape[1], out_features=W.shape[0], bias=b is not None, rank=len(A), alpha=alpha
-    )
-    return filled(config.build().to(W.dtype), weight=W, bias=b, lora_a__weight=A, lora_b__weight=B)
