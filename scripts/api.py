@@ -37,8 +37,9 @@ PARTS = {
 }
 
 
-CHECKS = [name for name in testing.__all__ if name.islower()]
-CLASSES = [name for name in testing.__all__ if not name.islower()]
+OF_TESTING = sorted(name for name, thing in vars(testing).items() if name[0] != "_" and not inspect.ismodule(thing))
+CHECKS = [name for name in OF_TESTING if name.islower()]
+CLASSES = [name for name in OF_TESTING if not name.islower()]
 
 
 def page() -> str:

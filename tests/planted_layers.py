@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.testing.implementations import LoRALayer, merge
-from minilora.testing.mistakes_layers import (
+from minilora.testing.catalogue import (
     adapted,
     base,
     delta,
@@ -21,6 +20,7 @@ from minilora.testing.mistakes_layers import (
     with_factor,
     with_update,
 )
+from minilora.testing.implementations import LoRALayer, merge
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -23,8 +23,7 @@ from minilora.testing import (
     reference,
 )
 from minilora.testing.compare import Bounded
-from minilora.testing.data_cases import padded
-from minilora.testing.data_laws import GROUPS
+from minilora.testing.data_laws import GROUPS, padded
 from minilora.testing.implementations import masked_loss
 from minilora.training import adamw, train_step
 from tests.models import either

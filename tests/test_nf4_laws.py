@@ -83,8 +83,7 @@ def test_a_mistake_without_a_name_fails_with_what_is_wrong(mistake):
 
 def with_trained_absmax(W, b):
     layer = Linear4bit(W, b)
-    absmax = layer._buffers.pop("absmax")
-    layer.register_parameter("absmax", torch.nn.Parameter(absmax))
+    layer.absmax = torch.nn.Parameter(layer.absmax)
     return layer
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.testing import CheckFailure, check, check_kernel, check_trains_everything
+from minilora.testing.catalogue import with_formula
 from minilora.testing.implementations import (
     Linear4bit,
     double_dequantize,
@@ -18,7 +19,6 @@ from minilora.testing.implementations import (
     merge,
     render_chat,
 )
-from minilora.testing.mistakes_layers import with_formula
 from tests.models import randn
 from tests.test_chat_laws import with_tools
 from tests.test_kernel_laws import inputs, softmax, with_slope
@@ -70,13 +70,13 @@ def seeing(sees):
     """Documents, the tokens of which see those before them in other documents, too, where `sees` is true of both."""
 
     def run(documents):
-        logits = PACKED.run(documents)
+        logits = PACKED[0](documents)
         for i, own in enumerate(documents):
             before = [z.mean() for z, other in zip(logits[:i], documents, strict=False) if sees(documents, other, own)]
             logits[i] = logits[i] + sum(before)
         return logits
 
-    return run, VOCABULARY, PACKED.parameters
+    return run, VOCABULARY, PACKED[2]
 
 
 RARE = {

@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 import minilora as ml
 from minilora.llama import Documents
 from minilora.testing import CheckFailure, check, check_generation, check_packing, laws
-from minilora.testing.sequence_laws import Packed
 from tests.models import tiny_model
 
 VOCABULARY, WIDTH = 23, 8
@@ -65,7 +64,7 @@ class Tiny(nn.Module):
 
 MODEL = Tiny()
 PARAMETERS = tuple(MODEL.parameters())
-PACKED = Packed(MODEL.logits, VOCABULARY, PARAMETERS)
+PACKED = (MODEL.logits, VOCABULARY, PARAMETERS)
 
 
 @pytest.mark.parametrize("run", [MODEL.logits, MODEL.losses, MODEL.mean])
@@ -111,7 +110,7 @@ def test_plain_tuples_are_checked_as_the_arguments_of_the_functions_are():
         laws("packing")["alone"].check(
             (lambda documents: MODEL.logits(documents, "attention looks across"), VOCABULARY)
         )
-    with pytest.raises(TypeError, match="'vocabulary'"):
+    with pytest.raises(CheckFailure, match="missing 1 required positional argument: 'vocabulary'"):
         check((MODEL.logits,), "packing")
 
 

@@ -3,84 +3,46 @@
 The module `strategies` draws layers with Hypothesis; nothing else needs the extra `testing`.
 """
 
-from minilora.testing.cases import AdaptedLinear
-from minilora.testing.chat_laws import Chat, MarkedWords
-from minilora.testing.checks import (
-    check,
-    check_accumulation,
-    check_adapter_directory,
-    check_adapter_sum,
-    check_adapters,
-    check_chat_mask,
-    check_dora_linear,
-    check_double_quant,
-    check_generation,
-    check_linear4bit,
-    check_lora_linear,
-    check_loss_masking,
-    check_merge,
-    check_merge_cycle,
-    check_nf4,
-    check_packing,
-    check_recompute,
-    check_resume,
-    check_roundtrip,
-    laws,
-    on_numpy,
-    parametrize_laws,
-)
-from minilora.testing.compare import Bounded, assert_maths, assert_parity, assert_precision
-from minilora.testing.data_cases import MaskedLogits, MicroBatches
-from minilora.testing.kernel_laws import check_kernel
-from minilora.testing.laws import CheckFailure, NotApplicable, Report
-from minilora.testing.lifecycle_laws import AdaptedModel, Stops
-from minilora.testing.merge_laws import AdapterSum
-from minilora.testing.nf4_cases import AbsmaxVector, NF4Weight, QuantizedLinear
-from minilora.testing.sequence_laws import Lengths
-from minilora.testing.step_laws import check_trains_everything
-
-__all__ = [
-    "AbsmaxVector",
-    "AdaptedLinear",
-    "AdaptedModel",
-    "AdapterSum",
-    "Bounded",
-    "Chat",
-    "CheckFailure",
-    "Lengths",
-    "MarkedWords",
-    "MaskedLogits",
-    "MicroBatches",
-    "NF4Weight",
-    "NotApplicable",
-    "QuantizedLinear",
-    "Report",
-    "Stops",
-    "assert_maths",
-    "assert_parity",
-    "assert_precision",
-    "check",
-    "check_accumulation",
-    "check_adapter_directory",
-    "check_adapter_sum",
-    "check_adapters",
-    "check_chat_mask",
-    "check_dora_linear",
-    "check_double_quant",
-    "check_generation",
-    "check_kernel",
-    "check_linear4bit",
-    "check_lora_linear",
-    "check_loss_masking",
-    "check_merge",
-    "check_merge_cycle",
-    "check_nf4",
-    "check_packing",
-    "check_recompute",
-    "check_resume",
-    "check_roundtrip",
-    "check_trains_everything",
-    "laws",
-    "on_numpy",
-    "parametrize_laws",
-]
+from minilora.testing.cases import AdaptedLinear as AdaptedLinear
+from minilora.testing.chat_laws import Chat as Chat
+from minilora.testing.chat_laws import MarkedWords as MarkedWords
+from minilora.testing.checks import check as check
+from minilora.testing.checks import check_accumulation as check_accumulation
+from minilora.testing.checks import check_adapter_directory as check_adapter_directory
+from minilora.testing.checks import check_adapter_sum as check_adapter_sum
+from minilora.testing.checks import check_adapters as check_adapters
+from minilora.testing.checks import check_chat_mask as check_chat_mask
+from minilora.testing.checks import check_dora_linear as check_dora_linear
+from minilora.testing.checks import check_double_quant as check_double_quant
+from minilora.testing.checks import check_generation as check_generation
+from minilora.testing.checks import check_linear4bit as check_linear4bit
+from minilora.testing.checks import check_lora_linear as check_lora_linear
+from minilora.testing.checks import check_loss_masking as check_loss_masking
+from minilora.testing.checks import check_merge as check_merge
+from minilora.testing.checks import check_merge_cycle as check_merge_cycle
+from minilora.testing.checks import check_nf4 as check_nf4
+from minilora.testing.checks import check_packing as check_packing
+from minilora.testing.checks import check_recompute as check_recompute
+from minilora.testing.checks import check_resume as check_resume
+from minilora.testing.checks import check_roundtrip as check_roundtrip
+from minilora.testing.checks import laws as laws
+from minilora.testing.checks import on_numpy as on_numpy
+from minilora.testing.checks import parametrize_laws as parametrize_laws
+from minilora.testing.compare import Bounded as Bounded
+from minilora.testing.compare import assert_maths as assert_maths
+from minilora.testing.compare import assert_parity as assert_parity
+from minilora.testing.compare import assert_precision as assert_precision
+from minilora.testing.data_laws import MaskedLogits as MaskedLogits
+from minilora.testing.data_laws import MicroBatches as MicroBatches
+from minilora.testing.kernel_laws import check_kernel as check_kernel
+from minilora.testing.laws import CheckFailure as CheckFailure
+from minilora.testing.laws import NotApplicable as NotApplicable
+from minilora.testing.laws import Report as Report
+from minilora.testing.lifecycle_laws import AdaptedModel as AdaptedModel
+from minilora.testing.lifecycle_laws import Stops as Stops
+from minilora.testing.merge_laws import AdapterSum as AdapterSum
+from minilora.testing.nf4_cases import AbsmaxVector as AbsmaxVector
+from minilora.testing.nf4_cases import NF4Weight as NF4Weight
+from minilora.testing.nf4_cases import QuantizedLinear as QuantizedLinear
+from minilora.testing.sequence_laws import Lengths as Lengths
+from minilora.testing.step_laws import check_trains_everything as check_trains_everything

@@ -51,6 +51,12 @@ def tensor(array: Array, dtype: str = "float64") -> torch.Tensor:
     return torch.from_numpy(np.asarray(array, dtype=np.float64)).to(getattr(torch, dtype), copy=True)
 
 
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the same numbers, which are not next to each other, nor the first, in memory."""
+    wide = tensor.new_zeros([2 * size + 1 for size in tensor.shape])
+    return wide[(slice(1, None, 2),) * tensor.ndim].copy_(tensor)
+
+
 def rounded(array: Array, dtype: str) -> Array:
     """Round numbers to a dtype of PyTorch, so that both sides of a comparison start from the same."""
     return tensor(array, dtype).double().numpy()

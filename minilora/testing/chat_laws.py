@@ -19,9 +19,6 @@ class Chat:
 
     turns: tuple[tuple[str, str], ...] = (("user", "Hi."), ("assistant", "Yes."))
 
-    def __str__(self) -> str:
-        return ", ".join(f"{role} {content!r}" for role, content in self.turns)
-
     @property
     def messages(self) -> list[dict[str, str]]:
         return [{"role": role, "content": content} for role, content in self.turns]
@@ -44,9 +41,6 @@ class MarkedWords:
     read: tuple[str, ...]
     optional: tuple[str, ...] = ()
     may_fail: bool = False
-
-    def __str__(self) -> str:
-        return ", ".join(str(message) for message in self.messages)
 
 
 Render = Callable[[list[dict[str, Any]]], tuple[Sequence[str], Sequence[bool]]]

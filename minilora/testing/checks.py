@@ -31,7 +31,6 @@ from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
 from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report, in_order
 from minilora.testing.lifecycle_laws import LAWS as LIFECYCLE_LAWS
-from minilora.testing.linear4bit_laws import LAWS as LINEAR4BIT_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
@@ -39,42 +38,26 @@ from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
 from minilora.testing.sequence_laws import Lengths
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-LAWS = in_order(
-    [
-        *LORA_LAWS,
-        *MERGE_LAWS,
-        *NF4_LAWS,
-        *LINEAR4BIT_LAWS,
-        *DATA_LAWS,
-        *CHAT_LAWS,
-        *SEQUENCE_LAWS,
-        *LIFECYCLE_LAWS,
-        *DIRECTORY_LAWS,
-    ]
-)
+LAWS = in_order(LORA_LAWS, MERGE_LAWS, NF4_LAWS, DATA_LAWS, CHAT_LAWS, SEQUENCE_LAWS, LIFECYCLE_LAWS, DIRECTORY_LAWS)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
     """Return the laws of these kinds: by name if there is one kind, by id if there are several, all if none is given.
 
-    `law.check` and `check` take what the functions of one kind below take:
+    `law.check` and `check` take what the check of a kind takes, a tuple if it is more than one thing:
 
-        lora, rslora, dora     make_layer, as `check_lora_linear` and `check_dora_linear`
-        merge, merge_dora      merge, as `check_merge`
-        adapter_sum            add, as `check_adapter_sum`
-        nf4, double_quant      the pair (quantize, dequantize), as `check_nf4` and `check_double_quant`
-        linear4bit             make_layer, as `check_linear4bit`
-        loss_masking           loss_fn, as `check_loss_masking`
-        accumulation, ranks    step_fn, as `check_accumulation`
-        chat_mask, chat_tools  render, as `check_chat_mask`
-        packing                (run, vocabulary) or (run, vocabulary, parameters), as `check_packing`
-        generation             (generate, logits, vocabulary), as `check_generation`
-        roundtrip              (attach, save, load), as `check_roundtrip`
-        adapters               (attach, switch, disabled, delete), as `check_adapters`; the last two may be None
-        merge_cycle            (make_layer, merge, unmerge), as `check_merge_cycle`
-        resume                 run, as `check_resume`
-        recompute              gradients, as `check_recompute`
-        adapter_directory      a path, as `check_adapter_directory`
+        lora, rslora, dora, linear4bit      make_layer
+        merge, merge_dora; adapter_sum      merge; add
+        nf4, double_quant                   (quantize, dequantize)
+        loss_masking; accumulation, ranks   loss_fn; step_fn
+        chat_mask, chat_tools               render
+        packing                             (run, vocabulary) or (run, vocabulary, parameters)
+        generation                          (generate, logits, vocabulary)
+        roundtrip                           (attach, save, load)
+        adapters                            (attach, switch, disabled, delete); the last two may be None
+        merge_cycle                         (make_layer, merge, unmerge)
+        resume; recompute                   run; gradients
+        adapter_directory                   a path
 
     `law.check` returns a `Report` or raises CheckFailure, or NotApplicable; `law.check(…, case)` tries a single case.
 

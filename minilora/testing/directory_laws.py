@@ -96,18 +96,14 @@ def matches_target(where: str, target: str | list[str]) -> bool:
 
 
 def files(path: str | Path, case: None) -> Iterator[Comparison]:
-    path = Path(path)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
-    needed = f"accepted is a directory with {CONFIG} and {WEIGHTS}"
-    problems = [f"{name}: found no such file in {path}; {needed}" for name in missing]
+    path, problem = Path(path), ""
     if (path / "adapter_model.bin").exists():
-        problems.append(f"adapter_model.bin: found, accepted is only {WEIGHTS}: loading the other file can run code")
-    if not missing:
-        try:
-            read(path)
-        except Exception as error:
-            problems.append(f"{path}: found files that cannot be read ({error}); accepted are JSON and safetensors")
-    yield claim("the directory", "\n  ".join(problems))
+        problem = f"adapter_model.bin: found, accepted is only {WEIGHTS}: loading the other file can run code"
+    try:
+        read(path)
+    except Exception as error:
+        problem = f"{path}: found what cannot be read ({error}); accepted are {CONFIG} and {WEIGHTS}"
+    yield claim("the directory", problem)
 
 
 def config(adapter: Adapter) -> Problems:

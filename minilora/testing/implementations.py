@@ -35,7 +35,6 @@ class LoRALayer(nn.Module):
     """
 
     W: Tensor
-    b: Tensor | None
     m: Any  # a parameter, with DoRA
 
     def __init__(
@@ -52,7 +51,7 @@ class LoRALayer(nn.Module):
     ):
         super().__init__()
         self.register_buffer("W", W)
-        self.register_buffer("b", b)
+        self.b = b
         self.A, self.B = nn.Parameter(A.detach().clone()), nn.Parameter(B.detach().clone())
         self.scale = alpha / (math.sqrt(len(A)) if use_rslora else len(A))
         self.p = dropout
@@ -144,17 +143,11 @@ def double_dequantize(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 class Linear4bit(nn.Module):
     """A 4-bit linear layer: y = x Wᵀ + b, where W is stored as NF4 in blocks of 64 and dequantized in each call."""
 
-    packed: Tensor
-    absmax: Tensor
-    b: Tensor | None
-
     def __init__(self, W: Tensor, b: Tensor | None, double_quant: bool = False):
         super().__init__()
-        packed, absmax = nf4_quantize(W, 64)
-        self.register_buffer("packed", packed)
-        self.register_buffer("absmax", double_dequantize(*double_quantize(absmax)) if double_quant else absmax)
-        self.register_buffer("b", b)
-        self.shape = W.shape
+        self.packed, absmax = nf4_quantize(W, 64)
+        self.absmax = double_dequantize(*double_quantize(absmax)) if double_quant else absmax
+        self.shape, self.b = W.shape, b
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, nf4_dequantize(self.packed, self.absmax, self.shape, 64).to(x.dtype), self.b)

@@ -5,6 +5,7 @@ moved by as many units as a rounded exponent changes it, because e^(z - log Σ e
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,19 +16,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minilora.testing.cases import strided
 from minilora.testing.compare import MATHS, Bounded, as_array, worst
 from minilora.testing.laws import Comparison, Law, Report, claim
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 DRAWS = 4  # of moved operations: of 16,800 right kernels of softmax(x W) none is refused
 RESULT = "the result"
-HALVED, LARGE = " for half the numbers", " for 64 times the numbers"
-WAYS = {
-    "": (1.0, False),
-    HALVED: (0.5, False),
-    LARGE: (64.0, False),
-    " for zeros": (0.0, False),
-    " for views": (1.0, True),
+LARGE = " for 64 times the numbers"
+WAYS: dict[str, tuple[float, dict[str, Any]]] = {  # factor of the numbers, and how the function is called
+    "": (1.0, {}),
+    " for half the numbers": (0.5, {}),
+    LARGE: (64.0, {}),
+    " for zeros": (0.0, {}),
+    " for views": (1.0, {"is_view": True}),
+    " under no_grad": (1.0, {"context": torch.no_grad}),
+    " under inference_mode": (1.0, {"context": torch.inference_mode}),
 }
 Results = dict[str, Tensor]  # the result and the gradients, by name
 aten = torch.ops.aten
@@ -39,9 +43,9 @@ def check_kernel(
 ) -> Report:
     """Check a faster function against its definition: the result, and the gradients of tensors that require one.
 
-    It is called with the tensors, with half of their numbers, which leaves the first result as it was, with 64 times
-    them and with zeros, where the definition is finite, with views that are not contiguous, without gradients, and with
-    gradients of one tensor at a time. Integers stay as they are.
+    It is called with the tensors, with half of their numbers, with 64 times them and with zeros, where the definition
+    is finite, with views that are not contiguous, without gradients, and with gradients of one tensor at a time. A
+    second call leaves the first result as it was. Integers stay as they are.
 
     In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
     definition's own, plus its own when each of its operations is off by a unit in the last place, plus such a unit. In
@@ -57,16 +61,15 @@ def check_kernel(
         CheckFailure: the kernel is less exact, its result has another dtype, a gradient is missing, an input is
             changed, or an error is raised.
     """
-    calls = {way: Call(definition, times(factor, tensors), is_view) for way, (factor, is_view) in WAYS.items()}
+    calls = {way: Call(definition, times(factor, tensors), **options) for way, (factor, options) in WAYS.items()}
     trained = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-    for i in trained[: len(trained) * (len(trained) > 1)]:
+    for i in trained if len(trained) > 1 else []:
         only = [tensor if j == i else tensor.detach() for j, tensor in enumerate(tensors)]
         calls[f", where only tensor {i} requires a gradient"] = Call(definition, only)
 
     def compare(kernel: Callable[..., Any], _: None) -> Iterator[Comparison]:
         for way, call in calls.items():
             yield from call.compare(kernel, way)
-        yield from calls[""].without_gradients(kernel, calls[HALVED])
 
     return Law("kernel", name, "the kernel is its definition, and as exact", [None], compare).check(kernel)
 
@@ -77,11 +80,6 @@ def times(factor: float, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [own if given.requires_grad else own.detach() for own, given in zip(wide, tensors, strict=True)]
 
 
-def view_of(tensor: Tensor) -> Tensor:
-    """Return a tensor with the same numbers, which is every second one of another."""
-    return torch.stack([tensor, tensor], -1)[..., 0]
-
-
 @dataclass(frozen=True, eq=False)
 class Call:
     """A call of a definition: what is right, and how far off a kernel may be."""
@@ -89,6 +87,7 @@ class Call:
     definition: Callable[..., Any]
     tensors: Sequence[Tensor]
     is_view: bool = False  # which numbers that a kernel gets are
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,17 +113,18 @@ class Call:
         if dtype:
             copies = [tensor.cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu() for tensor in copies]
         if self.is_view:
-            copies = [view_of(copy) if copy.is_floating_point() else copy for copy in copies]
+            copies = [strided(copy) if copy.is_floating_point() else copy for copy in copies]
         return [nn.Parameter(copy, tensor.requires_grad) for copy, tensor in zip(copies, self.tensors, strict=True)]
 
     def results(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Results:
         """Return the result of a function and the gradients that there are; what comes in is drawn, and rounded."""
-        y = function(*tensors)
+        with self.context():
+            y = function(*tensors)
         trained = {f"the gradient of tensor {i}": tensor for i, tensor in enumerate(tensors) if tensor.requires_grad}
         if not y.requires_grad:
             return {RESULT: y}
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(self.dtype)
-        dy = view_of(dy.to(y)) if self.is_view else dy.to(y, copy=True)
+        dy = strided(dy.to(y)) if self.is_view else dy.to(y, copy=True)
         grads = torch.autograd.grad(y, [*trained.values()], dy, allow_unused=True)
         found = {name: grad for name, grad in zip(trained, grads, strict=True) if grad is not None}
         return {RESULT: y, **found, "the gradient from above, which is only read,": dy}
@@ -134,8 +134,12 @@ class Call:
             return
         given = self.copies()
         ours = self.results(kernel, given)
+        before, others = as_array(ours[RESULT]).copy(), replace(self, tensors=times(0.5, self.tensors)).copies()
+        with self.context():
+            kernel(*others)
+        yield Comparison(f"{RESULT}{way} after another call", ours[RESULT], before)
         for i, (own, tensor) in enumerate(zip(given, self.tensors, strict=True)):
-            yield Comparison(f"tensor {i}, which is only read", own, as_array(tensor))
+            yield Comparison(f"tensor {i}{way}, which is only read", own, as_array(tensor))
         for name, their in self.plain.items():
             if name not in ours:
                 yield claim(f"{name}{way}", "found no gradient")
@@ -148,18 +152,6 @@ class Call:
                 continue
             our = our if name == RESULT else our.to(self.dtype)  # that of a wider tensor is computed in this dtype, too
             yield Comparison(f"{name}{way}", our, self.expected(name, our))
-
-    def without_gradients(self, kernel: Callable[..., Any], other: "Call") -> Iterator[Comparison]:
-        for mode in (torch.no_grad, torch.inference_mode):
-            given, others = self.copies(), other.copies()
-            with mode():
-                y = kernel(*given)
-                before = as_array(y).copy()
-                kernel(*others)
-            yield Comparison(f"{RESULT} under {mode.__name__}", before, self.expected(RESULT, y))
-            yield Comparison(f"{RESULT} under {mode.__name__} after another call", y, before)
-            for i, (own, tensor) in enumerate(zip(given, self.tensors, strict=True)):
-                yield Comparison(f"tensor {i} under {mode.__name__}, which is only read", own, as_array(tensor))
 
     def expected(self, name: str, our: Tensor) -> Bounded:
         """Return what a result should be; operations are moved only where it matters."""

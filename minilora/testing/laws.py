@@ -7,8 +7,9 @@ import functools
 import inspect
 import unittest
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,6 @@ class Law:
     cases: Sequence[Any]  # from small to large; only None if nothing is drawn, as for files
     compare: Callable[[Any, Any], Iterator[Comparison]]  # (implementation, case) -> comparisons
     like: Callable[[Any, Any, Any], Any] = like  # (implementation, mistake, case) -> what is compared with it
-    takes: Callable[..., Any] | None = None  # of what is given as a tuple: its fields by name
     known: str = ""  # a deviation that must still be there: the text of its cause, or a part of what was found
     earlier: tuple["Law", ...] = field(default=(), repr=False)  # those of its kind that come before it
 
@@ -156,7 +156,6 @@ class Law:
             CheckFailure: it breaks the law, or a known deviation is no longer there.
             NotApplicable: the law is about something that the implementation does not have.
         """
-        implementation = self.takes(*implementation) if self.takes else implementation
         cases = self.cases if case is None else [case]
         tried = [(example, list(self.comparisons(implementation, example))) for example in cases]
         failing = [(example, results) for example, results in tried if not keeps(results)]
@@ -193,20 +192,16 @@ class Law:
             if self._explains(mistake, implementation, spread(failing))
             and not self._breaks_more(mistake, implementation, comparable, tuple(modes))
         )
-        title, law = f"{self.id}: {first.name}: wrong", f"  law: {self.statement}"
-        details = [f"  {first.verdict[1]}", *(f"  likely cause: {cause}" for cause in causes)]
+        lines = [f"{self.id}: {first.name}: wrong", f"  law: {self.statement}", f"  {first.verdict[1]}"]
         if kept and not modes.keys() & kept.keys():
-            details.insert(1, f"  only in the modes {', '.join(modes)}; right in {', '.join(kept)}")
-        if case is None:
-            lines = [title, law, *details]
-        else:
+            lines.append(f"  only in the modes {', '.join(modes)}; right in {', '.join(kept)}")
+        lines += [f"  likely cause: {cause}" for cause in causes]
+        if case is not None:
             made_with = [(f.name, getattr(case, f.name), f.default) for f in fields(case) if f.repr]
             given = ", ".join(f"{name}={value!r}" for name, value, default in made_with if value != default)
-            lines = [
-                f"{title} in {len(failing)} of {len(failing) + len(passing)} cases",
-                law,
-                f"  smallest failing case: {case}",
-                *details,
+            lines[0] += f" in {len(failing)} of {len(failing) + len(passing)} cases"
+            lines.insert(2, f"  smallest failing case: {case}")
+            lines += [
                 "  to repeat:",
                 f"    from minilora.testing import {type(case).__name__}, laws",
                 f"    case = {type(case).__name__}({given})",
@@ -235,17 +230,17 @@ class Law:
         """Return whether a mistake has the same result in 3/4 of the failing cases, which is far from right in one."""
         misses, is_far = 0, False
         for case, ours in failing:
-            is_like, is_wrong = True, False
+            theirs, is_wrong = self.comparisons(self.like(implementation, mistake, case), case), False
             try:
-                for our, their in zip_longest(ours, self.comparisons(self.like(implementation, mistake, case), case)):
+                for our, their in zip_longest(ours, theirs):
                     if our is None or their is None or not our.is_like(their.actual):
-                        is_like = False
+                        misses += 1
                         break
                     is_wrong = is_wrong or not their.is_like(their.right)
+                else:  # all are the same
+                    is_far = is_far or is_wrong
             except NotApplicable:
                 return False
-            is_far = is_far or (is_like and is_wrong)
-            misses += not is_like
             if 4 * misses > len(failing):
                 return False
         return is_far
@@ -258,10 +253,28 @@ def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if takes_all or name in parameters}
 
 
-def in_order(laws: Sequence[Law]) -> tuple[Law, ...]:
+@functools.cache
+def both(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[[Any, Any], Iterator[Comparison]]:
+    """Return a comparison that makes two; the second, such as that of gradients, where it applies."""
+
+    def compare(implementation: Any, case: Any) -> Iterator[Comparison]:
+        yield from first(implementation, case)
+        with suppress(NotApplicable):
+            yield from second(implementation, case)
+
+    return compare
+
+
+@functools.cache
+def unpacked(compare: Callable[..., Iterator[Comparison]]) -> Callable[[Any, Any], Iterator[Comparison]]:
+    """Return a comparison of an implementation that is a tuple, by one that takes a case and what is in the tuple."""
+    return lambda functions, case: compare(case, *functions)
+
+
+def in_order(*files: Sequence[Law]) -> tuple[Law, ...]:
     """Return laws that know those of their kind before them, which are easier to break."""
     ordered = list[Law]()
-    for law in laws:
+    for law in chain(*files):
         ordered.append(replace(law, earlier=tuple(each for each in ordered if each.kind == law.kind)))
     return tuple(ordered)
 

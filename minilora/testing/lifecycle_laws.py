@@ -23,11 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minilora.testing.cases import AdaptedLinear, scaled, tensor
 from minilora.testing.compare import PARITY, UNITS, Array, Bounded, as_array
-from minilora.testing.data_cases import MicroBatches
-from minilora.testing.data_laws import BATCHES, EMPTY, tensors
-from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim
+from minilora.testing.data_laws import BATCHES, EMPTY, MicroBatches, tensors
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, unpacked
 from minilora.testing.lora_laws import linear_cases, make_layer, set_mode
-from minilora.testing.reference import NF4_LEVELS, nf4_quantize
+from minilora.testing.nf4_cases import NF4Weight
 from minilora.testing.sequence_laws import near
 
 Call = Callable[..., Any]
@@ -174,16 +173,12 @@ def several(case: AdaptedModel, attach: Call, switch: Call) -> Several:
     return state
 
 
-def added(case: AdaptedModel, attach: Call, switch: Call, *_: Any) -> Results:
+def switched(case: AdaptedModel, attach: Call, switch: Call, *_: Any) -> Results:
     state = Several(case, attach, switch, case.build())
     for name in case.configs:
         state.add(name)
         yield from state.acts(f"after adding {name!r}")
         state.train(name)
-
-
-def switched(case: AdaptedModel, attach: Call, switch: Call, *_: Any) -> Results:
-    state = several(case, attach, switch)
     for name in (*case.configs, *reversed(case.configs)):
         switch(state.model, name)
         yield from state.acts(f"after switching to {name!r}", name)
@@ -230,9 +225,8 @@ def cycles_of_nf4(case: AdaptedLinear, make: Call, merge: Call, unmerge: Call) -
     """The base is in NF4, and may be quantized again: by half a gap g of a block's absmax, and by g·(1 + g) of it."""
     if not accepted(make, quantize="nf4"):
         raise NotApplicable("the layer takes no `quantize`")
-    codes, absmax = nf4_quantize(case.W, 64)
-    W = np.array(NF4_LEVELS)[codes].reshape(-1, 64) * absmax[:, None]
-    case = case.changed(W=W.astype(np.float32).reshape(case.W.shape))  # which NF4 has without an error
+    W = NF4Weight(case.outer, case.inner, seed=case.seed).values.value
+    case = case.changed(W=W.astype(np.float32))  # which NF4 has without an error
     size = abs(case.W) + abs(case.scale * case.B @ case.A)
     absmax = size.reshape(-1, 64).max(1).repeat(64).reshape(size.shape)
     yield from cycles(case, make, merge, unmerge, HALF_GAP * (2 + HALF_GAP) * absmax, adds_up=False, quantize="nf4")
@@ -391,12 +385,6 @@ def on_ranks(step_fn: Call, case: MicroBatches, world_size: int) -> list[Any]:
 
 # --- the tables ---
 
-
-def _several(kind: str, name: str, statement: str, cases: list[Any], compare: Callable[..., Results]) -> Law:
-    """Return a law whose comparison takes a case, and then the functions of which an implementation is a tuple."""
-    return Law(kind, name, statement, cases, lambda functions, case: compare(case, *functions))
-
-
 _SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
     "alpha": {},
     "rslora": {"use_rslora": True},
@@ -420,6 +408,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
 }
 _SEVERAL = [AdaptedModel(_CONFIGS)]
 _WITH_NORM = [AdaptedModel({name: {**config, "modules_to_save": ["norm"]} for name, config in _CONFIGS.items()})]
+_SWITCH = "a new adapter changes nothing; after a switch one acts, and only it is trained"
 _LOADED = "what is saved and loaded, once and twice, computes the same"
 _CYCLE = f"merged the layer applies W + s·B A, and unmerged W again, in {CYCLES} cycles"
 _64, _32, _F16, _B16 = (linear_cases("lora", dtype)[12:22:3] for dtype in UNITS)
@@ -428,17 +417,16 @@ _4 = [AdaptedLinear(inner=64, r=4, dtype="float32"), AdaptedLinear(inner=128, ou
 _STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6)]
 LAWS = (
     *(
-        _several("roundtrip", name, _LOADED, [AdaptedModel({"default": {**_Q_UP, **config}})], roundtrip)
+        Law("roundtrip", name, _LOADED, [AdaptedModel({"default": {**_Q_UP, **config}})], unpacked(roundtrip))
         for name, config in _SAVED.items()
     ),
-    _several("adapters", "add", "a new adapter changes nothing, and what acts is trained", _SEVERAL, added),
-    _several("adapters", "switch", "after a switch one acts, and only it is trained", _SEVERAL, switched),
-    _several("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, disabled),
-    _several("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, deleted),
-    _several("adapters", "whole_norm", "what is trained in full is switched as well", _WITH_NORM, switched),
-    _several("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, cycles_of_floats),
-    _several("merge_cycle", "16-bit", f"{_CYCLE} of 16 bits, without drift", _16, cycles_of_floats),
-    _several("merge_cycle", "4-bit", f"{_CYCLE} of NF4, without drift", _4, cycles_of_nf4),
+    Law("adapters", "switch", _SWITCH, _SEVERAL, unpacked(switched)),
+    Law("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, unpacked(disabled)),
+    Law("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, unpacked(deleted)),
+    Law("adapters", "whole_norm", "what is trained in full is switched as well", _WITH_NORM, unpacked(switched)),
+    Law("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, unpacked(cycles_of_floats)),
+    Law("merge_cycle", "16-bit", f"{_CYCLE} of 16 bits, without drift", _16, unpacked(cycles_of_floats)),
+    Law("merge_cycle", "4-bit", f"{_CYCLE} of NF4, without drift", _4, unpacked(cycles_of_nf4)),
     Law("resume", "exact", "k steps, saved, loaded, and k more are 2k steps, bit for bit", _STOPS, resumed),
     Law("recompute", "gradients", "it changes no gradient, dropout included, and keeps less", [None], recomputed),
     Law("ranks", "gradient", "each rank gets the gradient of one batch", BATCHES + EMPTY, over_ranks),

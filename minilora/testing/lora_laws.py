@@ -2,16 +2,16 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, interned, tensor
+from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, interned, strided, tensor
 from minilora.testing.compare import Array, Bounded, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, mode
 
@@ -98,6 +98,8 @@ def make_layer(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, 
     if case.method == "dora":
         options |= {"use_dora": True} | ({"magnitude": None} if case.has_magnitude else {})
     extra = accepted(make, **options, **({"use_rslora": True} if case.use_rslora else {}))
+    if case.method == "dora" and case.use_rslora and "use_rslora" not in extra:
+        raise NotApplicable("the layer takes no `use_rslora`")
     if case.method == "dora" and "magnitude" not in extra:
         case = replace(case, has_magnitude=False)
     given = {name: placed(case.arrays[name], case) for name in ("W", "A", "B", "magnitude")}
@@ -116,10 +118,7 @@ def make_layer(make: Make, case: AdaptedLinear, **options: Any) -> tuple[Built, 
 def placed(array: Array, case: Any) -> Tensor:
     """Return an array as a tensor; in the mode "strided" its numbers are not next to each other, nor the first."""
     packed = tensor(array, case.dtype)
-    if mode(case) != "strided":
-        return packed
-    wide = packed.new_zeros([2 * size + 1 for size in packed.shape])
-    return wide[(slice(1, None, 2),) * packed.ndim].copy_(packed)
+    return strided(packed) if mode(case) == "strided" else packed
 
 
 def set_mode(layer: Any, training: bool) -> None:
@@ -176,7 +175,7 @@ def forward(make: Make, case: AdaptedLinear, name: str = "y") -> Iterator[Compar
 
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     case = case.changed(B=np.zeros_like(case.B))
-    yield from start_of_magnitude(make, case)
+    yield from forward(make, replace(case, has_magnitude=False))
     if case.method == "dora":
         yield from forward(make, case, "y where m is not ‖W‖")
 
@@ -189,17 +188,6 @@ def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         yield from forward(make, replace(case, lead=lead), f"y of x {(*lead, case.inner)}")
         with suppress(NotApplicable):
             yield from gradients(make, replace(case, lead=lead))
-
-
-def start_of_magnitude(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    built, case = make_layer(make, replace(case, has_magnitude=False))
-    yield output(built.layer, case)
-
-
-def with_rslora(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    if not accepted(make, use_rslora=True):
-        raise NotApplicable("the layer takes no `use_rslora`")
-    yield from forward(make, replace(case, use_rslora=True))
 
 
 def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -278,17 +266,6 @@ def not_a_number(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     )
 
 
-def scaling(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    for scaled in (case, replace(case, scale=2 * case.scale)):
-        yield from forward(make, scaled, f"y with alpha {scaled.alpha:g}")
-
-
-def ranks_add(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
-    other = replace(case, seed=case.seed + 1000)
-    A, B = np.concatenate([case.A, other.A]), np.concatenate([case.B, other.B], axis=1)
-    yield from forward(make, replace(case, r=2 * case.r).changed(A=A, B=B), "y of [A₁; A₂], [B₁ B₂]")
-
-
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     case = replace(case, mode="train") if case.mode in ("eval", "inference", "back") else case  # which may merge
     built, case = make_layer(make, case)
@@ -314,7 +291,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     layer, given = built.layer, built.given["W"]
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
-    modules = list(layer.modules()) if isinstance(layer, torch.nn.Module) else []
+    modules = list(layer.modules()) if isinstance(layer, nn.Module) else []
     tensors = [*layer.parameters(), *layer.buffers()] if modules else []
     matrices = [matrix for matrix in tensors if matrix.ndim == 2]
     weights = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
@@ -332,7 +309,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         yield output(layer, case, f"y after {name} was doubled in place")
         set_mode(layer, training=True)
         for owner, key, part in owners:
-            setattr(owner, key, torch.nn.Parameter(2 * part.detach()))
+            setattr(owner, key, nn.Parameter(2 * part.detach()))
         if owners:
             case = case.changed(**{name: 2 * case.arrays[name]})
             yield output(layer, case, f"y after {name} was replaced by a parameter twice as large")
@@ -424,7 +401,7 @@ def linear_cases(method: Method, dtype: str, use_rslora: bool = False) -> list[A
     ]
 
 
-def in_modes(cases: Sequence[AdaptedLinear], first: int = 0) -> list[AdaptedLinear]:
+def in_modes(cases: Iterable[Any], first: int = 0) -> list[Any]:
     """Return cases in the modes in turn; each mode meets small and large ones."""
     modes = list(MODES)
     return [replace(case, mode=modes[(first + i) % len(modes)]) for i, case in enumerate(cases)]
@@ -436,30 +413,24 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     gradient = "dA = s·Bᵀ dW, dB = s·dW Aᵀ, dx = dy W' where dW = dyᵀ x"
     dtypes = ("float64", "float32", "bfloat16", "float16")
     wide, narrow, *low = (in_modes(linear_cases(method, dtype, use_rslora), i) for i, dtype in enumerate(dtypes))
+    larger = in_modes((replace(case, scale=2 * case.scale, r=2 * case.r) for case in wide), 3)
     extra = []
     if method == "dora":
+        start = [replace(case, has_magnitude=False) for case in wide]
+        rooted = [replace(case, use_rslora=True) for case in wide]
         equation = "y = m ⊙ x (W + s·B A)ᵀ / ‖W + s·B A‖ + b, the norm being that of each row"
         gradient = "as LoRA's of dy·m/‖W + s·B A‖, with the norm held constant; dm = Σ dW·(W + s·B A)/‖W + s·B A‖"
         extra = [
-            Law(kind, "start", "without a given magnitude m = ‖W‖, of each row", wide, start_of_magnitude),
-            Law(kind, "rslora", "with use_rslora s = α/√r", wide, with_rslora),
+            Law(kind, "start", "without a given magnitude m = ‖W‖, of each row", start, forward),
+            Law(kind, "rslora", "with use_rslora s = α/√r", rooted, forward),
         ]
-    sums = "adapters add by concatenating ranks: [B₁ B₂][A₁; A₂] = B₁ A₁ + B₂ A₂"
     dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [
-        Law(kind, "forward", equation, wide + narrow, forward),
-        Law(
-            kind,
-            "identity",
-            "with B = 0 the layer is its base: y = x Wᵀ + b",
-            wide + narrow,
-            identity,
-        ),
+        Law(kind, "forward", equation, wide + narrow + larger, forward),
+        Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
         Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
         Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], gradients),
         Law(kind, "shapes", "x (..., in) and its gradient may have any sizes in front of the features", wide, shapes),
-        Law(kind, "scale", "twice the alpha is twice the scale", wide, scaling),
-        Law(kind, "sums", sums, wide, ranks_add),
         Law(kind, "frozen", "W, b and x keep their bits when A and B are trained", wide, frozen),
         Law(kind, "updates", "a change of A, B or W in training shows in the next output", wide, follows),
         Law(kind, "nan", "a NaN in a row of x makes this row of y NaN, and no other", wide, not_a_number),

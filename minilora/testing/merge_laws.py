@@ -39,7 +39,6 @@ class AdapterSum:
 
     @property
     def adapters(self) -> list[tuple[Array, Array, float]]:
-        """The (A, B, s)."""
         cases = [
             AdaptedLinear("lora", (1,), self.inner, self.outer, r, (2.5, 0.375, 7.0)[i % 3], seed=self.seed + i)
             for i, r in enumerate(self.ranks)

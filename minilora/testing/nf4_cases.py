@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minilora.testing.cases import WeightKind, hard_weight, rounded
+from minilora.testing.cases import Mode, WeightKind, hard_weight, rounded
 from minilora.testing.compare import Array, Bounded
 from minilora.testing.reference import NF4_LEVELS, absmax_levels, absmax_quantize, nf4_pack, nf4_quantize
 
@@ -70,8 +70,8 @@ class Rounding:
 class NF4Weight:
     """A weight `W` to be quantized in blocks, with the right `packed`, `absmax` and dequantized `values`.
 
-    Kinds: those of `hard_weight`; zeros; zero_block: the first block is 0; ties: powers of two times midpoints of
-    levels, of those that float32 represents, and times float32's next numbers below and above each midpoint.
+    Kinds: those of `hard_weight`; zeros; zero_block: the first block is 0; ties: powers of two times levels,
+    midpoints of levels that float32 represents, and float32's next numbers below and above each midpoint.
     """
 
     rows: int = 1
@@ -81,10 +81,6 @@ class NF4Weight:
     seed: int = 0
     dtype: str = "float32"
     power: int = 0  # of two, by which all are multiplied
-
-    def __str__(self) -> str:
-        blocks = f"{len(self.absmax)} blocks of {self.block_size}"
-        return f"W {(self.rows, self.columns)}, {blocks}, {self.kind}, {self.dtype}"
 
     @cached_property
     def W(self) -> Array:
@@ -100,10 +96,10 @@ class NF4Weight:
         return rounded(np.clip(drawn * 2.0**self.power, -most, most), self.dtype)
 
     def _ties(self, rng: np.random.Generator) -> Array:
-        """Draw midpoints and their neighbours, times a power of two in each block, which is also its absmax."""
+        """Draw levels, midpoints and their neighbours, times a power of two in each block, which is also its absmax."""
         count, bs = self.rows * self.columns, self.block_size
         below, above = (np.nextafter(MIDPOINTS.astype(np.float32), np.float32(end)) for end in (-2, 2))
-        flat = rng.choice(np.concatenate([TIES, below, above]), count)
+        flat = rng.choice(np.concatenate([LEVELS, TIES, below, above]), count)
         flat[::bs] = rng.choice([-1.0, 1.0], -(-count // bs))
         powers = 2.0 ** rng.integers(-4, 5, -(-count // bs))
         return (flat * powers[self.block]).reshape(self.rows, self.columns)
@@ -159,9 +155,6 @@ class AbsmaxVector:
     of: NF4Weight | None = None  # whose absmaxes are taken
     given: float | None = None  # an offset that was found, from which the rest follows, in place of the mean
     power: int = 0  # of two, by which all are multiplied
-
-    def __str__(self) -> str:
-        return f"{self.count} absmaxes, {self.kind}, times 2^{self.power}"
 
     @cached_property
     def absmax(self) -> Array:
@@ -225,10 +218,7 @@ class QuantizedLinear:
     dtype: str = "float32"
     double_quant: bool = False
     kind: DrawnKind = "normal"  # of the weight
-
-    def __str__(self) -> str:
-        parts = ["with bias" if self.has_bias else "no bias", *["double quantization"] * self.double_quant, self.dtype]
-        return f"x {(*self.lead, self.inner)}, W {(self.outer, self.inner)}, {', '.join(parts)}"
+    mode: Mode = "train"
 
     @cached_property
     def weight(self) -> NF4Weight:

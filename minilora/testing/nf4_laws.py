@@ -1,4 +1,4 @@
-"""Laws of NF4 and of double quantization.
+"""Laws of NF4, of double quantization and of linear layers with a frozen 4-bit weight.
 
 A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_double_quant`.
 """
@@ -9,13 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from minilora.testing.cases import tensor
 from minilora.testing.compare import Array, as_array
-from minilora.testing.laws import Comparison, Law, claim
-from minilora.testing.nf4_cases import HARD_KINDS, AbsmaxVector, NF4Weight, weights
+from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, both, claim
+from minilora.testing.lora_laws import backward, called, in_modes, placed, recording, with_dtype
+from minilora.testing.nf4_cases import HARD_KINDS, AbsmaxVector, NF4Weight, QuantizedLinear, weights
 
+Make = Callable[..., Any]
 Pair = tuple[Callable[..., Any], Callable[..., Any]]  # quantize, dequantize
 
 
@@ -34,72 +37,34 @@ def form(name: str, array: Any, shape: tuple[int, ...], dtype: str) -> Compariso
 # --- laws of NF4 ---
 
 
-def quantized(pair: Pair, case: NF4Weight) -> tuple[Any, Any]:
-    packed, absmax = pair[0](tensor(case.W, case.dtype), case.block_size)
-    return packed, absmax
-
-
-def dequantized(pair: Pair, case: NF4Weight, packed: Any, absmax: Any) -> Any:
-    return pair[1](packed, absmax, (case.rows, case.columns), case.block_size)
-
-
 def quantizing(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[Comparison]:
-    W = tensor(case.W, case.dtype)
-    packed, absmax = pair[0](W, case.block_size)
-    yield Comparison("W, which is only read", W, case.W)
-    yield form("packed", packed, (-(-case.W.size // 2),), "uint8")
-    yield form("absmax", absmax, case.absmax.shape, "float32")
-    codes = as_codes(packed, case.W.size)
-    yield Comparison("codes", codes if is_exact else case.rounding.certain(codes), case.codes)
-    yield Comparison("absmax", absmax, case.stored_absmax)
-
-
-def views(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, _ = pair[0](tensor(case.W.T.copy(), case.dtype).requires_grad_().T, case.block_size)
-    codes = as_codes(packed, case.W.size)
-    yield Comparison("codes of a transposed view", case.rounding.certain(codes), case.codes)
+    view = tensor(case.W.T.copy(), case.dtype).requires_grad_().T
+    for W, what in ((tensor(case.W, case.dtype), ""), (view, " of a transposed view")):
+        packed, absmax = pair[0](W, case.block_size)
+        yield Comparison(f"W{what}, which is only read", W, case.W)
+        yield form(f"packed{what}", packed, (-(-case.W.size // 2),), "uint8")
+        yield form(f"absmax{what}", absmax, case.absmax.shape, "float32")
+        codes = as_codes(packed, case.W.size)
+        yield Comparison(f"codes{what}", codes if is_exact else case.rounding.certain(codes), case.codes)
+        yield Comparison(f"absmax{what}", absmax, case.stored_absmax)
 
 
 def dequantized_values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     packed, absmax = tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
-    weight = dequantized(pair, case, packed, absmax)
+    weight = pair[1](packed, absmax, (case.rows, case.columns), case.block_size)
     yield Comparison("packed, which is only read", packed, case.packed)
     yield Comparison("absmax, which is only read", absmax, case.absmax)
     yield form("the dequantized weight", weight, case.W.shape, "float32")
     yield Comparison("dequantize", weight, case.values)
 
 
-def error(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    weight = dequantized(pair, case, *quantized(pair, case))
-    yield Comparison("dequantize(quantize(W))", weight, case.round_trip(case.stored_absmax))
-
-
-def idempotence(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    packed, absmax = quantized(pair, case)
-    again, largest = pair[0](dequantized(pair, case, packed, absmax), case.block_size)
-    first, second = (as_codes(data, case.W.size) for data in (packed, again))
-    yield Comparison("codes of a dequantized weight", second, first)
-    yield Comparison("absmax of a dequantized weight", largest, as_array(absmax))
-
-
-def all_of(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
-    yield from quantizing(pair, case)
-    yield from dequantized_values(pair, case)
-    yield from error(pair, case)
-
-
 # --- laws of double quantization ---
-
-
-def nested(pair: Pair, case: AbsmaxVector, absmax: Tensor) -> tuple[Any, Any, Any, AbsmaxVector]:
-    """Return codes, scales and offset of an implementation, and the case with its offset, from which others follow."""
-    codes, scales, offset = pair[0](absmax)
-    return codes, scales, offset, replace(case, given=float(as_array(offset).reshape(())))
 
 
 def nested_quantizing(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     absmax = tensor(case.absmax, "float32")
-    codes, scales, offset, given = nested(pair, case, absmax)
+    codes, scales, offset = pair[0](absmax)
+    given = replace(case, given=float(as_array(offset).reshape(())))  # from which the others follow
     yield Comparison("absmax, which is only read", absmax, case.absmax)
     yield Comparison("offset", as_array(offset).reshape(()), case.offset)
     yield form("scales", scales, given.scales.value.shape, "float32")
@@ -119,13 +84,71 @@ def nested_values(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
     yield Comparison("dequantize", absmax, case.values)
 
 
-def nested_error(pair: Pair, case: AbsmaxVector) -> Iterator[Comparison]:
-    *found, case = nested(pair, case, tensor(case.absmax, "float32"))
-    yield Comparison("dequantize(quantize(absmax))", pair[1](*found), case.dequantized)
+# --- laws of 4-bit linear layers ---
 
 
-# --- the table ---
+def make_linear(make: Make, case: QuantizedLinear) -> tuple[Any, dict[str, Tensor]]:
+    """Return a layer and the tensors that it was given."""
+    options = accepted(make, double_quant=case.double_quant)
+    if case.double_quant and not options:
+        raise NotApplicable("the layer takes no `double_quant`")
+    given = {"W": placed(case.weight.W, case)}
+    if case.b is not None:
+        given["b"] = placed(case.b, case)
+    return make(given["W"], given.get("b"), **options), given
 
+
+def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = make_linear(make, case)
+    x, y = called(layer, case)
+    yield from with_dtype("y", y, case.output(case.x))
+    yield Comparison("x, which is only read", x, case.x)
+    ones = np.eye(case.inner)
+    with recording(case):
+        y, of_nan = layer(placed(ones, case)), layer(x * torch.nan)
+    yield from with_dtype("layer(1), the weight that is applied", y, case.output(ones))
+    yield Comparison("where y of NaN is NaN", np.isnan(as_array(of_nan)), np.ones((*case.lead, case.outer)))
+
+
+def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, _ = make_linear(make, case)
+    x, _ = backward(layer, case)
+    yield Comparison("dx", x.grad, case.dx)
+    x = tensor(case.x, case.dtype).requires_grad_()
+    layer(x).sum().backward()  # dy is a view of a single number
+    yield Comparison("the gradient of Σ y", x.grad, case.input_gradient(np.ones_like(case.dy)))
+
+
+def packed_frozen(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
+    layer, given = make_linear(make, case)
+    layer(tensor(case.x, case.dtype))  # a layer may quantize when it is first called
+    own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())} if isinstance(layer, nn.Module) else {}
+    b = None if case.b is None else given["b"]
+    kept = {  # all but the bias, which may be trained
+        name: value
+        for name, value in {**own, "the given W": given["W"]}.items()
+        if b is None or value.shape != b.shape or not torch.equal(value.detach().to(b), b)
+    }
+    before = {name: as_array(value.data).copy() for name, value in kept.items()}
+    x, _ = backward(layer, case)
+    for name, value in kept.items():
+        yield claim(f"the gradient of {name}", "" if value.grad is None else "found one, expected none")
+        yield Comparison(f"{name} after a backward pass", value.data, before[name])
+    yield Comparison("x, which is only read", x, case.x)
+
+
+def linears(
+    *sizes: tuple[tuple[int, ...], int, int], dtype: str = "float32", double_quant: bool = False
+) -> list[QuantizedLinear]:
+    """Return cases of these sizes (lead, in, out), each with and without a bias, in the modes in turn."""
+    return in_modes(
+        QuantizedLinear(lead, inner, outer, has_bias, seed, dtype, double_quant=double_quant)
+        for seed, (lead, inner, outer) in enumerate(sizes)
+        for has_bias in (True, False)
+    )
+
+
+# --- the tables ---
 
 COUNTS = (1, 2, 5, 64, 255, 256, 257, 600, 1300)  # with whole and with incomplete blocks of 256
 ABSMAXES = [AbsmaxVector(count, "normal", seed) for seed, count in enumerate(COUNTS)]
@@ -142,31 +165,42 @@ HARD = [*weights(*HARD_KINDS), *POWERS, NF4Weight(130, 513)]  # more than 65,536
 LOW = weights("normal", "outlier", dtype="bfloat16") + weights("normal", "outlier", dtype="float16")
 _CODE = "each code is that of the level nearest to w / absmax"
 _LARGEST = "the largest |w| of a block of the rows laid end to end"
-_TIES = "a number midway between two levels gets the lower one, its neighbours the nearest"
+_TIES = "a level has its own code; a number midway between two gets the lower one, its neighbours the nearest"
 _HARD = f"{_CODE}, for outliers, constants, small, large and many numbers; of denormals and zeros, any"
 _NF4 = (
-    (
-        "nearest",
-        f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte; W stays as it was",
-        PLAIN,
-        quantizing,
-    ),
+    ("nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
     ("ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
     ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
-    ("error", "|w - dequantize(quantize(W))| ≤ 0.151904·absmax, and is that of the nearest level", PLAIN, error),
-    ("idempotence", "a dequantized weight has the same codes and absmaxes", PLAIN, idempotence),
-    ("hard", _HARD, HARD, all_of),
-    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, all_of),
-    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, all_of),
-    ("views", "a weight that is a transposed view of a parameter has the codes of its copy", PLAIN, views),
+    ("hard", _HARD, HARD, both(quantizing, dequantized_values)),
+    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, both(quantizing, dequantized_values)),
+    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, both(quantizing, dequantized_values)),
 )
 _QUANTIZE = "offset = mean; scale = max |absmax - offset| of each 256; each code is that of the nearest of 256 levels"
 _DOUBLE_QUANT = (
     ("codes", f"{_QUANTIZE}, within half a place of 65,536", nested_quantizing),
     ("values", "dequantize gives level · scale + offset, in float32", nested_values),
-    ("error", "dequantize(quantize(absmax)) is off by half a gap of the levels at most, times scale", nested_error),
+)
+_SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64), ((5,), 192, 136))
+LINEARS = linears(*_SIZES)
+LOW_LINEARS = linears(*_SIZES, dtype="bfloat16") + linears(*_SIZES, dtype="float16")
+LED_LINEARS = linears(*((lead, 64, 3) for lead in ((), (0,), (2, 3), (2, 2, 3), (1, 1), (3, 1), (70,))))
+WIDE = [QuantizedLinear((2,), 520, 130)]  # of more than 512 features, and of more than 65,536 weights
+HARD_LINEARS = in_modes(QuantizedLinear((2,), 70, 5, seed=seed, kind=kind) for seed, kind in enumerate(HARD_KINDS))
+RAGGED = linears(((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,), 70, 3), ((2,), 96, 4))
+NESTED = linears(((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300), double_quant=True)  # at last two scales
+_LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
+_DX = "dx = dy dequantize(quantize(W))"
+_LINEAR4BIT = (
+    ("forward", f"{_LINEAR}, also for x = 1", LINEARS + HARD_LINEARS + WIDE, product),
+    ("gradients", _DX, LINEARS + WIDE, input_gradient),
+    ("shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, both(product, input_gradient)),
+    ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both(product, input_gradient)),
+    ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
+    ("double_quant", f"{_LINEAR}, with 8-bit absmaxes", NESTED, product),
+    ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, both(product, input_gradient)),
 )
 LAWS = (
     *(Law("nf4", *row) for row in _NF4),
     *(Law("double_quant", name, statement, ABSMAXES, compare) for name, statement, compare in _DOUBLE_QUANT),
+    *(Law("linear4bit", *row) for row in _LINEAR4BIT),
 )

@@ -2,32 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from minilora.testing.compare import Bounded, as_array
-from minilora.testing.laws import Comparison, Law, NotApplicable, claim
+from minilora.testing.laws import Comparison, Law, NotApplicable, claim, unpacked
 
 ALLOWED = {"float64": 1e-10, "float32": 1e-4, "float16": 2.0**-7, "bfloat16": 2.0**-4}  # of the largest number
 Tokens = list[int]
-
-
-class Packed(NamedTuple):
-    """What `check_packing` takes: see there."""
-
-    run: Callable[[list[Tokens]], Any]
-    vocabulary: int
-    parameters: Sequence[torch.Tensor] = ()
-
-
-class Decoder(NamedTuple):
-    """What `check_generation` takes: see there."""
-
-    generate: Callable[[list[Tokens], int], Sequence[Sequence[int]]]
-    logits: Callable[[Tokens], Any]
-    vocabulary: int
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -38,9 +23,6 @@ class Lengths:
     seed: int = 0
     new: int = 6
     has_equal: bool = False  # sequences of equal lengths are equal
-
-    def __str__(self) -> str:
-        return f"sequences of {', '.join(map(str, self.lengths))} tokens{', some of them equal' * self.has_equal}"
 
     def tokens(self, vocabulary: int) -> list[Tokens]:
         rng = np.random.default_rng(self.seed)
@@ -63,10 +45,10 @@ def near(right: Any, result: Any) -> Bounded:
 # --- documents in one batch ---
 
 
-def results(packed: Packed, documents: list[Tokens]) -> list[Any]:
+def results(run: Call, documents: list[Tokens]) -> list[Any]:
     """Return the result of each document, or of one number, the mean loss, the sum of the losses."""
     given = [list(document) for document in documents]
-    result = packed.run(given)
+    result = run(given)
     assert given == documents, "the documents, which are only read, are others after the call"
     if isinstance(result, list | tuple):
         assert len(result) == len(documents), f"found {len(result)} results for {len(documents)} documents"
@@ -75,9 +57,9 @@ def results(packed: Packed, documents: list[Tokens]) -> list[Any]:
     return [result * predictions if predictions else torch.zeros(())]  # the mean of nothing may be NaN
 
 
-def result_of(packed: Packed, document: Tokens) -> Any:
+def result_of(run: Call, document: Tokens) -> Any:
     """Return the result of a document by itself."""
-    (result,) = results(packed, [document])
+    (result,) = results(run, [document])
     shape, T = as_array(result).shape, len(document)
     accepted = f"accepted are logits ({T}, V), losses ({T - 1},) or one number"
     is_accepted = shape in ((), (T - 1,)) or (len(shape) == 2 and shape[0] == T)
@@ -85,11 +67,11 @@ def result_of(packed: Packed, document: Tokens) -> Any:
     return result
 
 
-def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
-    documents = case.tokens(packed.vocabulary)
-    right = [result_of(packed, document) for document in documents]
+def by_itself(case: Lengths, run: Call, vocabulary: int, *_: Any) -> Iterator[Comparison]:
+    documents = case.tokens(vocabulary)
+    right = [result_of(run, document) for document in documents]
     for place, order in (("in a batch with the others", 1), ("in reverse order", -1)):
-        together, alone = results(packed, documents[::order]), right[::order]
+        together, alone = results(run, documents[::order]), right[::order]
         if len(together) == len(alone):
             for i, result in enumerate(together):
                 yield Comparison(f"document {i} {place}", result, near(alone[i], result))
@@ -98,12 +80,12 @@ def by_itself(packed: Packed, case: Lengths) -> Iterator[Comparison]:
             yield Comparison(f"the sum of the losses {place}", together[0], near(total, together[0]))
 
 
-def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
-    for i, document in enumerate(case.tokens(packed.vocabulary)):
+def causal(case: Lengths, run: Call, vocabulary: int, *_: Any) -> Iterator[Comparison]:
+    for i, document in enumerate(case.tokens(vocabulary)):
         T = len(document)
         for place in sorted({T // 4, T // 2, T - 1}):
-            changed = [*document[:place], (document[place] + 1) % packed.vocabulary, *document[place + 1 :]]
-            own, other = (result_of(packed, tokens) for tokens in (document, changed))
+            changed = [*document[:place], (document[place] + 1) % vocabulary, *document[place + 1 :]]
+            own, other = (result_of(run, tokens) for tokens in (document, changed))
             if T > 1 and np.array_equal(as_array(own), as_array(other)):
                 raise AssertionError("found the same result for other tokens: nothing can be compared")
             if as_array(own).ndim:
@@ -112,51 +94,51 @@ def causal(packed: Packed, case: Lengths) -> Iterator[Comparison]:
                 yield Comparison(name, as_array(other)[before], near(own, own)[before])
 
 
-def summed_gradients(packed: Packed, case: Lengths) -> Iterator[Comparison]:
-    if not packed.parameters:
+def summed_gradients(
+    case: Lengths, run: Call, vocabulary: int, parameters: Sequence[torch.Tensor] = ()
+) -> Iterator[Comparison]:
+    if not parameters:
         raise NotApplicable("no parameters were given")
-    documents = case.tokens(packed.vocabulary)
-    together = slopes(packed, documents)
+    documents = case.tokens(vocabulary)
+    together = slopes(run, documents, parameters)
     if max(case.lengths) > 1 and not any(found.any() for found in together):
         raise AssertionError("found 0 for all parameters; accepted are results with gradients, without `no_grad`")
-    alone = [slopes(packed, [document]) for document in documents]
+    alone = [slopes(run, [document], parameters) for document in documents]
     for i, found in enumerate(together):
         yield Comparison(f"the gradient of parameter {i}", found, near(sum(own[i] for own in alone), found))
 
 
-def slopes(packed: Packed, documents: list[Tokens]) -> list[torch.Tensor]:
+def slopes(run: Call, documents: list[Tokens], parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the gradients of the sum of the results, each number of which is weighted by its place."""
     total = torch.zeros(())
-    for result in results(packed, documents):
+    for result in results(run, documents):
         weight = torch.arange(1, result.numel() + 1, device=result.device, dtype=result.dtype).reshape(result.shape)
         total = total.to(result) + (result * weight.cos()).sum()
     if not total.requires_grad:  # of single tokens, or under no_grad
-        return [torch.zeros_like(parameter) for parameter in packed.parameters]
-    gradients = torch.autograd.grad(total, packed.parameters, allow_unused=True)
-    pairs = zip(gradients, packed.parameters, strict=True)
-    return [torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in pairs]
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    return list(torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True))
 
 
 # --- generation ---
 
 
-def greedy(decoder: Decoder, case: Lengths) -> Iterator[Comparison]:
-    prompts = case.tokens(decoder.vocabulary)
+def greedy(case: Lengths, generate: Call, logits: Call, vocabulary: int) -> Iterator[Comparison]:
+    prompts = case.tokens(vocabulary)
     for way, chosen in (("", prompts), (" in reverse order", prompts[::-1]), (" by itself", prompts[:1])):
         given = [list(prompt) for prompt in chosen]
-        answers = decoder.generate(given, case.new)
+        answers = generate(given, case.new)
         yield claim("the prompts", "" if given == chosen else "they are only read, and others after the call")
         counts = f"found {len(answers)} answers to {len(chosen)} prompts"
         yield claim(f"the answers{way}", "" if len(answers) == len(chosen) else counts)
         for i, (prompt, answer) in enumerate(zip(chosen, answers, strict=False)):
-            yield claim(f"the answer to prompt {i}{way}", unlikely(decoder, prompt, list(map(int, answer)), case.new))
+            yield claim(f"the answer to prompt {i}{way}", unlikely(logits, prompt, list(map(int, answer)), case.new))
 
 
-def unlikely(decoder: Decoder, prompt: Tokens, answer: Tokens, new: int) -> str:
+def unlikely(logits: Call, prompt: Tokens, answer: Tokens, new: int) -> str:
     """Say which token of an answer has not the largest logit of a model that computes all tokens anew; or ""."""
     if len(answer) != new:
         return f"found {len(answer)} tokens; accepted are {new}"
-    found = decoder.logits(prompt + answer[:-1])
+    found = logits(prompt + answer[:-1])
     rows = as_array(found)[len(prompt) - 1 :]
     for i, (token, row) in enumerate(zip(answer, rows, strict=True)):
         if not row[token] >= row.max() - allowed(found) * abs(row).max():
@@ -179,13 +161,13 @@ CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 CASES.insert(-1, Lengths((4, 3, 4, 4, 3), has_equal=True))
 SEVERAL = CASES[1:]
 PROMPTS = [*CASES, Lengths((3, 12), new=45)]
-_PACKING = (
-    ("alone", "each document has the result that it has by itself, whatever its neighbours", SEVERAL, by_itself),
-    ("causal", "a token changes results, and none in front of it", SEVERAL, causal),
-    ("gradients", "gradients are the sums of the documents' own", SEVERAL, summed_gradients),
+_PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
+    ("alone", "each document has the result that it has by itself, whatever its neighbours", by_itself),
+    ("causal", "a token changes results, and none in front of it", causal),
+    ("gradients", "gradients are the sums of the documents' own", summed_gradients),
 )
-_GREEDY = ("greedy", "each new token is the likeliest of a model that keeps no cache", PROMPTS, greedy)
+_GREEDY = "each new token is the likeliest of a model that keeps no cache"
 LAWS = (
-    *(Law("packing", *row, takes=Packed) for row in _PACKING),
-    Law("generation", *_GREEDY, takes=Decoder),
+    *(Law("packing", name, statement, SEVERAL, unpacked(compare)) for name, statement, compare in _PACKING),
+    Law("generation", "greedy", _GREEDY, PROMPTS, unpacked(greedy)),
 )
