@@ -13,7 +13,7 @@ from typing import Any
 import pack
 from sphinx.application import Sphinx
 
-SCRIPTS = ("nf4", "lora", "by_hand", "swallowed", "dora_row")
+SCRIPTS = ("nf4", "lora", "by_hand", "swallowed", "dora_row", "training")
 
 
 def add_scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
