@@ -50,3 +50,4 @@ def setup(app: Sphinx) -> None:
     app.connect("config-inited", pages.collect)
     app.connect("html-page-context", explorer.add_scripts)
     app.connect("build-finished", explorer.copy_pages)
+    app.connect("build-finished", explorer.write_notebooks)
