@@ -61,6 +61,8 @@ def where():
             if run["place"] == place:
                 of_rate.setdefault(run["rate"], []).append(run)
         best[place] = max(of_rate.values(), key=len)  # the other seeds try the best rate of the first
+    names = [f"{letter}_proj" for letter in "qkvo"] + [f"{word}_proj" for word in ("gate", "up", "down")]
+    yield "loss " + ", ".join(f"{mean(run['loss'] for run in best[name])} at `{name}`" for name in names)
     attention, mlps, everywhere = (
         [run["kl"] for run in sorted(best[place], key=lambda run: run["seed"])]
         for place in ("attention", "MLPs", "all")

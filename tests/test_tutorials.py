@@ -73,6 +73,7 @@ MISTAKES = {
     "07": [
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
         ("name in names", "name.endswith(tuple(names))"),
+        ("parent._modules.items()", "list(parent.named_children())"),
     ],
     "08": [
         ("max(0, left // sum(costs.values()))", "left // sum(costs.values())"),

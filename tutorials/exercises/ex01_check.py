@@ -55,7 +55,12 @@ def check_forward(answer: ModuleType) -> None:
     error = difference(found, right, case)
     if error > 1e-9:
         update = right - x @ W.T
-        known = {"W x": x @ W.T, "the update": update, "y without s": x @ W.T + update / s, "y with s twice": right + 6 * update}
+        known = {
+            "W x": x @ W.T,
+            "the update": update,
+            "y without s": x @ W.T + update / s,
+            "y with s twice": right + 6 * update,
+        }
         names = [name for name, value in known.items() if difference(found, value, case) < 1e-9]
         what = f"this is {names[0]}" if names else f"y is off by up to {error:.2g}"
         raise AssertionError(f"{case}: {what}")
@@ -98,4 +103,6 @@ def check_read_update(answer: ModuleType) -> None:
         right = B @ A * (6.0 if use_rslora else 3.0)
         error = difference(found, right, case)
         times = float((found * right).sum() / right.square().sum())
-        assert error < 1e-9, f"{case}: the update is off by up to {error:.2g}; its size is {times:.2f} times the right one"
+        assert error < 1e-9, (
+            f"{case}: the update is off by up to {error:.2g}; its size is {times:.2f} times the right one"
+        )

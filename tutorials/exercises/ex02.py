@@ -27,5 +27,5 @@ def mean_loss(rows: list[tuple[Tensor, list[int]]]) -> float:
 
 
 def best_step(evaluations: Mapping[int, float]) -> int:
-    """The step whose adapter `--keep best` keeps: given the loss on the validation rows by step; of equals, the first."""
+    """The step whose adapter `--keep best` keeps, from the validation loss by step; of equals, the first."""
     raise NotImplementedError

@@ -64,4 +64,6 @@ def check_best_step(answer: ModuleType) -> None:
     """`best_step` finds the lowest loss, and of equal ones the first."""
     for losses in ({20: 3.6, 40: 3.4, 60: 3.5}, {20: 3.2, 40: 3.4}, {5: 2.0, 10: 1.5, 15: 1.5}, {40: 2.0, 20: 2.0}):
         found, right = answer.best_step(losses), min(losses, key=lambda step: (losses[step], step))
-        assert found == right, f"losses {losses}: the adapter of step {found} is kept, and step {right} has a better claim"
+        assert found == right, (
+            f"losses {losses}: the adapter of step {found} is kept, and step {right} has a better claim"
+        )

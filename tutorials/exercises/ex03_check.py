@@ -29,8 +29,12 @@ def check_step_loss(answer: ModuleType) -> None:
     for some, right in ((parts[:1], 1.0), (parts[:2], 62 / 12), (parts, 62 / 12)):
         found = float(answer.step_loss(some))
         told = ", ".join(f"{total:g} over {count}" for total, count in some)
-        assert found != 3.5, f"sums of {told} labels: 3.5. Each label of the first counts five times as much as one of the second"
-        assert math.isclose(found, right, rel_tol=1e-6), f"sums of {told} labels: the loss is {found:.4f}, and not {right:.4f}"
+        assert found != 3.5, (
+            f"sums of {told} labels: 3.5. Each label of the first counts five times as much as one of the second"
+        )
+        assert math.isclose(found, right, rel_tol=1e-6), (
+            f"sums of {told} labels: the loss is {found:.4f}, and not {right:.4f}"
+        )
 
 
 def check_collate(answer: ModuleType) -> None:
@@ -44,7 +48,9 @@ def check_collate(answer: ModuleType) -> None:
             assert input_ids[i] == tokens + [END] * padding, f"{case}: the tokens are {input_ids[i]}"
             lost = [label for label in labels[1:] if label >= 0 and label not in targets[i]]
             assert not lost, f"{case}: the targets are {targets[i]}, and {lost[0]} is learned nowhere"
-            assert targets[i] == right, f"{case}: the targets are {targets[i]}, which are not the labels one place earlier"
+            assert targets[i] == right, (
+                f"{case}: the targets are {targets[i]}, which are not the labels one place earlier"
+            )
 
 
 def check_token_loss(answer: ModuleType) -> None:
@@ -59,7 +65,7 @@ def check_token_loss(answer: ModuleType) -> None:
         assert int(count) == right, f"{case}: {int(count)} labels are counted of {right}"
         mean = masked_loss(SCORES[tokens].numpy(), labels.numpy())
         assert math.isclose(float(total), mean * right, rel_tol=1e-9), (
-            f"{case}: the sum is {float(total):.4f}, and not {mean * right:.4f}: which logits stand at a target's place?"
+            f"{case}: the sum is {float(total):.4f}, and not {mean * right:.4f}; look at the logits beside each"
         )
 
 

@@ -64,6 +64,12 @@ def make_model() -> nn.Module:
     return nn.Sequential(OrderedDict[str, nn.Module](blocks=blocks, head=nn.Linear(WIDTH, 3))).double()
 
 
+def places_of(model: nn.Module, path: str) -> list[str]:
+    """All paths at which the module of a path stands."""
+    module = model.get_submodule(path)
+    return [name for name, each in model.named_modules(remove_duplicate=False) if each is module]
+
+
 def check(answer: ModuleType) -> None:
     """Adapters stand where they should, one for each linear; they alone are trained, and the model uses them."""
     model = make_model()
@@ -79,8 +85,7 @@ def check(answer: ModuleType) -> None:
     for path in PLACES:
         found = type(model.get_submodule(path)).__name__
         assert found == "Adapter", (
-            f"{path} is {found}, need an adapter. A linear that two blocks share stands in both; `named_modules` and "
-            "`named_children` list it once"
+            f"{path} is {found}, need an adapter. The places of this linear in the model are {places_of(plain, path)}"
         )
     for path in OTHERS:
         found = type(model.get_submodule(path)).__name__
@@ -95,7 +100,7 @@ def check(answer: ModuleType) -> None:
     assert count == 4, f"attach returns {count!r}, need 4, the number of adapters"
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     own = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in ("A", "B")}
-    assert own <= trained, f"{min(own - trained)} is frozen, so nothing would be learned: freeze before you attach"
+    assert own <= trained, f"{min(own - trained)} is frozen, so nothing would be learned"
     assert trained <= own, f"{min(trained - own)} is trained, need only the adapters"
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     for linear in {plain.get_submodule(path) for path in PLACES}:
