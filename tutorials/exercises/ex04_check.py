@@ -14,13 +14,6 @@ from minilora.testing.reference import lora_gradients
 CASES = [((6,), 7, 5, 3, 2.0), ((2, 4), 5, 8, 2, 0.5), ((1,), 4, 4, 1, 7.0)]  # tokens, in, out, r, s
 
 
-def check(answer: ModuleType) -> None:
-    """Each of the three, from easy to hard."""
-    check_change_of_delta(answer)
-    check_lora_backward(answer)
-    check_share_seen(answer)
-
-
 def check_change_of_delta(answer: ModuleType) -> None:
     """The change is that of a step that PyTorch takes, small or large."""
     generator = torch.Generator().manual_seed(1)
@@ -35,7 +28,7 @@ def check_change_of_delta(answer: ModuleType) -> None:
             found = answer.change_of_delta(G, A, B, s, rate)
             error = (found - right).abs().max().item() / right.abs().max().item()
             assert error < 1e-6, (
-                f"change_of_delta: at rate {rate:g}, s = {s:g}, a {size} step, the largest error is {error:.1e} of the "
+                f"at rate {rate:g}, s = {s:g}, a {size} step, the largest error is {error:.1e} of the "
                 "largest number. Multiply out what ΔW is after the step, and keep every product"
             )
 
@@ -78,9 +71,9 @@ def check_share_seen(answer: ModuleType) -> None:
         G = 3 * torch.cat(parts, dim=1) @ basis.T
         A = torch.randn(r, r, generator=generator, dtype=torch.float64) @ basis[:, :r].T
         found = answer.share_seen(G, A)
-        assert isinstance(found, float), f"share_seen returns {type(found).__name__}, need a Python float"
+        assert isinstance(found, float), f"the share is {type(found).__name__}, need a Python float"
         assert abs(found - share) < 1e-9, (
-            f"share_seen: {share:.0%} of the energy of G was put into the space of the {r} rows of A, and you find "
+            f"{share:.0%} of the energy of G was put into the space of the {r} rows of A, and you find "
             f"{found:.4f}. Does your number stay the same if A is multiplied by 10, or if a row is added to another?"
         )
 

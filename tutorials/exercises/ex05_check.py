@@ -9,13 +9,6 @@ import torch
 from torch import Tensor, nn
 
 
-def check(answer: ModuleType) -> None:
-    """Each of the three, by drawing, by putting back, and by training."""
-    check_first_gradient(answer)
-    check_signal_and_noise(answer)
-    check_same_training(answer)
-
-
 def check_first_gradient(answer: ModuleType) -> None:
     """The forecast is the root mean square over many draws of A."""
     generator = torch.Generator().manual_seed(0)
@@ -25,8 +18,8 @@ def check_first_gradient(answer: ModuleType) -> None:
         measured = (alpha / r * (G @ A.mT)).square().sum(dim=(1, 2)).mean().sqrt().item()
         found = answer.first_gradient(G.norm().item(), width, r, alpha)
         assert math.isclose(found, measured, rel_tol=0.02), (
-            f"first_gradient: ‖G‖ = {G.norm():.3f}, width {width}, rank {r}, α = {alpha:g}: over 20,000 starts it is "
-            f"{measured:.4f}, and you say {found:.4f}. How large is the gradient of one column of B? How many are there?"
+            f"‖G‖ = {G.norm():.3f}, width {width}, rank {r}, α = {alpha:g}: over 20,000 starts it is "
+            f"{measured:.4f}, and you say {found:.4f}. How large is one column of the gradient? How many are there?"
         )
 
 
@@ -36,7 +29,7 @@ def check_signal_and_noise(answer: ModuleType) -> None:
         signal, noise = answer.signal_and_noise(dict(squares))
         for rows, square in squares.items():
             assert math.isclose(signal + noise / rows, square, rel_tol=1e-9), (
-                f"signal_and_noise: of {squares} you find signal {signal:g}, noise {noise:g}, with which {rows} rows "
+                f"of {squares} you find signal {signal:g}, noise {noise:g}, with which {rows} rows "
                 f"have {signal + noise / rows:g} and not {square:g}. Write the law down once for each size"
             )
 
@@ -48,8 +41,8 @@ def check_same_training(answer: ModuleType) -> None:
         pairs = zip(steps(s, 1.0, rate), steps(new_s, factor, new_rate), strict=True)
         for number, (old, new) in enumerate(pairs, start=1):
             assert torch.allclose(old, new, rtol=1e-4, atol=1e-6), (
-                f"same_training: from s = {s:g} to {new_s:g} at rate {rate:g}, ΔW is another after step {number}: its norm is "
-                f"{new.norm():.4f}, and was {old.norm():.4f}. In ΔW = s·BA, what does each of the three contribute?"
+                f"from s = {s:g} to {new_s:g} at rate {rate:g}, ΔW is another after step {number}: norm "
+                f"{new.norm():.4f} instead of {old.norm():.4f}. In ΔW = s·BA, what does each of the three contribute?"
             )
 
 
