@@ -13,7 +13,8 @@ follow it, in their order.
 
 Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
-`<!-- unchecked -->` shows its output without comparing it. Times, speeds and memory (numbers before s, ms, min,
+`<!-- unchecked -->` shows its output without comparing it; `predict` at the end lets the site fold the output, below a
+question that the reader answers first. Times, speeds and memory (numbers before s, ms, min,
 tokens/s, kB, MB, GB) are never compared. `<!-- slow -->` at the head of a chapter keeps it out of the default suite.
 
 A `py` fence below `<!-- quoted: lora.lora_linear -->` shows the definition of that name in `minilora/lora.py`, without
@@ -75,7 +76,7 @@ from pathlib import Path
 found = importlib.util.find_spec("minilora")
 runner = Path(found.origin).parents[1] / "tutorials" / "run.py" if found else None
 if runner is None or not runner.is_file():
-    raise SystemExit("In a checkout of minilora, run pip install -e '.[plot,parity,notebooks]', then restart the kernel")
+    raise SystemExit("In a checkout of minilora: pip install -e '.[plot,parity,notebooks]'. Then restart the kernel.")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.chdir(tempfile.mkdtemp())
 runpy.run_path(str(runner))["link_checkout"]()
