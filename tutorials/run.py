@@ -251,7 +251,7 @@ def make_notebook(chapter: Path) -> Any:
     parts = FOLDED.split(IMAGE.sub("", chapter.read_text("utf-8")))
     cells = [*notebook_cells(f"```python\n{SETUP}```\n", [], is_folded=True), *notebook_cells(parts[0], [])]
     for title, folded, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        tags = [title.lower()]
+        tags = [title.lower().replace(",", "")]  # a comma separates tags
         if CELL.search(folded):
             cells += notebook_cells(f"*{title}*", tags)
             cells += notebook_cells(folded, tags, is_folded=True)
