@@ -100,7 +100,7 @@ function train_by_hand(element) {
       <path class="level" stroke-dasharray="4 3" d="M40 ${180 - 120 * least}H390"/>
       <text x="34" y="64" text-anchor="end">1</text><text x="34" y="185" text-anchor="end">0</text>
       <text x="390" y="203" text-anchor="end">step ${TRAINED.steps}</text>
-      <text x="44" y="12">what is left of the change; before (grey), now (blue)</text>
+      <text x="44" y="12">what is left: before grey, now blue</text>
       <polyline class="base" points="${before}"/><polyline class="adapter" points="${curve}"/>`;
     const end = ended < 0 ? percent_of(left.at(-1)) : "no finite number";
     const text = `s = ${Number((alpha / r).toPrecision(3))}. After ${TRAINED.steps} steps ${end} is left; rank ${r} cannot

@@ -120,7 +120,7 @@ def test_the_print_version_is_one_page_without_controls(tmp_path, open_page):
 def test_chapters_hold_the_explorables_and_the_site_holds_the_explorer(site, open_page):
     page = open_page(site / "explore" / "index.html")
     assert "animal" in page.inner_text("#verdict")
-    for chapter in ("09_four_bits", "12_dora_and_starts", "11_merging"):
+    for chapter in ("04_gradients", "05_scale_and_rate", "09_four_bits", "12_dora_and_starts", "11_merging"):
         page.goto((site / "tutorials" / f"{chapter}.html").as_uri())
         assert page.locator(".explorable input").count() >= 2
 
