@@ -27,6 +27,7 @@ html_theme = "furo"
 html_title = "minilora"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = [("copy.js", {"defer": "defer"})]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_search_summary = False  # it fetches pages, which a browser forbids for files on the disk
@@ -49,3 +50,4 @@ def setup(app: Sphinx) -> None:
     app.connect("config-inited", pages.collect)
     app.connect("html-page-context", explorer.add_scripts)
     app.connect("build-finished", explorer.copy_pages)
+    app.connect("build-finished", explorer.write_notebooks)

@@ -7,13 +7,18 @@ without scripts shows nothing.
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pack
 from sphinx.application import Sphinx
 
-SCRIPTS = ("nf4", "lora", "by_hand", "swallowed", "dora_row")
+sys.path.insert(0, str(pack.ROOT / "tutorials"))
+import run
+
+SCRIPTS = ("nf4", "lora", "by_hand", "swallowed", "dora_row", "training")
 
 
 def add_scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
@@ -29,3 +34,15 @@ def copy_pages(app: Sphinx, exception: Exception | None) -> None:
     if app.builder.name == "html" and exception is None:
         pack.main()
         shutil.copytree(pack.OUT.parent, Path(app.outdir, "explore"), dirs_exist_ok=True)
+
+
+def write_notebooks(app: Sphinx, exception: Exception | None) -> None:
+    """Write each chapter as a notebook that has not run, without its solution (a handler of `build-finished`)."""
+    if app.builder.name != "html" or exception is not None:
+        return
+    folder = Path(app.outdir, "notebooks")
+    folder.mkdir(exist_ok=True)
+    for chapter in sorted((pack.ROOT / "tutorials").glob("[01A][0-9]_*.md")):
+        notebook = run.make_notebook(chapter)
+        run.remove_solution(notebook)
+        nbformat.write(notebook, folder / f"{chapter.stem}.ipynb")

@@ -175,6 +175,14 @@ def test_a_chapter_has_the_parts_that_every_chapter_has():
         assert all(cell["code"].count("\n") <= 40 for cell in run.CELL.finditer(text)), number
 
 
+def test_every_chapter_asks_for_a_prediction_before_its_output():
+    for chapter in EXECUTED:
+        if re.match("[01A][0-9]_", chapter.name):
+            text = text_of(chapter)
+            asked = re.findall(r"^\*\*Predict:\*\*(?:.+\n)+\n<!-- (?:[^\n]* )?predict -->\n", text, re.MULTILINE)
+            assert len(asked) == text.count("predict -->") >= 1, chapter.name
+
+
 def test_quotations_are_what_the_file_says_and_linked_names_are_defined():
     for page in EXECUTED:
         for quotation in run.QUOTATION.finditer(text_of(page)):

@@ -13,7 +13,8 @@ follow it, in their order.
 
 Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
-`<!-- unchecked -->` shows its output without comparing it. Times, speeds and memory (numbers before s, ms, min,
+`<!-- unchecked -->` shows its output without comparing it; `predict` at the end lets the site fold the output, below a
+question that the reader answers first. Times, speeds and memory (numbers before s, ms, min,
 tokens/s, kB, MB, GB) are never compared. `<!-- slow -->` at the head of a chapter keeps it out of the default suite.
 
 A `py` fence below `<!-- quoted: lora.lora_linear -->` shows the definition of that name in `minilora/lora.py`, without
@@ -63,18 +64,24 @@ FOLDED = re.compile(r"<details><summary>(.*?)</summary>\n(.*?)</details>\n", re.
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 CLOCK = re.compile(r"\d[\d,.]*(?= (?:s|ms|min|tokens/s|kB|MB|GB)\b)")
 SETUP = """\
-# The cells run in a fresh directory, in which `tutorials` is that of the checkout that minilora is installed from.
+# The cells need minilora, installed from a checkout. They run in a fresh directory, in which `tutorials` is that of
+# the checkout.
+import importlib.util
 import os
 import runpy
 import sys
 import tempfile
 from pathlib import Path
 
-import minilora
-
+found = importlib.util.find_spec("minilora")
+runner = Path(found.origin).parents[1] / "tutorials" / "run.py" if found else None
+if runner is None or not runner.is_file():
+    raise SystemExit("In a checkout of minilora: pip install -e '.[plot,parity,notebooks]'. Then restart the kernel.")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.chdir(tempfile.mkdtemp())
-runpy.run_path(f"{minilora.__path__[0]}/../tutorials/run.py")["link_checkout"]()
+runpy.run_path(str(runner))["link_checkout"]()
+if not Path("smollm2").exists():
+    print("Chapters 2 and 11 need SmolLM2: python scripts/pretrained.py smollm2 smollm2, in the checkout")
 """
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "minilora",  # with this and without a date, the bytes depend on the numbers and on matplotlib alone
@@ -225,23 +232,42 @@ def write_notebooks(chapter: Path, directory: Path) -> list[Path]:
     What `<details>` folds in the page is folded in the notebook, and tagged with its title.
     """
     import nbclient
-    from nbformat import v4, write
+    from nbformat import write
+
+    notebook = make_notebook(chapter)
+    nbclient.NotebookClient(notebook, timeout=None).execute()
+    paths = [directory / f"{chapter.stem}.ipynb"]
+    write(notebook, paths[0])
+    if remove_solution(notebook):
+        paths.append(directory / f"{chapter.stem}_without_solution.ipynb")
+        write(notebook, paths[1])
+    return paths
+
+
+def make_notebook(chapter: Path) -> Any:
+    """A chapter as a notebook that has not run yet."""
+    from nbformat import v4
 
     parts = FOLDED.split(IMAGE.sub("", chapter.read_text("utf-8")))
     cells = [*notebook_cells(f"```python\n{SETUP}```\n", [], is_folded=True), *notebook_cells(parts[0], [])]
     for title, folded, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        tags = [title.lower()]
-        cells += notebook_cells(f"*{title}*", tags)
-        cells += notebook_cells(folded, tags, is_folded=True)
+        tags = [title.lower().replace(",", "")]  # a comma separates tags
+        if CELL.search(folded):
+            cells += notebook_cells(f"*{title}*", tags)
+            cells += notebook_cells(folded, tags, is_folded=True)
+        else:  # a hint or a prediction, which the Markdown of a notebook folds by itself
+            cells += notebook_cells(f"<details><summary>{title}</summary>\n{folded}</details>\n", tags)
         cells += notebook_cells(text, [])
-    notebook = v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nbclient.NotebookClient(notebook, timeout=None).execute()
-    endings = ["", "_without_solution"] if "Solution" in parts[1::3] else [""]
-    paths = [directory / f"{chapter.stem}{ending}.ipynb" for ending in endings]
-    for path in paths:
-        write(notebook, path)
-        notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.tags]
-    return paths
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # the same in every build
+    return v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+
+
+def remove_solution(notebook: Any) -> bool:
+    """Take the cells of the solution out; return whether there were any."""
+    count = len(notebook.cells)
+    notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.tags]
+    return len(notebook.cells) < count
 
 
 def notebook_cells(text: str, tags: list[str], is_folded: bool = False) -> Iterator[Any]:

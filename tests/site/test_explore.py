@@ -222,3 +222,45 @@ def test_no_arrow_leaves_the_picture_of_the_rows(open_page):
     for degrees in range(-180, 181, 15):
         page.locator("#row-turn").fill(str(degrees))
         assert page.locator(".plane").evaluate(inside), degrees
+
+
+TRAININGS = (
+    {"r": 4, "alpha": 8, "rate": 1 / 64, "c": 1, "is_adam": True},
+    {"r": 1, "alpha": 2, "rate": 1 / 16, "c": 4, "is_adam": False},
+    {"r": 8, "alpha": 64, "rate": 1 / 128, "c": 0.25, "is_adam": True},
+)
+
+
+def train_with_pytorch(r, alpha, rate, c, is_adam, start, wanted):
+    """What is left of ‖wanted‖² after each step, by PyTorch's derivation and its optimizers."""
+    lora_A, lora_B = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(len(wanted), len(start), dtype=start.dtype))
+    optimizer = (torch.optim.Adam if is_adam else torch.optim.SGD)([lora_A, lora_B], lr=rate)
+    left = [1.0]
+    for _ in range(60):
+        optimizer.zero_grad()
+        ((alpha / r * lora_B @ lora_A - wanted).square().sum() / 2).backward()
+        optimizer.step()
+        left.append(((alpha / r * lora_B @ lora_A - wanted).norm() / wanted.norm()).item() ** 2)
+    return left
+
+
+@pytest.mark.parametrize("settings", TRAININGS)
+def test_the_layer_that_learns_does_as_pytorch_does(open_page, settings):
+    page = open_page()
+    start, wanted = (
+        torch.tensor(page.evaluate(f"settings => Array.from({call})", settings), dtype=torch.float64).view(-1, 16)
+        for call in ("first_A(settings.r, settings.c)", "wanted_change()")
+    )
+    assert torch.linalg.svdvals(wanted)[:8].tolist() == pytest.approx([1 / k for k in range(1, 9)], rel=1e-5)
+    found = page.evaluate("s => train_layer(s)", settings)
+    assert found["left"] == pytest.approx(train_with_pytorch(**settings, start=start, wanted=wanted), rel=1e-3)
+    assert page.evaluate("s => predicted_step(s)", settings) == pytest.approx(found["first"], rel=1e-4)
+
+
+def test_with_adam_the_twin_trains_the_same_and_with_sgd_another(open_page):
+    page = open_page()
+    for is_adam in (True, False):
+        one = {"r": 4, "alpha": 8, "rate": 1 / 64, "c": 1, "is_adam": is_adam}
+        twin = one | {"alpha": 32, "rate": 1 / 128, "c": 0.5}
+        left = [page.evaluate("s => train_layer(s)", settings)["left"] for settings in (one, twin)]
+        assert (left[0] == pytest.approx(left[1], rel=1e-3)) == is_adam

@@ -120,6 +120,23 @@ def test_the_print_version_is_one_page_without_controls(tmp_path, open_page):
 def test_chapters_hold_the_explorables_and_the_site_holds_the_explorer(site, open_page):
     page = open_page(site / "explore" / "index.html")
     assert "animal" in page.inner_text("#verdict")
-    for chapter in ("09_four_bits", "12_dora_and_starts", "11_merging"):
+    for chapter in ("04_gradients", "05_scale_and_rate", "09_four_bits", "12_dora_and_starts", "11_merging"):
         page.goto((site / "tutorials" / f"{chapter}.html").as_uri())
         assert page.locator(".explorable input").count() >= 2
+
+
+def test_a_prediction_comes_before_its_output_and_chapters_are_notebooks_without_solutions(site, open_page):
+    page = open_page(site / "tutorials" / "06_why_low_rank.html")
+    folded = page.locator("details", has_text="What came out").first
+    assert not folded.locator("pre").first.is_visible()
+    folded.locator("summary").click()
+    assert folded.locator("pre").first.is_visible()
+    assert page.get_by_role("button", name="Copy").count() >= 5
+    notebook = (site / "notebooks" / "06_why_low_rank.ipynb").read_text(encoding="utf-8")
+    assert "Hint 1" in notebook
+    assert "def best_adapter" not in notebook
+
+
+def test_lora_on_a_page_prints_on_one_sheet(site, open_page):
+    page = open_page(site / "tutorials" / "one_page.html")
+    assert page.pdf(format="A4").count(b"/Type /Page\n") == 1
