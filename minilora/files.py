@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -264,19 +265,22 @@ def publishing(directory: Path, obsolete: Sequence[str] = ()) -> Iterator[Path]:
     """Give a temporary directory, whose files replace those in `directory` if the block raises no error.
 
     Files that match `obsolete` are removed. Those of `LAST` are removed before others change, and come after them.
+    Several files are flushed and hashed at a time.
     """
     with replacing(directory / MANIFEST) as temporary:
         temporary.mkdir()
         yield temporary
-        manifest = manifest_of(temporary)
+        with ThreadPoolExecutor() as threads:
+            flushed = threads.map(flush, temporary.iterdir())
+            manifest = manifest_of(temporary)
+        list(flushed)  # raises what a flush has raised
         names = sorted(manifest["files"], key=lambda name: LAST.index(name) if name in LAST else -1)
-        for name in names:
-            flush(temporary / name)
         for pattern in (MANIFEST, *(name for name in LAST if name in names), *obsolete):
             for path in directory.glob(pattern):
                 path.unlink()
         for name in names:
-            flush(directory)  # the order holds after a loss of power as well
+            if name in (names[0], *LAST):
+                flush(directory)  # the order holds after a loss of power as well
             os.replace(temporary / name, directory / name)
         temporary.rmdir()
         write_json(temporary, manifest)
@@ -284,7 +288,9 @@ def publishing(directory: Path, obsolete: Sequence[str] = ()) -> Iterator[Path]:
 
 def manifest_of(directory: Path) -> dict[str, Any]:
     """Return size and SHA-256 of a directory's files, as its manifest has them."""
-    return {"files": {path.name: _entry(path) for path in sorted(directory.iterdir())}}
+    paths = sorted(directory.iterdir())
+    with ThreadPoolExecutor() as threads:
+        return {"files": dict(zip((path.name for path in paths), threads.map(_entry, paths), strict=True))}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

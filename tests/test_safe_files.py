@@ -163,7 +163,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(path):
         assert path.read_text() == "old"
 
 
-def test_everything_is_flushed_before_it_gets_its_name_and_each_name_before_the_next(path, monkeypatch):
+def test_everything_is_flushed_before_it_gets_its_name_and_all_names_before_that_of_a_config(path, monkeypatch):
     """So a loss of power leaves what a kill may leave."""
     events = []
     for name in ("fsync", "replace", "unlink"):
@@ -175,14 +175,16 @@ def test_everything_is_flushed_before_it_gets_its_name_and_each_name_before_the_
         (temporary / "b").write_text("b")
     # two files, their directory; the new name
     assert events == ["fsync", "fsync", "fsync", "replace", "fsync"]
-    for name in ("weights", "config.json"):
+    for name in ("weights", "tokens", "config.json"):
         path.joinpath(name).write_text("old")
     events.clear()
     with publishing(path) as temporary:
         (temporary / "weights").write_text("new")
+        (temporary / "tokens").write_text("new")
         (temporary / "config.json").write_text("new")
-    # two files; the config is removed; weights, config and manifest get their names
-    assert events == ["fsync", "fsync", "unlink", *["fsync", "replace"] * 3, "fsync"]
+    # three files; the config is removed; weights with tokens, config and manifest get their names
+    named = ["fsync", "replace", "replace", "fsync", "replace", "fsync", "replace", "fsync"]
+    assert events == ["fsync", "fsync", "fsync", "unlink", *named]
 
 
 def test_json_keeps_its_order_and_letters_and_missing_directories_are_made(path):
