@@ -20,7 +20,7 @@ from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
 from minilora.runs.lock import holds_files
 from minilora.tools import merging
-from minilora.tools.merging import Merge, merge_directory
+from minilora.tools.merging import Merge, Squares, merge_directory, relative_error
 from tests.files import SHARD, edit, save_file, write_adapter, write_base
 from tests.models import WHOLE, allocated, long, matrix, randn, tiny_model
 from tests.runs import everything
@@ -54,10 +54,12 @@ def deltas(base, adapter):
 
 
 def merge(things, target=None, quantize=None, base="base", adapter="adapter", out="out", dtype="auto"):
-    """Merge one of these adapters into one of these bases, as a directory."""
+    """Merge one of these adapters into one of these bases, as a directory; return the error."""
     what = Merge(things / base, [things / adapter], target, ml.QuantizeConfig.of(quantize), dtype)
     with publishing(things / out) as directory:
-        return merge_directory(what, directory)
+        error = merge_directory(what, directory)
+    assert error is None or error.margin == 0  # the weights have few rows
+    return error and error.value
 
 
 def assert_as_in_memory(things, dtype="auto", quantize=None, base="base", adapter="adapter"):
@@ -228,7 +230,7 @@ def test_what_is_held_at_a_time_is_the_work_on_one_weight(tmp_path, monkeypatch,
     what = Merge(base, [adapter], target, ml.QuantizeConfig.of(asked))
     _, peak, _ = allocated(lambda: merge_directory(what, tmp_path / "out"))
     held = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS_FILE).values())
-    small = 512 * len(linear_layers(model))
+    small = 512 * len(linear_layers(model)) + 14 * 64 * 16  # two numbers of each row that is measured
     assert peak <= 2 * held + 10 * largest + small
     assert sum(p.nbytes for p in model.parameters()) > 4 * peak
 
@@ -261,6 +263,33 @@ def test_merging_into_what_was_trained_errs_by_rounding_and_into_another_weight_
         lost += (plain[path].weight - held[path].weight).double().square().sum().item()
         effect += delta.square().sum().item()
     assert errors["original"] == pytest.approx(math.sqrt(lost / effect), rel=1e-6)
+
+
+@pytest.mark.parametrize("target", ["original", "requantized"])
+def test_the_error_on_drawn_rows_is_that_of_all_within_its_interval_and_the_bytes_are_the_same(tmp_path, target):
+    write_base(tmp_path / "base", hidden_size=64, intermediate_size=192)
+    write_for(tmp_path / "base", tmp_path / "adapter")
+    found = []
+    for rows in (40, 10**9):
+        what = Merge(tmp_path / "base", [tmp_path / "adapter"], target, NF4, rows=rows)
+        found.append(merge_directory(what, tmp_path / f"{rows}"))
+    drawn, whole = found
+    assert whole.margin == 0 < drawn.margin < 0.1 * whole.value
+    assert 0 < abs(drawn.value - whole.value) < 2 * drawn.margin
+    assert everything(tmp_path / "40") == everything(tmp_path / f"{10**9}")
+
+
+def test_the_interval_has_the_true_error_in_19_of_20_draws():
+    generator = torch.Generator().manual_seed(0)
+    weights = [randn(seed, 2, 500).square() * (seed + 1) for seed in range(3)]
+    truth = relative_error([Squares(*weight, 500) for weight in weights])
+    hits = 0
+    for _ in range(400):
+        drawn = [weight[:, torch.randperm(500, generator=generator)[:100]] for weight in weights]
+        found = relative_error([Squares(*each, 500) for each in drawn])
+        hits += abs(found.value - truth.value) <= found.margin
+    assert truth.margin == 0
+    assert 0.91 <= hits / 400 <= 0.98
 
 
 def test_an_adapter_without_effect_has_no_error(things):

@@ -23,7 +23,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, Target
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.prompts import Prompts
 from minilora.runs.cards import write_cards
-from minilora.tools.merging import Merge, merge_directory
+from minilora.tools.merging import ROWS, Merge, RelativeError, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
 
@@ -81,10 +81,12 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) 
     write_json(out / "config.json", {**values, MERGED: merged})
 
 
-def _describe_error(error: float | None) -> str:
+def _describe_error(error: RelativeError | None) -> str:
     if error is None:
         return "no update of low rank changes a weight, so there is no rounding error to report"
-    text = f"the layers' outputs differ from the trained ones by {error:.1%} of the adapter's effect"
-    if error > NOTABLE:
+    text = f"the layers' outputs differ from the trained ones by {error.value:.1%} of the adapter's effect"
+    if error.margin:
+        text += f" (± {error.margin:.2%}: {ROWS} rows of each weight were measured)"
+    if error.value > NOTABLE:
         text += "\nthe loss usually changes far less: `minilora eval` measures it, and --dtype float32 rounds less"
     return text

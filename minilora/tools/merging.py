@@ -9,7 +9,6 @@ The *target* decides what W is:
     requantized   the same; 4-bit weights are quantized again, and stay unchanged where there is no adapter
 """
 
-import copy
 import functools
 import itertools
 import math
@@ -17,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files, write_json
 from minilora.llama import Llama, LlamaConfig, assign
-from minilora.lora import AdapterWrapper, merge_weight
+from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
 from minilora.models.checkpoint import (
     CODE_KEYS,
@@ -51,6 +51,7 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.models.wrapper import is_wrapper, text_files, text_name, text_path
 from minilora.nf4 import NF4Linear
 
+ROWS = 256  # of each weight, drawn: the error is measured on them
 IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"
 
 
@@ -66,6 +67,7 @@ class Merge:
         dtype: of dense weights; "auto" is the checkpoint's own, even if this machine computes it slowly. In a wrapper
             only changed weights have it, and with "auto" each keeps its own.
         device: where to compute.
+        rows: of each weight, on which the error is measured; a weight that has no more is measured as a whole.
     """
 
     model: Path
@@ -74,6 +76,7 @@ class Merge:
     quantize: QuantizeConfig = QuantizeConfig()
     dtype: torch.dtype | str = "auto"
     device: torch.device = torch.device("cpu")
+    rows: int = ROWS
 
     @functools.cached_property
     def config(self) -> LlamaConfig:
@@ -107,17 +110,42 @@ class Merge:
             yield HEAD, head
 
 
-def relative_error(squares: Iterable[tuple[float, float]]) -> float | None:
-    """Return ‖W′ - (W + ΔW)‖ / ‖ΔW‖ from the `squared_norms` of the adapted layers; None if nothing is changed.
+class Squares(NamedTuple):
+    """What is measured of an adapted weight W (out, in)."""
+
+    errors: Tensor  # (n), ‖W′ - (W + ΔW)‖² of each drawn row
+    effects: Tensor  # (n), ‖ΔW‖² of each
+    out: int  # rows that they were drawn from
+
+
+class RelativeError(NamedTuple):
+    """An estimate, and half the width of its 95 % interval, which is 0 where every row was measured."""
+
+    value: float
+    margin: float
+
+
+def relative_error(squares: Sequence[Squares]) -> RelativeError | None:
+    """Estimate ‖W′ - (W + ΔW)‖ / ‖ΔW‖ over the adapted layers; None if nothing is changed.
+
+    q = Σ out·mean(errors) / Σ out·mean(effects) over the weights,    Var q ≈ Σ out·(out - n)/n·Var(errors - q·effects)
+    over the square of that denominator,    error = √q
 
     For inputs without a preferred direction, E[x xᵀ] = σ²·1, the outputs of a matrix M have the mean square
     σ²‖M‖² / out. So this is the error of the layers' outputs relative to the adapters' effect, as root mean squares.
     """
-    errors, effects = zip((0.0, 0.0), *squares, strict=True)
-    return math.sqrt(sum(errors) / sum(effects)) if any(effects) else None
+    effect = sum(each.out * each.effects.mean().item() for each in squares)
+    if not effect:
+        return None
+    q = sum(each.out * each.errors.mean().item() for each in squares) / effect
+    variance = 0.0
+    for errors, effects, out in squares:
+        residual = (errors - q * effects).var(correction=0).item()
+        variance += out * (out - len(errors)) / len(errors) * residual
+    return RelativeError(math.sqrt(q), 1.96 * math.sqrt(variance / q) / effect / 2 if q else 0.0)
 
 
-def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None) -> float | None:
+def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None) -> RelativeError | None:
     """Merge, write the model with its tokenizer, and return its `relative_error`, with W as in training.
 
     The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
@@ -137,7 +165,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     if is_tied and unties(ends):
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         is_tied = False
-    squares: list[tuple[float, float]] = []
+    squares: list[Squares] = []
     weights = _merged_weights(merge, quantized, layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
     if is_wrapper(merge.model):
@@ -229,12 +257,13 @@ def _merged_weights(
     quantized: Llama,
     layers: Mapping[str, AdapterWrapper],
     target: Target,
-    squares: list[tuple[float, float]],
+    squares: list[Squares],
 ) -> Iterator[tuple[str, Weight]]:
-    """Yield names and weights of the result, and add the `squared_norms` of each adapted layer to `squares`.
+    """Yield names and weights of the result, and add what is measured of each adapted layer to `squares`.
 
     The adapters were trained on the weights of `quantized`, a model on "meta". Of a wrapper only their layers are read.
     """
+    generator = torch.Generator().manual_seed(0)
     files = text_files(merge.model) if is_wrapper(merge.model) else {}
     is_wanted = functools.partial(_adapted_module, layers=layers) if files else None
     read = prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize, is_wanted))
@@ -254,9 +283,9 @@ def _merged_weights(
             if target == "requantized" and isinstance(weight, NF4Linear):
                 result = NF4Linear.quantize(merged[key], None, weight.scales is not None)
             if key == "weight" and isinstance(layer, LowRankWrapper):
-                if target == "original" and isinstance(quantized.get_submodule(path), NF4Linear):
-                    weight = NF4Linear.quantize(dense(weight), None, merge.quantize.double_quant)
-                squares.append(squared_norms(result, weight, layer))
+                is_trained_packed = target == "original" and isinstance(quantized.get_submodule(path), NF4Linear)
+                asked = merge.quantize if is_trained_packed else QuantizeConfig()
+                squares.append(measure_rows(result, weight, layer, asked, merge.rows, generator))
             yield name, result
 
 
@@ -282,16 +311,30 @@ def dense(weight: Weight) -> Tensor:
 
 
 @torch.no_grad()
-def squared_norms(merged: Weight, trained: Weight, layer: LowRankWrapper) -> tuple[float, float]:
-    """Return ‖W′ - (W + ΔW)‖² and ‖ΔW‖².
+def measure_rows(
+    merged: Weight, base: Weight, layer: LowRankWrapper, quantize: QuantizeConfig, most: int, generator: torch.Generator
+) -> Squares:
+    """Measure at most so many drawn rows of a weight, whose base was trained on as `quantize` makes it.
 
-    Computed in float64 on the CPU (some devices lack it), or for W′ in 16 bits, whose rounding is coarse, in float32.
-
-    Shapes: merged (out, in), trained (out, in) -> two numbers
+    Of drawn rows that are quantized, the scales' own scales are those of these rows alone. Computed in float64 on the
+    CPU (some devices lack it), or for W′ in 16 bits, whose rounding is coarse, in float32.
     """
-    now, before = (as_matrix(layer.base, dense(weight).detach()).cpu() for weight in (merged, trained))
+    now, before = (as_matrix(layer.base, dense(weight).detach()) for weight in (merged, base))
+    out = len(now)
+    rows = torch.randperm(out, generator=generator)[:most].sort().values if out > most else slice(None)
+    now, before = (weight[rows].cpu() for weight in (now, before))
+    if quantize.quantize != "none":
+        before = NF4Linear.quantize(before, None, quantize.double_quant).weight
     wide = torch.float64 if now.dtype.itemsize > 2 else torch.float32
-    adapters = [copy.deepcopy(layer.adapters[name]).cpu().to(wide) for name in layer.active]
+    adapters = [_rows_of(layer.adapters[name], rows).to(wide) for name in layer.active]
     start = before.to(wide)
     exact = merge_weight(start, adapters)
-    return (now.to(wide) - exact).square_().sum().item(), (exact - start).square_().sum().item()
+    errors, effects = ((one - exact).square_().sum(1).double() for one in (now.to(wide), start))
+    return Squares(errors, effects, out)
+
+
+def _rows_of(adapter: LoraAdapter, rows: Tensor | slice) -> LoraAdapter:
+    """Return a copy of an adapter on the CPU with some rows of the weight."""
+    tensors = {"lora_B": adapter.lora_B, "magnitude": adapter.magnitude}
+    parts = {name: tensor.detach().cpu()[rows] for name, tensor in tensors.items() if tensor is not None}
+    return LoraAdapter({"lora_A": adapter.lora_A.detach().cpu(), **parts}, adapter.scale)
