@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from minilora.adapter import adapter_layers, linear_layers
-from minilora.kernels import lora as tiles
+from minilora.kernels import nf4 as tiles
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
@@ -249,8 +249,9 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
 
 
 def small_tiles(patch: Any, numbers: int) -> None:
-    """Make `minilora.kernels.lora` take so few at a time, on any number of threads."""
+    """Make kernels take so few at a time, on any number of threads."""
     patch.setattr(tiles, "TILE", numbers)
+    patch.setattr(tiles, "DENSE_TILE", numbers)
     patch.setattr(torch, "get_num_threads", lambda: 1)
 
 

@@ -73,7 +73,6 @@ def where():
         f"the MLPs alone, which had KL {mean(mlps, 2)} where the attention had {mean(attention, 2)} "
         f"and all linears {mean(everywhere, 2)}"
     )
-    yield f"general text: loss {runs[0]['general_before']} -> "
 
 
 def codes():

@@ -17,7 +17,7 @@ from minilora.kernels import delta_rule as chunks
 from minilora.kernels import llama as loss
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
-from minilora.testing import check_kernel
+from minilora.testing import assert_maths, check_kernel
 from tests import models
 from tests.models import examples, of_kernels, randn, scales, seeds, sizes, small_tiles, token_ids
 
@@ -312,6 +312,20 @@ def test_x_is_kept_only_for_the_gradient_of_A_and_x_A_only_for_that_of_B(trained
         lora.lora_linear(x.requires_grad_(), base, None, A, B, 2.0)
     assert (x.data_ptr() in {tensor.data_ptr() for tensor in saved}) == ("A" in trained)
     assert ((5, 2) in {tuple(tensor.shape) for tensor in saved}) == ("B" in trained)
+
+
+@pytest.mark.parametrize("numbers", [1, 150, 1000, 10**6])
+@pytest.mark.parametrize("shape", [(7, 128), (5, 96), (9, 64)])  # 96 is no multiple of a block
+def test_in_tiles_of_any_size_a_4_bit_linear_and_its_gradient_are_the_whole(shape, numbers, monkeypatch):
+    models.small_tiles(monkeypatch, numbers)
+    layer = NF4Linear.quantize(randn(0, *shape).float(), randn(1, shape[0])).double()
+    x, dy = randn(2, 3, shape[1]).requires_grad_(), randn(3, 3, shape[0])
+    A, B = randn(4, 2, shape[1]), randn(5, shape[0], 2)
+    y = layer(x) + lora.lora_linear(x, layer, None, A, B, 2.0)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    both = 2 * layer.weight + 2.0 * B @ A
+    assert_maths(y, x @ both.T + layer.bias)
+    assert_maths(dx, dy @ both)
 
 
 @pytest.mark.parametrize("name", ["dora_norm", "merge_weight", "quantize", "dequantize", "nf4_linear"])

@@ -389,7 +389,7 @@ def test_our_checkpointing_changes_no_gradient(way):
     ml.attach(model, ml.LoraConfig(r=2, lora_dropout=0.3))
     randomize_adapters_(model)
     model.train()
-    batch = collate([Example(row, row) for row in token_ids(0, 3, 9).tolist()], "cpu")
+    batch = collate([Example(row, row) for row in token_ids(0, 3, 9).tolist()], torch.device("cpu"))
 
     def gradients(recompute, seed):
         set_dropout_step(model, seed)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from minilora import llama
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernels.lora import tile_rows
+from minilora.kernels.nf4 import tile_rows
 from minilora.lora import widest
 
 

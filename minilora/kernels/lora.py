@@ -1,6 +1,5 @@
-"""Kernels of LoRA and DoRA, and the size of the tiles that all kernels work on."""
+"""Kernels of LoRA and DoRA."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,22 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from minilora import lora
 from minilora.definition import kernel, no_autocast
-from minilora.nf4 import Layout, NF4Linear, Packed, dequantize_weight
-
-TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
-
-
-def tile_rows(x: Tensor) -> int:
-    """Return the rows to work on at a time.
-
-    On a CPU they fit its cache. On other devices, few kernel launches matter more.
-    """
-    return max(1, tile_size(x.device) // max(1, math.prod(x.shape[1:])))
-
-
-def tile_size(device: torch.device) -> int:
-    """Return the elements to work on at a time; on "meta", where memory is counted, a few of a CPU's tiles."""
-    return TILE * {"cpu": torch.get_num_threads(), "meta": 32}.get(device.type, 128)
+from minilora.kernels.nf4 import packed_linear, packed_product, tile_rows
+from minilora.nf4 import Layout, NF4Linear, Packed
 
 
 @kernel(of=lora.lora_linear)
@@ -39,8 +24,9 @@ def lora_linear(
         wide = torch.promote_types(x.dtype, lora_A.dtype)
         update = F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
         return lora.base_linear(x, base, bias).add_(update)
-    layout, parts = (base.layout, base.parts) if isinstance(base, NF4Linear) else (None, ())
-    y = _LoraLinear.apply(x.reshape(-1, x.size(-1)), base.weight, bias, lora_A, lora_B, scale, layout, *parts)
+    packed = (base.layout, base.dtype, *base.parts) if isinstance(base, NF4Linear) else (None, None)
+    weight = None if isinstance(base, NF4Linear) else base.weight
+    y = _LoraLinear.apply(x.reshape(-1, x.size(-1)), weight, bias, lora_A, lora_B, scale, *packed)
     return y.view(*x.shape[:-1], y.size(-1))
 
 
@@ -62,7 +48,8 @@ class _LoraLinear(torch.autograd.Function):
         lora_B: Tensor,
         scale: float,
         layout: Layout | None,
-        *parts: Tensor | None,
+        dtype: torch.dtype | None,
+        *parts: Any,
     ) -> Tensor:
         u = F.linear(x, lora_A.to(x.dtype)).mul_(scale)
         _, needs_dW, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
@@ -70,8 +57,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(*kept, lora_A, lora_B, *(parts if layout else (weight,)))
         ctx.scale = scale
         ctx.layout = layout
-        # Under autocast, u has another dtype than x.
-        return F.linear(x, weight, bias).addmm_(u, lora_B.to(u.dtype).T)
+        y = packed_linear(x, Packed(*parts), layout, dtype, bias) if layout and dtype else F.linear(x, weight, bias)
+        return y.addmm_(u, lora_B.to(u.dtype).T)  # under autocast, u has another dtype than x
 
     @staticmethod
     @once_differentiable
@@ -81,8 +68,8 @@ class _LoraLinear(torch.autograd.Function):
         h = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scale)
         dx = None
         if needs_dx:
-            weight = dequantize_weight(Packed(*parts), ctx.layout, dy.dtype) if ctx.layout else parts[0].to(dy.dtype)
-            dx = (dy @ weight).addmm_(h, lora_A.to(dy.dtype))
+            dx = packed_product(dy, Packed(*parts), ctx.layout) if ctx.layout else dy @ parts[0].to(dy.dtype)
+            dx.addmm_(h, lora_A.to(dy.dtype))
         x = x.to(dy.dtype) if needs_dW or needs_dA else x
         dW = dy.T @ x if needs_dW else None
         db = dy.sum(0) if needs_db else None

@@ -1,9 +1,9 @@
-"""Kernels of 4-bit weights."""
+"""Kernels of 4-bit weights, and the size of the tiles that all kernels work on."""
 
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,22 @@ from torch.autograd.function import once_differentiable
 from minilora import nf4
 from minilora.definition import kernel, on_device
 from minilora.errors import TrainingError
-from minilora.kernels.lora import tile_rows, tile_size
+
+DENSE_TILE = 2**22  # elements of a 4-bit weight that are dense at a time: 8 MB in bfloat16
+TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
+
+
+def tile_rows(x: Tensor) -> int:
+    """Return the rows to work on at a time.
+
+    On a CPU they fit its cache. On other devices, few kernel launches matter more.
+    """
+    return max(1, tile_size(x.device) // max(1, math.prod(x.shape[1:])))
+
+
+def tile_size(device: torch.device) -> int:
+    """Return the elements to work on at a time; on "meta", where memory is counted, a few of a CPU's tiles."""
+    return TILE * {"cpu": torch.get_num_threads(), "meta": 32}.get(device.type, 128)
 
 
 @kernel(of=nf4.quantize)
@@ -118,45 +133,63 @@ def _tiles(flat: Tensor, block_size: int) -> tuple[int, int]:
 
 @kernel(of=nf4.nf4_linear)
 def nf4_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
-    """See `nf4.nf4_linear`. Without a gradient and with few tokens, W is dequantized a tile at a time."""
-    has_whole_blocks = layer.in_features and layer.in_features % math.lcm(2, layer.layout.block_size) == 0
-    if has_whole_blocks and not torch.is_grad_enabled() and x.numel() <= tile_size(x.device):
-        return _tiled_linear(x, layer, bias)
-    y = _NF4Linear.apply(x.reshape(-1, x.size(-1)), layer.weight, bias, layer.layout, *layer.parts)
+    """See `nf4.nf4_linear`. Only the packed weight is saved, and W is dequantized again in the backward pass."""
+    y = _NF4Linear.apply(x.reshape(-1, x.size(-1)), bias, layer.layout, layer.dtype, *layer.parts)
     return y.view(*x.shape[:-1], layer.out_features)
 
 
-def _tiled_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
-    """Compute x Wᵀ + b. The memory of a whole dense W would be cleared in each call."""
-    packed, absmax, scales, offset = layer.parts
-    if scales is not None and offset is not None:
-        absmax = nf4.dequantize_absmax(absmax, scales, offset)
-    inner, block_size = layer.in_features, layer.layout.block_size
-    rows = max(1, tile_size(x.device) // inner)
-    tiles = packed.reshape(-1).split(rows * inner // 2), absmax.split(rows * inner // block_size)
-    biases = itertools.repeat(None) if bias is None else bias.to(x.dtype).split(rows)
-    outputs = []
-    for part, scale, part_bias in zip(*tiles, biases, strict=False):
-        shape = (2 * len(part) // inner, inner)
-        weight = nf4.dequantize(part, scale, shape, layer.dtype, block_size, layer.layout.levels)
-        outputs.append(F.linear(x, weight, part_bias))
-    return torch.cat(outputs, dim=-1)
-
-
 class _NF4Linear(torch.autograd.Function):
-    """y = x Wᵀ + b, and dx = dy W with W dequantized again: only the packed weight is saved."""
+    """y = x Wᵀ + b,  dx = dy W,  db = Σ dy."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: nf4.Layout, *parts: Tensor | None
+        ctx: Any, x: Tensor, bias: Tensor | None, layout: nf4.Layout, dtype: torch.dtype, *parts: Any
     ) -> Tensor:
         ctx.save_for_backward(*parts)
         ctx.layout = layout
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return packed_linear(x, nf4.Packed(*parts), layout, dtype, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs_dx, _, needs_db, *_ = ctx.needs_input_grad
-        dx = dy @ nf4.dequantize_weight(nf4.Packed(*ctx.saved_tensors), ctx.layout, dy.dtype) if needs_dx else None
-        return dx, None, dy.sum(0) if needs_db else None, *(None,) * 5
+        needs_dx, needs_db, *_ = ctx.needs_input_grad
+        dx = packed_product(dy, nf4.Packed(*ctx.saved_tensors), ctx.layout) if needs_dx else None
+        return dx, dy.sum(0) if needs_db else None, *(None,) * 6
+
+
+def packed_linear(x: Tensor, parts: nf4.Packed, layout: nf4.Layout, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """Compute x Wᵀ + b, a tile of W's rows at a time."""
+    outputs, done = list[Tensor](), 0
+    for weight in _dense_tiles(parts, layout, dtype, dim=0):
+        outputs.append(F.linear(x, weight, None if bias is None else bias[done : done + len(weight)]))
+        done += len(weight)
+    return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+
+def packed_product(dy: Tensor, parts: nf4.Packed, layout: nf4.Layout) -> Tensor:
+    """Compute dy W, a tile of W's columns at a time, so that no sum is divided."""
+    products = [dy @ weight for weight in _dense_tiles(parts, layout, dy.dtype, dim=1)]
+    return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
+
+
+def _dense_tiles(parts: nf4.Packed, layout: nf4.Layout, dtype: torch.dtype, dim: int) -> Iterator[Tensor]:
+    """Yield W (out, in), dequantized, in tiles of its rows or columns.
+
+    The system clears the memory of a large tensor each time that it is made, which takes as long as dequantizing does.
+    """
+    outer, inner = layout.shape
+    block_size = layout.block_size
+    unit = math.lcm(2, block_size)
+    if not outer or not inner or inner % unit:  # a block or a byte may belong to two rows
+        yield nf4.dequantize_weight(parts, layout, dtype)
+        return
+    packed, absmax, scales, offset = parts
+    if scales is not None and offset is not None:
+        absmax = nf4.dequantize_absmax(absmax, scales, offset)
+    length = DENSE_TILE // layout.shape[1 - dim]
+    length = max(1, length) if dim == 0 else max(1, length // unit) * unit
+    codes = packed.view(outer, inner // 2).split(length if dim == 0 else length // 2, dim)
+    blocks = absmax.view(outer, inner // block_size).split(length if dim == 0 else length // block_size, dim)
+    for part, scale in zip(codes, blocks, strict=True):
+        shape = (part.size(0), 2 * part.size(1))
+        yield nf4.dequantize(part.reshape(-1), scale.reshape(-1), shape, dtype, block_size, layout.levels)

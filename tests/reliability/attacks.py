@@ -14,8 +14,7 @@ import torch
 
 import minilora as ml
 from minilora.cli import main as command
-from minilora.files import TensorFile, read_json
-from minilora.models.hub import BUILTINS
+from minilora.files import ASSETS, TensorFile, read_json
 from minilora.models.template import ChatTemplate
 from minilora.models.tokenizer import load_tokenizer
 from minilora.runs.formats import Row
@@ -27,7 +26,7 @@ from tests.models import tiny_model
 from tests.reliability.watch import Call
 from tests.test_sandbox import ESCAPES, TOO_MUCH
 
-MODEL = BUILTINS["model"]
+MODEL = ASSETS / "model"
 TEXT = "The heron waits " + "a" * 40 + "! 12345 " + "b" * 200
 
 

@@ -15,8 +15,7 @@ import torch
 import minilora as ml
 from minilora.adapter import WEIGHTS_FILE
 from minilora.cli import main as command
-from minilora.files import TensorFile
-from minilora.models.hub import BUILTINS
+from minilora.files import ASSETS, TensorFile
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import load_tokenizer
 from minilora.tools.inspect import inspect_path
@@ -114,7 +113,7 @@ def write_all(root: Path) -> None:
     model = tiny_model(dtype=torch.float32)
     ml.save_model(model, root / "base")
     ml.save_model(ml.load_model(root / "base", quantize="nf4"), root / "packed")
-    shutil.copytree(BUILTINS["model"], root / "tokenizer")
+    shutil.copytree(ASSETS / "model", root / "tokenizer")
     (root / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": [0, 1], "bos_token_id": 0}')
     (root / "tokenizer" / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
     (root / "run").mkdir()
@@ -208,7 +207,7 @@ def json_mutants(root: Path, seeds: range) -> Iterator[Call]:
 
 
 def data_mutants(root: Path, seeds: range) -> Iterator[Call]:
-    tokenizer = load_tokenizer(BUILTINS["model"])
+    tokenizer = load_tokenizer(ASSETS / "model")
     for seed in seeds:
         draw = random.Random(f"data {seed}")
         rows = [changed_json(row, draw) if draw.random() < 0.3 else row for row in draw.choices(ROWS, k=4)]

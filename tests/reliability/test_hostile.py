@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora.cli import main, say
-from minilora.files import open_file
-from minilora.models.hub import BUILTINS
+from minilora.files import ASSETS, open_file
 from minilora.tools.inspect import inspect_path
 from tests.files import saved, write_base
 from tests.models import long, randn
@@ -109,7 +108,7 @@ def test_merge_writes_no_name_of_code(tmp_path):
     other = {"_attn_implementation_internal": "evil/kernel", "custom_pipelines": {"evil": {}}}
     config.write_text(json.dumps(json.loads(config.read_text()) | code | other))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (BUILTINS["model"] / name).read_text()
+        text = (ASSETS / "model" / name).read_text()
         (tmp_path / "base" / name).write_text(json.dumps(json.loads(text) | code) if "config" in name else text)
     command = ["merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
     assert main(list(map(str, command))) == 0
