@@ -17,6 +17,7 @@ from minilora.errors import FormatError, in_recipe
 from minilora.files import ASSETS, BUILTIN
 
 Kind = Literal["model", "tokenizer", "adapter", "dataset"]
+GGUF = f"a GGUF file has to become a directory first; {in_recipe('from_gguf')}"
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?!.*\.\.)(?![^@]*--)({PART}/{PART})(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
@@ -59,12 +60,12 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         raise FormatError("the name is empty; leave it out, or name something")
     if name == BUILTIN and kind in BUILTINS:
         return Location(BUILTINS[kind], name)
+    if kind != "dataset" and (path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.json")))):
+        raise FormatError(f"{path}: {GGUF}")
     if path.is_dir() or (kind == "dataset" and path.exists()):
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
             _explain_missing_adapter(path)
         return Location(path, name)
-    if path.suffix == ".gguf" and kind != "dataset":
-        raise FormatError(f"{path}: a GGUF file has to become a directory first; {in_recipe('from_gguf')}")
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path and not (kind == "dataset" and name.endswith(DATA_ENDINGS)):  # mistyped
         return _download(name, kind)
@@ -103,7 +104,7 @@ def _download(name: str, kind: Kind) -> Location:
     path = Path(directory)
     if not any(any(path.glob(pattern)) for pattern in NEEDED[kind]):
         convert = f'; in Python, datasets.load_dataset("{repository}", split="train").to_json("rows.jsonl") writes one'
-        how = convert if kind == "dataset" else ""
+        how = convert if kind == "dataset" else f"; {GGUF}" if "gguf" in name.lower() else ""
         raise FormatError(f"{name}: the repository has no {' or '.join(NEEDED[kind])} at its top{how}")
     return Location(path, f"{repository}@{path.name}")
 
