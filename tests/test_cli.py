@@ -6,6 +6,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import sys
 import threading
@@ -26,7 +27,7 @@ from minilora import cli
 from minilora.adapters.config import INITS
 from minilora.cli import evaluate, finetune
 from minilora.cli.flags import FLAG_NAMES, from_flags
-from minilora.files import ASSETS, BUILTIN
+from minilora.files import ASSETS, BUILTIN, read_json
 from minilora.runs import inputs
 from minilora.runs.encoders import encode_rows
 from minilora.runs.evaluate import choice_accuracy, exact_match, find_choices, held_out_loss
@@ -188,14 +189,15 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--columns", "question"], "found 'question', need name=column, joined with commas"),
         (["finetune", "--rank-pattern", "{"], "found '{', need numbers joined with commas, or a JSON object"),
         # a command that there is not
-        (["fintune", "--model=a"], "fintune is no command; did you mean finetune?\n"),
-        (["frobnicate"], "frobnicate is no command; there are finetune, generate, chat, "),
+        (["fintune", "--model=a"], "fintune is not a command; did you mean finetune?\n"),
+        (["frobnicate"], "frobnicate is not a command; there are finetune, generate, chat, "),
         # a flag that there is not
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--zebra", "1"], "--zebra is unknown; see `minilora finetune --help`\n"),
         (["finetune", "--lr", "1"], "--lr is unknown; use --learning-rate\n"),
         (["finetune", "--per_device_train_batch_size=1"], "size is unknown; use --batch-size\n"),
-        (["finetune", "--max_seq_length=9"], "--max-seq-length is unknown; did you mean --max-length?\n"),
+        (["finetune", "--max_seq_length=9"], "--max-seq-length is unknown; use --max-length\n"),
+        (["finetune", "--train.micro_batch_size=9"], "size is unknown; use --batch-size\n"),
         (["merge", "--out=a", "--combination-type=svd"], "it is a recipe: see recipes/ties_and_dare.py"),
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
         # too much or too little
@@ -207,6 +209,14 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         with pytest.raises(SystemExit, match=r"^2$"):
             cli.main(words)
         assert phrase in capsys.readouterr().err
+
+
+def test_flags_of_other_programs_are_not_ours_and_are_answered_with_flags_that_are():
+    ours = {f"--{flag.replace('_', '-')}" for command in cli.COMMANDS for flag in flags_of(command)}
+    for theirs, advice in cli.FOREIGN_FLAGS.items():
+        assert theirs not in ours
+        assert set(re.findall(r"--[a-z][a-z-]+", advice)) <= ours, advice
+        assert "--" in advice or advice.startswith(("leave it out", "it is a recipe"))
 
 
 def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_of_them(capsys):
@@ -332,6 +342,14 @@ def test_finetune_without_flags_learns_the_builtin_data(tmp_path, capsys, monkey
     assert table[3].startswith("general text: loss ")
 
 
+def test_a_run_ends_with_commands_for_what_to_do_next(run):
+    last = run("finetune", *QUICK, "--model=model", "--data=data", "--max-steps=1", "--out=a b/").err.splitlines()[-1]
+    for command in last.removeprefix("next: ").split("; "):
+        program, *words = shlex.split(command)
+        assert program == "minilora"
+        assert cli.parse(words)["adapter"] == ["a b"]
+
+
 def test_settings_of_the_builtin_example_apply_only_to_it(capsys):
     def settings(*words):
         return finetune.read_settings(cli.parse(["finetune", *words]))
@@ -340,7 +358,7 @@ def test_settings_of_the_builtin_example_apply_only_to_it(capsys):
     assert example.training != ml.TrainConfig()
     for words in (["--data", BUILTIN], ["--model", BUILTIN], ["--model", BUILTIN, "--data", BUILTIN]):
         assert settings(*words) == example
-    told = "there is no --data: the built-in rows are learned"
+    told = "no --data given: training on the built-in rows"
     assert told not in capsys.readouterr().err
     for words in (["--data=data", "--model", "m"], ["--data", BUILTIN, "--model=m"]):
         assert settings(*words).training == ml.TrainConfig()
@@ -428,6 +446,19 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         assert phrase in err, words
         assert err.count("\n") == 1
     assert everything(directory) == before
+
+
+def test_quantized_files_that_cannot_be_read_are_refused_with_what_to_do(directory, run, tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.gguf").touch()
+    for path in (tmp_path / "only", tmp_path / "only" / "a.gguf"):
+        said = run("generate", f"--model={path}", "--prompt=a", status=1).err
+        assert said.startswith(f"minilora: {path}: a GGUF file has to become a directory first; it is a recipe: see ")
+    config = shutil.copytree(directory / "model", tmp_path / "model") / "config.json"
+    for method in ("gptq", "awq"):
+        config.write_text(json.dumps(read_json(config) | {"quantization_config": {"quant_method": method}}))
+        said = run("finetune", f"--model={config.parent}", "--data=data", status=1).err
+        assert f"quantization_config: found '{method}', and only bitsandbytes' 4-bit weights can be read; " in said
 
 
 def test_classifiers_are_refused_with_the_recipe(directory, run, tmp_path):

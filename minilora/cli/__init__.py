@@ -37,21 +37,42 @@ COMMANDS = {
     "selftest": "check the laws of LoRA on this machine, kernels included",
     "plot": "plot loss and evaluations of runs",
 }
-FOREIGN_FLAGS = {  # settings of other libraries, and where they are here
-    "--combination-type": in_recipe("ties_and_dare"),
-    "--task-type": in_recipe("classify_texts"),
-    "--loraplus-lr-ratio": in_recipe("loraplus"),
-    "--target-parameters": in_recipe("experts"),
-    "--lr": "use --learning-rate",
-    "--rank": "use --lora-r",
-    "--num-train-epochs": "use --epochs",
-    "--per-device-train-batch-size": "use --batch-size",
-    "--model-name-or-path": "use --model",
-    "--dataset-name": "use --data",
-    "--output-dir": "use --out",
-    "--load-in-4bit": "use --quantize nf4",
-    "--bf16": "use --dtype bfloat16",
+_THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgpt that it answers
+    "use --model": "model-name-or-path base-model checkpoint-dir",
+    "use --data": "dataset-name datasets json-path",
+    "use --out": "output-dir out-dir save-path",
+    "use --out to train, --adapter afterwards": "adapter-path lora-path lora-model-dir",
+    "use --epochs": "num-train-epochs num-epochs",
+    "use --max-steps": "iters",
+    "use --batch-size": "per-device-train-batch-size micro-batch-size",
+    "use --batch-size and --gradient-accumulation-steps": "global-batch-size grad-accumulation-steps",
+    "use --learning-rate": "lr",
+    "use --lr-scheduler": "lr-scheduler-type",
+    "use --warmup-steps, where 0.03 is 3 % of the steps": "warmup-ratio lr-warmup-steps",
+    "use --max-length": "max-seq-length max-seq-len sequence-len",
+    "use --lora-r": "rank lora-rank",
+    "use --target-modules": "lora-target-modules lora-target-linear",
+    "use --layers-to-transform": "num-layers lora-layers",
+    "use --use-dora for DoRA; LoRA needs no flag": "fine-tune-type",
+    "use --quantize nf4": "load-in-4bit load-in-8bit bnb-4bit-quant-type",
+    "use --dtype bfloat16": "bf16 fp16 precision",
+    "use --gradient-checkpointing block": "grad-checkpoint",
+    "use --eval-split": "val-set-size val-split-fraction",
+    "use --eval-steps": "steps-per-eval eval-strategy interval",
+    "use --save-steps": "save-every save-interval",
+    "use --logging-steps": "steps-per-report log-interval",
+    "use --report": "report-to wandb-project",
+    "use --columns text=NAME": "dataset-text-field",
+    "use --train-on": "completion-only-loss assistant-only-loss mask-prompt train-on-inputs",
+    "use --max-new-tokens": "max-tokens",
+    "leave it out: the same command resumes a run": "resume-from-checkpoint",
+    "leave it out: runs train adapters and never pad": "train use-peft packing sample-packing group-by-length",
+    in_recipe("ties_and_dare"): "combination-type",
+    in_recipe("classify_texts"): "task-type",
+    in_recipe("loraplus"): "loraplus-lr-ratio",
+    in_recipe("experts"): "target-parameters",
 }
+FOREIGN_FLAGS = {f"--{name}": advice for advice, names in _THEIRS.items() for name in names.split()}
 SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
     [a-z]+_\w+
     | (?: (?<= Config:\ ) | (?<= [;,]\ ) | (?<= \( ) ) [a-z]+ (?= \ (?:is|was)\ )
@@ -113,7 +134,7 @@ def parse(words: Sequence[str]) -> Options:
         raise SystemExit(0)
     if command not in COMMANDS:
         advice = closest_name(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
-        say(f"minilora: {command} is no command; {advice}")
+        say(f"minilora: {command} is not a command; {advice}")
         raise SystemExit(2)
     if command == "finetune" and not {"-h", "--help"}.isdisjoint(words):
         command_parser(command, is_short=True).print_help()
@@ -124,7 +145,8 @@ def parse(words: Sequence[str]) -> Options:
         name = unknown[0].partition("=")[0]
         if name.startswith("--"):
             flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
-            advice = FOREIGN_FLAGS.get(name) or closest_name(name, flags) or f"see `{parser.prog} --help`"
+            theirs = f"--{name[2:].rpartition('.')[2]}"  # litgpt has --train.epochs
+            advice = FOREIGN_FLAGS.get(theirs) or closest_name(name, flags) or f"see `{parser.prog} --help`"
             parser.error(f"{name} is unknown; {advice}")
         forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
         parser.error(f"unexpected argument {name!r}; {forms}")

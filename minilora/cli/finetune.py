@@ -96,7 +96,7 @@ def read_settings(options: Options) -> Settings:
         raise ConfigError(f"--data needs --model, the model to train; --model {BUILTIN} is the built-in one")
     others = {} if has_data or has_model else read_json(ASSETS / "finetune.json")
     if has_model and "data" not in given:
-        say("there is no --data: the built-in rows are learned")
+        say("no --data given: training on the built-in rows")
     if given.get("adapter"):
         others = _settings_of(given["adapter"], given.get("model"))
     return Settings(*(from_flags(config, given, others) for config in CONFIGS))

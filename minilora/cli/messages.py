@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -182,4 +183,7 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
             title = f"  {name:<8}-> "
             say(title + shorten(str(row[key]), width - len(title)))
-    print(f"adapter written to {run.settings.run.out}")
+    print(f"adapter written to {run.settings.run.out}", flush=True)
+    out = shlex.quote(str(Path(run.settings.run.out)))
+    merge = f"minilora merge --adapter {out} --out {out}-merged"
+    say(f"next: minilora generate --adapter {out} --prompt TEXT --compare-base; {merge}")

@@ -159,7 +159,12 @@ def _check_values(values: Mapping[str, Any], family: Family) -> None:
     if values["hidden_act"] not in (act, "swish" if act == "silu" else act):
         bad["hidden_act"] = f"found {values['hidden_act']!r:.80}, supported is {act!r}"
     if values.get("quantization_config") is not None and not is_four_bit(values):
-        bad["quantization_config"] = "of quantized checkpoints only bitsandbytes' 4-bit ones can be read"
+        entry = values["quantization_config"]
+        method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
+        bad["quantization_config"] = (
+            f"found {method!r:.80}, and only bitsandbytes' 4-bit weights can be read; give the 16-bit model, with "
+            "--quantize nf4 to save memory"
+        )
     if bad:
         own = {ours: theirs for theirs, ours in family.names.items() if theirs in values}
         lines = [f"{own.get(key, key)}: {message}" for key, message in bad.items()]

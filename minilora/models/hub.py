@@ -17,6 +17,7 @@ from minilora.errors import FormatError, in_recipe
 from minilora.files import ASSETS, BUILTIN
 
 Kind = Literal["model", "tokenizer", "adapter"]
+GGUF = f"a GGUF file has to become a directory first; {in_recipe('from_gguf')}"
 PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?!.*\.\.)(?![^@]*--)({PART}/{PART})(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
 PINNED = re.compile(rf"({PART}/{PART})@([0-9a-f]{{40}})", re.ASCII)
@@ -56,12 +57,12 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         raise FormatError("the name is empty; leave it out, or name something")
     if name == BUILTIN and kind != "adapter":
         return Location(ASSETS / "model", name)
+    if path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.json"))):
+        raise FormatError(f"{path}: {GGUF}")
     if path.is_dir():
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
             _explain_missing_adapter(path)
         return Location(path, name)
-    if path.suffix == ".gguf":
-        raise FormatError(f"{path}: a GGUF file has to become a directory first; {in_recipe('from_gguf')}")
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path:
         return _download(name, kind)
@@ -97,7 +98,8 @@ def _download(name: str, kind: Kind) -> Location:
         raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
     path = Path(directory)
     if not any(path.glob(NEEDED[kind])):
-        raise FormatError(f"{name}: the repository has no {NEEDED[kind]} at its top")
+        how = f"; {GGUF}" if "gguf" in name.lower() else ""
+        raise FormatError(f"{name}: the repository has no {NEEDED[kind]} at its top{how}")
     return Location(path, f"{repository}@{path.name}")
 
 
