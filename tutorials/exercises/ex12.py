@@ -1,4 +1,4 @@
-"""Exercise 11: the gradient of m. For the verdict: python tutorials/exercises/check.py 11"""
+"""Exercise 12: the gradient of m. For the verdict: python tutorials/exercises/check.py 12"""
 
 from torch import Tensor
 

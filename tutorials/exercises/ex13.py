@@ -1,4 +1,4 @@
-"""Exercise 12: what a change amplifies. For the verdict: python tutorials/exercises/check.py 12"""
+"""Exercise 13: what a change amplifies. For the verdict: python tutorials/exercises/check.py 13"""
 
 from torch import Tensor
 
