@@ -70,7 +70,7 @@ def where():
     yield f"{spread(attention, 2)} against {spread(mlps, 2)}, a difference of {difference(attention, mlps, 2)}"
     yield f"all linears have the most, {spread(everywhere, 2)}"
     yield (
-        f"the MLPs alone, which had KL {mean(mlps, 2)} where the attention had {mean(attention, 2)} "
+        f"only the MLPs, which had KL {mean(mlps, 2)} where the attention had {mean(attention, 2)} "
         f"and all linears {mean(everywhere, 2)}"
     )
 
