@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,17 @@ from typing import Any
 import torch
 
 LARGE = "10M"  # the name in a record of the model of scripts/pretrain.py --large
+
+
+def read_plan(script: str) -> dict[str, Any]:
+    """Return the plan of a script, given as its `__file__`: settings, claims and margins, fixed before its run."""
+    path = Path(script)
+    return json.loads(path.with_name("plans.json").read_text(encoding="utf-8"))[path.stem]
+
+
+def plan_hash(plan: dict[str, Any]) -> str:
+    """Return a name of what a plan says, which the file of its run holds."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
