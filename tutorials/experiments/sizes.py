@@ -5,7 +5,7 @@
 The task is that of scripts/make_dates.py. Settings and claims are those of plans.json, whose hash the file holds. The
 rate of a method at a size has the lowest loss on the validation rows at seed 0; rates are tried in factors of two until
 neither the lowest nor the highest one is the best. For each row the file has the mean loss of the answer's tokens, and
-the KL divergence to the base (on general text), in units of 0.0001 nats, and whether greedy generation gives the answer.
+the KL divergence to the base (on general text), in units of 0.0001 nats, and whether greedy generation is right.
 """
 
 from __future__ import annotations
