@@ -107,7 +107,7 @@ def planned() -> Iterator[Finding]:
                 ]
                 interval = paired_interval(*values)
                 word = verdict(claim["expected"], *interval, claim.get("margin", 0.0))
-                yield Finding(f"{claim['claim']}.", f"{measure}, {of} - {less}, {size:,} rows", *interval, word)
+                yield Finding(claim["claim"], f"{measure}, {of} - {less}, {size:,} rows", *interval, word)
 
 
 def findings() -> list[Finding]:
