@@ -24,8 +24,9 @@ def count_words(split: str, vocabulary: dict[str, int]) -> tuple[Tensor, Tensor]
 
 def fit(counts: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """argmin over W, b of the mean cross entropy of counts @ W + b, plus penalty · ‖W‖². Convex, so no seed matters."""
-    weight = torch.zeros(counts.size(1), len(CATEGORIES), requires_grad=True)
-    bias = torch.zeros(len(CATEGORIES), requires_grad=True)
+    classes = int(labels.max()) + 1
+    weight = torch.zeros(counts.size(1), classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:

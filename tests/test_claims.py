@@ -3,6 +3,8 @@
 import json
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,7 +164,19 @@ def specialists():
     yield f"{of_mean} for the mean and {of_ties} for TIES, a difference of {difference(*sums)}"
 
 
-STORED = (rank, where, codes, methods, merging, clean_merging, specialists)
+def sizes():
+    for run in results("sizes"):
+        loss, exact, kl = (
+            mean([statistics.mean(seed[key]) for seed in run["outcomes"]], 7) for key in ("loss", "exact", "kl")
+        )
+        tried = ", ".join(
+            f"{rate}: {loss:.3f}" for rate, loss in sorted((float(r), v) for r, v in run["valid"].items())
+        )
+        figures = f"{float(loss) / 1e4:.3f} | {float(exact):.3f} | {float(kl) / 1e4:.3f}"
+        yield f"| {run['rows']:,} | {run['method']} | {tried} | {run['rate']} | {figures} |"
+
+
+STORED = (sizes, rank, where, codes, methods, merging, clean_merging, specialists)
 
 
 @pytest.mark.parametrize("figures", STORED)
@@ -170,6 +184,24 @@ def test_what_the_pages_repeat_is_what_the_experiment_has_stored(figures):
     pages = " ".join(" ".join(map(read, [*OURS, "../README.md", "../tutorials/11_merging.md"])).split())
     missing = [figure for figure in figures() if figure not in pages]
     assert not missing
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    command = [sys.executable, ROOT / "tutorials" / "experiments" / "verdicts.py"]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
+
+
+def test_the_verdicts_are_those_of_the_rule(verdicts):
+    page = read("claims.md")
+    for line in verdicts.splitlines():
+        word, more, half, compared, claim = re.fullmatch(r"(\D+?) +([+-]\S+) ± (\S+) +(.+?)  +(.+)", line).groups()
+        if size := re.search(r"[\d,]+ rows", compared):
+            section = page.split(f"### {claim}\n", 1)[1].split("\n#", 1)[0]
+            assert f"{size[0]}: {more} ± {half}, {word}" in " ".join(section.split()), line
+        else:
+            verdict = re.search(rf"^\| {re.escape(claim)} \|.* \| (.+) \|$", page, re.MULTILINE)[1]
+            assert re.match(rf"{word}\b", verdict), line
 
 
 def numbers(text):
@@ -182,7 +214,7 @@ def linked(text):
 
 
 @pytest.mark.parametrize("page", OURS)
-def test_other_figures_of_tables_are_on_the_pages_that_they_link(page):
+def test_other_figures_of_tables_are_on_the_pages_that_they_link(page, verdicts):
     text = read(page)
     for stored in STORED:
         for figure in stored():
@@ -192,7 +224,7 @@ def test_other_figures_of_tables_are_on_the_pages_that_they_link(page):
         section = "\n".join(lines)
         for row in re.findall(r"^\| (.+) \|$", section, re.MULTILINE):
             if sources := linked(heading + row) or linked(section):
-                known = numbers(" ".join(path.read_text(encoding="utf-8") for path in sources))
+                known = numbers(" ".join([verdicts, *(path.read_text(encoding="utf-8") for path in sources)]))
                 found = numbers(" ".join(row.split(" | ")[OURS[page]]))
                 missing |= {row: found - known} if found - known else {}
     assert not missing

@@ -3,16 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t of the 95 % interval of the mean of as many seeds
 LARGE = "10M"  # the name in a record of the model of scripts/pretrain.py --large
+
+
+def read_plan(script: str) -> dict[str, Any]:
+    """Return the plan of a script, given as its `__file__`: settings, claims and margins, fixed before its run."""
+    path = Path(script)
+    return json.loads(path.with_name("plans.json").read_text(encoding="utf-8"))[path.stem]
+
+
+def plan_hash(plan: dict[str, Any]) -> str:
+    """Return a name of what a plan says, which the file of its run holds."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def paired_interval(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the mean of ones - others, (seeds, rows), and half of its 95 % interval over both seeds and rows.
+
+    half² = (t · sd of the seeds' means / √seeds)² + (1.96 · sd of the rows' means / √rows)². Noise that belongs to one
+    seed and one row is in both terms, so the interval is rather too wide than too narrow.
+    """
+    more = [[one - other for one, other in zip(*pair, strict=True)] for pair in zip(ones, others, strict=True)]
+    seeds = [statistics.mean(row) for row in more]
+    rows = [statistics.mean(column) for column in zip(*more, strict=True)]
+    over_rows = 1.96 * statistics.stdev(rows) / len(rows) ** 0.5
+    return statistics.mean(seeds), (seed_interval(seeds)[1] ** 2 + over_rows**2) ** 0.5
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of one value per seed, and half of its 95 % interval by Student's t."""
+    return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def verdict(expected: str, more: float, half: float, margin: float = 0.0) -> str:
+    """Return what the interval more ± half says of a source that expects "above" or "below" zero, or "equal"."""
+    if expected == "equal":
+        inside, outside = abs(more) + half < margin, abs(more) - half > margin
+    else:
+        sign = {"above": 1, "below": -1}[expected]
+        inside, outside = sign * more - half > 0, sign * more + half < 0
+    return "reproduced" if inside else "not reproduced" if outside else "undecided"
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

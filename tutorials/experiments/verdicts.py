@@ -1,0 +1,119 @@
+"""The verdicts of docs/claims.md that follow from stored runs, by the rule at its head.
+
+    python tutorials/experiments/verdicts.py     prints each claim with its interval and its verdict
+
+`sizes.json` has the outcome of each row, and its plan, with margins, was fixed before the run. `12_paired.json` has the
+interval over rows. Of the other experiments only the values of the seeds are stored, so the interval does not cover
+other rows. All margins except those of `sizes.json` were chosen after the runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from record import paired_interval, plan_hash, read_plan, seed_interval, verdict
+
+HERE = Path(__file__).parent
+
+
+class Finding(NamedTuple):
+    """A claim as the page words it, what was compared, more ± half of it, and the verdict."""
+
+    claim: str
+    compared: str
+    more: float
+    half: float
+    verdict: str
+
+
+def stored(name: str) -> dict[str, Any]:
+    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def seeds(name: str, key: str | Callable[[Any], float], **chosen: Any) -> list[float]:
+    """One value per seed, in their order, of the runs with the chosen fields."""
+    runs = [run for run in stored(name)["results"] if chosen.items() <= run.items()]
+    read = key if callable(key) else lambda run: run[key]
+    return [read(run) for run in sorted(runs, key=lambda run: run["seed"])]
+
+
+def over_seeds(ones: list[float], others: list[float]) -> tuple[float, float]:
+    return seed_interval([one - other for one, other in zip(ones, others, strict=True)])
+
+
+def less_lora(method: str, rate: float, measure: str) -> tuple[float, float]:
+    """A method's value less that of LoRA, over the seeds and the 800 rows."""
+    run = next(run for run in stored("12_paired")["results"] if (run["method"], run["rate"]) == (method, rate))
+    more, half = seed_interval(run[measure]["seeds"])
+    return more, (half**2 + run[measure]["interval"] ** 2) ** 0.5
+
+
+def earlier() -> Iterator[Finding]:
+    """Yield the findings of experiments that had no plan."""
+
+    def find(claim: str, compared: str, interval: tuple[float, float], expected: str, margin: float = 0.0) -> Finding:
+        within = f", within {margin}" if margin else ""
+        return Finding(claim, compared + within, *interval, verdict(expected, *interval, margin))
+
+    where = {"attention": 4e-3, "MLPs": 4e-3, "all": 4e-3}
+    for place in where:  # the other seeds try the best rate of the first
+        where[place] = next(r["rate"] for r in stored("07_where")["results"] if (r["place"], r["seed"]) == (place, 1))
+
+    def at(place: str, key: str) -> list[float]:
+        return seeds("07_where", key, place=place, rate=where[place])
+
+    claim = "At equal parameters the attention alone is worse than the MLPs."
+    yield find(claim, "loss, attention - MLPs", over_seeds(at("attention", "loss"), at("MLPs", "loss")), "above")
+    claim = "All linears are better than the MLPs alone."
+    yield find(claim, "loss, all - MLPs", over_seeds(at("all", "loss"), at("MLPs", "loss")), "below")
+    claim = "Adapters on the attention forget more."
+    yield find(claim, "KL, attention - MLPs", over_seeds(at("attention", "kl"), at("MLPs", "kl")), "above")
+
+    claim = "LoRA learns less than full fine-tuning."
+    yield find(claim, "loss, full - LoRA", less_lora("full", 4e-4, "loss"), "below")
+    kl = {rate: seeds("12_methods", "kl", method="full", rate=rate) for rate in (2e-4, 4e-4)}
+    of_lora = seeds("12_methods", "kl", method="LoRA", rate=2e-3)
+    yield find("LoRA forgets less.", "KL, LoRA - full", over_seeds(of_lora, kl[4e-4]), "below")
+    claim = "But both trade learning for forgetting on the same curve."
+    yield find(claim, "KL at equal accuracy, LoRA - full", over_seeds(of_lora, kl[2e-4]), "equal", margin=0.05)
+    after = [seeds("10_replay", "after", replay=replay, factor=1.0) for replay in (1, 0)]
+    claim = "Replay of old data keeps what was known."
+    yield find(claim, "loss on general text, with - without", over_seeds(*after), "below")
+
+    sums = [seeds("11_specialists", lambda run, way=way: sum(run[f"{way}, tuned"])) for way in ("TIES", "mean")]
+    claim = "TIES combines two adapters with less loss than their mean."
+    yield find(claim, "sum of losses, TIES - mean", over_seeds(*sums), "below")
+    claim = "DoRA is more accurate than LoRA."
+    yield find(claim, "loss, DoRA - LoRA", less_lora("DoRA", 2e-3, "loss"), "below")
+    for method, rate in (("DoRA", 2e-3), ("PiSSA", 5e-4)):
+        claim = f"With tuned rates {method} is within 2 % of LoRA."
+        yield find(claim, f"accuracy, {method} - LoRA", less_lora(method, rate, "accuracy"), "equal", margin=0.02)
+
+
+def planned() -> Iterator[Finding]:
+    """Yield the findings of sizes.json, of each size that it has."""
+    told, plan = stored("sizes"), read_plan(str(HERE / "sizes.py"))
+    assert told["plan"] == plan_hash(plan), "sizes.json was made by another plan"
+    outcomes = {(run["method"], run["rows"]): run["outcomes"] for run in told["results"]}
+    for size in plan["rows"]:
+        for claim in plan["claims"]:
+            of, less, measure = (claim[key] for key in ("of", "less", "measure"))
+            if (of, size) in outcomes and (less, size) in outcomes:
+                values = [
+                    [[value / 1e4 for value in run[measure]] for run in outcomes[method, size]] for method in (of, less)
+                ]
+                interval = paired_interval(*values)
+                word = verdict(claim["expected"], *interval, claim.get("margin", 0.0))
+                yield Finding(claim["claim"], f"{measure}, {of} - {less}, {size:,} rows", *interval, word)
+
+
+def findings() -> list[Finding]:
+    return [*earlier(), *planned()]
+
+
+if __name__ == "__main__":
+    for found in findings():
+        print(f"{found.verdict:15} {found.more:+.4f} ± {found.half:.4f}  {found.compared:48} {found.claim}")
