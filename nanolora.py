@@ -40,7 +40,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # --- the model -----------------------------------------------------------------------------------
 class Model(NamedTuple):
     config: dict[str, Any]  # config.json
-    weights: dict[str, Any]  # model.safetensors: each a Tensor or, in four bits, a FourBit
+    weights: dict[str, Any]  # model.safetensors: each a Tensor, or a FourBit if quantized
     adapter_config: dict[str, Any]  # adapter_config.json
     adapter: dict[str, Tensor]  # adapter_model.safetensors; if it is empty, the base computes alone
 
@@ -358,7 +358,7 @@ def main() -> None:
     flag("--model", type=Path, default=assets / "model", help="directory of a Llama")
     flag("--data", type=Path, default=assets / "data" / "train.jsonl", help="rows: a .jsonl file")
     flag("--adapter", type=Path, default="nanolora-adapter", help="trained if it is new, or loaded")
-    flag("--nf4", action="store_true", help="keep the base in four bits (QLoRA)")
+    flag("--nf4", action="store_true", help="quantize the base to 4 bits (QLoRA)")
     flag("--lora-r", type=int, default=16, help="rank")
     flag("--learning-rate", type=float, default=1e-3, help="peak; for a 7B model about 2e-4")
     flag("--epochs", type=int, default=4, help="passes over the rows")

@@ -158,6 +158,14 @@ def test_the_start_is_plain_markdown_for_a_forge():
     assert not re.findall(r"^:{3,}|^`{3,}\{|\)\{", start, re.MULTILINE)  # what only MyST reads
 
 
+def test_the_pages_and_the_code_use_plain_words():
+    odd = r"\b(?:in four bits|(?:is|are) mended|(?:is|are) learned of|recipe of others|once a step|of whose)\b"
+    texts = {name: page for name, page in PAGES.items() if name not in ("api.md", "claims.md")}
+    sources = [ROOT / "nanolora.py", *(ROOT / "minilora").rglob("*.py")]
+    texts |= {str(path): path.read_text(encoding="utf-8") for path in sources}
+    assert not [(name, found) for name, text in texts.items() for found in re.findall(odd, text)]
+
+
 def test_links_lead_somewhere():
     pages = [page for folder in ("docs", "tutorials") for page in (ROOT / folder).rglob("*.md")]
     for path in [*ROOT.glob("*.md"), ROOT / "site" / "index.md", *pages]:
