@@ -23,7 +23,7 @@ PAGES = [TUTORIALS / "00_whole.md", *CHAPTERS, TUTORIALS / "README.md", TUTORIAL
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MAX_FIGURE = 60_000  # bytes
 
-# number of the exercise -> what to replace in its solution, and by what, so that it is wrong
+# number of the exercise -> what to replace in its solution, and by what, so that it is wrong; what the verdict says
 MISTAKES = {
     "01": [
         ("r**0.5", "r"),
@@ -52,8 +52,9 @@ MISTAKES = {
         ("[*labels, end]", "[*labels, -100]"),
     ],
     "04": [
-        (" + rate**2 * s**3 * G @ A.T @ B.T @ G", ""),
-        ("-rate * s**2", "-rate * s"),
+        (" + rate**2 * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
+        (" + rate**2 * s**3 * G", " + rate**2 * s**2 * G", "keep every product"),
+        ("-rate * s**2", "-rate * s", "A small step is wrong too"),
         ("dy @ W + h @ A", "dy @ W"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
         ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T"),
@@ -231,12 +232,13 @@ def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chap
 def test_the_check_of_an_exercise_refuses_a_mistake_in_each_part_and_keeps_the_answer(number, tmp_path):
     (chapter,) = TUTORIALS.glob(f"{number}_*.md")
     solution, refused = SOLUTION.search(text_of(chapter))[1], set()
-    for right, wrong in MISTAKES[number]:
+    for right, wrong, *words in MISTAKES[number]:
         assert right in solution
         (tmp_path / "answer.py").write_text(solution.replace(right, wrong), encoding="utf-8")
         found = {part: text for part, text in exercises.verdicts(number, tmp_path / "answer.py").items() if text}
         assert found, (right, wrong)
         assert right not in " ".join(found.values())
+        assert all(each in " ".join(found.values()) for each in words), (wrong, found)
         refused |= found.keys()
     assert refused == exercises.verdicts(number, TUTORIALS / f"exercises/ex{number}.py").keys()
 

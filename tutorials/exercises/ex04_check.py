@@ -19,18 +19,24 @@ def check_change_of_delta(answer: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     for _, width, out, r, s in CASES:
         G, A, B = (torch.randn(shape, generator=generator).double() for shape in ((out, width), (r, width), (out, r)))
-        for rate, size in ((1e-6, "small"), (0.5, "large")):
+        first = -(s**2) * (G @ A.T @ A + B @ B.T @ G)  # what a step of a small rate does, over that rate
+        for rate, size in ((0.5, "large"), (1e-6, "small")):
             factors = [A.clone().requires_grad_(), B.clone().requires_grad_()]
             sgd = torch.optim.SGD(factors, lr=rate)
             (G * (s * factors[1] @ factors[0])).sum().backward()
             sgd.step()
             right = (s * factors[1] @ factors[0] - s * B @ A).detach()
             found = answer.change_of_delta(G, A, B, s, rate)
+            assert isinstance(found, Tensor), f"the change is {type(found).__name__}, need a tensor"
+            assert found.shape == G.shape, f"the change has shape {tuple(found.shape)}, need {tuple(G.shape)}"
             error = (found - right).abs().max().item() / right.abs().max().item()
-            assert error < 1e-6, (
-                f"at rate {rate:g}, s = {s:g}, a {size} step, the largest error is {error:.1e} of the "
-                "largest number. Multiply out what ΔW is after the step, and keep every product"
-            )
+            slope = answer.change_of_delta(G, A, B, s, 1e-6) / 1e-6
+            if (slope - first).abs().max() < 1e-3 * first.abs().max():
+                why = "A small step is right, to first order. Multiply out what ΔW is after it, and keep every product"
+            else:
+                why = "A small step is wrong too. Which gradients have A and B, with s, and which way does a step go?"
+            case = f"at rate {rate:g}, s = {s:g}, a {size} step"
+            assert error < 1e-6, f"{case}, the largest error is {error:.1e} of the largest number. {why}"
 
 
 def check_lora_backward(answer: ModuleType) -> None:
