@@ -57,6 +57,7 @@ MISTAKES = {
         ("-rate * s**2", "-rate * s", "A small step is wrong too"),
         ("dy @ W + h @ A", "dy @ W"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
+        ("h.flatten(0, -2).T @ x.flatten(0, -2)", "h.mT @ x if h.dim() == 2 else (h.mT @ x).sum(0)", "dA is (3, 2, 3)"),
         ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T"),
     ],
     "05": [

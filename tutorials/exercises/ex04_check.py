@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.testing.reference import lora_gradients
 
-CASES = [((6,), 7, 5, 3, 2.0), ((2, 4), 5, 8, 2, 0.5), ((1,), 4, 4, 1, 7.0)]  # tokens, in, out, r, s
+# tokens, in, out, r, s
+CASES = [((6,), 7, 5, 3, 2.0), ((2, 4), 5, 8, 2, 0.5), ((1,), 4, 4, 1, 7.0), ((2, 3, 4), 3, 6, 2, 1.5)]
 
 
 def check_change_of_delta(answer: ModuleType) -> None:
