@@ -58,7 +58,8 @@ MISTAKES = {
         ("dy @ W + h @ A", "dy @ W"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "h.mT @ x if h.dim() == 2 else (h.mT @ x).sum(0)", "dA is (3, 2, 3)"),
-        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T"),
+        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T", "a row is added to another"),
+        ("((G @ rows).norm() ** 2 / G.norm() ** 2)", "((G @ rows).norm() / G.norm())", "the sum of the squares"),
     ],
     "05": [
         ("s * math.sqrt(r)", "s * r"),
