@@ -51,12 +51,14 @@ def check_lora_backward(answer: ModuleType) -> None:
             found = answer.lora_backward(dy, x, W, A, B, s)
         rows, slopes = x.reshape(-1, width).numpy(), dy.reshape(-1, out).numpy()
         dA, dB = lora_gradients(rows, slopes, A.numpy(), B.numpy(), s)
-        dx = slopes @ (W.numpy() + s * B.numpy() @ A.numpy())
+        through_W = slopes @ W.numpy()
+        dx = through_W + s * slopes @ B.numpy() @ A.numpy()
         for name, ours, right, like in zip(("dx", "dA", "dB"), found, (dx, dA, dB), (x, A, B), strict=True):
             assert isinstance(ours, Tensor), f"{case}: {name} is {type(ours).__name__}, need a tensor"
             assert ours.shape == like.shape, f"{case}: {name} is {tuple(ours.shape)}, need {tuple(like.shape)}"
             error = np.abs(ours.numpy().reshape(right.shape) - right).max()
-            assert error < 1e-9 * np.abs(right).max(), f"{case}: {name} is wrong. {hint(name, ours.numpy(), right, s)}"
+            why = hint(name, ours.numpy().reshape(right.shape), right, through_W, s)
+            assert error < 1e-9 * np.abs(right).max(), f"{case}: {name} is wrong. {why}"
     tokens, width, out, r = 4, 48, 40, 2
     shapes = ((tokens, out), (tokens, width), (out, width), (r, width), (out, r))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -87,11 +89,13 @@ def check_share_seen(answer: ModuleType) -> None:
         assert abs(found - share) < 1e-9, f"{case}, and you find {found:.4f}. {why}"
 
 
-def hint(name: str, ours: np.ndarray, right: np.ndarray, s: float) -> str:
+def hint(name: str, ours: np.ndarray, right: np.ndarray, through_W: np.ndarray, s: float) -> str:
     """What the mistake may be."""
     for factor in (s, s * s, 1 / s):
-        if np.allclose(ours.reshape(right.shape) * factor, right):
+        if np.allclose(ours * factor, right):
             return f"It lacks a factor of {factor:g}: s is {s:g}"
+        if name == "dx" and np.allclose((ours - through_W) * factor, right - through_W):
+            return f"What comes back through A lacks a factor of {factor:g}: s is {s:g}"
     if name == "dx":
         return "x goes through W and through A; a gradient comes back from each, and they are added"
     return "Each token adds its own product of a number on one side of the factor with a number on the other"
