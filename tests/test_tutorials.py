@@ -28,12 +28,22 @@ MISTAKES = {
     "01": [
         ("r**0.5", "r"),
         ("inputs + outputs", "inputs * outputs"),
+        ("in linears)", "in set(linears))"),
         ("(s * x @ A.T) @ B.T", "(x @ A.T) @ B.T"),
         ("(s * x @ A.T) @ B.T", "s * x @ (B @ A).T"),
         ("s * (B @ A)", "(B @ A)"),
         ("s * (B @ A)", "s * (A.T @ B.T)"),
         ("W = W + s", "W += s"),
-        ('config["use_rslora"]', "False"),
+        ('config["use_rslora"]', "False", "it is 0.50 times the right one"),
+        *(
+            (
+                'tensors[f"base_model.model.{path}.lora_{letter}.weight"] for',
+                f'[t for n, t in tensors.items() if {found} and f"lora_{{letter}}" in n][{which}] for',
+                "this is the update of",
+            )
+            for found in ("path in n", 'f"{path}.lora" in n', 'n.startswith(f"base_model.model.{path}")')
+            for which in (0, -1)
+        ),
     ],
     "02": [
         ("-(-rows // batch_size)", "rows // batch_size"),
