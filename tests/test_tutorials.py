@@ -256,6 +256,39 @@ def test_the_check_of_an_exercise_refuses_a_mistake_in_each_part_and_keeps_the_a
     assert refused == exercises.verdicts(number, TUTORIALS / f"exercises/ex{number}.py").keys()
 
 
+def test_a_verdict_names_the_line_of_an_answer_that_raised_and_a_function_without_return(tmp_path, monkeypatch, capsys):
+    answer = tmp_path / "answer.py"
+    answer.write_text(
+        """\
+import torch
+def scale(r, alpha, use_rslora):
+    alpha / r
+def count(linears, r):
+    return sum(
+        one(linear) for linear in linears)
+def one(linear):
+    assert linear[2]
+def forward(x, W, A, B, s):
+    return torch.nn.functional.linear(x, W.T)
+def merge(W, adapters):
+    raise NotImplementedError
+def read_update(directory, path):
+    raise NotImplementedError("and this is meant")
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(sys, "argv", ["check.py", "1", os.path.relpath(answer)])
+    with pytest.raises(SystemExit):
+        exercises.main()
+    scale, count, forward, merge, read_update = capsys.readouterr().out.splitlines()
+    assert scale.startswith("scale: not yet: scale returns None")
+    assert count == "count: not yet: IndexError: tuple index out of range (your line 8)"
+    assert forward.startswith("forward: not yet: RuntimeError: ")
+    assert forward.endswith(" (your line 10)")
+    assert merge == "merge: not yet: nothing is written yet"
+    assert read_update == "read_update: not yet: NotImplementedError: and this is meant (your line 14)"
+
+
 @pytest.mark.parametrize("number", ["01", "07", "A2"])  # short ones; the last two read files of the checkout
 def test_a_notebook_runs_anywhere_and_its_solution_is_folded_or_left_out(number, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel")
