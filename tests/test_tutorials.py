@@ -23,17 +23,27 @@ PAGES = [TUTORIALS / "00_whole.md", *CHAPTERS, TUTORIALS / "README.md", TUTORIAL
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MAX_FIGURE = 60_000  # bytes
 
-# number of the exercise -> what to replace in its solution, and by what, so that it is wrong
+# number of the exercise -> what to replace in its solution, and by what, so that it is wrong; what the verdict says
 MISTAKES = {
     "01": [
         ("r**0.5", "r"),
         ("inputs + outputs", "inputs * outputs"),
+        ("in linears)", "in set(linears))"),
         ("(s * x @ A.T) @ B.T", "(x @ A.T) @ B.T"),
         ("(s * x @ A.T) @ B.T", "s * x @ (B @ A).T"),
         ("s * (B @ A)", "(B @ A)"),
         ("s * (B @ A)", "s * (A.T @ B.T)"),
         ("W = W + s", "W += s"),
-        ('config["use_rslora"]', "False"),
+        ('config["use_rslora"]', "False", "it is 0.50 times the right one"),
+        *(
+            (
+                'tensors[f"base_model.model.{path}.lora_{letter}.weight"] for',
+                f'[t for n, t in tensors.items() if {found} and f"lora_{{letter}}" in n][{which}] for',
+                "this is the update of",
+            )
+            for found in ("path in n", 'f"{path}.lora" in n', 'n.startswith(f"base_model.model.{path}")')
+            for which in (0, -1)
+        ),
     ],
     "02": [
         ("-(-rows // batch_size)", "rows // batch_size"),
@@ -52,11 +62,15 @@ MISTAKES = {
         ("[*labels, end]", "[*labels, -100]"),
     ],
     "04": [
-        (" + rate**2 * s**3 * G @ A.T @ B.T @ G", ""),
-        ("-rate * s**2", "-rate * s"),
-        ("dy @ W + h @ A", "dy @ W"),
+        (" + rate**2 * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
+        (" + rate**2 * s**3 * G", " + rate**2 * s**2 * G", "keep every product"),
+        ("-rate * s**2", "-rate * s", "A small step is wrong too"),
+        ("dy @ W + h @ A", "dy @ W", "they are added"),
+        ("h = s * dy @ B", "h = dy @ B", "through A lacks a factor of 2"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
-        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T"),
+        ("h.flatten(0, -2).T @ x.flatten(0, -2)", "h.mT @ x if h.dim() == 2 else (h.mT @ x).sum(0)", "dA is (3, 2, 3)"),
+        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T", "a row is added to another"),
+        ("((G @ rows).norm() ** 2 / G.norm() ** 2)", "((G @ rows).norm() / G.norm())", "the sum of the squares"),
     ],
     "05": [
         ("s * math.sqrt(r)", "s * r"),
@@ -231,14 +245,48 @@ def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chap
 def test_the_check_of_an_exercise_refuses_a_mistake_in_each_part_and_keeps_the_answer(number, tmp_path):
     (chapter,) = TUTORIALS.glob(f"{number}_*.md")
     solution, refused = SOLUTION.search(text_of(chapter))[1], set()
-    for right, wrong in MISTAKES[number]:
+    for right, wrong, *words in MISTAKES[number]:
         assert right in solution
         (tmp_path / "answer.py").write_text(solution.replace(right, wrong), encoding="utf-8")
         found = {part: text for part, text in exercises.verdicts(number, tmp_path / "answer.py").items() if text}
         assert found, (right, wrong)
         assert right not in " ".join(found.values())
+        assert all(each in " ".join(found.values()) for each in words), (wrong, found)
         refused |= found.keys()
     assert refused == exercises.verdicts(number, TUTORIALS / f"exercises/ex{number}.py").keys()
+
+
+def test_a_verdict_names_the_line_of_an_answer_that_raised_and_a_function_without_return(tmp_path, monkeypatch, capsys):
+    answer = tmp_path / "answer.py"
+    answer.write_text(
+        """\
+import torch
+def scale(r, alpha, use_rslora):
+    alpha / r
+def count(linears, r):
+    return sum(
+        one(linear) for linear in linears)
+def one(linear):
+    assert linear[2]
+def forward(x, W, A, B, s):
+    return torch.nn.functional.linear(x, W.T)
+def merge(W, adapters):
+    raise NotImplementedError
+def read_update(directory, path):
+    raise NotImplementedError("and this is meant")
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(sys, "argv", ["check.py", "1", os.path.relpath(answer)])
+    with pytest.raises(SystemExit):
+        exercises.main()
+    scale, count, forward, merge, read_update = capsys.readouterr().out.splitlines()
+    assert scale.startswith("scale: not yet: scale returns None")
+    assert count == "count: not yet: IndexError: tuple index out of range (your line 8)"
+    assert forward.startswith("forward: not yet: RuntimeError: ")
+    assert forward.endswith(" (your line 10)")
+    assert merge == "merge: not yet: nothing is written yet"
+    assert read_update == "read_update: not yet: NotImplementedError: and this is meant (your line 14)"
 
 
 @pytest.mark.parametrize("number", ["01", "07", "A2"])  # short ones; the last two read files of the checkout

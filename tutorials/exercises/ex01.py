@@ -34,6 +34,8 @@ def merge(W: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) -> Tensor:
 def read_update(directory: Path, path: str) -> Tensor:
     """The update s·B A of the linear at `path`, such as `model.layers.0.mlp.up_proj`, from the two files of an adapter.
 
+    All linears have the rank and alpha of the configuration (no patterns).
+
     Shapes: -> (out, in)
     """
     raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
@@ -14,6 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.testing.reference import lora_forward, lora_merged_weight
+
+# one name is in another: at its end, at its beginning, or as a module in a module
+PATHS = [f"model.layers.{end}" for end in ("1.x", "11.x", "1.x.down", "1.x_up")]
+PATHS += [f"{start}.model.layers.1.x" for start in ("audio", "vision")]
 
 
 def draw(*shape: int) -> Tensor:
@@ -39,7 +44,8 @@ def check_scale(answer: ModuleType) -> None:
 
 def check_count(answer: ModuleType) -> None:
     """r·(in + out) for each linear."""
-    for linears, r in (([(5, 5)], 1), ([(576, 1536)], 1), ([(576, 192), (576, 1536), (1536, 576)], 16)):
+    several = [(576, 192), (576, 1536), (1536, 576)]
+    for linears, r in (([(5, 5)], 1), ([(576, 1536)], 1), ([(5, 5), (5, 5)], 1), (several, 16)):
         found, right = answer.count(linears, r), r * sum(map(sum, linears))
         case = f"rank {r}, (in, out) {linears}"
         assert found == right, f"{case}: {found:,} numbers, {'more' if found > right else 'fewer'} than A and B have"
@@ -85,9 +91,13 @@ def check_merge(answer: ModuleType) -> None:
 
 
 def check_read_update(answer: ModuleType) -> None:
-    """`read_update` finds the tensors of a path, and takes the scale from the configuration."""
-    factors = {"model.a": (draw(2, 7), draw(5, 2)), "model.b.a": (draw(4, 6), draw(3, 4))}
-    for use_rslora in (False, True):
+    """`read_update` finds the tensors of a path among others, and takes the scale from the configuration."""
+    generator = torch.Generator().manual_seed(3)
+    factors = {
+        path: tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 7), (5, 4)))
+        for path in PATHS
+    }
+    for path, use_rslora in itertools.product(PATHS, (False, True)):
         with tempfile.TemporaryDirectory() as name:
             tensors = {
                 f"base_model.model.{path}.lora_{letter}.weight": tensor
@@ -97,12 +107,15 @@ def check_read_update(answer: ModuleType) -> None:
             save_file(tensors, Path(name) / "adapter_model.safetensors")
             config = {"r": 4, "lora_alpha": 12, "use_rslora": use_rslora, "rank_pattern": {}}
             (Path(name) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-            A, B = factors["model.b.a"]
-            found = answer.read_update(Path(name), "model.b.a")
-        case = f"adapter_config.json {config}"
-        right = B @ A * (6.0 if use_rslora else 3.0)
-        error = difference(found, right, case)
-        times = float((found * right).sum() / right.square().sum())
-        assert error < 1e-9, (
-            f"{case}: the update is off by up to {error:.2g}; its size is {times:.2f} times the right one"
-        )
+            found = answer.read_update(Path(name), path)
+        case = f"{path}, adapter_config.json {config}"
+        updates = {each: B @ A * (6.0 if use_rslora else 3.0) for each, (A, B) in factors.items()}
+        error = difference(found, updates[path], case)
+        sizes = {each: float((found * update).sum() / update.square().sum()) for each, update in updates.items()}
+        nearest = [each for each, size in sizes.items() if difference(found, size * updates[each], case) < 1e-9]
+        what = f"the update is off by up to {error:.2g}"
+        if path in nearest:
+            what += f"; it is {sizes[path]:.2f} times the right one"
+        elif nearest:
+            what = f"this is the update of {nearest[0]}, which is in the file too"
+        assert error < 1e-9, f"{case}: {what}"

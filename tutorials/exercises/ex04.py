@@ -14,7 +14,7 @@ def change_of_delta(G: Tensor, A: Tensor, B: Tensor, s: float, rate: float) -> T
 def lora_backward(dy: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, A and B for y = x Wᵀ + s·x Aᵀ Bᵀ, where dy is that of y; W is frozen.
 
-    Nothing as large as W is formed, and no gradient is asked of PyTorch.
+    x and dy have two or more dimensions. Nothing as large as W is formed, and no gradient is asked of PyTorch.
 
     Shapes: dy (..., out), x (..., in), W (out, in), A (r, in), B (out, r) -> dx (..., in), dA (r, in), dB (out, r)
     """

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.testing.reference import lora_gradients
 
-CASES = [((6,), 7, 5, 3, 2.0), ((2, 4), 5, 8, 2, 0.5), ((1,), 4, 4, 1, 7.0)]  # tokens, in, out, r, s
+# tokens, in, out, r, s
+CASES = [((6,), 7, 5, 3, 2.0), ((2, 4), 5, 8, 2, 0.5), ((1,), 4, 4, 1, 7.0), ((2, 3, 4), 3, 6, 2, 1.5)]
 
 
 def check_change_of_delta(answer: ModuleType) -> None:
@@ -19,18 +20,24 @@ def check_change_of_delta(answer: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     for _, width, out, r, s in CASES:
         G, A, B = (torch.randn(shape, generator=generator).double() for shape in ((out, width), (r, width), (out, r)))
-        for rate, size in ((1e-6, "small"), (0.5, "large")):
+        first = -(s**2) * (G @ A.T @ A + B @ B.T @ G)  # what a step of a small rate does, over that rate
+        for rate, size in ((0.5, "large"), (1e-6, "small")):
             factors = [A.clone().requires_grad_(), B.clone().requires_grad_()]
             sgd = torch.optim.SGD(factors, lr=rate)
             (G * (s * factors[1] @ factors[0])).sum().backward()
             sgd.step()
             right = (s * factors[1] @ factors[0] - s * B @ A).detach()
             found = answer.change_of_delta(G, A, B, s, rate)
+            assert isinstance(found, Tensor), f"the change is {type(found).__name__}, need a tensor"
+            assert found.shape == G.shape, f"the change has shape {tuple(found.shape)}, need {tuple(G.shape)}"
             error = (found - right).abs().max().item() / right.abs().max().item()
-            assert error < 1e-6, (
-                f"at rate {rate:g}, s = {s:g}, a {size} step, the largest error is {error:.1e} of the "
-                "largest number. Multiply out what ΔW is after the step, and keep every product"
-            )
+            slope = answer.change_of_delta(G, A, B, s, 1e-6) / 1e-6
+            if (slope - first).abs().max() < 1e-3 * first.abs().max():
+                why = "A small step is right, to first order. Multiply out what ΔW is after it, and keep every product"
+            else:
+                why = "A small step is wrong too. Which gradients have A and B, with s, and which way does a step go?"
+            case = f"at rate {rate:g}, s = {s:g}, a {size} step"
+            assert error < 1e-6, f"{case}, the largest error is {error:.1e} of the largest number. {why}"
 
 
 def check_lora_backward(answer: ModuleType) -> None:
@@ -44,12 +51,14 @@ def check_lora_backward(answer: ModuleType) -> None:
             found = answer.lora_backward(dy, x, W, A, B, s)
         rows, slopes = x.reshape(-1, width).numpy(), dy.reshape(-1, out).numpy()
         dA, dB = lora_gradients(rows, slopes, A.numpy(), B.numpy(), s)
-        dx = slopes @ (W.numpy() + s * B.numpy() @ A.numpy())
+        through_W = slopes @ W.numpy()
+        dx = through_W + s * slopes @ B.numpy() @ A.numpy()
         for name, ours, right, like in zip(("dx", "dA", "dB"), found, (dx, dA, dB), (x, A, B), strict=True):
             assert isinstance(ours, Tensor), f"{case}: {name} is {type(ours).__name__}, need a tensor"
             assert ours.shape == like.shape, f"{case}: {name} is {tuple(ours.shape)}, need {tuple(like.shape)}"
             error = np.abs(ours.numpy().reshape(right.shape) - right).max()
-            assert error < 1e-9 * np.abs(right).max(), f"{case}: {name} is wrong. {hint(name, ours.numpy(), right, s)}"
+            why = hint(name, ours.numpy().reshape(right.shape), right, through_W, s)
+            assert error < 1e-9 * np.abs(right).max(), f"{case}: {name} is wrong. {why}"
     tokens, width, out, r = 4, 48, 40, 2
     shapes = ((tokens, out), (tokens, width), (out, width), (r, width), (out, r))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -72,17 +81,21 @@ def check_share_seen(answer: ModuleType) -> None:
         A = torch.randn(r, r, generator=generator, dtype=torch.float64) @ basis[:, :r].T
         found = answer.share_seen(G, A)
         assert isinstance(found, float), f"the share is {type(found).__name__}, need a Python float"
-        assert abs(found - share) < 1e-9, (
-            f"{share:.0%} of the energy of G was put into the space of the {r} rows of A, and you find "
-            f"{found:.4f}. Does your number stay the same if A is multiplied by 10, or if a row is added to another?"
-        )
+        if abs(found**2 - share) < 1e-9:
+            why = "Energy is the sum of the squares: this is the share of a norm"
+        else:
+            why = "Does your number stay the same if A is multiplied by 10, or if a row is added to another?"
+        case = f"{share:.0%} of the energy of G was put into the space of the {r} rows of A"
+        assert abs(found - share) < 1e-9, f"{case}, and you find {found:.4f}. {why}"
 
 
-def hint(name: str, ours: np.ndarray, right: np.ndarray, s: float) -> str:
+def hint(name: str, ours: np.ndarray, right: np.ndarray, through_W: np.ndarray, s: float) -> str:
     """What the mistake may be."""
     for factor in (s, s * s, 1 / s):
-        if np.allclose(ours.reshape(right.shape) * factor, right):
+        if np.allclose(ours * factor, right):
             return f"It lacks a factor of {factor:g}: s is {s:g}"
+        if name == "dx" and np.allclose((ours - through_W) * factor, right - through_W):
+            return f"What comes back through A lacks a factor of {factor:g}: s is {s:g}"
     if name == "dx":
         return "x goes through W and through A; a gradient comes back from each, and they are added"
     return "Each token adds its own product of a number on one side of the factor with a number on the other"

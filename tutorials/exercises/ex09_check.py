@@ -12,6 +12,28 @@ from minilora.testing.reference import NF4_LEVELS
 ALLOWED = {4096: 0.95, 64: 1.01}  # block size -> mean absolute error, as a share of NF4's
 
 
+def check_bits_per_weight(answer: ModuleType) -> None:
+    """The bits are those of a large matrix, counted."""
+    for block_size, group_size in ((64, None), (64, 256), (32, 128), (4096, None)):
+        weights = block_size * (group_size or 1) * 8
+        blocks = weights // block_size
+        scales = 32 * blocks if group_size is None else 8 * blocks + 32 * blocks // group_size
+        found, need = answer.bits_per_weight(block_size, group_size), (4 * weights + scales) / weights
+        case = f"blocks of {block_size}, " + (f"groups of {group_size}" if group_size else "no groups")
+        assert abs(found - need) < 1e-9, f"{case}: you say {found:.4f}; {weights:,} weights take {need:.4f} bits each"
+
+
+def check_pack(answer: ModuleType) -> None:
+    """The bytes are those that a loop makes."""
+    for codes in ([1, 2], [15, 0, 7], [3], [], [9, 8, 8, 9, 15, 15]):
+        packed = answer.pack(torch.tensor(codes, dtype=torch.int64))
+        need = [16 * high + low for high, low in zip(codes[::2], [*codes[1::2], 0], strict=False)]
+        assert packed.dtype == torch.uint8, f"{codes}: the bytes are {packed.dtype}, need torch.uint8"
+        assert packed.shape == (len(need),), f"{codes}: there are {packed.numel()} bytes, need {len(need)}"
+        found = packed.tolist()
+        assert found == need, f"{codes}: {[f'{byte:02x}' for byte in found]}, need {[f'{byte:02x}' for byte in need]}"
+
+
 def check_fit(answer: ModuleType) -> None:
     """`fit` returns a code that represents -1, 0 and 1, and its error on normal numbers is small enough."""
     normal = torch.randn(2**20, generator=torch.Generator().manual_seed(7))
@@ -54,25 +76,3 @@ def mean_error(normal: Tensor, levels: Tensor, block_size: int) -> float:
     absmax = blocks.abs().amax(1, keepdim=True)
     codes = torch.bucketize(blocks / absmax, (levels[1:] + levels[:-1]) / 2)
     return (levels[codes] * absmax - blocks).abs().mean().item()
-
-
-def check_bits_per_weight(answer: ModuleType) -> None:
-    """The bits are those of a large matrix, counted."""
-    for block_size, group_size in ((64, None), (64, 256), (32, 128), (4096, None)):
-        weights = block_size * (group_size or 1) * 8
-        blocks = weights // block_size
-        scales = 32 * blocks if group_size is None else 8 * blocks + 32 * blocks // group_size
-        found, need = answer.bits_per_weight(block_size, group_size), (4 * weights + scales) / weights
-        case = f"blocks of {block_size}, " + (f"groups of {group_size}" if group_size else "no groups")
-        assert abs(found - need) < 1e-9, f"{case}: you say {found:.4f}; {weights:,} weights take {need:.4f} bits each"
-
-
-def check_pack(answer: ModuleType) -> None:
-    """The bytes are those that a loop makes."""
-    for codes in ([1, 2], [15, 0, 7], [3], [], [9, 8, 8, 9, 15, 15]):
-        packed = answer.pack(torch.tensor(codes, dtype=torch.int64))
-        need = [16 * high + low for high, low in zip(codes[::2], [*codes[1::2], 0], strict=False)]
-        assert packed.dtype == torch.uint8, f"{codes}: the bytes are {packed.dtype}, need torch.uint8"
-        assert packed.shape == (len(need),), f"{codes}: there are {packed.numel()} bytes, need {len(need)}"
-        found = packed.tolist()
-        assert found == need, f"{codes}: {[f'{byte:02x}' for byte in found]}, need {[f'{byte:02x}' for byte in need]}"
