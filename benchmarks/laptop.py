@@ -1,21 +1,19 @@
-"""`python -m benchmarks.laptop`: the table of docs/laptop.md, what `finetune` takes with models of 0.1 to 3 billion.
+"""`python -m benchmarks.laptop`: the table of docs/laptop.md, the forecast memory of models of 0.1 to 3 billion.
 
-A model has the shape of a published one and random weights; 4 steps of 4 rows of 256 tokens in bfloat16, blocks
-recomputed. The minutes are of 500 rows of 100 tokens, three times.
+A batch has 4 rows of 256 tokens, in bfloat16, with recomputed blocks.
 """
 
-import json
-import tempfile
-from pathlib import Path
+import torch
 
-from benchmarks import results, size
+import minilora.public as ml
+from benchmarks import results
 from benchmarks.families import FAMILIES, LLAMA3, TIED, sizes
-from benchmarks.scale import step_seconds
 from benchmarks.work import SMOLLM2
+from minilora.models.checkpoint import build_on_meta
+from minilora.models.config import parse_config
+from minilora.runs.forecast import Plan, forecast
 from minilora.runs.memory import amount
 
-ROWS, TOKENS = 4, 256
-OF_A_RUN = 500 * 100 * 3  # tokens
 MODELS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
     "HuggingFaceTB/SmolLM2-360M-Instruct": {**SMOLLM2, **sizes(960, 2560, 32, 15, 5, 49_152)},
@@ -27,28 +25,15 @@ MODELS = {
 }
 
 
-def row(name: str, folder: Path) -> list[str]:
-    """Return a model, its size on disk, the peak of LoRA and of QLoRA, and the minutes of a run of each."""
-    size.make({**MODELS[name], "dtype": "bfloat16"}, folder / "model")
-    disk = sum(path.stat().st_size for path in (folder / "model").iterdir())
-    data = folder / "rows.jsonl"
-    data.write_text(f"{json.dumps({'prompt': 'word', 'completion': ' word' * 8 * TOKENS})}\n" * ROWS)
-    cells = [f"`{name}`", amount(disk)]
+def row(name: str) -> list[str]:
+    """Return a model, the bytes of its weights, and the peak of LoRA and of QLoRA."""
+    config, training = parse_config(MODELS[name]), ml.TrainConfig(gradient_checkpointing="block")
+    cells = [f"`{name}`", amount(2 * sum(p.numel() for p in build_on_meta(config).parameters()))]
     for quantize in ("none", "nf4"):
-        words = f"finetune --model {folder / 'model'} --data {data} --out {folder / quantize} --quantize {quantize}"
-        words += f" --device cpu --dtype bfloat16 --gradient-checkpointing block --epochs 4 --batch-size {ROWS}"
-        words += f" --max-length {TOKENS} --train-on all --eval-split 0 --general-data none --save-steps 0"
-        size.measure(["-m", "minilora", *words.split()])
-        summary = json.loads((folder / quantize / "summary.json").read_text(encoding="utf-8"))
-        minutes = step_seconds(folder / quantize) * OF_A_RUN / (ROWS * TOKENS) / 60
-        cells += [amount(summary["peak_memory_bytes"]), f"{minutes:.0f} min"]
+        about = (ml.LoraConfig(), training, ml.QuantizeConfig(quantize), torch.bfloat16, torch.device("cpu"))
+        cells.append(amount(forecast(Plan(config, *about, [(256, 256)] * 4))["block"].peak))
     return cells
 
 
 if __name__ == "__main__":
-    rows = []
-    for name in MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(row(name, Path(folder)))
-            print(" | ".join(rows[-1]), flush=True)
-    print(results.table(("model", "on disk", "LoRA: memory", "time", "QLoRA: memory", "time"), rows))
+    print(results.table(("model", "on disk", "LoRA", "QLoRA"), list(map(row, MODELS))))
