@@ -43,7 +43,9 @@ def collect(app: Sphinx, config: Config) -> None:
         text = PREDICTED.sub(r"\1\n<details><summary>What came out</summary>\n\n\2\n</details>\n", text)
         text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", text)
         text = CODE_OR_LINK.sub(lambda link, page=path: _link(link, page, texts), text)
-        texts[path] = COST.sub(rf"\g<0> {NOTEBOOK.format(path.stem)}", text, count=1)
+        if path.match("tutorials/[01A][0-9]_*.md"):
+            text = COST.sub(rf"\g<0> {NOTEBOOK.format(path.stem)}", text, count=1)
+        texts[path] = text
     for path, text in texts.items():
         target = app.srcdir / _place(path)
         target.parent.mkdir(parents=True, exist_ok=True)
