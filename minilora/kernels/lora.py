@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from minilora import lora
 from minilora.definition import kernel, no_autocast
 from minilora.kernels.nf4 import packed_linear, packed_product, tile_rows
-from minilora.nf4 import Layout, NF4Linear, Packed
+from minilora.nf4 import NF4Linear, Packed
 
 
 @kernel(of=lora.lora_linear)
@@ -24,8 +24,7 @@ def lora_linear(
         wide = torch.promote_types(x.dtype, lora_A.dtype)
         update = F.linear(F.linear(x.to(wide), lora_A.to(wide)).mul_(scale), lora_B.to(wide))
         return lora.base_linear(x, base, bias).add_(update)
-    packed = (base.layout, base.dtype, *base.parts) if isinstance(base, NF4Linear) else (None, None)
-    weight = None if isinstance(base, NF4Linear) else base.weight
+    weight, *packed = (None, base.layout, *base.parts) if isinstance(base, NF4Linear) else (base.weight, None)
     y = _LoraLinear.apply(x.reshape(-1, x.size(-1)), weight, bias, lora_A, lora_B, scale, *packed)
     return y.view(*x.shape[:-1], y.size(-1))
 
@@ -42,13 +41,12 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         scale: float,
-        layout: Layout | None,
-        dtype: torch.dtype | None,
+        layout: Any,
         *parts: Any,
     ) -> Tensor:
         u = F.linear(x, lora_A.to(x.dtype)).mul_(scale)
@@ -57,7 +55,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(*kept, lora_A, lora_B, *(parts if layout else (weight,)))
         ctx.scale = scale
         ctx.layout = layout
-        y = packed_linear(x, Packed(*parts), layout, dtype, bias) if layout and dtype else F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias) if weight is not None else packed_linear(x, Packed(*parts), layout, bias)
         return y.addmm_(u, lora_B.to(u.dtype).T)  # under autocast, u has another dtype than x
 
     @staticmethod

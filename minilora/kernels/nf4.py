@@ -134,7 +134,7 @@ def _tiles(flat: Tensor, block_size: int) -> tuple[int, int]:
 @kernel(of=nf4.nf4_linear)
 def nf4_linear(x: Tensor, layer: nf4.NF4Linear, bias: Tensor | None) -> Tensor:
     """See `nf4.nf4_linear`. Only the packed weight is saved, and W is dequantized again in the backward pass."""
-    y = _NF4Linear.apply(x.reshape(-1, x.size(-1)), bias, layer.layout, layer.dtype, *layer.parts)
+    y = _NF4Linear.apply(x.reshape(-1, x.size(-1)), bias, layer.layout, *layer.parts)
     return y.view(*x.shape[:-1], layer.out_features)
 
 
@@ -142,25 +142,23 @@ class _NF4Linear(torch.autograd.Function):
     """y = x Wᵀ + b,  dx = dy W,  db = Σ dy."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, layout: nf4.Layout, dtype: torch.dtype, *parts: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layout: nf4.Layout, *parts: Any) -> Tensor:
         ctx.save_for_backward(*parts)
         ctx.layout = layout
-        return packed_linear(x, nf4.Packed(*parts), layout, dtype, None if bias is None else bias.to(x.dtype))
+        return packed_linear(x, nf4.Packed(*parts), layout, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_dx, needs_db, *_ = ctx.needs_input_grad
         dx = packed_product(dy, nf4.Packed(*ctx.saved_tensors), ctx.layout) if needs_dx else None
-        return dx, dy.sum(0) if needs_db else None, *(None,) * 6
+        return dx, dy.sum(0) if needs_db else None, *(None,) * 5
 
 
-def packed_linear(x: Tensor, parts: nf4.Packed, layout: nf4.Layout, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+def packed_linear(x: Tensor, parts: nf4.Packed, layout: nf4.Layout, bias: Tensor | None) -> Tensor:
     """Compute x Wᵀ + b, a tile of W's rows at a time."""
     outputs, done = list[Tensor](), 0
-    for weight in _dense_tiles(parts, layout, dtype, dim=0):
+    for weight in _dense_tiles(parts, layout, x.dtype, dim=0):
         outputs.append(F.linear(x, weight, None if bias is None else bias[done : done + len(weight)]))
         done += len(weight)
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
@@ -186,10 +184,10 @@ def _dense_tiles(parts: nf4.Packed, layout: nf4.Layout, dtype: torch.dtype, dim:
     packed, absmax, scales, offset = parts
     if scales is not None and offset is not None:
         absmax = nf4.dequantize_absmax(absmax, scales, offset)
-    length = DENSE_TILE // layout.shape[1 - dim]
-    length = max(1, length) if dim == 0 else max(1, length // unit) * unit
-    codes = packed.view(outer, inner // 2).split(length if dim == 0 else length // 2, dim)
-    blocks = absmax.view(outer, inner // block_size).split(length if dim == 0 else length // block_size, dim)
+    step, per_byte, per_scale = (1, 1, 1) if dim == 0 else (unit, 2, block_size)  # weights along `dim`
+    length = max(1, DENSE_TILE // layout.shape[1 - dim] // step) * step
+    codes = packed.view(outer, inner // 2).split(length // per_byte, dim)
+    blocks = absmax.view(outer, inner // block_size).split(length // per_scale, dim)
     for part, scale in zip(codes, blocks, strict=True):
         shape = (part.size(0), 2 * part.size(1))
         yield nf4.dequantize(part.reshape(-1), scale.reshape(-1), shape, dtype, block_size, layout.levels)
