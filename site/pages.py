@@ -30,9 +30,7 @@ LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", "": "sh"}
 def collect(app: Sphinx, config: Config) -> None:
     """Write all pages below the folder of the build, from which Sphinx then reads (a handler of `config-inited`)."""
     app.srcdir = Path(app.doctreedir, "pages")
-    paths = [
-        path for folder in ("docs", "docs/findings", "tutorials", "recipes") for path in (ROOT / folder).glob("*.md")
-    ]
+    paths = [path for pattern in ("docs/**/*.md", "tutorials/*.md", "recipes/*.md") for path in ROOT.glob(pattern)]
     texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
     texts |= {Path(name): (ROOT / name).read_text(encoding="utf-8") for name in (*SINGLE, START)}
     texts |= {Path("minilora", f"{name}.py"): side_by_side.page(name) for name in side_by_side.PAGES}

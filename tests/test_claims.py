@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-OURS = {"claims.md": slice(2, 4), "which_settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
+OURS = {"paper_claims.md": slice(2, 4), "settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
 CLEAN = (("built-in model", "built-in model"), ("10M", "10M model"))  # key of the files, name on the pages
 STUDENT = {3: 4.303, 5: 2.776}  # t of the 95 % interval of as many values
 
@@ -193,7 +193,7 @@ def verdicts():
 
 
 def test_the_verdicts_are_those_of_the_rule(verdicts):
-    page = read("claims.md")
+    page = read("paper_claims.md")
     for line in verdicts.splitlines():
         word, more, half, compared, claim = re.fullmatch(r"(\D+?) +([+-]\S+) ± (\S+) +(.+?)  +(.+)", line).groups()
         if size := re.search(r"[\d,]+ rows", compared):

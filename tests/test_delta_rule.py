@@ -46,7 +46,7 @@ def test_outputs_and_states_equal_the_loops(call, chunk):
 
 @of_kernels
 def test_by_chunks_a_step_takes_a_tenth_of_the_memory():
-    """The definition keeps the states after each token; docs/decisions.md has the numbers of 16 heads."""
+    """The definition keeps the states after each token; docs/internals/decisions.md has the numbers of 16 heads."""
     q, k = randn(0, 2, 512, 2, 128, dtype=torch.float32)
     v, log_decay, beta = randn(1, 512, 2, 128), -randn(2, 512, 2).exp(), randn(3, 512, 2).sigmoid()
     tensors = [tensor.float().requires_grad_() for tensor in (q, k / k.norm(dim=-1, keepdim=True), v, log_decay, beta)]

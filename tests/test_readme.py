@@ -24,7 +24,10 @@ from tests.runs import flags_of, type_in, write_rows
 from tests.text import CHATML, CLOSE, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]}
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/internals/*.md"), ROOT / "README.md"]
+}
 README = PAGES["README.md"]
 BLOCK = r"(?<!-->\n)```{}\n(.*?)```"  # those after a mark are run by CI, or quote the code
 COMMANDS = {name: "\n".join(re.findall(BLOCK.format("sh"), page, flags=re.DOTALL)) for name, page in PAGES.items()}
@@ -100,7 +103,7 @@ def test_the_readme_is_short_and_names_the_pages_the_guide_every_command():
 
 
 def test_the_pages_name_the_families_that_are_there_and_their_number():
-    assert re.findall(r"^\| `(\w+)` \|", PAGES["families.md"], re.MULTILINE) == ["model_type", *FAMILIES]
+    assert re.findall(r"^\| `(\w+)` \|", PAGES["models.md"], re.MULTILINE) == ["model_type", *FAMILIES]
     (number,) = re.findall(r"one of (\w+)\s\[families\]", README)
     assert number == {12: "twelve"}[len(FAMILIES)]
 
@@ -160,7 +163,7 @@ def test_the_start_is_plain_markdown_for_a_forge():
 
 def test_the_pages_and_the_code_use_plain_words():
     odd = r"\b(?:in four bits|(?:is|are) mended|(?:is|are) learned of|recipe of others|once a step|of whose)\b"
-    texts = {name: page for name, page in PAGES.items() if name not in ("api.md", "claims.md")}
+    texts = {name: page for name, page in PAGES.items() if name not in ("api.md", "paper_claims.md")}
     sources = [ROOT / "nanolora.py", *(ROOT / "minilora").rglob("*.py")]
     texts |= {str(path): path.read_text(encoding="utf-8") for path in sources}
     assert not [(name, found) for name, text in texts.items() for found in re.findall(odd, text)]

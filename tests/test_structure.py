@@ -112,7 +112,7 @@ def tree(page):
 
 
 def test_the_page_of_architecture_names_every_file_and_no_other():
-    named = tree((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    named = tree((ROOT / "docs" / "internals" / "architecture.md").read_text(encoding="utf-8"))
     written = {f"minilora/{name}.py" for name, path in MODULES.items() if path.stat().st_size}
     assert sorted(name for name in named if name.endswith(".py")) == sorted(written)
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}

@@ -176,7 +176,7 @@ def load_adapted(plan: Plan, base: Base, device: torch.device | str) -> Llama:
 
 
 def run(options: Options) -> int:
-    """Fine-tune, call by call as in the diagram of docs/architecture.md."""
+    """Fine-tune, call by call as in the diagram of docs/internals/architecture.md."""
     is_dry = options["dry_run"]
     with processes.process_group(options["device"]) as device, ExitStack() as stack:
         settings, base = find_inputs(read_settings(options))

@@ -31,7 +31,7 @@ HARMLESS = {  # of the attacks: what they change has no effect, and is not said
 }
 
 
-# How the names of the attacks begin, as docs/verification.md has them.
+# How the names of the attacks begin, as docs/internals/verification.md has them.
 KINDS = (("config.json", "JSON"), "adapter_config.json", "safetensors", "data", "a ", "tokenizer.json", "chat template")
 
 

@@ -1,4 +1,4 @@
-"""The verdicts of docs/claims.md that follow from stored runs, by the rule at its head.
+"""The verdicts of docs/paper_claims.md that follow from stored runs, by the rule at its head.
 
     python tutorials/experiments/verdicts.py     prints each claim with its interval and its verdict
 
