@@ -1,64 +1,109 @@
-"""Chapter 10: two remedies against forgetting, replay of general rows in training and a smaller scale after it.
+"""Chapter 10: remedies against forgetting, compared on two kinds of text that were not replayed.
 
     python tutorials/experiments/10_replay.py     writes 10_replay.json, after each run anew
 
-The built-in model takes 100 steps with an adapter of rank 16. Every batch has 16 rows of the task and 0, 1 or 4 rows of
-general text, whose tokens are all learned. General text is cut in two: the first half is replayed, the KL to the base
-is measured on the second. Without replay the trained scale is also made smaller.
+The built-in model takes 100 steps of 16 rows of the task with an adapter of rank 16. Every step also takes `rows` rows
+of general text, of which the first half is used here, and adds to the sum of its losses
+
+    replay    the loss of their tokens
+    penalty   β · KL(base ‖ model) over the whole vocabulary, at each of their tokens
+
+Without a remedy, the trained scale is also made smaller. Outcomes are of single rows, in units of 0.0001 nats: the loss
+of each task row and whether its answer is right, the KL of the second half of the general text, and loss and KL of
+`foreign` text, the definitions of The Devil's Dictionary. Claims and settings are those of plans.json.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from record import write_record
+import torch
+from record import plan_hash, read_plan, write_record
+from torch import Tensor
 
 import minilora as ml
 from minilora.adapter import adapter_layers
+from minilora.data import IGNORE_INDEX, collate
 from minilora.files import ASSETS
+from minilora.llama import Documents, Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss, measure_forgetting
+from minilora.training import token_loss
 
-SEEDS = (0, 1, 2)
-REPLAYED = (0, 1, 4)  # general rows for 16 of the task
-FACTORS = (1.0, 0.75, 0.5)  # of the scale
-
+PLAN, CPU = read_plan(__file__), torch.device("cpu")
 tokenizer = ml.load_tokenizer("minilora/builtin")
+base = ml.load_model("minilora/builtin")
 train, test, general = (
     [*ml.load_dataset(ASSETS / "data" / f"{name}.jsonl", tokenizer)] for name in ("train", "test", "general")
 )
 choices = find_choices(train) or []
 replayed, held_out = general[: len(general) // 2], general[len(general) // 2 :]
+devil = (Path(__file__).parents[1] / "data" / "devil" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+foreign = []
+for line in devil:
+    tokens = tokenizer.encode(json.loads(line)["messages"][1]["content"])
+    foreign.append(ml.Example(tokens, [IGNORE_INDEX, *tokens[1:]]))
+KEPT = {"general": held_out, "foreign": foreign}
 
 
-def measure(replay: int, seed: int) -> list[dict[str, Any]]:
-    """Train an adapter, and measure what it has learned and changed."""
+def log_distributions(model: Llama, examples: Sequence[ml.Example]) -> Tensor:
+    batch = collate(examples, CPU)
+    hidden = model.model(batch.tokens, Documents(batch.lengths))
+    return model.lm_head(hidden[batch.label_positions]).log_softmax(-1)
+
+
+def fit(remedy: str, rows: int, beta: float, seed: int) -> Llama:
+    """Train an adapter with a remedy."""
     model = ml.load_model("minilora/builtin")
     ml.attach(model, ml.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), seed=seed)
-    more = [replayed[i % len(replayed)] for i in range(100 * replay)]
-    settings = ml.TrainConfig(batch_size=16 + replay, max_steps=100, learning_rate=2e-3, seed=seed)
-    ml.train(model, train + more, settings)  # in random order, so a batch has `replay` of them on average
-    adapters = [layer.adapters["default"] for layer in adapter_layers(model).values()]
-    scale, found = adapters[0].scale, []
-    for factor in FACTORS if replay == 0 else (1.0,):
-        for adapter in adapters:
-            adapter.scale = factor * scale
-        forgetting = measure_forgetting(model, held_out)
-        result = {"replay": replay, "factor": factor, "seed": seed, "kl": forgetting.kl}
-        result |= {"before": forgetting.before, "after": forgetting.after}
-        found.append(result | {"accuracy": choice_accuracy(model, test, choices), "loss": held_out_loss(model, test)})
-    return found
+
+    def loss(model: Llama, examples: Sequence[ml.Example], step: int) -> tuple[Tensor, int]:
+        first = step * rows
+        more = [replayed[i % len(replayed)] for i in range(first, first + rows)]
+        if remedy == "replay":
+            return token_loss(model, collate([*examples, *more], CPU))
+        total, labels = token_loss(model, collate(examples, CPU))
+        if remedy == "penalty":
+            log_q = log_distributions(model, more)
+            with ml.disable_adapter(model):
+                log_p = log_distributions(model, more).detach()
+            total = total + beta * (log_p.exp() * (log_p - log_q)).sum()
+        return total, labels
+
+    settings = ml.TrainConfig(batch_size=16, max_steps=100, learning_rate=PLAN["rate"], seed=seed)
+    ml.train(model, train, settings, loss=loss)
+    return model
+
+
+def score(model: Llama) -> dict[str, list[int]]:
+    """What becomes of each row."""
+    moved = {kind: [measure_forgetting(model, [row], base=base) for row in rows] for kind, rows in KEPT.items()}
+    return {
+        "loss": [round(1e4 * held_out_loss(model, [row])) for row in test],
+        "right": [int(choice_accuracy(model, [row], choices)) for row in test],
+        **{f"{kind} loss": [round(1e4 * of.after) for of in rows] for kind, rows in moved.items()},
+        **{f"{kind} kl": [round(1e4 * of.kl) for of in rows] for kind, rows in moved.items()},
+    }
 
 
 def main() -> None:
-    """Run all, and write what is known after each run."""
+    """Run all, and write what is known after each."""
     results: list[dict[str, Any]] = []
-    for seed in SEEDS:
-        for replay in REPLAYED:
-            results += measure(replay, seed)
-            print(json.dumps(results[-1]), flush=True)
-            write_record(__file__, results, SEEDS[: seed + 1])
+    before = {kind: measure_forgetting(base, rows, base=base).before for kind, rows in KEPT.items()}
+    for remedy, rows, beta in PLAN["remedies"]:
+        models = [fit(remedy, rows, beta, seed) for seed in PLAN["seeds"]]
+        for factor in PLAN["factors"] if remedy == "none" else (1.0,):
+            for model in models:
+                for layer in adapter_layers(model).values():
+                    layer.adapters["default"].scale = 2.0 * factor
+            outcomes = list(map(score, models))
+            results.append({"remedy": remedy, "rows": rows, "beta": beta, "factor": factor, "outcomes": outcomes})
+            write_record(__file__, results, PLAN["seeds"], plan=plan_hash(PLAN), before=before)
+            print(remedy, rows, beta, factor, flush=True)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
