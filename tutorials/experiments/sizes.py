@@ -1,6 +1,9 @@
 """LoRA, QLoRA, DoRA and full fine-tuning on 200, 1,000 and 5,000 rows of a task that a program judges.
 
-    python tutorials/experiments/sizes.py     writes sizes.json, after each method and size, and continues it
+    python tutorials/experiments/sizes.py                     writes sizes.json, after each method and size
+    python tutorials/experiments/sizes.py sizes_smollm2 DIR   the same of another model: its plan and its file
+
+A file that is not complete is continued.
 
 The task is that of scripts/make_dates.py. Settings and claims are those of plans.json, whose hash the file holds. The
 rate of a method at a size has the lowest loss on the validation rows at seed 0; rates are tried in factors of two until
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,25 +29,28 @@ from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import answer_of, held_out_loss, measure_forgetting, prompt_of, write_answers
 
-PLAN = read_plan(__file__)
-FILE = Path(__file__).with_suffix(".json")
+NAME, MODEL = sys.argv[1:] or ("sizes", "minilora/builtin")
+FILE = Path(__file__).with_name(f"{NAME}.json")
+PLAN = read_plan(str(FILE))
+COMMAND = "python tutorials/experiments/sizes.py" + (f" {NAME} DIR" if sys.argv[1:] else "")
 ADAPTERS: dict[str, dict[str, Any] | None] = {"LoRA": {}, "QLoRA": {}, "DoRA": {"use_dora": True}, "full": None}
 
 dates = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_dates.py"))
 make_rows, write_rows = dates["make_rows"], dates["write_rows"]
-tokenizer = ml.load_tokenizer("minilora/builtin")
+tokenizer = ml.load_tokenizer(MODEL)
 with tempfile.TemporaryDirectory() as directory:
     write_rows(directory)
     train, valid, test = (
         list(ml.load_dataset(f"{directory}/{split}.jsonl", tokenizer)) for split in ("train", "valid", "test")
     )
-general = list(ml.load_dataset(ASSETS / "data" / "general.jsonl", tokenizer))
-base = ml.load_model("minilora/builtin")
-ANSWERS = [row["completion"] for row in make_rows("test")]
+test = test[: PLAN.get("test_rows")]
+general = list(ml.load_dataset(ASSETS / "data" / "general.jsonl", tokenizer))[: PLAN.get("general_rows")]
+base = ml.load_model(MODEL, "float32")
+ANSWERS = [row["completion"] for row in make_rows("test")[: len(test)]]
 
 
 def fit(method: str, size: int, rate: float, seed: int) -> Llama:
-    model = ml.load_model("minilora/builtin", quantize="nf4" if method == "QLoRA" else None)
+    model = ml.load_model(MODEL, "float32", quantize="nf4" if method == "QLoRA" else None)
     if (lora := ADAPTERS[method]) is not None:
         ml.attach(model, ml.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", **lora), seed=seed)
     steps = PLAN["steps"][str(size)]
@@ -83,7 +90,7 @@ def main() -> None:
         raise SystemExit(f"{FILE.name} was made by another plan")
     results, starts = told["results"], dict(PLAN["first_rate"])
     for size in PLAN["rows"]:
-        for method in ADAPTERS:
+        for method in starts:
             done = [run for run in results if (run["method"], run["rows"]) == (method, size)]
             if not done:
                 began = time.monotonic()
@@ -93,7 +100,7 @@ def main() -> None:
                 run = {"method": method, "rows": size, "rate": rate, "valid": losses}
                 done = [run | {"seconds": round(time.monotonic() - began), "outcomes": list(map(score, models))}]
                 results += done
-                write_record(__file__, results, PLAN["seeds"], plan=plan_hash(PLAN))
+                write_record(str(FILE), results, PLAN["seeds"], command=COMMAND, plan=plan_hash(PLAN))
                 print(method, size, rate, losses, run.get("seconds"), flush=True)
             starts[method] = done[0]["rate"]
 
