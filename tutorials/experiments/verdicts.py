@@ -2,9 +2,8 @@
 
     python tutorials/experiments/verdicts.py     prints each claim with its interval and its verdict
 
-`sizes.json` has the outcome of each row, and its plan, with margins, was fixed before the run. `12_paired.json` has the
-interval over rows. Of the other experiments only the values of the seeds are stored, so the interval does not cover
-other rows. All margins except those of `sizes.json` were chosen after the runs.
+The files with a plan, and `12_paired.json`, have the outcome of each row. Of the other experiments only the values of
+the seeds are stored, so the interval does not cover other rows; their margins were chosen after the runs.
 """
 
 from __future__ import annotations
@@ -17,10 +16,15 @@ from typing import Any, NamedTuple
 from record import paired_interval, plan_hash, read_plan, seed_interval, verdict
 
 HERE = Path(__file__).parent
+DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a planned file: its method, and where
+    "sizes": lambda run: (run["method"], f"{run['rows']:,} rows"),
+    "10_replay": lambda run: (f"{run['remedy']} {run['rows']}", "100 steps" if run["factor"] == 1 else "scaled"),
+    "11_formats": lambda run: (run["way"], "1,000 rows"),
+}
 
 
 class Finding(NamedTuple):
-    """A claim as the page words it, what was compared, more ± half of it, and the verdict."""
+    """A claim as a heading of the page, what was compared, more ± half of it, and the verdict."""
 
     claim: str
     compared: str
@@ -46,9 +50,8 @@ def over_seeds(ones: list[float], others: list[float]) -> tuple[float, float]:
 
 def less_lora(method: str, rate: float, measure: str) -> tuple[float, float]:
     """A method's value less that of LoRA, over the seeds and the 800 rows."""
-    run = next(run for run in stored("12_paired")["results"] if (run["method"], run["rate"]) == (method, rate))
-    more, half = seed_interval(run[measure]["seeds"])
-    return more, (half**2 + run[measure]["interval"] ** 2) ** 0.5
+    runs = {(run["method"], run["rate"]): run["outcomes"] for run in stored("12_paired")["results"]}
+    return paired_interval(rows_of(runs[method, rate], measure), rows_of(runs["LoRA", 2e-3], measure))
 
 
 def earlier() -> Iterator[Finding]:
@@ -65,55 +68,72 @@ def earlier() -> Iterator[Finding]:
     def at(place: str, key: str) -> list[float]:
         return seeds("07_where", key, place=place, rate=where[place])
 
-    claim = "At equal parameters the attention alone is worse than the MLPs."
+    claim = "At equal parameters the attention alone is worse than the MLPs"
     yield find(claim, "loss, attention - MLPs", over_seeds(at("attention", "loss"), at("MLPs", "loss")), "above")
-    claim = "All linears are better than the MLPs alone."
+    claim = "All linears are better than the MLPs alone"
     yield find(claim, "loss, all - MLPs", over_seeds(at("all", "loss"), at("MLPs", "loss")), "below")
-    claim = "Adapters on the attention forget more."
+    claim = "Adapters on the attention forget more"
     yield find(claim, "KL, attention - MLPs", over_seeds(at("attention", "kl"), at("MLPs", "kl")), "above")
 
-    claim = "LoRA learns less than full fine-tuning."
+    claim = "LoRA learns less than full fine-tuning"
     yield find(claim, "loss, full - LoRA", less_lora("full", 4e-4, "loss"), "below")
     kl = {rate: seeds("12_methods", "kl", method="full", rate=rate) for rate in (2e-4, 4e-4)}
     of_lora = seeds("12_methods", "kl", method="LoRA", rate=2e-3)
-    yield find("LoRA forgets less.", "KL, LoRA - full", over_seeds(of_lora, kl[4e-4]), "below")
-    claim = "But both trade learning for forgetting on the same curve."
+    yield find("LoRA forgets less", "KL, LoRA - full", over_seeds(of_lora, kl[4e-4]), "below")
+    claim = "LoRA and full fine-tuning trade learning for forgetting on the same curve"
     yield find(claim, "KL at equal accuracy, LoRA - full", over_seeds(of_lora, kl[2e-4]), "equal", margin=0.05)
-    after = [seeds("10_replay", "after", replay=replay, factor=1.0) for replay in (1, 0)]
-    claim = "Replay of old data keeps what was known."
-    yield find(claim, "loss on general text, with - without", over_seeds(*after), "below")
 
     sums = [seeds("11_specialists", lambda run, way=way: sum(run[f"{way}, tuned"])) for way in ("TIES", "mean")]
-    claim = "TIES combines two adapters with less loss than their mean."
+    claim = "TIES combines two adapters with less loss than their mean"
     yield find(claim, "sum of losses, TIES - mean", over_seeds(*sums), "below")
-    claim = "DoRA is more accurate than LoRA."
+    claim = "DoRA is more accurate than LoRA"
     yield find(claim, "loss, DoRA - LoRA", less_lora("DoRA", 2e-3, "loss"), "below")
     for method, rate in (("DoRA", 2e-3), ("PiSSA", 5e-4)):
-        claim = f"With tuned rates {method} is within 2 % of LoRA."
-        yield find(claim, f"accuracy, {method} - LoRA", less_lora(method, rate, "accuracy"), "equal", margin=0.02)
+        claim = f"With tuned rates {method} is within 2 % of LoRA"
+        yield find(claim, f"accuracy, {method} - LoRA", less_lora(method, rate, "right"), "equal", margin=0.02)
 
 
 def planned() -> Iterator[Finding]:
-    """Yield the findings of sizes.json, of each size that it has."""
-    told, plan = stored("sizes"), read_plan(str(HERE / "sizes.py"))
-    assert told["plan"] == plan_hash(plan), "sizes.json was made by another plan"
-    outcomes = {(run["method"], run["rows"]): run["outcomes"] for run in told["results"]}
-    for size in plan["rows"]:
+    """Yield the findings of the files that have a plan."""
+    for name, describe in DESCRIBED.items():
+        told, plan = stored(name), read_plan(str(HERE / name))
+        assert told["plan"] == plan_hash(plan), f"{name}.json was made by another plan"
+        outcomes: dict[str, dict[str, Any]] = {}
+        for run in told["results"]:
+            method, where = describe(run)
+            outcomes.setdefault(where, {})[method] = run["outcomes"]
         for claim in plan["claims"]:
             of, less, measure = (claim[key] for key in ("of", "less", "measure"))
-            if (of, size) in outcomes and (less, size) in outcomes:
-                values = [
-                    [[value / 1e4 for value in run[measure]] for run in outcomes[method, size]] for method in (of, less)
-                ]
-                interval = paired_interval(*values)
-                word = verdict(claim["expected"], *interval, claim.get("margin", 0.0))
-                yield Finding(claim["claim"], f"{measure}, {of} - {less}, {size:,} rows", *interval, word)
+            for where, runs in outcomes.items():
+                if {of, less} <= runs.keys():
+                    interval = paired_interval(*(rows_of(runs[method], measure) for method in (of, less)))
+                    word = verdict(claim["expected"], *interval, claim.get("margin", 0.0))
+                    yield Finding(claim["claim"], f"{measure}, {of} - {less}, {where}", *interval, word)
+
+
+def rule() -> Iterator[Finding]:
+    """Yield the findings of 05_rule.json: by how many powers of two the best rate falls from α = 4 to α = 64."""
+    told, plan = stored("05_rule"), read_plan(str(HERE / "05_rule"))
+    assert told["plan"] == plan_hash(plan), "05_rule.json was made by another plan"
+    best = {(run["steps"], run["alpha"]): [seed["log2"] for seed in run["runs"]] for run in told["results"]}
+    for claim in plan["claims"]:
+        steps, expected = claim["steps"], claim["log2"]
+        more, half = over_seeds(best[steps, 4], best[steps, 64])
+        word = verdict("equal", more - expected, half, claim["margin"])
+        compared = f"log₂ of the best rate, α 4 - α 64, {expected} within {claim['margin']}, {steps} steps"
+        yield Finding(claim["claim"], compared, more, half, word)
+
+
+def rows_of(outcomes: list[dict[str, list[int]]], measure: str) -> list[list[float]]:
+    """The values of a measure, (seeds, rows): losses and divergences in nats, or 1 for a right answer."""
+    unit = 1 if measure in ("right", "exact") else 1e-4
+    return [[unit * value for value in run[measure]] for run in outcomes]
 
 
 def findings() -> list[Finding]:
-    return [*earlier(), *planned()]
+    return [*earlier(), *rule(), *planned()]
 
 
 if __name__ == "__main__":
     for found in findings():
-        print(f"{found.verdict:15} {found.more:+.4f} ± {found.half:.4f}  {found.compared:48} {found.claim}")
+        print(f"{found.verdict:15} {found.more:+.4f} ± {found.half:.4f}  {found.compared:48}  {found.claim}")
