@@ -90,6 +90,20 @@ def test_what_the_tables_for_users_of_other_libraries_name_is_there():
         assert name in cli.COMMANDS
 
 
+def test_the_tables_of_flags_say_what_the_command_answers():
+    rows = [
+        row.split(" | ") for row in PAGES["migration.md"].partition("## Flags\n")[2].splitlines() if row[:3] == "| `"
+    ]
+    names = [
+        (f"--{name.replace('_', '-')}", row[1]) for row in rows for name in re.findall(r"`(?:--)?([\w-]+)", row[0])
+    ]
+    answered = [(name, ours) for name, ours in names if name in cli.FOREIGN_FLAGS]
+    assert len(answered) >= 30
+    for name, ours in answered:
+        flags = re.findall(r"--[a-z-]+", cli.FOREIGN_FLAGS[name])
+        assert all(flag in ours for flag in flags), name
+
+
 def test_the_readme_is_short_and_names_the_pages_the_guide_every_command():
     assert len(README.splitlines()) <= 110
     pages = re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|", README, flags=re.MULTILINE)
