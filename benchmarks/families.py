@@ -44,7 +44,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("OLMo 2 1B", sizes(2048, 8192, 2, 16, 16, 100_352)),
     "olmo3": ("OLMo 3 7B", sizes(4096, 11_008, 4, 32, 32, 100_278)),
     "gemma3_text": ("Gemma 3 270M", {**sizes(640, 2048, 6, 4, 1, 262_144), "head_dim": 256, "sliding_window": 512}),
-    "lfm2": ("LFM2 350M", {**sizes(1024, 6656, 3, 16, 8, 65_536), "full_attn_idxs": [2]}),
 }
 SMALL = {**sizes(64, 128, 2, 4, 2, 512), "head_dim": 16, "num_hidden_layers": 6}
 

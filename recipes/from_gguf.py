@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 import minilora as ml
 from minilora.llama import llama3_frequencies, rope_frequencies
 
-MODELS = {n.lower(): n for n in ("Gemma3", "Lfm2", "Llama", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")}
+MODELS = {n.lower(): n for n in ("Gemma3", "Llama", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")}
 KEYS = """
     attention.layer_norm_rms_epsilon:rms_norm_eps attention.head_count_kv:num_key_value_heads
-    attention.head_count:num_attention_heads attention.sliding_window:sliding_window shortconv.l_cache:conv_L_cache
+    attention.head_count:num_attention_heads attention.sliding_window:sliding_window
     rope.freq_base_swa:rope_local_base_freq context_length:max_position_embeddings feed_forward_length:intermediate_size
     block_count:num_hidden_layers attention.key_length:head_dim embedding_length:hidden_size rope.freq_base:rope_theta
 """
@@ -32,8 +32,6 @@ NORMS = "input_layernorm post_attention_layernorm pre_feedforward_layernorm post
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm"
 LLAMA = f"{NORMS} {ATTENTION} mlp.gate_proj mlp.up_proj mlp.down_proj"
 PHI3 = f"{NORMS} self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj"
-LFM2 = f"{ATTENTION} self_attn.out_proj self_attn.q_layernorm self_attn.k_layernorm operator_norm ffn_norm"
-LFM2 += " conv.conv conv.in_proj conv.out_proj feed_forward.w1 feed_forward.w2 feed_forward.w3"
 
 
 def require(is_known: bool, what: str) -> None:
@@ -59,18 +57,14 @@ def build_config(family: str, keys: dict, tensors: dict) -> dict:
         llama3 = llama3_frequencies(width, config["rope_theta"], scaling) * torch.tensor(factors.data)
         is_llama3 = torch.allclose(llama3, rope_frequencies(width, config["rope_theta"]))
         require(is_llama3, "rope_freqs.weight, which is not the rotation of Llama 3.1 or 3.2")
-    if family == "lfm2":
-        heads = config["num_key_value_heads"]  # of each layer, 0 for a convolution
-        config["layer_types"] = ["full_attention" if number else "conv" for number in heads]
-        config |= {"num_key_value_heads": max(heads), "block_auto_adjust_ff_dim": False}
     return config
 
 
 def read_weights(family: str, tensors: dict, config: dict) -> dict:
     """Return the weights by transformers' names, in bfloat16."""
-    modules = {"phi3": PHI3, "lfm2": LFM2}.get(family, LLAMA).split()
+    modules = (PHI3 if family == "phi3" else LLAMA).split()
     paths = [f"model.layers.{i}.{module}" for i in range(config["num_hidden_layers"]) for module in modules]
-    paths += ["model.embed_tokens", "model.embedding_norm" if family == "lfm2" else "model.norm", "lm_head"]
+    paths += ["model.embed_tokens", "model.norm", "lm_head"]
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config["num_hidden_layers"])
     ours = {f"{theirs.get_name(path)}.{kind}": f"{path}.{kind}" for path in paths for kind in ("weight", "bias")}
     require(tensors.keys() <= ours.keys(), f"the tensors {sorted(tensors.keys() - ours.keys())[:5]}")
@@ -81,7 +75,7 @@ def read_weights(family: str, tensors: dict, config: dict) -> dict:
             weight = weight.unflatten(0, (-1, config["head_dim"] // 2, 2)).transpose(1, 2).flatten(0, 2)
         if family == "gemma3" and name.endswith("norm.weight"):
             weight = weight - 1
-        weights[ours[name]] = (weight[:, None] if "shortconv.conv" in name else weight).bfloat16()
+        weights[ours[name]] = weight.bfloat16()
     return weights
 
 

@@ -48,7 +48,6 @@ YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings":
 YARN |= {"beta_fast": 0.5, "beta_slow": 0.05}  # of three pairs one is kept, one is between, and one slows down
 OLMO3 = {"sliding_attention": {"rope_theta": 50.0}, "full_attention": {**YARN, "rope_theta": 200.0}}
 MINISTRAL3 = {**YARN, "rope_theta": 200.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.6}
-CONVOLUTIONS = {"full_attn_idxs": [1, 3], "conv_bias": True, "block_multiple_of": 8}  # of LFM2
 DELTA = {  # of Qwen3.5: odd sizes, more value heads than key heads
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
@@ -90,7 +89,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": EVERY_OTHER, **QUERY, **BY_KIND},
-    "lfm2": {"model_type": "lfm2", **CONVOLUTIONS, "conv_L_cache": 3},
     "olmo3": {"model_type": "olmo3", "sliding_window": 4, "rope_parameters": OLMO3},
     "olmo3-old": {"model_type": "olmo3", "rope_scaling": YARN, "layer_types": EVERY_OTHER, "attention_bias": True},
     "ministral3": {"model_type": "ministral3", "head_dim": 10, "rope_parameters": MINISTRAL3},

@@ -35,7 +35,6 @@ TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules ar
     "distilbert": _of("q_lin k_lin v_lin out_lin lin1 lin2"),
     "gpt2": _of("c_attn c_proj c_fc"),
     "gptj": _of("q_proj k_proj v_proj out_proj fc_in fc_out"),
-    "lfm2": _of("q_proj k_proj v_proj out_proj in_proj w1 w2 w3"),
     "mamba": _of("in_proj", leave="x_proj dt_proj out_proj"),
     "mixtral": _of(_ATTENTION),
     "phi": _of("q_proj k_proj v_proj dense fc1 fc2"),

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from minilora import ConfigError
 from minilora.models.config import FAMILIES, parse_config, trained_length
-from minilora.models.convolution import convolves
 from minilora.models.qwen35 import is_linear
 from minilora.models.smollm3 import rotated_layers
 from tests import models
@@ -105,25 +104,6 @@ def test_queries_of_ministral3_grow_from_the_length_that_yarn_extends():
         factors(rope_parameters=longrope)
 
 
-def test_lfm2_convolves_where_it_does_not_attend_and_computes_its_width():
-    assert convolves(tiny_config("lfm2").source) == [True, False, True, False]
-    assert convolves(tiny_config("lfm2", full_attn_idxs=None).source) == [False] * 4
-    types = ["conv", "conv", "full_attention", "conv"]
-    assert convolves(tiny_config("lfm2", layer_types=types).source) == [True, True, False, True]
-    for keys, width in (
-        ({}, 32),  # 2/3 of 40, as a multiple of 8
-        ({"block_multiple_of": None}, 256),
-        ({"block_ffn_dim_multiplier": 2.5}, 72),
-        ({"block_ff_dim": 60}, 40),
-        ({"block_auto_adjust_ff_dim": False}, 40),
-    ):
-        assert tiny_config("lfm2", **keys).intermediate_size == width
-    config = tiny_config("lfm2", norm_eps=0.1, tie_embedding=False, tie_word_embeddings=True)
-    assert (config.rms_norm_eps, config.tie_word_embeddings) == (0.1, False)
-    with pytest.raises(ConfigError, match="\n  norm_eps: found -1"):
-        tiny_config("lfm2", norm_eps=-1)
-
-
 def test_qwen3_5_attends_in_every_fourth_layer_or_where_its_config_says_so():
     for keys, linear in (
         ({"full_attention_interval": None}, [True, True, True, False]),
@@ -170,7 +150,6 @@ def test_biases_are_read_where_the_family_has_them():
         "olmo2": (True, True, False),
         "olmo3": (True, True, False),
         "gemma3_text": (True, True, False),
-        "lfm2": (False, False, False),
     }
 
 

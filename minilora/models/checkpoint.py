@@ -42,7 +42,7 @@ MODEL_FILES = ("config.json", INDEX, "model.safetensors", "model-*-of-*.safetens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CODE_KEYS = {"auto_map", "custom_pipelines", "_attn_implementation_internal"}  # names of code to download and run
-NOT_COPIED = {"dtype", "torch_dtype", "quantization_config", "tie_embedding", *CODE_KEYS}  # of a config.json
+NOT_COPIED = {"dtype", "torch_dtype", "quantization_config", *CODE_KEYS}  # of a config.json
 
 
 def load_model(

@@ -12,7 +12,6 @@ from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.delta_rule import SIZES as LINEAR_SIZES
 from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
-from minilora.models.lfm2 import LFM2
 from minilora.models.ministral3 import MINISTRAL3
 from minilora.models.olmo2 import OLMO2, OLMO3
 from minilora.models.phi3 import PHI3
@@ -42,8 +41,8 @@ LENGTH = whole_number(2**31 - 1)
 FLAG = of_type(bool, "true or false")
 NEEDS: dict[str, Need] = {  # of a value that is not null
     "vocab_size": whole_number(2**21),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "block_multiple_of"), SIZE),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "conv_L_cache"), SIZE),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), SIZE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), SIZE),
     **dict.fromkeys(("full_attention_interval", *LINEAR_SIZES), SIZE),
     "num_hidden_layers": whole_number(160),  # Llama 3.1 405B has 126
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
@@ -52,11 +51,9 @@ NEEDS: dict[str, Need] = {  # of a value that is not null
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq"), number()),
     "query_pre_attn_scalar": number(),
     "partial_rotary_factor": number(1.0),
-    "block_ffn_dim_multiplier": number(100.0),
     "rope_scaling": of_type(Mapping, "a JSON object"),
-    **dict.fromkeys(("layer_types", "no_rope_layers", "full_attn_idxs"), of_type(list, "a JSON list")),
-    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias"), FLAG),
-    **dict.fromkeys(("mlp_bias", "conv_bias", "block_auto_adjust_ff_dim"), FLAG),
+    **dict.fromkeys(("layer_types", "no_rope_layers"), of_type(list, "a JSON list")),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias"), FLAG),
 }
 UNKNOWN = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
@@ -78,7 +75,6 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "gemma3_text": GEMMA3,
-    "lfm2": LFM2,
 }
 COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -107,7 +103,7 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
     family = FAMILIES[name]
     values = COMMON | dict(family.defaults)
     values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
-    values |= {ours: values[theirs] for theirs, ours in family.names.items() if values.get(theirs) is not None}
+    values["hidden_act"] = values.get("hidden_activation") or values["hidden_act"]  # Gemma's name
     _check_values(values, family)
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
@@ -166,6 +162,4 @@ def _check_values(values: Mapping[str, Any], family: Family) -> None:
             "--quantize nf4 to save memory"
         )
     if bad:
-        own = {ours: theirs for theirs, ours in family.names.items() if theirs in values}
-        lines = [f"{own.get(key, key)}: {message}" for key, message in bad.items()]
-        raise ConfigError("config.json cannot be used:\n  " + "\n  ".join(lines))
+        raise ConfigError("config.json cannot be used:" + "".join(f"\n  {key}: {bad[key]}" for key in bad))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from minilora.definition import definition
 from minilora.llama import Attends, LlamaConfig, RMSNorm, swiglu
-from minilora.models.convolution import convolve
 from minilora.models.family import Values
 from minilora.models.generate import KVCache
 
@@ -97,6 +96,19 @@ class GatedDeltaNet(nn.Module):
         else:
             o, _ = gated_delta_rule(*inputs, lengths)
         return self.out_proj(swiglu(z, self.norm(o)).flatten(1))
+
+
+def convolve(conv: nn.Conv1d, x: Tensor, documents: Attends) -> Tensor:
+    """Convolve each channel of a token with those of the tokens before it in its document: (N, D) -> (N, D).
+
+    Before the first token of a document the channels are 0; in generation earlier tokens are in the cache.
+    """
+    before = conv.kernel_size[0] - 1
+    if isinstance(documents, KVCache):
+        parts = documents.extend(conv, x, before)
+    else:
+        parts = [F.pad(part, (0, 0, before, 0)) for part in x.split([len(span) for span in documents.spans])]
+    return torch.cat([conv(part.T[None])[0].T for part in parts if len(part) > before])
 
 
 def unit(x: Tensor) -> Tensor:

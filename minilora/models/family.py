@@ -1,7 +1,7 @@
 """What a family of models is: how its config.json is read, and what its model has that a Llama does not have."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from minilora.errors import ConfigError
@@ -20,7 +20,6 @@ class Family:
         fields: (values) -> the fields of a `LlamaConfig` that the family computes in its own way, by name.
         build_block: (config, index of the layer) -> a block of the decoder.
         adjust_: changes in a new model what is outside the blocks.
-        names: keys that only this family's config.json has, and the usual keys of the same meaning.
         biases: which of the keys `attention_bias` (of q, k, v and o) and `mlp_bias` are read.
     """
 
@@ -29,7 +28,6 @@ class Family:
     fields: Callable[[Values], dict[str, Any]] = lambda values: {}
     build_block: BuildBlock = llama_block
     adjust_: Callable[[Llama], None] = lambda model: None
-    names: Mapping[str, str] = field(default_factory=dict)
     biases: Sequence[str] = ()
 
 

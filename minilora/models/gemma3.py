@@ -78,5 +78,4 @@ def fields(values: Values) -> dict[str, Any]:
 
 SIZES = {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 DEFAULTS = {**SIZES, "rope_theta": 1e6, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
-NAMES = {"hidden_activation": "hidden_act"}
-GEMMA3 = Family("Gemma3", DEFAULTS, fields, GemmaBlock, adjust_, NAMES, ("attention_bias",))
+GEMMA3 = Family("Gemma3", DEFAULTS, fields, GemmaBlock, adjust_, biases=("attention_bias",))

@@ -19,7 +19,6 @@ from minilora.llama import REQUIRED
 
 SIZES = {  # the defaults of `REQUIRED` in transformers' classes; of a part's config, version 4 wrote only what differs
     "gemma3_text": (262_208, 2304, 9216, 26, 8),
-    "lfm2": (65_536, 2560, 12_288, 32, 32),
     "llama": (32_000, 4096, 11_008, 32, 32),
     "mistral": (32_000, 4096, 14_336, 32, 32),
     "qwen2": (151_936, 4096, 22_016, 32, 32),

@@ -31,20 +31,12 @@ MODELS = {  # name: how its text is split, and what differs from the family's mo
         "smollm",
         {"vocab_size": 356, "num_hidden_layers": 6, "layer_types": None, "rope_parameters": TWO_ROPES},
     ),
-    "lfm2": ("smollm", {"conv_bias": False, "layer_types": ["conv", "full_attention"], "norm_eps": 1e-5}),
 }
-WRITTEN = {"lfm2": {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0}}  # that the converter needs
 
 
 def model_of(name: str) -> Llama:
     """The model that a file has, in bfloat16."""
-    changes = {
-        "vocab_size": 400,
-        "num_hidden_layers": 2,
-        "query_pre_attn_scalar": 256,
-        **WRITTEN.get(name, {}),
-        **MODELS[name][1],
-    }
+    changes = {"vocab_size": 400, "num_hidden_layers": 2, "query_pre_attn_scalar": 256, **MODELS[name][1]}
     return tiny_model(name, dtype=torch.bfloat16, **changes)
 
 

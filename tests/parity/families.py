@@ -54,7 +54,6 @@ FAMILIES = {
     "gpt2": (CAUSAL, GPT),
     "gpt_neox": (CAUSAL, SIZES),
     "gptj": (CAUSAL, {**GPT, "rotary_dim": 4}),
-    "lfm2": (CAUSAL, {**GROUPED, "block_multiple_of": 8, "full_attn_idxs": [1]}),
     "llama": (CAUSAL, GROUPED),
     "mamba": (CAUSAL, {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
     "ministral3": (CAUSAL, GROUPED),

@@ -49,21 +49,16 @@ ROWS_OF_HEAD = tuple({"embed_tokens": [3, 1], "lm_head": ids} for ids in ([3, 1]
 SAVED = (None, None, ["gate_proj"], ["gate_proj", "model.norm"], ["lm_head", "gate_proj"], ["embed_tokens"])
 
 
-BASES = (*[WHOLE] * 4, "olmo2", "gemma3", "lfm2", "olmo3", "ministral3", "qwen3.5")
-OTHERS = {"lfm2": "conv", "qwen3.5": "linear_attention"}  # kinds of layers without q_proj
-LFM2 = {"o_proj": "out_proj", "up_proj": "w3", "down_proj": "w2", "gate_proj": "w1", "model.norm": "embedding_norm"}
-RENAMED = {
-    "lfm2": LFM2,
-    "qwen3.5": {"o_proj": "out_proj", "k_proj": "in_proj_qkv", "up_proj": "in_proj_a", "down_proj": "in_proj_z"},
-}
+BASES = (*[WHOLE] * 4, "olmo2", "gemma3", "olmo3", "ministral3", "qwen3.5")
+QWEN35 = {"o_proj": "out_proj", "k_proj": "in_proj_qkv", "up_proj": "in_proj_a", "down_proj": "in_proj_z"}
 
 
 @functools.cache
 def originals(is_tied, dtype, name):
     """The same random model, ours and transformers'."""
     kinds = {"num_hidden_layers": 2, "layer_types": None}
-    if name in OTHERS:
-        kinds = {"num_hidden_layers": 3, "layer_types": ["full_attention", "full_attention", OTHERS[name]]}
+    if name == "qwen3.5":
+        kinds = {"num_hidden_layers": 3, "layer_types": ["full_attention", "full_attention", "linear_attention"]}
     ours = tiny_model(name, dtype=dtype, tie_word_embeddings=is_tied, **kinds)
     with tempfile.TemporaryDirectory() as directory:
         ml.save_model(ours, directory)
@@ -130,7 +125,7 @@ def families(draw, patterns, inits, bases):
         "modules_to_save": saved or None,
         "trainable_token_indices": some(*ROWS, *ROWS_OF_HEAD) if has_rows else None,
     }
-    renamed = RENAMED.get(base, {})
+    renamed = QWEN35 if base == "qwen3.5" else {}
     fields["target_modules"] = [renamed.get(each, each) for each in fields["target_modules"]]
     fields["modules_to_save"] = [renamed.get(each, each) for each in saved] or None
     is_exact = init not in MOVED and base != "gemma3"  # whose embedding is a class of its own in transformers

@@ -141,6 +141,5 @@ def test_the_probabilities_that_are_drawn_from_are_equal(theirs, seed, temperatu
 @pytest.mark.parametrize("family", TYPES)
 def test_a_key_that_is_left_out_means_the_same_to_both(family):
     sizes = {**MINIMAL, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    sizes["full_attn_idxs"] = [0]  # so that LFM2 has convolutions
     theirs = transformers.AutoConfig.for_model(family, **sizes).to_dict()
     assert meaning(parse_config(theirs)) == meaning(parse_config({"model_type": family, **sizes}))

@@ -21,7 +21,6 @@ SIZES = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidd
 TEXT = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
-LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
 QWEN = {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
 QWEN |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 6}
 WRAPPERS = {  # the class, the text model, the vision model, and the wrapper's own keys
@@ -30,7 +29,6 @@ WRAPPERS = {  # the class, the text model, the vision model, and the wrapper's o
     "Mistral3 of Ministral 3": ({"model_type": "ministral3"}, {"model_type": "pixtral", "head_dim": 8}, {}),
     "Qwen3_5": (QWEN, {"model_type": "qwen3_5", "out_hidden_size": 24, "num_heads": 2, "depth": 2}, {}),
     "Llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "projection_dim": 16}, {}),
-    "Lfm2Vl": (LFM2, {"model_type": "siglip2_vision_model", "num_patches": 4}, {}),
 }
 
 
