@@ -85,6 +85,14 @@ MISTAKES = {
         ("[s * B for", "[B for"),
     ],
     "07": [
+        ("width + out for", "width * out for"),
+        ("budget // sum(width + out for width, out in shapes)", "budget // max(sum(each) for each in shapes)"),
+        (
+            "[item for parent in model.modules() for item in parent._modules.items()]",
+            "[(path.rpartition('.')[2], child) for path, child in model.named_modules()]",
+            "need 2",
+        ),
+        ("item in parent._modules.items()", "item in parent.named_children()"),
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
         ("name in names", "name.endswith(tuple(names))"),
         ("parent._modules.items()", "list(parent.named_children())"),

@@ -61,6 +61,8 @@ QUOTATION = re.compile(
 IMAGE = re.compile(r"^!\[(?P<alt>[^\]]*)\]\((?P<path>[^)]*)\)", re.MULTILINE)
 COST = re.compile(r"^\*(?:Reads in .*|Not run yet\.)\*$", re.MULTILINE)
 FOLDED = re.compile(r"<details><summary>(.*?)</summary>\n(.*?)</details>\n", re.DOTALL)
+UNREAD = re.compile(r"(?<=\])\([^)]*\)|!\[[^\]]*\]|<!--.*?-->|<[^>]*>", re.DOTALL)  # links, alt texts, tags
+FORMULA = re.compile(r"(?<!\$)\$[^$]+\$(?!\$)")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 CLOCK = re.compile(r"\d[\d,.]*(?= (?:s|ms|min|tokens/s|kB|MB|GB)\b)")
 SETUP = """\
@@ -221,9 +223,14 @@ def _close(old: str, new: str, tolerance: float | None) -> bool:
 
 
 def reading_minutes(text: str) -> int:
-    """At 200 words a minute, and 20 seconds for each cell with its output."""
-    cells = len(CELL.findall(text))
-    return math.ceil(len(CELL.sub("", text).split()) / 200 + cells / 3)
+    """At 120 words a minute, and a minute for each piece of code; without what is folded, and without exercises.
+
+    A formula in a line counts as one word.
+    """
+    text = FOLDED.sub("", text.partition("\n## Exercise")[0])
+    pieces = len(CELL.findall(text)) + len(QUOTATION.findall(text))
+    prose = UNREAD.sub("", QUOTATION.sub("", CELL.sub("", text)))
+    return math.ceil(len(FORMULA.sub(" x ", prose).split()) / 120 + pieces)
 
 
 def write_notebooks(chapter: Path, directory: Path) -> list[Path]:

@@ -70,7 +70,38 @@ def places_of(model: nn.Module, path: str) -> list[str]:
     return [name for name, each in model.named_modules(remove_duplicate=False) if each is module]
 
 
-def check(answer: ModuleType) -> None:
+def check_largest_rank(answer: ModuleType) -> None:
+    """One rank more would be too many numbers, and this one is not."""
+    block = [(160, 160), (160, 80), (160, 80), (160, 160), (160, 400), (160, 400), (400, 160)]
+    for shapes, budget in ((block, 84_000), ([(6, 4)], 10), ([(6, 4)], 9), (2 * [(6, 4)], 59)):
+        found = answer.largest_rank(list(shapes), budget)
+        case = f"linears {shapes}, {budget:,} numbers"
+        used = numbers_of(shapes, found)
+        assert used <= budget, f"{case}: adapters of rank {found} have {used:,}"
+        assert numbers_of(shapes, found + 1) > budget, f"{case}: rank {found} has {used:,}, and there is room for more"
+
+
+def numbers_of(shapes: list[tuple[int, int]], r: int) -> int:
+    """The numbers of real A and B of this rank."""
+    return sum(torch.empty(r, width).numel() + torch.empty(out, r).numel() for width, out in shapes)
+
+
+def check_count_places(answer: ModuleType) -> None:
+    """Each path of a linear is counted, also if it is a second path of the same one."""
+    model = make_model()
+    paths = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, nn.Linear)]
+    found = dict(answer.count_places(model))
+    for path in paths:
+        name = path.rpartition(".")[2]
+        count = sum(each.rpartition(".")[2] == name for each in paths)
+        assert found.get(name) == count, (
+            f"{path} is a linear, and of the name {name} you count {found.get(name, 0)} places, need {count}. "
+            f"That linear has the paths {places_of(model, path)}"
+        )
+    assert len(found) == len({path.rpartition(".")[2] for path in paths}), f"you count {[*found]}; not all are linears"
+
+
+def check_attach(answer: ModuleType) -> None:
     """Adapters stand where they should, one for each linear; they alone are trained, and the model uses them."""
     model = make_model()
     plain = copy.deepcopy(model)

@@ -33,13 +33,13 @@ def check_ranks(answer: ModuleType) -> None:
         assert min(found.values()) >= 0, f"{case}: the ranks are {found}; where the weights do not fit, need 0"
         used, right = bytes_of(MODEL, found), expected(budget)
         assert used <= max(budget, free), (
-            f"{case}: {found} takes {used:,}. Four float32 numbers are held for each number of A and B, and a weight "
-            "takes half a byte a number, rounded up, and its scales"
+            f"{case}: tensors for {found} take {used:,}. What is in memory for each number of A and B after a step of "
+            "AdamW? And for each number of a weight, with its scales?"
         )
         assert found == right, (
-            f"{case}: {found} takes {used:,}, and {right} takes {bytes_of(MODEL, right):,}. The rank of all first, "
-            "then one more for each, in order, that still fits; one that does not fit does not end the round. Ranks "
-            "that are too low can also mean that the bytes of a weight or of a rank are counted too high"
+            f"{case}: {found} takes {used:,}, and with a better use of the budget it is {bytes_of(MODEL, right):,}. Could "
+            "all linears have one rank more? If not, could one of them, in their order, also after one that could not? Or "
+            "do you count more bytes than there are?"
         )
 
 
