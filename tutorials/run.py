@@ -221,9 +221,9 @@ def _close(old: str, new: str, tolerance: float | None) -> bool:
 
 
 def reading_minutes(text: str) -> int:
-    """At 200 words a minute, and 20 seconds for each cell with its output."""
-    cells = len(CELL.findall(text))
-    return math.ceil(len(CELL.sub("", text).split()) / 200 + cells / 3)
+    """At 120 words a minute, and a minute for each cell with its output; without what is folded and the exercises."""
+    open_text = FOLDED.sub("", text.partition("\n## Exercise")[0])
+    return math.ceil(len(CELL.sub("", open_text).split()) / 120 + len(CELL.findall(open_text)))
 
 
 def write_notebooks(chapter: Path, directory: Path) -> list[Path]:
