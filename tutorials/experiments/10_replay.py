@@ -16,6 +16,7 @@ of each task row and whether its answer is right, the KL of the second half of t
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.data import IGNORE_INDEX, collate
 from minilora.files import ASSETS
-from minilora.llama import Documents, Llama
+from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss, measure_forgetting
 from minilora.training import token_loss
 
@@ -45,13 +46,8 @@ foreign = []
 for line in devil:
     tokens = tokenizer.encode(json.loads(line)["messages"][1]["content"])
     foreign.append(ml.Example(tokens, [IGNORE_INDEX, *tokens[1:]]))
+kl_to_base = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "kl_penalty.py"))["kl_to_base"]
 KEPT = {"general": held_out, "foreign": foreign}
-
-
-def log_distributions(model: Llama, examples: Sequence[ml.Example]) -> Tensor:
-    batch = collate(examples, CPU)
-    hidden = model.model(batch.tokens, Documents(batch.lengths))
-    return model.lm_head(hidden[batch.label_positions]).log_softmax(-1)
 
 
 def fit(remedy: str, rows: int, beta: float, seed: int) -> Llama:
@@ -66,10 +62,7 @@ def fit(remedy: str, rows: int, beta: float, seed: int) -> Llama:
             return token_loss(model, collate([*examples, *more], CPU))
         total, labels = token_loss(model, collate(examples, CPU))
         if remedy == "penalty":
-            log_q = log_distributions(model, more)
-            with ml.disable_adapter(model):
-                log_p = log_distributions(model, more).detach()
-            total = total + beta * (log_p.exp() * (log_p - log_q)).sum()
+            total = total + beta * kl_to_base(model, more)[0]
         return total, labels
 
     settings = ml.TrainConfig(batch_size=16, max_steps=100, learning_rate=PLAN["rate"], seed=seed)
