@@ -14,15 +14,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 from minilora.errors import DataError, FormatError
-from minilora.files import JSON_VALUES, open_file, read_text
+from minilora.files import open_file, parse_object, read_text
 from minilora.runs.formats import Row
 
 LINE_BYTES = 2**23  # of one row; a long book has 2 MB
 TABLE_BYTES = 2**21  # of a row of CSV, in which a cell has at most 131,072 characters and takes 8 bytes or more
-LAYOUTS = "one JSON object a line, or one array of them"
+LAYOUTS = "a file has one JSON object a line, or one array of them"
 TABLE = "CSV in UTF-8, quoted as Excel writes it"
 PARQUET = """is Parquet, which is not read; these lines of Python convert it:
   import pandas
@@ -110,49 +109,31 @@ def _parse_table(file: BufferedReader, path: Path) -> Iterator[Row]:
                 problem = f"found {len(cells)} cells, need {len(names)}, as in the first row; quote text with commas"
                 yield Row(source=source, problem=problem)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:{begin}: {_problem_of(error)}; need {TABLE}") from error
+        raise DataError(f"{path}:{begin}: {error}; need {TABLE}") from error
 
 
 def _parse_lines(file: BufferedReader, path: Path) -> Iterator[Row]:
     number = 0
     while line := file.readline(LINE_BYTES + 1):
         number += 1
+        source = f"{path}:{number}"
         if len(line) > LINE_BYTES:
-            raise DataError(f"{path}:{number}: the row has more than {LINE_BYTES:,} bytes")
+            raise DataError(f"{source}: the row has more than {LINE_BYTES:,} bytes")
         if line.strip():
-            yield _parse_line(line, f"{path}:{number}")
-
-
-def _parse_line(line: bytes, source: str) -> Row:
-    if sum(map(line.count, (b",", b"[", b"{"))) > JSON_VALUES:
-        return Row(source=source, problem=f"has more than {JSON_VALUES:,} values")
-    try:
-        return _as_row(json.loads(line.decode("utf-8")), source)
-    except (ValueError, RecursionError) as error:
-        return Row(source=source, problem=f"{_problem_of(error)}; need {LAYOUTS}")
+            try:
+                yield Row(parse_object(line, "this line"), source)
+            except FormatError as error:
+                yield Row(source=source, problem=f"{error}; {LAYOUTS}")
 
 
 def _parse_array(file: BufferedReader, path: Path) -> Iterator[Row]:
     try:
         values = json.loads(file.read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
-        raise DataError(f"{where}: {_problem_of(error)}") from error
+        raise DataError(f"{path}: not JSON ({error})") from error
     for i, value in enumerate(values):
-        yield _as_row(value, f"{path}[{i}]")
-
-
-def _as_row(value: Any, source: str) -> Row:
-    if not isinstance(value, dict):
-        return Row(source=source, problem=f"found {value!r:.60}, need a JSON object")
-    return Row(value, source)
-
-
-def _problem_of(error: Exception) -> str:
-    if isinstance(error, csv.Error):
-        return str(error)
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        source = f"{path}[{i}]"
+        is_object = isinstance(value, dict)
+        yield (
+            Row(value, source) if is_object else Row(source=source, problem=f"found {value!r:.60}, need a JSON object")
+        )
