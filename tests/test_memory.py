@@ -110,7 +110,7 @@ def shapes(draw):
     sizes = {"num_key_value_heads": K, "num_attention_heads": H, "head_dim": E, "hidden_size": H * E}
     sizes |= {"intermediate_size": H * E * draw(st.integers(3, 4)), "num_hidden_layers": draw(st.integers(2, 4))}
     sizes |= dict(zip(LINEAR_SIZES, (K, H, E, E, 4), strict=True))
-    family = draw(st.sampled_from(["llama", "qwen3", "phi3", WHOLE, "qwen3.5"]))
+    family = draw(st.sampled_from(["llama", "qwen3", WHOLE, "qwen3.5"]))
     return tiny_config(family, **sizes, vocab_size=draw(st.sampled_from([200, 3000])), sliding_window=None)
 
 

@@ -14,7 +14,6 @@ from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
 from minilora.models.ministral3 import MINISTRAL3
 from minilora.models.olmo2 import OLMO2, OLMO3
-from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.qwen35 import QWEN35
 from minilora.models.rotary import FLOAT, build_rope, is_positive
@@ -71,7 +70,6 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen3": QWEN3,
     "qwen3_5_text": QWEN35,
     "smollm3": SMOLLM3,
-    "phi3": PHI3,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "gemma3_text": GEMMA3,
