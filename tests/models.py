@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from minilora.adapter import adapter_layers, linear_layers
-from minilora.kernels import nf4 as tiles
+from minilora.kernels import llama as tiles
+from minilora.kernels import nf4 as packed
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
@@ -241,7 +242,7 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
 def small_tiles(patch: Any, numbers: int) -> None:
     """Make kernels take so few at a time, on any number of threads."""
     patch.setattr(tiles, "TILE", numbers)
-    patch.setattr(tiles, "DENSE_TILE", numbers)
+    patch.setattr(packed, "DENSE_TILE", numbers)
     patch.setattr(torch, "get_num_threads", lambda: 1)
 
 

@@ -20,7 +20,7 @@ from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import selftest
 from minilora.files import read_json
 from minilora.kernels import llama as heads
-from minilora.kernels import nf4 as tiles
+from minilora.kernels import llama as tiles
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import choice_accuracy, example_loss, held_out_loss, measure_forgetting

@@ -18,7 +18,7 @@ from minilora.cli import dry_run as pages
 from minilora.cli.finetune import find_inputs, plan_run
 from minilora.data import Batch
 from minilora.kernels import llama as heads
-from minilora.kernels import nf4 as tiles
+from minilora.kernels import llama as tiles
 from minilora.kernels.attention import MetaAttention, causal_attention
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import build_model
