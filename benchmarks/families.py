@@ -40,7 +40,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3 0.6B", {**sizes(1024, 3072, 2, 16, 8, 151_936), **TIED, "head_dim": 128}),
     "qwen3_5_text": ("Qwen3.5 0.8B", {**sizes(1024, 3584, 4, 8, 2, 248_320), **TIED, **LINEAR, "head_dim": 256}),
     "smollm3": ("SmolLM3 3B", {**sizes(2048, 11_008, 4, 16, 4, 128_256), **TIED}),
-    "phi3": ("Phi-3 mini", {**sizes(3072, 8192, 2, 32, 32, 32_064), "sliding_window": 2047}),
     "olmo2": ("OLMo 2 1B", sizes(2048, 8192, 2, 16, 16, 100_352)),
     "olmo3": ("OLMo 3 7B", sizes(4096, 11_008, 4, 32, 32, 100_278)),
     "gemma3_text": ("Gemma 3 270M", {**sizes(640, 2048, 6, 4, 1, 262_144), "head_dim": 256, "sliding_window": 512}),

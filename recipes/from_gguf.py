@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import minilora as ml
 from minilora.llama import llama3_frequencies, rope_frequencies
 
-MODELS = {n.lower(): n for n in ("Gemma3", "Llama", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")}
+MODELS = {n.lower(): n for n in ("Gemma3", "Llama", "Olmo2", "Qwen2", "Qwen3", "SmolLM3")}
 KEYS = """
     attention.layer_norm_rms_epsilon:rms_norm_eps attention.head_count_kv:num_key_value_heads
     attention.head_count:num_attention_heads attention.sliding_window:sliding_window
@@ -31,7 +31,6 @@ LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "o
 NORMS = "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm"
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm"
 LLAMA = f"{NORMS} {ATTENTION} mlp.gate_proj mlp.up_proj mlp.down_proj"
-PHI3 = f"{NORMS} self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj"
 
 
 def require(is_known: bool, what: str) -> None:
@@ -62,8 +61,7 @@ def build_config(family: str, keys: dict, tensors: dict) -> dict:
 
 def read_weights(family: str, tensors: dict, config: dict) -> dict:
     """Return the weights by transformers' names, in bfloat16."""
-    modules = (PHI3 if family == "phi3" else LLAMA).split()
-    paths = [f"model.layers.{i}.{module}" for i in range(config["num_hidden_layers"]) for module in modules]
+    paths = [f"model.layers.{i}.{module}" for i in range(config["num_hidden_layers"]) for module in LLAMA.split()]
     paths += ["model.embed_tokens", "model.norm", "lm_head"]
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config["num_hidden_layers"])
     ours = {f"{theirs.get_name(path)}.{kind}": f"{path}.{kind}" for path in paths for kind in ("weight", "bias")}

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from minilora.adapter import adapter_layers, linear_layers
-from minilora.kernels import nf4 as tiles
+from minilora.kernels import llama as tiles
+from minilora.kernels import nf4 as packed
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
@@ -34,7 +35,6 @@ SIZES = {
     "eos_token_id": None,
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-LONG = {"short_factor": [1.1, 1.3, 1.2], "long_factor": [2.0, 3.0, 4.0]}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 QUERY = {"query_pre_attn_scalar": 3, "head_dim": 8}  # of Gemma 3, as are its rotations
@@ -81,12 +81,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"model_type": "smollm3"},
     "smollm3-window": {"model_type": "smollm3", **WINDOW, "attention_bias": True, "no_rope_layers": [1, 0, 0, 1]},
     "smollm3-listed": {"model_type": "smollm3", "layer_types": EVERY_OTHER, "sliding_window": 4},
-    "phi3": {"model_type": "phi3", "sliding_window": 6},
-    "phi3-longrope": {
-        "model_type": "phi3",
-        "original_max_position_embeddings": 16,
-        "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, **LONG},
-    },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": EVERY_OTHER, **QUERY, **BY_KIND},
     "olmo3": {"model_type": "olmo3", "sliding_window": 4, "rope_parameters": OLMO3},
@@ -125,13 +119,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Beside each other these have every switch: biases, tied and wide heads, windows, fused linears, scaled rotations,
-# norms after both branches, queries that grow, convolutions and memories.
+# Beside each other these have every switch: biases, tied and wide heads, windows, scaled rotations, norms after both
+# branches, queries that grow, convolutions and memories.
 MOST_DIFFERENT = (
     "llama-bias-tied-wide-heads",
     "qwen3",
     "smollm3-window",
-    "phi3-longrope",
     "gemma3",
     "ministral3",
     "qwen3.5",
@@ -148,7 +141,7 @@ KERNELS = ("kernels", "plain")
 either = pytest.mark.parametrize("_kernels", KERNELS, indirect=True)  # a test with and without them
 of_kernels = pytest.mark.skipif("config.getoption('--plain')", reason="only the kernels have this property")
 families = by_family(*MOST_DIFFERENT)
-layouts = by_family(WHOLE, "phi3")  # where only names and shapes of tensors matter
+layouts = by_family(WHOLE, "qwen3.5")  # where only names and shapes of tensors matter
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> LlamaConfig:
@@ -249,7 +242,7 @@ def allocated(work: Callable[[], Any], mapped: int | None = None) -> tuple[int, 
 def small_tiles(patch: Any, numbers: int) -> None:
     """Make kernels take so few at a time, on any number of threads."""
     patch.setattr(tiles, "TILE", numbers)
-    patch.setattr(tiles, "DENSE_TILE", numbers)
+    patch.setattr(packed, "DENSE_TILE", numbers)
     patch.setattr(torch, "get_num_threads", lambda: 1)
 
 

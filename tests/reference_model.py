@@ -8,7 +8,6 @@ M  keys laid end to end       K  key/value heads  R  rotated width      F  width
 [PI]    Chen et al. 2023, Extending Context Window of Large Language Models via Positional Interpolation
 [L31]   llama-models, models/llama3/model.py, apply_scaling
 [YaRN]  Peng et al. 2023, YaRN: Efficient Context Window Extension; its ramp is that of the authors' code
-[Long]  Ding et al. 2024, LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens
 [GLU]   Shazeer 2020, GLU Variants Improve Transformer
 [GQA]   Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models
 [SWA]   Beltagy et al. 2020, Longformer: The Long-Document Transformer
@@ -131,8 +130,8 @@ def gated_delta_rule(
 # --- rotary position embedding ---
 
 
-def rope_frequencies(rope: Any, length: int) -> Array:
-    """How far each pair of coordinates turns from one position to the next, in a document of `length`, (⌈R/2⌉).
+def rope_frequencies(rope: Any) -> Array:
+    """How far each pair of coordinates turns from one position to the next, (⌈R/2⌉).
 
     Pair i, of wavelength λ = 2π/f where f = θ^(-2i/R)  [RoPE eq. 15]:
 
@@ -142,22 +141,18 @@ def rope_frequencies(rope: Any, length: int) -> Array:
                   t = (L₀/λ - low)/(high - low), L₀ = trained_length  [L31]
         yarn      (1 - γ)·f/factor + γ·f  [YaRN eq. 20]; γ falls linearly from 1 at the last pair that turns beta_fast
                   times in L₀, or at the first pair, to 0 at the first that turns at most beta_slow times
-        longrope  f / short_factor[i], or long_factor[i] once L > trained_length  [Long eq. 3]
 
     Args:
-        rope: has width (R), theta, kind, scaling, trained_length and max_length.
-        length: L.
+        rope: has width (R), theta, kind, scaling and trained_length.
     """
-    return np.array([_frequency(rope, i, length) for i in range((rope.width + 1) // 2)])
+    return np.array([_frequency(rope, i) for i in range((rope.width + 1) // 2)])
 
 
-def _frequency(rope: Any, i: int, length: int) -> float:
+def _frequency(rope: Any, i: int) -> float:
     scaling, theta, trained = rope.scaling, rope.theta, rope.trained_length
     plain = float(theta ** (-2 * i / rope.width))
     if rope.kind == "linear":
         return plain / float(scaling["factor"])
-    if rope.kind == "longrope":
-        return plain / float(scaling["long_factor" if length > trained else "short_factor"][i])
     if rope.kind == "yarn":
         turns = [trained * theta ** (-2 * j / rope.width) / (2 * math.pi) for j in range(rope.width)]
         first = max([j for j, n in enumerate(turns) if n >= scaling.get("beta_fast", 32)], default=0)

@@ -38,7 +38,6 @@ TARGETS: Mapping[str, Targets] = {  # by `model_type` of config.json; modules ar
     "mamba": _of("in_proj", leave="x_proj dt_proj out_proj"),
     "mixtral": _of(_ATTENTION),
     "phi": _of("q_proj k_proj v_proj dense fc1 fc2"),
-    "phi3": _of("qkv_proj o_proj gate_up_proj down_proj"),
     "qwen2_moe": _of(f"{_LLAMA} shared_expert_gate"),
     "qwen3_5_text": _of(f"{_LLAMA} in_proj_qkv in_proj_z in_proj_b in_proj_a out_proj"),
     "t5": _of("q k v o wi wo"),

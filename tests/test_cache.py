@@ -79,13 +79,11 @@ def test_one_query_of_each_document_as_precisely_as_plain_attention(seed, dtype,
 NEW = st.lists(st.sampled_from([0, 1, 1, 2, 9]), min_size=3, max_size=3).filter(any)  # tokens of each document
 
 
-@given(seeds, st.lists(NEW, min_size=1, max_size=5), st.integers(0, 3), st.booleans())
-def test_a_convolution_sees_its_last_inputs_and_0_before_a_document(seed, calls, count, restarts):
+@given(seeds, st.lists(NEW, min_size=1, max_size=5), st.integers(0, 3))
+def test_a_convolution_sees_its_last_inputs_and_0_before_a_document(seed, calls, count):
     cache, layer = KVCache(tiny_config(), len(calls[0]), 64, CPU), torch.nn.Identity()
     past = [torch.zeros(count, 3, dtype=torch.float64) for _ in calls[0]]
     for n, lengths in enumerate(calls):
-        if n and restarts:  # the first document, as where its rotation changes
-            cache.lengths[0], past[0] = 0, torch.zeros_like(past[0])
         cache.begin(lengths)
         new = randn(seed + n, sum(lengths), 3)
         past = [torch.cat(pair) for pair in zip(past, new.split(lengths), strict=True)]

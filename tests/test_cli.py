@@ -449,11 +449,13 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
 
 
 def test_quantized_files_that_cannot_be_read_are_refused_with_what_to_do(directory, run, tmp_path):
-    (tmp_path / "only").mkdir()
-    (tmp_path / "only" / "a.gguf").touch()
-    for path in (tmp_path / "only", tmp_path / "only" / "a.gguf"):
+    (tmp_path / "a-GGUF").mkdir()
+    (tmp_path / "a-GGUF" / "a.gguf").touch()
+    for path in (tmp_path / "a-GGUF", tmp_path / "a-GGUF" / "a.gguf"):
         said = run("generate", f"--model={path}", "--prompt=a", status=1).err
-        assert said.startswith(f"minilora: {path}: a GGUF file has to become a directory first; it is a recipe: see ")
+        assert said.startswith(
+            f"minilora: {path}: has no config.json; a GGUF file has to become a directory first; it "
+        )
     config = shutil.copytree(directory / "model", tmp_path / "model") / "config.json"
     for method in ("gptq", "awq"):
         config.write_text(json.dumps(read_json(config) | {"quantization_config": {"quant_method": method}}))

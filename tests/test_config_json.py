@@ -17,7 +17,6 @@ ALL_KINDS = {
     "linear": {"factor": 4.0},
     "llama3": LLAMA3,
     "yarn": {"factor": 4.0, "beta_fast": 8.0},
-    "longrope": {"short_factor": [1.0, 2.0, 3.0], "long_factor": [4.0, 5.0, 6.0]},
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MINIMAL = dict(zip(REQUIRED, (7, 64, 10, 30, 32), strict=True))
@@ -37,11 +36,10 @@ def meaning(config):
     return fields | {"rope": tables, "trained_length": trained_length(config)}
 
 
-OTHERWISE = {("phi3", "yarn"), ("ministral3", "longrope")}  # read in another way, refused
 ROPES = [(f, kind) for f in sorted(FAMILIES.keys() - {"gemma3_text", "olmo3"}) for kind in ALL_KINDS]
 
 
-@pytest.mark.parametrize(("family", "kind"), [rope for rope in ROPES if rope not in OTHERWISE])
+@pytest.mark.parametrize(("family", "kind"), ROPES)
 def test_rope_scaling_beside_rope_theta_means_what_rope_parameters_do(family, kind):
     common, numbers = {"model_type": family, "head_dim": 6, "partial_rotary_factor": 1.0}, ALL_KINDS[kind]
     new = tiny_config(**common, rope_parameters={"rope_type": kind, "rope_theta": 77_000.0, **numbers})
@@ -59,7 +57,6 @@ def test_gemma3_has_a_rotation_for_layers_with_a_window_and_another_for_the_rest
 
     default, linear = {"rope_type": "default"}, {"rope_type": "linear", "factor": 8.0}
     new = {"sliding_attention": {**default, "rope_theta": 30.0}, "full_attention": {**linear, "rope_theta": 900.0}}
-    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     old = {"rope_local_base_freq": 30.0, "rope_theta": 900.0, "rope_scaling": linear}
     assert rotations(rope_parameters=new) == rotations(**old)
     assert rotations(rope_parameters={"full_attention": linear}) == rotations(rope_scaling=linear)
@@ -68,7 +65,6 @@ def test_gemma3_has_a_rotation_for_layers_with_a_window_and_another_for_the_rest
         ({"rope_parameters": {**default, "rope_theta": 30.0}}, "rope_parameters: found"),
         ({"rope_parameters": new, "rope_scaling": linear}, "rope_parameters: found"),
         ({"rope_parameters": {"full_attention": {"rope_theta": "high"}}}, "full_attention: found"),
-        ({"rope_parameters": {"full_attention": longrope}}, "full_attention: found"),
         ({"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "full_attention: found"),
         ({"sliding_window": None}, "sliding_window: found None"),
     ):
@@ -99,9 +95,6 @@ def test_queries_of_ministral3_grow_from_the_length_that_yarn_extends():
     rope = tiny_config("ministral3").source["rope_parameters"]
     assert factors(rope_parameters={**rope, "original_max_position_embeddings": 8}) == [1.0] * 8 + growing[4:5]
     assert factors(rope_parameters={**rope, "llama_4_scaling_beta": None}) == [1.0] * 9
-    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 5, "long_factor": [2.0] * 5}
-    with pytest.raises(ConfigError, match="'longrope' is not supported"):
-        factors(rope_parameters=longrope)
 
 
 def test_qwen3_5_attends_in_every_fourth_layer_or_where_its_config_says_so():
@@ -113,14 +106,6 @@ def test_qwen3_5_attends_in_every_fourth_layer_or_where_its_config_says_so():
         model = tiny_model("qwen3.5", **keys)
         assert is_linear(model.config.source) == linear
         assert [hasattr(block, "linear_attn") for block in model.model.layers] == linear
-
-
-def test_longrope_has_two_older_names_in_phi3_alone():
-    for old in ("su", "yarn"):
-        configs = [tiny_config("phi3", rope_scaling={"type": t, **ALL_KINDS["longrope"]}) for t in (old, "longrope")]
-        assert meaning(configs[0]) == meaning(configs[1])
-    with pytest.raises(ConfigError, match="'su' is not supported"):
-        tiny_config("llama", rope_scaling={"type": "su", **ALL_KINDS["longrope"]})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,7 +131,6 @@ def test_biases_are_read_where_the_family_has_them():
         "qwen3": (True, True, False),
         "qwen3_5_text": (True, True, False),
         "smollm3": (True, True, True),
-        "phi3": (False, False, False),
         "olmo2": (True, True, False),
         "olmo3": (True, True, False),
         "gemma3_text": (True, True, False),
@@ -184,7 +168,7 @@ def test_smollm3_rotates_where_its_config_says_so():
 def test_a_part_of_each_head_is_rotated():
     for key in ["partial_rotary_factor", "rope_parameters"]:
         value = 0.34 if key == "partial_rotary_factor" else {"rope_type": "default", "partial_rotary_factor": 0.34}
-        assert len(tiny_config("phi3", **{key: value}).rope.frequencies) == 1
+        assert len(tiny_config("qwen3.5", **{key: value}).rope.frequencies) == 2
 
 
 def test_every_key_that_cannot_work_is_named_in_one_message():

@@ -40,7 +40,7 @@ def test_greedy_takes_the_likeliest_token_after_the_whole_text_so_far(family, se
         assert len(new) == NEW
 
 
-@pytest.mark.parametrize("family", [*long("llama"), "phi3-longrope"])
+@pytest.mark.parametrize("family", [*long("llama"), "gemma3"])
 @few
 @given(seeds, prompt_lengths, st.sets(st.integers(0, V - 1), min_size=5, max_size=20))
 def test_a_stop_token_ends_a_continuation_and_is_left_out(family, seed, lengths, stop_ids):
@@ -238,7 +238,7 @@ def test_every_written_token_is_told_in_order(seed, lengths, stop_ids):
     assert steps == sorted(steps)  # a token of every row, then the next of every row
 
 
-@pytest.mark.parametrize("family", ["llama", *long("phi3-longrope")])
+@pytest.mark.parametrize("family", ["llama", *long("gemma3")])
 @few
 @given(seeds, st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=3))
 def test_who_is_told_can_end_a_row_and_no_other(family, seed, rows):

@@ -91,7 +91,7 @@ CASES = {  # how the base is held, its dtype, and another linear that is adapted
 }
 
 
-@matrix(3, case=CASES, family=(WHOLE, "phi3"))
+@matrix(3, case=CASES, family=(WHOLE, "qwen3.5"))
 def test_a_merged_directory_has_the_bytes_of_a_merge_in_memory(tmp_path, family, case):
     """By default into what was trained."""
     held, dtype, head = CASES[case]

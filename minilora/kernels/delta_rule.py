@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from minilora.definition import kernel, no_autocast, to_device
 from minilora.models import delta_rule
 
-CHUNK = 64  # as in transformers; not measured
+CHUNK = 64  # as in transformers
 
 
 @kernel(of=delta_rule.gated_delta_rule)

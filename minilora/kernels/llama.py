@@ -1,8 +1,10 @@
 """Kernels of the decoder's operations: they save less for the backward pass, and pass over it less often.
 
-The loss sends labelled rows through the head in chunks, so that the logits never exist as a whole.
+The loss sends labelled rows through the head in chunks, so that the logits never exist as a whole. All kernels take the
+size of their tiles from here.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +16,22 @@ from torch.autograd.function import once_differentiable
 from minilora import llama
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.kernels.nf4 import tile_rows
 from minilora.lora import widest
+
+TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
+
+
+def tile_rows(x: Tensor) -> int:
+    """Return the rows to work on at a time.
+
+    On a CPU they fit its cache. On other devices, few kernel launches matter more.
+    """
+    return max(1, tile_size(x.device) // max(1, math.prod(x.shape[1:])))
+
+
+def tile_size(device: torch.device) -> int:
+    """Return the elements to work on at a time; on "meta", where memory is counted, a few of a CPU's tiles."""
+    return TILE * {"cpu": torch.get_num_threads(), "meta": 32}.get(device.type, 128)
 
 
 @kernel(of=llama.rms_norm)

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from minilora import lora
 from minilora.definition import kernel, no_autocast
-from minilora.kernels.nf4 import packed_linear, packed_product, tile_rows
+from minilora.kernels.llama import tile_rows
+from minilora.kernels.nf4 import packed_linear, packed_product
 from minilora.nf4 import NF4Linear, Packed
 
 

@@ -1,4 +1,4 @@
-"""Kernels of 4-bit weights, and the size of the tiles that all kernels work on."""
+"""Kernels of 4-bit weights."""
 
 import functools
 import itertools
@@ -14,22 +14,9 @@ from torch.autograd.function import once_differentiable
 from minilora import nf4
 from minilora.definition import kernel, on_device
 from minilora.errors import TrainingError
+from minilora.kernels.llama import tile_rows
 
 DENSE_TILE = 2**22  # elements of a 4-bit weight that are dense at a time: 8 MB in bfloat16
-TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
-
-
-def tile_rows(x: Tensor) -> int:
-    """Return the rows to work on at a time.
-
-    On a CPU they fit its cache. On other devices, few kernel launches matter more.
-    """
-    return max(1, tile_size(x.device) // max(1, math.prod(x.shape[1:])))
-
-
-def tile_size(device: torch.device) -> int:
-    """Return the elements to work on at a time; on "meta", where memory is counted, a few of a CPU's tiles."""
-    return TILE * {"cpu": torch.get_num_threads(), "meta": 32}.get(device.type, 128)
 
 
 @kernel(of=nf4.quantize)

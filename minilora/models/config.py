@@ -14,7 +14,6 @@ from minilora.models.family import Family, equal_windows
 from minilora.models.gemma3 import GEMMA3
 from minilora.models.ministral3 import MINISTRAL3
 from minilora.models.olmo2 import OLMO2, OLMO3
-from minilora.models.phi3 import PHI3
 from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.qwen35 import QWEN35
 from minilora.models.rotary import FLOAT, build_rope, is_positive
@@ -71,7 +70,6 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen3": QWEN3,
     "qwen3_5_text": QWEN35,
     "smollm3": SMOLLM3,
-    "phi3": PHI3,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "gemma3_text": GEMMA3,
@@ -103,7 +101,6 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
     family = FAMILIES[name]
     values = COMMON | dict(family.defaults)
     values |= {k: v for k, v in _flat(source).items() if v is not None or k not in COMMON}
-    values["hidden_act"] = values.get("hidden_activation") or values["hidden_act"]  # Gemma's name
     _check_values(values, family)
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
@@ -152,8 +149,9 @@ def _check_values(values: Mapping[str, Any], family: Family) -> None:
             bad[key] = f"found {value!r:.80}, {need}"
     bad |= {key: f"found {values[key]!r:.80}, which none of the families has" for key in UNKNOWN if values.get(key)}
     act = family.defaults.get("hidden_act", "silu")
-    if values["hidden_act"] not in (act, "swish" if act == "silu" else act):
-        bad["hidden_act"] = f"found {values['hidden_act']!r:.80}, supported is {act!r}"
+    key = "hidden_activation" if values.get("hidden_activation") else "hidden_act"  # the first is Gemma's
+    if values[key] not in (act, "swish" if act == "silu" else act):
+        bad[key] = f"found {values[key]!r:.80}, supported is {act!r}"
     if values.get("quantization_config") is not None and not is_four_bit(values):
         entry = values["quantization_config"]
         method = entry.get("quant_method") if isinstance(entry, Mapping) else entry

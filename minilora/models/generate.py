@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from minilora.definition import to_device
 from minilora.errors import ConfigError, ShapeError, TrainingError
 from minilora.llama import Llama, LlamaConfig, causal_attention
-from minilora.models.rotary import LengthRope
 
 OnToken = Callable[[int, int], bool | None]  # (row, token) -> True to end the row
 
@@ -43,9 +42,7 @@ class KVCache:
     """The cached keys and values of a batch, so that a new token computes one row instead of all.
 
     A layer's are two tensors that are allocated once; new rows are written in place, and attention reads views. Each
-    call gives the number of new tokens of each document, 0 for one that has ended. With `longrope` the rotation of all
-    tokens changes when a document outgrows the trained length (`LengthRope.changes`); then its tokens have to be given
-    again (`reuse`).
+    call gives the number of new tokens of each document, 0 for one that has ended.
 
     Attributes:
         lengths: the number of cached tokens of each document.
@@ -63,13 +60,7 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.states: dict[nn.Module, Tensor] = {}
         self._capacity, self._device = capacity, device
-        self._windows, self._rope = set(config.windows), config.rope
-
-    def reuse(self, document: int, length: int) -> int:
-        """Return how many cached tokens a document of this length can use; none if their rotation has changed."""
-        if isinstance(self._rope, LengthRope) and self._rope.changes(self.lengths[document], length):
-            self.lengths[document] = 0
-        return self.lengths[document]
+        self._windows = set(config.windows)
 
     def repeat(self, n: int) -> None:
         """Replace each document by n copies, which follow each other."""
@@ -118,12 +109,9 @@ class KVCache:
         return torch.cat(parts)
 
     def state(self, layer: nn.Module, like: Tensor, *shape: int) -> Tensor:
-        """Return what a layer keeps of each document, (B, *shape), for it to change in place; 0 at a first token."""
+        """Return what a layer keeps of each document, (B, *shape), for it to change in place; 0 at first."""
         if layer not in self.states:
             self.states[layer] = like.new_zeros(len(self.lengths), *shape)
-        for state, span in zip(self.states[layer], self.spans, strict=True):
-            if span.start == 0:
-                state.zero_()
         return self.states[layer]
 
     def extend(self, layer: nn.Module, x: Tensor, count: int) -> list[Tensor]:
@@ -246,10 +234,7 @@ def generate(
                         running.append(i)
             if not running:
                 return rows
-            feed: list[list[int]] = [[] for _ in rows]
-            for i in running:
-                document = prompts[i // n] + rows[i]
-                feed[i] = document[cache.reuse(i, len(document)) :]
+            feed = [row[-1:] if i in running else [] for i, row in enumerate(rows)]
             logits = _next_logits(model, feed, cache)
 
 

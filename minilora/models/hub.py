@@ -57,15 +57,16 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         raise FormatError("the name is empty; leave it out, or name something")
     if name == BUILTIN and kind != "adapter":
         return Location(ASSETS / "model", name)
-    if path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.json"))):
-        raise FormatError(f"{path}: {GGUF}")
+    how = f"; {GGUF}" if "gguf" in name.lower() else ""
+    if how and path.exists() and not any(path.glob("*.json")):
+        raise FormatError(f"{path}: has no config.json{how}")
     if path.is_dir():
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
             _explain_missing_adapter(path)
         return Location(path, name)
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path:
-        return _download(name, kind)
+        return _download(name, kind, how)
     raise FormatError(f"{path}: no such directory, and not 'org/name' or 'org/name@revision' of the Hugging Face Hub")
 
 
@@ -83,7 +84,7 @@ def unpinned(name: str) -> tuple[str, str | None]:
     return (pinned[1], pinned[2]) if pinned else (name, None)
 
 
-def _download(name: str, kind: Kind) -> Location:
+def _download(name: str, kind: Kind, how: str) -> Location:
     import huggingface_hub  # here, because it takes long
 
     repository, _, revision = name.partition("@")
@@ -98,7 +99,6 @@ def _download(name: str, kind: Kind) -> Location:
         raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
     path = Path(directory)
     if not any(path.glob(NEEDED[kind])):
-        how = f"; {GGUF}" if "gguf" in name.lower() else ""
         raise FormatError(f"{name}: the repository has no {NEEDED[kind]} at its top{how}")
     return Location(path, f"{repository}@{path.name}")
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.definition import to_device
-from minilora.errors import ConfigError
 from minilora.llama import MLP, Attends, Attention, Block, CosSin, LlamaConfig, Rope, rotate
 from minilora.models.family import Family, Values, equal_windows
 from minilora.models.rotary import ORIGINAL, build_rope, original_length
@@ -52,11 +51,9 @@ def build_block(config: LlamaConfig, layer: int) -> nn.Module:
 def fields(values: Values) -> dict[str, Any]:
     if not values["rope_scaling"]:
         values = {**values, "rope_scaling": YARN, "rope_theta": 1e6}
-    rope = build_rope(values, values["head_dim"])
-    if not isinstance(rope, Rope):
-        raise ConfigError("rope type 'longrope' is not supported for queries that grow with the position")
     beta = values["rope_scaling"].get("llama_4_scaling_beta") or 0.0
-    return {**equal_windows(values), "rope": GrowingRope(rope, beta, original_length(values))}
+    rope = GrowingRope(build_rope(values, values["head_dim"]), beta, original_length(values))
+    return {**equal_windows(values), "rope": rope}
 
 
 YARN = {"rope_type": "yarn", "factor": 16.0, "attention_factor": 1.0, ORIGINAL: 16384, "llama_4_scaling_beta": 0.1}

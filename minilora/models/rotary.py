@@ -4,25 +4,20 @@
     linear    f_i / factor                                  Chen et al. 2023, Position Interpolation, eq. 4
     llama3    low frequencies / factor, high ones kept      Llama 3.1's reference code
     yarn      the same with another ramp; q and k longer    Peng et al. 2023, YaRN, eq. 18, 20 and 22
-    longrope  f_i / a factor of each pair, one for short    Ding et al. 2024, LongRoPE, eq. 3 and §3.3
-              and one for long documents
 
-Pair i of a head turns by position · f_i. The frequencies of `longrope` depend on the length of the document, so all its
-tokens are rotated anew when it outgrows the trained length.
+Pair i of a head turns by position · f_i.
 
     N  tokens of all spans    R  rotated width of a head
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minilora.definition import to_device
 from minilora.errors import ConfigError
 from minilora.llama import CosSin, Rope, llama_frequencies, rope_frequencies
 
@@ -34,28 +29,9 @@ NUMBERS: dict[str, tuple[str, ...]] = {  # that each kind needs
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
 }
 ORIGINAL = "original_max_position_embeddings"
-OPTIONAL = (ORIGINAL, "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-
-
-@dataclass(frozen=True)
-class LengthRope:
-    """A rotation whose frequencies depend on the length of the document, in place of a `llama.Rope`."""
-
-    frequencies: Callable[[int], Tensor]  # of a document of that length, (R/2)
-    amplitude: float = 1.0  # of cos and sin
-
-    def rotation(self, spans: Sequence[range], device: torch.device) -> CosSin:
-        """Compute cos and sin of position · frequency, (N, R/2) each, for a span of positions of each document."""
-        angles = [torch.outer(torch.arange(s.start, s.stop).float(), self.frequencies(s.stop)) for s in spans]
-        on_device = to_device(torch.cat(angles), device)
-        return self.amplitude * on_device.cos(), self.amplitude * on_device.sin()
-
-    def changes(self, before: int, after: int) -> bool:
-        """Return whether the angles of a document's tokens change if it grows from one length to another."""
-        return not torch.equal(self.frequencies(before), self.frequencies(after))
+OPTIONAL = (ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta")
 
 
 @dataclass(frozen=True)
@@ -69,7 +45,7 @@ class YarnRope(Rope):
         return self.amplitude * cos, self.amplitude * sin
 
 
-def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
+def build_rope(values: Mapping[str, Any], width: int) -> Rope:
     """Build the rotation of R = `width` coordinates of a head, by a config.json whose missing keys have values.
 
     Raises:
@@ -83,13 +59,10 @@ def build_rope(values: Mapping[str, Any], width: int) -> Rope | LengthRope:
     scaling, theta = values["rope_scaling"], float(values["rope_theta"])
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     trained_length = original_length(values)
-    _check_scaling(kind, width, theta, scaling, trained_length)
+    _check_scaling(kind, theta, scaling)
     if kind == "yarn":
         frequencies = yarn_frequencies(width, theta, scaling, trained_length)
         return YarnRope(tuple(frequencies.tolist()), yarn_amplitude(scaling))
-    if kind == "longrope":
-        amplitude = longrope_amplitude(scaling, trained_length, values["max_position_embeddings"])
-        return LengthRope(partial(longrope_frequencies, width, theta, scaling, trained_length), amplitude)
     if kind == "linear":
         return Rope(tuple((rope_frequencies(width, theta) / scaling["factor"]).tolist()))
     known = {**values, "rope_scaling": {**scaling, ORIGINAL: trained_length}}
@@ -120,7 +93,7 @@ def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
     Older configs have `rope_local_base_freq` for one, `rope_theta` and `rope_scaling` for the other.
 
     Raises:
-        ConfigError: as in `build_rope`; or there is no window, or a rotation depends on the length of the document.
+        ConfigError: as in `build_rope`; or there is no window.
     """
     if values.get("sliding_window") is None:
         raise ConfigError("sliding_window: found None, need a whole number: some layers have a window")
@@ -135,10 +108,9 @@ def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
         theta = given.get("rope_theta") or values.get(key) or 10_000.0 if isinstance(given, Mapping) else None
         if not is_positive(theta):
             raise ConfigError(f"{kind}: found {given!r:.80}, need a JSON object whose rope_theta is above 0")
-        rope = build_rope({**values, "rope_scaling": given, "rope_theta": theta}, width)
-        if not isinstance(rope, Rope) or given.get("partial_rotary_factor") not in (None, 1):
-            raise ConfigError(f"{kind}: found {given!r:.80}, need neither longrope nor a partial_rotary_factor")
-        ropes.append(rope)
+        if given.get("partial_rotary_factor") not in (None, 1):
+            raise ConfigError(f"{kind}: found {given!r:.80}, need no partial_rotary_factor")
+        ropes.append(build_rope({**values, "rope_scaling": given, "rope_theta": theta}, width))
     return RopeByWindow((ropes[0], ropes[1]))
 
 
@@ -173,41 +145,19 @@ def yarn_amplitude(scaling: Scaling) -> float:
     return (1 + above * growth) / (1 + below * growth) if above and below else 1 + growth
 
 
-def longrope_frequencies(width: int, theta: float, scaling: Scaling, trained_length: int, length: int) -> Tensor:
-    """Divide each frequency by its factor for short documents or, beyond the trained length, for long ones."""
-    name = "long_factor" if length > trained_length else "short_factor"
-    pairs = torch.arange(0, width, 2).float() / width
-    return 1.0 / (torch.tensor(scaling[name], dtype=torch.float32) * theta**pairs)
-
-
-def longrope_amplitude(scaling: Scaling, trained_length: int, max_length: int) -> float:
-    """Compute the factor of cos and sin, √(1 + ln s / ln L), where the context grew s times from L tokens."""
-    if (given := scaling.get("attention_factor")) is not None:
-        return float(given)
-    growth = scaling.get("factor") or max_length / trained_length
-    return 1.0 if growth <= 1.0 else math.sqrt(1 + math.log(growth) / math.log(trained_length))
-
-
 def is_positive(value: Any) -> bool:
     """Return whether a value is a number above 0 that float32 can hold, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
-def _check_scaling(kind: str, width: int, theta: float, scaling: Scaling, trained_length: int) -> None:
+def _check_scaling(kind: str, theta: float, scaling: Scaling) -> None:
     if not isinstance(kind, str) or kind not in NUMBERS:
         raise ConfigError(f"rope type {kind!r:.80} is not supported; supported are {sorted(NUMBERS)}")
-    bad, pairs = [], (width + 1) // 2
-    for key in dict.fromkeys((*NUMBERS[kind], *OPTIONAL, "llama_4_scaling_beta")):
+    bad = []
+    for key in dict.fromkeys((*NUMBERS[kind], *OPTIONAL)):
         value = scaling.get(key)
-        if value is None and key not in NUMBERS[kind]:
-            continue
-        if key in ("short_factor", "long_factor"):
-            if not (isinstance(value, list | tuple) and len(value) == pairs and all(map(is_positive, value))):
-                bad.append(f"{key}: found {value!r:.80}, need a list of {pairs} numbers, one a pair")
-        elif not is_positive(value):
+        if not is_positive(value) and (value is not None or key in NUMBERS[kind]):
             bad.append(f"{key}: found {value!r:.80}, need a number above 0")
-    if kind == "longrope" and trained_length < 2:  # its logarithm divides
-        bad.append(f"original_max_position_embeddings: found {trained_length!r}, need at least 2")
     if kind == "llama3" and not bad and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         bad.append(f"low_freq_factor: found {low!r}, need less than high_freq_factor, {high!r}")

@@ -25,7 +25,6 @@ MODELS = {  # name: how its text is split, and what differs from the family's mo
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen2", {"tie_word_embeddings": True}),
     "smollm3": ("llama-bpe", {"num_hidden_layers": 4}),
-    "phi3": ("smollm", {}),
     "olmo2": ("smollm", {"tie_word_embeddings": True}),
     "gemma3": (
         "smollm",
@@ -43,9 +42,7 @@ def model_of(name: str) -> Llama:
 def main() -> None:
     sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/gguf-py"]
     from conversion.base import TextModel
-    from conversion.phi import Phi3MiniModel
 
-    Phi3MiniModel.set_vocab = TextModel._set_vocab_gpt2  # the tokenizers of tests/text.py have no SentencePiece
     DIRECTORY.mkdir(exist_ok=True)
     for name, (split, _) in MODELS.items():
         TextModel.get_vocab_base_pre = lambda self, tokenizer, split=split: split  # by a hash of known tokenizers there

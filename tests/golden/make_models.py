@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tests.models import FAMILIES, tiny_model, token_ids
 
 FILE = Path(__file__).parent / "models.safetensors"
-LENGTHS = [10, 20]  # below and above the length that `longrope` was trained on, and longer than windows
+LENGTHS = [10, 20]  # longer than windows
 
 
 def main() -> None:

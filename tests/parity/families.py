@@ -63,7 +63,6 @@ FAMILIES = {
     "olmo3": (CAUSAL, GROUPED),
     "opt": (CAUSAL, {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}),
     "phi": (CAUSAL, GROUPED),
-    "phi3": (CAUSAL, GROUPED),
     "qwen2": (CAUSAL, GROUPED),
     "qwen2_moe": (CAUSAL, {**GROUPED, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 12}),
     "qwen3": (CAUSAL, GROUPED),

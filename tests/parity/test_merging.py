@@ -16,7 +16,7 @@ NF4 = ml.QuantizeConfig("nf4")
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 IDS = token_ids(3, 2, 7)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-families = pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+families = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 
 
 def merge(things, target, config=NF4, adapter="adapter", out="merged"):

@@ -22,14 +22,13 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-FAMILIES = {  # every one, its biases, a tied head, fused linears
+FAMILIES = {  # biases, a tied head
     "llama": {},
     "llama-bias-tied-wide-heads": {"head_dim": 32},
     "mistral": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "smollm3": {},
-    "phi3": {},
 }
 TOKENS = token_ids(0, 2, 12)
 doubles = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "plain"])

@@ -29,7 +29,7 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama-3.1", "phi3"])
+@pytest.mark.parametrize("name", ["qwen2", "llama-3.1", "olmo2"])
 def test_text_has_the_tokens_that_it_had(tmp_path, monkeypatch, name):
     split = MODELS[name][0]
     backend = Tokenizer.from_str(trained_bpe(True))

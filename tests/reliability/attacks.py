@@ -59,7 +59,6 @@ def _model() -> Any:
     return tiny_model(dtype=torch.float32)
 
 
-LONG = {"rope_type": "longrope", "short_factor": [1, 1, 1], "long_factor": [1, 1, 1]}
 RAMP = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
 # What config.json states, one key at a time.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -76,7 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "theta beyond float32": {"rope_theta": 1e300},
     "400 digits in a window": {"max_window_layers": 10**400, "sliding_window": 10**400},
     "400 digits as the end of text": {"eos_token_id": 10**400},
-    "trained on one token": {"rope_scaling": {**LONG, "original_max_position_embeddings": 1}},
+    "trained on one token": {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1}},
     "a factor of 10^400": {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
     "equal ends of a ramp": {"rope_scaling": RAMP},
     "many windows": {"layer_types": ["sliding_attention"] * 10**5, "model_type": "qwen2", "use_sliding_window": True},
