@@ -123,8 +123,14 @@ MISTAKES = {
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
     ],
     "12": [
-        ("s * B @ A", "B @ A"),
+        ("s * B @ A", "B @ A", "Is there an s in it?"),
         ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
+        ("m[:, None] * V / V.norm(dim=1, keepdim=True)", "m[:, None] * V", "Is m a length or a factor?"),
+        (".sum(dim=0)", ".mean(dim=0)", "What does a gradient do with several rows of x?"),
+        ("(sigma[-r:] / s)", "sigma[-r:]", "the singular values"),
+        ("-r:", ":r"),
+        ("W - s * (B @ A)", "W", "not the old one"),
+        ("root[:, None] * Vh[-r:], U[:, -r:] * root", "Vh[-r:], U[:, -r:] * root**2", "lengths"),
     ],
     "13": [
         ("s * B @ A", "B @ A"),

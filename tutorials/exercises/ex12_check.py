@@ -1,4 +1,4 @@
-"""What a solution of exercise 11 must do."""
+"""What a solution of exercise 12 must do."""
 
 from __future__ import annotations
 
@@ -10,27 +10,59 @@ from torch import Tensor
 from minilora.testing.compare import MATHS, relative
 from minilora.testing.reference import dora_gradients
 
+SCALES = (0.5, 7.0)
 
-def check(answer: ModuleType) -> None:
-    """`magnitude_gradient` equals the loops of `minilora.testing.reference`."""
+
+def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Tensors of normal numbers in float64, always the same."""
     generator = torch.Generator().manual_seed(0)
-    x, dy, W, A, B = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((4, 5), (4, 5), (5, 5), (2, 5), (5, 2))
-    )
-    for s in (0.5, 7.0):
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def tensor_of(found: object, like: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    assert isinstance(found, Tensor), f"{what}: found {type(found).__name__}, need a tensor"
+    assert tuple(found.shape) == shape, f"{what}: the shape is {tuple(found.shape)}, need {shape}"
+    assert found.dtype == like.dtype, f"{what}: the dtype is {found.dtype}, need {like.dtype}"
+    return found
+
+
+def reason(found: Tensor, wrong: dict[str, Tensor]) -> str:
+    """A question about what was probably done instead, if that is known."""
+    return next((why for why, value in wrong.items() if relative(found, value, MATHS) <= 1), "")
+
+
+def check_dora_weight(answer: ModuleType) -> None:
+    """Each row has the length m and the direction of the row of W + s·B A."""
+    W, A, B, m = draw((5, 5), (2, 5), (5, 2), (5,))
+    m = m.abs()
+    for s in SCALES:
+        found = tensor_of(answer.dora_weight(W, A, B, s, m), W, (5, 5), f"s = {s}")
+        V = W + s * (B @ A)
+        for i, (row, v) in enumerate(zip(found, V, strict=True)):
+            length, cos = row.norm().item(), (row @ v / row.norm() / v.norm()).item()
+            wrong = {
+                ". Is there an s in it?": (W + B @ A) * (m / (W + B @ A).norm(dim=1))[:, None],
+                ". Whose length do you divide by?": V * (m / W.norm(dim=1))[:, None],
+                ". Is m a length or a factor?": V * m[:, None],
+            }
+            assert abs(length - m[i]) <= 1e-9 * m[i], (
+                f"s = {s}: row {i} has length {length:.3f}, and m is {m[i]:.3f}{reason(found, wrong)}"
+            )
+            assert cos > 1 - 1e-9, (
+                f"s = {s}: row {i} should point along W + s·B A; its cosine is {cos:.3f}{reason(found, wrong)}"
+            )
+
+
+def check_magnitude_gradient(answer: ModuleType) -> None:
+    """`magnitude_gradient` equals the loops of `minilora.testing.reference`."""
+    x, dy, W, A, B = draw((4, 5), (4, 5), (5, 5), (2, 5), (5, 2))
+    for s in SCALES:
         arrays = [tensor.numpy() for tensor in (x, dy, W, A, B)]
         *_, expected = dora_gradients(*arrays, s, torch.ones(5, dtype=torch.float64).numpy())
-        found = answer.magnitude_gradient(x, dy, W, A, B, s)
-        assert isinstance(found, Tensor), f"found {type(found).__name__}, need a tensor"
-        shape = tuple(found.shape)
-        assert shape == (5,), f"the shape is {shape}, need (5,): one number for each output, summed over the rows of x"
-        assert found.dtype == x.dtype, f"the dtype is {found.dtype}, need that of x, {x.dtype}"
-        why = next(
-            (why for why, wrong in mistakes(x, dy, W, A, B, s).items() if relative(found, wrong, MATHS) <= 1), ""
-        )
+        found = tensor_of(answer.magnitude_gradient(x, dy, W, A, B, s), x, (5,), f"s = {s}")
         assert relative(found, expected, MATHS) <= 1, (
-            f"with s = {s}, found {rounded(found)}, need {rounded(expected)}{why}"
+            f"with s = {s}, found {rounded(found)}, loops say {rounded(expected)}"
+            f"{reason(found, mistakes(x, dy, W, A, B, s))}"
         )
 
 
@@ -39,31 +71,47 @@ def rounded(values: object) -> str:
 
 
 def mistakes(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> dict[str, Tensor]:
-    """What wrong answers give that are easily made, by what is wrong with them."""
-    V, unscaled = W + s * B @ A, W + B @ A
+    """What wrong answers give that are easily made, by a question about what is wrong with them."""
+    V, unscaled = W + s * (B @ A), W + B @ A
 
     def gradient(direction: Tensor) -> Tensor:
         return (dy * (x @ direction.T)).sum(dim=0)
 
+    rows = V.norm(dim=1, keepdim=True)
     return {
-        ". The norm is missing: m multiplies a row of length 1": gradient(V),
-        ". That is the norm of each column (dim=0); m belongs to the rows, the outputs": gradient(V / V.norm(dim=0)),
-        ". That is the norm of each column (dim=0) beside the rows; need that of each row (dim=1)": gradient(
-            V / V.norm(dim=0)[:, None]
-        ),
-        ". The norms of the rows are spread over the columns; keepdim=True keeps them beside their rows": gradient(
-            V / V.norm(dim=1)
-        ),
-        ". That divides by the norm of W; the forward divides by that of W + s·B A": gradient(
-            V / W.norm(dim=1, keepdim=True)
-        ),
-        ". The direction is that of W + s·B A; here it is that of W, as if nothing were trained": gradient(
-            W / W.norm(dim=1, keepdim=True)
-        ),
-        ". That divides by the norm of the whole matrix; need that of each row (dim=1)": gradient(V / V.norm()),
-        ". The output is that of W alone, divided by the norm of W + s·B A; need that of W + s·B A": gradient(
-            W / V.norm(dim=1, keepdim=True)
-        ),
-        ". The scale s is missing": gradient(unscaled / unscaled.norm(dim=1, keepdim=True)),
-        ". The rows of x are averaged; a gradient sums over them": gradient(V / V.norm(dim=1, keepdim=True)) / len(x),
+        ". How long is the row that m multiplies?": gradient(V),
+        ". Does m belong to the inputs or to the outputs?": gradient(V / V.norm(dim=0)),
+        ". Over which dimension is your norm, and to which is it attached?": gradient(V / V.norm(dim=0)[:, None]),
+        ". Which number divides which entry? Look at the shapes": gradient(V / V.norm(dim=1)),
+        ". Which weight's length does the forward divide by?": gradient(V / W.norm(dim=1, keepdim=True)),
+        ". What has the adapter done to the direction?": gradient(W / W.norm(dim=1, keepdim=True)),
+        ". How many lengths has a matrix of five rows?": gradient(V / V.norm()),
+        ". Which weight does x meet in the forward?": gradient(W / rows),
+        ". Is there an s in it?": gradient(unscaled / unscaled.norm(dim=1, keepdim=True)),
+        ". What does a gradient do with several rows of x?": gradient(V / rows) / len(x),
     }
+
+
+def check_smallest_start(answer: ModuleType) -> None:
+    """The parts add up to W, s·B A has its smallest singular values, and A and B share them equally."""
+    for shape in ((6, 8), (8, 6)):
+        (W,) = draw(shape)
+        sigma = torch.linalg.svdvals(W)
+        for r, s in ((2, 0.5), (3, 7.0)):
+            case = f"W {shape}, r = {r}, s = {s}"
+            parts = answer.smallest_start(W, r, s)
+            assert isinstance(parts, tuple), f"{case}: found {type(parts).__name__}, need a tuple of three"
+            assert len(parts) == 3, f"{case}: found {len(parts)} parts, need three"
+            shapes = ((r, shape[1]), (shape[0], r), shape)
+            A, B, rest = (
+                tensor_of(part, W, need, f"{case}, {name}")
+                for part, need, name in zip(parts, shapes, ("A", "B", "the frozen part"), strict=True)
+            )
+            assert relative(rest + s * (B @ A), W, MATHS) <= 1, f"{case}: the new layer is not the old one"
+            found, need = torch.linalg.svdvals(s * (B @ A))[:r], sigma[-r:]
+            assert torch.allclose(found, need), (
+                f"{case}: s·B A has the singular values {rounded(found)}, need {rounded(need)}, of {rounded(sigma)}"
+            )
+            assert torch.allclose(A.norm(dim=1), B.norm(dim=0)), (
+                f"{case}: A's rows have the lengths {rounded(A.norm(dim=1))}, B's columns {rounded(B.norm(dim=0))}"
+            )
