@@ -64,7 +64,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = option(dict, "JSON: r for single modules")
     alpha_pattern: Mapping[str, float] = option(dict, "JSON: alpha for single modules")
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
-    use_dora: bool = option(False, "learn the norm of each row of the weight separately (DoRA)")
+    use_dora: bool = option(False, "train the norm of each row of the weight separately (DoRA)")
     init_lora_weights: bool | str = option(True, "start values: true or gaussian; pissa from the weights")
     bias: Bias = option("none", "train biases too: all; or lora_only, those of the adapted modules")
     lora_bias: bool = option(False, "give B a bias")

@@ -30,13 +30,13 @@ from minilora.runs.settings import DataConfig
 def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
     parser.add_argument(
-        "--data", required=True, nargs="+", help="files or directories; of a directory, the test split is used"
+        "--data", required=True, nargs="+", help="files or directories; the test split of a directory is used"
     )
     parser.add_argument(
         "--metric",
         choices=("nll", "choice", "exact-match"),
         default="nll",
-        help="nll: mean loss of a labelled token; choice: how often the right one of a few answers is the most likely; "
+        help="nll: mean loss per labelled token; choice: how often the right one of a few answers is the most likely; "
         "exact-match: how often the right answer is generated, whatever is thought before it (default: nll)",
     )
     parser.add_argument("--thinking", **THINKING)

@@ -44,8 +44,8 @@ def add_flags(parser: Parser) -> None:
     one_of.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a file of prompts: .txt with one a line, otherwise rows as in training, whose answers are ignored; a row "
-        "with only a `prompt` is treated like --prompt",
+        help="a file of prompts: .txt with one per line, otherwise rows as in training, whose answers are ignored; a "
+        "row with only a `prompt` is treated like --prompt",
     )
     add_fields(parser, DataConfig, "prompts", but={field.name for field in fields(DataConfig)} - {"columns"})
     group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")

@@ -1,7 +1,7 @@
 """Merge adapters into a model's weights and save the model.
 
-Weights are read, merged and written one at a time. Of several adapters the
-first that has prompts of its own gives them.
+Weights are read, merged and written one at a time. The prompts are those of
+the first adapter that has its own.
 
 Example:
   minilora merge --adapter run --out merged

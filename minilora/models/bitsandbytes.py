@@ -36,7 +36,7 @@ class QuantizeConfig:
     """How the weights of a base model are stored."""
 
     quantize: Quantize = option("none", "quantize the base model's linears to 4 bits, all but the head")
-    double_quant: bool = option(True, "quantize the scales too: 4.127 bits a weight instead of 4.5")
+    double_quant: bool = option(True, "also quantize the scales: 4.127 bits per weight instead of 4.5")
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -79,7 +79,7 @@ class TrainConfig:
     batch_size: int = option(4, "rows in a micro-batch")
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
     epochs: float = option(1.0, "passes over the training rows")
-    max_steps: int | None = option(None, "stop after this many steps, whatever --epochs says")
+    max_steps: int | None = option(None, "stop after this many steps, regardless of --epochs")
     gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
         "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
     )
@@ -141,7 +141,7 @@ class RunConfig:
     out: str = option("minilora-run", "directory of the run")
     adapter: str | None = option(
         None,
-        "adapter to continue training, a directory or a hub id; its rank, alpha, targets and, by default, model hold",
+        "adapter to continue training, a directory or a hub id; it gives rank, alpha, targets and, by default, the model",
         "adapter",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
