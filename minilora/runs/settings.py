@@ -141,7 +141,7 @@ class RunConfig:
     out: str = option("minilora-run", "directory of the run")
     adapter: str | None = option(
         None,
-        "adapter to continue training, a directory or a hub id; it gives rank, alpha, targets and, by default, the model",
+        "adapter to continue training, a directory or a hub id; it gives rank, alpha, targets and, by default, model",
         "adapter",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
