@@ -72,7 +72,7 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     in_recipe("loraplus"): "loraplus-lr-ratio",
     in_recipe("experts"): "target-parameters",
 }
-PAGES: dict[type, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods"}  # of docs/, for errors; else debugging
+PAGES: dict[type, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods"}  # else debugging
 FOREIGN_FLAGS = {f"--{name}": advice for advice, names in _THEIRS.items() for name in names.split()}
 SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
     [a-z]+_\w+
