@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ from tests.models import long, tiny_model
 from tests.runs import CLASSES, QUICK, contents, everything, flags_of, runner, write_rows
 from tests.text import write_tokenizer
 from tests.training import adapted, random_rows
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +448,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         assert err.startswith("minilora: ")
         assert phrase in err, words
         assert err.count("\n") == 1
+        assert (ROOT / re.search(r"; see (docs/\w+\.md)$", err)[1]).is_file(), err
     assert everything(directory) == before
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import minilora
 from minilora.definition import plain
-from minilora.errors import FormatError, MiniloraError, in_recipe, printable
+from minilora.errors import ConfigError, DataError, FormatError, MiniloraError, TargetError, in_recipe, printable
 
 Options = dict[str, Any]  # the parsed flags of a command line; those of data classes are None if they are not given
 SIGNALLED = 128  # the exit status of a program that signal n ended is 128 + n
@@ -72,6 +72,7 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     in_recipe("loraplus"): "loraplus-lr-ratio",
     in_recipe("experts"): "target-parameters",
 }
+PAGES: dict[type, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods"}  # else debugging
 FOREIGN_FLAGS = {f"--{name}": advice for advice, names in _THEIRS.items() for name in names.split()}
 SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
     [a-z]+_\w+
@@ -100,12 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input, or of a name
-        say(f"minilora: {error if isinstance(error, FormatError) else _in_flags(str(error), options)}")
+        message = str(error) if isinstance(error, FormatError) else _in_flags(str(error), options)
+        page = f"see docs/{PAGES.get(type(error), 'debugging')}.md"
+        say(f"minilora: {message}" + ("" if "see " in message else f"\n{page}" if "\n" in message else f"; {page}"))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        advice = "; smaller batches, shorter rows or --quantize nf4 take less"
+        advice = "; smaller batches, shorter rows or --quantize nf4 take less; see docs/debugging.md"
         say(f"minilora: out of memory: {error}".splitlines()[0] + advice)
         return 1
     except KeyboardInterrupt as error:
