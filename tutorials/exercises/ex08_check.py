@@ -38,8 +38,8 @@ def check_ranks(answer: ModuleType) -> None:
         )
         assert found == right, (
             f"{case}: {found} takes {used:,}, and with a better use of the budget it is {bytes_of(MODEL, right):,}. "
-            "Could all linears have one rank more? If not, could one of them, in their order, also after one that could "
-            "not? Or do you count more bytes than there are?"
+            "Could all linears have one rank more? If not, could one of them, in their order, after one that could "
+            "not as well? Or do you count more bytes than there are?"
         )
 
 
