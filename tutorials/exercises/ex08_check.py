@@ -37,9 +37,9 @@ def check_ranks(answer: ModuleType) -> None:
             "AdamW? And for each number of a weight, with its scales?"
         )
         assert found == right, (
-            f"{case}: {found} takes {used:,}, and with a better use of the budget it is "
-            f"{bytes_of(MODEL, right):,}. Could all linears have one rank more? If not, could one of them, in their "
-            "order, also after one that could not? Or do you count more bytes than there are?"
+            f"{case}: {found} takes {used:,}, and with a better use of the budget it is {bytes_of(MODEL, right):,}. "
+            "Could all linears have one rank more? If not, could one of them, in their order, after one that could "
+            "not as well? Or do you count more bytes than there are?"
         )
 
 
