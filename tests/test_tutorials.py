@@ -126,7 +126,11 @@ MISTAKES = {
     ],
     "13": [
         ("s * B @ A", "B @ A"),
-        ("sigma[:k].norm()", "sigma.norm()"),
+        ("sigma[:k].norm()", "sigma.norm()", "How many directions of the change"),
+        ("max(i, j) / n", "min(i, j) / n", "2,000 random pairs"),
+        ("(V @ other.T).square()", "(V @ other.T).abs()", "Is it cosines"),
+        (".item() / k", ".item()", "How large can it be"),
+        (".Vh[:k] for", ".U.T[:k] for", "what they answer"),
     ],
     "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
     "A2": [
