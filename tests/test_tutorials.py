@@ -119,6 +119,9 @@ MISTAKES = {
         ("task * share / (1 - share)", "task * share"),
     ],
     "11": [
+        (".bfloat16() == W", ".bfloat16() != W", "those that changed"),
+        ("(kept != 0) & (kept.sign() == kept.sum(0).sign())", "kept != 0", "which sign was elected"),
+        ("round(density * change.numel())", "change.numel()", "were kept"),
         ("effect += delta", "effect += W.double()"),
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
     ],
@@ -134,13 +137,23 @@ MISTAKES = {
     ],
     "13": [
         ("s * B @ A", "B @ A"),
-        ("sigma[:k].norm()", "sigma.norm()"),
+        ("sigma[:k].norm()", "sigma.norm()", "How many directions of the change"),
+        ("max(i, j) / n", "min(i, j) / n", "2,000 random pairs"),
+        ("(V @ other.T).square()", "(V @ other.T).abs()", "Is it cosines"),
+        (".item() / k", ".item()", "How large can it be"),
+        (".Vh[:k] for", ".U.T[:k] for", "what they answer"),
     ],
-    "A1": [("- (policy_rejected", "+ (policy_rejected"), ("beta * margin", "margin")],
+    "A1": [
+        ("- (policy_rejected", "+ (policy_rejected"),
+        ("beta * margin", "margin"),
+        ("first - 1 : -1", "first:", "Which row"),
+        ("logits[first - 1 : -1], tokens[first:]", "logits[:-1], tokens[1:]", "the prompt"),
+        ("each.sum()", "each.mean()"),
+    ],
     "A2": [
         ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
         (" + 1e-6", ""),
-        ("weights.detach()", "weights"),
+        ("advantages(rewards).detach()", "advantages(rewards)"),
     ],
 }
 

@@ -1,8 +1,27 @@
-"""Exercise 11: the error of a merge, before it is made. For the verdict: python tutorials/exercises/check.py 11"""
+"""Exercise 11: what a merge loses, and TIES. For the verdict: python tutorials/exercises/check.py 11"""
 
 from collections.abc import Callable
 
 from torch import Tensor
+
+
+def swallowed(W: Tensor, delta: Tensor) -> float:
+    """The share of the weights that are the same after W + delta, computed in float32, is rounded to bfloat16.
+
+    Shapes: W (out, in) bfloat16, delta (out, in)
+    """
+    raise NotImplementedError
+
+
+def ties(one: Tensor, two: Tensor, density: float) -> Tensor:
+    """Two changes in one, by TIES: keep the largest numbers of each, elect a sign at each place, take the mean.
+
+    Of the n numbers of a change the round(density·n) of largest absolute value are kept, at least one. The sign of the
+    sum of what was kept is elected. The mean is that of the kept numbers with this sign; where there is none, it is 0.
+
+    Shapes: one (out, in), two (out, in) -> (out, in)
+    """
+    raise NotImplementedError
 
 
 def merge_error(layers: list[tuple[Tensor, Tensor, Tensor, float]], store: Callable[[Tensor], Tensor]) -> float:

@@ -1,6 +1,19 @@
-"""Exercise 13: what a change amplifies. For the verdict: python tutorials/exercises/check.py 13"""
+"""Exercise 13: what subspaces share, and what a change amplifies. Verdict: python tutorials/exercises/check.py 13"""
 
 from torch import Tensor
+
+
+def chance(i: int, j: int, n: int) -> float:
+    """φ(i, j) of two random subspaces of n dimensions, on average. 1 ≤ i, j ≤ n."""
+    raise NotImplementedError
+
+
+def shared(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], k: int) -> float:
+    """φ(k, k) of the first k input directions of two adapters (A, B), whose ΔW = B A have at least the rank k.
+
+    Shapes: A (r, in), B (out, r), with another r for each adapter
+    """
+    raise NotImplementedError
 
 
 def amplification(W: Tensor, A: Tensor, B: Tensor, s: float, k: int) -> float:

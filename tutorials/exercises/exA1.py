@@ -1,6 +1,16 @@
-"""Exercise A1: the loss of preferences. For the verdict: python tutorials/exercises/check.py A1"""
+"""Exercise A1: how likely an answer is, and the loss of preferences. Verdict: python tutorials/exercises/check.py A1"""
 
 from torch import Tensor
+
+
+def log_prob(logits: Tensor, tokens: Tensor, first: int) -> Tensor:
+    """log π of an answer after its prompt: of the tokens from the place `first` on. It can be differentiated.
+
+    Row t of the logits is what the model says after having read the tokens 0 to t.
+
+    Shapes: logits (T, V), tokens (T), 0 < first < T -> ()
+    """
+    raise NotImplementedError
 
 
 def dpo(

@@ -10,7 +10,27 @@ import torch
 PAIRS = [(-3.0, -5.0, -4.0, -4.5), (-9.0, -2.0, -3.0, -2.5), (-7.0, -7.0, -7.0, -7.0)]  # in the order of the arguments
 
 
-def check(answer: ModuleType) -> None:
+def check_log_prob(answer: ModuleType) -> None:
+    """The sum is that of loops over the tokens of the answer, and a gradient reaches the logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    tokens = torch.tensor([3, 0, 1, 2, 0, 3])
+    each = [math.log(logits[t].softmax(0)[token].item()) for t, token in enumerate(tokens[1:].tolist())]
+    late = [math.log(logits[t].softmax(0)[token].item()) for t, token in enumerate(tokens.tolist())]
+    for first in (1, 3, 5):
+        found, need = answer.log_prob(logits, tokens, first), sum(each[first - 1 :])
+        assert isinstance(found, torch.Tensor), f"log_prob returns {type(found).__name__}, need a tensor"
+        wrong = {". Which row of the logits saw the first token of the answer?": sum(late[first:])}
+        if first > 1:
+            wrong[". Does the prompt count?"] = sum(each)
+        if found.dim() == 0 and not math.isclose(found.item(), need, rel_tol=1e-9):
+            why = next((why for why, value in wrong.items() if math.isclose(found.item(), value, rel_tol=1e-9)), "")
+            raise AssertionError(f"answer from place {first} of 6: you say {found:.4f}, loops say {need:.4f}{why}")
+        assert found.dim() == 0, f"the shape is {tuple(found.shape)}, need a single number"
+    assert answer.log_prob(logits, tokens, 2).requires_grad, "no gradient can reach the logits"
+
+
+def check_dpo(answer: ModuleType) -> None:
     """`dpo` and its gradient equal the formula, it is finite for any margin, and the reference is a constant."""
     beta = 0.3
     arguments = [torch.tensor(column, dtype=torch.float64, requires_grad=True) for column in zip(*PAIRS, strict=True)]
@@ -25,11 +45,11 @@ def check(answer: ModuleType) -> None:
         expected = math.log1p(math.exp(-beta * margin))
         alone = math.log1p(math.exp(-beta * (pair[0] - pair[1])))
         assert not math.isclose(loss, alone, rel_tol=1e-9) or math.isclose(loss, expected), (
-            "the reference is left out: what counts is how much the policy has moved away from it"
+            "of four numbers in a pair, how many does your loss depend on?"
         )
         assert math.isclose(loss, expected, rel_tol=1e-9), (
             f"policy: chosen {pair[0]}, rejected {pair[1]}; reference: {pair[2]}, {pair[3]}; β = {beta}: "
-            f"the loss is {loss:.6f}, not {expected:.6f}. A larger margin ({margin:+.1f} here) has a smaller loss"
+            f"the loss is {loss:.6f}, need {expected:.6f}. Should it grow or fall with the margin?"
         )
     found.sum().backward()
     slopes = [-beta / (1 + math.exp(beta * ((c - rc) - (r - rr)))) for c, r, rc, rr in PAIRS]
@@ -41,10 +61,10 @@ def check(answer: ModuleType) -> None:
                 f"{sign * slope:.6f}. The loss is right there, but a model learns from its gradient"
             )
     assert all(argument.grad is None for argument in arguments[2:]), (
-        "a gradient reaches the reference; it is a constant: detach it"
+        "a gradient reaches the reference. What is a constant here?"
     )
     far = answer.dpo(*(torch.tensor([value]) for value in (-5000.0, 0.0, 0.0, 0.0)), beta)
     assert math.isclose(far.item(), 1500, rel_tol=1e-5), (
-        f"for a margin of -5000 the loss is {far.item()}, not 1500: σ of a large negative number is 0 in float32, and "
-        "log 0 is infinite. PyTorch has the logarithm of σ as one function"
+        f"for a margin of -5000 the loss is {far.item()}, not 1500: what is σ of a large "
+        "negative number in float32, and what is its logarithm?"
     )
