@@ -287,7 +287,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_pa
     assert f"needs {amount(found['none'].peak)} of memory, and 1.2 kB are free" in error
     for flag, changed in {
         "--batch-size": replace(wanted, training=replace(wanted.training, batch_size=10)),
-        "--gradient-checkpointing block": wanted.checkpointed("block"),
+        "--gradient-checkpointing block": replace(
+            wanted, training=replace(wanted.training, gradient_checkpointing="block")
+        ),
         "--quantize nf4": replace(wanted, quantization=QuantizeConfig("nf4")),
         "--max-length": replace(wanted, rows=[(1, 1)] * len(wanted.rows)),
     }.items():

@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from types import FrameType
 from typing import Any, NoReturn
 
 import minilora
@@ -91,7 +90,8 @@ command and an example, `minilora --version` the version."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    before = signal.signal(signal.SIGTERM, _end)
+    # An exception ends the program, so that no temporary file is left.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(SIGNALLED + number))
     options: Options = {}
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -116,11 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    """End the program at a signal by an exception, so that no temporary file is left."""
-    raise SystemExit(SIGNALLED + number)
 
 
 def parse(words: Sequence[str]) -> Options:

@@ -119,11 +119,7 @@ def find_inputs(settings: Settings) -> tuple[Settings, Base]:
     run = settings.run
     model = locate(run.model, "model")
     adapter = None if run.adapter is None else locate(run.adapter, "adapter")
-    run = replace(
-        run,
-        model=model.name,
-        adapter=adapter and adapter.name,
-    )
+    run = replace(run, model=model.name, adapter=adapter and adapter.name)
     base = Base(model, (adapter.path,) if adapter else (), read_config(model.path))
     # What a run starts from, a merged model as well, has the system prompt that it was trained with.
     system = read_prompts(*base.adapters, model.path).system if settings.data.system is None else settings.data.system
@@ -138,11 +134,8 @@ def check_settings(settings: Settings, base: Base) -> None:
     for directory in base.adapters:
         check_not_merged(base.location, [directory])
         own = read_adapter(directory, is_for_text=True).config()
-        bad = []
-        for name, value in vars(settings.lora).items():
-            if value != (it_has := getattr(own, name)):
-                bad.append(f"{flag(name)} {value!r:.80} (it has {it_has!r:.80})")
-        if bad:
+        pairs = {name: (value, getattr(own, name)) for name, value in vars(settings.lora).items()}
+        if bad := [f"{flag(name)} {a!r:.80} (it has {b!r:.80})" for name, (a, b) in pairs.items() if a != b]:
             raise ConfigError(f"--adapter {directory}: leave out what it decides itself: {', '.join(bad)}")
 
 

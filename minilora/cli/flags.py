@@ -6,8 +6,9 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (),
         elif kinds == (tuple[str, ...],) and default:
             options |= {"nargs": "+", "action": "extend", "metavar": name.upper()}
         else:
-            options["type"] = _converter(kinds)
+            options["type"] = kinds[0] if kinds in ((str,), (int,), (float,)) else partial(_parse, kinds)
             options["metavar"] = {int: "N", float: "X"}.get(options["type"], name.rpartition("_")[2].upper())
         parser.group(field.metadata.get("group", title)).add_argument(flag(field.name), **options)
 
@@ -63,7 +64,7 @@ def from_flags(cls: type[T], *sources: Mapping[str, Any]) -> T:
         if value is None:
             continue
         if tuple[str, ...] in kinds and isinstance(value, str):
-            value = (value,) if kinds[0] is not str and field.default else _converter(kinds)(value)
+            value = (value,) if kinds[0] is not str and field.default else _parse(kinds, value)
         values[field.name] = tuple(value) if kinds == (tuple[str, ...],) and isinstance(value, list) else value
     return cls(**values)
 
@@ -111,43 +112,24 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return tuple(kind for kind in (typing.get_args(hint) if is_union else (hint,)) if kind is not types.NoneType)
 
 
-def _converter(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
-    """Return the function that converts the text of a flag to a value of one of these types."""
+def _parse(kinds: tuple[Any, ...], text: str) -> Any:
+    """Return the value of a flag's text: a list joined with commas, names with columns, or a JSON object.
+
+    Text that may be a pattern is a list of names only if it has no other characters, as `q_proj,v_proj`.
+    """
     if bool in kinds:
-        return lambda text: {"true": True, "false": False}.get(text.lower(), text)
-    if Mapping[str, str] in kinds:
-        return _parse_pairs
+        return {"true": True, "false": False}.get(text.lower(), text)
+    names = tuple(part.strip() for part in text.split(","))
     if tuple[str, ...] in kinds:
-        return _names_or_pattern if str in kinds else _split_names
-    if len(kinds) == 1 and kinds[0] in (str, int, float):
-        return kinds[0]
-    return _numbers_or_object
-
-
-def _numbers_or_object(text: str) -> Any:
-    """Return numbers joined with commas as a list, or a JSON object."""
+        is_pattern = str in kinds and not all(character.isalnum() or character in "_., " for character in text)
+        return text if is_pattern else names
+    if Mapping[str, str] in kinds and not text.startswith("{"):
+        pairs = [name.partition("=") for name in names]
+        if not all(name and value for name, _, value in pairs):
+            raise argparse.ArgumentTypeError(f"found {text!r:.80}, need name=column, joined with commas")
+        return {name: value for name, _, value in pairs}
     try:
         return json.loads(text if text.lstrip().startswith("{") else f"[{text}]")
     except (ValueError, RecursionError) as error:
         need = "numbers joined with commas, or a JSON object"
         raise argparse.ArgumentTypeError(f"found {text!r:.80}, need {need}") from error
-
-
-def _names_or_pattern(text: str) -> str | tuple[str, ...]:
-    """Return `q_proj,v_proj` as a list of names, and text with other characters, such as `all-linear`, unchanged."""
-    is_list = all(character.isalnum() or character in "_., " for character in text)
-    return _split_names(text) if is_list else text
-
-
-def _parse_pairs(text: str) -> Any:
-    """Return `prompt=question,completion=answer`, or a JSON object, as a dictionary."""
-    if text.startswith("{"):
-        return _numbers_or_object(text)
-    pairs = [name.partition("=") for name in _split_names(text)]
-    if not all(name and value for name, _, value in pairs):
-        raise argparse.ArgumentTypeError(f"found {text!r:.80}, need name=column, joined with commas")
-    return {name: value for name, _, value in pairs}
-
-
-def _split_names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))

@@ -94,7 +94,8 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
         DataError: the model does not have a token, or no token is labelled.
     """
     check_examples(model, examples)
-    return mean_loss(model, example_loss, examples, eval_groups(examples), progress)["loss"]
+    groups = eval_groups(len(example.tokens) for example in examples)
+    return mean_loss(model, example_loss, examples, groups, progress)["loss"]
 
 
 def example_loss(model: Any, examples: Iterable[Example], checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:
@@ -181,7 +182,8 @@ def measure_forgetting(
             sums += torch.stack((*losses, kl)).cpu()
         return [*sums.tolist(), len(batch.labels)]
 
-    sums = _map_groups(model, eval_groups(examples), len(examples), compute, progress)
+    groups = eval_groups(len(example.tokens) for example in examples)
+    sums = _map_groups(model, groups, len(examples), compute, progress)
     *totals, count = map(sum, zip(*sums, strict=True))
     return Forgetting(*(total / count for total in totals))
 
@@ -235,7 +237,8 @@ def choice_accuracy(
         chosen = [choices[values.index(max(values))] for values in scores]
         return sum(choice == answer_of(examples[row]) for row, choice in zip(rows, chosen, strict=True))
 
-    groups = eval_groups(examples, copies=len({answer[:-1] for answer in answers}))
+    copies = len({answer[:-1] for answer in answers})
+    groups = eval_groups(copies * len(example.tokens) for example in examples)
     return sum(_map_groups(model, groups, len(examples), compute, progress)) / len(examples)
 
 
@@ -290,40 +293,16 @@ def write_answers(
     config, size = model.config, model.model.embed_tokens.weight.element_size()
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     most = min(sampler.EVAL_TOKENS, CACHE_BYTES // a_token)
+    sizes = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)  # a cache has room in each row for the longest one
     progress(0, len(prompts))
-    for batch in _cache_groups([len(prompt) for prompt in prompts], limits, most):
-        left = [limits[i] for i in batch]
-        texts = generate(
-            model,
-            [prompts[i] for i in batch],
-            max_new_tokens=max(left),
-            stop_ids=tokenizer.stop_ids,
-            on_token=partial(_is_last, left),
-        )
-        written |= zip(batch, texts, strict=True)
+    for group in eval_groups((sizes[i] for i in order), most):
+        batch = [order[place] for place in group]
+        longest = max(limits[i] for i in batch)
+        texts = generate(model, [prompts[i] for i in batch], longest, stop_ids=tokenizer.stop_ids)
+        written |= {i: text[: limits[i]] for i, text in zip(batch, texts, strict=True)}
         progress(len(written), len(prompts))
     return [written[i] for i in range(len(prompts))]
-
-
-def _cache_groups(lengths: Sequence[int], limits: Sequence[int], most: int) -> list[list[int]]:
-    """Divide rows into batches whose cache has room for at most `most` tokens, or of one row.
-
-    A cache has room in each of its rows for the longest prompt and the highest limit; so rows of like length meet.
-    """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i] + limits[i]):
-        wider = [*batches[-1], i] if batches else [i]
-        if batches and len(wider) * (max(lengths[j] for j in wider) + max(limits[j] for j in wider)) <= most:
-            batches[-1] = wider
-        else:
-            batches.append([i])
-    return batches
-
-
-def _is_last(left: list[int], row: int, token: int) -> bool:
-    """Count a token of a row, and return whether none is left to it."""
-    left[row] -= 1
-    return left[row] == 0
 
 
 def answer(

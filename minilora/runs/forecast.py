@@ -56,10 +56,6 @@ class Plan:
         """Return whether so many bytes are free on every rank."""
         return self.free is None or size <= self.free
 
-    def checkpointed(self, way: Checkpointing) -> "Plan":
-        """Return the plan with another gradient checkpointing."""
-        return replace(self, training=replace(self.training, gradient_checkpointing=way))
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -197,7 +193,8 @@ def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
     plan = replace(plan, free=min(free, default=None))
     if plan.training.gradient_checkpointing == "auto":
         ways = [way for way in get_args(Checkpointing) if plan.has_room(forecasts[way].peak)]
-        plan = plan.checkpointed(ways[0] if ways else "block")
+        training = replace(plan.training, gradient_checkpointing=ways[0] if ways else "block")
+        plan = replace(plan, training=training)
     return plan, forecasts
 
 

@@ -157,7 +157,10 @@ def train(
             stops = on_step(record)
             finished = state.step == total
             if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
-                groups = sampler.eval_groups(held_out, count=config.batch_size if loss else None)
+                if loss:
+                    groups = sampler.eval_groups([1] * len(held_out), config.batch_size)
+                else:
+                    groups = sampler.eval_groups(len(row.tokens) for row in held_out)
                 scores = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
                 if state.note(scores["loss"]) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)

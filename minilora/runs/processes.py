@@ -57,8 +57,8 @@ def process_group(device: str) -> Iterator[torch.device]:
             if chosen.type == "cuda":
                 torch.cuda.set_device(chosen)
             try:
-                with _connection_errors():
-                    dist.init_process_group(timeout=TIMEOUT)  # NCCL for tensors on a GPU, gloo for those on the CPU
+                # NCCL for tensors on a GPU, gloo for those on the CPU
+                _communicate(dist.init_process_group, timeout=TIMEOUT)
             except ValueError as error:
                 raise ConfigError(f"WORLD_SIZE is set, but {error}; start several processes by torchrun") from error
             stack.callback(dist.destroy_process_group)
@@ -87,8 +87,7 @@ def all_reduce_(tensors: Sequence[Tensor]) -> None:
         return
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     buffer = torch.cat([tensor.reshape(-1).to(wide) for tensor in tensors])
-    with _connection_errors():
-        dist.all_reduce(buffer)
+    _communicate(dist.all_reduce, buffer)
     for tensor, part in zip(tensors, buffer.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
@@ -98,8 +97,7 @@ def all_gather(value: T) -> list[T]:
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
-    with _connection_errors():
-        dist.all_gather_object(values, value)
+    _communicate(dist.all_gather_object, values, value)
     return values
 
 
@@ -126,15 +124,13 @@ def run_on_rank0(compute: Callable[P, T], *arguments: P.args, **keywords: P.kwar
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by the first rank's."""
     for tensor in tensors if size() > 1 else ():
-        with _connection_errors():
-            dist.broadcast(tensor.detach(), 0)
+        _communicate(dist.broadcast, tensor.detach(), 0)
 
 
-@contextmanager
-def _connection_errors() -> Iterator[None]:
-    """Say in words that another rank does not answer."""
+def _communicate(function: Callable[P, object], *arguments: P.args, **keywords: P.kwargs) -> None:
+    """Call a function in which all ranks take part, and say in words that another rank does not answer."""
     try:
-        yield
+        function(*arguments, **keywords)
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise

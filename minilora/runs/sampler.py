@@ -7,7 +7,7 @@ Both are functions of only the seed and the step, so a resumed run needs no save
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -61,21 +61,19 @@ def plan_steps(rows: int, config: TrainConfig) -> list[StepRows]:
     return steps
 
 
-def eval_groups(rows: Sequence[Any], copies: int = 1, count: int | None = None) -> Iterator[Rows]:
-    """Yield the indices of the rows of each forward pass of an evaluation, which are consecutive.
+def eval_groups(sizes: Iterable[int], most: int | None = None) -> Iterator[Rows]:
+    """Yield the indices of the rows of each forward pass: consecutive rows whose sizes are at most `most`, or one row.
 
-    They are `count` rows or, where that is None, examples whose tokens, `copies` of each, are at most `EVAL_TOKENS`; or
-    one.
+    The size of a row is its number of tokens, and `most` is `EVAL_TOKENS`, unless the caller counts something else.
     """
-    group, size = Rows(), 0
-    limit = EVAL_TOKENS if count is None else count
-    for i, row in enumerate(rows):
-        length = copies * len(row.tokens) if count is None else 1
-        if group and size + length > limit:
+    group, total = Rows(), 0
+    limit = EVAL_TOKENS if most is None else most
+    for i, size in enumerate(sizes):
+        if group and total + size > limit:
             yield group
-            group, size = [], 0
+            group, total = [], 0
         group.append(i)
-        size += length
+        total += size
     if group:
         yield group
 

@@ -162,10 +162,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("model", "data", "out", "adapter", "eval_data", "general_data"):
-            value = getattr(self, name)
-            if "" in (value if isinstance(value, tuple) else (value,)):
-                raise ConfigError(f"RunConfig: {name} is empty; leave it out, or name something")
+        if not self.out:  # any other empty name is refused where it is looked up
+            raise ConfigError("RunConfig: out is empty; leave it out, or name something")
         if not 0 <= self.eval_split < 1:
             raise ConfigError(f"RunConfig: eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
         if self.samples < 0:
