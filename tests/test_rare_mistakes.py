@@ -99,6 +99,13 @@ RARE = {
             logits[..., :256], labels.clamp(max=255)
         ),
         "labels are changed": changing_labels,
+        "labels at the first place of a block of 64": lambda logits, labels: masked_loss(
+            logits, labels.masked_fill((labels % 64 == 0) & (labels > 0), -100)
+        ),
+        "a running sum in bfloat16": lambda logits, labels: (
+            loss_sum(logits, labels).clamp(max=8192 if logits.dtype == torch.bfloat16 else None)
+            / (labels[:, 1:] != -100).sum()
+        ),
         "under no_grad": lambda logits, labels: (masked_loss if torch.is_grad_enabled() else loss_sum)(logits, labels),
     },
     "chat_mask": {

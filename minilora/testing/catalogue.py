@@ -413,6 +413,10 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logits at t are compared with the label at t": lambda logits, labels: F.cross_entropy(
         logits.flatten(0, 1), labels.flatten()
     ),
+    "logits at t are compared with the label at t, but for the last t": lambda logits, labels: masked_loss(
+        logits, labels.roll(1, dims=1)
+    ),
+    "the last label of each row is left out": lambda logits, labels: masked_loss(logits[:, :-1], labels[:, :-1]),
     "the last position of a row predicts the first label of the next": lambda logits, labels: masked_loss(
         logits.flatten(0, 1)[None], labels.flatten()[None]
     ),
@@ -434,9 +438,9 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def mean_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
-    """Return the mean of the micro-batches' own gradients; those without labels are left out."""
+    """Return the mean of the micro-batches' own gradients, which are 0 without labels."""
     gradients = [accumulated_gradient(W, [batch]) for batch in micro_batches if count(batch[1])]
-    return torch.stack(gradients).mean(0)
+    return torch.stack(gradients).sum(0) / len(micro_batches)
 
 
 def mean_by_rows(W: Tensor, micro_batches: Batches) -> Tensor:
@@ -456,6 +460,9 @@ ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
         accumulated_gradient(W, batches)
         * predictions(batches)
         / sum((labels != IGNORED).sum() for _, labels in batches)
+    ),
+    "the sum is divided by the number of micro-batches as well": lambda W, batches: (
+        accumulated_gradient(W, batches) / len(batches)
     ),
     "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
 }
