@@ -155,12 +155,12 @@ _LENGTHS = (
     (5, 5, 5),
     (9, 2, 17),
     (2, 4, 1, 3, 2, 6, 3, 1, 5),
-    (99, 1, 8, 20),
+    (300, 1, 8, 20),  # beyond usual block sizes of 64, 128 and 256
 )
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 CASES.insert(-1, Lengths((4, 3, 4, 4, 3), has_equal=True))
 SEVERAL = CASES[1:]
-PROMPTS = [*CASES, Lengths((3, 12), new=45)]
+PROMPTS = [*CASES, Lengths((20, 90), new=45)]
 _PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
     ("alone", "each document has the result that it has by itself, whatever its neighbours", by_itself),
     ("causal", "a token changes results, and none in front of it", causal),
