@@ -177,6 +177,9 @@ def loss_of(model):
     return (model(randn(2, 16, 4)) - randn(3, 16, 6)).square().mean()
 
 
+A_00 = randn(1, 2, 4)[0, :1]
+
+
 def half_put_back(model):
     model.B.data[3:] = 0
 
@@ -185,6 +188,8 @@ STEPS = {  # of a model and an optimizer
     "gradients are never zeroed": lambda model, own: stepping(model, own, zero=False),
     "the loss is ascended": lambda model, own: stepping(model, own, sign=-1),
     "a gradient is ascended": lambda model, own: stepping(model, own, between=lambda: model.A.grad.neg_()),
+    "the last row of B": lambda model, own: stepping(model, own, after=lambda: model.B.data[-1:].zero_()),
+    "one number of A": lambda model, own: stepping(model, own, after=lambda: model.A.data[0, :1].copy_(A_00)),
     "half of B's rows": lambda model, own: stepping(model, own, after=lambda: half_put_back(model)),
     "the second step is skipped": lambda model, own: stepping(model, own, skips=2),
     "a gradient is zeroed": lambda model, own: stepping(model, own, between=lambda: model.A.grad.zero_()),
