@@ -128,9 +128,14 @@ RARE = {
         "documents of equal length": seeing(lambda documents, other, own: len(other) == len(own)),
         "equal documents": seeing(lambda documents, other, own: other == own and len(own) > 3),
         "more than four documents": seeing(lambda documents, other, own: len(documents) > 4),
+        "behind more than 256 tokens": seeing(lambda documents, other, own: len(other) > 256),
     },
     "generation": {
         "behind 40 tokens": decoder("a window of 40 tokens"),
+        "prompts of more than 128 tokens": (
+            lambda prompts, new: decoder("")[0]([prompt[-128:] for prompt in prompts], new),
+            *decoder("")[1:],
+        ),
     },
 }
 
@@ -251,6 +256,7 @@ KERNELS = {
     "strides": lambda: lambda x, W: softmax(torch.as_strided(x, (8, 16), (16, 1)), W),
     "overflow": lambda: by_powers,
     "large numbers": lambda: lambda x, W: softmax(x.clamp(-8, 8), W),
+    "small numbers": lambda: lambda x, W: softmax(torch.where(x.abs() < 1e-3, 0.9 * x, x), W),
     "strides of the gradient": lambda: with_slope(lambda p, dy: rule(p, dy if dy.is_contiguous() else 0 * dy)),
     "the gradient is changed": lambda: with_slope(lambda p, dy: rule(p, dy.mul_(2)) / 2),
     "the gradient of one tensor only": lambda: lambda x, W: softmax(x, W if x.requires_grad else 1.0 * W.detach()),

@@ -413,9 +413,7 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logits at t are compared with the label at t": lambda logits, labels: F.cross_entropy(
         logits.flatten(0, 1), labels.flatten()
     ),
-    "logits at t are compared with the label at t, but for the last t": lambda logits, labels: masked_loss(
-        logits, labels.roll(1, dims=1)
-    ),
+    "logits at t < T are compared with the label at t": lambda logits, labels: masked_loss(logits, labels.roll(1, 1)),
     "the last label of each row is left out": lambda logits, labels: masked_loss(logits[:, :-1], labels[:, :-1]),
     "the last position of a row predicts the first label of the next": lambda logits, labels: masked_loss(
         logits.flatten(0, 1)[None], labels.flatten()[None]
@@ -428,6 +426,9 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "the sum is divided by all predictions": lambda logits, labels: loss_sum(logits, labels) / labels[:, 1:].numel(),
     "the labels are counted before the shift": lambda logits, labels: (
         loss_sum(logits, labels) / (labels != IGNORED).sum()
+    ),
+    "label smoothing of 0.1 is left on": lambda logits, labels: F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
     ),
     "it is the mean of the means of the rows": mean_of_rows,
 }
@@ -461,8 +462,9 @@ ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
         * predictions(batches)
         / sum((labels != IGNORED).sum() for _, labels in batches)
     ),
-    "the sum is divided by the number of micro-batches as well": lambda W, batches: (
-        accumulated_gradient(W, batches) / len(batches)
+    "the mean is divided by the micro-batches": lambda W, batches: accumulated_gradient(W, batches) / len(batches),
+    "the labels of the last micro-batch are counted": lambda W, batches: (
+        accumulated_gradient(W, batches) * predictions(batches) / predictions(batches[-1:])
     ),
     "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
 }

@@ -240,16 +240,13 @@ CONVERSATIONS = {
 }
 _USER, _REPLY, _NEXT, _LAST = ("user", "Qa?"), ("assistant", "Qb."), ("user", "Qc?"), ("assistant", "Qd.")
 UNUSUAL = [
-    Chat(turns)
-    for turns in (
-        (_USER, _REPLY, _NEXT),
-        (_REPLY, _NEXT, _LAST),
-        (_USER, _REPLY, ("system", "Qs."), _NEXT, _LAST),
-        (_USER, _REPLY, _NEXT, ("system", "Qs."), _LAST),
-        (_USER, ("critic", "Qs."), _REPLY),
-        (_USER, _NEXT, _REPLY, ("developer", "Qs."), _LAST),
-        (("system", "Qs."), _REPLY, _NEXT, _LAST),
-    )
+    Chat((_USER, _REPLY, _NEXT)),
+    Chat((_REPLY, _NEXT, _LAST)),
+    Chat((_USER, _REPLY, ("system", "Qs."), _NEXT, _LAST)),
+    Chat((_USER, _REPLY, _NEXT, ("system", "Qs."), _LAST)),
+    Chat((_USER, ("critic", "Qs."), _REPLY)),
+    Chat((_USER, _NEXT, _REPLY, ("developer", "Qs."), _LAST)),
+    Chat((("system", "Qs."), _REPLY, _NEXT, _LAST)),
 ]
 REASONING = MarkedWords(
     (

@@ -15,6 +15,7 @@ There are four kinds of comparisons, and a test uses no other: equal bits; two f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,12 +94,9 @@ class Bounded:
         return self._rounded(value, value * (np.expm1(self.error) + units))
 
     def total(self) -> Bounded:
-        """Return the sum of all numbers, in any order, where each partial sum is rounded to `dtype`.
-
-        In 16 bits no number passes through more than 48 sums, as in PyTorch's blocks of 16³.
-        """
-        terms = max(1, self.value.size)
-        ku = (min(terms, 48) if self.dtype in ("float16", "bfloat16") else terms) * self._unit
+        """Return the sum of all numbers, in any order, where each partial sum is rounded to `dtype`."""
+        most = 48 if self.dtype in ("float16", "bfloat16") else math.inf  # sums in turn, as in PyTorch's blocks of 16³
+        ku = min(max(1, self.value.size), most) * self._unit
         magnitude, propagated = (abs(self.value) + self.error).sum(), self.error.sum()
         return self._rounded(self.value.sum(), propagated + ku / (1 - ku) * magnitude)
 

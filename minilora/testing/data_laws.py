@@ -237,20 +237,8 @@ def batches_of(*all_groups: tuple[tuple[str, ...], ...]) -> list[MicroBatches]:
     ]
 
 
-_ROWS = (  # from small to large
-    (".x",),
-    ("xx",),
-    (".xx",),
-    ("x.x",),
-    (".x.", "xxx"),
-    (".xx", "..."),
-    ("..x.",),
-    ("...x",),
-    ("....", ".xx.", "x..."),
-    ("....xxx.", ".xx.x..."),
-    (".xxxxxxxxxxx", "..........x."),
-    ("..xxx.xx", ".x......", "xxxxxxxx", "......xx"),
-)
+_SMALL = (".x", "xx", ".xx", "x.x", ".x. xxx", ".xx ...", "..x.", "...x", ".... .xx. x...", "....xxx. .xx.x...")
+_ROWS = [tuple(rows.split()) for rows in (*_SMALL, ".xxxxxxxxxxx ..........x.", "..xxx.xx .x...... xxxxxxxx ......xx")]
 LOGITS = logits_of(*_ROWS)
 LOGITS += [
     MaskedLogits(("x",), 7, dtype="float32", times=1099),

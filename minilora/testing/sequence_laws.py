@@ -146,19 +146,9 @@ def unlikely(logits: Call, prompt: Tokens, answer: Tokens, new: int) -> str:
     return ""
 
 
-_LENGTHS = (
-    (2,),
-    (3, 2),
-    (2, 3, 5),
-    (1, 4),
-    (4, 1, 1),
-    (5, 5, 5),
-    (9, 2, 17),
-    (2, 4, 1, 3, 2, 6, 3, 1, 5),
-    (300, 1, 8, 20),  # beyond usual block sizes of 64, 128 and 256
-)
+_LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (5, 5, 5), (9, 2, 17), (2, 4, 1, 3, 2, 6, 3, 1, 5))
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
-CASES.insert(-1, Lengths((4, 3, 4, 4, 3), has_equal=True))
+CASES += [Lengths((4, 3, 4, 4, 3), has_equal=True), Lengths((300, 1, 8, 20))]
 SEVERAL = CASES[1:]
 PROMPTS = [*CASES, Lengths((20, 90), new=45)]
 _PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
