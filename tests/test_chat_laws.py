@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import zip_longest
 
 import pytest
 
@@ -73,12 +74,36 @@ def test_a_template_may_strip_white_space_around_a_text():
     check_chat_mask(lambda m: render_chat([{**message, "content": message["content"].strip()} for message in m]))
 
 
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_the_space_before_an_empty_reply_may_be_learned_or_not(is_learned):
+    def render(messages):
+        tokens, flags = [], []
+        for message in messages:
+            (header, *words), (_, *learned) = render_chat([message])
+            tokens += [header, " ", *words]
+            flags += [False, is_learned and learned[0] and not message["content"], *learned]
+        return tokens, flags
+
+    check_chat_mask(render)
+
+
 def without_end(messages):
     kept = [pair for pair in zip(*render_chat(messages), strict=True) if pair[0] != END]
     return list(zip(*kept, strict=True))
 
 
+def closed_once(messages):
+    """Render two replies in a row with one end token, that of the last."""
+    tokens, flags = [], []
+    for message, following in zip_longest(messages, messages[1:], fillvalue={}):
+        own, learned = render_chat([message])
+        kept = -1 if message["role"] == following.get("role") else None
+        tokens, flags = [*tokens, *own[:kept]], [*flags, *learned[:kept]]
+    return ["<|user|>", "<|assistant|>", *tokens], [False, False, *flags]  # an introduction
+
+
 WRONG_TEXTS = {  # the law that finds it, and a part of the message
+    "no end token of the first of two replies": ("two_replies", closed_once, "accepted is an end token after each"),
     "no labels for some tokens": ("turns", lambda m: (render_chat(m)[0], render_chat(m)[1][:-1]), "labels for"),
     "the first messages are lost": ("system", lambda m: render_chat(m[-2:]), "every text"),
     "no end token": ("turns", without_end, "accepted is an end token after each reply"),

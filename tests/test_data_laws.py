@@ -24,7 +24,7 @@ from minilora.testing import (
 )
 from minilora.testing.compare import Bounded
 from minilora.testing.data_laws import GROUPS, padded
-from minilora.testing.implementations import masked_loss
+from minilora.testing.implementations import loss_sum, masked_loss
 from minilora.training import adamw, train_step
 from tests.models import either
 
@@ -94,9 +94,21 @@ def test_a_right_loss_passes(loss_fn):
     assert len(check_loss_masking(loss_fn)) == 5
 
 
+def step_of_a_rank(W, micro_batches, all_reduce, rank, world_size):
+    """The gradient of a step whose options have no defaults; each rank's is divided by the count of all."""
+    count = all_reduce(torch.tensor(sum(int((labels[:, 1:] != -100).sum()) for _, labels in micro_batches)))
+    grad = torch.zeros_like(W)
+    for x, labels in micro_batches:
+        leaf = W.clone().requires_grad_()
+        (loss_sum(x @ leaf.T, labels) / count).backward()
+        grad += leaf.grad
+    return all_reduce(grad)
+
+
 @either
-def test_a_right_step_passes():
-    assert len(check_accumulation(our_step)) == 2
+@pytest.mark.parametrize("step_fn", [our_step, step_of_a_rank])
+def test_a_right_step_passes(step_fn):
+    assert len(check_accumulation(step_fn)) == 2
 
 
 @pytest.mark.parametrize("result", [0.0, float("nan"), ValueError("no labels")])

@@ -99,6 +99,13 @@ RARE = {
             logits[..., :256], labels.clamp(max=255)
         ),
         "labels are changed": changing_labels,
+        "labels at the first place of a block of 64": lambda logits, labels: masked_loss(
+            logits, labels.masked_fill((labels % 64 == 0) & (labels > 0), -100)
+        ),
+        "a running sum in bfloat16": lambda logits, labels: (
+            loss_sum(logits, labels).clamp(max=8192 if logits.dtype == torch.bfloat16 else None)
+            / (labels[:, 1:] != -100).sum()
+        ),
         "under no_grad": lambda logits, labels: (masked_loss if torch.is_grad_enabled() else loss_sum)(logits, labels),
     },
     "chat_mask": {
@@ -121,9 +128,14 @@ RARE = {
         "documents of equal length": seeing(lambda documents, other, own: len(other) == len(own)),
         "equal documents": seeing(lambda documents, other, own: other == own and len(own) > 3),
         "more than four documents": seeing(lambda documents, other, own: len(documents) > 4),
+        "behind more than 256 tokens": seeing(lambda documents, other, own: len(other) > 256),
     },
     "generation": {
         "behind 40 tokens": decoder("a window of 40 tokens"),
+        "prompts of more than 128 tokens": (
+            lambda prompts, new: decoder("")[0]([prompt[-128:] for prompt in prompts], new),
+            *decoder("")[1:],
+        ),
     },
 }
 
@@ -170,6 +182,9 @@ def loss_of(model):
     return (model(randn(2, 16, 4)) - randn(3, 16, 6)).square().mean()
 
 
+A_00 = randn(1, 2, 4)[0, :1]
+
+
 def half_put_back(model):
     model.B.data[3:] = 0
 
@@ -178,6 +193,8 @@ STEPS = {  # of a model and an optimizer
     "gradients are never zeroed": lambda model, own: stepping(model, own, zero=False),
     "the loss is ascended": lambda model, own: stepping(model, own, sign=-1),
     "a gradient is ascended": lambda model, own: stepping(model, own, between=lambda: model.A.grad.neg_()),
+    "the last row of B": lambda model, own: stepping(model, own, after=lambda: model.B.data[-1:].zero_()),
+    "one number of A": lambda model, own: stepping(model, own, after=lambda: model.A.data[0, :1].copy_(A_00)),
     "half of B's rows": lambda model, own: stepping(model, own, after=lambda: half_put_back(model)),
     "the second step is skipped": lambda model, own: stepping(model, own, skips=2),
     "a gradient is zeroed": lambda model, own: stepping(model, own, between=lambda: model.A.grad.zero_()),
@@ -239,6 +256,7 @@ KERNELS = {
     "strides": lambda: lambda x, W: softmax(torch.as_strided(x, (8, 16), (16, 1)), W),
     "overflow": lambda: by_powers,
     "large numbers": lambda: lambda x, W: softmax(x.clamp(-8, 8), W),
+    "small numbers": lambda: lambda x, W: softmax(torch.where(x.abs() < 1e-3, 0.9 * x, x), W),
     "strides of the gradient": lambda: with_slope(lambda p, dy: rule(p, dy if dy.is_contiguous() else 0 * dy)),
     "the gradient is changed": lambda: with_slope(lambda p, dy: rule(p, dy.mul_(2)) / 2),
     "the gradient of one tensor only": lambda: lambda x, W: softmax(x, W if x.requires_grad else 1.0 * W.detach()),

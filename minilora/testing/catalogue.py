@@ -413,6 +413,8 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logits at t are compared with the label at t": lambda logits, labels: F.cross_entropy(
         logits.flatten(0, 1), labels.flatten()
     ),
+    "logits at t < T are compared with the label at t": lambda logits, labels: masked_loss(logits, labels.roll(1, 1)),
+    "the last label of each row is left out": lambda logits, labels: masked_loss(logits[:, :-1], labels[:, :-1]),
     "the last position of a row predicts the first label of the next": lambda logits, labels: masked_loss(
         logits.flatten(0, 1)[None], labels.flatten()[None]
     ),
@@ -425,6 +427,9 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "the labels are counted before the shift": lambda logits, labels: (
         loss_sum(logits, labels) / (labels != IGNORED).sum()
     ),
+    "label smoothing of 0.1 is left on": lambda logits, labels: F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
+    ),
     "it is the mean of the means of the rows": mean_of_rows,
 }
 
@@ -434,9 +439,9 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def mean_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
-    """Return the mean of the micro-batches' own gradients; those without labels are left out."""
+    """Return the mean of the micro-batches' own gradients, which are 0 without labels."""
     gradients = [accumulated_gradient(W, [batch]) for batch in micro_batches if count(batch[1])]
-    return torch.stack(gradients).mean(0)
+    return torch.stack(gradients).sum(0) / len(micro_batches)
 
 
 def mean_by_rows(W: Tensor, micro_batches: Batches) -> Tensor:
@@ -456,6 +461,10 @@ ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
         accumulated_gradient(W, batches)
         * predictions(batches)
         / sum((labels != IGNORED).sum() for _, labels in batches)
+    ),
+    "the mean is divided by the micro-batches": lambda W, batches: accumulated_gradient(W, batches) / len(batches),
+    "the labels of the last micro-batch are counted": lambda W, batches: (
+        accumulated_gradient(W, batches) * predictions(batches) / predictions(batches[-1:])
     ),
     "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
 }

@@ -168,7 +168,7 @@ def right_labels(
     text, (begins, ends) = "".join(tokens), bounds(tokens)
     is_blank, given = np.array([not token.strip() for token in tokens]), np.array(flags, dtype=bool)
     reply, closing, either = (np.zeros(len(tokens), dtype=bool) for _ in range(3))
-    is_closed = True
+    is_closed, marks = True, list[str]()
     for i, (begin, end) in enumerate(spans):
         own = (begins < end) & (ends > begin)
         if case.is_reply(i) or (case.turns[i][0] == "assistant" and given[own].any()):
@@ -176,10 +176,14 @@ def right_labels(
             mark = end + len(text[end:until]) - len(text[end:until].lstrip())
             mark_token = (begins <= mark) & (mark < ends) & (mark < until)
             is_closed &= bool(mark_token.any())
+            marks += [token for token, is_mark in zip(tokens, mark_token, strict=True) if is_mark]
             reply |= own
             closing |= mark_token
-            either |= ((begins < begin) & (ends > begin)) | (is_blank & (begins >= end) & (ends <= until))
+            is_behind = (begins if end > begin else ends) >= end  # of an empty reply, white space before it as well
+            either |= ((begins < begin) & (ends > begin)) | (is_blank & is_behind & (ends <= until))
     either = (either & ~closing) | (begins == ends)
+    is_opening = [mark in text[: spans[0][0]] for mark in marks]
+    is_closed &= not any(is_opening) or is_opening[-1]  # a header's token ends no reply, if another one ends the last
     return np.where(either, given, reply | closing).tolist(), is_closed
 
 
@@ -236,16 +240,13 @@ CONVERSATIONS = {
 }
 _USER, _REPLY, _NEXT, _LAST = ("user", "Qa?"), ("assistant", "Qb."), ("user", "Qc?"), ("assistant", "Qd.")
 UNUSUAL = [
-    Chat(turns)
-    for turns in (
-        (_USER, _REPLY, _NEXT),
-        (_REPLY, _NEXT, _LAST),
-        (_USER, _REPLY, ("system", "Qs."), _NEXT, _LAST),
-        (_USER, _REPLY, _NEXT, ("system", "Qs."), _LAST),
-        (_USER, ("critic", "Qs."), _REPLY),
-        (_USER, _NEXT, _REPLY, ("developer", "Qs."), _LAST),
-        (("system", "Qs."), _REPLY, _NEXT, _LAST),
-    )
+    Chat((_USER, _REPLY, _NEXT)),
+    Chat((_REPLY, _NEXT, _LAST)),
+    Chat((_USER, _REPLY, ("system", "Qs."), _NEXT, _LAST)),
+    Chat((_USER, _REPLY, _NEXT, ("system", "Qs."), _LAST)),
+    Chat((_USER, ("critic", "Qs."), _REPLY)),
+    Chat((_USER, _NEXT, _REPLY, ("developer", "Qs."), _LAST)),
+    Chat((("system", "Qs."), _REPLY, _NEXT, _LAST)),
 ]
 REASONING = MarkedWords(
     (
@@ -289,7 +290,7 @@ ROLES = f"{STATEMENT}, with any roles in any order; a template may refuse them, 
 ENDED = "a reply that quotes what ends a reply is learned up to its own end"
 QUOTED = "a question that quotes what opens a reply in its template is not learned"
 THINKING = "replies with reasoning, which a template may drop, are learned; questions are not"
-CALLING = "calls of tools and the replies are learned, questions and results of tools are not; no text is lost"
+CALLING = "calls of tools and replies are learned, questions and results are not; no text is lost, except beside a call"
 LAWS = (
     *(Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()),
     Law("chat_mask", "roles", ROLES, UNUSUAL, unusual, in_its_template),

@@ -231,7 +231,7 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
             micro-batches, where the model's logits are x Wᵀ. If it takes `all_reduce`, it is also called on several
             ranks, each with its own micro-batches: `all_reduce(tensor)` gives the sum over the ranks. These are called
             one after another: where a sum is not known yet, a call ends with an exception, and is made again later.
-            `rank` and `world_size` are passed if it takes them.
+            `rank` and `world_size` are passed if it takes them. Clipping is not part of it.
     """
     return check(step_fn, "accumulation", "ranks")
 
@@ -242,13 +242,14 @@ def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list
     White space next to an end token, such as the newline after it, may be learned or not. A template may refuse, with
     an error, a conversation that begins with the assistant or ends with the user, other roles than system, user and
     assistant, a system message in the middle, calls without content and several calls at once; of the first four it
-    may leave out what is not learned.
+    may leave out what is not learned. It may drop a text next to a call, as Mistral's does, and reasoning.
 
     Args:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the
             rendered text when they are joined, and whether each is learned. It is called with other words in place of
             the contents too, by which the contents are found. A template may strip white space around a content.
-        has_tools: check calls of tools and their results as well: messages with "tool_calls", and of the role "tool".
+        has_tools: check calls of tools and their results as well: messages with "tool_calls", a list of {"id", "type":
+            "function", "function": {"name", "arguments": {…}}}, and {"role": "tool", "tool_call_id", "name", "content"}
     """
     return check(render, "chat_mask", *(["chat_tools"] if has_tools else []))
 
@@ -267,7 +268,8 @@ def check_packing(
             with one document, it gives what the model gives for this document by itself. Dropout is off.
         vocabulary: tokens are drawn below it.
         parameters: tensors of PyTorch whose gradients are compared too; `run` must then record gradients.
-        lengths: those of the documents of batches to be tried as well, such as [(2000, 3)].
+        lengths: those of the documents of batches to be tried as well, such as [(2000, 3)]: pass some beyond your block
+            sizes and windows. The usual ones have up to 300 tokens.
     """
     return check((run, vocabulary, tuple(parameters)), "packing", sizes=lengths)
 
@@ -285,7 +287,7 @@ def check_generation(
             at each step; no token ends an answer.
         logits: tokens -> the logits (T, V) of the same model, all computed anew.
         vocabulary: tokens are drawn below it.
-        lengths: those of the prompts of batches to be tried as well.
+        lengths: those of the prompts of batches to be tried as well, as for `check_packing`.
     """
     return check((generate, logits, vocabulary), "generation", sizes=lengths)
 
@@ -373,8 +375,8 @@ def check_adapter_directory(path: str | Path) -> list[Report]:
 def on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adapt a callable on numpy arrays, such as one in JAX or MLX, and the layer that it returns, to be checked here.
 
-    Laws about gradients do not apply to it, except those of accumulation, whose result is the gradient. Of a pair adapt
-    each: (on_numpy(quantize), on_numpy(dequantize)).
+    Laws about gradients and bfloat16 do not apply to it, except accumulation, whose result is the gradient. Of a pair
+    adapt each: (on_numpy(quantize), on_numpy(dequantize)).
     """
     if not callable(function):
         raise TypeError(f"on_numpy takes one callable, found {type(function).__name__}: adapt each of a pair")

@@ -15,6 +15,7 @@ There are four kinds of comparisons, and a test uses no other: equal bits; two f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +95,8 @@ class Bounded:
 
     def total(self) -> Bounded:
         """Return the sum of all numbers, in any order, where each partial sum is rounded to `dtype`."""
-        ku = max(1, self.value.size) * self._unit
+        most = 48 if self.dtype in ("float16", "bfloat16") else math.inf  # sums in turn, as in PyTorch's blocks of 16³
+        ku = min(max(1, self.value.size), most) * self._unit
         magnitude, propagated = (abs(self.value) + self.error).sum(), self.error.sum()
         return self._rounded(self.value.sum(), propagated + ku / (1 - ku) * magnitude)
 

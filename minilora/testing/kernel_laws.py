@@ -26,7 +26,8 @@ RESULT = "the result"
 LARGE = " for 64 times the numbers"
 WAYS: dict[str, tuple[float, dict[str, Any]]] = {  # factor of the numbers, and how the function is called
     "": (1.0, {}),
-    " for half the numbers": (0.5, {}),
+    " for 1/64 of the numbers": (2.0**-6, {}),  # where an ε counts
+    " for 1/4096 of the numbers": (2.0**-12, {}),
     LARGE: (64.0, {}),
     " for zeros": (0.0, {}),
     " for views": (1.0, {"is_view": True}),
@@ -43,9 +44,9 @@ def check_kernel(
 ) -> Report:
     """Check a faster function against its definition: the result, and the gradients of tensors that require one.
 
-    It is called with the tensors, with half of their numbers, with 64 times them and with zeros, where the definition
-    is finite, with views that are not contiguous, without gradients, and with gradients of one tensor at a time. A
-    second call leaves the first result as it was. Integers stay as they are.
+    It is called with the tensors, with their numbers times 1/64, 1/4096, 64 and 0, where the definition is finite, with
+    views that are not contiguous, without gradients, and with gradients of one tensor at a time. A second call leaves
+    the first result as it was. Integers stay as they are.
 
     In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
     definition's own, plus its own when each of its operations is off by a unit in the last place, plus such a unit. In
@@ -163,7 +164,8 @@ class Call:
 
         allowed = MATHS * most
         if self.dtype != torch.float64:
-            allowed = 2 * error(self.plain) + torch.finfo(our.dtype).eps * most
+            info = torch.finfo(our.dtype)
+            allowed = 2 * error(self.plain) + info.eps * max(most, info.tiny)
             if worst(our, right, allowed)[0] > 1:
                 allowed += max(0.0, *map(error, self.moved))  # where NaN does not count
         return Bounded(right, np.full(right.shape, allowed))

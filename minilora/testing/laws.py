@@ -5,11 +5,12 @@ The laws themselves are in the files `*_laws`; `checks` has what is called.
 
 import functools
 import inspect
+import math
 import unittest
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ class CheckFailure(AssertionError):  # noqa: N818  # an assertion that failed, a
     Attributes:
         law: its id, such as "lora-gradients".
         case: the smallest case that fails.
-        causes: mistakes of the catalogue that have the same result in three quarters of the failing cases, and keep
-            what the implementation keeps of this law and of those before it, in the modes of the failing cases.
+        causes: mistakes of the catalogue that have the same result in three quarters of the failing cases, and in no
+            fewer than another, and keep what the implementation keeps of this law and of those before it, in the modes
+            of the failing cases.
     """
 
     def __init__(self, message: str, law: str, case: object, causes: tuple[str, ...] = ()):
@@ -183,15 +185,17 @@ class Law:
     def _failure(self, implementation: Any, failing: list[Tried], passing: list[Any]) -> CheckFailure:
         case, comparisons = failing[0]
         first = next(comparison for comparison in comparisons if not comparison.holds)
-        mistakes = {} if first.name == CALL else CATALOGUE.get(self.kind, {})  # no mistake of it is an exception
+        causes = less_precise(failing)
+        mistakes = {} if causes or first.name == CALL else CATALOGUE.get(self.kind, {})  # none of them is an exception
         modes, kept = dict.fromkeys(mode(example) for example, _ in failing), dict.fromkeys(map(mode, passing))
         comparable = [example for example in passing if mode(example) in modes]
-        causes = less_precise(failing) or tuple(
-            name
+        misses = {
+            name: self._misses(mistake, implementation, failing)
             for name, mistake in mistakes.items()
-            if self._explains(mistake, implementation, spread(failing))
+            if self._misses(mistake, implementation, spread(failing)) < math.inf
             and not self._breaks_more(mistake, implementation, comparable, tuple(modes))
-        )
+        }
+        causes += tuple(name for name, count in misses.items() if count == min(misses.values()))
         lines = [f"{self.id}: {first.name}: wrong", f"  law: {self.statement}", f"  {first.verdict[1]}"]
         if kept and not modes.keys() & kept.keys():
             lines.append(f"  only in the modes {', '.join(modes)}; right in {', '.join(kept)}")
@@ -226,11 +230,12 @@ class Law:
                 continue
         return False
 
-    def _explains(self, mistake: Any, implementation: Any, failing: Sequence[Tried]) -> bool:
-        """Return whether a mistake has the same result in 3/4 of the failing cases, which is far from right in one."""
+    def _misses(self, mistake: Any, implementation: Any, failing: Sequence[Tried]) -> float:
+        """Return in how many failing cases a mistake has another result: infinity above 1/4, or if none is far off."""
         misses, is_far = 0, False
         for case, ours in failing:
-            theirs, is_wrong = self.comparisons(self.like(implementation, mistake, case), case), False
+            theirs = islice(self.comparisons(self.like(implementation, mistake, case), case), len(ours))
+            is_wrong = False
             try:
                 for our, their in zip_longest(ours, theirs):
                     if our is None or their is None or not our.is_like(their.actual):
@@ -240,10 +245,10 @@ class Law:
                 else:  # all are the same
                     is_far = is_far or is_wrong
             except NotApplicable:
-                return False
+                return math.inf
             if 4 * misses > len(failing):
-                return False
-        return is_far
+                return math.inf
+        return misses if is_far else math.inf
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
