@@ -45,7 +45,8 @@ def check_kernel(
 
     It is called with the tensors, with half of their numbers, with 64 times them and with zeros, where the definition
     is finite, with views that are not contiguous, without gradients, and with gradients of one tensor at a time.
-    Another call leaves result and gradients as they were, and a retained graph has a second backward pass. Integers stay.
+    Another call leaves result and gradients as they were, and a retained graph has a second backward pass. Integers
+    stay as they are.
 
     In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
     definition's own, plus its own when each of its operations is off by a unit in the last place, plus such a unit. In
