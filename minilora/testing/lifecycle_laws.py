@@ -424,7 +424,13 @@ _CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
     "ab": _Q_UP,
     "b": {"r": 2, "lora_alpha": 1, "target_modules": ["up_proj", "down_proj"]},
 }
-_SEVERAL = [AdaptedModel(_CONFIGS)]
+
+
+def _several(**more: Any) -> AdaptedModel:
+    return AdaptedModel({name: {**config, **more} for name, config in _CONFIGS.items()})
+
+
+_SEVERAL = [_several()]
 _MORE: dict[str, dict[str, Any]] = {
     "whole_norm": {"modules_to_save": ["norm"]},
     "bias": {"bias": "lora_only"},
@@ -446,9 +452,8 @@ LAWS = (
     Law("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, unpacked(disabled)),
     Law("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, unpacked(deleted)),
     *(
-        Law("adapters", name, f"{_SWITCH}, with {[*more][0]} too", [AdaptedModel(configs)], unpacked(all_of_adapters))
+        Law("adapters", name, f"the three, where {name} is trained too", [_several(**more)], unpacked(all_of_adapters))
         for name, more in _MORE.items()
-        for configs in [{own: {**config, **more} for own, config in _CONFIGS.items()}]
     ),
     Law("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, unpacked(cycles_of_floats)),
     Law("merge_cycle", "16-bit", f"{_CYCLE} of 16 bits, without drift", _16, unpacked(cycles_of_floats)),
