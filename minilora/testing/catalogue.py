@@ -164,8 +164,8 @@ EITHER: Mapping[str, Make] = {
     ),
     "the bias is missing": lora(lora_sum),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
-    "the bias is multiplied by the scale": lora(
-        lambda self, x: lora_sum(self, x) + self.scale * plus_bias(self, 0 * x[..., :1])
+    "the bias is multiplied by s": lora(
+        lambda self, x: lora_sum(self, x) + (0 if self.b is None else self.scale * self.b)
     ),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
     "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
@@ -274,9 +274,7 @@ MERGE: Mapping[str, Make] = {
 MERGE_DORA: Mapping[str, Make] = {
     **MERGE,
     "the magnitude is ignored": lambda W, A, B, scale, magnitude: merge(W, A, B, scale),
-    "columns are normalized instead of rows": lambda W, A, B, scale, m: (
-        m[:, None] * merge(W, A, B, scale) / merge(W, A, B, scale).norm(dim=0)
-    ),
+    "columns are normalized instead of rows": lambda W, A, B, s, m: m[:, None] * F.normalize(merge(W, A, B, s), dim=0),
     "the norm is that of W": lambda W, A, B, scale, m: (m / W.norm(dim=1))[:, None] * merge(W, A, B, scale),
 }
 

@@ -118,10 +118,7 @@ class Call:
         return [nn.Parameter(copy, tensor.requires_grad) for copy, tensor in zip(copies, self.tensors, strict=True)]
 
     def results(self, function: Callable[..., Any], tensors: Sequence[Tensor], other: Any = nullcontext) -> Results:
-        """Return the result of a function and the gradients that there are; what comes in is drawn, and rounded.
-
-        After an `other` call there are two backward passes.
-        """
+        """Return a result and the gradients that there are; after an `other` call, those of a second backward pass."""
         with self.context():
             y = function(*tensors)
         other()

@@ -259,10 +259,7 @@ def cycles(
         error = y.error + allowed.T * (merges if adds_up else min(merges, 1))
         return Comparison(f"layer(1), the weight that is applied, {when}", layer(x), replace(y, error=error))
 
-    def trains() -> int:
-        return sum(leaf.numel() for leaf in leaves(layer(x))) if parts else 0
-
-    factor, before = 1.0, trains()
+    factor, before = 1.0, len(leaves(layer(x))) if parts else 0
     for i in range(CYCLES + 1):
         if trained and i > 1:  # the first merge has to keep B as it was
             factor = (-1) ** i * (1 - i / (3 * CYCLES))
@@ -276,7 +273,8 @@ def cycles(
             yield applied(f"merged after {i} cycles", merges=i + 1)
         layer = changed(layer, unmerge(layer))
         set_mode(layer, training=True)
-    yield claim("what is trained", "" if trains() == before else f"found {trains()} numbers, and {before} at first")
+    after = len(leaves(layer(x))) if parts else 0
+    yield claim("what is trained", "" if after == before else f"found {after} tensors, and {before} at first")
 
 
 # --- stopped and resumed, recomputed ---
@@ -401,15 +399,13 @@ def on_ranks(step_fn: Call, case: MicroBatches, world_size: int) -> list[Any]:
 
 # --- the tables ---
 
-_PATTERNS = {
-    "rank_pattern": {"layers.1.q_proj": 5, "up_proj": 2},
-    "alpha_pattern": {"q_proj": 1, "layers.0.up_proj": 7.5},
-}
 _SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
     "alpha": {},
     "rslora": {"use_rslora": True},
-    "patterns": _PATTERNS,
-    "rslora_patterns": {"use_rslora": True, **_PATTERNS},
+    "patterns": {
+        "rank_pattern": {"layers.1.q_proj": 5, "up_proj": 2},
+        "alpha_pattern": {"q_proj": 1, "layers.0.up_proj": 7.5},
+    },
     "expression": {"target_modules": r".*layers\.1\.(q|up)_proj"},
     "whole_norm": {"modules_to_save": ["norm"]},
     "tied_head": {"target_modules": ["up_proj", "lm_head"]},
@@ -426,16 +422,11 @@ _CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
 }
 
 
-def _several(**more: Any) -> AdaptedModel:
-    return AdaptedModel({name: {**config, **more} for name, config in _CONFIGS.items()})
+def _several(**more: Any) -> list[AdaptedModel]:
+    return [AdaptedModel({name: {**config, **more} for name, config in _CONFIGS.items()})]
 
 
-_SEVERAL = [_several()]
-_MORE: dict[str, dict[str, Any]] = {
-    "whole_norm": {"modules_to_save": ["norm"]},
-    "bias": {"bias": "lora_only"},
-    "dora": {"use_dora": True},
-}
+_SEVERAL = _several()
 _SWITCH = "a new adapter changes nothing; after a switch one acts, and only it is trained"
 _LOADED = "what is saved and loaded, once and twice, computes the same"
 _CYCLE = f"merged the layer applies W + s·B A, and unmerged W again, in {CYCLES} cycles"
@@ -452,8 +443,8 @@ LAWS = (
     Law("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, unpacked(disabled)),
     Law("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, unpacked(deleted)),
     *(
-        Law("adapters", name, f"the three, where {name} is trained too", [_several(**more)], unpacked(all_of_adapters))
-        for name, more in _MORE.items()
+        Law("adapters", name, f"all this, with {name}={value!r}", _several(**{name: value}), unpacked(all_of_adapters))
+        for name, value in (("modules_to_save", ["norm"]), ("bias", "lora_only"), ("use_dora", True))
     ),
     Law("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, unpacked(cycles_of_floats)),
     Law("merge_cycle", "16-bit", f"{_CYCLE} of 16 bits, without drift", _16, unpacked(cycles_of_floats)),

@@ -31,12 +31,7 @@ SHAPES = (  # lead, in, out, r: from small to large; square ones, in which excha
     ((3, 100), 9, 530, 24),
     ((2,), 600, 24, 6),
 )
-WEIGHTS: dict[int, LayerKind] = {
-    5: "tiny_rows",
-    6: "tiny_update",
-    8: "outlier",
-    13: "outlier",
-}  # of SHAPES; the others are normal
+WEIGHTS: dict[int, LayerKind] = {5: "small", 6: "tiny_update", 8: "outlier", 13: "outlier"}  # of SHAPES; else normal
 LEADS = ((), (0,), (3, 1), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several, one token
 FACTORS = {"lora": ("A", "B"), "dora": ("A", "B", "magnitude")}
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away; fewer of very wide layers

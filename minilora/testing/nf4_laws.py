@@ -196,12 +196,7 @@ _LINEAR4BIT = (
     ("shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, both(product, input_gradient)),
     ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both(product, input_gradient)),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
-    (
-        "double_quant",
-        f"{_LINEAR} and {_DX}, with 8-bit absmaxes",
-        NESTED,
-        both(product, both(input_gradient, packed_frozen)),
-    ),
+    ("double_quant", f"{_LINEAR} and {_DX}, with 8-bit absmaxes", NESTED, both(product, input_gradient)),
     ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, both(product, input_gradient)),
 )
 LAWS = (
