@@ -69,8 +69,8 @@ class AdaptedLinear:
     The scale s is α/r, or α/√r with `use_rslora`; `alpha` follows from it. The arrays are float64, rounded to `dtype`:
     W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
 
-    Weights are those of `hard_weight`; an outlier is in x as well; tiny_update: B is a hundred thousand times smaller, and
-    small: B and W are.
+    Weights are those of `hard_weight`; an outlier is in x as well; tiny_update: B is a hundred thousand times smaller,
+    small: W and B are.
     """
 
     method: Method = "lora"
