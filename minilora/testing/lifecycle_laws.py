@@ -427,6 +427,7 @@ def _several(**more: Any) -> list[AdaptedModel]:
 
 
 _SEVERAL = _several()
+_MORE = (("whole_norm", "modules_to_save", ["norm"]), ("bias", "bias", "lora_only"), ("dora", "use_dora", True))
 _SWITCH = "a new adapter changes nothing; after a switch one acts, and only it is trained"
 _LOADED = "what is saved and loaded, once and twice, computes the same"
 _CYCLE = f"merged the layer applies W + s·B A, and unmerged W again, in {CYCLES} cycles"
@@ -443,8 +444,8 @@ LAWS = (
     Law("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, unpacked(disabled)),
     Law("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, unpacked(deleted)),
     *(
-        Law("adapters", name, f"all this, with {name}={value!r}", _several(**{name: value}), unpacked(all_of_adapters))
-        for name, value in (("modules_to_save", ["norm"]), ("bias", "lora_only"), ("use_dora", True))
+        Law("adapters", name, f"all this, with {key}", _several(**{key: value}), unpacked(all_of_adapters))
+        for name, key, value in _MORE
     ),
     Law("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, unpacked(cycles_of_floats)),
     Law("merge_cycle", "16-bit", f"{_CYCLE} of 16 bits, without drift", _16, unpacked(cycles_of_floats)),
