@@ -88,9 +88,11 @@ def disabled(model):
     before = {layer: layer.active for layer in layers(model).values()}
     for layer in before:
         layer.active = None
-    yield
-    for layer, active in before.items():
-        layer.active = active
+    try:
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.active = active
 
 
 def delete(model, name):

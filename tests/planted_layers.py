@@ -112,6 +112,22 @@ class FrozenByEvaluation(LoRALayer):
         return super().train(mode)
 
 
+class TrainReturnsNothing(LoRALayer):
+    def train(self, mode=True):
+        super().train(mode)
+
+
+class Unregistered(nn.Module):
+    """A module that keeps a layer in a list, where `parameters()` does not find it."""
+
+    def __init__(self, *tensors, **options):
+        super().__init__()
+        self.layers = [LoRALayer(*tensors, **options)]
+
+    def forward(self, x):
+        return self.layers[0].train(self.training)(x)
+
+
 class TrainedScale(LoRALayer):
     def __init__(self, *tensors, **options):
         super().__init__(*tensors, **options)
@@ -166,6 +182,12 @@ def cached_by_B(self, x):
     cached = kept(self, "merged", dict)
     key = self.B.detach().double().numpy().tobytes()
     return F.linear(x, cached.setdefault(key, (self.W + self.scale * self.B @ self.A).detach()), self.b)
+
+
+def merged_with_its_graph(self, x):
+    if self.training:
+        return self(x)
+    return F.linear(x, kept(self, "merged", lambda: self.W + self.scale * self.B @ self.A), self.b)
 
 
 def contiguous_dy(self, x):
@@ -226,6 +248,12 @@ OWN = {
     "dropout of at most a half": lora(
         lambda self, x: base(self, x) + delta(self, F.dropout(x, min(self.p, 0.5), self.training))
     ),
+    "no dropout below a tenth": lora(
+        lambda self, x: base(self, x) + delta(self, drop(self, x) if self.p >= 0.1 else x)
+    ),
+    "in evaluation mode a merged weight with the graph of the first call": lora(merged_with_its_graph),
+    "train() returns nothing": TrainReturnsNothing,
+    "A and B that parameters() does not have": Unregistered,
     "x read as if it were contiguous": lora(lambda self, x: self(packed(x))),
     "A read as if it were contiguous": lambda W, b, A, B, alpha: (
         lambda x: F.linear(x, W, b) + alpha / len(A) * F.linear(F.linear(x, packed(A)), B)
@@ -290,6 +318,7 @@ OWN_DORA = {
             self.m / kept(self, "norm", lambda: adapted(self).norm(dim=1).detach()) if self.training else factor(self)
         )
     ),
+    "the norm is at least 1e-4": with_factor(lambda self: self.m / adapted(self).norm(dim=1).detach().clamp(min=1e-4)),
     "no dm in 16 bits": with_factor(lambda self: factor(self).detach() if self.m.dtype in HALF else factor(self)),
     "a gradient through the norm in training": with_factor(
         lambda self: self.m / adapted(self).norm(dim=1) if self.training else factor(self)

@@ -110,7 +110,7 @@ TENSORS = {  # config of the adapter, change of its tensors, the law that finds 
         {},
         renamed(f"{PREFIX}model.", f"{PREFIX}_orig_mod.model."),
         "names",
-        ["without _orig_mod, which wrapped"],
+        ["in the plain model, without _orig_mod"],
     ),
     "sharded": ({}, renamed(".q_proj", "._fsdp_wrapped_module.q_proj"), "names", ["without _fsdp_wrapped_module"]),
     "adapted twice": (
@@ -148,7 +148,19 @@ TENSORS = {  # config of the adapter, change of its tensors, the law that finds 
     "no head": ({"modules_to_save": ("lm_head",)}, without(f"{HEAD}.weight"), "modules_to_save", ["found 'lm_head'"]),
     "rows": ({"trainable_token_indices": (7, 2)}, replaced(ROWS, lambda rows: rows[1:]), "rows", ["found [7, 2]"]),
     "other modules": ({}, renamed("q_proj", "query"), "targets", ["self_attn.query too", "found 'q_proj', accepted"]),
-    "start": ({}, zero, "trained", ["found A or B = 0 in every module"]),
+    "PEFT's own name": (
+        {"modules_to_save": ("norm",)},
+        renamed("model.norm.", "model.norm.modules_to_save.default."),
+        "names",
+        ["in the plain model, without modules_to_save"],
+    ),
+    "start": ({}, zero, "trained", ["found A or B = 0 in every q_proj", "in every up_proj"]),
+    "start of one": (
+        {},
+        lambda tensors: {name: tensor * ("q_proj.lora_B" not in name) for name, tensor in tensors.items()},
+        "trained",
+        ["found A or B = 0 in every q_proj"],
+    ),
 }
 
 

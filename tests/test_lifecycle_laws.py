@@ -43,6 +43,7 @@ CONFIG, KEY, STORED = 'config = model.configs["default"]', 'f"{where}.{key}"', '
 COPY = f"tensor.copy_({STORED})"
 TRAINS, ATTACHED = "requires_grad_(other == name)", "    switch(model, name)\n\n\ndef layer_of"
 REMOVED = "if name in layer.own:\n            del layer.own[name]\n        layer.scales.pop(name, None)"
+YIELD = "        yield"
 ADD, RESTORE = "self.W += self.scale * self.B @ self.A", "self.W.copy_(self.kept)"
 MERGED, UNMERGED = "(self.W + self.scale * self.B @ self.A)", "(self.W - self.scale * self.B @ self.A)"
 NF4 = (
@@ -63,6 +64,7 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
     "roundtrip": {
         "alpha is not saved": after(CONFIG, 'config = {**config, "lora_alpha": 8}'),
         "rsLoRA is not saved": after(CONFIG, 'config = {**config, "use_rslora": False}'),
+        "alpha is saved as a multiple of r": after(CONFIG, 'config = {**config, "lora_alpha": config["r"] * 3}'),
         "alpha of patterns is not saved": after(CONFIG, 'config = {**config, "alpha_pattern": {}}'),
         "alpha is lost by what is loaded": after(
             'attach(model, **stored["config"])', CONFIG, 'config["lora_alpha"] = 1'
@@ -116,8 +118,12 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
         "the first one acts after a disabled one": {
             "layer.active = active": "layer.active = next(iter(model.configs))"
         },
-        "disabling freezes": {"    yield\n": "    yield\n    model.requires_grad_(False)\n"},
-        "disabling unfreezes the base": {"    yield\n": "    yield\n    model.requires_grad_(True)\n"},
+        "disabling freezes": after(YIELD, "model.requires_grad_(False)"),
+        "disabling unfreezes the base": after(YIELD, "model.requires_grad_(True)"),
+        "an error leaves all disabled": {"    finally:": "    except ZeroDivisionError:\n        pass\n    else:"},
+        "what is trained in full is not disabled": {
+            "for layer in before:": "for layer in (own for own in before if own.scales):"
+        },
         "what is deleted still acts": {
             "if name in layer.own:\n": "if name in layer.own and layer.active != name:\n",
             "layer.scales.pop(name, None)": "",
@@ -144,6 +150,10 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
             ADD: 'self.update = getattr(self, "update", self.scale * self.B @ self.A); self.W += self.update'
         },
         "a merge replaces W": {ADD: "self.W.copy_(self.scale * self.B @ self.A)"},
+        "unmerging trains W": after(RESTORE, "self.W.requires_grad_(True)"),
+        "in evaluation mode it stays merged": {
+            RESTORE: f"if not self.training:\n            return\n        {RESTORE}"
+        },
         "a merge clears B": after(ADD, "self.B.zero_()"),
         "a merge adds the bias": {
             "return y if self": "y = y if self.kept is None or self.b is None else y + self.b; return y if self"

@@ -244,6 +244,29 @@ def with_a_workspace():
     return kernel
 
 
+def with_a_gradient_in_a_workspace():
+    workspace = torch.empty(8, 16)
+
+    def kernel(x, W):
+        own = x.view_as(x)
+        if own.requires_grad:
+            own.register_hook(workspace.copy_)
+        return softmax(own, W)
+
+    return kernel
+
+
+def with_one_backward_pass():
+    seen = set()
+
+    def slope(p, dy):
+        dz = 0 * dy if p.data_ptr() in seen else rule(p, dy)
+        seen.add(p.data_ptr())
+        return dz
+
+    return with_slope(slope)
+
+
 def by_powers(x, W):
     e = (x @ W).exp()
     return e / e.sum(-1, keepdim=True)
@@ -252,6 +275,8 @@ def by_powers(x, W):
 KERNELS = {
     "the second call": keeping_the_first,
     "the result of the call before": with_a_workspace,
+    "the gradient of the call before": with_a_gradient_in_a_workspace,
+    "a second backward pass": with_one_backward_pass,
     "under no_grad": lambda: lambda x, W: softmax(x * (1 if torch.is_grad_enabled() else 2), W),
     "strides": lambda: lambda x, W: softmax(torch.as_strided(x, (8, 16), (16, 1)), W),
     "overflow": lambda: by_powers,

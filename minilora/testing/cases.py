@@ -11,7 +11,7 @@ import torch
 from minilora.testing.compare import Array, Bounded
 
 WeightKind = Literal["normal", "outlier", "constant", "tiny", "rank_deficient", "huge_ratio"]
-LayerKind = WeightKind | Literal["tiny_update"]
+LayerKind = WeightKind | Literal["tiny_update", "small"]
 Method = Literal["lora", "dora"]
 Mode = Literal["train", "eval", "no_grad", "inference", "again", "back", "strided"]
 MODES: dict[Mode, str] = {  # how a layer is called
@@ -69,7 +69,8 @@ class AdaptedLinear:
     The scale s is α/r, or α/√r with `use_rslora`; `alpha` follows from it. The arrays are float64, rounded to `dtype`:
     W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
 
-    Weights are those of `hard_weight`; an outlier is in x as well; tiny_update: B is a hundred thousand times smaller.
+    Weights are those of `hard_weight`; an outlier is in x as well; tiny_update: B is a hundred thousand times smaller,
+    small: W and B are.
     """
 
     method: Method = "lora"
@@ -101,8 +102,10 @@ class AdaptedLinear:
         }
         if self.weight == "outlier":
             drawn["x"][..., rng.integers(self.inner)] *= 100
-        if self.weight == "tiny_update":
+        if self.weight in ("tiny_update", "small"):
             drawn["B"] *= 1e-5
+        if self.weight == "small":
+            drawn["W"] *= 1e-5
         changes = {name: np.frombuffer(numbers).copy().reshape(drawn[name].shape) for name, numbers in self.changes}
         arrays = {name: rounded(array, self.dtype) for name, array in {**drawn, **changes}.items()}
         if not self.has_magnitude:

@@ -152,6 +152,7 @@ EITHER: Mapping[str, Make] = {
     "the scale is α: it is not divided by r": with_scale(lambda alpha, r: alpha),  # Blaizzy/mlx-vlm#845
     "the scale is missing": with_scale(lambda alpha, r: 1.0),
     "the update is missing": lora(base),
+    "the update is added twice": rescaled(lambda self: 2.0),
     "a square B A is transposed": with_update(  # microsoft/LoRA#61
         lambda self, x: self.scale * F.linear(x, transposed(self, self.B @ self.A))
     ),
@@ -163,6 +164,9 @@ EITHER: Mapping[str, Make] = {
     ),
     "the bias is missing": lora(lora_sum),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
+    "the bias is multiplied by s": lora(
+        lambda self, x: lora_sum(self, x) + (0 if self.b is None else self.scale * self.b)
+    ),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
     "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
     "dropout is applied in evaluation mode": with_update(  # karpathy/nanoGPT#240
@@ -246,10 +250,15 @@ DORA: Mapping[str, Make] = {
     "columns are normalized instead of rows": dora(  # catid/dora#4, nbasyl/DoRA#1
         lambda self, x: plus_bias(self, self.m * lora_sum(self, x / adapted(self).norm(dim=0).detach()))
     ),
+    "the norm lacks the scale": with_factor(lambda self: self.m / (self.W + self.B @ self.A).norm(dim=1).detach()),
+    "the magnitude is |m|": with_factor(lambda self: self.m.abs() / adapted(self).norm(dim=1).detach()),
     "the norm is that of W": with_factor(lambda self: self.m / self.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
     "the gradient goes through the norm": with_factor(lambda self: self.m / adapted(self).norm(dim=1)),
     "the norm of the first call is kept": with_factor(norm_of_the_first_call),
     "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, lora_sum(self, x))),
+    "dropout is applied to the input of the base": dora(
+        lambda self, x: plus_bias(self, factor(self) * F.linear(drop(self, x), adapted(self)))
+    ),
     "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
     "the scale is α/r in spite of use_rslora": without_rslora(DoRALayer),
     "the base weight is trained": with_trained_weight(DoRALayer),
@@ -265,6 +274,8 @@ MERGE: Mapping[str, Make] = {
 MERGE_DORA: Mapping[str, Make] = {
     **MERGE,
     "the magnitude is ignored": lambda W, A, B, scale, magnitude: merge(W, A, B, scale),
+    "columns are normalized instead of rows": lambda W, A, B, s, m: m[:, None] * F.normalize(merge(W, A, B, s), dim=0),
+    "the norm is that of W": lambda W, A, B, scale, m: (m / W.norm(dim=1))[:, None] * merge(W, A, B, scale),
 }
 
 Adapters = Sequence[tuple[Tensor, Tensor, float]]
@@ -365,10 +376,7 @@ DOUBLE_QUANT: Mapping[str, Pair] = {
         dequantize=lambda codes, scales, offset: double_dequantize(codes, scales, 0 * offset)
     ),
     "the scale is the largest absmax - offset, without its absolute value": double(scale=lambda blocks: blocks.amax(1)),
-    "one scale is used for all absmaxes": double(
-        dequantize=lambda codes, scales, *rest: double_dequantize(codes, scales.expand(-(-len(codes) // 256)), *rest),
-        scale=lambda blocks: blocks.abs().max()[None],
-    ),
+    "one scale is used for all absmaxes": double(scale=lambda blocks: blocks.abs().max().expand(len(blocks))),
     "the absmaxes that were given are changed": double(quantize=in_place(double_quantize)),  # bitsandbytes#1863
 }
 

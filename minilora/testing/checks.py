@@ -148,7 +148,7 @@ def check_lora_linear(
     Args:
         make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
             takes `dropout` or `use_rslora` too, those are passed. It may contain A and B, or parameters equal to them,
-            to their transposes, or to their rows in several parts.
+            to their transposes, or to their rows in several parts; a module's `parameters()` has what is trained.
         use_rslora: check the scale of rsLoRA.
         sizes: (in, out, r) to try in addition to the usual ones, which have up to 600 features and rank 40.
     """
@@ -205,6 +205,8 @@ def check_double_quant(quantize: Callable[..., Any], dequantize: Callable[..., A
 
 def check_linear4bit(make_layer: Callable[..., Any]) -> list[Report]:
     """Check a linear layer with a frozen 4-bit weight: y = x dequantize(quantize(W))ᵀ + b, dx = dy dequantize(…).
+
+    In 16 bits only a whole sum is rounded: parts of dx that are rounded one by one, as of chunks of W, are less exact.
 
     Args:
         make_layer: (W, b) -> a layer, a callable of x (..., in), in blocks of 64; b may be None. If it takes
@@ -315,6 +317,8 @@ def check_adapters(
 ) -> list[Report]:
     """Check which of several adapters acts, and that it is what is trained, after each is added, chosen or deleted.
 
+    A new adapter may act at once or not. `.grad` of what no longer acts is not looked at.
+
     Args:
         attach: (model, name=…, **config) -> the model with one more adapter, as for `check_roundtrip`.
         switch: (model, name): from now on this adapter acts and is trained, and no other.
@@ -329,7 +333,7 @@ def check_merge_cycle(
 ) -> list[Report]:
     """Check that a merged layer applies W + s·B A, and unmerged W again, also after 100 cycles.
 
-    Errors of subtracting s·B A may add up in float32, but not in 16 or 4 bits.
+    Errors of subtracting s·B A may add up in float32, but not in 16 or 4 bits. A merged weight may be in 4 bits again.
 
     Args:
         make_layer: as for `check_lora_linear`. If it takes `quantize`, "nf4" is passed for a base in 4 bits, in blocks

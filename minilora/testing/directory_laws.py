@@ -31,7 +31,7 @@ ROWS = "token_adapter.trainable_tokens_delta"
 BASE_WEIGHT = "base_layer.weight"
 PARTS = (A, B, *OF_EMBEDDINGS, BIAS_OF_B, MAGNITUDE, BASE_WEIGHT, BASE_BIAS, ROWS)  # ends of names
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of a model that was wrapped when saved
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "modules_to_save", "original_module")
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
 SHOWN = 10  # problems of one law at most
 Problems = Iterator[str]  # what is wrong
@@ -126,7 +126,7 @@ def names(adapter: Adapter) -> Problems:
         if not name.startswith(PREFIX):
             yield f"{name}: accepted are names that begin with {PREFIX}; PEFT only warns of others"
         if wrappers := [part for part in name.split(".") if part in WRAPPERS]:
-            yield f"{name}: accepted is the name without {wrappers[0]}, which wrapped the model"
+            yield f"{name}: accepted is the name in the plain model, without {wrappers[0]}"
     for where, own in adapter.parts.items():
         outer, inside, _ = where.partition(".base_layer")
         if inside and outer not in adapter.parts:
@@ -234,8 +234,9 @@ def targets(adapter: Adapter) -> Problems:
 
 
 def trained(adapter: Adapter) -> Problems:
-    if adapter.factors and not any(lora_A.any() and lora_B.any() for lora_A, lora_B in adapter.factors.values()):
-        yield "found A or B = 0 in every module, as before training, accepted is one where neither is 0"
+    found = [(path.rpartition(".")[2], bool(a.any() and b.any())) for path, (a, b) in adapter.factors.items()]
+    for kind in sorted(dict(found).keys() - {kind for kind, is_trained in found if is_trained}):
+        yield f"found A or B = 0 in every {kind}, as before training, accepted is one where neither is 0"
 
 
 def matching(adapter: Adapter) -> str:
@@ -312,5 +313,5 @@ LAWS = (
     _law("modules_to_save", CONFIG, "each entry of modules_to_save has tensors", whole_modules),
     _law("rows", CONFIG, "there is a row for each token of trainable_token_indices", rows),
     _law("targets", CONFIG, "target_modules matches the adapted modules, and each entry one of them", targets),
-    _law("trained", WEIGHTS, "the adapter changes the model: in some module neither A nor B is 0", trained),
+    _law("trained", WEIGHTS, "all modules of one name were trained: in one of them neither A nor B is 0", trained),
 )

@@ -45,8 +45,8 @@ def check_kernel(
     """Check a faster function against its definition: the result, and the gradients of tensors that require one.
 
     It is called with the tensors, with their numbers times 1/64, 1/4096, 64 and 0, where the definition is finite, with
-    views that are not contiguous, without gradients, and with gradients of one tensor at a time. A second call leaves
-    the first result as it was. Integers stay as they are.
+    views that are not contiguous, without gradients, and with gradients of one tensor at a time. Another call leaves
+    result and gradients as they were, and a retained graph has a second backward pass. Integers stay as they are.
 
     In float64 both agree to 1e-11. In other dtypes the kernel's error to the definition in float64 is at most twice the
     definition's own, plus its own when each of its operations is off by a unit in the last place, plus such a unit. In
@@ -117,30 +117,37 @@ class Call:
             copies = [strided(copy) if copy.is_floating_point() else copy for copy in copies]
         return [nn.Parameter(copy, tensor.requires_grad) for copy, tensor in zip(copies, self.tensors, strict=True)]
 
-    def results(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Results:
-        """Return the result of a function and the gradients that there are; what comes in is drawn, and rounded."""
+    def results(self, function: Callable[..., Any], tensors: Sequence[Tensor], other: Any = nullcontext) -> Results:
+        """Return a result and the gradients that there are; after an `other` call, those of a second backward pass."""
         with self.context():
             y = function(*tensors)
+        other()
         trained = {f"the gradient of tensor {i}": tensor for i, tensor in enumerate(tensors) if tensor.requires_grad}
         if not y.requires_grad:
             return {RESULT: y}
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(self.dtype)
         dy = strided(dy.to(y)) if self.is_view else dy.to(y, copy=True)
-        grads = torch.autograd.grad(y, [*trained.values()], dy, allow_unused=True)
+        for _ in range(1 if other is nullcontext else 2):
+            grads = torch.autograd.grad(y, [*trained.values()], dy, retain_graph=True, allow_unused=True)
         found = {name: grad for name, grad in zip(trained, grads, strict=True) if grad is not None}
         return {RESULT: y, **found, "the gradient from above, which is only read,": dy}
 
     def compare(self, kernel: Callable[..., Any], way: str) -> Iterator[Comparison]:
         if way and not all(result.isfinite().all() for result in self.plain.values()):
             return
-        given = self.copies()
+        given, others = self.copies(), replace(self, tensors=times(0.5, self.tensors)).copies()
         ours = self.results(kernel, given)
-        before, others = as_array(ours[RESULT]).copy(), replace(self, tensors=times(0.5, self.tensors)).copies()
-        with self.context():
-            kernel(*others)
-        yield Comparison(f"{RESULT}{way} after another call", ours[RESULT], before)
         for i, (own, tensor) in enumerate(zip(given, self.tensors, strict=True)):
             yield Comparison(f"tensor {i}{way}, which is only read", own, as_array(tensor))
+        yield from self.compare_results(ours, way)
+        before = {name: as_array(own).copy() for name, own in ours.items()}
+        self.results(kernel, others)
+        for name, own in ours.items():
+            yield Comparison(f"{name}{way} after another call", own, before[name])
+        later = self.results(kernel, given, lambda: self.results(kernel, others))
+        yield from self.compare_results(later, f"{way} of a second backward pass, after those of another call")
+
+    def compare_results(self, ours: Results, way: str) -> Iterator[Comparison]:
         for name, their in self.plain.items():
             if name not in ours:
                 yield claim(f"{name}{way}", "found no gradient")
@@ -148,7 +155,7 @@ class Call:
             our = ours[name]
             problem = "" if our.dtype == their.dtype else f"found {our.dtype}, expected {their.dtype}"
             yield claim(f"the dtype of {name}{way}", problem)
-            if way == LARGE and name != RESULT:  # of a softmax with one probability of 1 it is a rounding error
+            if way.startswith(LARGE) and name != RESULT:  # of one probability of 1 in a softmax: a rounding error
                 yield claim(f"{name}{way}", "" if our.isfinite().all() else "found infinity or NaN")
                 continue
             our = our if name == RESULT else our.to(self.dtype)  # that of a wider tensor is computed in this dtype, too

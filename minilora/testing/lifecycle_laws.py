@@ -25,7 +25,7 @@ from minilora.testing.cases import AdaptedLinear, scaled, tensor
 from minilora.testing.compare import PARITY, UNITS, Array, Bounded, as_array
 from minilora.testing.data_laws import BATCHES, EMPTY, MicroBatches, tensors
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, unpacked
-from minilora.testing.lora_laws import linear_cases, make_layer, set_mode
+from minilora.testing.lora_laws import leaves, linear_cases, make_layer, set_mode
 from minilora.testing.nf4_cases import NF4Weight
 from minilora.testing.sequence_laws import near
 
@@ -162,6 +162,7 @@ class Several:
         acting = [other for other, own in self.right.items() if is_same(y, own)]
         trained = [other for other, own in self.right.items() if not is_same(own, before[other])]
         found = f"found that {acting or 'nothing'} acts, and that a step changes {trained or 'nothing'}"
+        found += "" if name else "; or a new one does not begin as the base"
         yield claim(f"what is trained {when}", "" if acting == trained else found)
 
 
@@ -189,10 +190,13 @@ def disabled(case: AdaptedModel, attach: Call, switch: Call, disable: Call | Non
         raise NotApplicable("no `disabled` was given")
     state = several(case, attach, switch)
     for name in case.configs:
-        switch(state.model, name)
-        with disable(state.model):
-            yield same(f"the logits with {name!r} disabled", logits(state.model), logits(case.build()))
-        yield from state.acts(f"after {name!r} was disabled", name)
+        for is_interrupted in (False, True):
+            switch(state.model, name)
+            with suppress(InterruptedError), disable(state.model):
+                yield same(f"the logits with {name!r} disabled", logits(state.model), logits(case.build()))
+                if is_interrupted:
+                    raise InterruptedError
+            yield from state.acts(f"after {name!r} was disabled" + ", until an error" * is_interrupted, name)
 
 
 def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call | None) -> Results:
@@ -209,6 +213,12 @@ def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call
             state.add(again)
             switch(state.model, again)
             yield from state.acts(f"after adding {again!r} again", again)
+
+
+def all_of_adapters(case: AdaptedModel, *functions: Any) -> Results:
+    for part in (switched, disabled, deleted):
+        with suppress(NotApplicable):
+            yield from part(case, *functions)
 
 
 # --- merged and unmerged ---
@@ -249,7 +259,7 @@ def cycles(
         error = y.error + allowed.T * (merges if adds_up else min(merges, 1))
         return Comparison(f"layer(1), the weight that is applied, {when}", layer(x), replace(y, error=error))
 
-    factor = 1.0
+    factor, before = 1.0, len(leaves(layer(x))) if parts else 0
     for i in range(CYCLES + 1):
         if trained and i > 1:  # the first merge has to keep B as it was
             factor = (-1) ** i * (1 - i / (3 * CYCLES))
@@ -257,10 +267,14 @@ def cycles(
                 part.data.copy_(factor * B)
         if i in (0, 1, CYCLES):
             yield applied(f"after {i} cycles", merges=i)
+        set_mode(layer, training=i % 3 > 0)
         layer = changed(layer, merge(layer))
         if i in (0, CYCLES):
             yield applied(f"merged after {i} cycles", merges=i + 1)
         layer = changed(layer, unmerge(layer))
+        set_mode(layer, training=True)
+    after = len(leaves(layer(x))) if parts else 0
+    yield claim("what is trained", "" if after == before else f"found {after} tensors, and {before} at first")
 
 
 # --- stopped and resumed, recomputed ---
@@ -390,7 +404,7 @@ _SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
     "rslora": {"use_rslora": True},
     "patterns": {
         "rank_pattern": {"layers.1.q_proj": 5, "up_proj": 2},
-        "alpha_pattern": {"q_proj": 1, "layers.0.up_proj": 30},
+        "alpha_pattern": {"q_proj": 1, "layers.0.up_proj": 7.5},
     },
     "expression": {"target_modules": r".*layers\.1\.(q|up)_proj"},
     "whole_norm": {"modules_to_save": ["norm"]},
@@ -400,14 +414,20 @@ _SAVED: dict[str, dict[str, Any]] = {  # what is saved: settings of an adapter
     "bias": {"bias": "lora_only"},
     "dora": {"use_dora": True},
 }
-_Q_UP = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "up_proj"]}
+_Q_UP = {"r": 3, "lora_alpha": 10, "target_modules": ["q_proj", "up_proj"]}
 _CONFIGS: dict[str, dict[str, Any]] = {  # one name begins with another
     "a": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]},
     "ab": _Q_UP,
     "b": {"r": 2, "lora_alpha": 1, "target_modules": ["up_proj", "down_proj"]},
 }
-_SEVERAL = [AdaptedModel(_CONFIGS)]
-_WITH_NORM = [AdaptedModel({name: {**config, "modules_to_save": ["norm"]} for name, config in _CONFIGS.items()})]
+
+
+def _several(**more: Any) -> list[AdaptedModel]:
+    return [AdaptedModel({name: {**config, **more} for name, config in _CONFIGS.items()})]
+
+
+_SEVERAL = _several()
+_MORE = (("whole_norm", "modules_to_save", ["norm"]), ("bias", "bias", "lora_only"), ("dora", "use_dora", True))
 _SWITCH = "a new adapter changes nothing; after a switch one acts, and only it is trained"
 _LOADED = "what is saved and loaded, once and twice, computes the same"
 _CYCLE = f"merged the layer applies W + s·B A, and unmerged W again, in {CYCLES} cycles"
@@ -423,10 +443,13 @@ LAWS = (
     Law("adapters", "switch", _SWITCH, _SEVERAL, unpacked(switched)),
     Law("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, unpacked(disabled)),
     Law("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, unpacked(deleted)),
-    Law("adapters", "whole_norm", "what is trained in full is switched as well", _WITH_NORM, unpacked(switched)),
+    *(
+        Law("adapters", name, f"all this, with {key}", _several(**{key: value}), unpacked(all_of_adapters))
+        for name, key, value in _MORE
+    ),
     Law("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, unpacked(cycles_of_floats)),
     Law("merge_cycle", "16-bit", f"{_CYCLE} of 16 bits, without drift", _16, unpacked(cycles_of_floats)),
-    Law("merge_cycle", "4-bit", f"{_CYCLE} of NF4, without drift", _4, unpacked(cycles_of_nf4)),
+    Law("merge_cycle", "4-bit", f"{_CYCLE} of NF4, or that quantized again", _4, unpacked(cycles_of_nf4)),
     Law("resume", "exact", "k steps, saved, loaded, and k more are 2k steps, bit for bit", _STOPS, resumed),
     Law("recompute", "gradients", "it changes no gradient, dropout included, and keeps less", [None], recomputed),
     Law("ranks", "gradient", "each rank gets the gradient of one batch", BATCHES + EMPTY, over_ranks),

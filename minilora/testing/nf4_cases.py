@@ -43,7 +43,8 @@ class Rounding:
         """Return whether rounding may choose a code, the nearest or one nearly as near: (n, k)."""
         distance = self.quotients.reshape(-1, 1) - self.levels
         d = abs(distance.value)
-        return d - distance.error <= (d + distance.error).min(1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # where an implementation gave infinity
+            return d - distance.error <= (d + distance.error).min(1, keepdims=True)
 
     def certain(self, codes: Array) -> Array:
         """Return codes, with the right one where rounding may have chosen another."""

@@ -156,7 +156,7 @@ ABSMAXES += [AbsmaxVector(count, kind, count) for kind in ("constant", "outlier"
 ABSMAXES += [AbsmaxVector(count, "normal", count, power=power) for power in (-30, 20) for count in (4, 270)]
 LARGER = [
     NF4Weight(rows, columns, block_size, seed=rows)
-    for block_size in (128, 512, 4096)
+    for block_size in (32, 128, 4096)
     for rows, columns in ((1, 5), (7, 65), (9, 512))
 ]
 PLAIN = weights("normal", "zero_block")
@@ -172,7 +172,7 @@ _NF4 = (
     ("ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
     ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
     ("hard", _HARD, HARD, both(quantizing, dequantized_values)),
-    ("block_size", f"{_CODE}, in blocks of 128, 512 and 4,096", LARGER, both(quantizing, dequantized_values)),
+    ("block_size", f"{_CODE}, in blocks of 32, 128 and 4,096", LARGER, both(quantizing, dequantized_values)),
     ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, both(quantizing, dequantized_values)),
 )
 _QUANTIZE = "offset = mean; scale = max |absmax - offset| of each 256; each code is that of the nearest of 256 levels"
@@ -196,7 +196,7 @@ _LINEAR4BIT = (
     ("shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, both(product, input_gradient)),
     ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both(product, input_gradient)),
     ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
-    ("double_quant", f"{_LINEAR}, with 8-bit absmaxes", NESTED, product),
+    ("double_quant", f"{_LINEAR} and {_DX}, with 8-bit absmaxes", NESTED, both(product, input_gradient)),
     ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, both(product, input_gradient)),
 )
 LAWS = (
