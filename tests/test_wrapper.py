@@ -100,7 +100,7 @@ def test_only_adapted_layers_are_read_and_keep_their_dtype_unless_another_is_ask
             read.append(name)
             yield name, weight
 
-    monkeypatch.setattr(merging, "stored_weights", recorded)
+    monkeypatch.setattr(checkpoint, "stored_weights", recorded)
     for dtype in ("auto", "float32"):
         error = merge_directory(Merge(wrapper, [tmp_path / "adapter"], dtype=dtype), tmp_path / dtype)
         after = load_file(tmp_path / dtype / "model.safetensors")

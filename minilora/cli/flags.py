@@ -16,9 +16,14 @@ from minilora.cli import Parser
 from minilora.errors import ConfigError
 from minilora.files import publishing, read_json, read_text
 from minilora.runs.lock import holds_files, locked
-from minilora.runs.settings import FLAG_NAMES, flag
+from minilora.runs.settings import FLAG_NAMES
 
 T = TypeVar("T")
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field."""
+    return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
 
 
 def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (), unset: str | None = None) -> None:
@@ -80,7 +85,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: there is anything in it.
-        TrainingError: it cannot be written, or another process is at work there.
+        TrainingError: as in `locked`.
     """
     with locked(out):
         if holds_files(out):
@@ -90,11 +95,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a flat .toml or .json file of flags and their values.
-
-    Raises:
-        FormatError, ConfigError: the file cannot be read.
-    """
+    """Read a flat .toml or .json file of flags and their values."""
     if path.suffix == ".json":
         return read_json(path, is_named=True)
     if path.suffix != ".toml":

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from minilora.errors import FormatError, printable
+from minilora.errors import FormatError
 from minilora.files import parse_object, read_json, read_text, replacing
 from minilora.options import check_types
 from minilora.runs.loop import Record
@@ -196,14 +196,6 @@ class Tracker:
             self.run.close()
         elif self.library in ("trackio", "wandb"):
             self.run.finish()
-
-
-def shorten(text: str, most: int, keeps_end: bool = False) -> str:
-    """Return a text in one line of at most that many characters: its beginning, or its end."""
-    text = printable(" ".join(text.split()))
-    if len(text) <= most:
-        return text
-    return "…" + text[1 - most :] if keeps_end else text[: most - 1] + "…"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
