@@ -150,8 +150,7 @@ def parse(words: Sequence[str]) -> Options:
 
 def _in_flags(message: str, options: Options) -> str:
     """Return a message of the library with the names of settings as the flags of the command."""
-    from minilora.cli.flags import flag
-    from minilora.runs.settings import FLAG_NAMES
+    from minilora.runs.settings import FLAG_NAMES, flag
 
     def as_flag(found: re.Match[str]) -> str:
         return flag(found["name"]) if FLAG_NAMES.get(found["name"], found["name"]) in options else found[0]

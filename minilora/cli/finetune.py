@@ -27,7 +27,7 @@ from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import read_adapter
 from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, closest_name, say
 from minilora.cli.dry_run import dry_run_lines, preview
-from minilora.cli.flags import add_fields, flag, from_flags, read_config_file
+from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
 from minilora.cli.messages import report, run_notes, say_start
 from minilora.errors import ConfigError
@@ -47,7 +47,7 @@ from minilora.runs.inputs import Data, read_data
 from minilora.runs.loop import Record, TrainResult, train
 from minilora.runs.memory import kept_memory, peak_memory_bytes
 from minilora.runs.reports import ProgressBar
-from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig
+from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),

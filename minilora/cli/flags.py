@@ -16,14 +16,9 @@ from minilora.cli import Parser
 from minilora.errors import ConfigError
 from minilora.files import publishing, read_json, read_text
 from minilora.runs.lock import holds_files, locked
-from minilora.runs.settings import FLAG_NAMES
+from minilora.runs.settings import FLAG_NAMES, flag
 
 T = TypeVar("T")
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field."""
-    return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
 
 
 def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (), unset: str | None = None) -> None:

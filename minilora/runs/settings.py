@@ -21,6 +21,11 @@ COUNTS = (
 )
 
 
+def flag(name: str) -> str:
+    """Return the flag of a field."""
+    return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
+
+
 @document_fields
 @dataclass(frozen=True)
 class DataConfig:
