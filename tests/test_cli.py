@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import Mapping
@@ -554,3 +555,18 @@ def test_elsewhere_progress_is_a_line_every_five_seconds_and_one_at_the_end(caps
 def test_an_evaluation_is_always_shown_and_stays(capsys, monkeypatch, is_terminal):
     records = [record(1), {"step": 1, "eval_loss": 0.25, "best_step": 1}, record(2)]
     assert "step 1  held-out loss 0.2500, the lowest so far\n" in shown(capsys, monkeypatch, is_terminal, records)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_is_shown_every_few_seconds_until_it_is_closed(capsys, monkeypatch, is_terminal):
+    monkeypatch.setattr("minilora.runs.reports.SECONDS", 0.02)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    shown, deadline = "", time.monotonic() + 60
+    with ProgressBar() as bar:
+        bar.show("measuring", 0, 9)
+        while shown.count("measuring 0/9 ") < 3 and time.monotonic() < deadline:
+            shown += capsys.readouterr().err
+    assert shown.count("measuring 0/9 ") >= 3
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert not capsys.readouterr().err

@@ -7,7 +7,6 @@ Example:
 """
 
 import json
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -64,7 +63,7 @@ def run(options: Options) -> int:
             row, answer = sources[example.source], answer_of(example)
             prompt = encode_prompt(row, tokenizer, config.system, "plain", thinking)
             examples[i] = Example([*prompt, *answer], [*[IGNORE_INDEX] * len(prompt), *answer], example.source)
-    with closing(ProgressBar()) as bar:
+    with ProgressBar() as bar:
         value = _measure(model, tokenizer, examples, options, partial(bar.show, f"{options['metric']}: row"))
     counts = {"rows": len(examples), "truncated": examples.truncated, "unlabelled": examples.unlabelled}
     if examples.bad:

@@ -176,7 +176,7 @@ def run(options: Options) -> int:
         directory = stack.enter_context(closing(RunDirectory(settings)))
         check_settings(settings, base)
         history = RunHistory(settings.run.dtype) if is_dry else directory.open(base)
-        bar = stack.enter_context(closing(ProgressBar()))
+        bar = stack.enter_context(ProgressBar())
         data = read_data(settings, base.adapters, history.began, bar.show)  # a chat template may write the date
         bar.close()
         if history.starts:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from threading import RLock
+from threading import Event, RLock, Thread
+from time import time
 from types import FrameType
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from minilora.runs.loop import Record
 from minilora.runs.memory import amount
 
 RECORDS_BYTES = 2**30  # of metrics.jsonl; a step has 200
-SECONDS = 5.0  # between two lines without a terminal
+SECONDS = 5.0  # between two lines without a terminal, and between two looks of the clock
 BAR = " {n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
 
 
@@ -48,7 +49,8 @@ class _Lines:
 class ProgressBar:
     """Show progress on standard error by tqdm: a bar on a terminal, else a line every few seconds.
 
-    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step.
+    It is an `on_step` of `train`. As the handler of a signal, its `stop` lets a run end after the current step. In a
+    `with` block, its clock moves even during a long step, and it is closed at the end.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,25 @@ class ProgressBar:
         self.stopped_by: int | None = None  # the number of a signal
         self._what = ""  # that the bar shows
         self._bar: tqdm[Any] | None = None
+        self._ended = Event()
+
+    def __enter__(self) -> "ProgressBar":
+        self._clock = Thread(target=self._show_time, daemon=True)
+        self._clock.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._clock.join()
+        self.close()
+
+    def _show_time(self) -> None:
+        """Show the bar again where it was not for some seconds, until the block ends."""
+        while not self._ended.wait(SECONDS):
+            with _Bar.get_lock():  # or it could be closed before it is shown
+                if self._bar is not None and time() - self._bar.last_print_t >= SECONDS:
+                    self._bar.delay = 0  # or `close` would leave it
+                    self._bar.refresh()
 
     def __call__(self, record: Record) -> bool:
         step = record["step"]
@@ -110,8 +131,9 @@ class ProgressBar:
     def close(self) -> None:
         """End the line that would be overwritten next."""
         if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            with _Bar.get_lock():
+                self._bar.close()
+                self._bar = None
 
 
 @dataclass
