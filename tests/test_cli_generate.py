@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minilora as ml
-from minilora.cli.streaming import MERGE_TOKENS, merged_if_faster
+from minilora.cli.streaming import merged_if_small
 from minilora.runs.encoders import encode_prompt, encode_rows, use_prompt_style
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.formats import Row
@@ -315,17 +315,16 @@ def test_ctrl_c_ends_the_text_and_the_command(directory, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("make", [lambda model: model, four_bit])
-def test_active_adapters_are_merged_for_many_tokens_unless_the_weights_are_large(make):
-    def is_merged(model, tokens):
-        return not isinstance(merged_if_faster(model, tokens), nullcontext)
+def test_active_adapters_are_merged_unless_the_weights_are_large(make):
+    def is_merged(model):
+        return not isinstance(merged_if_small(model), nullcontext)
 
     model = make(tiny_model())
-    assert not is_merged(model, MERGE_TOKENS)
+    assert not is_merged(model)
     ml.attach(model, ml.LoraConfig(r=2))
-    assert is_merged(model, MERGE_TOKENS)
-    assert not is_merged(model, MERGE_TOKENS - 1)
+    assert is_merged(model)
     with ml.disable_adapter(model):
-        assert not is_merged(model, MERGE_TOKENS)
+        assert not is_merged(model)
     large = nn.Sequential(*(nn.Linear(2**14, out, device="meta") for out in (2**14, 3)))  # one of them has a gibibyte
     ml.attach(large, ml.LoraConfig(r=1, target_modules=["0", "1"]))
-    assert not is_merged(large, MERGE_TOKENS)
+    assert not is_merged(large)

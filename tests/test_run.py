@@ -17,6 +17,7 @@ from filelock import Timeout
 import minilora as ml
 from minilora import cli
 from minilora.cli import finetune as command
+from minilora.cli.messages import shorten
 from minilora.models import checkpoint, template
 from minilora.runs import directory as run_directory
 from minilora.runs import lock
@@ -25,7 +26,6 @@ from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general
 from minilora.runs.lock import locked
-from minilora.runs.reports import shorten
 from minilora.runs.settings import FLAG_NAMES
 from minilora.testing.compare import assert_parity
 from tests import runs

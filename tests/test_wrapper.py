@@ -10,10 +10,8 @@ import minilora as ml
 from minilora.adapter import PREFIX, WEIGHTS_FILE
 from minilora.cli import main
 from minilora.files import INDEX
-from minilora.models.checkpoint import stored_weights
 from minilora.models.wrapper import describe_other_parts, text_name
 from minilora.testing.compare import assert_parity
-from minilora.tools import merging
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import edit, same_state, save_file, write_adapter
 from tests.models import tiny_model
@@ -91,16 +89,16 @@ def test_only_adapted_layers_are_read_and_keep_their_dtype_unless_another_is_ask
     before |= {name: before[name].bfloat16() for name in adapted.values()}
     save_file(before, wrapper / "a.safetensors")
     write_adapter(ml.load_model(wrapper), tmp_path / "adapter", target_modules=["q_proj"])
-    exact, read = ml.load_model(wrapper), []
+    exact, read, weights = ml.load_model(wrapper), [], Merge.weights
     ml.load_adapter(exact, tmp_path / "adapter")
     ml.merge(exact)
 
-    def recorded(*args, **options):
-        for name, weight in stored_weights(*args, **options):
+    def recorded(self, *args):
+        for name, weight in weights(self, *args):
             read.append(name)
             yield name, weight
 
-    monkeypatch.setattr(merging, "stored_weights", recorded)
+    monkeypatch.setattr(Merge, "weights", recorded)
     for dtype in ("auto", "float32"):
         error = merge_directory(Merge(wrapper, [tmp_path / "adapter"], dtype=dtype), tmp_path / dtype)
         after = load_file(tmp_path / dtype / "model.safetensors")

@@ -13,7 +13,7 @@ from functools import partial
 from minilora.cli import Options, Parser, describe_skipped, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import THINKING, add_model_flags, load, run_settings, thinking_of
-from minilora.cli.streaming import BATCH_SIZE, merged_if_faster
+from minilora.cli.streaming import merged_if_small
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError
 from minilora.llama import Llama
@@ -78,8 +78,7 @@ def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Opt
     if options["metric"] == "nll":
         return held_out_loss(model, examples, progress)
     if options["metric"] == "exact-match":
-        steps = sum(example.labelled for example in examples) // BATCH_SIZE
-        with merged_if_faster(model, steps):
+        with merged_if_small(model):
             return exact_match(model, examples, tokenizer, progress)
     if choices := find_choices(examples):
         return choice_accuracy(model, examples, choices, progress)

@@ -80,7 +80,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: there is anything in it.
-        TrainingError: it cannot be written, or another process is at work there.
+        TrainingError: as in `locked`.
     """
     with locked(out):
         if holds_files(out):
@@ -90,11 +90,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a flat .toml or .json file of flags and their values.
-
-    Raises:
-        FormatError, ConfigError: the file cannot be read.
-    """
+    """Read a flat .toml or .json file of flags and their values."""
     if path.suffix == ".json":
         return read_json(path, is_named=True)
     if path.suffix != ".toml":

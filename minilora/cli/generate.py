@@ -94,12 +94,7 @@ def run(options: Options) -> int:
 
 
 def rows_of_flags(options: Options) -> list[Row]:
-    """Read the prompts as rows.
-
-    Raises:
-        ConfigError: there is no prompt.
-        DataError, FormatError: the file cannot be read.
-    """
+    """Read the prompts as rows."""
     file = options["prompts"]
     if options["prompt"]:
         return [Row({"prompt": text}, "--prompt") for text in options["prompt"]]

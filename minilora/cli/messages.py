@@ -14,6 +14,7 @@ from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import describe_skipped, say
 from minilora.data import Example
+from minilora.errors import printable
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words
@@ -24,7 +25,6 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.models.wrapper import describe_other_parts
 from minilora.runs.encoders import Dataset
 from minilora.runs.evaluate import prompt_of
-from minilora.runs.reports import shorten
 
 if TYPE_CHECKING:  # only `finetune` imports it
     from minilora.runs.directory import Run, RunSummary
@@ -187,3 +187,11 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
     out = shlex.quote(str(Path(run.settings.run.out)))
     merge = f"minilora merge --adapter {out} --out {out}-merged"
     say(f"next: minilora generate --adapter {out} --prompt TEXT --compare-base; {merge}")
+
+
+def shorten(text: str, most: int, keeps_end: bool = False) -> str:
+    """Return a text in one line of at most that many characters: its beginning, or its end."""
+    text = printable(" ".join(text.split()))
+    if len(text) <= most:
+        return text
+    return "…" + text[1 - most :] if keeps_end else text[: most - 1] + "…"

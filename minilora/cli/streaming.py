@@ -15,7 +15,6 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.options import option
 
 BATCH_SIZE = 8  # texts that are generated at a time
-MERGE_TOKENS = 40  # below, a merge may take longer than it saves
 MERGE_BYTES = 2**30  # largest model that is merged: the merged weights exist in addition to the others
 UNFINISHED = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
 
@@ -95,7 +94,7 @@ def generate_text(
 ) -> list[Completion]:
     """Return what the model writes after each prompt. `show` is called with each settled piece of a text."""
     streams = [TextStream(tokenizer, show) for _ in prompts]
-    with merged_if_faster(model, generation.max_new_tokens):
+    with merged_if_small(model):
         written = generate(
             model,
             prompts,
@@ -113,8 +112,8 @@ def say_cut(written: Completion, limit: int) -> None:
         say(f"cut after {limit} tokens; --max-new-tokens allows more")
 
 
-def merged_if_faster(model: Llama, tokens: int) -> AbstractContextManager[None]:
-    """Merge the active adapters inside the block if that makes generating so many tokens faster.
+def merged_if_small(model: Llama) -> AbstractContextManager[None]:
+    """Merge the active adapters inside the block, unless the model is large, to generate faster.
 
     An adapter that is applied costs a few small products per linear and token, a merge a few passes over the weights,
     once; docs/results.md has the times. In a larger model the weights outweigh that, and so does the memory of a second
@@ -122,4 +121,4 @@ def merged_if_faster(model: Llama, tokens: int) -> AbstractContextManager[None]:
     """
     is_adapted = any(layer.active for layer in adapter_layers(model).values())
     size = count_parameters(model).total * next(model.parameters()).element_size()
-    return merged(model) if is_adapted and tokens >= MERGE_TOKENS and size <= MERGE_BYTES else nullcontext()
+    return merged(model) if is_adapted and size <= MERGE_BYTES else nullcontext()

@@ -8,7 +8,7 @@ from minilora.adapter import CONFIG_FILE
 from minilora.errors import DataError, FormatError
 from minilora.files import read_json
 from minilora.models.hub import PINNED
-from minilora.models.prompts import read_prompt_files, read_prompts
+from minilora.models.prompts import Prompts, read_prompt_files, read_prompts
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 
 ADAPTER = ("peft", "AutoPeftModelForCausalLM", "lora, minilora", "A LoRA adapter of")
@@ -42,9 +42,10 @@ def model_card(directory: Path, name: str, base: str) -> str:
     lines += [f"{about} `{base}`.", ""] if base else []
     if (directory / "summary.json").is_file():
         lines += [*_results(directory / "summary.json"), ""]
-    if read_prompts(directory).system:
+    prompts = read_prompts(directory)
+    if prompts.system:
         lines += ["It was trained with the system prompt below, which every conversation needs.", ""]
-    lines += ["```python", *_code(directory, name, base, library, loader), "```"]
+    lines += ["```python", *_code(directory, name, base, prompts, library, loader), "```"]
     if (directory / "Modelfile").is_file():
         lines += ["", "Ollama: `ollama create mine -f Modelfile`, in this directory."]
     return "\n".join(lines) + "\n"
@@ -65,9 +66,9 @@ def _results(path: Path) -> list[str]:
         raise FormatError(f"{path}: is no summary of a run ({error!r}); restore it, or remove it") from error
 
 
-def _code(directory: Path, name: str, base: str, library: str, loader: str) -> list[str]:
+def _code(directory: Path, name: str, base: str, prompts: Prompts, library: str, loader: str) -> list[str]:
     """Return lines of Python that load the model or adapter, with its tokenizer or the base's, and ask it."""
-    texts, prompts, own = read_prompt_files(directory), read_prompts(directory), find_tokenizer(directory)
+    texts, own = read_prompt_files(directory), find_tokenizer(directory)
     repository, _, revision = (name if own or not base else base).partition("@")
     pinned = f', revision="{revision}"' if revision else ""
     lines = [f"from {library} import {loader}", "from transformers import AutoTokenizer", ""]

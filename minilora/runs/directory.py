@@ -28,8 +28,8 @@ import torch
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.files import save_adapter_files
 from minilora.definition import is_plain
-from minilora.errors import TrainingError
-from minilora.files import publishing, replacing, sha256_of, write_json
+from minilora.errors import FormatError, TrainingError
+from minilora.files import publishing, read_json, replacing, sha256_of, write_json
 from minilora.llama import Llama, LlamaConfig
 from minilora.models.hub import Location
 from minilora.models.prompts import PROMPT_FILES, Prompts, copy_prompt_files
@@ -41,7 +41,7 @@ from minilora.runs.forecast import Plan
 from minilora.runs.inputs import Data
 from minilora.runs.lock import holds_files, locked
 from minilora.runs.loop import Record
-from minilora.runs.reports import Tracker, read_run_record
+from minilora.runs.reports import Tracker
 from minilora.runs.settings import Settings
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
@@ -229,6 +229,22 @@ class RunDirectory:
     def close(self) -> None:
         """Close the files that are open, so that another process may use the directory; leave no empty one."""
         self._at_close.close()
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """Read a run.json; raise a FormatError if it lacks what resuming the run needs."""
+    record = read_json(path)
+    try:
+        first = record["starts"][0]
+        datetime.fromisoformat(first["time"]).astimezone()
+        is_whole = isinstance(first["dtype"], str)
+        is_whole &= all(isinstance(record[key], dict) for key in ("config", "data_sha256", "inputs_sha256"))
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole:
+        need = "config, starts (with time and dtype), data_sha256 and inputs_sha256"
+        raise FormatError(f"{path}: need {need}; use another directory")
+    return record
 
 
 def _hash_inputs(base: Base, prompt_style: str) -> dict[str, str]:

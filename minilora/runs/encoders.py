@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from minilora.data import IGNORE_INDEX, Example, Span, label_completion, label_tokens
+from minilora.data import Example, Span, label_completion, label_tokens
 from minilora.errors import ConfigError, DataError
 from minilora.files import ASSETS, read_text
 from minilora.models.tokenizer import Tokenizer
@@ -223,22 +222,3 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
     if style == "alpaca":
         begin += "{% set preamble = true %}"
     return tokenizer.with_template(begin + read_text(ASSETS / "prompts" / "instruction.jinja"))
-
-
-def check_examples(model: Any, examples: Sequence[Example]) -> None:
-    """Raise a `DataError` for a row that is no `Example`, without one label per token, or with an unknown token.
-
-    A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
-    place.
-    """
-    size = model.model.embed_tokens.num_embeddings
-    for example in examples:
-        if not isinstance(example, Example):
-            raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
-        T = len(example.tokens)
-        labels = len(example.labels)
-        if labels != T:
-            raise DataError(f"{example.source!r} has {labels} labels for {T} tokens; need one for each")
-        learned = [label for label in example.labels if label != IGNORE_INDEX]
-        if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
-            raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")

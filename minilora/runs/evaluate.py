@@ -23,7 +23,7 @@ from minilora.llama import Checkpointing, Documents, Llama
 from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import processes, sampler
-from minilora.runs.encoders import Dataset, check_examples
+from minilora.runs.encoders import Dataset
 from minilora.runs.sampler import Rows, eval_groups, kept_random_state
 from minilora.training import token_loss
 
@@ -96,6 +96,25 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
     check_examples(model, examples)
     groups = eval_groups(len(example.tokens) for example in examples)
     return mean_loss(model, example_loss, examples, groups, progress)["loss"]
+
+
+def check_examples(model: Any, examples: Sequence[Example]) -> None:
+    """Raise a `DataError` for a row that is no `Example`, without one label per token, or with an unknown token.
+
+    A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
+    place.
+    """
+    size = model.model.embed_tokens.num_embeddings
+    for example in examples:
+        if not isinstance(example, Example):
+            raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
+        T = len(example.tokens)
+        labels = len(example.labels)
+        if labels != T:
+            raise DataError(f"{example.source!r} has {labels} labels for {T} tokens; need one for each")
+        learned = [label for label in example.labels if label != IGNORE_INDEX]
+        if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
+            raise DataError(f"{example.source!r} holds token {wrong[0]}; the model has tokens 0 to {size - 1}")
 
 
 def example_loss(model: Any, examples: Iterable[Example], checkpointing: Checkpointing = "none") -> tuple[Tensor, int]:

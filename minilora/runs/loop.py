@@ -19,8 +19,7 @@ from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
 from minilora.models.fsdp import is_sharded
 from minilora.runs import checkpoints, processes, sampler
-from minilora.runs.encoders import check_examples
-from minilora.runs.evaluate import Metrics, as_numbers, example_loss, mean_loss, means
+from minilora.runs.evaluate import Metrics, as_numbers, check_examples, example_loss, mean_loss, means
 from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.settings import TrainConfig
 from minilora.training import Loss, accumulate, adamw, learning_rate, parameters_of, update

@@ -1,4 +1,4 @@
-"""Reports of a run: progress on standard error; its records, also for other libraries; reading them and run.json.
+"""Reports of a run: progress on standard error; its records, also for other libraries; reading them.
 
 {"step": 20, "loss": 0.545, "learning_rate": 0.0016, "grad_norm": 2.80, …}      a line of metrics.jsonl for a step
 {"step": 20, "eval_loss": 0.488, …}                                             and one for an evaluation
@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from threading import Event, RLock, Thread
@@ -20,8 +19,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from minilora.errors import FormatError, printable
-from minilora.files import parse_object, read_json, read_text, replacing
+from minilora.errors import FormatError
+from minilora.files import parse_object, read_text, replacing
 from minilora.options import check_types
 from minilora.runs.loop import Record
 from minilora.runs.memory import amount
@@ -198,14 +197,6 @@ class Tracker:
             self.run.finish()
 
 
-def shorten(text: str, most: int, keeps_end: bool = False) -> str:
-    """Return a text in one line of at most that many characters: its beginning, or its end."""
-    text = printable(" ".join(text.split()))
-    if len(text) <= most:
-        return text
-    return "…" + text[1 - most :] if keeps_end else text[: most - 1] + "…"
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the objects in a metrics.jsonl. A last line that was cut off by a crash is left out."""
     lines = read_text(path, RECORDS_BYTES).splitlines(keepends=True)
@@ -218,19 +209,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise FormatError(f"{path}, line {number}: need an object with a whole number as 'step'")
         records.append(record)
     return records
-
-
-def read_run_record(path: Path) -> dict[str, Any]:
-    """Read a run.json; raise a FormatError if it lacks what resuming the run needs."""
-    record = read_json(path)
-    try:
-        first = record["starts"][0]
-        datetime.fromisoformat(first["time"]).astimezone()
-        is_whole = isinstance(first["dtype"], str)
-        is_whole &= all(isinstance(record[key], dict) for key in ("config", "data_sha256", "inputs_sha256"))
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
-        is_whole = False
-    if not is_whole:
-        need = "config, starts (with time and dtype), data_sha256 and inputs_sha256"
-        raise FormatError(f"{path}: need {need}; use another directory")
-    return record

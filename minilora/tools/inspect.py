@@ -59,9 +59,6 @@ def run_facts(directory: Path) -> dict[str, Any]:
     """Describe a run: run.json, summary.json, and the last step, evaluation and checkpoint.
 
     "settings" are the values of the configuration that differ from the defaults.
-
-    Raises:
-        FormatError: a file is damaged.
     """
     record, defaults = files.read_json(directory / "run.json"), Settings().by_flag
     settings = record.get("config")
@@ -80,9 +77,6 @@ def model_facts(directory: Path) -> dict[str, Any]:
     """Describe a model from the headers of its files; "problems" is why minilora does not load it.
 
     If it does, a 4-bit weight is one tensor of dtype NF4 or FP4, with its unpacked shape and the bytes of its parts.
-
-    Raises:
-        FormatError: a file is missing or damaged.
     """
     config, stored = files.read_json(directory / "config.json"), files.tensor_files(directory)
     tensors = {name: file.entries[name] for name, file in stored.items()}
@@ -117,9 +111,6 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
 
     "modules" are those with an A and a B, and how much they change: "norm" is ‖s·B A‖. There are none if the adapter
     cannot be read.
-
-    Raises:
-        FormatError: a file is missing or damaged.
     """
     facts: dict[str, Any] = {"path": str(directory)}
     if (directory / "state.json").is_file():  # of a checkpoint

@@ -31,21 +31,9 @@ from minilora.errors import ConfigError
 from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files, write_json
 from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
+from minilora.models import checkpoint
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
-from minilora.models.checkpoint import (
-    CODE_KEYS,
-    EMBEDDING,
-    HEAD,
-    SHARD_BYTES,
-    build_on_meta,
-    load_model,
-    prefetch,
-    resolve_dtype,
-    save_model_files,
-    stored_dtype,
-    stored_weights,
-    write_shards,
-)
+from minilora.models.checkpoint import CODE_KEYS, EMBEDDING, HEAD, SHARD_BYTES
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.wrapper import is_wrapper, text_files, text_name, text_path
@@ -84,12 +72,12 @@ class Merge:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        dtype = stored_dtype(self.config.source) if self.dtype == "auto" else self.dtype
-        return resolve_dtype(dtype, self.config.source, self.device)
+        dtype = checkpoint.stored_dtype(self.config.source) if self.dtype == "auto" else self.dtype
+        return checkpoint.resolve_dtype(dtype, self.config.source, self.device)
 
     def dense_model(self) -> Llama:
         """Build the model without its weights, all of it dense."""
-        return build_on_meta(self.config).to(self.weight_dtype)
+        return checkpoint.build_on_meta(self.config).to(self.weight_dtype)
 
     def weights(
         self, quantize: QuantizeConfig, is_wanted: Callable[[str], object] | None = None
@@ -99,9 +87,11 @@ class Merge:
         Raises:
             FormatError, ConfigError: as in `load_model`.
         """
-        bare = build_on_meta(self.config)
+        bare = checkpoint.build_on_meta(self.config)
         head: Weight | None = None
-        read = stored_weights(self.model, bare, self.weight_dtype, self.device, quantize, is_wanted=is_wanted)
+        read = checkpoint.stored_weights(
+            self.model, bare, self.weight_dtype, self.device, quantize, is_wanted=is_wanted
+        )
         for name, weight in read:
             if name == EMBEDDING and self.config.tie_word_embeddings:
                 head = weight
@@ -156,7 +146,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         TrainingError: a merged weight is not finite; no file is left in `out`.
         FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
     """
-    quantized = load_model(merge.model, merge.weight_dtype, "meta", merge.quantize)
+    quantized = checkpoint.load_model(merge.model, merge.weight_dtype, "meta", merge.quantize)
     layers = _load_adapters(merge)
     target = _target_of(merge, describe_base(quantized)["quantize"])
     model = quantized if target == "requantized" else merge.dense_model()
@@ -175,7 +165,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
         if tokenizer is not None:
             tokenizer.save(out)
     else:
-        save_model_files(model, out, tokenizer, SHARD_BYTES, written)
+        checkpoint.save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
 
 
@@ -199,7 +189,7 @@ def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Te
 
     directory.mkdir(parents=True, exist_ok=True)
     header_bytes = sum(entry_bytes(name, len(file.shapes[name])) for name, file in files.items())
-    write_shards(directory, tensors(), SHARD_BYTES, header_bytes)
+    checkpoint.write_shards(directory, tensors(), SHARD_BYTES, header_bytes)
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (INDEX, MANIFEST):
             check_link(path)
@@ -266,7 +256,7 @@ def _merged_weights(
     generator = torch.Generator().manual_seed(0)
     files = text_files(merge.model) if is_wrapper(merge.model) else {}
     is_wanted = functools.partial(_adapted_module, layers=layers) if files else None
-    read = prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize, is_wanted))
+    read = checkpoint.prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize, is_wanted))
     for path, group in itertools.groupby(read, key=lambda named: _adapted_module(named[0], layers)):
         if path is None:
             yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight in group)
