@@ -81,7 +81,10 @@ def train(
         held_out: rows to evaluate every `eval_steps` and after the last step.
         checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
-            undamaged one, and ends in the same bytes as if it had never stopped.
+            undamaged one, and ends in the same bytes as if it had never stopped. A run with other rows, settings,
+            adapters, loss, optimizer, base weights or start values is refused. Of the loss, the name and the plain
+            arguments of a `partial` are compared; of the base, up to 1024 numbers of each frozen parameter; of what is
+            trained, 64 numbers, which have to be those of the start or of the checkpoint.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. By default the loss of tokens.
             (sum, count, metrics) adds metrics to the records, such as {"reward": (sum, count)}, whose means are
@@ -107,7 +110,7 @@ def train(
     config = config or TrainConfig()
     on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    optim, fingerprint = _check_run(model, dataset, held_out, config, loss, folder, optimizer)
+    optim, run = _check_run(model, dataset, held_out, config, loss, folder, optimizer)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # now, not after a tenth of the run, if it cannot be written
     device = next(model.parameters()).device
@@ -128,8 +131,8 @@ def train(
         return (part, number) if batch.is_counted else (0 * part, 0)
 
     try:
-        state, best, damaged = _resume(model, optim, fingerprint, total, folder, config.save_total_limit)
         processes.broadcast_(checkpoints.trained_tensors(model).values())
+        state, best, damaged = _resume(model, optim, run, total, folder, config.save_total_limit)
         finished = state.step == total
         stopped = False
         saved = time.perf_counter()
@@ -192,13 +195,13 @@ def _check_run(
     loss: Callable[..., Any] | None,
     folder: Path | None,
     build: BuildOptimizer | None,
-) -> tuple[Optimizer, str]:
+) -> tuple[Optimizer, dict[str, Any]]:
     """Check what `train` is given; return the optimizer, and a fingerprint if a checkpoint or other rank needs it."""
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
-    adapters = checkpoints.trained_adapters(model)
+    checkpoints.trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     if loss is None:
@@ -215,17 +218,18 @@ def _check_run(
         before = copy.deepcopy(optimizer.state_dict())
         checkpoints.init_optimizer_state(optimizer, model)
         optimizer.load_state_dict(before)
-    fingerprint = ""
+    run: dict[str, Any] = {}
     if folder is not None or processes.size() > 1:
-        rows = held_out if config.keep == "best" else ()
-        own_optimizer = repr(optimizer) if build else ""
-        fingerprint = checkpoints.fingerprint(dataset, rows, config, adapters, own_optimizer)
+        run = checkpoints.fingerprint(model, dataset, held_out, config, loss, repr(optimizer) if build else "")
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
-        if processes.differing({"": (repr(config), len(dataset), len(held_out), fingerprint)}):
-            raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
-    return optimizer, fingerprint
+        if differing := processes.differing({**run, "config": config}):
+            what = ", ".join(differing)
+            raise TrainingError(
+                f"the processes of the run differ in their data or settings ({what}); each needs all rows"
+            )
+    return optimizer, run
 
 
 def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metrics]]:
@@ -321,15 +325,16 @@ def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.StepRows) 
 
 
 def _resume(
-    model: nn.Module, optimizer: Optimizer, fingerprint: str, total: int, folder: Path | None, limit: int
+    model: nn.Module, optimizer: Optimizer, run: dict[str, Any], total: int, folder: Path | None, limit: int
 ) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
-    state = checkpoints.State(fingerprint, total_steps=total)
+    state = checkpoints.State(run, total_steps=total)
     if folder is None:
         return state, {}, ()
+    state.start = checkpoints.start_numbers(model, dict(model.named_parameters()))
     newest, damaged = processes.run_on_rank0(checkpoints.newest_checkpoint, folder)
     if newest is None:
         return state, {}, damaged
-    state, best = checkpoints.load_checkpoint(newest, model, optimizer, fingerprint, total)
+    state, best = checkpoints.load_checkpoint(newest, model, optimizer, state)
     processes.run_on_rank0(checkpoints.prune, folder, state.step, limit)  # a crash may have left some
     return state, best, damaged
