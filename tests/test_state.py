@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("stops", [(1, 2, STEPS), (4, STEPS), *long(((2, 3, 5, STEPS),))])
 def test_a_run_stopped_after_some_steps_ends_in_the_same_bytes(whole, tmp_path, stops):
-    seen = []
+    seen, newest = [], 0
 
     def stop(record):
         seen.append(record["step"])
@@ -55,6 +55,8 @@ def test_a_run_stopped_after_some_steps_ends_in_the_same_bytes(whole, tmp_path, 
         _, result = run(tmp_path, on_step=stop, save_steps=9)
         assert newest_step(tmp_path) == step
         assert result.finished == (step == STEPS)
+        assert result.resumed_from == newest
+        newest = step
     assert seen == list(range(1, STEPS + 1))
     assert contents(tmp_path) == contents(whole)
     assert result.tokens == 2 * sum(len(row.tokens) for row in ROWS)
@@ -159,8 +161,9 @@ def test_a_model_that_a_run_has_trained_can_continue_it(whole, tmp_path):
     model = fresh()
     run(tmp_path, model, on_step=stop_after(3))
     for _ in range(2):  # at the second time the run is finished
-        run(tmp_path, model)
+        _, result = run(tmp_path, model)
         assert contents(tmp_path) == contents(whole)
+    assert result.resumed_from == result.steps == STEPS
 
 
 def test_a_loss_is_known_by_its_name_and_the_plain_arguments_of_a_partial():

@@ -40,7 +40,8 @@ class TrainResult:
     """A summary of a run, including the parts before it was resumed.
 
     `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model has now; `damaged` lists
-    what is wrong with checkpoints that were skipped.
+    what is wrong with checkpoints that were skipped; `resumed_from` is the step of the checkpoint from which this call
+    resumed, so a call that found a finished run, and trained nothing, has it equal to `steps`.
     """
 
     steps: int
@@ -50,6 +51,7 @@ class TrainResult:
     finished: bool
     kept: int
     damaged: tuple[str, ...] = ()
+    resumed_from: int = 0
 
 
 def train(
@@ -78,7 +80,7 @@ def train(
         config: by default `TrainConfig()`.
         on_step: called with a record after each step and each evaluation; if it returns True, on any rank, the run
             stops there, with a checkpoint.
-        held_out: rows to evaluate every `eval_steps` and after the last step.
+        held_out: rows to evaluate after the last step and, with `eval_steps`, every so many steps.
         checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
             undamaged one, and ends in the same bytes as if it had never stopped. A run with other rows, settings,
@@ -133,6 +135,7 @@ def train(
     try:
         processes.broadcast_(checkpoints.trained_tensors(model).values())
         state, best, damaged = _resume(model, optim, run, total, folder, config.save_total_limit)
+        resumed_from = state.step
         finished = state.step == total
         stopped = False
         saved = time.perf_counter()
@@ -159,7 +162,7 @@ def train(
             record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
             stops = on_step(record)
             finished = state.step == total
-            if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
+            if len(held_out) and (finished or state.step % (config.eval_steps or total) == 0):
                 groups = sampler.eval_groups(held_out, count=config.batch_size if loss else None)
                 scores = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
                 if state.note(scores["loss"]) and config.keep == "best":
@@ -184,7 +187,8 @@ def train(
     if finished and best:
         checkpoints.restore(model, best)
         kept = state.best_step
-    return TrainResult(state.step, total, state.tokens, time.perf_counter() - started, finished, kept, damaged)
+    seconds = time.perf_counter() - started
+    return TrainResult(state.step, total, state.tokens, seconds, finished, kept, damaged, resumed_from)
 
 
 def _check_run(
