@@ -124,9 +124,9 @@ def init_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
         TrainingError: the optimizer keeps something that checkpoints do not store.
     """
 
-    def other_attributes() -> str:
-        attributes = {key: value for key, value in vars(optimizer).items() if key[0] != "_" and key != "state"}
-        return repr((attributes | {"param_groups": None}, optimizer))  # the text of an optimizer shows its groups
+    def other_attributes() -> dict[str, str]:
+        attributes = {key: repr(value) for key, value in vars(optimizer).items() if key[0] != "_" and key != "state"}
+        return attributes | {"param_groups": repr(optimizer)}  # the text of an optimizer shows its groups
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trained_tensors(model).items()}
@@ -139,10 +139,12 @@ def init_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
     optimizer.zero_grad()
     entries = state_entries(optimizer, model)
     bad = [name for name, (values, key) in entries.items() if not isinstance(values[key], STATE_TYPES)]
-    if bad or optimizer.state.keys() - {*parameters} or other_attributes() != before:
+    bad += [f"state[{key!r:.40}]" for key in optimizer.state.keys() - {*parameters}]
+    bad += [f"the attribute {name!r}" for name, text in other_attributes().items() if before.get(name) != text]
+    if bad:
         raise TrainingError(
-            f"{type(optimizer).__name__} keeps {bad[0] if bad else 'something'} that checkpoints do not store: they "
-            "store the numbers and tensors in its `state` of each parameter"
+            f"{type(optimizer).__name__} keeps {bad[0]}, which checkpoints do not store: they store the numbers and "
+            "tensors in its `state` of each parameter"
         )
 
 

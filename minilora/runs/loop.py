@@ -282,6 +282,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer
         rate = config.learning_rate
         return adamw({"params": own, "weight_decay": decay, "lr": rate} for decay, own in groups.items())
     optimizer = build([*trained])
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        kind = type(optimizer).__name__
+        raise TrainingError(f"optimizer= made a {kind}; need one torch.optim.Optimizer whose step needs no closure")
     if differing := [trained.get(p, "what is not trainable") for p in trained.keys() ^ {*parameters_of(optimizer)}]:
         raise TrainingError(f"the optimizer must have exactly the trainable parameters; differing: {differing[:5]}")
     for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
