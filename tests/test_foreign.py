@@ -256,7 +256,8 @@ def test_rows_are_told_apart_by_what_is_in_them_and_not_by_where_they_lie(tmp_pa
     ]
     model = Network()
     prints = [
-        [fingerprint(model, [same], (), config)["dataset"] for same in (row, copy.deepcopy(row))] for row in kinds
+        [fingerprint(model, [same], (), config, None, "")["dataset"] for same in (row, copy.deepcopy(row))]
+        for row in kinds
     ]
     assert all(first == second for first, second in prints)
     assert len({first for first, _ in prints}) == len(kinds)

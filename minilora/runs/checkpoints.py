@@ -277,12 +277,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def fingerprint(
-    model: nn.Module,
-    dataset: Sequence[Any],
-    held_out: Sequence[Any],
-    config: TrainConfig,
-    loss: Any = None,
-    own_optimizer: str = "",
+    model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, loss: Any, optimizer: str
 ) -> dict[str, Any]:
     """Return what makes a run this one, as JSON: settings, adapters and loss, and hashes of the rows and the base.
 
@@ -299,7 +294,7 @@ def fingerprint(
             for name, made in trained_adapters(model).items()
         },
         "loss": describe(loss),
-        "optimizer": own_optimizer,
+        "optimizer": optimizer,
     }
     frozen = [p for name, p in model.named_parameters() if not (p.requires_grad or name.endswith(ROUNDED))]
     hashes = {
