@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.3.0"
 _FOREIGN_NAMES = {  # names of PEFT and TRL, and what to use here
+    "DPOTrainer": "use ml.train with the loss in recipes/dpo.py",
+    "GRPOTrainer": "use ml.train with the loss in recipes/grpo.py",
     "PeftModel": "use ml.load_adapter",
     "SFTTrainer": "use ml.train",
     "get_peft_model": "use ml.attach",

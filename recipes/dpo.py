@@ -12,7 +12,8 @@
     ml.save_adapter(model, "out")
 
 Records have the means that TRL logs, under TRL's names. The margin can grow while both answers become less likely, so
-watch `logps/chosen`: `minilora plot out --metric logps/chosen`.
+watch `logps/chosen`: `minilora plot out --metric logps/chosen`. Fine-tune on the chosen answers first: DPO moves what
+the model can already say.
 
     [DPO]  Rafailov et al. 2023, Direct Preference Optimization: Your Language Model is Secretly a Reward Model
 """

@@ -9,11 +9,11 @@
     with ml.disable_adapter(model):
         base = simple_evaluate(HarnessModel(model, tokenizer), tasks=["arc_easy", "gsm8k"], limit=100)["results"]
 
-Texts are encoded as by the harness's own model `hf`: no special tokens are added, a text that is too long loses its
-beginning, and an empty context is BOS, or EOS if there is no BOS.
+As in the harness's own model `hf`, no special tokens are added, long texts lose their beginning, and no context is BOS.
 """
 
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
@@ -30,13 +30,14 @@ from minilora.llama import Documents, Llama
 class HarnessModel(LM):
     def __init__(self, model: Llama, tokenizer: ml.Tokenizer, batch_size: int = 16, max_length: int = 2048):
         super().__init__()
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.batch_size, self.max_length = batch_size, max_length
+        self.model, self.tokenizer, self.batch_size, self.max_length = model.eval(), tokenizer, batch_size, max_length
+        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         names = tokenizer.special_tokens
         self.prefix = [tokenizer.token_id(names.get("bos_token", names.get("eos_token")))]
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    @property
+    def tokenizer_name(self) -> str:  # by which the harness caches prompts, so it follows from the chat template
+        return sha256(self.apply_chat_template([{"role": "user", "content": ""}]).encode()).hexdigest()
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -84,8 +85,7 @@ class HarnessModel(LM):
 
         def is_last(row: int, token: int) -> bool:
             written[row].append(token)
-            text = self.tokenizer.decode(written[row])
-            return any(stop in text for stop in stops)
+            return any(stop in self.tokenizer.decode(written[row]) for stop in stops)
 
         ids = [self.encode(prompt)[max_gen_toks - self.max_length :] for prompt in prompts]
         chosen = {key: value for key, value in sampling.items() if key in ("temperature", "top_p", "top_k")}

@@ -8,16 +8,14 @@
 prompt, and whatever the reward needs:
 
     model, tokenizer = ml.load_model("path/to/model"), ml.load_tokenizer("path/to/model")
-    sums = [(a, b) for a in range(20) for b in range(20)]
-    rows = [{"prompt": tokenizer.encode(f"{a} + {b} ="), "answer": f" {a + b}"} for a, b in sums]
+    rows = [{"prompt": tokenizer.encode(f"{a} + {b} ="), "answer": f" {a + b}"} for a in range(20) for b in range(20)]
     loss = partial(grpo_loss, tokenizer=tokenizer, reward=lambda row, text: float(text == row["answer"]))
     ml.attach(model, ml.LoraConfig())
     config = ml.TrainConfig(learning_rate=1e-4, batch_size=8)
     ml.train(model, rows, config, ml.Tracker("tensorboard", "out"), checkpoint_dir="out/checkpoints", loss=loss)
 
-The value of the loss says little about progress, so watch `reward`: `tensorboard --logdir out` shows it. A group with
-equal rewards has no advantage to learn from, so the model has to be right sometimes from the beginning. Each step
-samples new answers, so ρ is 1 except for rounding and dropout; `clipped_loss` also takes samples drawn earlier.
+`tensorboard --logdir out` shows the progress as `reward`. A group with equal rewards has no advantage to learn from:
+`no_advantage` is the share of such answers. ρ is 1, except for rounding, dropout and samples drawn earlier.
 
     [GRPO]  Shao et al. 2024, DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models
 """
@@ -53,9 +51,11 @@ def draw(
     max_new_tokens: int = 64,
 ) -> list[Sample]:
     """Sample answers to prompts, and compare the reward of each with its group."""
+    if group < 2:
+        raise ml.ConfigError(f"group is {group}: an answer is compared with others to its prompt; need at least 2")
     prompts = [list(row["prompt"]) for row in rows]
     answers = ml.generate(model, prompts, max_new_tokens, 1.0, stop_ids=tokenizer.stop_ids, n=group, log_probs=True)
-    rewards = [reward(rows[i // group], tokenizer.decode(answer)) for i, answer in enumerate(answers)]
+    rewards = [float(reward(rows[i // group], tokenizer.decode(answer))) for i, answer in enumerate(answers)]
     groups = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     samples = []
@@ -88,10 +88,10 @@ def clipped_loss(model: Llama, samples: Sequence[Sample], clip: float = 0.2, bet
     delta = reference - policy
     gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     kl = delta.exp() - delta - 1
-    is_clipped = (ratio - 1).abs() > clip
     n, tokens = len(samples), len(policy)
     metrics = {"reward": (sum(sample.reward for sample in samples), n), "length": (tokens, n)}
-    metrics |= {"kl": (kl.sum(), tokens), "clipped": (is_clipped.sum(), tokens)}
+    metrics |= {"kl": (kl.sum(), tokens), "clipped": (((ratio - 1).abs() > clip).sum(), tokens)}
+    metrics["no_advantage"] = sum(abs(sample.advantage) < 1e-6 for sample in samples), n
     return ((beta * kl - gain) / lengths.repeat_interleave(lengths)).sum(), n, metrics
 
 

@@ -3,8 +3,8 @@
     python recipes/sweep.py OUT TRAIN.jsonl HELD_OUT.jsonl [MODEL]
 
 Each run has a directory of its own with records, checkpoints and the adapter. A sweep that was stopped resumes, and one
-with more ranks or rates trains only the new ones. `sweep` returns the losses; `table` and `heat_map` show them. If the
-best run is at the edge of the ranks or rates, a wider sweep may find a better one.
+with more ranks or rates trains only the new ones. `table` and `heat_map` show the losses; that of a diverging run is
+infinite. If the best run is at the edge of the ranks or rates, a wider sweep may find a better one.
 """
 
 import json
@@ -32,17 +32,23 @@ def sweep(
 ) -> dict[tuple[int, float], float]:
     """Train an adapter of each rank at each rate, from the same seed; other settings are those of the configs."""
     config = config or ml.TrainConfig()
-    eval_steps = config.eval_steps or 1_000_000  # by default only after the last step
     losses = {}
     for r, rate in product(ranks, rates):
         folder = Path(out) / f"r{r}-{rate:g}"
         ml.attach(model, replace(lora or ml.LoraConfig(), r=r), seed=config.seed)
-        settings = replace(config, learning_rate=rate, eval_steps=eval_steps)
-        ml.train(model, rows, settings, ml.Tracker("jsonl", folder), held_out, folder / "checkpoints")
-        ml.save_adapter(model, folder)
-        ml.detach(model)
-        records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        losses[r, rate] = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
+        settings = replace(config, learning_rate=rate)
+        try:
+            ml.train(model, rows, settings, ml.Tracker("jsonl", folder), held_out, folder / "checkpoints")
+            ml.save_adapter(model, folder)
+            last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+            losses[r, rate] = float("inf") if last["eval_loss"] is None else last["eval_loss"]
+        except ml.TrainingError as error:
+            if "gradient norm" not in str(error):  # which is not finite, as the loss may be
+                raise
+            losses[r, rate] = float("inf")
+        finally:
+            ml.detach(model)
+        print(f"r {r}, rate {rate:g}: {losses[r, rate]:.4f}", file=sys.stderr)
     return losses
 
 
@@ -75,11 +81,12 @@ def heat_map(losses: Losses) -> Any:
     ranks, rates, values = grid(losses)
     figure = Figure(layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, origin="lower", cmap="viridis_r", aspect="auto")
+    figure.colorbar(axes.imshow(values, origin="lower", cmap="viridis_r", aspect="auto"), label="held-out loss")
+    for i, j in product(range(len(ranks)), range(len(rates))):
+        axes.text(j, i, f"{values[i][j]:.3f}", ha="center", va="center")
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.set_yticks(range(len(ranks)), ranks)
     axes.set(xlabel="learning rate", ylabel="rank")
-    figure.colorbar(image, label="held-out loss")
     return figure
 
 

@@ -254,7 +254,11 @@ def test_rows_are_told_apart_by_what_is_in_them_and_not_by_where_they_lie(tmp_pa
         *(torch.arange(4), torch.arange(4).reshape(2, 2), torch.tensor(1.5), torch.tensor(1.5, dtype=torch.bfloat16)),
         *(UserDict(x=torch.arange(2)), UserDict(x=torch.arange(2) + 1)),  # as transformers' BatchEncoding
     ]
-    prints = [[fingerprint([same], (), config, {}) for same in (row, copy.deepcopy(row))] for row in kinds]
+    model = Network()
+    prints = [
+        [fingerprint(model, [same], (), config, None, "")["dataset"] for same in (row, copy.deepcopy(row))]
+        for row in kinds
+    ]
     assert all(first == second for first, second in prints)
     assert len({first for first, _ in prints}) == len(kinds)
 

@@ -322,6 +322,12 @@ def test_evaluations_come_every_so_many_steps_and_change_nothing():
     assert torch.equal(weights(model), weights(alone))
 
 
+def test_held_out_rows_are_evaluated_at_least_after_the_last_step():
+    records = []
+    ml.train(small(), random_rows(15, 7), ml.TrainConfig(batch_size=1), records.append, random_rows(16, 3))
+    assert [record["step"] for record in records if "eval_loss" in record] == [7]
+
+
 # --- the configuration ---
 
 

@@ -112,14 +112,28 @@ def test_each_group_has_its_own_peak_of_the_schedule():
     assert rates == [tuple(pair) for pair in expected]
 
 
-@pytest.mark.parametrize("kind", [Listing, Counted, Grouped, Common])
-def test_an_optimizer_that_keeps_what_no_checkpoint_has_is_refused_before_the_first_step(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        (Listing, r"model.*\.lora_A.*/past"),
+        (Counted, "the attribute 'steps'"),
+        (Grouped, "the attribute 'param_groups'"),
+        (Common, r"state\['common'\]"),
+    ],
+)
+def test_an_optimizer_that_keeps_what_no_checkpoint_has_is_refused_before_the_first_step(kind, kept, tmp_path):
     model = adapted(layers=1, dtype=torch.float32)
     before = weights(model)
-    with pytest.raises(ml.TrainingError, match=f"{kind.__name__} keeps .* that checkpoints do not store"):
+    with pytest.raises(ml.TrainingError, match=f"{kind.__name__} keeps {kept}, which checkpoints do not store"):
         run(kind, tmp_path, model=model)
     assert torch.equal(weights(model), before)
     assert run(kind)[1].finished  # there are no checkpoints
+
+
+def test_what_is_not_one_optimizer_or_needs_a_closure_is_refused_by_its_type():
+    for build, kind in ((lambda parameters: [SGD(parameters)], "list"), (torch.optim.LBFGS, "LBFGS")):
+        with pytest.raises(ml.TrainingError, match=f"made a {kind}; need one"):
+            run(build)
 
 
 def test_an_optimizer_of_other_parameters_or_beside_settings_of_adamw_is_refused():

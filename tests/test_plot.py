@@ -74,7 +74,10 @@ def test_another_metric_and_its_evaluations_are_drawn_by_name():
     axes = draw({"run": run}, "reward").get_axes()[0]
     assert [drawn(line) for line in axes.get_lines()] == [[(1, 0.5)], [(1, 0.5)], [(1, 0.25)]]
     assert axes.get_ylabel() == "reward"
-    with pytest.raises(FormatError, match="run: holds no step with margin yet"):
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training, run", "evaluation, run"]
+    (text,) = draw({"run": run}, "eval_reward").get_axes()[0].get_legend().get_texts()
+    assert text.get_text() == "evaluation, run"
+    with pytest.raises(FormatError, match="no step with margin yet; it has eval_loss, eval_reward, loss, reward"):
         draw({"run": run}, "margin")
 
 

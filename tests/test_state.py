@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import minilora as ml
 from minilora.adapter import adapter_layers, attach_lora
 from minilora.lora import LoraAdapter
 from minilora.runs import loop
-from minilora.runs.checkpoints import checkpoints, trained_adapters
+from minilora.runs.checkpoints import checkpoints, describe, trained_adapters
+from minilora.runs.evaluate import example_loss
 from tests.models import default_dtype, long, randn, tiny_model
-from tests.training import adapted, as_written, contents, copy_checkpoint, newest_step, random_rows, weights
+from tests.training import adapted, as_written, contents, copy_checkpoint, newest_step, random_rows, stop_after, weights
 
 # 9 rows make 5 micro-batches, the last one of a single row; 3 steps an epoch, the last one of a single micro-batch.
 ROWS = random_rows(1, 9)
@@ -28,10 +30,10 @@ def fresh(**config):
     return adapted(dtype=torch.float32, is_fresh=True, layers=1, **{"lora_dropout": 0.3, **config})
 
 
-def run(directory, model=None, rows=ROWS, on_step=None, held_out=(), **config):
+def run(directory, model=None, rows=ROWS, on_step=None, held_out=(), loss=None, **config):
     model = model or fresh()
     config = ml.TrainConfig(**{**CONFIG, "save_total_limit": 99, **config})
-    return model, ml.train(model, rows, config, on_step, held_out, directory)
+    return model, ml.train(model, rows, config, on_step, held_out, directory, loss)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("stops", [(1, 2, STEPS), (4, STEPS), *long(((2, 3, 5, STEPS),))])
 def test_a_run_stopped_after_some_steps_ends_in_the_same_bytes(whole, tmp_path, stops):
-    seen = []
+    seen, newest = [], 0
 
     def stop(record):
         seen.append(record["step"])
@@ -53,6 +55,8 @@ def test_a_run_stopped_after_some_steps_ends_in_the_same_bytes(whole, tmp_path, 
         _, result = run(tmp_path, on_step=stop, save_steps=9)
         assert newest_step(tmp_path) == step
         assert result.finished == (step == STEPS)
+        assert result.resumed_from == newest
+        newest = step
     assert seen == list(range(1, STEPS + 1))
     assert contents(tmp_path) == contents(whole)
     assert result.tokens == 2 * sum(len(row.tokens) for row in ROWS)
@@ -109,26 +113,63 @@ def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "named"),
     [
-        {"learning_rate": 0.02},
-        {"seed": 1},
-        {"batch_size": 3},
-        {"rows": ROWS[:-1]},
-        {"rows": [*ROWS[1:], ROWS[0]]},
-        {"rows": [ml.Example(ROWS[0].tokens, ROWS[0].tokens), *ROWS[1:]]},  # the same tokens, other labels
-        {"lora_alpha": 7},
-        {"lora_dropout": 0.0},
-        {"r": 2},
+        ({"learning_rate": 0.02}, "config.learning_rate was 0.01 and is 0.02"),
+        ({"seed": 1}, "config.seed was 0 and is 1"),
+        (
+            {"batch_size": 3, "weight_decay": 0.1},
+            "config.batch_size was 2 and is 3, config.weight_decay was 0.0 and is 0.1",
+        ),
+        ({"rows": ROWS[:-1]}, "dataset"),
+        ({"rows": [*ROWS[1:], ROWS[0]]}, "dataset"),
+        ({"rows": [ml.Example(ROWS[0].tokens, ROWS[0].tokens), *ROWS[1:]]}, "dataset"),  # the same tokens, other labels
+        ({"held_out": ROWS[:2]}, "held_out"),
+        (
+            {"loss": partial(example_loss, checkpointing="none")},
+            "loss was 'None' and is \"example_loss(checkpointing='none')\"",
+        ),
+        ({"lora_alpha": 7}, "adapters.default.lora_alpha was 6 and is 7"),
+        ({"lora_dropout": 0.0}, "adapters.default.lora_dropout was 0.3 and is 0.0"),
+        ({"r": 2}, "adapters.default.r was 3 and is 2"),
     ],
 )
-def test_a_run_with_other_data_or_settings_is_refused_and_changes_no_model(whole, other):
+def test_a_run_with_other_data_or_settings_is_refused_by_what_differs_and_changes_no_model(whole, other, named):
     lora = {key: other[key] for key in other if key in ("lora_alpha", "lora_dropout", "r")}
     model = fresh(**lora)
     before = weights(model)
-    with pytest.raises(ml.TrainingError, match=r"step-000006: written by a run with other data or settings"):
+    with pytest.raises(ml.TrainingError) as error:
         run(whole, model, **{key: other[key] for key in other if key not in lora})
+    assert str(error.value).endswith(f"step-000006: written by a run with other data or settings ({named})")
     assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("part", "named"), [("up_proj.base", r"settings \(model\)"), ("lora_A", "another start of what is")]
+)
+def test_a_run_from_another_base_or_start_is_refused(whole, part, named):
+    model = fresh()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if part in name).mul_(1.01)
+    before = weights(model)
+    with pytest.raises(ml.TrainingError, match=named):
+        run(whole, model)
+    assert torch.equal(weights(model), before)
+
+
+def test_a_model_that_a_run_has_trained_can_continue_it(whole, tmp_path):
+    model = fresh()
+    run(tmp_path, model, on_step=stop_after(3))
+    for _ in range(2):  # at the second time the run is finished
+        _, result = run(tmp_path, model)
+        assert contents(tmp_path) == contents(whole)
+    assert result.resumed_from == result.steps == STEPS
+
+
+def test_a_loss_is_known_by_its_name_and_the_plain_arguments_of_a_partial():
+    loss = partial(partial(run, 1, beta=0.5), 2.0, (None, "a", ROWS), rows=ROWS, model=fresh)
+    assert describe(loss) == "run(1, 2.0, (None, 'a', list), beta=0.5, model=fresh, rows=list)"
+    assert describe(Core) == "Core"
 
 
 def test_a_run_of_another_length_is_refused(whole):

@@ -66,8 +66,11 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     "use --max-new-tokens": "max-tokens",
     "leave it out: the same command resumes a run": "resume-from-checkpoint",
     "leave it out: runs train adapters and never pad": "train use-peft packing sample-packing group-by-length",
+    "leave it out: it is AdamW; ml.train(optimizer=…) takes others": "optim optimizer",
     in_recipe("ties_and_dare"): "combination-type",
     in_recipe("classify_texts"): "task-type",
+    in_recipe("dpo"): "dpo dpo-beta",
+    in_recipe("grpo"): "grpo",
     in_recipe("loraplus"): "loraplus-lr-ratio",
     in_recipe("experts"): "target-parameters",
 }

@@ -243,9 +243,10 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
     previous = {number: signal.signal(number, bar.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         folder = directory.path / "checkpoints"
+        held_out = run.data.valid if run.plan.training.eval_steps else ()
         # Between the blocks of a sharded base, which are gathered in turn, kept memory would be in pieces.
         with kept_memory(2**20 if run.plan.shard == "base" else 2**25):
-            return train(model, run.data.train, run.plan.training, on_step, run.data.valid, folder)
+            return train(model, run.data.train, run.plan.training, on_step, held_out, folder)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

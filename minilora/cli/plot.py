@@ -57,11 +57,13 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str = "loss") 
         colour, label = f"C{i % 10}", name.replace("$", r"\$")  # two $ would enclose mathematics
         (steps, losses), evaluations = points(records, metric), points(records, f"eval_{metric}")
         if not losses:
-            raise FormatError(f"{name}: holds no step with {metric} yet")
+            known = sorted({key for record in records for key in record} - {"step", "total_steps"})
+            raise FormatError(f"{name}: holds no step with {metric} yet; it has {', '.join(known) or 'no metric'}")
         width = max(1, len(losses) // WINDOW)
         means = np.convolve(losses, np.full(width, 1 / width), "valid")
         axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(steps[width // 2 :][: len(means)], means, color=colour, label=f"training, {label}")
+        kind = "evaluation" if metric.startswith("eval_") else "training"
+        axes.plot(steps[width // 2 :][: len(means)], means, color=colour, label=f"{kind}, {label}")
         if evaluations[0]:
             axes.plot(*evaluations, "o--", color=colour, label=f"evaluation, {label}")
     axes.legend(frameon=False)

@@ -13,7 +13,7 @@
 
 The order of rows and the dropout masks follow from the seed and the step, so no random state is saved. A directory
 appears whole or not at all. A run resumes from the newest one that matches its manifest, and only if its
-`fingerprint` is the same.
+`fingerprint` and the start of what is trained are the same.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,6 +38,7 @@ from minilora.adapters.files import save_adapter_files
 from minilora.data import Example
 from minilora.errors import DataError, FormatError, TrainingError
 from minilora.lora import LoraAdapter
+from minilora.models.fsdp import whole
 from minilora.models.prompts import PROMPTS_FILE, copy_prompt_files
 from minilora.options import fits
 from minilora.runs.sampler import kept_random_state
@@ -45,13 +47,15 @@ from minilora.runs.settings import TrainConfig
 # Settings that may change between two starts of a run, since its weights do not depend on them.
 BOOKKEEPING = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
 STATE_TYPES = int, float, Tensor  # of values in the state of an optimizer
+ROUNDED = (".absmax", ".scales", ".offset")  # parts of a 4-bit weight that another number of threads rounds differently
 
 
 @dataclass
 class State:
     """The progress of a run, as in state.json."""
 
-    run: str = ""  # its `fingerprint`
+    run: Mapping[str, Any] = field(default_factory=dict)  # its `fingerprint`
+    start: tuple[float, ...] = ()  # `start_numbers` of what is trained
     step: int = 0  # done so far, as are the next two
     tokens: int = 0
     seconds: float = 0.0
@@ -120,9 +124,9 @@ def init_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
         TrainingError: the optimizer keeps something that checkpoints do not store.
     """
 
-    def other_attributes() -> str:
-        attributes = {key: value for key, value in vars(optimizer).items() if key[0] != "_" and key != "state"}
-        return repr((attributes | {"param_groups": None}, optimizer))  # the text of an optimizer shows its groups
+    def other_attributes() -> dict[str, str]:
+        attributes = {key: repr(value) for key, value in vars(optimizer).items() if key[0] != "_" and key != "state"}
+        return attributes | {"param_groups": repr(optimizer)}  # the text of an optimizer shows its groups
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trained_tensors(model).items()}
@@ -135,10 +139,12 @@ def init_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
     optimizer.zero_grad()
     entries = state_entries(optimizer, model)
     bad = [name for name, (values, key) in entries.items() if not isinstance(values[key], STATE_TYPES)]
-    if bad or optimizer.state.keys() - {*parameters} or other_attributes() != before:
+    bad += [f"state[{key!r:.40}]" for key in optimizer.state.keys() - {*parameters}]
+    bad += [f"the attribute {name!r}" for name, text in other_attributes().items() if before.get(name) != text]
+    if bad:
         raise TrainingError(
-            f"{type(optimizer).__name__} keeps {bad[0] if bad else 'something'} that checkpoints do not store: they "
-            "store the numbers and tensors in its `state` of each parameter"
+            f"{type(optimizer).__name__} keeps {bad[0]}, which checkpoints do not store: they store the numbers and "
+            "tensors in its `state` of each parameter"
         )
 
 
@@ -198,24 +204,33 @@ def read_state(directory: Path) -> State:
 
 
 def load_checkpoint(
-    directory: Path, model: nn.Module, optimizer: Optimizer, run: str, total_steps: int
+    directory: Path, model: nn.Module, optimizer: Optimizer, new: State
 ) -> tuple[State, dict[str, Tensor]]:
     """Restore the model and the optimizer; return the state, and the weights of the best step.
 
-    The checkpoint has to be of a run with the fingerprint `run` and of as many steps. If it is not, if a file is
-    damaged, or has other tensors than the run trains, the model stays unchanged.
+    The checkpoint has to be of a run that began in the state `new`; the model has the weights of its start, or those of
+    the checkpoint. If this is not so, if a file is damaged, or has other tensors than the run trains, the model stays
+    unchanged.
     """
     state = read_state(directory)
-    if state.run != run:
-        raise TrainingError(f"{directory}: written by a run with other data or settings, so it cannot be resumed here")
-    if state.total_steps != total_steps:
-        raise TrainingError(f"{directory}: written by a run of {state.total_steps} steps, and this has {total_steps}")
+    if other := differences(state.run, new.run):
+        raise TrainingError(f"{directory}: written by a run with other data or settings ({', '.join(other)})")
+    if state.total_steps != new.total_steps:
+        raise TrainingError(
+            f"{directory}: written by a run of {state.total_steps} steps, and this has {new.total_steps}"
+        )
     own = trained_tensors(model)
     trained = _read(files.TensorFile(directory / "trained.safetensors"), own)
     best: dict[str, Tensor] = {}
     if (directory / "best.safetensors").is_file():
         tensors = _read(files.TensorFile(directory / "best.safetensors"), own)
         best = {name: tensor.clone() for name, tensor in tensors.items()}
+    starts = [state.start, *(start_numbers(model, tensors) for tensors in (trained, best) if tensors)]
+    if not any(np.allclose(start, new.start, rtol=1e-4, atol=1e-7) for start in starts):
+        raise TrainingError(
+            f"{directory}: written by a run with another start of what is trained, such as a seed of `ml.attach`; "
+            "give a new model and adapter, made as for the first start"
+        )
     file = files.TensorFile(directory / "optimizer.safetensors")
     init_optimizer_state(optimizer, model)
     entries = state_entries(optimizer, model)
@@ -262,26 +277,70 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def fingerprint(
-    dataset: Sequence[Any],
-    held_out: Sequence[Any],
-    config: TrainConfig,
-    adapters: Mapping[str, Any],
-    own_optimizer: str = "",
-) -> str:
-    """Return a hash of the settings, `trained_adapters`, the rows (see `_as_json`), and the text of an own optimizer.
+    model: nn.Module, dataset: Sequence[Any], held_out: Sequence[Any], config: TrainConfig, loss: Any, optimizer: str
+) -> dict[str, Any]:
+    """Return what makes a run this one, as JSON: settings, adapters and loss, and hashes of the rows and the base.
+
+    Of each frozen parameter of the base, a hash covers at most 1024 evenly spaced numbers.
 
     Raises:
         DataError: a row has an object whose content is unknown.
     """
     idle = BOOKKEEPING | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
-    settings = {key: value for key, value in asdict(config).items() if key not in idle}
-    run = [settings, adapters, len(dataset)]
-    if own_optimizer:
-        run.append(own_optimizer)
-    digest = hashlib.sha256(json.dumps(run, default=_as_json).encode())
-    for rows in (dataset, held_out):
-        for i in range(len(rows)):
-            digest.update(json.dumps(rows[i], default=_as_json).encode())
+    run = {
+        "config": {key: value for key, value in asdict(config).items() if key not in idle},
+        "adapters": {
+            name: made[0] if made.count(made[0]) == len(made) else made
+            for name, made in trained_adapters(model).items()
+        },
+        "loss": describe(loss),
+        "optimizer": optimizer,
+    }
+    frozen = [p for name, p in model.named_parameters() if not (p.requires_grad or name.endswith(ROUNDED))]
+    hashes = {
+        "dataset": _hash(dataset),
+        "held_out": _hash(held_out),
+        "model": _hash([_spread(whole(p)) for p in frozen]),
+    }
+    return json.loads(json.dumps(run, default=_as_json)) | hashes
+
+
+def start_numbers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """Return at most 64 evenly spaced numbers of the trained parameters of a model, whose values `tensors` has."""
+    parts = [_spread(tensors[name]).cpu().double() for name, p in model.named_parameters() if p.requires_grad]
+    return tuple(_spread(torch.cat(parts), 64).tolist())
+
+
+def _spread(tensor: Tensor, most: int = 1024) -> Tensor:
+    """Return at most so many evenly spaced numbers of a tensor."""
+    return tensor.detach().reshape(-1)[:: max(1, math.ceil(tensor.numel() / most))]
+
+
+def describe(value: Any) -> str:
+    """Return a plain value as Python writes it, a function as its name, a `partial` as its call, else the type."""
+    if isinstance(value, partial):
+        named = [f"{name}={describe(each)}" for name, each in sorted(value.keywords.items())]
+        return f"{describe(value.func)}({', '.join([*map(describe, value.args), *named])})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(describe, value))})"
+    if value is None or isinstance(value, int | float | str):
+        return repr(value)
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Name what differs between two JSON values, with both values if they are short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in now | before if before.get(key) != now.get(key)]
+        return [text for key in keys for text in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))]
+    change = f" was {before!r} and is {now!r}"
+    return [name + change if len(change) < 99 else name]
+
+
+def _hash(rows: Sequence[Any]) -> str:
+    digest = hashlib.sha256(str(len(rows)).encode())
+    for i in range(len(rows)):
+        digest.update(json.dumps(rows[i], default=_as_json).encode())
     return digest.hexdigest()
 
 

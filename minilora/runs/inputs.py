@@ -25,7 +25,7 @@ MARGIN = 16  # tokens of an answer beyond twice those of the wanted one
 
 
 def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = None) -> Dataset:
-    """Read and tokenize the rows of files, and the training rows of directories.
+    """Read and tokenize the rows of files, and the training rows of directories and of "minilora/builtin".
 
     Raises:
         DataError: a row cannot be used (with file and line); a file without rows.

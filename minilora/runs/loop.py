@@ -39,7 +39,8 @@ class TrainResult:
     """A summary of a run, including the parts before it was resumed.
 
     `finished` is False if `on_step` stopped it; `kept` is the step whose weights the model has now; `damaged` lists
-    what is wrong with checkpoints that were skipped.
+    what is wrong with checkpoints that were skipped; `resumed_from` is the step of the checkpoint from which this call
+    resumed, so a call that found a finished run, and trained nothing, has it equal to `steps`.
     """
 
     steps: int
@@ -49,6 +50,7 @@ class TrainResult:
     finished: bool
     kept: int
     damaged: tuple[str, ...] = ()
+    resumed_from: int = 0
 
 
 def train(
@@ -77,10 +79,13 @@ def train(
         config: by default `TrainConfig()`.
         on_step: called with a record after each step and each evaluation; if it returns True, on any rank, the run
             stops there, with a checkpoint.
-        held_out: rows to evaluate every `eval_steps` and after the last step.
+        held_out: rows to evaluate after the last step and, with `eval_steps`, every so many steps.
         checkpoint_dir: where checkpoints are written: every `save_steps`, by default about ten times and at least every
             ten minutes, and when the run ends or is stopped. If it has some already, the run resumes from the newest
-            undamaged one, and ends in the same bytes as if it had never stopped.
+            undamaged one, and ends in the same bytes as if it had never stopped. A run with other rows, settings,
+            adapters, loss, optimizer, base weights or start values is refused. Of the loss, the name and the plain
+            arguments of a `partial` are compared; of the base, up to 1024 numbers of each frozen parameter; of what is
+            trained, 64 numbers, which have to be those of the start or of the checkpoint.
         loss: (model, rows) -> (sum, count): the sum of the losses of some rows, and how many there are, such as
             labelled tokens. A step's loss is Σ sum / Σ count. By default the loss of tokens.
             (sum, count, metrics) adds metrics to the records, such as {"reward": (sum, count)}, whose means are
@@ -106,7 +111,7 @@ def train(
     config = config or TrainConfig()
     on_step = on_step or (lambda record: None)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    optim, fingerprint = _check_run(model, dataset, held_out, config, loss, folder, optimizer)
+    optim, run = _check_run(model, dataset, held_out, config, loss, folder, optimizer)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # now, not after a tenth of the run, if it cannot be written
     device = next(model.parameters()).device
@@ -127,8 +132,9 @@ def train(
         return (part, number) if batch.is_counted else (0 * part, 0)
 
     try:
-        state, best, damaged = _resume(model, optim, fingerprint, total, folder, config.save_total_limit)
         processes.broadcast_(checkpoints.trained_tensors(model).values())
+        state, best, damaged = _resume(model, optim, run, total, folder, config.save_total_limit)
+        resumed_from = state.step
         finished = state.step == total
         stopped = False
         saved = time.perf_counter()
@@ -155,7 +161,7 @@ def train(
             record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
             stops = on_step(record)
             finished = state.step == total
-            if len(held_out) and config.eval_steps and (finished or state.step % config.eval_steps == 0):
+            if len(held_out) and (finished or state.step % (config.eval_steps or total) == 0):
                 if loss:
                     groups = sampler.eval_groups([1] * len(held_out), config.batch_size)
                 else:
@@ -183,7 +189,8 @@ def train(
     if finished and best:
         checkpoints.restore(model, best)
         kept = state.best_step
-    return TrainResult(state.step, total, state.tokens, time.perf_counter() - started, finished, kept, damaged)
+    seconds = time.perf_counter() - started
+    return TrainResult(state.step, total, state.tokens, seconds, finished, kept, damaged, resumed_from)
 
 
 def _check_run(
@@ -194,13 +201,13 @@ def _check_run(
     loss: Callable[..., Any] | None,
     folder: Path | None,
     build: BuildOptimizer | None,
-) -> tuple[Optimizer, str]:
+) -> tuple[Optimizer, dict[str, Any]]:
     """Check what `train` is given; return the optimizer, and a fingerprint if a checkpoint or other rank needs it."""
     if not torch.is_grad_enabled():
         raise TrainingError("there are no gradients within no_grad or inference_mode")
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
-    adapters = checkpoints.trained_adapters(model)
+    checkpoints.trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to learn from")
     if loss is None:
@@ -217,17 +224,18 @@ def _check_run(
         before = copy.deepcopy(optimizer.state_dict())
         checkpoints.init_optimizer_state(optimizer, model)
         optimizer.load_state_dict(before)
-    fingerprint = ""
+    run: dict[str, Any] = {}
     if folder is not None or processes.size() > 1:
-        rows = held_out if config.keep == "best" else ()
-        own_optimizer = repr(optimizer) if build else ""
-        fingerprint = checkpoints.fingerprint(dataset, rows, config, adapters, own_optimizer)
+        run = checkpoints.fingerprint(model, dataset, held_out, config, loss, repr(optimizer) if build else "")
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
-        if processes.differing({"": (repr(config), len(dataset), len(held_out), fingerprint)}):
-            raise TrainingError("the processes of the run differ in their data or settings; each needs all rows")
-    return optimizer, fingerprint
+        if differing := processes.differing({**run, "config": config}):
+            what = ", ".join(differing)
+            raise TrainingError(
+                f"the processes of the run differ in their data or settings ({what}); each needs all rows"
+            )
+    return optimizer, run
 
 
 def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metrics]]:
@@ -276,6 +284,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer
         rate = config.learning_rate
         return adamw({"params": own, "weight_decay": decay, "lr": rate} for decay, own in groups.items())
     optimizer = build([*trained])
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        kind = type(optimizer).__name__
+        raise TrainingError(f"optimizer= made a {kind}; need one torch.optim.Optimizer whose step needs no closure")
     if differing := [trained.get(p, "what is not trainable") for p in trained.keys() ^ {*parameters_of(optimizer)}]:
         raise TrainingError(f"the optimizer must have exactly the trainable parameters; differing: {differing[:5]}")
     for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
@@ -323,15 +334,16 @@ def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.StepRows) 
 
 
 def _resume(
-    model: nn.Module, optimizer: Optimizer, fingerprint: str, total: int, folder: Path | None, limit: int
+    model: nn.Module, optimizer: Optimizer, run: dict[str, Any], total: int, folder: Path | None, limit: int
 ) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
-    state = checkpoints.State(fingerprint, total_steps=total)
+    state = checkpoints.State(run, total_steps=total)
     if folder is None:
         return state, {}, ()
+    state.start = checkpoints.start_numbers(model, dict(model.named_parameters()))
     newest, damaged = processes.run_on_rank0(checkpoints.newest_checkpoint, folder)
     if newest is None:
         return state, {}, damaged
-    state, best = checkpoints.load_checkpoint(newest, model, optimizer, fingerprint, total)
+    state, best = checkpoints.load_checkpoint(newest, model, optimizer, state)
     processes.run_on_rank0(checkpoints.prune, folder, state.step, limit)  # a crash may have left some
     return state, best, damaged

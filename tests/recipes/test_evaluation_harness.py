@@ -68,7 +68,8 @@ def test_texts_up_to_a_stop_are_theirs(both):
     assert any(ours)
 
 
-def test_two_tasks_give_the_same_results(both, tmp_path):
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_two_tasks_give_the_same_results(both, tmp_path, is_chat):
     draw = random.Random(3)
     rows = [{"question": text(draw), "choices": [" yes", " no, the sea", " town"], "answer": i % 3} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -78,9 +79,8 @@ def test_two_tasks_give_the_same_results(both, tmp_path):
     greedy["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
     shared = {"test_split": "test", "doc_to_text": "{{question}}", **data}
     tasks = [{"task": "choosing", **shared, **choice}, {"task": "writing", **shared, **greedy}]
-    found = [
-        lm_eval.simple_evaluate(model, tasks=tasks, bootstrap_iters=0, log_samples=False)["results"] for model in both
-    ]
+    settings = {"tasks": tasks, "bootstrap_iters": 0, "log_samples": False, "apply_chat_template": is_chat}
+    found = [lm_eval.simple_evaluate(model, **settings)["results"] for model in both]
     assert found[0] == found[1]
     assert {*found[0]} == {"choosing", "writing"}
 

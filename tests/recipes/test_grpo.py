@@ -58,15 +58,20 @@ def test_samples_are_what_was_drawn_with_log_pi_and_the_place_of_their_reward_in
     assert_maths(number([sample.advantage for sample in samples]), torch.tensor(expected.reshape(-1)))
 
 
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ml.ConfigError, match="group is 1"):
+        draw(adapted(layers=1), ROWS, TOKENIZER, share, group=1)
+
+
 def drawn_earlier(seed, count=5):
     """Samples of a model that has changed since."""
     generator = np.random.default_rng(seed)
     samples = []
-    for _ in range(count):
+    for i in range(count):
         prompt, drawn = (generator.integers(1, 60, generator.integers(1, 6)).tolist() for _ in range(2))
         old = generator.uniform(-6, -2, len(drawn)).tolist()
         example = ml.Example(prompt + drawn, [IGNORE_INDEX] * len(prompt) + drawn)
-        samples.append(Sample(example, old, generator.uniform(), generator.normal()))
+        samples.append(Sample(example, old, generator.uniform(), generator.normal() if i else 0.0))
     return samples
 
 
@@ -95,6 +100,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_equation(seed, clip, beta):
     assert_maths(metrics["kl"][0], sum(kl))
     assert metrics["clipped"] == (clipped, len(kl))
     assert metrics["length"] == (len(kl), count)
+    assert metrics["no_advantage"] == (1, count)
 
 
 def test_a_reward_rises_and_a_resumed_run_ends_in_the_same_bytes(tmp_path):

@@ -61,6 +61,18 @@ def test_a_stopped_sweep_goes_on_with_the_step_it_was_at_and_repeats_no_run(tmp_
     assert run(tmp_path / "half", rows=Rows(ROWS), ranks=(2, 4, 3)).items() > expected.items()
 
 
+def test_a_run_that_diverges_is_infinite_and_the_sweep_goes_on_with_the_model_as_it_was(tmp_path):
+    model = base()
+    losses = run(tmp_path, model, ranks=(2,), rates=(1e30, 1e-3))
+    assert losses[2, 1e30] == float("inf")
+    assert best(losses) == (2, 1e-3)
+    assert "| 2 | **" in table(losses)
+    same_state(model, base())
+    with pytest.raises(ml.TrainingError, match="other data"):
+        run(tmp_path, model, rows=ROWS[:-1], ranks=(2,))
+    same_state(model, base())
+
+
 def test_the_table_and_the_map_have_each_loss_in_its_place():
     assert best(LOSSES) == (2, 0.02)
     assert table(LOSSES).splitlines() == [
@@ -72,5 +84,6 @@ def test_the_table_and_the_map_have_each_loss_in_its_place():
     pytest.importorskip("matplotlib")
     axes = heat_map(LOSSES).get_axes()[0]
     assert axes.get_images()[0].get_array().tolist() == [[2.5, 1.25], [2.25, 1.75]]
+    assert [text.get_text() for text in axes.texts] == ["2.500", "1.250", "2.250", "1.750"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["2", "4"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.001", "0.02"]
