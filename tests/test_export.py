@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -170,6 +171,69 @@ def test_what_goes_into_a_wrapper_comes_back_the_same(config, tmp_path):
         again = ml.load_model(base)
         ml.load_adapter(again, tmp_path / directory)
         assert torch.equal(again(ids), model(ids))
+
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def fuse(parts, whole):
+    """Copy a base, with one matrix where a Llama has three or two, as Phi-3 has them."""
+    shutil.copytree(parts, whole)
+    tensors = load_file(whole / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("q_proj.weight", "gate_proj.weight"))]:
+        parent, _, end = name.removesuffix(".weight").rpartition(".")
+        fused, ends = next(item for item in FUSED.items() if item[1][0] == end)
+        tensors[f"{parent}.{fused}.weight"] = torch.cat([tensors.pop(f"{parent}.{part}.weight") for part in ends])
+    save_file(tensors, whole / "model.safetensors")
+    return whole
+
+
+@pytest.mark.parametrize("left_out", [(), ("k_proj",), ("q_proj", "gate_proj"), ("k_proj", "v_proj", "up_proj")])
+def test_updates_of_parts_become_one_of_the_whole_matrix_and_back(left_out, tmp_path):
+    parts = write_base(tmp_path / "parts", num_hidden_layers=2)
+    whole = fuse(parts, tmp_path / "whole")
+    ends = [end for group in FUSED.values() for end in group if end not in left_out]
+    config = {"r": 3, "lora_alpha": 7, "target_modules": [*ends, "o_proj"], "alpha_pattern": {ends[0]: 5}}
+    adapter = write_adapter(ml.load_model(parts), tmp_path / "adapter", **config)
+    expected = trained(parts, adapter)
+    export_adapter(adapter, whole, "vllm", tmp_path / "there")
+    export_adapter(tmp_path / "there", parts, "minilora", tmp_path / "back")
+    found = updates(tmp_path / "there", "vllm")
+    assert {path.rpartition(".")[2] for path in found} == {"o_proj", *FUSED}
+    for path, update in found.items():
+        parent, _, end = path.rpartition(".")
+        if end in FUSED:
+            sizes = [ml.load_model(parts).get_submodule(f"{parent}.{part}").out_features for part in FUSED[end]]
+            for part, rows in zip(FUSED[end], update.split(sizes), strict=True):
+                assert_parity(rows, expected.get(f"{parent}.{part}", torch.zeros_like(rows)))
+    again = trained(parts, tmp_path / "back")
+    assert again.keys() >= expected.keys()
+    for path, update in again.items():
+        assert_parity(update, expected.get(path, torch.zeros_like(update)))
+
+
+def test_parts_of_other_sizes_are_refused(tmp_path):
+    base = fuse(write_base(tmp_path / "parts", num_hidden_layers=1), tmp_path / "whole")
+    other = write_base(tmp_path / "other", num_hidden_layers=1, num_key_value_heads=4)
+    adapter = write_adapter(ml.load_model(other), tmp_path / "adapter", target_modules=["k_proj"])
+    with pytest.raises(ml.TargetError, match="the model has no such module"):
+        export_adapter(adapter, base, "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize("heads", ["8", -1, [1], 0.5])
+def test_matrices_and_heads_that_no_model_has_are_refused(heads, tmp_path):
+    parts = write_base(tmp_path / "parts", num_hidden_layers=1)
+    whole = fuse(parts, tmp_path / "whole")
+    adapter = write_adapter(ml.load_model(parts), tmp_path / "adapter", target_modules=["k_proj"])
+    config = json.loads((whole / "config.json").read_text())
+    changed = {"num_attention_heads": heads, "num_key_value_heads": heads}
+    (whole / "config.json").write_text(json.dumps(config | changed))
+    tensors = load_file(whole / "model.safetensors")
+    flat = {name: torch.ones(()) if "qkv" in name else tensor for name, tensor in tensors.items()}
+    for held in (tensors, flat):
+        save_file(held, whole / "model.safetensors")
+        with pytest.raises(ml.TargetError, match="the model has no such module"):
+            export_adapter(adapter, whole, "peft", tmp_path / "out")
 
 
 def test_two_names_of_one_module_are_refused(tmp_path):

@@ -1,10 +1,12 @@
 """Adapters written as another program takes them: its names, its scale, its matrices, its layout."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
     stored, base, reader = read_adapter(adapter, is_for_text=True), Base.read(directory), READERS[title]
     config, held = stored.config(), {path: dict(part) for path, part in stored.tensors.items()}
     scales = {path: config.scale(path) for path, part in held.items() if "lora_A" in part}
+    _fit_projections_(held, scales, base)
     values = {**stored.values, "r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
     if scales and any(reader.ruling(row) != R for row in SCALE_FIELDS):
         r = _fold_scales_(held, scales)
@@ -90,6 +93,35 @@ def _peft_tensors(held: Held, named: Callable[[str], str]) -> dict[str, Tensor]:
             owner, _, end = (path, "", own[key]) if path else key.rpartition(".")
             tensors[f"{PREFIX}{named(owner)}.{end}"] = tensor
     return tensors
+
+
+def _fit_projections_(held: Held, scales: dict[str, float], base: Base) -> None:
+    """Split updates of matrices that the base has in parts, and fuse those of parts that it has in one matrix.
+
+    What is more than an update, or of another size, is left, and then refused by its name.
+    """
+    counts = [base.config.get(f"num_{kind}_heads") for kind in ("attention", "key_value")]
+    heads, *_, kv_heads = [n for n in counts if isinstance(n, int) and n > 0] * 2 or (1, 1)
+    plain = {path for path in scales if held[path].keys() == {"lora_A", "lora_B"} and path not in base.modules}
+    for parent, (name, shares) in itertools.product(
+        {path.rpartition(".")[0] for path in plain},
+        {"qkv_proj": {"q": heads, "k": kv_heads, "v": kv_heads}, "gate_up_proj": {"gate": 1, "up": 1}}.items(),
+    ):
+        whole, parts = f"{parent}.{name}", [f"{parent}.{part}_proj" for part in shares]
+        if whole in base.modules:
+            rows, found = sum(base.modules[whole][:1]), plain.intersection(parts)
+            sizes = {path: rows * n // sum(shares.values()) for path, n in zip(parts, shares.values(), strict=True)}
+            if found and all(len(held[path]["lora_B"]) == sizes[path] for path in found):
+                blocks = [held[p]["lora_B"] * scales.pop(p) if p in found else torch.zeros(sizes[p], 0) for p in parts]
+                lora_A = torch.cat([held.pop(path)["lora_A"] for path in parts if path in found])
+                held[whole], scales[whole] = {"lora_A": lora_A, "lora_B": torch.block_diag(*blocks)}, 1.0
+        elif whole in plain:
+            rows_of = [sum(base.modules.get(path, ())[:1]) for path in parts]
+            if sum(rows_of) == len(held[whole]["lora_B"]):
+                update = held.pop(whole)
+                for path, lora_B in zip(parts, update["lora_B"].split(rows_of), strict=True):
+                    held[path] = {"lora_A": update["lora_A"], "lora_B": lora_B}
+                scales |= dict.fromkeys(parts, scales.pop(whole))
 
 
 def _write_mlx(out: Path, base: Base) -> None:
