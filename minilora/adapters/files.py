@@ -69,24 +69,17 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
     write_json(directory / CONFIG_FILE, dict(sorted({**layout.PEFT_DEFAULTS, **fields}.items())))
 
 
-def load_adapter(
-    model: nn.Module,
-    path: str | Path,
-    name: str = "default",
-    trainable: bool = False,
-    dtype: torch.dtype | None = None,
-) -> None:
+def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
     """Read an adapter that PEFT or `save_adapter` wrote, attach it to the model and activate it.
 
     Everything else is frozen, other adapters too. Unless the adapter is `trainable`, it is frozen as well, and the
-    model is put into evaluation mode, so that no dropout acts.
+    model is put into evaluation mode, so that no dropout acts. Its parameters have the file's dtype, float32 at least.
 
     Args:
         model: the base model.
         path: the adapter's directory, or a repository of the hub, "org/name" or "org/name@revision".
         name: the adapter's name in the model.
         trainable: whether the adapter will be trained.
-        dtype: of the adapter's parameters; by default the file's, float32 at least.
 
     Raises:
         FormatError: a file of the adapter is missing or malformed, or the config asks for something that is not
@@ -103,8 +96,7 @@ def load_adapter(
     config = replace(config, modules_to_save=_saved(stored, config.modules_to_save))
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
     embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)
-    if dtype is None:
-        dtype = widest(*(tensor for held in stored.tensors.values() for tensor in held.values()))
+    dtype = widest(*(tensor for held in stored.tensors.values() for tensor in held.values()))
     layers = build_layers(modules, config, name, _blank_tensors(stored, modules, config), dtype, embedding)
     _copy_stored(stored, layers, modules, config, name)
     if (init := stored.values.get("init_lora_weights")) in layout.DETERMINISTIC_INITS:
