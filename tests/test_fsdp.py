@@ -104,7 +104,7 @@ def check_loading(cases):
     asked = [(WHOLE, "dense"), (WHOLE, "nf4"), ("few rows", "nf4 without double quantization"), ("stored nf4", "dense")]
     if cases.is_long:
         asked = [*product((WHOLE, "few rows"), HELD), ("stored nf4", "dense"), ("stored single", "dense")]
-    for family, held in [*asked, ("gemma3", "nf4")]:
+    for family, held in [*asked, ("olmo2", "nf4")]:
         with cases.of("loading", family, held):
             one, divided = cases.bases(family, held)
             assert divided.name_or_path == one.name_or_path
@@ -130,7 +130,7 @@ def check_gradients(cases):
     ways = list(product(("none", "mlp", "block"), (nullcontext, ml.plain)))
     asked = [(WHOLE, name, "dense") for name in ("LoRA", "rows of tokens", "norms in full")]
     asked += [(WHOLE, name, "nf4") for name in ("LoRA", "DoRA", "the head in full")]
-    asked += [("few rows", "DoRA", "nf4"), ("gemma3", "DoRA", "dense")]
+    asked += [("few rows", "DoRA", "nf4"), ("olmo2", "DoRA", "dense")]
     if cases.is_long:
         asked += [(WHOLE, name, held) for name, held in product(CONFIGS, ("dense", "nf4"))]
         asked = [each for each in asked if not (each[2] == "nf4" and each[1] in DENSE_ONLY)]
@@ -234,7 +234,7 @@ def work(folder, is_long, expected):
 def folder(tmp_path_factory):
     """The bases that are loaded."""
     folder = tmp_path_factory.mktemp("bases")
-    for family in (WHOLE, "qwen3", "gemma3"):
+    for family in (WHOLE, "qwen3", "olmo2"):
         write_base(folder / family, family, torch.float64, **SIZES)
     write_base(folder / "few rows", dtype=torch.float64, **SIZES, **FEW_ROWS)
     write_base(folder / "large", **LARGE)
