@@ -75,7 +75,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "theta beyond float32": {"rope_theta": 1e300},
     "400 digits in a window": {"max_window_layers": 10**400, "sliding_window": 10**400},
     "400 digits as the end of text": {"eos_token_id": 10**400},
-    "trained on one token": {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1}},
     "a factor of 10^400": {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
     "equal ends of a ramp": {"rope_scaling": RAMP},
     "many windows": {"layer_types": ["sliding_attention"] * 10**5, "model_type": "qwen2", "use_sliding_window": True},
