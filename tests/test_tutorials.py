@@ -122,6 +122,7 @@ MISTAKES = {
         (".bfloat16() == W", ".bfloat16() != W", "those that changed"),
         ("(kept != 0) & (kept.sign() == kept.sum(0).sign())", "kept != 0", "which sign was elected"),
         ("round(density * change.numel())", "change.numel()", "were kept"),
+        ("max(1, round(density * change.numel()))", "round(density * change.numel())", "10 numbers, density 0.01"),
         ("effect += delta", "effect += W.double()"),
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
     ],
@@ -207,7 +208,9 @@ def test_a_chapter_has_the_parts_that_every_chapter_has():
         text, number = text_of(chapter), chapter.name[:2]
         assert text.startswith(f"# {number.lstrip('0')}. ")
         assert len(run.COST.findall(text)) == 1, number
-        assert int(re.search(r"^\*Reads in (\d+) min", text, re.MULTILINE)[1]) == run.reading_minutes(text) <= 25, number
+        assert int(re.search(r"^\*Reads in (\d+) min", text, re.MULTILINE)[1]) == run.reading_minutes(text) <= 25, (
+            number
+        )
         goal = re.search(r"^\*\*Goal\.\*\*.*?\n\n((?:- .*?\n(?:  .*\n)*)+)", text, re.MULTILINE)
         assert goal[1].count("- ") == 3, number
         assert text.count("> [!IMPORTANT]\n> **Takeaway.**") == 1, number
