@@ -208,9 +208,8 @@ def test_a_chapter_has_the_parts_that_every_chapter_has():
         text, number = text_of(chapter), chapter.name[:2]
         assert text.startswith(f"# {number.lstrip('0')}. ")
         assert len(run.COST.findall(text)) == 1, number
-        assert int(re.search(r"^\*Reads in (\d+) min", text, re.MULTILINE)[1]) == run.reading_minutes(text) <= 25, (
-            number
-        )
+        minutes = int(re.search(r"^\*Reads in (\d+) min", text, re.MULTILINE)[1])
+        assert minutes == run.reading_minutes(text) <= 25, number
         goal = re.search(r"^\*\*Goal\.\*\*.*?\n\n((?:- .*?\n(?:  .*\n)*)+)", text, re.MULTILINE)
         assert goal[1].count("- ") == 3, number
         assert text.count("> [!IMPORTANT]\n> **Takeaway.**") == 1, number
