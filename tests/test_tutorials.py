@@ -139,7 +139,9 @@ MISTAKES = {
     "13": [
         ("s * B @ A", "B @ A"),
         ("sigma[:k].norm()", "sigma.norm()", "How many directions of the change"),
-        ("max(i, j) / n", "min(i, j) / n", "2,000 random pairs"),
+        ("torch.linalg.qr(torch.randn(2000, n, k)).Q", "torch.randn(2000, n, k)", "2,000 random pairs"),
+        ("/ min(i, j)", "/ max(i, j)", "2,000 random pairs"),
+        ("found >= phi", "found < phi", "2,000 random pairs"),
         ("(V @ other.T).square()", "(V @ other.T).abs()", "Is it cosines"),
         (".item() / k", ".item()", "How large can it be"),
         (".Vh[:k] for", ".U.T[:k] for", "what they answer"),
