@@ -154,9 +154,13 @@ MISTAKES = {
         ("each.sum()", "each.mean()"),
     ],
     "A2": [
-        ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
-        (" + 1e-6", ""),
-        ("advantages(rewards).detach()", "advantages(rewards)"),
+        ("rewards.sum(1, keepdim=True)", "rewards.sum()"),
+        (
+            "(rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)",
+            "rewards.mean(1, keepdim=True)",
+            "others?",
+        ),
+        ("leave_one_out(rewards).detach()", "leave_one_out(rewards)", "Which factor is a constant"),
     ],
 }
 
