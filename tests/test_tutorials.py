@@ -122,6 +122,7 @@ MISTAKES = {
         (".bfloat16() == W", ".bfloat16() != W", "those that changed"),
         ("(kept != 0) & (kept.sign() == kept.sum(0).sign())", "kept != 0", "which sign was elected"),
         ("round(density * change.numel())", "change.numel()", "were kept"),
+        ("max(1, round(density * change.numel()))", "round(density * change.numel())", "10 numbers, density 0.01"),
         ("effect += delta", "effect += W.double()"),
         ("s * (B.double() @ A.double())", "B.double() @ A.double()"),
     ],
@@ -138,7 +139,9 @@ MISTAKES = {
     "13": [
         ("s * B @ A", "B @ A"),
         ("sigma[:k].norm()", "sigma.norm()", "How many directions of the change"),
-        ("max(i, j) / n", "min(i, j) / n", "2,000 random pairs"),
+        ("torch.linalg.qr(torch.randn(2000, n, k)).Q", "torch.randn(2000, n, k)", "2,000 random pairs"),
+        ("/ min(i, j)", "/ max(i, j)", "2,000 random pairs"),
+        ("found >= phi", "found < phi", "2,000 random pairs"),
         ("(V @ other.T).square()", "(V @ other.T).abs()", "Is it cosines"),
         (".item() / k", ".item()", "How large can it be"),
         (".Vh[:k] for", ".U.T[:k] for", "what they answer"),
@@ -151,9 +154,13 @@ MISTAKES = {
         ("each.sum()", "each.mean()"),
     ],
     "A2": [
-        ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
-        (" + 1e-6", ""),
-        ("advantages(rewards).detach()", "advantages(rewards)"),
+        ("rewards.sum(1, keepdim=True)", "rewards.sum()"),
+        (
+            "(rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)",
+            "rewards.mean(1, keepdim=True)",
+            "others?",
+        ),
+        ("leave_one_out(rewards).detach()", "leave_one_out(rewards)", "Which factor is a constant"),
     ],
 }
 

@@ -7,15 +7,6 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-def weaken(before: Weights, after: Weights, kl: Callable[[Weights], float], budget: float) -> Weights:
-    """The weights before + c·(after - before) with the largest c in [0, 1] whose KL to the base keeps to the budget.
-
-    `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. On the way from before
-    to after, KL grows like c². Nothing that was given is changed.
-    """
-    raise NotImplementedError
-
-
 def divergence(base: Tensor, tuned: Tensor) -> float:
     """The mean over all positions of KL(base ‖ tuned) = Σ p·log(p/q), from logits, in nats. It is finite.
 
@@ -29,5 +20,14 @@ def replayed(task: int, general: int, share: float) -> list[int]:
 
     Rows are numbered: task rows from 0, general ones from `task` on. General rows are taken in order, and again from
     the first if there are too few; their number is rounded to the nearest. 0 ≤ share < 1.
+    """
+    raise NotImplementedError
+
+
+def weaken(before: Weights, after: Weights, kl: Callable[[Weights], float], budget: float) -> Weights:
+    """The weights before + c·(after - before) with the largest c in [0, 1] whose KL to the base keeps to the budget.
+
+    `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. On the way from before
+    to after, KL grows like c². Nothing that was given is changed.
     """
     raise NotImplementedError

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 
-def chance(i: int, j: int, n: int) -> float:
-    """φ(i, j) of two random subspaces of n dimensions, on average. 1 ≤ i, j ≤ n."""
+def chance(phi: float, i: int, j: int, n: int) -> float:
+    """The share of pairs of random subspaces, of i and j of n dimensions, whose φ(i, j) is at least phi, to ± 0.05."""
     raise NotImplementedError
 
 

@@ -1,12 +1,12 @@
-"""Exercise A2: advantages, and the loss of rewards. For the verdict: python tutorials/exercises/check.py A2"""
+"""Exercise A2: a baseline, and the loss of rewards. For the verdict: python tutorials/exercises/check.py A2"""
 
 from torch import Tensor
 
 
-def advantages(rewards: Tensor) -> Tensor:
-    """How much better each answer is than its group, in standard deviations (`std`, with G - 1) plus 1e-6.
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """How much more reward each answer has than the others of its group have on average.
 
-    Each row is a group: G answers to one question.
+    Each row is a group: G ≥ 2 answers to one question.
 
     Shapes: rewards (questions, G) -> (questions, G)
     """
@@ -14,7 +14,7 @@ def advantages(rewards: Tensor) -> Tensor:
 
 
 def policy_loss(log_probs: Tensor, rewards: Tensor) -> Tensor:
-    """The mean of -advantage · log π over all answers; its gradient is what counts.
+    """The mean of -advantage · log π over all answers, with the advantages of `leave_one_out`.
 
     An advantage is a constant: rewards may depend on something that is trained, and nothing is learned through them.
 
