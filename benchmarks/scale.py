@@ -1,6 +1,6 @@
 """`python -m benchmarks.scale`: the measured memory of one of several processes, compared with the forecast.
 
-It starts `finetune` with torchrun in 1, 2 and 4 processes of one thread each, and writes the table of docs/scale.md.
+It starts `finetune` with torchrun in 1, 2 and 4 processes of one thread each, and prints a table.
 """
 
 import json
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import minilora as ml
-from benchmarks import results
 from benchmarks.make import random_model
 from benchmarks.work import SMOLLM2
 from minilora.llama import LlamaConfig
@@ -24,7 +23,6 @@ from minilora.models.config import parse_config
 from minilora.runs.forecast import Plan, Shard, forecast
 from minilora.runs.memory import amount
 
-PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -116,14 +114,9 @@ def step_seconds(run: Path) -> float:
 
 
 def main() -> None:
-    rows = []
+    print("run | --shard | ranks | peak | forecast | ratio | seconds")
     for row in check():
         print(" | ".join(row), flush=True)
-        rows.append(row)
-    head = ("run", "--shard", "ranks", "peak", "forecast", "ratio", "seconds")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- check -->\n")
-    after = rest.partition("<!-- /check -->")[2]
-    PAGE.write_text(f"{before}<!-- check -->\n{results.table(head, rows)}\n<!-- /check -->{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
         if re.search(r"\\u[dD][89a-fA-F]", text):  # a half of a surrogate pair, perhaps, which no text may hold
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not JSON ({error})") from error
+        reason = re.sub(r": line 1 (column \d+) .*", r" at \1", str(error))
+        raise FormatError(f"{where}: not JSON ({reason})") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where}: found a JSON {type(value).__name__}, need an object")
     return value

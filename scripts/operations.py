@@ -1,8 +1,8 @@
 """Which operations of PyTorch the package calls on a device, and those that have limits on CUDA or MPS.
 
 The tests of the simulated device are run, all families and kinds of adapters among them (some minutes), and what they
-call is looked up in PyTorch's own list of kernels: `python -m scripts.operations`. The table of docs/devices.md is
-`table()`.
+call is looked up in PyTorch's own list of kernels: `python -m scripts.operations`. The table of
+docs/internals/devices.md is `table()`.
 """
 
 import re

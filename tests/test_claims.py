@@ -126,7 +126,6 @@ def merging():
     yield f"base {base[0]}, rounded to NF4 {base[1]}, trained {pair([run['trained'] for run in runs])}"
     yield f"loss {loss['requantized']}; {percent([run['requantized']['unchanged'] for run in runs])} of the weights"
     yield f"SmolLM2: {loss['original']} merged into the original, {loss['dequantized']} into the dequantized"
-    yield f"{mean([run['original']['error'] for run in runs], 0)} times over all layers after 16 steps"
     unchanged = [percent([run["early"][i]["unchanged"] for run in runs]) for i in (0, -1)]
     yield f"SmolLM2 {unchanged[0]} and {unchanged[1]} (merged"
     bases = statistics.mean([run["base, 16 bits"] - run["base, 4 bits"] for run in runs])
@@ -142,22 +141,15 @@ def clean_merging():
             more = [run["original"]["more"] for run in runs]
             yield f"| {model}, {rate} | {ratio:.1f} | {bases:+.3f} | {statistics.mean(more):+.3f} |"
             yield f"{model} {spread(more)}"
-            losses = [mean(run[target]["loss"] for run in runs) for target in ("dequantized", "requantized")]
-            base = mean([run["base, 4 bits"] for run in runs])
-            yield f"{model}, {rate}: {losses[0]} merged in bfloat16, {losses[1]} in NF4, base {base}"
-            unchanged = [percent([run["early"][i]["unchanged"] for run in runs]) for i in (0, -1)]
-            yield f"{unchanged[0]} and {unchanged[1]} ({model}, {rate})"
 
 
 def specialists():
     for key, model in (("results", "built-in model"), ("10M", "10M model")):
         runs = results("11_specialists", key)
 
-        def loss(way, part=0, runs=runs):
-            return mean([run[way][part] for run in runs])
+        def loss(way, runs=runs):
+            return mean([run[way][0] for run in runs])
 
-        mean_of_two, ties = ([loss(way, part) for part in (0, 1)] for way in ("mean", "TIES"))
-        yield f"{model}: mean of the two {mean_of_two[0]} and {mean_of_two[1]}, TIES {ties[0]} and {ties[1]}"
         dropped = [f"{loss(way)} before, {loss(f'{way}, dropped')} after" for way in ("first", "whole")]
         yield f"{model}: a specialist {dropped[0]}; the adapter of all categories {dropped[1]}"
     sums = [[sum(run[f"{way}, tuned"]) for run in results("11_specialists")] for way in ("mean", "TIES")]
@@ -239,6 +231,16 @@ def test_the_verdicts_are_those_of_the_rule(verdicts):
             assert f"{where[0]}: {more} ± {half}, {word}" in " ".join(sections), line
         else:
             assert f"- Interval: {compared}: {more} ± {half}. - Verdict: {word}" in " ".join(sections), line
+
+
+def test_the_overview_has_the_words_of_each_verdict():
+    overview, _, sections = read(CLAIMS).partition("## The rule of verdicts")
+    words = {}
+    for claim, verdict in re.findall(r"^### (.+)\n(?:(?!###).*\n)*?- Verdict: ((?:.+\n?)+)", sections, re.MULTILINE):
+        found = re.findall(r"^seen|not reproduced|reproduced|undecided|partly", " ".join(verdict.split()))
+        words.setdefault(claim, []).append(", ".join(dict.fromkeys(found)))
+    expected = [(claim, "; ".join(each)) for claim, each in words.items()]
+    assert re.findall(r"^- \[(.+)\]\(#.+\): (.+)$", overview, re.MULTILINE) == expected
 
 
 def numbers(text):

@@ -205,6 +205,8 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
         # too much or too little
         (["finetune", "--target-modules", "q_proj", "v_proj"], "'v_proj'; a list is joined with commas"),
+        (["finetune", __file__], f"unexpected argument '{__file__}'; did you mean --data {__file__}?\n"),
+        (["generate", f"{ROOT}"], f"did you mean --adapter {ROOT}?\n"),
         (["finetune", "--use-dora", "True"], "a switch (--x or --no-x) has no value"),
         (["generate", "--prompt=a", "--prompts=b"], "not allowed with"),
         (["inspect"], "minilora inspect: the following arguments are required: PATH"),
@@ -233,6 +235,9 @@ def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_o
 
     short = page("--help")
     assert page("-h") == short
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["help", "finetune"])
+    assert capsys.readouterr().out == short
     main = {"model", "data", "out", "lora-r", "dry-run", "help-all", "columns", "skip-bad-rows"}
     assert main <= flags(short) < flags(page("--help-all"))
     assert "`minilora finetune --help-all`" in short.splitlines()[-1]
@@ -422,6 +427,7 @@ def test_eval_reads_rows_with_the_settings_of_the_run_or_of_flags(directory, run
 
 def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
     (directory / "lora_r.csv").write_text("Nr,Frage,Antwort\n1,the cat?,sat\n")
+    (directory / "rows.xlsx").write_bytes(b"PK\3\4")
     before = everything(directory)
     for words, phrase in (
         ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
@@ -436,6 +442,9 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=lora_r.csv", "lora_r.csv:2: keys"),
         ("finetune --model=model --data=lora_r.csv", "; --columns instruction=Frage,output=Antwort renames them"),
         ("finetune --model=model --data=lora_r.csv", "; --skip-bad-rows skips such rows"),
+        ("finetune --model=model --data=lora_r.csv --columns=text=Frge", "did you mean 'Frage'?; see "),
+        ("finetune --model=model --data=rows.xlsx", "not text; save a table as CSV"),
+        ("generate --model=data --prompt=a", "data: has no config.json, so is no model; an adapter goes to --adapter"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),

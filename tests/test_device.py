@@ -433,4 +433,4 @@ def test_the_peak_of_a_run_is_within_10_percent_of_the_forecast_for_the_device(m
 
 
 def test_the_table_of_operations_with_limits_stands_in_the_documents():
-    assert operations.table() in Path("docs/devices.md").read_text()
+    assert operations.table() in Path("docs/internals/devices.md").read_text()

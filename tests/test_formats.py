@@ -143,7 +143,7 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
         (["Question", "Answer"], "instruction=Question,output=Answer renames them, or columns prompt=Question,com"),
         (["input", "output"], "instruction=input,output=output renames them, or columns prompt=input,completion="),
         (["instruction", "response", "context"], "instruction=instruction,input=context,output=response renames"),
-        (["a", "b"], "instruction=a,output=b renames them, or columns prompt=a,completion=b for plain text; of CSV"),
+        (["a", "b"], "instruction=a,output=b renames them, or columns prompt=a,completion=b for plain text; in a CSV"),
         (["a"], "instruction=QUESTION,output=ANSWER renames them, or columns prompt=QUESTION,completion=ANSWER"),
     ],
 )

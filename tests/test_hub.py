@@ -165,6 +165,7 @@ def test_a_directory_is_itself_before_it_is_a_name_of_the_hub(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for name in ("org/tiny", "org/tiny@v1.0"):
         Path(name).mkdir(parents=True)
+        Path(name, "config.json").touch()
         for kind in ("model", "tokenizer", "adapter"):
             assert locate(name, kind) == Location(Path(name), name)
 
@@ -190,9 +191,9 @@ def test_what_the_hub_says_is_said(hub, models, monkeypatch):
     assert "end by '.git'" in refuses("org/tiny.git")  # the hub's own rules
     hub.shutdown()
     hub.server_close()
-    assert "check your internet connection" in refuses("org/tiny")
+    assert "is not a directory, and the Hub cannot be reached" in refuses("org/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "outgoing traffic has been disabled" in refuses("org/tiny")
+    assert "is not a directory, and the Hub cannot be reached" in refuses("org/tiny")
 
 
 def test_a_repository_without_a_format_that_is_read_is_told_of(hub):

@@ -421,8 +421,8 @@ def test_a_run_reports_loss_and_divergence_on_general_text(capsys, directory, tm
     assert told.splitlines()[0].split() == ["held-out", "loss"]  # no accuracy, as 4 rows with 2 answers have no choices
     line = f"general text: loss {found['before']:.4f} -> {found['after']:.4f}, KL to the base {found['kl']:.4f}\n"
     times = f"{math.exp(found['kl']):.3g} times as unlikely there as before"
-    meaning = f"  (KL: the base's own next tokens are {times}, on average)"
-    assert f"{line}{meaning}\n" in told
+    meaning = f"  (KL: the base's own next tokens are {times}, on average)\n"
+    assert f"{line}{meaning if math.exp(found['kl']) >= 1.05 else ''}" in told
 
 
 def test_base_and_adapter_answer_held_out_rows_and_three_are_shown(capsys, directory, tmp_path, monkeypatch):
@@ -545,7 +545,7 @@ def test_bad_rows_and_rows_with_control_tokens_are_counted(capsys, directory, tm
     assert "rows.jsonl:24: " in capsys.readouterr().err
     assert finetune(directory, tmp_path / "b", **data, skip_bad_rows=True) == 0
     told = capsys.readouterr().err
-    assert "7 training rows cannot be used and were skipped:" in told
+    assert "skipped 7 training rows that cannot be used:" in told
     shown = [line.partition(": ")[0][-2:] for line in told.splitlines() if "no known shape" in line]
     assert shown == ["24", "25", "26", "27", "28"]
     assert "1 training rows have control tokens in their text, which are taken as plain text" in told

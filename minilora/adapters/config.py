@@ -53,7 +53,7 @@ class LoraConfig:
     """
 
     r: int = option(16, "rank of the update")
-    lora_alpha: float = option(32, "scale of the update: it is multiplied by alpha / r")
+    lora_alpha: float = option(32, "alpha: the update is multiplied by alpha / r")
     lora_dropout: float = option(0.0, "dropout probability of the adapter's input")
     target_modules: str | tuple[str, ...] = option(
         "all-linear", "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regex"

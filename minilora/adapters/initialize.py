@@ -60,7 +60,7 @@ def factors_from_weight(kind: str, weight: Tensor, r: int, scale: float) -> tupl
     if r > min(out, inner):
         most = f"{kind} can give a weight of {out} x {inner} at most rank {min(out, inner)}"
         raise ConfigError(f"{most}; found r = {r}: set rank_pattern, or exclude the module")
-    device = "cpu" if weight.device.type == "mps" else weight.device  # see `_linalg_svd` in docs/devices.md
+    device = "cpu" if weight.device.type == "mps" else weight.device  # see `_linalg_svd` in docs/internals/devices.md
     W = weight.detach().to(device, torch.promote_types(weight.dtype, torch.float32))
     if not W.is_meta and not W.isfinite().all():
         raise TrainingError(f"{kind}: a weight of {tuple(W.shape)} holds numbers that are not finite")

@@ -48,9 +48,9 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     "use --learning-rate": "lr",
     "use --lr-scheduler": "lr-scheduler-type",
     "use --warmup-steps, where 0.03 is 3 % of the steps": "warmup-ratio lr-warmup-steps",
-    "use --max-length": "max-seq-length max-seq-len sequence-len",
+    "use --max-length": "max-seq-length max-seq-len sequence-len cutoff-len",
     "use --lora-r": "rank lora-rank",
-    "use --target-modules": "lora-target-modules lora-target-linear",
+    "use --target-modules": "lora-target-modules lora-target-linear lora-target lora-query lora-key lora-value",
     "use --layers-to-transform": "num-layers lora-layers",
     "use --use-dora for DoRA; LoRA needs no flag": "fine-tune-type",
     "use --quantize nf4": "load-in-4bit load-in-8bit bnb-4bit-quant-type",
@@ -65,6 +65,7 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     "use --train-on": "completion-only-loss assistant-only-loss mask-prompt train-on-inputs",
     "use --max-new-tokens": "max-tokens",
     "leave it out: the same command resumes a run": "resume-from-checkpoint",
+    "leave it out: torchrun -m minilora finetune starts several processes": "deepspeed",
     "leave it out: runs train adapters and never pad": "train use-peft packing sample-packing group-by-length",
     "leave it out: it is AdamW; ml.train(optimizer=…) takes others": "optim optimizer",
     in_recipe("ties_and_dare"): "combination-type",
@@ -128,6 +129,8 @@ def parse(words: Sequence[str]) -> Options:
     flag that asks for help.
     """
     command, *words = [_dashed(word) for word in words] or ["--help"]
+    if command == "help":
+        command, *words = [*words, "--help"]
     if command in ("-h", "--help", "--version"):
         commands = "\n".join(f"  {name:<9} {about}" for name, about in COMMANDS.items())
         version = f"minilora {minilora.__version__}"
@@ -149,6 +152,9 @@ def parse(words: Sequence[str]) -> Options:
             theirs = f"--{name[2:].rpartition('.')[2]}"  # litgpt has --train.epochs
             advice = FOREIGN_FLAGS.get(theirs) or closest_name(name, flags) or f"see `{parser.prog} --help`"
             parser.error(f"{name} is unknown; {advice}")
+        flag = "data" if os.path.isfile(name) else "adapter" if os.path.isdir(name) else ""
+        if flag in options:
+            parser.error(f"unexpected argument {name!r}; did you mean --{flag} {name}?")
         forms = "a list is joined with commas, text with spaces is quoted, and a switch (--x or --no-x) has no value"
         parser.error(f"unexpected argument {name!r}; {forms}")
     return {**vars(options), "command": command}
@@ -224,9 +230,14 @@ def _dashed(word: str) -> str:
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def describe_skipped(kind: str, bad: Sequence[str]) -> str:
     """Return a message with the number of rows of a kind that were skipped, and the reasons for the first five."""
-    return "\n  ".join((f"{len(bad)} {kind}rows cannot be used and were skipped:", *bad[:5]))
+    return "\n  ".join((f"skipped {counted(len(bad), f'{kind}row')} that cannot be used:", *bad[:5]))
 
 
 def say(text: str) -> None:

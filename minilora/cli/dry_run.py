@@ -8,6 +8,7 @@ import torch
 
 from minilora.adapters.attach import ParameterCount
 from minilora.adapters.config import LoraConfig
+from minilora.cli import counted
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
 from minilora.llama import Checkpointing, LlamaConfig
@@ -44,14 +45,16 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     is_terminal = sys.stdout.isatty()
     begin, end = MARKS[is_terminal]
     shown = data.train[:ROWS]
-    rows = [f"{len(shown)} of the {len(data.train):,} training rows; {begin}so marked{end} is learned"]
+    marked = f"{begin}{'green' if is_terminal else ' '}{end}"
+    rows = [f"{len(shown)} of the {len(data.train):,} training rows; text in {marked} is trained on"]
     for example in shown:
         rows.append(f"\n--- {example.source}\n{mark_learned(example, data.tokenizer, begin, end)}")
     steps = plan_steps(len(data.train), config)
     seen = [data.train[row] for step in steps for batch in step for row in batch]
     tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
+    size = f"{counted(len(steps), 'step')}, {counted(len(seen), 'row')}"
     totals = [
-        f"the run: {len(steps):,} steps, {len(seen):,} rows, {tokens:,} tokens, {labels:,} of them learned",
+        f"the run: {size}, {tokens:,} tokens, {labels:,} of them learned",
         f"parameters: {count.trainable:,} of {count.total:,} are trained ({count.trainable / count.total:.2%})",
     ]
     table = [f"{'tokens of a row':<18}{'rows':>8}{'shortest':>10}{'median':>8}{'95 %':>8}{'longest':>9}{'labels':>10}"]

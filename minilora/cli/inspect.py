@@ -43,7 +43,7 @@ LIST_WIDTH = 100  # characters of a list that are shown
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
-    parser.add_argument("--memory", action="store_true", help="show how much memory fine-tuning takes, by config.json")
+    parser.add_argument("--memory", action="store_true", help="memory of fine-tuning, forecast from config.json")
     parser.add_argument("--base", metavar="MODEL", help="show what other programs make of an adapter on this model")
     parser.add_argument("--for", choices=READERS, help="only this program")
     parser.add_argument("--norms", action="store_true", help="with --base: show how much each layer's weights change")

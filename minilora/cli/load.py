@@ -36,7 +36,7 @@ def add_model_flags(parser: Parser) -> None:
         help="directory of the base model, or org/name[@revision] on the Hugging Face Hub "
         "(default: the base model that the adapter names, or the built-in model)",
     )
-    group.add_argument("--adapter", action="append", default=[], help="directory or hub id of an adapter")
+    group.add_argument("--adapter", action="append", default=[], help="directory or hub id; may be repeated")
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the model (default: auto)"
     )

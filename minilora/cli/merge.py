@@ -1,7 +1,7 @@
 """Merge adapters into a model's weights and save the model.
 
-Weights are read, merged and written one at a time. The prompts are those of
-the first adapter that has its own.
+Weights are read, merged and written one at a time. The merged model keeps the
+chat template and system prompt of the first adapter that has them.
 
 Example:
   minilora merge --adapter run --out merged
@@ -35,7 +35,8 @@ def add_flags(parser: Parser) -> None:
         "--target",
         choices=get_args(Target),
         help="weights to merge into: original, the 16-bit weights; dequantized, the dequantized 4-bit weights that the "
-        "adapter was trained on; requantized, these, quantized again (default: like the base in training)",
+        "adapter was trained on; requantized, these, quantized again (default: dequantized after training on a 4-bit "
+        "base, otherwise original)",
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.adapters.attach import count_parameters, describe_base
 from minilora.adapters.layout import base_model_of, base_quantization
-from minilora.cli import describe_skipped, say
+from minilora.cli import counted, describe_skipped, say
 from minilora.data import Example
 from minilora.errors import printable
 from minilora.files import MANIFEST, changed_files, read_manifest
@@ -141,7 +141,7 @@ def say_start(run: Run, model: Llama) -> None:
     training = run.plan.training
     say(
         f"{count.trainable:,} of {count.total:,} parameters are trained ({count.trainable / count.total:.2%})\n"
-        f"{len(data.train):,} rows to learn from, {len(data.test):,} held out; "
+        f"{counted(len(data.train), 'row')} to learn from, {len(data.test):,} held out; "
         f"batches of {training.batch_size}, learning rate {training.learning_rate:g}\n"
         f"{weight.dtype} on {weight.device}".replace("torch.", "")
     )
@@ -170,12 +170,14 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if forgetting:
-        times = f"{math.exp(min(forgetting.kl, 99)):.3g}"  # exp E[log p/q] with tokens of p, a geometric mean
-        lines += [
-            f"general text: loss {forgetting.before:.4f} -> {forgetting.after:.4f}, KL to the base {forgetting.kl:.4f}",
-            f"  (KL: the base's own next tokens are {times} times as unlikely there as before, on average)",
-        ]
-    lines.append(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
+        times = math.exp(min(forgetting.kl, 99))  # exp E[log p/q] with tokens of p, a geometric mean
+        loss = f"loss {forgetting.before:.4f} -> {forgetting.after:.4f}"
+        lines.append(f"general text: {loss}, KL to the base {forgetting.kl:.4f}")
+        if times >= 1.05:  # else the factor says nothing
+            lines.append(
+                f"  (KL: the base's own next tokens are {times:.3g} times as unlikely there as before, on average)"
+            )
+    lines.append(f"{counted(result.steps, 'step')}, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)
     width = shutil.get_terminal_size().columns
     for row in answers[: min(SHOWN, run.settings.run.samples)]:

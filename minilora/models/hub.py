@@ -63,6 +63,8 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     if path.is_dir():
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
             _explain_missing_adapter(path)
+        if kind == "model" and not (path / "config.json").is_file():
+            raise FormatError(f"{path}: has no config.json, so is no model; an adapter goes to --adapter")
         return Location(path, name)
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path:
@@ -96,7 +98,9 @@ def _download(name: str, kind: Kind, how: str) -> Location:
             ignore_patterns=NEVER,
         )
     except Exception as error:  # of the hub, or of its HTTP library
-        raise FormatError(f"{name}: no such directory, and no {kind} from the hub: {reason_of(error)}") from error
+        is_offline = isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError)
+        reason = "the Hub cannot be reached" if is_offline else f"no {kind} from the Hub: {reason_of(error)}"
+        raise FormatError(f"{name}: is not a directory, and {reason}") from error
     path = Path(directory)
     if not any(path.glob(NEEDED[kind])):
         raise FormatError(f"{name}: the repository has no {NEEDED[kind]} at its top{how}")

@@ -86,7 +86,8 @@ def encode_rows(
         except DataError as error:
             dataset.bad.append(f"{row.source}: {error}")
             if not config.skip_bad_rows:
-                raise DataError(f"{dataset.bad[-1]}; skip_bad_rows skips such rows") from error
+                advice = "" if row.problem and number == 1 else "; skip_bad_rows skips such rows"
+                raise DataError(dataset.bad[-1] + advice) from error
             if len(dataset.bad) > BAD_ROWS:
                 raise DataError(dataset.bad[-1]) from error
             continue

@@ -123,7 +123,7 @@ def _format_of(fields: Fields) -> "Format":
     raise DataError(
         f"keys {sorted(fields)} are of no known shape; known are {known}; columns instruction={asked}{context},"
         f"output={answer} renames them, or columns prompt={asked},completion={answer} for plain text; "
-        "of CSV the first row names them"
+        "in a CSV the first line must hold these names"
     )
 
 

@@ -9,6 +9,7 @@ Files are in UTF-8. A byte order mark at the beginning is accepted; lines end in
 
 import codecs
 import csv
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -51,8 +52,9 @@ def _select(row: Row, columns: Mapping[str, str]) -> Row:
     if missing and row.fields.keys() >= columns.keys():
         return row  # has the names already, as in a run's held_out.jsonl
     if missing:
-        found = f"found {sorted(row.fields)!s:.200}"
-        return replace(row, problem=row.problem or f"there is no column {missing[0]!r}; {found}")
+        close = difflib.get_close_matches(missing[0], row.fields, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"found {sorted(row.fields)!s:.200}"
+        return replace(row, problem=row.problem or f"there is no column {missing[0]!r}; {advice}")
     return replace(row, fields={name: row.fields[column] for name, column in columns.items()})
 
 
@@ -67,6 +69,8 @@ def _parse(path: Path) -> Iterator[Row]:
         begin = file.peek()
         if begin.startswith(b"PAR1"):
             raise DataError(f"{path}: {PARQUET.format(str(path), str(path.with_suffix('.jsonl')))}")
+        if begin.startswith(b"PK"):
+            raise DataError(f"{path}: is an archive or a workbook, not text; save a table as CSV")
         if kind in (".csv", ".tsv"):
             yield from _parse_table(file, path)
         elif begin.lstrip().startswith(b"["):

@@ -136,7 +136,10 @@ class RunConfig:
     )
     eval_data: str | None = option(None, "held-out rows: a file or a directory, as for --data", "data")
     eval_split: float = option(
-        0.05, "share of the training rows to hold out, if no rows are held out by --data or --eval-data", "data"
+        0.05,
+        "share of the training rows to hold out where --data and --eval-data give none; with --keep best also where "
+        "they give only one of validation and test rows",
+        "data",
     )
     out: str = option("minilora-run", "directory of the run")
     adapter: str | None = option(

@@ -1,6 +1,7 @@
 """The conformance kit in PEFT and transformers: its logits in float64, what they read of it, what they write."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -82,7 +83,8 @@ def test_mlx_reads_what_is_exported_of_the_kit_as_the_page_says(name, tmp_path):
     else:
         verdict = run.judge(found.astype(np.float64), readings(name), CASES[name]["tolerance"]["float32"])[0]
     page = (run.HERE.parent / "docs" / "readers.md").read_text(encoding="utf-8")
-    assert verdict == column("mlx-lm, exported", page, "## The conformance kit")[name]
+    refused = re.search(r"mlx-lm, exported, reads every case right except these,(.*?)\n\n", page, re.DOTALL)[1]
+    assert verdict == ("refused" if f"`{name}`" in refused else "right")
     if CASES[name]["adapters"]:
         with pytest.raises((AttributeError, ValueError)):  # PEFT's layout, or a base in four bits
             mlx_reader.logits(base, tokens, adapters_of(name))
