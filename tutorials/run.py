@@ -83,7 +83,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 os.chdir(tempfile.mkdtemp())
 runpy.run_path(str(runner))["link_checkout"]()
 if not Path("smollm2").exists():
-    print("Chapters 2 and 11 need SmolLM2: python scripts/pretrained.py smollm2 smollm2, in the checkout")
+    print("Chapter 2 needs SmolLM2: python scripts/pretrained.py smollm2 smollm2, in the checkout")
 """
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "minilora",  # with this and without a date, the bytes depend on the numbers and on matplotlib alone

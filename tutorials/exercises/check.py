@@ -35,7 +35,7 @@ def verdicts(number: str, solution: Path) -> dict[str, str | None]:
                 setattr(answer, function, no_none(getattr(answer, function)))
             checks[part](answer)
             found[name] = None
-        except Exception as error:  # whatever the reader's code raises is part of the verdict
+        except (Exception, SystemExit) as error:  # whatever the reader's code raises is part of the verdict
             places = [(Path(at.filename), at.lineno) for at in traceback.extract_tb(error.__traceback__)]
             lines = [line for path, line in places if path == solution]
             raised_by = places[-1][0]

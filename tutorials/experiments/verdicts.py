@@ -18,7 +18,10 @@ from record import paired_interval, plan_hash, read_plan, seed_interval, verdict
 HERE = Path(__file__).parent
 DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a planned file: its method, and where
     "sizes": lambda run: (run["method"], f"{run['rows']:,} rows"),
-    "10_replay": lambda run: (f"{run['remedy']} {run['rows']}", "100 steps" if run["factor"] == 1 else f"scaled by {run['factor']}"),
+    "10_replay": lambda run: (
+        f"{run['remedy']} {run['rows']}",
+        "100 steps" if run["factor"] == 1 else f"scaled by {run['factor']}",
+    ),
     "11_formats": lambda run: (run["way"], "1,000 rows"),
 }
 
