@@ -216,7 +216,7 @@ def test_an_adapter_that_does_not_fit_a_model_names_both_shapes_and_the_model_th
 def test_loading_onto_another_architecture_names_what_is_not_there(tmp_path):
     saved(tmp_path)
     model = tiny_model("qwen3.5-linear", dtype=torch.float32)
-    with pytest.raises(ml.TargetError, match=r"up_proj: the model has no such layer\n  … and 18 more"):
+    with pytest.raises(ml.TargetError, match=r"o_proj: the model has no such layer\n  … and \d+ more"):
         ml.load_adapter(model, tmp_path)
     assert not adapter_layers(model)
 

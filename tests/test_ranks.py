@@ -97,11 +97,13 @@ def foreign(kind):
         x = torch.stack(rows)
         return (model(x) - x[:, :3].sin()).square().sum(), len(rows), {"x": (x[:, 0].sum(), 2 * len(rows))}
 
-    rows, found = list(torch.linspace(-2, 2, 66, dtype=torch.float64).view(11, 6)), []
+    rows, records = list(torch.linspace(-2, 2, 66, dtype=torch.float64).view(11, 6)), []
     plan = {"batch_size": 2, "gradient_accumulation_steps": 3, "epochs": 2}  # one rank repeats a micro-batch
     config = ml.TrainConfig(**plan, learning_rate=0.02, max_grad_norm=0.5, weight_decay=0.1)
-    ml.train(model, rows, config, lambda r: found.append([r["loss"], r["grad_norm"], r["x"]]), loss=loss, held_out=rows)
-    return torch.tensor(found, dtype=torch.float64)
+    ml.train(model, rows, config, records.append, loss=loss, held_out=rows)
+    *steps, evaluation = records
+    found = [[r["loss"], r["grad_norm"], r["x"]] for r in steps]
+    return torch.tensor([*found, [evaluation["eval_loss"], 0, evaluation["eval_x"]]], dtype=torch.float64)
 
 
 def foreign_all():

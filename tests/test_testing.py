@@ -97,10 +97,16 @@ def test_a_layer_that_hides_a_copy_of_the_weight_is_refused():
             self.weight = nn.Parameter(W.T.contiguous(), requires_grad=False)
             self.given = (self.weight.T, *rest)
 
+    class Stale(Holder):
+        def __init__(self, W, *rest):
+            super().__init__(W.clone(), *rest)
+            self.weight = nn.Parameter(W, requires_grad=False)
+
     updates = laws("lora")["updates"]
     updates.check(Transposed)
+    updates.check(lambda W, *rest: Holder(W.clone(), *rest))  # W is no registered tensor, so it cannot be changed
     with pytest.raises(CheckFailure, match="y after W was doubled in place as well: wrong"):
-        updates.check(lambda W, *rest: Holder(W.clone(), *rest))
+        updates.check(Stale)
 
 
 @pytest.mark.parametrize(
