@@ -62,15 +62,18 @@ MISTAKES = {
         ("[*labels, end]", "[*labels, -100]"),
     ],
     "04": [
-        (" + rate**2 * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
-        (" + rate**2 * s**3 * G", " + rate**2 * s**2 * G", "keep every product"),
-        ("-rate * s**2", "-rate * s", "A small step is wrong too"),
+        (" + rate_A * rate_B * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
+        ("rate_B * s**3 * G", "rate_B * s**2 * G", "keep every product"),
+        ("-(s**2)", "-s", "A small step is wrong too"),
+        ("rate_B * G @ A.T @ A + rate_A * B", "rate_A * G @ A.T @ A + rate_B * B", "A small step is wrong too"),
         ("dy @ W + h @ A", "dy @ W", "they are added"),
         ("h = s * dy @ B", "h = dy @ B", "through A lacks a factor of 2"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "h.mT @ x if h.dim() == 2 else (h.mT @ x).sum(0)", "dA is (3, 2, 3)"),
-        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T", "a row is added to another"),
-        ("((G @ rows).norm() ** 2 / G.norm() ** 2)", "((G @ rows).norm() / G.norm())", "the sum of the squares"),
+        ("unseen - columns @ columns.T @ unseen", "unseen", "what only one sees"),
+        ("unseen - columns @ columns.T @ unseen", "unseen - columns @ columns.T @ G"),
+        ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T", "multiplied by 10"),
+        ("(unseen.norm() ** 2 / G.norm() ** 2)", "(unseen.norm() / G.norm())", "the sum of the squares"),
     ],
     "05": [
         ("s * math.sqrt(r)", "s * r"),
@@ -80,7 +83,8 @@ MISTAKES = {
     "06": [
         ("(sigma[:r] / s)", "sigma[:r]"),
         ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
-        ("svdvals(delta).square()", "svdvals(delta)"),
+        ("(B.T @ B) @ (A @ A.T)", "B.T @ B @ A @ A.T @ B.T @ B @ A @ A.T", "square of one"),
+        ("torch.linalg.eigvals((B.T @ B) @ (A @ A.T)).real", "torch.linalg.svdvals(B @ A).square()", "as large as B A"),
         ("(energy < share * energy[-1]).sum()) + 1", "(energy < share * energy[-1]).sum())"),
         ("[s * B for", "[B for"),
     ],
@@ -207,7 +211,9 @@ def test_a_chapter_has_the_parts_that_every_chapter_has():
         text, number = text_of(chapter), chapter.name[:2]
         assert text.startswith(f"# {number.lstrip('0')}. ")
         assert len(run.COST.findall(text)) == 1, number
-        assert int(re.search(r"^\*Reads in (\d+) min", text, re.MULTILINE)[1]) == run.reading_minutes(text) <= 25, number
+        assert int(re.search(r"^\*Reads in (\d+) min", text, re.MULTILINE)[1]) == run.reading_minutes(text) <= 25, (
+            number
+        )
         goal = re.search(r"^\*\*Goal\.\*\*.*?\n\n((?:- .*?\n(?:  .*\n)*)+)", text, re.MULTILINE)
         assert goal[1].count("- ") == 3, number
         assert text.count("> [!IMPORTANT]\n> **Takeaway.**") == 1, number
