@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def change_of_delta(G: Tensor, A: Tensor, B: Tensor, s: float, rate: float) -> Tensor:
+def change_of_delta(G: Tensor, A: Tensor, B: Tensor, s: float, rate_A: float, rate_B: float) -> Tensor:
     """By how much one step of SGD on A and B moves ΔW = s·B A, where G is the gradient that W would have.
 
     Shapes: G (out, in), A (r, in), B (out, r) -> (out, in)
@@ -21,9 +21,9 @@ def lora_backward(dy: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: flo
     raise NotImplementedError
 
 
-def share_seen(G: Tensor, A: Tensor) -> float:
-    """The share of the energy of G that lies in the space of the rows of A, which are not parallel.
+def share_seen(G: Tensor, A: Tensor, B: Tensor) -> float:
+    """The share of the energy of G that the rows of A or the columns of B see; neither has parallel ones.
 
-    Shapes: G (out, in), A (r, in)
+    Shapes: G (out, in), A (r, in), B (out, r)
     """
     raise NotImplementedError

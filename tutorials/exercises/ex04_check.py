@@ -20,23 +20,23 @@ def check_change_of_delta(answer: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     for _, width, out, r, s in CASES:
         G, A, B = (torch.randn(shape, generator=generator).double() for shape in ((out, width), (r, width), (out, r)))
-        first = -(s**2) * (G @ A.T @ A + B @ B.T @ G)  # what a step of a small rate does, over that rate
+        first = -(s**2) * (G @ A.T @ A + 3 * B @ B.T @ G)  # what a step of a small rate does, over that rate
         for rate, size in ((0.5, "large"), (1e-6, "small")):
             factors = [A.clone().requires_grad_(), B.clone().requires_grad_()]
-            sgd = torch.optim.SGD(factors, lr=rate)
+            sgd = torch.optim.SGD([{"params": factors[:1], "lr": 3 * rate}, {"params": factors[1:], "lr": rate}])
             (G * (s * factors[1] @ factors[0])).sum().backward()
             sgd.step()
             right = (s * factors[1] @ factors[0] - s * B @ A).detach()
-            found = answer.change_of_delta(G, A, B, s, rate)
+            found = answer.change_of_delta(G, A, B, s, 3 * rate, rate)
             assert isinstance(found, Tensor), f"the change is {type(found).__name__}, need a tensor"
             assert found.shape == G.shape, f"the change has shape {tuple(found.shape)}, need {tuple(G.shape)}"
             error = (found - right).abs().max().item() / right.abs().max().item()
-            slope = answer.change_of_delta(G, A, B, s, 1e-6) / 1e-6
+            slope = answer.change_of_delta(G, A, B, s, 3e-6, 1e-6) / 1e-6
             if (slope - first).abs().max() < 1e-3 * first.abs().max():
                 why = "A small step is right, to first order. Multiply out what ΔW is after it, and keep every product"
             else:
                 why = "A small step is wrong too. Which gradients have A and B, with s, and which way does a step go?"
-            case = f"at rate {rate:g}, s = {s:g}, a {size} step"
+            case = f"at the rates {3 * rate:g} of A and {rate:g} of B, s = {s:g}, a {size} step"
             assert error < 1e-6, f"{case}, the largest error is {error:.1e} of the largest number. {why}"
 
 
@@ -71,21 +71,29 @@ def check_lora_backward(answer: ModuleType) -> None:
 
 
 def check_share_seen(answer: ModuleType) -> None:
-    """The share is planted: G has one part in the space of A's rows, and one at right angles to it."""
+    """The share is planted: G has one part that A or B sees, and one at right angles to both."""
     generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     for out, width, r, share in ((6, 9, 3, 0.25), (4, 7, 1, 0.9), (5, 8, 2, 0.0)):
-        basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-        inside, outside = (torch.randn(out, n, generator=generator, dtype=torch.float64) for n in (r, width - r))
-        parts = (share**0.5 * inside / inside.norm(), (1 - share) ** 0.5 * outside / outside.norm())
-        G = 3 * torch.cat(parts, dim=1) @ basis.T
-        A = torch.randn(r, r, generator=generator, dtype=torch.float64) @ basis[:, :r].T
-        found = answer.share_seen(G, A)
+        left, right = (torch.linalg.qr(normal(n, n))[0] for n in (out, width))
+        parts = normal(out, width)  # of G, over these directions; A and B see the first r of each
+        unseen = torch.zeros(out, width, dtype=torch.bool)
+        unseen[r:, r:] = True
+        parts[unseen] *= (1 - share) ** 0.5 / parts[unseen].norm()
+        parts[~unseen] *= share**0.5 / parts[~unseen].norm()
+        A, B = normal(r, r) @ right[:, :r].T, left[:, :r] @ normal(r, r)
+        found = answer.share_seen(3 * left @ parts @ right.T, A, B)
         assert isinstance(found, float), f"the share is {type(found).__name__}, need a Python float"
-        if abs(found**2 - share) < 1e-9:
+        if abs(1 - (1 - found) ** 2 - share) < 1e-9:
             why = "Energy is the sum of the squares: this is the share of a norm"
         else:
-            why = "Does your number stay the same if A is multiplied by 10, or if a row is added to another?"
-        case = f"{share:.0%} of the energy of G was put into the space of the {r} rows of A"
+            why = (
+                "Does it change if A is multiplied by 10? Does what both see count once, and what only one sees too?"
+            )
+        case = f"{share:.0%} of the energy of G was put where the {r} rows of A or columns of B see it"
         assert abs(found - share) < 1e-9, f"{case}, and you find {found:.4f}. {why}"
 
 

@@ -13,8 +13,13 @@ def best_adapter(delta: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float
     raise NotImplementedError
 
 
-def rank_for(delta: Tensor, share: float) -> int:
-    """The smallest rank whose best cut of ΔW keeps at least this share of the energy ‖ΔW‖², 0 < share ≤ 1."""
+def rank_for(A: Tensor, B: Tensor, share: float) -> int:
+    """The smallest rank whose best cut of B A keeps at least this share of the energy ‖B A‖², 0 < share < 1.
+
+    Nothing as large as B A is formed.
+
+    Shapes: A (r, in), B (out, r)
+    """
     raise NotImplementedError
 
 

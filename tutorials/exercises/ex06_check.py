@@ -7,6 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.testing.reference import lora_merged_weight
 
@@ -44,17 +45,24 @@ def check_best_adapter(answer: ModuleType) -> None:
 
 
 def check_rank_for(answer: ModuleType) -> None:
-    """The rank keeps the share, and one rank less does not."""
+    """The rank keeps the share, one rank less does not, and the products are thin."""
     generator = torch.Generator().manual_seed(1)
-    for shape, share in (((6, 9), 0.5), ((9, 4), 0.9), ((5, 5), 0.99), ((7, 3), 0.2)):
-        delta = torch.randn(shape, generator=generator, dtype=torch.float64)
-        squares = np.linalg.eigvalsh(delta.numpy() @ delta.numpy().T)[::-1]
-        found = answer.rank_for(delta, share)
-        case = f"ΔW {shape}, {share:.0%} of the energy"
+    for (out, width), r, share in (((8, 9), 5, 0.5), ((9, 7), 4, 0.9), ((9, 9), 5, 0.99), ((7, 8), 3, 0.2)):
+        A, B = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((r, width), (out, r)))
+        squares = np.linalg.svd((B @ A).numpy(), compute_uv=False) ** 2
+        found = answer.rank_for(A, B, share)
+        case = f"B A {(out, width)}, {share:.0%} of the energy"
         assert isinstance(found, int), f"{case}: the rank is a {type(found).__name__}, need an int"
         kept, before = (math.fsum(squares[:r]) / math.fsum(squares) for r in (found, found - 1))
         assert kept >= share, f"{case}: rank {found} keeps {kept:.1%}. Is energy a length, or the square of one?"
         assert before < share, f"{case}: rank {found} is more than is needed; one less keeps {before:.1%}"
+    with FlopCounterMode(display=False) as counter:
+        answer.rank_for(torch.eye(2, 300), torch.eye(400, 2), 0.9)
+    allowed = 2 * 2 * 300 * 400 // 2
+    assert counter.get_total_flops() <= allowed, (
+        f"the rank is right, and takes {counter.get_total_flops():,} operations of products; {allowed:,} are more than "
+        "enough. Is there a product as large as B A? Which products of A with itself, and of B with itself, are small?"
+    )
 
 
 def check_stack(answer: ModuleType) -> None:
