@@ -215,10 +215,10 @@ def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call
             yield from state.acts(f"after adding {again!r} again", again)
 
 
-def all_of_adapters(case: AdaptedModel, *functions: Any) -> Results:
-    for part in (switched, disabled, deleted):
-        with suppress(NotApplicable):
-            yield from part(case, *functions)
+def switched_and_disabled(case: AdaptedModel, attach: Call, switch: Call, disable: Call | None, _: Any) -> Results:
+    yield from switched(case, attach, switch)
+    if disable is not None:
+        yield from disabled(case, attach, switch, disable, None)
 
 
 # --- merged and unmerged ---
@@ -444,7 +444,7 @@ LAWS = (
     Law("adapters", "disable", "disabled, the base acts, and then what acted before", _SEVERAL, unpacked(disabled)),
     Law("adapters", "delete", "a deleted one is gone, and others stay as they were", _SEVERAL, unpacked(deleted)),
     *(
-        Law("adapters", name, f"all this, with {key}", _several(**{key: value}), unpacked(all_of_adapters))
+        Law("adapters", name, f"{_SWITCH}, with {key}", _several(**{key: value}), unpacked(switched_and_disabled))
         for name, key, value in _MORE
     ),
     Law("merge_cycle", "32-bit", f"{_CYCLE} of float64 and float32", _64 + _32, unpacked(cycles_of_floats)),
