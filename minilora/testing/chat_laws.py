@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
@@ -124,6 +125,10 @@ def calls_of_tools(render: Render, case: MarkedWords) -> Iterator[Comparison]:
     yield from words
     tokens, flags = render(copy.deepcopy(list(case.messages))) if words else ([], [])
     text, end, begins = "".join(tokens), end_token(render), bounds(tokens)[0]
+    learned = "".join(token if flag else " " for token, flag in zip(tokens, flags, strict=True))
+    empty = re.search(r"(?<!: )\b(None|null)\b", learned)
+    said = f"found {bracketed(tokens, flags)}; accepted is no {empty[0]!r}, which no message has" if empty else ""
+    yield claim("an empty content", said)
     for call, result in (("Qc", "Qd"), ("Qh", "Qi")):
         found = text.find(end, text.find(call), text.find(result)) if end and call in text else -1
         if found >= 0:

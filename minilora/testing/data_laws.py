@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class MaskedLogits:
     dtype: str = "float64"
     times: int = 1  # each row is repeated in itself
     tokens: tuple[int, ...] = ()  # in turn; drawn if not given
+    ignored: float | None = None  # each of the logits where no label is predicted; drawn if not given
+    result_dtype: str = ""  # in which the loss is computed; `dtype` if not given
 
     @cached_property
     def _drawn(self) -> tuple[Array, Array]:
@@ -55,7 +57,10 @@ class MaskedLogits:
         shape = len(rows), len(rows[0])
         logits = rounded(self.spread * rng.standard_normal((*shape, self.vocabulary)), self.dtype)
         tokens = np.resize(self.tokens, shape) if self.tokens else rng.integers(0, self.vocabulary, shape)
-        return logits, np.array(list(map(labels_of, rows, tokens)))
+        labels = np.array(list(map(labels_of, rows, tokens)))
+        if self.ignored is not None:
+            logits[targets_of(labels) == IGNORED] = self.ignored
+        return logits, labels
 
     logits = property(lambda self: self._drawn[0])
     labels = property(lambda self: self._drawn[1])
@@ -75,16 +80,15 @@ class MaskedLogits:
     def gradient(self) -> Bounded:
         """dL/dlogits, exactly 0 where no label is predicted."""
         z, targets = self._predicted
-        share = Bounded.exact(np.ones(1), self.dtype) / max(1, len(targets))
-        slopes = slopes_of(z, targets) * share
+        slopes = slopes_of(z, targets) * (Bounded.exact(np.ones(1), z.dtype) / max(1, len(targets)))
         value, error = np.zeros((2, *self.logits.shape))
         value[self.is_predicted], error[self.is_predicted] = slopes.value, slopes.error
-        return Bounded(value, error, self.dtype)
+        return Bounded(value, error, z.dtype)
 
     @property
     def _predicted(self) -> tuple[Bounded, Array]:
-        chosen = self.is_predicted
-        return Bounded.exact(self.logits[chosen], self.dtype), targets_of(self.labels)[chosen]
+        chosen, dtype = self.is_predicted, self.result_dtype or self.dtype
+        return Bounded.exact(rounded(self.logits[chosen], dtype), dtype), targets_of(self.labels)[chosen]
 
 
 def padded(rows: Sequence[Row]) -> tuple[Array, Array]:
@@ -154,15 +158,15 @@ def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
             if order == "F":
                 return
             raise
-        yield Comparison(f"the loss{mode}", actual, computed(case, actual).loss)
+        yield Comparison(f"the loss{mode}", actual, replace(case, result_dtype=computed(case, actual)).loss)
         yield Comparison(f"logits{mode}, which are only read", given[0], case.logits)
         yield Comparison(f"labels{mode}, which are only read", given[1], case.labels)
 
 
-def computed(case: MaskedLogits, result: Any) -> MaskedLogits:
-    """Return the case in float32 where the loss is: some cast logits to float32, whatever they are."""
+def computed(case: MaskedLogits, result: Any) -> str:
+    """Return the dtype of a loss, float32 if it is: some cast logits to float32, whatever they are."""
     is_float32 = str(getattr(result, "dtype", "")).removeprefix("torch.") == "float32"
-    return replace(case, dtype="float32") if case.dtype == "float64" and is_float32 else case
+    return "float32" if is_float32 else case.dtype
 
 
 def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
@@ -173,10 +177,14 @@ def gradient(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
         raise NotApplicable("the loss is no tensor of PyTorch: it has no gradient")
     if not result.requires_grad:
         raise AssertionError("the loss has no gradient")
-    (UPSTREAM * result).backward()
-    actual = torch.zeros_like(logits) if logits.grad is None else logits.grad
-    case = computed(case, result)
-    yield Comparison("the gradient of logits", as_array(actual) / UPSTREAM, case.gradient)
+    slopes = partial(torch.autograd.grad, inputs=logits, grad_outputs=torch.full_like(result, UPSTREAM))
+    right = replace(case, result_dtype=computed(case, result) if case.dtype == "float64" else "").gradient
+    try:
+        found = [slopes(result, retain_graph=True, materialize_grads=True)[0] / UPSTREAM for _ in range(2)]
+    except RuntimeError:  # a compiled loss refuses a second backward pass
+        found = [slopes(loss_fn(given, labels), materialize_grads=True)[0] / UPSTREAM]
+    for again, own in zip(("", ", of a second backward pass"), found, strict=False):
+        yield Comparison(f"the gradient of logits{again}", own, right)
     yield Comparison("logits, which are only read", given, as_array(logits))
     yield Comparison("labels, which are only read", labels, case.labels)
 
@@ -246,10 +254,14 @@ LOGITS += [
     MaskedLogits((".x", "xx"), 2053, dtype="float32", times=5, tokens=(0, 64, 128, 256, 512, 1024, 2048, 2052)),
     MaskedLogits((".x.", "xxx") * 20, 7, dtype="float32"),
 ]
+VALUES = [*LOGITS, MaskedLogits(("..xx.", ".x..x"), ignored=np.inf)]
 NO_LABELS = logits_of(("...",), ("x..", "..."))
 HUGE = logits_of(*_ROWS[:6], spread=1e4)
 LOW = logits_of(*_ROWS[:10], dtypes=("bfloat16", "float16"))
-LOW += [MaskedLogits(("x",), 7, dtype="bfloat16", times=8193)]  # a running sum of these stops growing
+LOW += [  # a running sum of 8192 stops growing, and the others have no such number of labels
+    MaskedLogits(("x",), 7, dtype=dtype, times=times)
+    for dtype, times in (("bfloat16", 258), ("bfloat16", 8193), ("float16", 2050), ("float16", 8193))
+]
 GROUPS = (
     ((".x",), (".x",)),
     ((".xx",), (".x.",)),
@@ -263,7 +275,7 @@ SINGLE = batches_of(((".x",),), ((".xx.", "...x"),), ((".x", "xxxx", "..x", "...
 BATCHES = batches_of(*GROUPS)
 EMPTY = batches_of(((".xx",), ("...",)), ((".x",), ("..",), ("xxx",)))
 _LOSS = (
-    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", LOGITS, loss),
+    ("value", "L = 1/N Σ -log p(label at t + 1 | logits at t), N labels in all rows", VALUES, loss),
     ("gradient", "dL/dlogits = (softmax - onehot)/N where a label follows, else exactly 0", LOGITS, gradient),
     ("no_labels", "a batch without labels has the loss 0 or nan, or is an error", NO_LABELS, nothing),
     ("huge", "the loss of logits of 10⁴ is finite", HUGE, both(loss, gradient)),

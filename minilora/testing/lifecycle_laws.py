@@ -332,11 +332,14 @@ def equal(when: str, found: Mapping[str, Bounded], right: Mapping[str, Bounded],
 def recomputed(gradients: Callable[[bool, int], Any], case: None) -> Results:
     for seed in range(3):
         run = partial(seeded, seed, gradients)
-        (plain, kept), (again, _), (ours, less) = (counted(run, is_on, seed) for is_on in (False, False, True))
+        (plain, kept), (again, _) = (counted(run, False, seed) for _ in range(2))
+        state = torch.get_rng_state()
+        ours, less = counted(run, True, seed)
         if not any(own.value.any() for own in plain.values()):
             raise AssertionError("found 0 for all gradients")
         yield from equal("when computed twice", again, plain, is_exact=False)
         yield from equal("with recomputation", ours, plain, is_exact=False)
+        yield Comparison("PyTorch's random state after recomputation", torch.get_rng_state(), as_array(state))
         found = f"found {less} numbers, and {kept} without recomputation: it saves nothing"
         yield claim("what is kept for the backward pass", found if 0 < kept <= less else "")
 

@@ -23,10 +23,13 @@ class Lengths:
     seed: int = 0
     new: int = 6
     has_equal: bool = False  # sequences of equal lengths are equal
+    common: int = 0  # how many tokens at the ends are those of the first
 
     def tokens(self, vocabulary: int) -> list[Tokens]:
         rng = np.random.default_rng(self.seed)
         drawn = [rng.integers(0, vocabulary, length).tolist() for length in self.lengths]
+        if self.common:
+            drawn = [tokens[: -self.common] + drawn[0][-self.common :] for tokens in drawn]
         first = {len(tokens): tokens for tokens in reversed(drawn)}
         return [list(first[len(tokens)]) for tokens in drawn] if self.has_equal else drawn
 
@@ -150,7 +153,7 @@ _LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (5, 5, 5), (9, 2, 17), (
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 CASES += [Lengths((4, 3, 4, 4, 3), has_equal=True), Lengths((300, 1, 8, 20))]
 SEVERAL = CASES[1:]
-PROMPTS = [*CASES, Lengths((20, 90), new=45)]
+PROMPTS = [*CASES, Lengths((40,) * 4, common=24), Lengths((20, 90), new=45)]
 _PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
     ("alone", "each document has the result that it has by itself, whatever its neighbours", by_itself),
     ("causal", "a token changes results, and none in front of it", causal),
