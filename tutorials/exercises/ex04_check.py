@@ -90,9 +90,7 @@ def check_share_seen(answer: ModuleType) -> None:
         if abs(1 - (1 - found) ** 2 - share) < 1e-9:
             why = "Energy is the sum of the squares: this is the share of a norm"
         else:
-            why = (
-                "Does it change if A is multiplied by 10? Does what both see count once, and what only one sees too?"
-            )
+            why = "Does it change if A is multiplied by 10? Does what both see count once, and what only one sees too?"
         case = f"{share:.0%} of the energy of G was put where the {r} rows of A or columns of B see it"
         assert abs(found - share) < 1e-9, f"{case}, and you find {found:.4f}. {why}"
 
