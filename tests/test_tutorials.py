@@ -302,8 +302,8 @@ def test_a_verdict_names_the_line_of_an_answer_that_raised_and_a_function_withou
     answer.write_text(
         """\
 import torch
-def scale(r, alpha, use_rslora):
-    alpha / r
+def alpha_for(s, r, use_rslora):
+    s * r
 def count(linears, r):
     return sum(
         one(linear) for linear in linears)
@@ -321,8 +321,8 @@ def read_update(directory, path):
     monkeypatch.setattr(sys, "argv", ["check.py", "1", os.path.relpath(answer)])
     with pytest.raises(SystemExit):
         exercises.main()
-    scale, count, forward, merge, read_update = capsys.readouterr().out.splitlines()
-    assert scale.startswith("scale: not yet: scale returns None")
+    alpha_for, count, forward, merge, read_update = capsys.readouterr().out.splitlines()
+    assert alpha_for.startswith("alpha_for: not yet: alpha_for returns None")
     assert count == "count: not yet: IndexError: tuple index out of range (your line 8)"
     assert forward.startswith("forward: not yet: RuntimeError: ")
     assert forward.endswith(" (your line 10)")

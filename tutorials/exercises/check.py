@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 def verdicts(number: str, solution: Path) -> dict[str, str | None]:
     """What is wrong with each part of a solution, by the name of its function; None if it is right.
 
-    `check_scale` judges the function `scale`. An exercise of one part has `check`, and the part no name.
+    `check_count` judges the function `count`. An exercise of one part has `check`, and the part no name.
     """
     checks, solution = vars(load(HERE / f"ex{number}_check.py")), solution.resolve()
     parts = [name for name in checks if name.startswith("check")]

@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import Tensor
 
 
-def scale(r: int, alpha: float, use_rslora: bool) -> float:
-    """The factor s of the update, from the fields of a LoraConfig."""
+def alpha_for(s: float, r: int, use_rslora: bool) -> float:
+    """The `lora_alpha` that gives an adapter of rank r the scale s."""
     raise NotImplementedError
 
 

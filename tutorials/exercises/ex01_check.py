@@ -33,13 +33,13 @@ def difference(found: object, right: Tensor, case: str) -> float:
     return float((found.detach().double() - right).abs().max())
 
 
-def check_scale(answer: ModuleType) -> None:
-    """α/r, and with rsLoRA α/√r."""
-    for r, alpha, use_rslora in ((16, 32.0, False), (4, 7.0, False), (16, 32.0, True), (4, 7.0, True)):
-        found, right = answer.scale(r, alpha, use_rslora), alpha / (math.sqrt(r) if use_rslora else r)
-        assert isinstance(found, float), f"scale returns {type(found).__name__}, need a float"
-        case = f"r {r}, alpha {alpha:g}, use_rslora {use_rslora}"
-        assert math.isclose(found, right), f"{case}: s is {found:g}, which is {found / right:g} times what it should be"
+def check_alpha_for(answer: ModuleType) -> None:
+    """s·r, and with rsLoRA s·√r."""
+    for s, r, use_rslora in ((2.0, 16, False), (1.75, 4, False), (8.0, 16, True), (3.5, 4, True)):
+        found, right = answer.alpha_for(s, r, use_rslora), s * (math.sqrt(r) if use_rslora else r)
+        assert isinstance(found, float), f"alpha_for returns {type(found).__name__}, need a float"
+        case = f"s {s:g}, r {r}, use_rslora {use_rslora}"
+        assert math.isclose(found, right), f"{case}: with your alpha, s is {found / right:g} times what it should be"
 
 
 def check_count(answer: ModuleType) -> None:
