@@ -1,7 +1,8 @@
 """Merge adapters into a model's weights and save the model.
 
 Weights are read, merged and written one at a time. The merged model keeps the
-chat template and system prompt of the first adapter that has them.
+chat template and system prompt of the first adapter that has them. A Modelfile
+for Ollama is written beside it, where Ollama can ask as it was trained.
 
 Example:
   minilora merge --adapter run --out merged
@@ -47,6 +48,8 @@ def run(options: Options) -> int:
         written = _write_model(options, find_sources(options), out)
     print(f"{written} written to {options['out']}")
     say_prompts(options["out"])
+    if Path(options["out"], "Modelfile").is_file():
+        say(f"next, for Ollama, in {options['out']}: ollama create mine -f Modelfile; ollama run mine")
     return 0
 
 
@@ -89,5 +92,5 @@ def _describe_error(error: RelativeError | None) -> str:
     if error.margin:
         text += f" (± {error.margin:.2%}: {ROWS} rows of each weight were measured)"
     if error.value > NOTABLE:
-        text += "\nthe loss usually changes far less: `minilora eval` measures it, and --dtype float32 rounds less"
+        text += "\nthis is rounding, and the loss usually changes far less: see `minilora eval`, or use --dtype float32"
     return text

@@ -92,8 +92,8 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
     if data.tokenizer.template and not data.train.conversations:
         yield (
-            "the training rows are plain text, for which the model's chat template is not used; write them as "
-            "`messages` to use it"
+            "the training rows are plain text, for which the model's chat template is not used; to use it, name "
+            "their columns: --columns instruction=FIELD,output=FIELD"
         )
     for name, rows in data.splits.items():
         yield from _row_notes(name, rows, data)

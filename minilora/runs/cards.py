@@ -47,7 +47,7 @@ def model_card(directory: Path, name: str, base: str) -> str:
         lines += ["It was trained with the system prompt below, which every conversation needs.", ""]
     lines += ["```python", *_code(directory, name, base, prompts, library, loader), "```"]
     if (directory / "Modelfile").is_file():
-        lines += ["", "Ollama: `ollama create mine -f Modelfile`, in this directory."]
+        lines += ["", "Ollama: `ollama create mine -f Modelfile` in this directory, then `ollama run mine`."]
     return "\n".join(lines) + "\n"
 
 

@@ -44,7 +44,7 @@ class DataConfig:
     )
     system: str | None = option(None, "system prompt of conversations that have none")
     columns: Mapping[str, str] | None = option(
-        None, "names of fields in the files, as in prompt=question,completion=answer; other fields are left out"
+        None, "names of fields in the files, as in instruction=question,output=answer; other fields are left out"
     )
     allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
     skip_bad_rows: bool = option(False, "skip rows that cannot be used, and report them")
