@@ -388,11 +388,6 @@ def with_whole_blocks(self: Linear4bit, x: Tensor) -> Tensor:
     return F.linear(x, W.to(x.dtype), self.b)
 
 
-def rounded_in_evaluation(self: Linear4bit, x: Tensor) -> Tensor:
-    self.absmax = self.absmax if self.training else self.absmax.bfloat16().float()
-    return self(x)
-
-
 linear4bit = partial(with_formula, Linear4bit)
 LINEAR4BIT: Mapping[str, Callable[..., Any]] = {
     "the bias is missing": lambda W, b, double_quant=False: Linear4bit(W, None, double_quant),
@@ -401,7 +396,6 @@ LINEAR4BIT: Mapping[str, Callable[..., Any]] = {
     "double quantization is ignored": lambda W, b, double_quant=False: Linear4bit(W, b),
     "the input gets no gradient": linear4bit(lambda self, x: self(x.detach())),  # bitsandbytes on AVX512
     "a dense copy of the weight is trained": with_trained_weight(Linear4bit),
-    "an evaluation rounds the absmaxes to bfloat16": linear4bit(rounded_in_evaluation),  # bitsandbytes on AVX512
 }
 
 # --- the masked loss, of logits and labels ---
@@ -434,9 +428,6 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "the sum is divided by all predictions": lambda logits, labels: loss_sum(logits, labels) / labels[:, 1:].numel(),
     "the labels are counted before the shift": lambda logits, labels: (
         loss_sum(logits, labels) / (labels != IGNORED).sum()
-    ),
-    "label smoothing of 0.1 is left on": lambda logits, labels: F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
     ),
     "it is the mean of the means of the rows": mean_of_rows,
 }
@@ -471,9 +462,6 @@ ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
         / sum((labels != IGNORED).sum() for _, labels in batches)
     ),
     "the mean is divided by the micro-batches": lambda W, batches: accumulated_gradient(W, batches) / len(batches),
-    "the labels of the last micro-batch are counted": lambda W, batches: (
-        accumulated_gradient(W, batches) * predictions(batches) / predictions(batches[-1:])
-    ),
     "the gradient is that of the last micro-batch": lambda W, batches: accumulated_gradient(W, batches[-1:]),
 }
 

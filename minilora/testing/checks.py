@@ -220,7 +220,8 @@ def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
 
     Args:
         loss_fn: (logits (B, T, V), labels (B, T)) -> L. Views may be refused. The gradient of the logits is checked
-            where L is a tensor, of a loss that is multiplied by -4.
+            where L is a tensor, of a loss that is multiplied by -4, twice if its graph can be retained. A loss
+            in float32 of 16-bit logits has to be as exact as float32; logits that predict no label may be NaN.
     """
     return check(loss_fn, "loss_masking")
 
@@ -241,10 +242,11 @@ def check_accumulation(step_fn: Callable[..., Any]) -> list[Report]:
 def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list[Report]:
     """Check what of a conversation is learned: each reply of the assistant, the end token after it, and nothing else.
 
-    White space next to an end token, such as the newline after it, may be learned or not. A template may refuse, with
-    an error, a conversation that begins with the assistant or ends with the user, other roles than system, user and
-    assistant, a system message in the middle, calls without content and several calls at once; of the first four it
-    may leave out what is not learned. It may drop a text next to a call, as Mistral's does, and reasoning.
+    White space next to an end token, such as the newline after it, may be learned or not. White space in front of a
+    reply is learned as the beginning of the reply's first token, and not as a token of its own. A template may refuse,
+    with an error, a conversation that begins with the assistant or ends with the user, other roles than system, user
+    and assistant, a system message in the middle, calls without content and several calls at once; of the first four
+    it may leave out what is not learned. It may drop a text next to a call, as Mistral's does, and reasoning.
 
     Args:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the

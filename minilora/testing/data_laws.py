@@ -159,7 +159,8 @@ def loss(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
                 return
             raise
         yield Comparison(f"the loss{mode}", actual, replace(case, result_dtype=computed(case, actual)).loss)
-        yield Comparison(f"logits{mode}, which are only read", given[0], case.logits)
+        before, after = (np.nan_to_num(as_array(own)) for own in (case.logits, given[0]))
+        yield Comparison(f"logits{mode}, which are only read", after, before)
         yield Comparison(f"labels{mode}, which are only read", given[1], case.labels)
 
 
@@ -254,7 +255,7 @@ LOGITS += [
     MaskedLogits((".x", "xx"), 2053, dtype="float32", times=5, tokens=(0, 64, 128, 256, 512, 1024, 2048, 2052)),
     MaskedLogits((".x.", "xxx") * 20, 7, dtype="float32"),
 ]
-VALUES = [*LOGITS, MaskedLogits(("..xx.", ".x..x"), ignored=np.inf)]
+VALUES = [*LOGITS, MaskedLogits(("..xx.", ".x..x"), ignored=np.nan)]
 NO_LABELS = logits_of(("...",), ("x..", "..."))
 HUGE = logits_of(*_ROWS[:6], spread=1e4)
 LOW = logits_of(*_ROWS[:10], dtypes=("bfloat16", "float16"))
