@@ -221,7 +221,7 @@ def check_loss_masking(loss_fn: Callable[..., Any]) -> list[Report]:
     Args:
         loss_fn: (logits (B, T, V), labels (B, T)) -> L. Views may be refused. The gradient of the logits is checked
             where L is a tensor, of a loss that is multiplied by -4, twice if its graph can be retained. A loss
-            in float32 of 16-bit logits has to be as exact as float32; logits that predict no label may be NaN.
+            in float32 of 16-bit logits has to be as exact as float32.
     """
     return check(loss_fn, "loss_masking")
 
