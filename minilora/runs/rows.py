@@ -21,6 +21,7 @@ from minilora.files import open_file, parse_object, read_text
 from minilora.runs.formats import Row
 
 LINE_BYTES = 2**23  # of one row; a long book has 2 MB
+TABLE_BYTES = 2**21  # of a row of CSV, in which a cell has at most 131,072 characters and takes 8 bytes or more
 LAYOUTS = "a file has one JSON object a line, or one array of them"
 TABLE = "CSV in UTF-8, quoted as Excel writes it"
 PARQUET = """is Parquet, which is not read; these lines of Python convert it:
@@ -83,13 +84,22 @@ def _parse_table(file: BufferedReader, path: Path) -> Iterator[Row]:
     """Yield the rows of CSV or TSV; where commas are decimal points, Excel separates cells by semicolons."""
     header = file.peek().partition(b"\n")[0]
     separator = ";" if header.count(b";") > header.count(b",") else ","
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else separator
-    begin, names = 1, list[str]()  # begin: the first line of the row
-    reader = csv.reader((line.decode("utf-8") for line in file), delimiter=delimiter, strict=True)
+    size, begin, names = 0, 1, list[str]()  # of the row: its bytes so far, and its first line
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        while line := file.readline(TABLE_BYTES + 1):
+            size += len(line)
+            if size > TABLE_BYTES:
+                raise csv.Error(f"the row has more than {TABLE_BYTES:,} bytes")
+            yield line.decode("utf-8")
+
+    reader = csv.reader(lines(), delimiter="\t" if path.suffix.lower() == ".tsv" else separator, strict=True)
     try:
         for cells in reader:
             source = f"{path}:{begin}"
             begin = reader.line_num + 1
+            size = 0
             filled = [cell for cell in cells if cell]
             if not filled:
                 continue
