@@ -150,3 +150,26 @@ def test_a_gradient_that_the_definition_does_not_have_is_not_asked_for():
     check_kernel(lambda x, W: by_the_log_sum(x, W.detach()), lambda x, W: softmax(x, W.detach()), [x, W])
     with torch.no_grad():
         check_kernel(by_the_log_sum, softmax, [x, W])
+
+
+@pytest.mark.parametrize(("reason", "is_accepted"), [("non-empty donated buffers", True), ("freed", False)])
+def test_a_graph_of_one_backward_pass_is_accepted_only_if_it_was_compiled(reason, is_accepted):
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.saved = x.exp()
+            return ctx.saved.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            if ctx.saved is None:
+                raise RuntimeError(reason)
+            saved, ctx.saved = ctx.saved, None
+            return dy * saved
+
+    tensors = (randn(3, 4).requires_grad_(),)
+    if is_accepted:
+        check_kernel(Exp.apply, torch.exp, tensors)
+    else:
+        with pytest.raises(CheckFailure, match="RuntimeError: freed"):
+            check_kernel(Exp.apply, torch.exp, tensors)

@@ -173,6 +173,11 @@ def as_array(value: Any) -> Array:
     return array
 
 
+def has_one_backward(error: RuntimeError) -> bool:
+    """Return whether a backward pass failed because `torch.compile` made its graph free what it saved."""
+    return "donated buffers" in str(error)
+
+
 def worst(actual: Any, expected: Any, bound: Any = None) -> tuple[float, str]:
     """Compare two arrays; return the largest ratio of an error to its bound, and what was found there.
 
