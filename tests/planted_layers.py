@@ -362,5 +362,7 @@ CAUSES = {  # what the message may name; a failure in some modes only names them
     "m without a gradient in training": "the magnitude is not trained",
     "a gradient through the norm in training": "the gradient goes through the norm",
     "m of the first evaluation": "the magnitude is not trained",
+    "merged in eval() and not taken out": "the update is added twice",
+    "m without its sign": "the magnitude is |m|",
     "no m in inference mode": "DoRA is LoRA: there is no magnitude and no norm",
 }

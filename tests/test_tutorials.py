@@ -199,7 +199,7 @@ def test_a_chapter_comes_out_as_it_stands(chapter):
     pytest.importorskip("matplotlib")
     if "from transformers import" in text_of(chapter):
         pytest.importorskip("transformers")
-    command = [sys.executable, TUTORIALS / "run.py", "--check", chapter.name.partition("_")[0]]
+    command = [sys.executable, TUTORIALS / "run.py", "--check", chapter.stem.partition("_")[0]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # another chapter runs beside it
     done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
