@@ -200,14 +200,6 @@ def test_a_head_may_change_what_it_is_given():
     assert_maths(*(torch.autograd.grad(each, hidden)[0] for each in (loss, plain)))
 
 
-def test_a_head_may_need_its_logits_for_its_gradient():
-    hidden, labels = randn(1, 5, 3).requires_grad_(), token_ids(0, 5, high=4)
-    head = nn.Sequential(nn.Linear(3, 4).double(), nn.Tanh())
-    (gradient,) = torch.autograd.grad(llama.cross_entropy(hidden, labels, head), hidden)
-    (expected,) = torch.autograd.grad(llama.cross_entropy.function(hidden, labels, head), hidden)
-    assert_maths(gradient, expected)
-
-
 def test_a_label_whose_probability_is_no_float32_has_a_finite_loss_and_a_gradient():
     head = nn.Linear(2, 3, bias=False)
     head.weight.data = torch.tensor([[200.0, 0], [0, 0], [0, 300.0]])
