@@ -26,14 +26,6 @@ DEFINITIONS = definition.WITH_KERNEL
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _blocks_of_short_documents():
-    """Documents are short here, and it is the blocks that are compared; `test_attention` compares each way."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK_MIN_TOKENS", 0)
-        yield
-
-
 class Call:
     """A drawn call of a definition.
 
@@ -223,8 +215,9 @@ def calls(draw, name, is_large=False):
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """A few rows are several tiles, blocks and chunks."""
+    """A few rows are several tiles, blocks and chunks, also of documents for which other ways are faster."""
     small_tiles(monkeypatch, 100)
+    monkeypatch.setattr(attention, "BLOCK_MIN_TOKENS", 0)
     monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
     monkeypatch.setattr(attention, "query_block_size", lambda dtype: 2)
     monkeypatch.setattr(attention, "MAX_BATCH", 6)
