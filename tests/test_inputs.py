@@ -22,10 +22,6 @@ def sources(rows):
     return [row.source for row in rows]
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.mark.parametrize(("share", "held"), [(0.01, 1), (0.2, 4), (0.5, 11), (0.99, 22)])
 def test_a_share_of_the_rows_is_held_out_by_the_seed_and_never_learned(directory, share, held):
     rows = directory / "rows.jsonl"
@@ -51,11 +47,8 @@ def test_files_of_their_own_are_held_out_instead_of_a_share(directory, tmp_path)
     assert set(data.files) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
     (tmp_path / "test.jsonl").unlink()
     assert sizes(load(tmp_path, directory, eval_split=0.5)) == (9, 5, 5)
-
-
-def test_data_without_a_training_file_are_refused(directory, tmp_path):
-    write_rows(tmp_path / "test.jsonl", 4)
-    with pytest.raises(ml.DataError, match=r"there are no training rows; found \['test'\]"):
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(ml.DataError, match=r"there are no training rows; found \['valid'\]"):
         load(tmp_path, directory)
 
 
@@ -97,7 +90,7 @@ def test_of_general_text_every_token_is_predicted_whatever_is_learned_of_the_row
 
 
 def test_the_tokenizer_comes_with_the_prompt_style_that_the_rows_are_written_in(directory, tmp_path):
-    write_lines(tmp_path / "rows.jsonl", [{"instruction": "Say it.", "output": "It."}] * 3)
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say it.", "output": "It."}\n' * 3)
     tokenizer = load(tmp_path / "rows.jsonl", directory).tokenizer
     assert "### Instruction:\nSay it." in tokenizer.render([{"role": "user", "content": "Say it."}])
     assert load(directory / "rows.jsonl", directory).tokenizer.template is None

@@ -238,21 +238,18 @@ def test_json_has_what_the_files_of_a_run_an_adapter_and_a_model_have(run, base,
     assert told["model"]["config"] == read_json(run / "config.json")
     assert told["model"]["files"] == {"model.safetensors": (run / "model.safetensors").stat().st_size}
     assert (told["run"]["starts"], told["run"]["summary"]) == ([{"step": 0}], {"after": {"loss": 2.5}})
-    ranks = {name: layer.adapters["default"].lora_A.size(0) for name, layer in adapter_layers(model).items()}
-    assert {module["module"]: module["rank"] for module in told["adapter"]["modules"]} == ranks
+    assert [module["module"] for module in told["adapter"]["modules"]] == sorted(adapter_layers(model))
 
 
 def test_the_page_of_an_adapter_has_every_module_and_its_features(tmp_path, page):
-    model = saved(tmp_path, rank_pattern={"layers.2.self_attn.q_proj": 6}, use_rslora=True)
+    saved(tmp_path, rank_pattern={"layers.2.self_attn.q_proj": 6}, use_rslora=True)
     text = page(tmp_path)
     title, *rows = rows_of(text)
     assert title == ["n", "rank", "scale", "norm", "module"]
     assert sum(int(row[0]) for row in rows) == 28
-    rows = {row[-1]: row for row in rows if "q_proj" in row[-1]}
-    assert rows["model.layers.*.self_attn.q_proj"][:3] == ["3", "3", "12.12"]
-    path = "model.layers.2.self_attn.q_proj"
-    change = adapter_layers(model)[path].merged_weight() - adapter_layers(model)[path].base.weight
-    assert rows[path] == ["1", "6", "8.573", f"{change.norm():.2g}", path]
+    shown = {row[-1]: row[:3] for row in rows}
+    assert shown["model.layers.*.self_attn.q_proj"] == ["3", "3", "12.12"]
+    assert shown["model.layers.2.self_attn.q_proj"] == ["1", "6", "8.573"]
     assert sum(int(row[0]) for row in rows_of(text, 2)[1:]) == 56
     for pattern in ("config.use_rslora +true", "config.rank_pattern", "problems +none"):
         assert re.search(f"^  {pattern}", text, re.MULTILINE)

@@ -9,16 +9,15 @@ from torch import nn
 
 from minilora import LoraConfig
 from minilora.adapters.build import factor_shapes
-from minilora.lora import LoraLinear, dora_norm, lora_delta, lora_linear, lora_scale, lora_update
-from minilora.nf4 import NF4Linear
+from minilora.lora import dora_norm, lora_delta, lora_linear, lora_scale, lora_update
 from minilora.runs.sampler import SeededDropout, hash_seed
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths, assert_precision, precision
 from tests.adapters import LAYERS, add, add_built, applied_by_loops, merged_by_loops, place
-from tests.models import either, fill_, of_kernels, randn, scales, seeds, sizes, small_tiles
+from tests.models import either, of_kernels, randn, scales, seeds, sizes, small_tiles
 
 keys = st.text("01/qé", max_size=8)
-bits = st.sampled_from([None, "single", "double"])
+kinds = st.sampled_from(["linear", "nf4", "nf4 double"])
 lows = st.sampled_from([torch.float32, torch.bfloat16])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 each_layer = pytest.mark.parametrize("kind", LAYERS)
@@ -31,23 +30,17 @@ def _small_tiles(monkeypatch):
     small_tiles(monkeypatch, 400)
 
 
-def linear(seed, inner, outer, dtype=torch.float64, bits=None):
-    base = nn.Linear(inner, outer).to(dtype).requires_grad_(False)
-    fill_(base, seed)
-    return NF4Linear.quantize(base.weight, base.bias, bits == "double") if bits else base
-
-
-def make_layer(seed, inner, outer, ranks, scale, dtype=torch.float64, adapter_dtype=torch.float64, bits=None):
+def make_layer(seed, inner, outer, ranks, scale, dtype=torch.float64, adapter_dtype=torch.float64, kind="linear"):
     """A layer with a LoRA for each rank, all of them active."""
-    layer = LoraLinear(linear(seed, inner, outer, dtype, bits), "proj", {})
+    layer = place(kind, seed, inner, outer, dtype=dtype).layer
     for i, r in enumerate(ranks):
         add(layer, f"adapter{i}", seed + 2 * i, r, scale, dtype=adapter_dtype)
     return layer
 
 
-def fresh(base, size_B=0.0, dtype=torch.float32):
-    """A new DoRA on a linear: its magnitude is not given."""
-    layer = LoraLinear(base, "layer", {})
+def with_dora(layer, size_B=0.0, dtype=torch.float32):
+    """The layer with a new DoRA, whose magnitude is not given."""
+    base = layer.base
     lora_A, lora_B = randn(1, 4, base.in_features, dtype=dtype), size_B * randn(2, base.out_features, 4, dtype=dtype)
     add_built(layer, "new", DORA, {"lora_A": lora_A, "lora_B": lora_B})
     layer.active = ("new",)
@@ -71,7 +64,7 @@ def test_scale_is_alpha_over_r_and_over_its_root_for_rslora(r, alpha):
 @given(seeds, sizes, sizes, sizes, sizes, scales)
 def test_update_delta_and_linear_equal_the_loops_and_have_their_gradients(seed, n, inner, outer, r, scale):
     x, A, B, dy = (randn(seed + i, *shape) for i, shape in enumerate([(n, inner), (r, inner), (outer, r), (n, outer)]))
-    base, zero = linear(seed + 4, inner, outer), torch.zeros(outer, inner).double().numpy()
+    base, zero = place("linear", seed + 4, inner, outer).layer.base, torch.zeros(outer, inner).double().numpy()
     arrays, weight, bias = [tensor.numpy() for tensor in (x, A, B)], base.weight.numpy(), base.bias.numpy()
     assert_maths(lora_delta(A, B, scale), reference.lora_merged_weight(zero, *arrays[1:], scale))
     leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
@@ -170,7 +163,7 @@ def test_gradients_of_dora_equal_the_loops_with_the_norm_held_fixed(seed, inner,
 @given(seeds, sizes, sizes, sizes, scales, lows, lows)
 def test_what_a_base_computes_in_another_dtype_its_adapters_do_too(seed, inner, outer, r, scale, computed, own):
     """The gradient has the dtype of x; and a new adapter changes nothing."""
-    layer = make_layer(seed, inner, outer, [r], scale, dtype=computed, adapter_dtype=own, bits="double")
+    layer = make_layer(seed, inner, outer, [r], scale, dtype=computed, adapter_dtype=own, kind="nf4 double")
     given_dtype = torch.float32 if computed == torch.bfloat16 else torch.bfloat16
     x = randn(seed + 50, 5, inner, dtype=given_dtype).requires_grad_()
     assert torch.equal(layer(x), layer(x.to(computed)))
@@ -183,9 +176,9 @@ def test_what_a_base_computes_in_another_dtype_its_adapters_do_too(seed, inner, 
     assert torch.equal(ours, base_s)
 
 
-@given(seeds, scales, bits)
-def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed, scale, bits):
-    layer = make_layer(seed, 40, 24, [8], scale, dtype=torch.float32, adapter_dtype=torch.float32, bits=bits)
+@given(seeds, scales, kinds)
+def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed, scale, kind):
+    layer = make_layer(seed, 40, 24, [8], scale, dtype=torch.float32, adapter_dtype=torch.float32, kind=kind)
     x, dy = randn(seed + 50, 33, 40, dtype=torch.float32), randn(seed + 51, 33, 24, dtype=torch.bfloat16)
     A, B = layer.adapters["adapter0"].lora_A, layer.adapters["adapter0"].lora_B
     leaves = [x.requires_grad_(), A, B]
@@ -207,9 +200,9 @@ def test_under_autocast_values_and_gradients_are_as_good_as_plain_pytorch_s(seed
 
 
 @each_dtype
-@given(seeds, scales, bits)
-def test_low_precision_gradients_of_dora_are_as_good_as_plain_pytorch_s(dtype, seed, scale, bits):
-    layer = LoraLinear(linear(seed, 40, 24, dtype, bits), "layer", {})
+@given(seeds, scales, kinds)
+def test_low_precision_gradients_of_dora_are_as_good_as_plain_pytorch_s(dtype, seed, scale, kind):
+    layer = place(kind, seed, 40, 24, dtype=dtype).layer
     add(layer, "new", seed, 8, scale, use_dora=True, dtype=torch.float32)
     adapter, x, dy = layer.adapters["new"], randn(seed + 50, 33, 40, dtype=dtype), randn(seed + 51, 33, 24, dtype=dtype)
     leaves = [adapter.lora_A, adapter.lora_B, adapter.magnitude]
@@ -240,7 +233,7 @@ def test_the_magnitude_begins_as_the_norm_of_the_rows_in_float32(kind, dtype):
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_norm_is_taken_in_float32_whatever_the_dtypes_are(adapter_dtype):
     """Where a sum of 4096 squares in bfloat16 would stop to grow."""
-    layer = fresh(linear(0, 4096, 3, torch.bfloat16), dtype=adapter_dtype)
+    layer = with_dora(place("linear", 0, 4096, 3, dtype=torch.bfloat16).layer, dtype=adapter_dtype)
     adapter = layer.adapters["new"]
     norm = adapter.magnitude.float() / adapter.rescale(torch.ones(len(layer.base.weight)), layer.base.weight)
     exact = layer.base.weight.double().square().sum(1).sqrt()
@@ -250,10 +243,10 @@ def test_the_norm_is_taken_in_float32_whatever_the_dtypes_are(adapter_dtype):
 
 @either
 @each_dtype
-@given(seeds, bits)
-def test_a_new_dora_multiplies_by_1(dtype, seed, bits):
+@given(seeds, kinds)
+def test_a_new_dora_multiplies_by_1(dtype, seed, kind):
     """k = m / ‖W‖ is 1 to the bit, as both are computed alike, so that only the bias is rounded apart."""
-    layer = fresh(linear(seed, 40, 24, dtype, bits))
+    layer = with_dora(place(kind, seed, 40, 24, dtype=dtype).layer)
     x = randn(seed + 50, 33, 40, dtype=dtype)
     adapter, weight = layer.adapters["new"], layer.base.weight
     assert torch.equal(adapter.rescale(torch.ones(24), weight), torch.ones(24))
@@ -267,10 +260,11 @@ def test_a_new_dora_multiplies_by_1(dtype, seed, bits):
 @given(seeds)
 def test_a_large_bias_is_not_scaled_nor_rounded_twice(dtype, seed):
     """PEFT 0.21 subtracts it from what the base returned, where it has swallowed the digits of W x."""
-    base = linear(seed, 40, 24, dtype)
+    layer = place("linear", seed, 40, 24, dtype=dtype).layer
+    base = layer.base
     base.weight.mul_(0.01)
     base.bias.fill_(200)
-    layer = fresh(base, 1e-4)
+    with_dora(layer, 1e-4)
     layer.adapters["new"].magnitude.data.mul_(1000)
     x = randn(seed + 50, 33, 40, dtype=dtype)
     exact = applied_by_loops(layer, x)
@@ -283,7 +277,8 @@ def test_a_large_bias_is_not_scaled_nor_rounded_twice(dtype, seed):
 @each_dtype
 @given(seeds)
 def test_an_output_is_scaled_in_float32_and_rounded_once(dtype, seed):
-    layer, y = fresh(linear(seed, 40, 24, dtype)), randn(seed + 50, 33, 24, dtype=dtype)
+    layer = with_dora(place("linear", seed, 40, 24, dtype=dtype).layer)
+    y = randn(seed + 50, 33, 24, dtype=dtype)
     adapter = layer.adapters["new"]
     adapter.magnitude.data.mul_(randn(seed + 51, 24))
     ratio = adapter.rescale(torch.ones(len(layer.base.weight)), layer.base.weight)
@@ -292,9 +287,9 @@ def test_an_output_is_scaled_in_float32_and_rounded_once(dtype, seed):
 
 
 @of_kernels
-@given(seeds, scales, bits, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_dora_keeps_no_weight_for_the_backward_pass(seed, scale, bits, dtype):
-    layer = LoraLinear(linear(seed, 40, 24, dtype, bits), "layer", {})
+@given(seeds, scales, kinds, lows)
+def test_dora_keeps_no_weight_for_the_backward_pass(seed, scale, kind, dtype):
+    layer = place(kind, seed, 40, 24, dtype=dtype).layer
     add(layer, "new", seed, 3, scale, use_dora=True, has_start=True, dtype=torch.float32)
     held = {tensor.data_ptr() for tensor in layer.state_dict().values()}
     kept = []

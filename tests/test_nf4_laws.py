@@ -92,16 +92,6 @@ def test_a_trained_absmax_fails():
         check_linear4bit(with_trained_absmax)
 
 
-def test_each_law_about_gradients_is_left_out_for_numpy():
-    def make(W, b):
-        layer = Linear4bit(torch.from_numpy(W), None if b is None else torch.from_numpy(b))
-        return lambda x: layer(torch.from_numpy(x)).numpy()
-
-    names = {report.law for report in check_linear4bit(on_numpy(make)) if report.comparisons}
-    assert "linear4bit-forward" in names
-    assert not names & {"linear4bit-gradients", "linear4bit-frozen", "linear4bit-16-bit"}
-
-
 # --- what the laws stand on ---
 
 

@@ -127,8 +127,6 @@ def test_eval_measures_with_the_template_and_the_system_prompt_beside_the_adapte
         (adapter / name).unlink()
     assert json.loads(run(*words, "--adapter", adapter, *flags).out)["value"] == found
     assert json.loads(run(*words, "--adapter", adapter).out)["value"] != found
-    run("merge", "--adapter", runs / "run" / "chat", "--out", tmp_path / "merged")
-    assert json.loads(run(*words, "--model", tmp_path / "merged").out)["value"] == pytest.approx(found, rel=1e-5)
 
 
 @pytest.mark.parametrize("words", [["merge"], ["export", "--for=peft"], ["push", "--dry-run"]])

@@ -57,13 +57,15 @@ def number(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
+def log_probs(model, row):
+    """log p of each label of a row, from full logits."""
+    logs = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
+    return torch.stack([logs[i - 1, label] for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX])
+
+
 def plain_loss(model, rows):
-    """The mean over all labelled tokens of all rows of -log p, from full logits, one row at a time."""
-    losses = []
-    for row in rows:
-        logs = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
-        losses += [-logs[i - 1, label] for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX]
-    return sum(losses) / len(losses)
+    """The mean over all labelled tokens of all rows of -log p."""
+    return -torch.cat([log_probs(model, row) for row in rows]).mean()
 
 
 def plain_gradients(model, rows):

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.data import IGNORE_INDEX, collate
+from minilora.data import collate
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes.dpo import dpo_loss, load_pairs
-from tests.models import examples, seeds, tiny_model
+from tests.models import examples, perturb_, seeds, tiny_model
 from tests.text import write_tokenizer
-from tests.training import adapted, assert_resumed_to_the_same_bytes, gradient_of, number, random_rows
+from tests.training import adapted, assert_resumed_to_the_same_bytes, gradient_of, log_probs, number, random_rows
 
 NAMES = ["q_proj", "down_proj"]
 TEXTS = [
@@ -32,9 +32,7 @@ def pairs_of(seed, count):
 
 
 def log_prob(model, row):
-    """log p of the labels of a row, one by one."""
-    logs = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
-    return sum(logs[i - 1, label] for i, label in enumerate(row.labels) if i and label != IGNORE_INDEX)
+    return log_probs(model, row).sum()
 
 
 def written_out(model, pairs, beta):
@@ -121,8 +119,7 @@ def test_trl_has_the_same_loss_gradient_and_metrics(tmp_path):
         processing_class=AutoTokenizer.from_pretrained(tmp_path),
         peft_config=peft.LoraConfig(r=3, lora_alpha=21, target_modules=NAMES),
     )
-    for seed, parameter in enumerate(p for p in ours.parameters() if p.requires_grad):
-        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) / 3
+    perturb_(ours)
     pairs = with_factors_of(ours, trainer.model)
     theirs = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     theirs.backward()

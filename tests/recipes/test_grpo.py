@@ -14,9 +14,9 @@ import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes.grpo import Sample, clipped_loss, draw, grpo_loss
-from tests.models import examples, seeds, tiny_model
+from tests.models import examples, perturb_, seeds, tiny_model
 from tests.text import write_tokenizer
-from tests.training import adapted, assert_resumed_to_the_same_bytes, gradient_of, number
+from tests.training import adapted, gradient_of, log_probs, number
 
 STOPS = {3, 50}
 TOKENIZER = SimpleNamespace(stop_ids=STOPS, decode=lambda tokens: " ".join(map(str, tokens)))
@@ -27,13 +27,6 @@ def share(row, text):
     """The share of tokens that are above 30."""
     tokens = text.split()
     return sum(int(token) > 30 for token in tokens) / max(1, len(tokens))
-
-
-def log_probs(model, sample):
-    """log π of each label."""
-    logs = model(torch.tensor([sample.example.tokens]))[0].log_softmax(-1)
-    labels = sample.example.labels
-    return torch.stack([logs[i - 1, label] for i, label in enumerate(labels) if label != IGNORE_INDEX])
 
 
 @examples(0.2)
@@ -52,7 +45,7 @@ def test_samples_are_what_was_drawn_with_log_pi_and_the_place_of_their_reward_in
         assert not STOPS & {*drawn[:-1]}
         text = TOKENIZER.decode([token for token in drawn if token not in STOPS])
         assert sample.reward == share(ROWS[i // group], text)
-        assert_maths(torch.tensor(sample.log_probs, dtype=torch.float64), log_probs(model, sample))
+        assert_maths(torch.tensor(sample.log_probs, dtype=torch.float64), log_probs(model, sample.example))
     rewards = np.array([sample.reward for sample in samples]).reshape(-1, group)
     expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
     assert_maths(number([sample.advantage for sample in samples]), torch.tensor(expected.reshape(-1)))
@@ -84,9 +77,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_equation(seed, clip, beta):
     expected, kl, clipped = [], [], 0
     for sample in samples:
         parts = []
-        for new, reference, old in zip(
-            log_probs(model, sample), log_probs(base, sample), sample.log_probs, strict=True
-        ):
+        new_and_reference = log_probs(model, sample.example), log_probs(base, sample.example)
+        for new, reference, old in zip(*new_and_reference, sample.log_probs, strict=True):
             ratio, delta = (new - old).exp(), reference - new
             bounded = min(max(ratio, 1 - clip), 1 + clip)
             kl.append(delta.exp() - delta - 1)
@@ -103,12 +95,10 @@ def test_the_loss_and_its_gradient_are_those_of_the_equation(seed, clip, beta):
     assert metrics["no_advantage"] == (1, count)
 
 
-def test_a_reward_rises_and_a_resumed_run_ends_in_the_same_bytes(tmp_path):
+def test_a_reward_rises():
     loss = partial(grpo_loss, tokenizer=TOKENIZER, reward=share, max_new_tokens=5)
-    make = lambda: adapted(layers=1, dtype=torch.float32, is_fresh=True)  # noqa: E731
-    assert_resumed_to_the_same_bytes(tmp_path, make, ROWS, loss=loss)
     records, config = [], ml.TrainConfig(learning_rate=0.02, batch_size=3, max_steps=20, lr_scheduler="constant")
-    ml.train(make(), ROWS, config, records.append, loss=loss)
+    ml.train(adapted(layers=1, dtype=torch.float32, is_fresh=True), ROWS, config, records.append, loss=loss)
     rewards = [record["reward"] for record in records]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
     assert records[0]["kl"] == 0 < records[-1]["kl"]
@@ -140,8 +130,7 @@ def test_trl_has_the_same_loss_and_gradient_on_the_same_samples(tmp_path):
         processing_class=AutoTokenizer.from_pretrained(tmp_path),
         peft_config=peft.LoraConfig(r=3, lora_alpha=21, target_modules=names),
     )
-    for seed, parameter in enumerate(p for p in ours.parameters() if p.requires_grad):
-        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) / 3
+    perturb_(ours)
     pairs, samples = with_factors_of(ours, trainer.model), drawn_earlier(1)
     base = copy.deepcopy(ours)
     ml.detach(base)
@@ -149,7 +138,7 @@ def test_trl_has_the_same_loss_and_gradient_on_the_same_samples(tmp_path):
     inputs |= padded_prompts([sample.example for sample in samples])
     for name, each in (
         ("old_per_token_logps", [torch.tensor(sample.log_probs) for sample in samples]),
-        ("ref_per_token_logps", [log_probs(base, sample).detach() for sample in samples]),
+        ("ref_per_token_logps", [log_probs(base, sample.example).detach() for sample in samples]),
     ):
         inputs[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
     trainer.model.eval()

@@ -27,13 +27,14 @@ from tests.models import (
     scales,
     seeds,
     tiny_model,
-    trained_of,
+    token_ids,
 )
 from tests.training import random_rows
 
 LINEARS = ("wide", "narrow", "other")
 R, ALPHA = 4, 12
 NEAR = 1e-5  # of what float32 decompositions amplify
+IDS = token_ids(0, 2, 7)
 
 
 class Parallel(nn.Module):
@@ -130,26 +131,13 @@ def test_other_adapters_are_kept_and_have_no_effect(kind):
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_a_start_changes_nothing_trains_and_is_saved_as_a_plain_adapter(kind, tmp_path):
-    model, rows = tiny_model(WHOLE, dtype=torch.float32), random_rows(2, 6)
-    batches = [collate([row], torch.device("cpu")) for row in rows]
-    before, ids = model.state_dict(), batches[0].tokens[None]
-    logits = model(ids)
-    config, start = ALL[kind](model, ml.LoraConfig(r=2, lora_alpha=6), (token_loss(model, b)[0] for b in batches))
+def test_a_start_of_a_decoder_changes_no_logits(kind):
+    model, batch = tiny_model(WHOLE, dtype=torch.float32), collate(random_rows(2, 6), torch.device("cpu"))
+    logits = model(IDS)
+    config, start = ALL[kind](model, ml.LoraConfig(r=2, lora_alpha=6), (token_loss(model, each)[0] for each in [batch]))
     ml.attach(model, config, start=start)
-    layers = adapter_layers(model)
-    assert layers.keys() == start.keys()
-    for path, (A, _) in start.items():
-        assert torch.equal(trained_of(layers[path].adapters["default"])["lora_A"], A.float())
-    assert relative(model(ids), logits, NEAR) < 1
-    ml.train(model, rows, ml.TrainConfig(max_steps=3, learning_rate=0.01))
-    trained = model(ids)
-    assert relative(trained, logits, NEAR) > 1
-    ml.save_adapter(model, tmp_path)
-    ml.detach(model)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    ml.load_adapter(model, tmp_path)
-    assert relative(model(ids), trained, NEAR) < 1
+    assert adapter_layers(model).keys() == start.keys()
+    assert relative(model(IDS), logits, NEAR) < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

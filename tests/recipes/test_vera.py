@@ -69,15 +69,21 @@ def test_it_trains_and_a_run_that_stopped_ends_as_one_that_did_not(tmp_path):
     assert_resumed_to_the_same_bytes(tmp_path, make, random_rows(0, 8))
 
 
-def test_it_is_saved_and_loaded_as_itself_disabled_and_beside_another(tmp_path):
-    model, base = with_vera(1), tiny_model(dtype=torch.float64)
-    save_vera(model, tmp_path)
-    loaded = copy.deepcopy(base)
-    load_vera(loaded, tmp_path)
+def loaded_as_itself(model, save, load, directory):
+    """The base with the adapter that was saved: it computes as the model, is not trained and can be disabled."""
+    save(model, directory)
+    loaded = tiny_model(dtype=torch.float64)
+    before = loaded(IDS)
+    load(loaded, directory)
     assert_maths(loaded(IDS), model(IDS))
     assert not any(p.requires_grad for p in loaded.parameters())
     with ml.disable_adapter(loaded):
-        assert torch.equal(loaded(IDS), base(IDS))
+        assert torch.equal(loaded(IDS), before)
+    return loaded
+
+
+def test_it_is_saved_and_loaded_as_itself_disabled_and_beside_another(tmp_path):
+    loaded, base = loaded_as_itself(with_vera(1), save_vera, load_vera, tmp_path), tiny_model(dtype=torch.float64)
     attach_vera(loaded, NAMES, r=2, name="other")
     fill(loaded, 5, "other")
     ml.set_adapter(loaded, ["default", "other"])

@@ -255,12 +255,3 @@ def test_the_layer_that_learns_does_as_pytorch_does(open_page, settings):
     found = page.evaluate("s => train_layer(s)", settings)
     assert found["left"] == pytest.approx(train_with_pytorch(**settings, start=start, wanted=wanted), rel=1e-3)
     assert page.evaluate("s => predicted_step(s)", settings) == pytest.approx(found["first"], rel=1e-4)
-
-
-def test_with_adam_the_twin_trains_the_same_and_with_sgd_another(open_page):
-    page = open_page()
-    for is_adam in (True, False):
-        one = {"r": 4, "alpha": 8, "rate": 1 / 64, "c": 1, "is_adam": is_adam}
-        twin = one | {"alpha": 32, "rate": 1 / 128, "c": 0.5}
-        left = [page.evaluate("s => train_layer(s)", settings)["left"] for settings in (one, twin)]
-        assert (left[0] == pytest.approx(left[1], rel=1e-3)) == is_adam
