@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
+from minilora import files
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
 from minilora.adapters.layout import BASE_METADATA, base_quantization
 from minilora.files import write_tensors
@@ -351,6 +352,21 @@ def test_rows_of_other_tokens_than_the_config_s_are_refused(tmp_path, wanted):
     edit(tmp_path, trainable_token_indices=wanted)
     with pytest.raises(ml.MiniloraError, match=r"embed_tokens|trainable_token_indices"):
         ml.load_adapter(small_model(), tmp_path)
+
+
+def test_an_adapter_of_many_tensors_is_read_in_one_go(tmp_path, monkeypatch):
+    """To read the header again for each tensor takes hours where there are tens of thousands, as of experts."""
+    saved(tmp_path)
+    opened, safe_open = [], files.safe_open
+    monkeypatch.setattr(files, "safe_open", lambda *args, **more: opened.append(args) or safe_open(*args, **more))
+    loaded(tmp_path)
+    assert len(opened) <= 3
+
+
+def test_modules_that_peft_saves_by_the_end_of_a_name_are_loaded(tmp_path):
+    model = saved(tmp_path, modules_to_save=("norm", "input_layernorm", "post_attention_layernorm"))
+    edit(tmp_path, modules_to_save=["norm"])
+    assert adapter_layers(loaded(tmp_path)).keys() == adapter_layers(model).keys()
 
 
 @pytest.mark.parametrize("init", [False, "orthogonal", "eva"])

@@ -187,15 +187,31 @@ def test_a_loss_with_a_parameter_for_it_gets_the_step_of_its_record_also_when_re
         assert list(dict.fromkeys(seen)) == list(dict.fromkeys(record["step"] for record in records))
         return seen
 
-    assert resumed(tmp_path / "whole") == [
-        1,
-        1,
-        2,
-        2,
-        2,
-    ]  # two micro-batches, and the held-out rows after the second step
+    # two micro-batches in each step, and the held-out rows after the second
+    assert resumed(tmp_path / "whole") == [1, 1, 2, 2, 2]
     training.copy_checkpoint(tmp_path / "whole", 1, tmp_path / "half")
     assert resumed(tmp_path / "half") == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        *(
+            (change, "must return")
+            for change in (
+                lambda total: total,
+                lambda total: (total, -2),
+                lambda total: (total, float("nan")),
+                lambda total: (total.expand(2), 1),
+                lambda total: (1.0, 1),
+            )
+        ),
+        (lambda total: (total.detach(), 1), "a sum with a gradient"),
+    ],
+)
+def test_a_loss_that_is_no_sum_and_count_is_refused(change, problem):
+    with pytest.raises(ml.TrainingError, match=problem):
+        run(given=lambda model, rows: change(loss(model, rows)[0]))
 
 
 @pytest.mark.parametrize(
