@@ -2,8 +2,6 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minilora as ml
@@ -15,12 +13,8 @@ from minilora.testing.compare import PARITY, relative
 from tests.files import edit, save_file, saved
 from tests.models import (
     CONFIGS,
-    FAMILIES,
     WHOLE,
-    examples,
     randomize_adapters_,
-    scales,
-    seeds,
     tiny_model,
     token_ids,
     train_a_little,
@@ -88,17 +82,6 @@ def test_what_an_adapter_says_of_its_base_is_read_without_what_nobody_knows(held
     more = held if held == {"quantize": "none"} else {**held, "later": 1}
     write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE_METADATA: json.dumps(more)})
     assert base_quantization(tmp_path) == held
-
-
-@examples(0.4)
-@given(st.sampled_from(sorted(FAMILIES)), seeds, scales, st.booleans())
-def test_what_was_saved_loads_equal_and_saves_the_same_bytes(tmp_path_factory, family, seed, scale, use_rslora):
-    first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
-    model = saved(first, family, seed, lora_alpha=3 * scale, use_rslora=use_rslora)
-    again = loaded(first, family)
-    assert torch.equal(again(IDS), model(IDS))
-    ml.save_adapter(again, second)
-    same_bytes(first, second)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
