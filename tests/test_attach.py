@@ -1,20 +1,23 @@
 import contextlib
 import copy
+from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import minilora as ml
-from minilora.adapter import adapter_layers, linear_layers
+from minilora.adapter import WEIGHTS_FILE, adapter_layers, linear_layers
 from minilora.adapters.attach import delete_adapter, merged
 from minilora.lora import LoraAdapter
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
-from minilora.testing.compare import MATHS, assert_maths, relative
+from minilora.testing.compare import MATHS, assert_maths, assert_parity, relative
 from tests import models
 from tests.files import same_state
 from tests.models import (
@@ -29,6 +32,7 @@ from tests.models import (
     tiny_model,
     token_ids,
 )
+from tests.training import adapted
 
 families = st.sampled_from(sorted(models.FAMILIES))
 IDS = token_ids(3, 2, 7)
@@ -36,13 +40,6 @@ IDS = token_ids(3, 2, 7)
 
 def kinds_of(model):
     return [type(module) for module in model.modules()]
-
-
-def adapted(family="llama", scale=7.0, seed=0, base=lambda model: model, **config):
-    model = base(tiny_model(family, seed=seed))
-    ml.attach(model, ml.LoraConfig(r=3, lora_alpha=scale * 3, **config), dtype=torch.float64)
-    randomize_adapters_(model, seed)
-    return model
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -91,28 +88,6 @@ def test_merging_keeps_the_logits_and_comes_back_to_every_bit_or_leaves_no_adapt
     assert relative(model(IDS), base_logits, MATHS) > 1e6
 
 
-def test_switching_moves_no_number_and_deleting_leaves_the_others():
-    kinds = {
-        "linears": ml.LoraConfig(r=2, lora_alpha=5, target_modules=("q_proj",), modules_to_save=("norm",)),
-        "dora": ml.LoraConfig(r=3, lora_alpha=2, use_dora=True, use_rslora=True),
-        "norm": ml.LoraConfig(r=1, target_modules=("v_proj",), lora_bias=True, modules_to_save=("norm",)),
-    }
-    model, logits = tiny_model(WHOLE, num_hidden_layers=2), {}
-    for seed, (kind, config) in enumerate(kinds.items()):
-        ml.attach(model, config, kind, seed=seed, dtype=torch.float64)
-        models.perturb_(model, seed)
-        logits[kind] = model(IDS)
-    held = {name: p.data_ptr() for name, p in model.named_parameters()}
-    for kind in kinds:
-        ml.set_adapter(model, kind)
-        assert torch.equal(model(IDS), logits[kind])
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
-    delete_adapter(model, "linears")
-    for kind in ("dora", "norm"):
-        ml.set_adapter(model, kind)
-        assert torch.equal(model(IDS), logits[kind])
-
-
 def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
     model, before, *_ = trained
     logits = model(IDS)
@@ -124,6 +99,17 @@ def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was(trained):
     delete_adapter(model, "default")
     same_state(model, before)
     assert not adapter_layers(model)
+
+
+def test_of_two_that_act_the_other_acts_after_one_was_deleted_where_both_were_disabled():
+    model = adapted(name="a")
+    ml.attach(model, ml.LoraConfig(r=2), "b", dtype=torch.float64)
+    randomize_adapters_(model)
+    logits = model(IDS)
+    ml.set_adapter(model, ["a", "b"])
+    with ml.disable_adapter(model):
+        ml.delete_adapter(model, "a")
+    assert torch.equal(model(IDS), logits)
 
 
 def test_of_the_adapters_left_by_the_active_one_the_first_by_name_acts_in_all_its_layers():
@@ -156,8 +142,8 @@ def test_a_new_adapter_leaves_the_logits_bit_equal(family, seed, base):
 @models.examples(0.4)
 @given(families, seeds, scales, bases, st.sampled_from(["all-linear", ("down_proj",)]))
 def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, base, targets):
-    model = adapted(family, scale, seed, base, target_modules=targets)
-    before, without = model(IDS), base(tiny_model(family, seed=seed))(IDS)
+    model = adapted(family, seed=seed, base=base, lora_alpha=3 * scale, target_modules=targets)
+    before, without = model(IDS), base(tiny_model(family))(IDS)
     ml.merge(model)
     for linear in linear_layers(model).values():
         assert type(linear) is nn.Linear
@@ -165,16 +151,6 @@ def test_merging_keeps_the_logits_and_leaves_plain_linears(family, seed, scale, 
     assert not adapter_layers(model)
     assert_maths(model(IDS), before)
     assert not torch.equal(before, without)
-
-
-def test_only_the_new_adapter_is_trainable_and_only_it_gets_gradients():
-    model = adapted(target_modules=("q_proj", "down_proj"))
-    ml.attach(model, ml.LoraConfig(r=2, target_modules=("q_proj",)), name="second")
-    model(IDS).sum().backward()
-    assert trained_names(model) == {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained_names(model) == {
-        f"model.layers.{i}.self_attn.q_proj.adapters.second.lora_{letter}" for i in range(4) for letter in "AB"
-    }
 
 
 def trained_names(model):
@@ -223,25 +199,17 @@ def test_adapters_act_in_the_order_in_which_they_are_named():
     for name in ("first", "second"):
         ml.attach(model, ml.LoraConfig(r=3, use_dora=True), name=name)
     for names in (("first", "second"), ("second", "first")):
-        ml.set_adapter(model, names)
+        ml.set_adapter(model, [*names, names[0]])  # an adapter named twice acts once
         assert {layer.active for layer in adapter_layers(model).values()} == {names}
 
 
-def test_without_an_adapter_or_while_it_is_merged_disabling_it_is_refused():
+def test_without_an_adapter_or_while_it_is_merged_none_is_disabled_or_set():
     model = adapted()
     for without in (lambda: merged(model), lambda: contextlib.nullcontext(ml.detach(model))):
-        with without(), pytest.raises(ml.TargetError, match="has no adapter, or it is merged"):
-            ml.disable_adapter(model).__enter__()
-
-
-def test_an_error_inside_disable_adapter_still_brings_the_adapter_back():
-    model = adapted()
-    before = model(IDS)
-    with pytest.raises(KeyError), ml.disable_adapter(model):
-        raise KeyError
-    assert torch.equal(model(IDS), before)
-    ml.set_adapter(model, ["default", "default"])  # an adapter named twice acts once
-    assert torch.equal(model(IDS), before)
+        with without():
+            for change in (lambda: ml.disable_adapter(model).__enter__(), lambda: ml.set_adapter(model, "default")):
+                with pytest.raises(ml.TargetError, match="has no adapter"):
+                    change()
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["v_proj"], ["q_proj", "v_proj"]])
@@ -289,13 +257,91 @@ def test_a_model_that_has_no_head_and_says_so_by_an_error_can_be_adapted():
     assert list(adapter_layers(model)) == ["0", "1"]
 
 
-def test_subclasses_of_linear_are_not_targets():
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
-    with pytest.raises(ml.TargetError):
-        ml.attach(nn.ModuleDict({"proj": Doubled(3, 3)}), ml.LoraConfig())
+
+def hooked():
+    linear = nn.Linear(4, 4)
+    linear.register_forward_hook(lambda module, args, y: 2 * y)
+    return linear
+
+
+def overridden():
+    linear = nn.Linear(4, 4)
+    linear.forward = lambda x: 2 * x
+    return linear
+
+
+def test_a_layer_that_computes_otherwise_than_its_class_is_no_target():
+    for layer, message in (
+        (hooked, "0: has hooks or a forward of its own"),
+        (overridden, "0: has hooks or a forward of its own"),
+        (lambda: Doubled(4, 4), "no module that can be adapted matches"),
+        (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "no module that can be adapted matches"),
+        (lambda: prune.identity(nn.Linear(4, 4), "weight"), "no module that can be adapted matches"),
+        (lambda: nn.Embedding(4, 4, max_norm=1.0), "no module that can be adapted matches"),
+    ):
+        with pytest.raises(ml.TargetError, match=message):
+            ml.attach(nn.Sequential(layer()), ml.LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_a_wrapped_model_is_refused_for_its_names_would_fit_no_other(wrapped):
+    with pytest.raises(ml.TargetError, match="adapt it, then wrap it"):
+        ml.attach(wrapped(tiny_model()), ml.LoraConfig())
+
+
+KINDS = ({"trainable_token_indices": (1,)}, {"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]})
+IN_FULL = {"modules_to_save": ["layers.0.mlp"]}, {"target_modules": ["up_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        *((*pair, "embed_tokens: another adapter changes it in another way") for pair in permutations(KINDS, 2)),
+        *((*pair, r"up_proj: is in .*mlp, which an adapter trains in full") for pair in permutations(IN_FULL)),
+    ],
+)
+def test_adapters_of_two_kinds_do_not_share_a_module_nor_a_part_of_one(first, second, said):
+    model = tiny_model(WHOLE, num_hidden_layers=1)
+    ml.attach(model, ml.LoraConfig(**{"target_modules": [], **first}))
+    before = copy.deepcopy(model)
+    with pytest.raises(ml.TargetError, match=said):
+        ml.attach(model, ml.LoraConfig(**{"target_modules": [], **second}), "second")
+    same_state(model, before)
+
+
+class Shared(nn.Module):
+    """What a T5 of transformers 5 has: an embedding for others to share, which is not called itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.embed, self.head = nn.Embedding(7, 4), nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.embed.weight = self.head.weight = self.shared.weight
+        models.fill_(self.double(), 0)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+    def get_input_embeddings(self):
+        return self.shared
+
+
+def test_trained_rows_are_those_of_every_embedding_that_is_tied(tmp_path):
+    model, loaded, ids = Shared(), Shared(), torch.tensor([[1, 2, 3]])
+    ml.attach(model, ml.LoraConfig(target_modules=[], trainable_token_indices=(1,)), dtype=torch.float64)
+    models.perturb_(model)
+    rows = next(p for p in model.parameters() if p.requires_grad)
+    assert torch.equal(model.embed(torch.tensor([1])), rows)
+    ml.save_adapter(model, tmp_path)
+    assert list(load_file(tmp_path / WEIGHTS_FILE)) == ["base_model.model.shared.token_adapter.trainable_tokens_delta"]
+    ml.load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(ids), model(ids))
+    ml.merge(model)
+    assert model.embed.weight is model.shared.weight
+    assert_maths(model(ids), loaded(ids))
 
 
 def test_all_linear_says_which_linears_it_leaves_out_and_names_do_not():
@@ -391,6 +437,24 @@ def test_start_values_that_are_made_from_weights_have_their_shapes_without_them(
     assert {name: t.shape for name, t in blank.state_dict().items()} == {
         name: t.shape for name, t in full.state_dict().items()
     }
+
+
+def test_a_row_of_zeros_stays_a_number_under_dora():
+    model, x = nn.Sequential(nn.Linear(4, 3)), randn(0, 5, 4).float()
+    model[0].weight.data[1] = 0
+    expected = model(x)
+    ml.attach(model, ml.LoraConfig(r=2, use_dora=True))
+    assert_parity(model(x), expected)
+    model(x).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_sum_beyond_the_numbers_that_there_are_is_refused():
+    model = adapted(dtype=torch.float32, name="a")
+    for layer in adapter_layers(model).values():
+        layer.adapters["a"].lora_B.data.fill_(1e37)
+    with pytest.raises(ml.TrainingError, match="not finite"):
+        ml.combine_adapters(model, {"a": 1e6}, "sum")
 
 
 @pytest.mark.parametrize("fold", [ml.merge, lambda model: ml.merged(model).__enter__()])

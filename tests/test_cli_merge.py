@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import cli
@@ -16,9 +15,8 @@ from minilora.cli.load import MERGED
 from minilora.cli.messages import _is_named
 from minilora.files import MANIFEST, read_json
 from minilora.models.hub import Location
-from minilora.testing.compare import assert_parity
 from tests.files import edit, same_state, write_adapter
-from tests.models import long, perturb_, randn, tiny_model
+from tests.models import perturb_, randn, tiny_model
 from tests.runs import runner
 from tests.text import CHATML, CLOSE, write_tokenizer
 
@@ -68,18 +66,6 @@ def elsewhere(directory, tmp_path):
     return copy
 
 
-def update(adapter):
-    """s·B A of each weight, from the files, in float64."""
-    config, update = read_json(adapter / "adapter_config.json"), {}
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    for name, lora_A in tensors.items():
-        if ".lora_A." in name:
-            lora_B = tensors[name.replace("lora_A", "lora_B")]
-            weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
-            update[weight] = config["lora_alpha"] / config["r"] * (lora_B.double() @ lora_A.double())
-    return update
-
-
 @pytest.mark.parametrize("command", ["generate --prompt=cat --max-new-tokens=1", "merge", "export --for=vllm"])
 def test_a_changed_config_is_said_and_obeyed_and_changed_weights_are_refused(
     directory, tmp_path, capsys, monkeypatch, command
@@ -112,23 +98,6 @@ def test_a_changed_file_of_the_model_is_said(directory, tmp_path, capsys):
 # --- what is written ---
 
 
-@pytest.mark.parametrize("names", [["a", "b"], *long(["a"], ["b"])])
-def test_a_merged_model_is_complete_and_has_the_sum_of_the_adapters(directory, run, tmp_path, names):
-    run("merge", *(f"--adapter={name}" for name in names), f"--out={tmp_path}")
-    files = {path.name for path in (directory / "model").iterdir()} | {"README.md", "generation_config.json"}
-    if "a" not in names:  # whose template no Modelfile can express
-        files.add("Modelfile")
-    assert {path.name for path in tmp_path.iterdir()} == files
-    base, merged = (load_file(where / "model.safetensors") for where in (directory / "model", tmp_path))
-    updates = [update(directory / name) for name in names]
-    assert base.keys() == merged.keys()
-    for name, weight in base.items():
-        if changes := [each[name] for each in updates if name in each]:
-            assert_parity(merged[name], weight.double() + sum(changes))
-        else:
-            assert torch.equal(merged[name], weight)
-
-
 def test_adapters_of_any_kind_are_merged_as_in_memory(directory, run, tmp_path):
     run("merge", "--adapter=dora", "--adapter=b", f"--out={tmp_path}")
     model = ml.load_model(directory / "model")
@@ -154,12 +123,6 @@ def test_an_exported_adapter_does_what_the_merged_model_does(directory, run, tmp
 
 
 # --- what is refused ---
-
-
-def test_nothing_to_merge_is_refused_before_anything_is_written(run, tmp_path):
-    for words, phrase in (([], "there is nothing to merge: give --adapter"), (["--adapter=c"], "c: no such directory")):
-        assert phrase in run("merge", *words, f"--out={tmp_path / 'out'}", status=1)
-        assert not (tmp_path / "out").exists()
 
 
 def test_adapters_that_name_different_bases_are_merged_only_into_a_named_one(run, elsewhere, tmp_path):

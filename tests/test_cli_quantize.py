@@ -20,11 +20,11 @@ from minilora.runs.evaluate import held_out_loss
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import change, same_state
 from tests.models import WHOLE, allocated, long, tiny_model
-from tests.runs import QUICK, everything, unfinished, write_rows
+from tests.runs import QUICK, everything, write_rows
 from tests.text import write_tokenizer
 
 DOUBLE = "nf4 with double quantization"
-IN_SINGLE = "nf4 without double quantization"
+OTHER = f"a base that is nf4 without double quantization; this one is {DOUBLE}"
 HELD_DOUBLE = f"the base model is {DOUBLE}"
 PLAIN, NF4 = ml.QuantizeConfig("none"), ml.QuantizeConfig("nf4")
 SINGLE = ml.QuantizeConfig("nf4", False)
@@ -94,24 +94,18 @@ def test_an_adapter_is_measured_on_the_base_that_it_was_trained_on(run, adapter)
         (["--adapter=quantized"], [HELD_DOUBLE]),
         (["--adapter=quantized", "--quantize=none"], [f"a base that is {DOUBLE}; this one is not quantized"]),
         (["--adapter=dense", "--quantize=nf4"], [HELD_DOUBLE, f"a base that is not quantized; this one is {DOUBLE}"]),
-        (
-            ["--adapter=single", "--model=nf4"],
-            [
-                HELD_DOUBLE,
-                "the model 'DIRECTORY/model'; this one is 'nf4'",
-                f"a base that is {IN_SINGLE}; this one is {DOUBLE}",
-            ],
-        ),
+        (["--adapter=single", "--model=nf4"], [HELD_DOUBLE, "the model 'DIRECTORY/model'; this one is 'nf4'", OTHER]),
         (["--adapter=on-nf4", "--model=model"], [HELD_DOUBLE, "the model 'DIRECTORY/nf4'; this one is 'model'"]),
         (["--model=nf4"], [HELD_DOUBLE]),
     ],
 )
-@pytest.mark.parametrize(
-    "command", [["generate", "--prompt=a", "--json", "--max-new-tokens=1"], *long(["eval", "--data=rows.jsonl"])]
-)
-def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, run, command, words, said):
+def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, run, words, said):
     adapter = words[0].partition("=")[2]
-    found = run(*command, *words).err.replace(str(directory), "DIRECTORY").splitlines()
+    found = (
+        run("generate", "--prompt=a", "--json", "--max-new-tokens=1", *words)
+        .err.replace(str(directory), "DIRECTORY")
+        .splitlines()
+    )
     assert [line.removeprefix(f"{adapter}: was trained on ") for line in found] == said
 
 
@@ -141,13 +135,6 @@ def test_quantization_precedence_flags_then_adapter(directory, tmp_path, monkeyp
     places = {"model": model, "adapter": [str(made.get(name, name)) for name in adapters]}
     options = {"quantize": None, "double_quant": None, **flags}
     assert find_sources({**places, **options}).quantize == expected
-
-
-def test_a_run_on_another_base_is_refused_and_the_same_one_goes_on(directory, run, tmp_path):
-    places = [f"--{name}={directory / path}" for name, path in (("model", "model"), ("data", "rows.jsonl"))]
-    words = ["finetune", *places, *TRAINING, f"--out={unfinished(directory / 'quantized', tmp_path, 2)}"]
-    assert "quantize was 'nf4' and is 'none'" in run(*words, status=1).err
-    assert run(*words, "--quantize=nf4").out
 
 
 # --- minilora quantize ---
@@ -215,30 +202,23 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "target", "held"),
+    ("words", "held"),
     [
-        (["--adapter=single"], "dequantized", HELD["single"]),
-        (["--adapter=on-nf4"], "dequantized", HELD["on-nf4"]),
-        (["--adapter=quantized", "--quantize=none"], "original", HELD["dense"]),
-        *long(
-            (["--adapter=dense"], "original", HELD["dense"]),
-            (["--adapter=quantized"], "dequantized", HELD["quantized"]),
-            (["--adapter=dense", "--quantize=nf4"], "dequantized", HELD["quantized"]),
-        ),
+        (["--adapter=single"], "single"),
+        (["--adapter=on-nf4"], "on-nf4"),
+        (["--adapter=quantized", "--quantize=none"], "dense"),
+        *long((["--adapter=dense"], "dense"), (["--adapter=dense", "--quantize=nf4"], "quantized")),
     ],
 )
-def test_merge_writes_what_was_trained_unless_a_target_is_named(directory, run, tmp_path, words, target, held):
-    run("merge", *words, f"--out={tmp_path / 'default'}")
-    run("merge", *words, f"--out={tmp_path / 'named'}", f"--target={target}")
-    assert everything(tmp_path / "default") == everything(tmp_path / "named")
+def test_merge_writes_what_was_trained_with_all_files_of_a_model(directory, run, tmp_path, words, held):
+    run("merge", *words, f"--out={tmp_path}")
     how_to_ask = map(Path, ("minilora-prompts.json", "README.md", "generation_config.json"))
-    names = {*everything(directory / "model"), *how_to_ask}
-    assert everything(tmp_path / "named").keys() == names
-    base, quantize = held
+    assert everything(tmp_path).keys() == {*everything(directory / "model"), *how_to_ask}
+    base, quantize = HELD[held]
     model = ml.load_model(base, quantize=quantize)
     ml.load_adapter(model, words[0].partition("=")[2])
     ml.merge(model)
-    same_state(ml.load_model(tmp_path / "default"), model)
+    same_state(ml.load_model(tmp_path), model)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import minilora as ml
-from minilora.data import collate
 from minilora.runs.checkpoints import fingerprint
 from minilora.testing.compare import assert_maths, assert_parity
-from minilora.training import token_loss
 from tests import training
 from tests.models import examples, fill_, long, randn, seeds
-from tests.training import adapted, assert_same_gradient, contents, gradients, number, random_rows, stop_after, weights
-
-CPU = torch.device("cpu")
+from tests.training import assert_same_gradient, contents, gradients, number, stop_after, weights
 
 
 class Network(nn.Module):
@@ -85,24 +81,6 @@ def test_any_cutting_of_a_step_gives_the_gradient_of_all_sums_over_all_counts(se
     assert_same_gradient(found[0], gradients(expected))
     assert_maths(number(records[0]["loss"]), total / count)
     assert records[0]["tokens"] == count  # these rows have no tokens
-
-
-@examples(0.3)
-@given(seeds, st.integers(1, 6))
-def test_the_loss_of_tokens_may_be_given_too(seed, size):
-    rows, records = random_rows(seed, 6), []
-
-    def of_tokens(model, rows):
-        batch = collate(rows, CPU)
-        return token_loss(model, batch)
-
-    model = adapted(layers=2)
-    run(model=model, rows=rows, on_step=records.append, given=of_tokens, batch_size=size, max_steps=1)
-    ours, expected = adapted(layers=2), []
-    run(model=ours, rows=rows, on_step=expected.append, given=None, batch_size=size, max_steps=1)
-    assert_maths(number(records[0]["loss"]), number(expected[0]["loss"]))
-    assert_maths(weights(model), weights(ours))
-    assert records[0]["tokens"] == expected[0]["tokens"]
 
 
 def test_a_hook_may_put_another_gradient_in_the_place_of_one_and_a_loss_clear_all_for_a_use_of_its_own():
@@ -187,15 +165,31 @@ def test_a_loss_with_a_parameter_for_it_gets_the_step_of_its_record_also_when_re
         assert list(dict.fromkeys(seen)) == list(dict.fromkeys(record["step"] for record in records))
         return seen
 
-    assert resumed(tmp_path / "whole") == [
-        1,
-        1,
-        2,
-        2,
-        2,
-    ]  # two micro-batches, and the held-out rows after the second step
+    # two micro-batches in each step, and the held-out rows after the second
+    assert resumed(tmp_path / "whole") == [1, 1, 2, 2, 2]
     training.copy_checkpoint(tmp_path / "whole", 1, tmp_path / "half")
     assert resumed(tmp_path / "half") == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        *(
+            (change, "must return")
+            for change in (
+                lambda total: total,
+                lambda total: (total, -2),
+                lambda total: (total, float("nan")),
+                lambda total: (total.expand(2), 1),
+                lambda total: (1.0, 1),
+            )
+        ),
+        (lambda total: (total.detach(), 1), "a sum with a gradient"),
+    ],
+)
+def test_a_loss_that_is_no_sum_and_count_is_refused(change, problem):
+    with pytest.raises(ml.TrainingError, match=problem):
+        run(given=lambda model, rows: change(loss(model, rows)[0]))
 
 
 @pytest.mark.parametrize(

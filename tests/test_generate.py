@@ -72,14 +72,6 @@ def test_generation_changes_no_weight_and_samples_each_prompt_anew():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_part_that_was_evaluating_before_generation_is_so_afterwards():
-    model = tiny_model().train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    ml.generate(model, [[1, 2]], 1)
-    assert [module.training for module in model.modules()] == modes
-
-
 class Merging(torch.nn.Linear):
     """As loralib's layers: evaluation merges what training has apart."""
 

@@ -37,12 +37,6 @@ CONFIGS = {
         lambda family: {"target_modules": [TARGETS[family].linears[0]], "modules_to_save": ["lm_head"]},
     ),
 }
-OF_LLAMA = {
-    "regex": {"target_modules": r".*layers\.[1]\..*(up|o)_proj"},
-    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
-    "layers": {"target_modules": ["v_proj", "down_proj"], "layers_to_transform": [0]},
-}
-CONFIGS |= {what: (["llama"], lambda family, fields=fields: fields) for what, fields in OF_LLAMA.items()}
 CASES = [(family, what) for what, (families, _) in CONFIGS.items() for family in sorted(families)]
 cases = pytest.mark.parametrize(("family", "what"), CASES)
 

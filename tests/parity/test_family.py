@@ -288,12 +288,6 @@ def saved_by_peft(directory, name="default", **fields):
     return theirs
 
 
-def test_a_raw_decomposition_that_was_drawn_is_refused(tmp_path):
-    saved_by_peft(tmp_path, init_lora_weights="pissa_niter_4")
-    with pytest.raises(ml.FormatError, match=r"pissa_niter_4.*cannot be repeated"):
-        loaded(tmp_path)
-
-
 SAVED_TOO = {"bias": "all", "modules_to_save": ["lm_head", "post_attention_layernorm"]}
 EVERYTHING = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, **SAVED_TOO}
 ADAPTERS = ["second", "my-adapter", "lora_A", "lora_B", "7", "model"]

@@ -1,21 +1,19 @@
-"""What is said of PEFT and of mlx-lm is so in PEFT and in mlx-lm, also of what is exported to them."""
+"""What is said of PEFT is so in PEFT, also of what is exported to it; of mlx-lm, see test_conformance.py."""
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
 import minilora as ml
-from minilora.testing.compare import assert_parity
 from minilora.tools.exporting import export_adapter
 from minilora.tools.readers import Base, reader_facts
-from tests.files import write_adapter, write_base
+from tests.files import write_adapter
 from tests.models import perturb_, token_ids
 from tests.parity.test_directory_laws import EXPERTS, mixtral
 from tests.parity.test_wrappers import TEXT, VISION, WRAPPERS
 from tests.parity.theirs import theirs_loaded
-from tests.readers import CASES, READERS, RIGHT, config_of, spoil, write_base_of, write_case
+from tests.readers import CASES, READERS, RIGHT, config_of, spoil, write_base_of
 
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
@@ -102,45 +100,3 @@ def test_in_a_wrapper_only_its_own_names_act_and_export_gives_them(name, tmp_pat
             assert (found, verdict) == ((RIGHT, RIGHT) if is_own else ("nothing", "nothing attaches"))
             export_adapter(adapter, directory, title, tmp_path / f"{made} for {title}")
             assert effect(kind.from_pretrained(directory).eval(), tmp_path / f"{made} for {title}", wanted) == RIGHT
-
-
-@pytest.mark.parametrize("title", ["vllm", "llama.cpp"])
-def test_what_is_made_plain_for_others_is_the_same_in_peft(title, tmp_path):
-    base = write_base(tmp_path / "base", num_hidden_layers=2)
-    scales = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}}
-    trained = saved_by_peft(theirs_loaded(base), tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **scales)
-    export_adapter(tmp_path / "adapter", base, title, tmp_path / "out")
-    assert_parity(logits(peft.PeftModel.from_pretrained(theirs_loaded(base), tmp_path / "out")), trained)
-
-
-MLX = {
-    "plain": ("llama", {}),
-    "scales": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}}),
-    "embedding and head": ("llama", {"target_modules": ("embed_tokens", "lm_head", "q_proj")}),
-    "DoRA": ("llama", {"use_dora": True, "use_rslora": True}),
-    "Qwen 3": ("qwen3", {"rank_pattern": {"q_proj": 2}}),
-}
-
-
-@pytest.mark.parametrize("name", MLX)
-def test_what_is_exported_to_mlx_acts_there(name, tmp_path):
-    mx, theirs = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
-    mx.set_default_device(mx.cpu)
-    family, config = MLX[name]
-    more = {"rms_norm_eps": 1e-6, "head_dim": 6, "rope_theta": 10_000.0}
-    base = write_base(tmp_path / "base", family, num_hidden_layers=2, **more)
-    model = ml.load_model(base)
-    adapter = write_adapter(model, tmp_path / "adapter", r=3, lora_alpha=7, **config)
-    with pytest.raises(AttributeError):  # PEFT's layout
-        theirs.load_adapters(theirs.load_model(base)[0], str(adapter))
-    export_adapter(adapter, base, "mlx-lm", tmp_path / "out")
-    found = theirs.load_adapters(theirs.load_model(base)[0], str(tmp_path / "out")).eval()(mx.array(IDS.numpy()))
-    assert_parity(torch.from_numpy(np.array(found)), model(IDS).detach())
-
-
-def test_mlx_gives_an_adapter_of_a_tied_embedding_to_the_head_too(tmp_path):
-    """So it is refused, as is said."""
-    pytest.importorskip("mlx.core")
-    base, adapter = write_case(tmp_path, "tied embedding")
-    with pytest.raises(ml.TargetError, match="which are tied"):
-        export_adapter(adapter, base, "mlx-lm", tmp_path / "out")

@@ -17,7 +17,6 @@ from tests.test_lora_config import MEANT, NOT_MEANT, named
 pytestmark = pytest.mark.parity
 peft = pytest.importorskip("peft")
 tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
-TASKS = {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForImageClassification": "SEQ_CLS"}
 
 
 def theirs_means(path, fields):
@@ -58,15 +57,6 @@ def test_names_layers_and_exclusions_mean_what_they_mean_to_peft(path, fields):
 
 def ours_chosen(model, **fields):
     return set(find_targets(base_modules(model), ml.LoraConfig(**fields), path_of(model, "get_output_embeddings")))
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mamba"}))
-def test_all_linear_means_what_it_means_to_peft(family):
-    model, task = family_model(family), TASKS.get(FAMILIES[family][0])
-    config = peft.LoraConfig(target_modules="all-linear", task_type=task)
-    linears = tuners_utils._maybe_include_all_linear_layers(config, model).target_modules
-    heads = {name for name in linears if name.split(".")[0] in ("classifier", "pre_classifier")}  # trained in full
-    assert ours_chosen(model, task_type=task) == linears - heads
 
 
 def test_where_fused_kernels_read_the_weights_themselves_an_adapter_is_refused_as_by_peft():
