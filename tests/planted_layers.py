@@ -1,6 +1,7 @@
 """Wrong layers that once kept every law, and others thought of before the laws that refuse them.
 
-Each is a right layer of `minilora.testing.implementations` that goes wrong in one situation.
+Each is a right layer of `minilora.testing.implementations` that goes wrong in one situation. No other one, here or in
+the catalogue, fails only in comparisons in which it fails.
 """
 
 import torch
@@ -153,9 +154,6 @@ def last_token(self, x):
 
 
 REVIEW = {  # that somebody found to pass
-    "dropout whose gradient has no mask": lora(
-        lambda self, x: base(self, x) + delta(self, x) + (delta(self, drop(self, x)) - delta(self, x)).detach()
-    ),
     "A of the first call, by reference": lora(lambda self, x: with_tensors(self, x, A=kept(self, "A", lambda: self.A))),
     "dA doubled in 16 bits": gradient_times("A", lambda self, x: 2 if x.dtype in HALF else 1),
     "the scale with three digits": rescaled(lambda self: round(self.scale, 3) / self.scale),
@@ -232,7 +230,6 @@ OWN_RSLORA = {
     "the scale of LoRA under no_grad": when(lambda self, x: not torch.is_grad_enabled(), scale_of_lora),
 }
 OWN_DORA = {
-    "m without its sign": with_factor(lambda self: factor(self).abs()),
     "the norm of the first call in training": with_factor(
         lambda self: (
             self.m / kept(self, "norm", lambda: adapted(self).norm(dim=1).detach()) if self.training else factor(self)
@@ -270,13 +267,11 @@ OWN_DORA = {
 }
 PLANTED = {"lora": REVIEW | OWN, "rslora": OWN_RSLORA, "dora": REVIEW_DORA | OWN_DORA}
 CAUSES = {  # what the message may name; a failure in some modes only names them as well
-    "dropout whose gradient has no mask": "gradients do not pass through the dropout mask",
     "no bias in inference mode": "the bias is missing",
     "the scale of LoRA in training": "the scale is α/r in spite of use_rslora",
     "the scale of LoRA under no_grad": "the scale is α/r in spite of use_rslora",
     "m without a gradient in training": "the magnitude is not trained",
     "a gradient through the norm in training": "the gradient goes through the norm",
     "m of the first evaluation": "the magnitude is not trained",
-    "m without its sign": "the magnitude is |m|",
     "no m in inference mode": "DoRA is LoRA: there is no magnitude and no norm",
 }
