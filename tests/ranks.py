@@ -16,14 +16,8 @@ CONTEXT.set_forkserver_preload(  # what would be imported by every process: the 
 )
 
 
-def in_process(function, *arguments):
-    """Call function(*arguments) in a new process, with as many threads as here; what it returns."""
-    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
-        return pool.submit(_call, torch.get_num_threads(), function, arguments).result()
-
-
 def start_process(function, *arguments):
-    """Start such a process, whose status is what the function returns; it has begun when this returns."""
+    """Start a process, whose status is what function(*arguments) returns; it has begun when this returns."""
     here, there = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_exit, args=(there, torch.get_num_threads(), function, arguments))
     process.start()
@@ -31,14 +25,10 @@ def start_process(function, *arguments):
     return process
 
 
-def _call(threads, function, arguments):
+def _exit(connection, threads, function, arguments):
     torch.set_num_threads(threads)
-    return function(*arguments)
-
-
-def _exit(connection, *call):
     connection.send(True)
-    sys.exit(_call(*call))
+    sys.exit(function(*arguments))
 
 
 def on_ranks(count, function, *arguments):

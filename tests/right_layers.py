@@ -154,13 +154,6 @@ class Recomputing(LoRALayer):
         return checkpoint(super().forward, x, use_reentrant=False) if torch.is_grad_enabled() else super().forward(x)
 
 
-class InChunks(LoRALayer):
-    def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.cat([super(InChunks, self).forward(part) for part in rows.split(4)])
-        return y.reshape(*x.shape[:-1], len(self.W))
-
-
 class Caching(LoRALayer):
     """Keep the merged weight in evaluation mode until a tensor changes."""
 
@@ -191,19 +184,9 @@ class DoraOfDifferences(LoRALayer):
 
 RIGHT = {
     "lora": (
-        MergingInEvaluation,
-        OfLinears,
-        Fused,
-        Transposed,
-        parametrized,
-        closure,
-        ByHand,
-        Wide,
-        Recomputing,
-        InChunks,
-        Caching,
-        InOneProduct,
+        *(MergingInEvaluation, OfLinears, Fused, Transposed, parametrized, closure),
+        *(ByHand, Wide, Recomputing, Caching, InOneProduct),
     ),
-    "rslora": (OfLinears, Wide, Recomputing, InChunks, InOneProduct),
-    "dora": (closure, DoraOfDifferences, Recomputing, InChunks),
+    "rslora": (OfLinears,),
+    "dora": (closure, DoraOfDifferences, Recomputing),
 }

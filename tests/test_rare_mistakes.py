@@ -72,7 +72,7 @@ def seeing(sees):
     def run(documents):
         logits = PACKED[0](documents)
         for i, own in enumerate(documents):
-            before = [z.mean() for z, other in zip(logits[:i], documents, strict=False) if sees(documents, other, own)]
+            before = [z.mean() for z, other in zip(logits[:i], documents, strict=False) if sees(other, own)]
             logits[i] = logits[i] + sum(before)
         return logits
 
@@ -95,9 +95,6 @@ RARE = {
     "loss_masking": {
         "the gradient from above is ignored": Unweighted.apply,
         "behind 64 tokens": lambda logits, labels: masked_loss(logits[:, :64], labels[:, :64]),
-        "above 256 tokens of the vocabulary": lambda logits, labels: masked_loss(
-            logits[..., :256], labels.clamp(max=255)
-        ),
         "labels are changed": changing_labels,
         "labels at the first place of a block of 64": lambda logits, labels: masked_loss(
             logits, labels.masked_fill((labels % 64 == 0) & (labels > 0), -100)
@@ -125,13 +122,10 @@ RARE = {
         ),
     },
     "packing": {
-        "documents of equal length": seeing(lambda documents, other, own: len(other) == len(own)),
-        "equal documents": seeing(lambda documents, other, own: other == own and len(own) > 3),
-        "more than four documents": seeing(lambda documents, other, own: len(documents) > 4),
-        "behind more than 256 tokens": seeing(lambda documents, other, own: len(other) > 256),
+        "equal documents": seeing(lambda other, own: other == own and len(own) > 3),
+        "behind more than 256 tokens": seeing(lambda other, own: len(other) > 256),
     },
     "generation": {
-        "behind 40 tokens": decoder("a window of 40 tokens"),
         "prompts of more than 128 tokens": (
             lambda prompts, new: decoder("")[0]([prompt[-128:] for prompt in prompts], new),
             *decoder("")[1:],

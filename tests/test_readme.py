@@ -81,39 +81,28 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, directory, monkeyp
 def test_what_the_tables_for_users_of_other_libraries_name_is_there():
     ours = [row.split(" | ")[1:] for row in PAGES["migration.md"].splitlines() if row.startswith("| ")]
     assert len(ours) >= 20
-    for name in re.findall(r"\bml\.(\w+)", str(ours)):
-        assert hasattr(ml, name), name
-    flags = set().union(*map(flags_of, cli.COMMANDS))
-    for name in re.findall(r"--([a-z-]+)", str([row[-1] for row in ours])):
-        assert name.replace("-", "_") in flags, name
-    for name in re.findall(r"`minilora (\w+)`", str(ours)):
-        assert name in cli.COMMANDS
+    flags = {flag.replace("_", "-") for command in cli.COMMANDS for flag in flags_of(command)}
+    assert {*re.findall(r"--([a-z-]+)", str([row[-1] for row in ours]))} <= flags
+    assert {*re.findall(r"\bml\.(\w+)", str(ours))} <= {*dir(ml)}
+    assert {*re.findall(r"`minilora (\w+)`", str(ours))} <= {*cli.COMMANDS}
 
 
 def test_the_tables_of_flags_say_what_the_command_answers():
-    rows = [
-        row.split(" | ") for row in PAGES["migration.md"].partition("## Flags\n")[2].splitlines() if row[:3] == "| `"
-    ]
-    names = [
-        (f"--{name.replace('_', '-')}", row[1]) for row in rows for name in re.findall(r"`(?:--)?([\w-]+)", row[0])
-    ]
-    answered = [(name, ours) for name, ours in names if name in cli.FOREIGN_FLAGS]
-    assert len(answered) >= 30
-    for name, ours in answered:
-        flags = re.findall(r"--[a-z-]+", cli.FOREIGN_FLAGS[name])
-        assert all(flag in ours for flag in flags), name
+    answered = 0
+    for row in re.findall(r"^\| `.*", PAGES["migration.md"].partition("## Flags\n")[2], re.MULTILINE):
+        theirs, ours = row.split(" | ")[:2]
+        for name in re.findall(r"`(?:--)?([\w-]+)", theirs):
+            answer = cli.FOREIGN_FLAGS.get(f"--{name.replace('_', '-')}", "")
+            assert all(flag in ours for flag in re.findall(r"--[a-z-]+", answer)), name
+            answered += bool(answer)
+    assert answered >= 30
 
 
-def test_the_readme_is_short_and_names_the_pages():
-    assert len(README.splitlines()) <= 110
+def test_the_readme_names_the_pages_and_the_documents_the_families():
     pages = re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|", README, flags=re.MULTILINE)
     assert pages == ["lora", "nf4", "llama", "adapter", "data", "training"]
-
-
-def test_the_pages_name_the_families_that_are_there_and_their_number():
     assert re.findall(r"^\| `(\w+)` \|", PAGES["models.md"], re.MULTILINE) == ["model_type", *FAMILIES]
-    (number,) = re.findall(r"one of (\w+)\s\[families\]", README)
-    assert number == {10: "ten"}[len(FAMILIES)]
+    assert (" one of ten " in README) == (len(FAMILIES) == 10)
 
 
 def test_the_code_that_the_readme_quotes_is_that_of_the_page():
@@ -162,19 +151,6 @@ def test_the_run_and_the_bag_of_words_of_the_readme_are_in_the_results():
         re.search(r"a bag of words\b.*?(0\.\d+)", page, re.DOTALL)[1] for page in (README, PAGES["results.md"])
     ]
     assert len({*by_counting}) == 1
-
-
-def test_the_start_is_plain_markdown_for_a_forge():
-    start = re.sub(r"<!--.*?-->", "", (ROOT / "site" / "index.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert not re.findall(r"^:{3,}|^`{3,}\{|\)\{", start, re.MULTILINE)  # what only MyST reads
-
-
-def test_the_pages_and_the_code_use_plain_words():
-    odd = r"\b(?:in four bits|(?:is|are) mended|(?:is|are) learned of|recipe of others|once a step|of whose)\b"
-    texts = {name: page for name, page in PAGES.items() if name not in ("api.md", "paper_claims.md")}
-    sources = [ROOT / "nanolora.py", *(ROOT / "minilora").rglob("*.py")]
-    texts |= {str(path): path.read_text(encoding="utf-8") for path in sources}
-    assert not [(name, found) for name, text in texts.items() for found in re.findall(odd, text)]
 
 
 def test_links_lead_somewhere():

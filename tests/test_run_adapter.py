@@ -71,23 +71,18 @@ def test_a_run_from_an_adapter_that_is_stopped_goes_on_to_the_same_bytes(directo
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]] == ["base", "start", "adapter"]
 
 
-def test_a_run_from_an_adapter_reads_the_columns_of_its_run(directory, tmp_path):
-    (tmp_path / "rows.csv").write_text("Q,A\n" + "the cat?, yes\n" * 8)
-    columns = {"columns": "prompt=Q,completion=A", "data": tmp_path / "rows.csv"}
+def test_rows_and_questions_are_read_by_the_columns_of_the_adapter_s_run(directory, tmp_path, capsys):
+    rows, asked = tmp_path / "rows.csv", tmp_path / "asked.csv"
+    rows.write_text("Q,A\n" + "the cat?, yes\n" * 8)
+    asked.write_text("Q\nthe sea?\n")
+    columns = {"columns": "prompt=Q,completion=A", "data": rows}
     assert finetune(directory, tmp_path / "first", **columns, max_steps=1) == 0
-    assert go_on(directory, tmp_path / "second", tmp_path / "first", data=tmp_path / "rows.csv", max_steps=1) == 0
+    assert go_on(directory, tmp_path / "second", tmp_path / "first", data=rows, max_steps=1) == 0
     assert config(tmp_path / "second")["columns"] == {"prompt": "Q", "completion": "A"}
-
-
-def test_questions_are_read_by_the_columns_of_the_adapter_s_run(directory, tmp_path, capsys):
-    (tmp_path / "rows.csv").write_text("Q,A\n" + "the cat?, yes\n" * 8)
-    (tmp_path / "asked.csv").write_text("Q\nthe sea?\n")
-    columns = {"columns": "prompt=Q,completion=A", "data": tmp_path / "rows.csv"}
-    assert finetune(directory, tmp_path / "run", **columns, max_steps=1) == 0
     capsys.readouterr()
-    words = ("generate", f"--adapter={tmp_path / 'run'}", "--max-new-tokens=1", "--prompts")
-    for file in ("rows.csv", "asked.csv"):
-        assert main([*words, str(tmp_path / file)]) == 0
+    for file in (rows, asked):
+        words = ["generate", f"--adapter={tmp_path / 'first'}", "--max-new-tokens=1", f"--prompts={file}"]
+        assert main(words) == 0
     prompts = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
     assert prompts == ["the cat?"] * 8 + ["the sea?"]
 

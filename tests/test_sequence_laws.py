@@ -133,7 +133,7 @@ def test_our_documents_and_our_cache_pass():
 
 def decode(prompts, new, fault):
     """Greedy decoding that computes all anew, with a mistake."""
-    answers, window = [], {"the cache is too short": 8, "a window of 40 tokens": 40}.get(fault, 10**6)
+    answers, window = [], 8 if fault == "the cache is too short" else 10**6
     for prompt in prompts:
         tokens = list(prompt)
         for _ in range(new):

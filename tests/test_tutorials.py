@@ -27,12 +27,10 @@ MAX_FIGURE = 60_000  # bytes
 MISTAKES = {
     "01": [
         ("r**0.5", "r"),
-        ("inputs + outputs", "inputs * outputs"),
         ("in linears)", "in set(linears))"),
         ("(s * x @ A.T) @ B.T", "(x @ A.T) @ B.T"),
         ("(s * x @ A.T) @ B.T", "s * x @ (B @ A).T"),
         ("s * (B @ A)", "(B @ A)"),
-        ("s * (B @ A)", "s * (A.T @ B.T)"),
         ("W = W + s", "W += s"),
         ('config["use_rslora"]', "False", "it is 0.50 times the right one"),
         *(
@@ -46,32 +44,26 @@ MISTAKES = {
         ),
     ],
     "02": [
-        ("-(-rows // batch_size)", "rows // batch_size"),
         ("-(-rows // batch_size) * epochs", "-(-rows * epochs // batch_size)"),
         ("labels[1:]", "labels"),
         ("sum(losses) / len(losses)", "sum(sum(each) / len(each) for each in found) / len(found)"),
         ("evaluations[step], step", "evaluations[step], -step"),
-        ("(evaluations[step], step)", "-step"),
     ],
     "03": [
         ("sum(total for total, _ in parts) / sum(count for _, count in parts)", "parts[0][0] / parts[0][1]"),
         ("[-100] * (width - len(labels) + 1)", "[pad] * (width - len(labels) + 1)"),
-        ("labels[1:] + [-100]", "labels + [-100]"),
         ('reduction="sum"', 'reduction="mean"'),
         ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
         ("[*labels, end]", "[*labels, -100]"),
     ],
     "04": [
         (" + rate_A * rate_B * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
-        ("rate_B * s**3 * G", "rate_B * s**2 * G", "keep every product"),
-        ("-(s**2)", "-s", "A small step is wrong too"),
         ("rate_B * G @ A.T @ A + rate_A * B", "rate_A * G @ A.T @ A + rate_B * B", "A small step is wrong too"),
         ("dy @ W + h @ A", "dy @ W", "they are added"),
         ("h = s * dy @ B", "h = dy @ B", "through A lacks a factor of 2"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "h.mT @ x if h.dim() == 2 else (h.mT @ x).sum(0)", "dA is (3, 2, 3)"),
         ("unseen - columns @ columns.T @ unseen", "unseen", "what only one sees"),
-        ("unseen - columns @ columns.T @ unseen", "unseen - columns @ columns.T @ G"),
         ("rows, _ = torch.linalg.qr(A.T)", "rows = A.T", "multiplied by 10"),
         ("(unseen.norm() ** 2 / G.norm() ** 2)", "(unseen.norm() / G.norm())", "the sum of the squares"),
     ],
@@ -85,18 +77,15 @@ MISTAKES = {
         ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
         ("(B.T @ B) @ (A @ A.T)", "B.T @ B @ A @ A.T @ B.T @ B @ A @ A.T", "square of one"),
         ("torch.linalg.eigvals((B.T @ B) @ (A @ A.T)).real", "torch.linalg.svdvals(B @ A).square()", "as large as B A"),
-        ("(energy < share * energy[-1]).sum()) + 1", "(energy < share * energy[-1]).sum())"),
         ("[s * B for", "[B for"),
     ],
     "07": [
-        ("width + out for", "width * out for"),
         ("budget // sum(width + out for width, out in shapes)", "budget // max(sum(each) for each in shapes)"),
         (
             "[item for parent in model.modules() for item in parent._modules.items()]",
             "[(path.rpartition('.')[2], child) for path, child in model.named_modules()]",
             "need 2",
         ),
-        ("item in parent._modules.items()", "item in parent.named_children()"),
         ("setattr(parent, name, adapters[child])", "setattr(parent, name, wrap(child))"),
         ("name in names", "name.endswith(tuple(names))"),
         ("parent._modules.items()", "list(parent.named_children())"),
@@ -132,20 +121,16 @@ MISTAKES = {
     ],
     "12": [
         ("s * B @ A", "B @ A", "Is there an s in it?"),
-        ("V.norm(dim=1, keepdim=True)", "V.norm(dim=0)"),
         ("m[:, None] * V / V.norm(dim=1, keepdim=True)", "m[:, None] * V", "Is m a length or a factor?"),
         (".sum(dim=0)", ".mean(dim=0)", "What does a gradient do with several rows of x?"),
         ("(sigma[-r:] / s)", "sigma[-r:]", "the singular values"),
-        ("-r:", ":r"),
         ("W - s * (B @ A)", "W", "not the old one"),
         ("root[:, None] * Vh[-r:], U[:, -r:] * root", "Vh[-r:], U[:, -r:] * root**2", "lengths"),
     ],
     "13": [
         ("s * B @ A", "B @ A"),
         ("sigma[:k].norm()", "sigma.norm()", "How many directions of the change"),
-        ("torch.linalg.qr(torch.randn(2000, n, k)).Q", "torch.randn(2000, n, k)", "2,000 random pairs"),
         ("/ min(i, j)", "/ max(i, j)", "2,000 random pairs"),
-        ("found >= phi", "found < phi", "2,000 random pairs"),
         ("(V @ other.T).square()", "(V @ other.T).abs()", "Is it cosines"),
         (".item() / k", ".item()", "How large can it be"),
         (".Vh[:k] for", ".U.T[:k] for", "what they answer"),
@@ -155,10 +140,8 @@ MISTAKES = {
         ("beta * margin", "margin"),
         ("first - 1 : -1", "first:", "Which row"),
         ("logits[first - 1 : -1], tokens[first:]", "logits[:-1], tokens[1:]", "the prompt"),
-        ("each.sum()", "each.mean()"),
     ],
     "A2": [
-        ("rewards.sum(1, keepdim=True)", "rewards.sum()"),
         (
             "(rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)",
             "rewards.mean(1, keepdim=True)",
@@ -363,21 +346,15 @@ print('x is', x)
 """
 
 
-def differences(page):
-    chapter = run.Chapter(page, check=True)
-    chapter.run()
-    return chapter.differences
-
-
 def test_quotations_and_outputs_are_written_and_differences_noticed(tmp_path):
     page = tmp_path / "01_page.md"
     page.write_text(PAGE, encoding="utf-8")
-    assert differences(page)
     run.Chapter(page, check=False).run()
     written = text_of(page)
     assert "```py\ndef lora_scale(" in written
     assert "```text\nx is 2\n```" in written
-    assert not differences(page)
-    for old, new in (("x is 2", "x is 3"), ("x = 2", "x = 3"), ("def lora_scale", "def lora_size")):
+    for old, new, count in (("", "", 0), ("x is 2", "x is 3", 1), ("def lora_scale", "def lora_size", 1)):
         page.write_text(written.replace(old, new), encoding="utf-8")
-        assert len(differences(page)) == 1
+        chapter = run.Chapter(page, check=True)
+        chapter.run()
+        assert len(chapter.differences) == count
