@@ -72,11 +72,7 @@ def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config
 
 
 def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
-    """Return the config that an adapter was made from.
-
-    Raises:
-        TargetError: there is no such adapter, or it was not made from a config.
-    """
+    """Return the config that an adapter was made from."""
     layer = next(iter(adapter.layers_of(model, name).values()))
     config: LoraConfig | None = getattr(layer.adapters[name], "lora_config", None)
     if config is None:

@@ -168,9 +168,6 @@ def build_layers(
     """Build the layers of a new adapter by path: low-rank ones of these tensors, and all else that the config trains.
 
     Each is a wrapper around a module, which is not yet in the model.
-
-    Raises:
-        TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
     """
     full = _trained_copies(modules, config, dtype)
     rows = _token_rows(modules, config, dtype, embedding)

@@ -148,10 +148,6 @@ def select_targets(
         config: the names.
         head: path of the output head, which "all-linear" leaves out.
         embeddings: paths of embeddings, which are adapted only if named.
-
-    Raises:
-        TargetError: nothing matches, or an entry of `target_modules`, `exclude_modules`, `layers_to_transform`,
-            `rank_pattern` or `alpha_pattern` matches nothing; the message lists what there is.
     """
     paths = [*linears, *embeddings]
     if is_all_linear(config):
@@ -171,9 +167,6 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
     """Return the paths of the modules that are trained in full; none is in another.
 
     They are those of `modules_to_save` and, if `task_type` is a classifier's, its head.
-
-    Raises:
-        TargetError: an entry that does not name a head matches nothing; the message lists what there is.
     """
     if unknown := _unmatched([name for name in config.modules_to_save if name not in _heads(config)], paths):
         there = _last_parts([path for path in paths if not path.rpartition(".")[2].isdecimal()])

@@ -129,12 +129,7 @@ def _copy_stored(
     config: LoraConfig,
     name: str,
 ) -> None:
-    """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared.
-
-    Raises:
-        TargetError: the model lacks a module, or has it in another shape or weight; the first two are named.
-        FormatError: config and tensors contradict each other.
-    """
+    """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared."""
     own = {layout.parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
     held = {(where, key): tensor for where, tensors in stored.tensors.items() for key, tensor in tensors.items()}
     misfits = []

@@ -52,9 +52,6 @@ def factors_from_weight(kind: str, weight: Tensor, r: int, scale: float) -> tupl
 
     Shapes: weight (out, in) -> (r, in), (out, r)
     Dtype: float32, or the weight's if it is wider
-    Raises:
-        ConfigError: W has no rank of r.
-        TrainingError: W is not finite.
     """
     out, inner = weight.shape
     if r > min(out, inner):

@@ -109,12 +109,7 @@ class AdapterFile:
 
 
 def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
-    """Read an adapter's two files, with the names of the text model if `is_for_text` says so (see `text_path`).
-
-    Raises:
-        FormatError: one is missing or malformed, has a setting that is not supported, or the weights are not as the
-            manifest says, if there is one.
-    """
+    """Read an adapter's two files, with the names of the text model if `is_for_text` says so (see `text_path`)."""
     values = read_values(directory)
     if (directory / MANIFEST).is_file():
         verify(directory, [WEIGHTS_FILE])

@@ -77,11 +77,7 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
 
 
 def read_settings(options: Options) -> Settings:
-    """Return the settings that flags give, else --config, else the adapter to continue, or else the built-in example.
-
-    Raises:
-        ConfigError: data without a model; an unknown key of --config.
-    """
+    """Return the settings that flags give, else --config, else the adapter to continue, else the built-in example."""
     file = {} if options["config"] is None else read_config_file(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}

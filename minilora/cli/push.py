@@ -63,9 +63,6 @@ def find_base_name(directory: Path, given: str | None) -> str:
     """Return the name of an adapter's base on the Hub: the given one, or what the adapter records.
 
     A model has none, unless one is given: "".
-
-    Raises:
-        ConfigError: the given name is none of the Hub; no name is found; or there is no adapter and no model.
     """
     is_adapter = (directory / CONFIG_FILE).is_file()
     if not is_adapter and not (directory / "config.json").is_file():

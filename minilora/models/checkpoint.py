@@ -136,10 +136,7 @@ def stored_weights(
 
 
 def save_model(
-    model: Llama,
-    path: str | Path,
-    tokenizer: Tokenizer | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    model: Llama, path: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a directory that transformers and `load_model` read.
 

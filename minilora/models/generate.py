@@ -48,11 +48,6 @@ class KVCache:
         lengths: the number of cached tokens of each document.
         layers: the keys and the values of each layer that attends, (B, K, capacity, E).
         states: what other layers keep of each document: the last inputs of a convolution, the memory of a delta rule.
-
-    Args:
-        config: the model's configuration.
-        documents: the number of documents.
-        capacity: the maximum length of a document.
     """
 
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, device: torch.device):

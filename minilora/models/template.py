@@ -65,11 +65,7 @@ class ChatTemplate:
         return self._run(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def render_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks.
-
-        Raises:
-            DataError: as for `render`; the template changes the text of a block before it writes it, or nests blocks.
-        """
+        """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks."""
         expected = self._run(messages, **variables)
         if "endgeneration" not in self.source:
             return expected, []

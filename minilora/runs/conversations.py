@@ -50,9 +50,6 @@ def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_
 
     Returns the text, and the spans of it that are trained on. An answer ends with its turn, or where the template marks
     its end. An answer before the first question is not learned, because nothing asks for it.
-
-    Raises:
-        DataError: there is no template; it leaves out what is said; or the answers cannot be found in its text.
     """
     template = _template_of(tokenizer)
     messages = conversation.messages

@@ -104,11 +104,7 @@ class RunSummary:
 
 
 class RunDirectory:
-    """The directory of a run, which locks, records and finishes it. Only the first rank calls `start` and `finish`.
-
-    Args:
-        settings: the run's.
-    """
+    """The directory of a run, which locks, records and finishes it. Only the first rank calls `start` and `finish`."""
 
     def __init__(self, settings: Settings):
         self.path = Path(settings.run.out)
@@ -119,12 +115,7 @@ class RunDirectory:
         self._at_close = ExitStack()
 
     def open(self, base: Base) -> RunHistory:
-        """Lock the directory for this run of a base, and return what its earlier starts left.
-
-        Raises:
-            TrainingError: it holds another run, or files of something else; a process is at work there; or the ranks
-                have different inputs.
-        """
+        """Lock the directory for this run of a base, and return what its earlier starts left."""
         self._inputs = _hash_inputs(base, self._settings.data.prompt_style)
         if different := processes.differing(self._inputs):
             raise TrainingError(f"the processes of the run have different files: {', '.join(different[:5])}")

@@ -170,9 +170,6 @@ def encode_prompt(
         form: "template" makes a `prompt` that is text and has no `completion` a user's message, if there is a template;
             "plain" does not; "raw" does not, and control tokens in the text act as such.
         thinking: whether a conversation is asked for an answer with thoughts; None leaves that to the template.
-
-    Raises:
-        DataError: the row has no prompt, or one that cannot be encoded.
     """
     try:
         if row.problem:

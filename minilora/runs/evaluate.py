@@ -88,11 +88,7 @@ def evaluate(
 
 
 def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress = _ignore) -> float:
-    """Return Σ -log p over all labelled tokens / their number.
-
-    Raises:
-        DataError: the model does not have a token, or no token is labelled.
-    """
+    """Return Σ -log p over all labelled tokens / their number."""
     check_examples(model, examples)
     groups = eval_groups(len(example.tokens) for example in examples)
     return mean_loss(model, example_loss, examples, groups, progress)["loss"]
@@ -133,9 +129,6 @@ def mean_loss(
     """Return {"loss": Σ sum / Σ count over all rows} with the means of the metrics; each group is a forward pass.
 
     A loss that samples draws the same samples at every evaluation of a run.
-
-    Raises:
-        DataError: the loss counts nothing.
     """
     device = next(model.parameters()).device
 

@@ -302,11 +302,7 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 
 
 def _step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: Sequence[sampler.MicroBatch],
-    loss: Loss,
-    max_grad_norm: float,
+    model: nn.Module, optimizer: Optimizer, batches: Sequence[sampler.MicroBatch], loss: Loss, max_grad_norm: float
 ) -> Record:
     """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
     with sampler.kept_random_state(next(model.parameters()).device):  # backward may draw as well
@@ -337,7 +333,7 @@ def _resume(
     model: nn.Module, optimizer: Optimizer, run: dict[str, Any], total: int, folder: Path | None, limit: int
 ) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
-    state = checkpoints.State(run, total_steps=total)
+    state = checkpoints.State({**run, "steps": total})
     if folder is None:
         return state, {}, ()
     state.start = checkpoints.start_numbers(model, dict(model.named_parameters()))

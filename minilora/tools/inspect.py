@@ -27,9 +27,6 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     """Describe a path or a hub id as "run", "adapter", "model" or "file"; a finished run is an adapter too.
 
     "manifest" has the files that changed since they were written, if there is one.
-
-    Raises:
-        FormatError: there is nothing of a known kind, or a file is missing or damaged.
     """
     path = Path(name_or_path) if Path(name_or_path).exists() else fetch(name_or_path, "model")
     if not path.is_dir():
