@@ -136,18 +136,11 @@ class LoraConfig:
 
 
 def select_targets(
-    linears: Sequence[str],
-    config: LoraConfig,
-    head: str | None = None,
-    embeddings: Sequence[str] = (),
+    linears: Sequence[str], config: LoraConfig, head: str | None = None, embeddings: Sequence[str] = ()
 ) -> list[str]:
     """Return the paths of the modules that `config` adapts.
 
-    Args:
-        linears: paths that "all-linear" matches, such as "model.layers.0.self_attn.q_proj".
-        config: the names.
-        head: path of the output head, which "all-linear" leaves out.
-        embeddings: paths of embeddings, which are adapted only if named.
+    "all-linear" matches the paths `linears` without the `head`; `embeddings` are adapted only if named.
     """
     paths = [*linears, *embeddings]
     if is_all_linear(config):

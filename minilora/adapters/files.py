@@ -123,11 +123,7 @@ def _blank_tensors(stored: AdapterFile, modules: Mapping[str, Any], config: Lora
 
 
 def _copy_stored(
-    stored: AdapterFile,
-    layers: Mapping[str, AdapterWrapper],
-    modules: Mapping[str, Any],
-    config: LoraConfig,
-    name: str,
+    stored: AdapterFile, layers: Mapping[str, AdapterWrapper], modules: Mapping[str, Any], config: LoraConfig, name: str
 ) -> None:
     """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared."""
     own = {layout.parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}

@@ -81,17 +81,11 @@ TENSOR_NAME = re.compile(rf"(?P<path>.+)\.(?:{_ANY_ENDING})")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The contents of an adapter's directory.
-
-    Attributes:
-        path: the directory.
-        values: the values of the JSON, checked.
-        tensors: path of a module -> key -> tensor, in float32 at least (see `parse_tensor_name`).
-    """
+    """The contents of an adapter's directory."""
 
     path: Path
-    values: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]  # of the JSON, checked
+    tensors: dict[str, dict[str, Tensor]]  # path of a module -> key of `parse_tensor_name` -> tensor, float32 at least
 
     def config(self) -> LoraConfig:
         """Return the config of the adapter, with the ranks that its A have."""

@@ -79,12 +79,7 @@ def find_sources(options: Options) -> Sources:
 
 
 def load(options: Options) -> tuple[Llama, Tokenizer]:
-    """Find and load the model and its adapter, if one is named, and return it with its tokenizer.
-
-    Raises:
-        FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
-        ConfigError: there are several adapters, or one that is merged already; or as for `load_model`, `load_adapter`.
-    """
+    """Find and load the model and its adapter, if one is named, and return it with its tokenizer."""
     found = find_sources(options)
     if len(found.adapters) > 1:
         raise ConfigError("give one --adapter; `minilora merge` makes one of several")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import llama
+from minilora.adapter import linear_layers
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.files import INDEX, TensorFile, publishing, stream_tensors, write_json
 from minilora.llama import Llama, load_weights
@@ -114,7 +115,7 @@ def stored_weights(
     packed = packed_weights(files)
     _check_names(directory, model, files, packed)
     _check_packed(directory, model.config.source, packed, config)
-    chosen = set() if packed else config.chosen(_linears(model))
+    chosen = set() if packed else config.chosen(linear_layers(model))
 
     def read(name: str) -> Tensor:
         tensor = files[name].read(name)
@@ -183,7 +184,7 @@ def save_model_files(
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
-    if quantization := quantization_config(_linears(model), embedding.dtype):
+    if quantization := quantization_config(linear_layers(model), embedding.dtype):
         source["quantization_config"] = quantization
     directory.mkdir(parents=True, exist_ok=True)
     groups = itertools.starmap(stored_tensors, own.items() if weights is None else prefetch(weights))
@@ -264,7 +265,7 @@ def _check_names(
     stored = weight_shapes(files)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in stored]
-    linears = _linears(model)
+    linears = linear_layers(model)
     for name, shape in stored.items():
         if name not in expected:
             if not name.endswith("rotary_emb.inv_freq"):  # a table in old Llama files
@@ -296,10 +297,6 @@ def _check_packed(
     kinds = sorted({parts[0].rpartition("__")[2] for parts in packed.values()})
     if packed and config.quantize != "none" and (config != QuantizeConfig("nf4") or kinds != ["nf4"]):
         raise ConfigError(f"{directory}: is quantized already, as {'/'.join(kinds)}; 'none' loads it as it is")
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)}
 
 
 def _weights(model: nn.Module) -> dict[str, Weight]:

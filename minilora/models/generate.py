@@ -43,17 +43,12 @@ class KVCache:
 
     A layer's are two tensors that are allocated once; new rows are written in place, and attention reads views. Each
     call gives the number of new tokens of each document, 0 for one that has ended.
-
-    Attributes:
-        lengths: the number of cached tokens of each document.
-        layers: the keys and the values of each layer that attends, (B, K, capacity, E).
-        states: what other layers keep of each document: the last inputs of a convolution, the memory of a delta rule.
     """
 
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, device: torch.device):
-        self.lengths = [0] * documents
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.states: dict[nn.Module, Tensor] = {}
+        self.lengths = [0] * documents  # cached tokens of each
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values of those that attend, (B, K, capacity, E)
+        self.states: dict[nn.Module, Tensor] = {}  # of others: last inputs of a convolution, memory of a delta rule
         self._capacity, self._device = capacity, device
         self._windows = set(config.windows)
 

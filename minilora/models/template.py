@@ -35,16 +35,7 @@ DEFAULTS = "{#- as in the training, where nothing else is asked for -#}"  # begi
 
 
 class ChatTemplate:
-    """One chat template.
-
-    Args:
-        source: the Jinja text.
-        special_tokens: `bos_token`, `eos_token`, … as the template may name them.
-        now: what a template that writes the date takes for it; by default, the time of rendering.
-
-    Raises:
-        FormatError: the text is too long, or not Jinja.
-    """
+    """One chat template: Jinja, which may name special tokens, and writes `now` as the date, by default today's."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], now: datetime | None = None):
         if len(source) > TEMPLATE_LIMIT:

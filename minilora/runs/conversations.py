@@ -29,11 +29,7 @@ REMEDY = "; remove it, or give a template with a place for it as prompt_style"
 
 
 def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
-    """Render a conversation that waits for an answer: the text before the answer, in training as in generation.
-
-    Raises:
-        DataError: the template leaves out what a message says, or the tools.
-    """
+    """Render a conversation that waits for an answer: the text before the answer, in training as in generation."""
     text = tokenizer.render(conversation.messages, add_generation_prompt=True, **conversation.variables)
     check_context(text, conversation, tokenizer, is_question=True)
     return text

@@ -64,9 +64,6 @@ def read_data(
     """Find the files of all splits, encode their rows as the model's tokenizer and the settings say, and split them.
 
     The tokenizer of the adapter to start from comes first. Templates that write the date take that of the first start.
-
-    Raises:
-        DataError: a row cannot be used (with file and line), or there are no rows to train on.
     """
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)

@@ -32,9 +32,7 @@ PARQUET = """is Parquet, which is not read; these lines of Python convert it:
 def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
     """Yield the rows of files. A row that cannot be read has a `problem`; the caller refuses or skips it.
 
-    Args:
-        paths: of the files.
-        columns: the fields of a row, and what they are called in the files; None: all, as they are called there.
+    `columns` are the fields of a row, and what they are called in the files; None: all, as they are called there.
     """
     for path in paths:
         is_empty = True

@@ -105,9 +105,6 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
 
     "reads" lists the tensors that act. "ignores" and "refuses" have the other tensors and settings, with the reason; a
     reader that refuses one refuses the adapter. "scales" has the scales of the training and of the reader, by module.
-
-    Raises:
-        FormatError: a file is damaged, or the scale of the training is not known.
     """
     shapes, values = TensorFile(adapter / WEIGHTS_FILE).shapes, read_json(adapter / CONFIG_FILE)
     low_rank = _read_low_rank(adapter)
