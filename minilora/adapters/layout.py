@@ -37,7 +37,7 @@ NAME = re.compile(r"(\^|\.\*\\\.)?[\w.-]+")
 
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_METADATA = "base_quantization"  # in the metadata of the weights' file, with these fields
-BASE_FIELDS = {"quantize": str, "double_quant": bool, "block_size": int, "quantize_skip": tuple[str, ...], "head": str}
+BASE_FIELDS = {"quantize": str, "double_quant": bool, "block_size": int}
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -173,7 +173,7 @@ def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
 
 
 def base_quantization(directory: Path) -> dict[str, Any] | None:
-    """Return `describe_base` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
+    """Return `describe_quantization` of the model that an adapter was saved from; None if the file does not say."""
     file = TensorFile(directory / WEIGHTS_FILE)
     if BASE_METADATA not in file.metadata:
         return None

@@ -69,10 +69,8 @@ class Chat:
     def __init__(self, options: Options):
         self.model, self.tokenizer = load(options)
         if self.tokenizer.template is None:
-            raise ConfigError(
-                f"{self.model.name_or_path}: the model has no chat template; "
-                "use `minilora generate`, which continues a text"
-            )
+            name = self.model.name_or_path
+            raise ConfigError(f"{name}: the model has no chat template; `minilora generate` continues a text")
         self._generation = from_flags(GenerationConfig, options)
         self._thinking = thinking_of(options, self.tokenizer)
         self.system: str | None = options["system"]  # None: that of the adapter's training

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapter import WEIGHTS_FILE
-from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import base_model_of, base_quantization, tokenizer_of
 from minilora.cli import Options, Parser, say
@@ -16,7 +15,7 @@ from minilora.cli.messages import base_notes
 from minilora.errors import ConfigError, FormatError
 from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, describe_quantization, is_four_bit
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
@@ -88,7 +87,7 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
     model = load_model(found.base.name, options["dtype"], usable_device(options["device"]), found.quantize)
     for path in found.adapters:
         load_adapter(model, path)
-    for note in base_notes(found.base, found.adapters, describe_base(model)):
+    for note in base_notes(found.base, found.adapters, describe_quantization(model)):
         say(note)
     return model, tokenizer
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import get_args
 
 from minilora.adapter import WEIGHTS_FILE
-from minilora.adapters.attach import describe_base
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
 from minilora.cli.messages import base_notes, say_prompts
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
-from minilora.models.bitsandbytes import QuantizeConfig, Target
+from minilora.models.bitsandbytes import QuantizeConfig, Target, describe_quantization
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.prompts import Prompts
 from minilora.runs.cards import write_cards
@@ -58,7 +57,7 @@ def _write_model(options: Options, found: Sources, out: Path) -> str:
     target = options["target"]
     check_not_merged(found.base, found.adapters)
     quantize = QuantizeConfig() if target == "original" else found.quantize
-    quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
+    quantization = describe_quantization(load_model(found.base.path, "auto", "meta", quantize))
     device = usable_device(options["device"])
     merge = Merge(found.base.path, found.adapters, target, found.quantize, options["dtype"], device)
     for note in base_notes(found.base, found.adapters, quantization):

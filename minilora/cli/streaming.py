@@ -95,7 +95,7 @@ def generate_text(
             on_token=lambda row, token: streams[row].add(token),
             **asdict(generation),
         )
-    reasons = ("length" if len(tokens) == generation.max_new_tokens else "stop" for tokens in written)
+    reasons = ("length" if row.stop is None else "stop" for row in written)
     return [Completion(stream.finish(), reason) for stream, reason in zip(streams, reasons, strict=True)]
 
 

@@ -184,7 +184,7 @@ def save_model_files(
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
-    if quantization := quantization_config(linear_layers(model), embedding.dtype):
+    if quantization := quantization_config(model, embedding.dtype):
         source["quantization_config"] = quantization
     directory.mkdir(parents=True, exist_ok=True)
     groups = itertools.starmap(stored_tensors, own.items() if weights is None else prefetch(weights))

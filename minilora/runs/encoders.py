@@ -1,11 +1,5 @@
 """Tokenize rows, and label the tokens that are trained on; tokenize what a row asks.
 
-    rows.stream_rows                    a line of a file as fields
-    formats.parse_row                   prompt and completion, or a conversation
-    conversations.render_conversation   its text, and the spans of it that are learned
-    tokenizer.encode_spans              tokens, and the characters of each
-    data.label_completion, label_tokens the label of each token
-
 Targets are spans of characters, which the tokenizer's offsets map to tokens. Counting the tokens of the prompt would
 be wrong where one token has the end of the prompt and the beginning of the answer. Only a conversation is cut
 there, because it is always asked for its answer with the same tokens.

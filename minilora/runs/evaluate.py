@@ -104,9 +104,7 @@ def check_examples(model: Any, examples: Sequence[Example]) -> None:
     for example in examples:
         if not isinstance(example, Example):
             raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
-        T = len(example.tokens)
-        labels = len(example.labels)
-        if labels != T:
+        if (labels := len(example.labels)) != (T := len(example.tokens)):
             raise DataError(f"{example.source!r} has {labels} labels for {T} tokens; need one for each")
         learned = [label for label in example.labels if label != IGNORE_INDEX]
         if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
@@ -244,7 +242,6 @@ def choice_accuracy(
     answers = [choice[: len(choice) - closing] for choice in choices]
 
     def compute(rows: Rows) -> int:
-        """Count the right answers."""
         scores = _scores(model, [prompt_of(examples[row]) for row in rows], answers)
         chosen = [choices[values.index(max(values))] for values in scores]
         return sum(choice == answer_of(examples[row]) for row, choice in zip(rows, chosen, strict=True))
@@ -282,8 +279,7 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
     for example in examples:
         if (prompt := prompt_of(example)) == added[: len(prompt)]:
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
-    stop_ids = tokenizer.stop_ids
-    answers = [list(takewhile(lambda token: token not in stop_ids, answer_of(example))) for example in examples]
+    answers = [[*takewhile(lambda token: token not in tokenizer.stop_ids, answer_of(example))] for example in examples]
     prompts = [prompt_of(example) for example in examples]
     room = THOUGHTS if tokenizer.template and "</think>" in tokenizer.template.source else 0
     closed = [tokenizer.decode(prompt).rstrip().endswith("</think>") for prompt in prompts]

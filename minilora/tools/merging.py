@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers, set_adapter
-from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name
@@ -32,7 +31,7 @@ from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes,
 from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models import checkpoint
-from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, describe_quantization, is_four_bit
 from minilora.models.checkpoint import CODE_KEYS, EMBEDDING, HEAD, SHARD_BYTES
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
@@ -132,7 +131,7 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     """
     quantized = checkpoint.load_model(merge.model, merge.weight_dtype, "meta", merge.quantize)
     layers = _load_adapters(merge)
-    target = _target_of(merge, describe_base(quantized)["quantize"])
+    target = _target_of(merge, describe_quantization(quantized)["quantize"])
     model = quantized if target == "requantized" else merge.dense_model()
     ends = [layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING)]
     is_tied = merge.config.tie_word_embeddings
