@@ -450,7 +450,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("eval --model=model --data=", "no such file or directory"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),
-        ("eval --model=model --data=many.jsonl --metric=choice", "needs rows with few distinct answers"),
+        ("eval --model=model --data=many.jsonl --metric=choice", "needs few distinct answers"),
     ):
         out, err = run(*words.split(), status=1)
         assert out == ""

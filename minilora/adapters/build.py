@@ -286,9 +286,7 @@ def check_layers(
     full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
     for path, _ in both:
         if outer := [where for where in full if path.startswith(f"{where}.")]:
-            raise TargetError(
-                f"{path}: is in {outer[0]}, which an adapter trains in full, so one of them would not act"
-            )
+            raise TargetError(f"{path}: is in {outer[0]}, which an adapter trains in full, so one would not act")
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -214,10 +214,7 @@ def check_values(values: Mapping[str, Any], path: Path) -> None:
     unknown = unknown_settings(values)
     if parameters := unknown.get("target_parameters"):
         raise FormatError(f"{path}: target_parameters: found {parameters!r:.80}; {in_recipe('experts')}")
-    bad = [
-        f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
-        for key, value in unknown.items()
-    ]
+    bad = [f"{k}: found {v!r}; accepted is {PEFT_DEFAULTS.get(k)!r}, or the key left out" for k, v in unknown.items()]
     init = values.get("init_lora_weights", True)
     if init not in PLAIN_INITS and init not in DETERMINISTIC_INITS:
         bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights and cannot be repeated")

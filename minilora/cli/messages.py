@@ -109,10 +109,7 @@ def _row_notes(name: str, rows: Dataset, data: Data) -> Iterator[str]:
     if rows.dropped_thoughts:
         yield f"{rows.dropped_thoughts} {name} rows have thoughts in earlier answers, which the template leaves out"
     if rows.quoted:
-        yield (
-            f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
-            "--allow-special makes them act"
-        )
+        yield f"{rows.quoted} {name} rows have control tokens in their text; they act only with --allow-special"
     if rows.bad:
         yield describe_skipped(f"{name} ", rows.bad)
 

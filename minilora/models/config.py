@@ -99,9 +99,8 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
     if heads % values["num_key_value_heads"]:
-        raise ConfigError(
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
-        )
+        groups = values["num_key_value_heads"]
+        raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     own = {"source": dict(source), **family.fields(values)}
     if "rope" not in own:
         own["rope"] = build_rope(values, values["head_dim"])

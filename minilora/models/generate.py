@@ -255,7 +255,7 @@ def _choose(
     *likeliest, all_finite = torch.cat((logits.argmax(-1), is_finite)).tolist()
     if not all_finite:
         raise TrainingError(
-            "the model computes NaN or infinity: weights, its own or an adapter's, are not finite or too large"
+            "the model computes NaN or infinity: weights, perhaps an adapter's, are not finite or too large"
         )
     if temperature == 0:
         return likeliest

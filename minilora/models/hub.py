@@ -55,7 +55,10 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     how = f"; {GGUF}" if "gguf" in name.lower() else ""
     if path.is_dir():
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
-            _explain_missing_adapter(path)
+            if (path / "run.json").is_file():
+                raise FormatError(f"{path}: is an unfinished run; repeat its finetune command, or name a checkpoint")
+            if inside := sorted(str(config.parent) for config in path.glob("*/adapter_config.json")):
+                raise FormatError(f"{path}: has no adapter_config.json; name one of its adapters: {inside[:5]}")
         if kind == "model" and not (path / "config.json").is_file():
             raise FormatError(f"{path}: has no config.json, so is no model{how or '; an adapter goes to --adapter'}")
         return Location(path, name)
@@ -64,14 +67,6 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
         return _download(name, kind, how)
     known = "'org/name' or 'org/name@revision' of the Hugging Face Hub"
     raise FormatError(f"{path}: no such directory, and not {known}{how}")
-
-
-def _explain_missing_adapter(path: Path) -> None:
-    """Raise a `FormatError` if a directory without an adapter is that of a run, or has adapters in folders."""
-    if (path / "run.json").is_file():
-        raise FormatError(f"{path}: is an unfinished run; repeat its finetune command, or name one of its checkpoints")
-    if inside := sorted(str(config.parent) for config in path.glob("*/adapter_config.json")):
-        raise FormatError(f"{path}: has no adapter_config.json; name one of its folders with an adapter: {inside[:5]}")
 
 
 def unpinned(name: str) -> tuple[str, str | None]:

@@ -97,8 +97,7 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
 def check_examples(model: Any, examples: Sequence[Example]) -> None:
     """Raise a `DataError` for a row that is no `Example`, without one label per token, or with an unknown token.
 
-    A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
-    place.
+    A wrong number of labels would shift those of later rows; a GPU reports an unknown token without its place.
     """
     size = model.model.embed_tokens.num_embeddings
     for example in examples:

@@ -52,10 +52,9 @@ class Data:
     @property
     def splits(self) -> dict[str, Dataset]:
         """Return the splits that have rows, by name, without the validation split where it is the test split."""
-        splits = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
-        return {
-            name: rows for name, rows in splits.items() if rows and not (name == "validation" and rows is self.test)
-        }
+        valid = Dataset(()) if self.valid is self.test else self.valid
+        splits = {"training": self.train, "validation": valid, "held-out": self.test, "general": self.general}
+        return {name: rows for name, rows in splits.items() if rows}
 
 
 def read_data(

@@ -162,10 +162,8 @@ def train(
             stops = on_step(record)
             finished = state.step == total
             if len(held_out) and (finished or state.step % (config.eval_steps or total) == 0):
-                if loss:
-                    groups = sampler.eval_groups([1] * len(held_out), config.batch_size)
-                else:
-                    groups = sampler.eval_groups(len(row.tokens) for row in held_out)
+                sizes = [1] * len(held_out) if loss else [len(row.tokens) for row in held_out]
+                groups = sampler.eval_groups(sizes, config.batch_size if loss else None)
                 scores = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
                 if state.note(scores["loss"]) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
@@ -232,9 +230,7 @@ def _check_run(
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
         if differing := processes.differing({**run, "config": config}):
             what = ", ".join(differing)
-            raise TrainingError(
-                f"the processes of the run differ in their data or settings ({what}); each needs all rows"
-            )
+            raise TrainingError(f"the processes of the run differ in data or settings ({what}); each needs all rows")
     return optimizer, run
 
 

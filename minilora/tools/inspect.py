@@ -44,11 +44,10 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
         raise FormatError(f"{path}: has no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
     written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / files.MANIFEST).is_file()]
     if written:
-        changed = [
-            f"{folder / name}: not as it was written" for folder in written for name in files.changed_files(folder)
-        ]
+        changed = (folder / name for folder in written for name in files.changed_files(folder))
+        problems = [f"{file}: not as it was written" for file in changed]
         count = sum(len(files.read_manifest(folder)) for folder in written)
-        facts["manifest"] = {"path": str(path), "files": count, "problems": changed}
+        facts["manifest"] = {"path": str(path), "files": count, "problems": problems}
     return facts
 
 

@@ -76,10 +76,8 @@ class Merge:
         """Read names and weights, one at a time; the weight of a tied head comes last, by the head's name."""
         bare = checkpoint.build_on_meta(self.config)
         head: Weight | None = None
-        read = checkpoint.stored_weights(
-            self.model, bare, self.weight_dtype, self.device, quantize, is_wanted=is_wanted
-        )
-        for name, weight in read:
+        dtype, device = self.weight_dtype, self.device
+        for name, weight in checkpoint.stored_weights(self.model, bare, dtype, device, quantize, is_wanted=is_wanted):
             if name == EMBEDDING and self.config.tie_word_embeddings:
                 head = weight
             yield name, weight
