@@ -165,10 +165,7 @@ def build_layers(
     dtype: torch.dtype,
     embedding: str | None,
 ) -> dict[str, AdapterWrapper]:
-    """Build the layers of a new adapter by path: low-rank ones of these tensors, and all else that the config trains.
-
-    Each is a wrapper around a module, which is not yet in the model.
-    """
+    """Build the wrappers of a new adapter by path: low-rank ones of these tensors, and all else the config trains."""
     full = _trained_copies(modules, config, dtype)
     rows = _token_rows(modules, config, dtype, embedding)
     if twice := sorted(path for path, count in Counter([*tensors, *full, *rows]).items() if count > 1):

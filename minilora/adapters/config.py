@@ -193,12 +193,8 @@ def _unmatched_fields(paths: Sequence[str], chosen: Sequence[str], config: LoraC
         if not any(matches(config.target_modules, path) and _layer(path, config) == number for path in paths):
             bad.append(f"no module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(config, name)
-        bad += [
-            f"no adapted module matches {name} {key!r}"
-            for key in keys
-            if not any(_first_match({key: True}, path, False) for path in chosen)
-        ]
+        idle = [key for key in getattr(config, name) if not any(_first_match({key: True}, p, False) for p in chosen)]
+        bad += [f"no adapted module matches {name} {key!r}" for key in idle]
     return bad
 
 

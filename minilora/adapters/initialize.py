@@ -1,7 +1,5 @@
 """Initial values of an adapter other than the default, `lora.initial_factors`: drawn, or made from the weight.
 
-With B A = 0 a new adapter changes nothing. If B = 0, A must be nonzero, or no gradient reaches B.
-
 PiSSA moves the main part of W into the factors; the rest stays frozen:
 
     W = W_res + s·B₀ A₀,   y = W_res x + s·B A x

@@ -197,7 +197,6 @@ class Parser(argparse.ArgumentParser):
         return self._groups[title]
 
     def error(self, message: str) -> NoReturn:
-        """End the program with a message."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 

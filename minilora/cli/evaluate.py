@@ -72,7 +72,6 @@ def run(options: Options) -> int:
 
 
 def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Options, progress: Progress) -> float:
-    """Compute a metric."""
     if options["metric"] == "nll":
         return held_out_loss(model, examples, progress)
     if options["metric"] == "exact-match":

@@ -69,9 +69,7 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
     for config, title in CONFIGS.items():
         add_fields(parser, config, title, but={field.name for field in fields(config)} - {*names})
     parser.add_argument("--help-all", action="help", help="show all flags and exit")
-    parser.add_argument(
-        "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
-    )
+    parser.add_argument("--config", type=Path, help="a .toml or .json file of flags; the command line overrides it")
     parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, and end")
     parser.add_argument("--force", action="store_true", help="train even if memory is forecast to be too small")
 

@@ -34,7 +34,6 @@ class TextStream:
         self._tokens: list[int] = []
 
     def add(self, token: int) -> None:
-        """Add a token."""
         self._tokens.append(token)
         # Decoders join adjacent byte tokens, also over a special token, and an invalid one changes all of them.
         if token not in self._bytes and self._tokenizer.decode([token]):
@@ -53,8 +52,6 @@ class TextStream:
 
 
 class Completion(NamedTuple):
-    """What a model has written after a prompt."""
-
     text: str
     finish_reason: str  # "stop", or "length" if the text was cut
 

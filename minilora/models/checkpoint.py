@@ -195,10 +195,7 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 
 def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int, header_bytes: int) -> None:
-    """Write groups of tensors, as they come, into files of at most `limit` bytes; a group is never divided.
-
-    The names of the files follow when their number is known.
-    """
+    """Write groups of tensors, as they come, into files of at most `limit` bytes; a group is never divided."""
     size = file = 0
 
     def file_of(group: Mapping[str, Tensor]) -> int:

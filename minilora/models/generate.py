@@ -61,10 +61,7 @@ class KVCache:
             self.states = {layer: state.repeat_interleave(n, 0) for layer, state in self.states.items()}
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """Begin a call with these numbers of new tokens, whose positions in each document become `spans`.
-
-        This computes what all layers share. The layers then call `attend` in order.
-        """
+        """Begin a call with these numbers of new tokens, for all layers; positions in each document become `spans`."""
         spans = [range(before, before + new) for before, new in zip(self.lengths, lengths, strict=True)]
         self._new, self._layer = list(lengths), 0
         self.lengths = [span.stop for span in spans]

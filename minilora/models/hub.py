@@ -65,8 +65,7 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path:
         return _download(name, kind, how)
-    known = "'org/name' or 'org/name@revision' of the Hugging Face Hub"
-    raise FormatError(f"{path}: no such directory, and not {known}{how}")
+    raise FormatError(f"{path}: no such directory, and not 'org/name' or 'org/name@revision' of the Hub{how}")
 
 
 def unpinned(name: str) -> tuple[str, str | None]:

@@ -283,12 +283,8 @@ def fingerprint(
         "optimizer": optimizer,
     }
     frozen = [p for name, p in model.named_parameters() if not (p.requires_grad or name.endswith(ROUNDED))]
-    hashes = {
-        "dataset": _hash(dataset),
-        "held_out": _hash(held_out),
-        "model": _hash([_spread(whole(p)) for p in frozen]),
-    }
-    return json.loads(json.dumps(run, default=_as_json)) | hashes
+    parts = {"dataset": dataset, "held_out": held_out, "model": [_spread(whole(p)) for p in frozen]}
+    return json.loads(json.dumps(run, default=_as_json)) | {name: _hash(rows) for name, rows in parts.items()}
 
 
 def start_numbers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[float, ...]:

@@ -76,16 +76,13 @@ class RunHistory:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is about to start.
+    """A run that is about to start."""
 
-    `settings` are what it is asked for, `plan` is what it does.
-    """
-
-    settings: Settings
+    settings: Settings  # what it is asked for
     base: Base
     history: RunHistory
     data: Data
-    plan: Plan
+    plan: Plan  # what it does
 
 
 @dataclass(frozen=True)
@@ -203,10 +200,7 @@ class RunDirectory:
     def finish(
         self, model: Llama, tokenizer: Tokenizer, summary: RunSummary, answers: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Save the adapter, the tokenizer, the held-out rows with some answers, and the summary, all at once.
-
-        The summary marks the run as finished.
-        """
+        """Save adapter, tokenizer, held-out rows with some answers, and the summary, which marks the run finished."""
         with publishing(self.path) as directory:
             save_adapter_files(model, directory)
             tokenizer.save(directory)

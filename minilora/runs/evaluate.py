@@ -31,7 +31,7 @@ CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
 THOUGHTS = 1024  # tokens of thoughts before an answer
-Choice = tuple[int, ...]
+Choices = Sequence[tuple[int, ...]]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 Metrics = Mapping[str, tuple[Any, Any]]  # name -> (sum, count), numbers or tensors of one number
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def answer_of(example: Example) -> tuple[int, ...]:
 
 
 def evaluate(
-    model: Llama, examples: Sequence[Example], choices: Sequence[Choice] | None, progress: Progress = _ignore
+    model: Llama, examples: Sequence[Example], choices: Choices | None, progress: Progress = _ignore
 ) -> Scores:
     """Return the loss of a model, and its accuracy among `choices` if there are any."""
     if not examples:
@@ -212,7 +212,7 @@ def _map_groups(
     return [result for rank in processes.all_gather(results) for result in rank]
 
 
-def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
+def find_choices(examples: Sequence[Example]) -> Choices | None:
     """Return the distinct answers if they are few: at most 64, each four times on average; else None.
 
     None as well if an example has no prompt, since then there is nothing to choose by. Answers that were cut are none.
@@ -229,9 +229,7 @@ def _uncut(examples: Sequence[Example]) -> Sequence[Example]:
     return [example for example in examples if example.source not in cut]
 
 
-def choice_accuracy(
-    model: Llama, examples: Sequence[Example], choices: Sequence[Choice], progress: Progress = _ignore
-) -> float:
+def choice_accuracy(model: Llama, examples: Sequence[Example], choices: Choices, progress: Progress = _ignore) -> float:
     """Return the share of examples whose answer is the most likely of the `choices` after the prompt.
 
     The ending that all choices share, such as a closing token, is left off. Examples whose answer was cut do not count.
@@ -250,7 +248,7 @@ def choice_accuracy(
     return sum(_map_groups(model, groups, len(examples), compute, progress)) / len(examples)
 
 
-def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:
+def _scores(model: Llama, prompts: Sequence[list[int]], answers: Choices) -> Iterator[list[float]]:
     """Yield for each prompt log p(answer | prompt) of each answer.
 
     A prompt is run once with each distinct beginning of an answer: with answers of one token, by itself.
@@ -337,7 +335,7 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _common_ending(choices: Sequence[Choice]) -> int:
+def _common_ending(choices: Choices) -> int:
     """Return how many tokens at their end all choices share; no choice may begin another one without them.
 
     Without its closing token " no" would begin " no idea", and could not be less likely.

@@ -14,7 +14,7 @@ from minilora.errors import DataError, FormatError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
-from minilora.runs.evaluate import Choice, Question, find_choices
+from minilora.runs.evaluate import Choices, Question, find_choices
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig, Settings, TrainConfig, TrainOn
@@ -44,7 +44,7 @@ class Data:
     train: Dataset
     valid: Dataset  # evaluated during training: `held_out` of `train`
     test: Dataset  # measured before and after
-    choices: list[Choice] | None
+    choices: Choices | None
     files: dict[str, str]  # name, or path where names repeat -> SHA-256
     general: Dataset = field(default_factory=partial(Dataset, ()))
     questions: Sequence[Question] = ()  # of `test`

@@ -145,9 +145,7 @@ def train(
                 group["lr"] = learning_rate(state.step, total, peak, warmup, config.lr_scheduler)
             numbered = list(enumerate(steps[state.step], state.step * config.gradient_accumulation_steps))
             own = processes.split_for_rank(numbered)
-            batches = [
-                sampler.MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own
-            ]
+            batches = [sampler.MicroBatch(n, [dataset[row] for row in rows], counts) for (n, rows), counts in own]
             measured: list[Metrics] = []
             with sampler.kept_random_state(device, f"{config.seed}/step {state.step}"):  # the optimizer may draw
                 made = _step(model, optim, batches, seeded_loss, config.max_grad_norm)

@@ -134,8 +134,5 @@ def _parse_array(file: BufferedReader, path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     for i, value in enumerate(values):
-        source = f"{path}[{i}]"
-        is_object = isinstance(value, dict)
-        yield (
-            Row(value, source) if is_object else Row(source=source, problem=f"found {value!r:.60}, need a JSON object")
-        )
+        problem = "" if isinstance(value, dict) else f"found {value!r:.60}, need a JSON object"
+        yield Row({} if problem else value, f"{path}[{i}]", problem)

@@ -27,8 +27,6 @@ SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds 
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch."""
-
     number: int  # step · gradient_accumulation_steps + its place in the step; seeds its dropout
     rows: Any  # as the loss takes them
     is_counted: bool  # or else another rank has it as well

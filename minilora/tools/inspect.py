@@ -130,8 +130,7 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
 def weight_norms(directory: Path, modules: Iterable[str]) -> dict[str, float]:
     """Return ‖W‖ of modules of a model directory, by path; weights are read one at a time."""
     model, names = build_on_meta(read_config(directory)), {f"{path}.weight" for path in modules}
-    cpu = torch.device("cpu")
-    weights = stored_weights(directory, model, "auto", cpu, None, may_be_views=True, is_wanted=names.__contains__)
+    weights = stored_weights(directory, model, "auto", torch.device("cpu"), None, True, names.__contains__)
     norms = ((name, torch.linalg.matrix_norm(dense(weight).float()).item()) for name, weight in weights)
     return {name.removesuffix(".weight"): norm for name, norm in norms}
 

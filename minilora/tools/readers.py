@@ -46,8 +46,6 @@ HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
 
 class Reader(NamedTuple):
-    """A program that reads adapters."""
-
     column: str  # of `RULES`
     source: str  # where its rules were read
     is_tried: bool  # whether a test or a script runs it
