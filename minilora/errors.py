@@ -45,11 +45,8 @@ def printable(text: str) -> str:
     >>> printable("a\\x1b[2J")
     'a\\\\x1b[2J'
     """
-
-    def is_shown(c: str) -> bool:
-        return c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
-
-    return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+    is_shown = (c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in text)
+    return "".join(c if shown else c.encode("unicode_escape").decode() for c, shown in zip(text, is_shown, strict=True))
 
 
 def listed(problems: Sequence[str], most: int = 10) -> str:

@@ -53,11 +53,7 @@ JSON_VALUES = 10**6  # in it: a value takes 80 bytes of memory, and as little as
 
 
 def open_file(path: Path, most: int | None = None, is_named: bool = False) -> BufferedReader:
-    """Open a file to read its bytes; `is_named` means that the user named it, and not only its directory.
-
-    Raises:
-        FormatError: there is no such file; reading it might never end; `check_link` refuses it; or it is too large.
-    """
+    """Open a file to read its bytes; `is_named` means that the user named it, and not only its directory."""
     try:
         if not is_named:
             check_link(path)

@@ -450,7 +450,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("eval --model=model --data=", "no such file or directory"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),
-        ("eval --model=model --data=many.jsonl --metric=choice", "needs rows with few distinct answers"),
+        ("eval --model=model --data=many.jsonl --metric=choice", "needs few distinct answers"),
     ):
         out, err = run(*words.split(), status=1)
         assert out == ""
@@ -466,9 +466,8 @@ def test_quantized_files_that_cannot_be_read_are_refused_with_what_to_do(directo
     (tmp_path / "a-GGUF" / "a.gguf").touch()
     for path in (tmp_path / "a-GGUF", tmp_path / "a-GGUF" / "a.gguf"):
         said = run("generate", f"--model={path}", "--prompt=a", status=1).err
-        assert said.startswith(
-            f"minilora: {path}: has no config.json; a GGUF file has to become a directory first; it "
-        )
+        assert said.startswith(f"minilora: {path}: ")
+        assert "; a GGUF file has to become a directory first; it " in said
     config = shutil.copytree(directory / "model", tmp_path / "model") / "config.json"
     for method in ("gptq", "awq"):
         config.write_text(json.dumps(read_json(config) | {"quantization_config": {"quant_method": method}}))

@@ -29,7 +29,7 @@ HELD_DOUBLE = f"the base model is {DOUBLE}"
 PLAIN, NF4 = ml.QuantizeConfig("none"), ml.QuantizeConfig("nf4")
 SINGLE = ml.QuantizeConfig("nf4", False)
 HELD = {"dense": ("model", None), "on-nf4": ("nf4", None), "quantized": ("model", NF4), "single": ("model", SINGLE)}
-IN_NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": []}  # as an adapter says it
+IN_NF4 = {"quantize": "nf4", "double_quant": True, "block_size": 64}  # as an adapter says it
 TRAINING = [*QUICK, "--lora-r=2", "--max-steps=2", "--learning-rate=0.01", "--samples=0"]
 
 
@@ -127,7 +127,7 @@ def test_a_base_that_is_held_otherwise_than_in_training_is_spoken_of(directory, 
 )
 def test_quantization_precedence_flags_then_adapter(directory, tmp_path, monkeypatch, model, adapters, flags, expected):
     monkeypatch.chdir(directory)
-    fp4 = {"quantize": "fp4", "double_quant": False, "block_size": 64, "quantize_skip": ["o_proj"]}
+    fp4 = {"quantize": "fp4", "double_quant": False, "block_size": 64}
     made = {
         "silent": with_metadata(directory / "single", tmp_path / "silent", {}),
         "fp4": with_metadata(directory / "single", tmp_path / "fp4", {BASE_METADATA: json.dumps(fp4)}),

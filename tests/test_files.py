@@ -22,7 +22,7 @@ from tests.models import (
 )
 
 IDS = token_ids(3, 2, 7)
-HELD = {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]}
+HELD = {"quantize": "nf4", "double_quant": True, "block_size": 64}
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
 E = "base_model.model.model.embed_tokens"
 
@@ -66,7 +66,6 @@ def same_bytes(one, other):
             json.dumps({**HELD, **wrong})
             for wrong in ({"quantize": None}, {"double_quant": 1}, {"block_size": "\x1b[31m"})
         ),
-        *(json.dumps({**HELD, "quantize_skip": value}) for value in ("down_proj", {"a": 1}, [1])),
     ],
 )
 def test_what_an_adapter_says_of_its_base_is_refused_where_it_is_not_understood(text, tmp_path):
@@ -77,7 +76,7 @@ def test_what_an_adapter_says_of_its_base_is_refused_where_it_is_not_understood(
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("held", [{"quantize": "none"}, HELD, {**HELD, "quantize": "fp4", "quantize_skip": []}])
+@pytest.mark.parametrize("held", [{"quantize": "none"}, HELD, {**HELD, "quantize": "fp4"}])
 def test_what_an_adapter_says_of_its_base_is_read_without_what_nobody_knows(held, tmp_path):
     more = held if held == {"quantize": "none"} else {**held, "later": 1}
     write_tensors(tmp_path / WEIGHTS_FILE, {"a": torch.ones(2, 2)}, {BASE_METADATA: json.dumps(more)})

@@ -314,7 +314,7 @@ POSITIVE = ("learning_rate", "epochs")
 @pytest.mark.parametrize(
     ("cls", "name", "value"),
     [
-        *((ml.TrainConfig, name, 0) for name in COUNTS),
+        *((ml.TrainConfig, name, 0) for name in COUNTS.split()),
         *((ml.TrainConfig, name, -1) for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed")),
         *((ml.TrainConfig, name, value) for name in POSITIVE for value in (0, -1.0, math.inf, math.nan)),
         (ml.TrainConfig, "seed", 2**32),

@@ -348,15 +348,12 @@ def test_a_model_that_is_quantized_is_loaded_as_it_is_and_not_otherwise(packed):
     assert packed_linears(ml.load_model(packed, quantize="none"))
 
 
-def test_a_description_names_dense_linears_a_packed_head_and_fp4(tmp_path):
+def test_a_description_says_fp4_of_a_model_that_has_it_in_one_linear(tmp_path):
     model = ml.load_model(mixed(tmp_path))
-    held = describe_quantization(linear_layers(model), "lm_head")
-    assert held == {"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["o_proj"]}
-    model.lm_head = NF4Linear.quantize(model.lm_head.weight)
-    assert describe_quantization(linear_layers(model), "lm_head") == held | {"head": "nf4"}
+    assert describe_quantization(model) == {"quantize": "nf4", "double_quant": True, "block_size": 64}
     last = packed_linears(model)["model.layers.1.mlp.down_proj"]
     last.layout = replace(last.layout, levels=CODEBOOKS["fp4"])
-    assert describe_quantization(linear_layers(model), "lm_head")["quantize"] == "fp4"
+    assert describe_quantization(model)["quantize"] == "fp4"
 
 
 def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path):

@@ -506,7 +506,7 @@ def test_bad_rows_and_rows_with_control_tokens_are_counted(capsys, directory, tm
     assert "skipped 7 training rows that cannot be used:" in told
     shown = [line.partition(": ")[0][-2:] for line in told.splitlines() if "no known shape" in line]
     assert shown == ["24", "25", "26", "27", "28"]
-    assert "1 training rows have control tokens in their text, which are taken as plain text" in told
+    assert "1 training rows have control tokens in their text; they act only with --allow-special" in told
 
 
 def test_a_resumed_run_renders_the_date_of_its_first_start(directory, tmp_path, monkeypatch):

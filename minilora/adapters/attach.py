@@ -15,7 +15,6 @@ from minilora.adapters.modules_to_save import unties
 from minilora.errors import ConfigError, TargetError
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper
-from minilora.models.bitsandbytes import describe_quantization
 from minilora.models.fsdp import is_sharded
 from minilora.nf4 import NF4Linear
 
@@ -72,18 +71,11 @@ def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config
 
 
 def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
-    """Return the config that an adapter was made from.
-
-    Raises:
-        TargetError: there is no such adapter, or it was not made from a config.
-    """
+    """Return the config that an adapter was made from."""
     layer = next(iter(adapter.layers_of(model, name).values()))
     config: LoraConfig | None = getattr(layer.adapters[name], "lora_config", None)
     if config is None:
-        raise TargetError(
-            f"adapter {name!r} was attached without a LoraConfig: attach it by `ml.attach`, or save it by"
-            " `minilora.adapter.save_lora`, which takes one rank and scale"
-        )
+        raise TargetError(f"adapter {name!r} has no LoraConfig: attach it by `ml.attach`, or see `adapter.save_lora`")
     return config
 
 
@@ -196,11 +188,6 @@ def _ends(path: str) -> Iterator[str]:
     """Yield the endings of a path that start with a word, as "mlp.0" and "h.2.mlp.0" of "h.2.mlp.0"."""
     parts = path.split(".")
     return (".".join(parts[at:]) for at in reversed(range(len(parts))) if not parts[at].isdecimal())
-
-
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Describe how the base's weights are stored, dense or quantized, with the fields of `QuantizeConfig` as keys."""
-    return describe_quantization(adapter.linear_layers(model), path_of(model, "get_output_embeddings"))
 
 
 def path_of(model: nn.Module, method: str) -> str | None:

@@ -165,13 +165,7 @@ def build_layers(
     dtype: torch.dtype,
     embedding: str | None,
 ) -> dict[str, AdapterWrapper]:
-    """Build the layers of a new adapter by path: low-rank ones of these tensors, and all else that the config trains.
-
-    Each is a wrapper around a module, which is not yet in the model.
-
-    Raises:
-        TargetError: an entry of `config` matches nothing, or one module would be changed in two ways.
-    """
+    """Build the wrappers of a new adapter by path: low-rank ones of these tensors, and all else the config trains."""
     full = _trained_copies(modules, config, dtype)
     rows = _token_rows(modules, config, dtype, embedding)
     if twice := sorted(path for path, count in Counter([*tensors, *full, *rows]).items() if count > 1):
@@ -289,9 +283,7 @@ def check_layers(
     full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
     for path, _ in both:
         if outer := [where for where in full if path.startswith(f"{where}.")]:
-            raise TargetError(
-                f"{path}: is in {outer[0]}, which an adapter trains in full, so one of them would not act"
-            )
+            raise TargetError(f"{path}: is in {outer[0]}, which an adapter trains in full, so one would not act")
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -136,22 +136,11 @@ class LoraConfig:
 
 
 def select_targets(
-    linears: Sequence[str],
-    config: LoraConfig,
-    head: str | None = None,
-    embeddings: Sequence[str] = (),
+    linears: Sequence[str], config: LoraConfig, head: str | None = None, embeddings: Sequence[str] = ()
 ) -> list[str]:
     """Return the paths of the modules that `config` adapts.
 
-    Args:
-        linears: paths that "all-linear" matches, such as "model.layers.0.self_attn.q_proj".
-        config: the names.
-        head: path of the output head, which "all-linear" leaves out.
-        embeddings: paths of embeddings, which are adapted only if named.
-
-    Raises:
-        TargetError: nothing matches, or an entry of `target_modules`, `exclude_modules`, `layers_to_transform`,
-            `rank_pattern` or `alpha_pattern` matches nothing; the message lists what there is.
+    "all-linear" matches the paths `linears` without the `head`; `embeddings` are adapted only if named.
     """
     paths = [*linears, *embeddings]
     if is_all_linear(config):
@@ -171,9 +160,6 @@ def select_saved(paths: Sequence[str], config: LoraConfig) -> list[str]:
     """Return the paths of the modules that are trained in full; none is in another.
 
     They are those of `modules_to_save` and, if `task_type` is a classifier's, its head.
-
-    Raises:
-        TargetError: an entry that does not name a head matches nothing; the message lists what there is.
     """
     if unknown := _unmatched([name for name in config.modules_to_save if name not in _heads(config)], paths):
         there = _last_parts([path for path in paths if not path.rpartition(".")[2].isdecimal()])
@@ -207,12 +193,8 @@ def _unmatched_fields(paths: Sequence[str], chosen: Sequence[str], config: LoraC
         if not any(matches(config.target_modules, path) and _layer(path, config) == number for path in paths):
             bad.append(f"no module of target_modules is in layer {number} of layers_to_transform")
     for name in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(config, name)
-        bad += [
-            f"no adapted module matches {name} {key!r}"
-            for key in keys
-            if not any(_first_match({key: True}, path, False) for path in chosen)
-        ]
+        idle = [key for key in getattr(config, name) if not any(_first_match({key: True}, p, False) for p in chosen)]
+        bad += [f"no adapted module matches {name} {key!r}" for key in idle]
     return bad
 
 

@@ -21,7 +21,7 @@ from minilora.adapter import (
     layers_of,
 )
 from minilora.adapters import layout
-from minilora.adapters.attach import config_of_adapter, describe_base, inject_layers, path_of
+from minilora.adapters.attach import config_of_adapter, inject_layers, path_of
 from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
@@ -32,7 +32,7 @@ from minilora.errors import ConfigError, FormatError, TargetError, TrainingError
 from minilora.files import publishing, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
-from minilora.models.bitsandbytes import is_finite, shortest_names
+from minilora.models.bitsandbytes import describe_quantization, is_finite, shortest_names
 from minilora.models.hub import fetch, unpinned
 from minilora.nf4 import NF4Linear
 
@@ -64,7 +64,8 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
     if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
         raise TrainingError(f"the adapter is not written, because {bad[0]} has numbers that are not finite")
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS_FILE, tensors, {layout.BASE_METADATA: json.dumps(describe_base(model))})
+    base_metadata = {layout.BASE_METADATA: json.dumps(describe_quantization(model))}
+    write_tensors(directory / WEIGHTS_FILE, tensors, base_metadata)
     # The patterns inside the fields keep their order: the first key that matches counts.
     write_json(directory / CONFIG_FILE, dict(sorted({**layout.PEFT_DEFAULTS, **fields}.items())))
 
@@ -123,18 +124,9 @@ def _blank_tensors(stored: AdapterFile, modules: Mapping[str, Any], config: Lora
 
 
 def _copy_stored(
-    stored: AdapterFile,
-    layers: Mapping[str, AdapterWrapper],
-    modules: Mapping[str, Any],
-    config: LoraConfig,
-    name: str,
+    stored: AdapterFile, layers: Mapping[str, AdapterWrapper], modules: Mapping[str, Any], config: LoraConfig, name: str
 ) -> None:
-    """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared.
-
-    Raises:
-        TargetError: the model lacks a module, or has it in another shape or weight; the first two are named.
-        FormatError: config and tensors contradict each other.
-    """
+    """Copy the tensors of a file into the layers, without copies of the base's weights, which are compared."""
     own = {layout.parse_tensor_name(key): tensor for key, tensor in adapter_tensors(layers, name).items()}
     held = {(where, key): tensor for where, tensors in stored.tensors.items() for key, tensor in tensors.items()}
     misfits = []

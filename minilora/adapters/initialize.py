@@ -1,7 +1,5 @@
 """Initial values of an adapter other than the default, `lora.initial_factors`: drawn, or made from the weight.
 
-With B A = 0 a new adapter changes nothing. If B = 0, A must be nonzero, or no gradient reaches B.
-
 PiSSA moves the main part of W into the factors; the rest stays frozen:
 
     W = W_res + s·B₀ A₀,   y = W_res x + s·B A x
@@ -52,9 +50,6 @@ def factors_from_weight(kind: str, weight: Tensor, r: int, scale: float) -> tupl
 
     Shapes: weight (out, in) -> (r, in), (out, r)
     Dtype: float32, or the weight's if it is wider
-    Raises:
-        ConfigError: W has no rank of r.
-        TrainingError: W is not finite.
     """
     out, inner = weight.shape
     if r > min(out, inner):

@@ -57,12 +57,10 @@ class LoraConv1D(AdapterWrapper):
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight, as it is stored."""
-        return self.as_linear().merged_weight().T
+        return self.as_linear().merged_weight().T  # as it is stored
 
     @property
     def bias(self) -> Tensor | None:
-        """The merged bias."""
         return self.as_linear().merged_bias()
 
 
@@ -88,7 +86,6 @@ class LoraEmbedding(AdapterWrapper):
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight, as it is stored."""
         return merge_weight(self.base.weight.T, self.active_adapters()).T
 
 

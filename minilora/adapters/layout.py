@@ -37,7 +37,7 @@ NAME = re.compile(r"(\^|\.\*\\\.)?[\w.-]+")
 
 ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BASE_METADATA = "base_quantization"  # in the metadata of the weights' file, with these fields
-BASE_FIELDS = {"quantize": str, "double_quant": bool, "block_size": int, "quantize_skip": tuple[str, ...], "head": str}
+BASE_FIELDS = {"quantize": str, "double_quant": bool, "block_size": int}
 
 # What PEFT 0.21.2 writes for a plain LoRA. A key that is not read below may only have this value, or an empty one.
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -81,17 +81,11 @@ TENSOR_NAME = re.compile(rf"(?P<path>.+)\.(?:{_ANY_ENDING})")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The contents of an adapter's directory.
-
-    Attributes:
-        path: the directory.
-        values: the values of the JSON, checked.
-        tensors: path of a module -> key -> tensor, in float32 at least (see `parse_tensor_name`).
-    """
+    """The contents of an adapter's directory."""
 
     path: Path
-    values: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]  # of the JSON, checked
+    tensors: dict[str, dict[str, Tensor]]  # path of a module -> key of `parse_tensor_name` -> tensor, float32 at least
 
     def config(self) -> LoraConfig:
         """Return the config of the adapter, with the ranks that its A have."""
@@ -109,12 +103,7 @@ class AdapterFile:
 
 
 def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
-    """Read an adapter's two files, with the names of the text model if `is_for_text` says so (see `text_path`).
-
-    Raises:
-        FormatError: one is missing or malformed, has a setting that is not supported, or the weights are not as the
-            manifest says, if there is one.
-    """
+    """Read an adapter's two files, with the names of the text model if `is_for_text` says so (see `text_path`)."""
     values = read_values(directory)
     if (directory / MANIFEST).is_file():
         verify(directory, [WEIGHTS_FILE])
@@ -184,7 +173,7 @@ def tokenizer_of(model: str, adapters: Sequence[Path]) -> Tokenizer | None:
 
 
 def base_quantization(directory: Path) -> dict[str, Any] | None:
-    """Return `describe_base` of the model that an adapter was saved from; None if the file, as PEFT's, does not say."""
+    """Return `describe_quantization` of the model that an adapter was saved from; None if the file does not say."""
     file = TensorFile(directory / WEIGHTS_FILE)
     if BASE_METADATA not in file.metadata:
         return None
@@ -225,10 +214,7 @@ def check_values(values: Mapping[str, Any], path: Path) -> None:
     unknown = unknown_settings(values)
     if parameters := unknown.get("target_parameters"):
         raise FormatError(f"{path}: target_parameters: found {parameters!r:.80}; {in_recipe('experts')}")
-    bad = [
-        f"{key}: found {value!r}; accepted is {PEFT_DEFAULTS.get(key)!r}, or the key left out"
-        for key, value in unknown.items()
-    ]
+    bad = [f"{k}: found {v!r}; accepted is {PEFT_DEFAULTS.get(k)!r}, or the key left out" for k, v in unknown.items()]
     init = values.get("init_lora_weights", True)
     if init not in PLAIN_INITS and init not in DETERMINISTIC_INITS:
         bad.append(f"init_lora_weights: found {init!r}, which changes the base's weights and cannot be repeated")

@@ -61,7 +61,8 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     for old, weight in weights.items():
         for path, layer in layers_of(model, old).items():
             adapter = layer.adapters[old]
-            if not _is_update(adapter):
+            is_there = not any(buffer.is_meta for buffer in adapter.buffers())
+            if not (is_there and isinstance(adapter, LoraAdapter) and adapter.tensors().keys() == {"lora_A", "lora_B"}):
                 raise ConfigError(
                     f"{old}: cannot be combined with other adapters, or weighed: in {path} it has more than an "
                     "update s·B A: DoRA's m, a trained bias, a module in full, or a part of weights that are not loaded"
@@ -84,12 +85,3 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
         layers[path] = low_rank_layer(bases[path], path, config, name, tensors)
     inject_layers(model, layers, config, name)
     activate(model, name, trainable=False)
-
-
-def _is_update(adapter: nn.Module) -> bool:
-    """Return whether an adapter is an update s·B A and nothing else, of numbers that are there."""
-    return (
-        isinstance(adapter, LoraAdapter)
-        and adapter.magnitude is adapter.bias is adapter.lora_bias is None
-        and not any(buffer.is_meta for buffer in adapter.buffers())
-    )

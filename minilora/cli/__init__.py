@@ -177,12 +177,7 @@ def closest_name(name: str, known: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a command. Its errors leave out the usage, which names all flags.
-
-    Args:
-        name: the command.
-        doc: the docstring of its module.
-    """
+    """The parser of a command, whose module has the docstring `doc`. Its errors leave out the usage: all flags."""
 
     def __init__(self, name: str, doc: str):
         about, _, example = doc.partition("Example:")
@@ -202,7 +197,6 @@ class Parser(argparse.ArgumentParser):
         return self._groups[title]
 
     def error(self, message: str) -> NoReturn:
-        """End the program with a message."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 

@@ -64,26 +64,18 @@ def run(options: Options) -> int:
 
 
 class Chat:
-    """A conversation with a model and its adapter, if it has one.
-
-    Attributes:
-        turns: the messages of the user and the assistant.
-        system: the system prompt; None is that of the adapter's training.
-        replies: the number of replies so far, in all conversations; each is sampled with the next seed.
-    """
+    """A conversation with a model and its adapter, if it has one."""
 
     def __init__(self, options: Options):
         self.model, self.tokenizer = load(options)
         if self.tokenizer.template is None:
-            raise ConfigError(
-                f"{self.model.name_or_path}: the model has no chat template; "
-                "use `minilora generate`, which continues a text"
-            )
+            name = self.model.name_or_path
+            raise ConfigError(f"{name}: the model has no chat template; `minilora generate` continues a text")
         self._generation = from_flags(GenerationConfig, options)
         self._thinking = thinking_of(options, self.tokenizer)
-        self.system: str | None = options["system"]
-        self.turns: list[Fields] = []
-        self.replies = 0
+        self.system: str | None = options["system"]  # None: that of the adapter's training
+        self.turns: list[Fields] = []  # messages of the user and the assistant
+        self.replies = 0  # in all conversations; each is sampled with the next seed
         if self.tokenizer.prompts.form == "plain":
             say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
 

@@ -29,9 +29,7 @@ from minilora.runs.settings import DataConfig
 
 def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
-    parser.add_argument(
-        "--data", required=True, nargs="+", help="files or directories; the test split of a directory is used"
-    )
+    parser.add_argument("--data", required=True, nargs="+", help="files, or directories, whose test split is used")
     parser.add_argument(
         "--metric",
         choices=("nll", "choice", "exact-match"),
@@ -74,7 +72,6 @@ def run(options: Options) -> int:
 
 
 def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Options, progress: Progress) -> float:
-    """Compute a metric."""
     if options["metric"] == "nll":
         return held_out_loss(model, examples, progress)
     if options["metric"] == "exact-match":
@@ -82,6 +79,4 @@ def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Opt
             return exact_match(model, examples, tokenizer, progress)
     if choices := find_choices(examples):
         return choice_accuracy(model, examples, choices, progress)
-    raise ConfigError(
-        f"{', '.join(options['data'])}: --metric choice needs rows with few distinct answers, each given often"
-    )
+    raise ConfigError(f"{', '.join(options['data'])}: --metric choice needs few distinct answers, each given often")

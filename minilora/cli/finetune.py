@@ -69,19 +69,13 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
     for config, title in CONFIGS.items():
         add_fields(parser, config, title, but={field.name for field in fields(config)} - {*names})
     parser.add_argument("--help-all", action="help", help="show all flags and exit")
-    parser.add_argument(
-        "--config", type=Path, help="a .toml or .json file of these flags; flags on the command line override it"
-    )
+    parser.add_argument("--config", type=Path, help="a .toml or .json file of flags; the command line overrides it")
     parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, and end")
     parser.add_argument("--force", action="store_true", help="train even if memory is forecast to be too small")
 
 
 def read_settings(options: Options) -> Settings:
-    """Return the settings that flags give, else --config, else the adapter to continue, or else the built-in example.
-
-    Raises:
-        ConfigError: data without a model; an unknown key of --config.
-    """
+    """Return the settings that flags give, else --config, else the adapter to continue, else the built-in example."""
     file = {} if options["config"] is None else read_config_file(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}

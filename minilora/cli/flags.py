@@ -24,12 +24,8 @@ T = TypeVar("T")
 def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (), unset: str | None = None) -> None:
     """Add a flag for each field of a data class, except those in `but`. A flag that is not given is None.
 
-    Args:
-        parser: the parser of a command.
-        cls: the data class, whose fields are made by `option`.
-        title: the group of the help page for fields that name none.
-        but: names of fields to leave out.
-        unset: what a flag that is not given means before the field's default does.
+    The class makes its fields by `option`; those that name no group of the help page are under `title`. `unset` is what
+    a flag that is not given means before the field's default does.
     """
     hints = typing.get_type_hints(cls)
     for field in (field for field in dataclasses.fields(cls) if field.name not in but):
@@ -76,12 +72,7 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Lock the output directory and yield a temporary one; its files move to the output if the block succeeds.
-
-    Raises:
-        ConfigError: there is anything in it.
-        TrainingError: as in `locked`.
-    """
+    """Lock the output directory and yield a temporary one; its files move to the output if the block succeeds."""
     with locked(out):
         if holds_files(out):
             raise ConfigError(f"{out}: holds files; give another --out")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapter import WEIGHTS_FILE
-from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import base_model_of, base_quantization, tokenizer_of
 from minilora.cli import Options, Parser, say
@@ -16,7 +15,7 @@ from minilora.cli.messages import base_notes
 from minilora.errors import ConfigError, FormatError
 from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, describe_quantization, is_four_bit
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
@@ -79,12 +78,7 @@ def find_sources(options: Options) -> Sources:
 
 
 def load(options: Options) -> tuple[Llama, Tokenizer]:
-    """Find and load the model and its adapter, if one is named, and return it with its tokenizer.
-
-    Raises:
-        FormatError: the model has no tokenizer; or as for `load_model` and `load_adapter`.
-        ConfigError: there are several adapters, or one that is merged already; or as for `load_model`, `load_adapter`.
-    """
+    """Find and load the model and its adapter, if one is named, and return it with its tokenizer."""
     found = find_sources(options)
     if len(found.adapters) > 1:
         raise ConfigError("give one --adapter; `minilora merge` makes one of several")
@@ -93,7 +87,7 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
     model = load_model(found.base.name, options["dtype"], usable_device(options["device"]), found.quantize)
     for path in found.adapters:
         load_adapter(model, path)
-    for note in base_notes(found.base, found.adapters, describe_base(model)):
+    for note in base_notes(found.base, found.adapters, describe_quantization(model)):
         say(note)
     return model, tokenizer
 

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import get_args
 
 from minilora.adapter import WEIGHTS_FILE
-from minilora.adapters.attach import describe_base
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources
 from minilora.cli.messages import base_notes, say_prompts
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
-from minilora.models.bitsandbytes import QuantizeConfig, Target
+from minilora.models.bitsandbytes import QuantizeConfig, Target, describe_quantization
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.prompts import Prompts
 from minilora.runs.cards import write_cards
-from minilora.tools.merging import ROWS, Merge, RelativeError, merge_directory
+from minilora.tools.merging import Merge, RelativeError, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
 
@@ -58,7 +57,7 @@ def _write_model(options: Options, found: Sources, out: Path) -> str:
     target = options["target"]
     check_not_merged(found.base, found.adapters)
     quantize = QuantizeConfig() if target == "original" else found.quantize
-    quantization = describe_base(load_model(found.base.path, "auto", "meta", quantize))
+    quantization = describe_quantization(load_model(found.base.path, "auto", "meta", quantize))
     device = usable_device(options["device"])
     merge = Merge(found.base.path, found.adapters, target, found.quantize, options["dtype"], device)
     for note in base_notes(found.base, found.adapters, quantization):
@@ -73,7 +72,7 @@ def _write_model(options: Options, found: Sources, out: Path) -> str:
         write_json(path, {**values, "eos_token_id": sorted(tokenizer.stop_ids)})
     _record_adapters(out, options["adapter"], found.adapters)
     write_cards(out)
-    return f"{_describe_error(error)}\nmerged model"
+    return f"{_describe_error(error, merge.rows)}\nmerged model"
 
 
 def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) -> None:
@@ -85,12 +84,12 @@ def _record_adapters(out: Path, names: Sequence[str], adapters: Sequence[Path]) 
     write_json(out / "config.json", {**values, MERGED: merged})
 
 
-def _describe_error(error: RelativeError | None) -> str:
+def _describe_error(error: RelativeError | None, rows: int) -> str:
     if error is None:
         return "no update of low rank changes a weight, so there is no rounding error to report"
     text = f"the layers' outputs differ from the trained ones by {error.value:.1%} of the adapter's effect"
     if error.margin:
-        text += f" (± {error.margin:.2%}: {ROWS} rows of each weight were measured)"
+        text += f" (± {error.margin:.2%}: {rows} rows of each weight were measured)"
     if error.value > NOTABLE:
         text += "\nthis is rounding, and the loss usually changes far less: see `minilora eval`, or use --dtype float32"
     return text

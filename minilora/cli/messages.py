@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.adapters.attach import count_parameters, describe_base
+from minilora.adapters.attach import count_parameters
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import counted, describe_skipped, say
 from minilora.data import Example
 from minilora.errors import printable
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
-from minilora.models.bitsandbytes import describe_in_words
+from minilora.models.bitsandbytes import describe_in_words, describe_quantization
 from minilora.models.config import trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import read_prompts
@@ -37,7 +37,7 @@ SHOWN = 3  # answers to held-out rows
 def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
     """Yield what has changed in files, how the base is quantized, and which adapters were trained on another base.
 
-    `quantization` is that of `describe_base`, or empty where it does not matter.
+    `quantization` is that of `describe_quantization`, or empty where it does not matter.
     """
     yield from changed_notes([base.path, *adapters])
     if quantization.get("quantize", "none") != "none":
@@ -86,7 +86,7 @@ def _is_named(base: Location, recorded: str) -> bool:
 def run_notes(run: Run, model: Llama) -> Iterator[str]:
     """Yield how the base is quantized, and what is unusual about the rows."""
     data = run.data
-    yield from base_notes(run.base.location, run.base.adapters, describe_base(model))
+    yield from base_notes(run.base.location, run.base.adapters, describe_quantization(model))
     longest, limit = max(len(example.tokens) for example in data.train), trained_length(model.config)
     if longest > limit:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
@@ -109,10 +109,7 @@ def _row_notes(name: str, rows: Dataset, data: Data) -> Iterator[str]:
     if rows.dropped_thoughts:
         yield f"{rows.dropped_thoughts} {name} rows have thoughts in earlier answers, which the template leaves out"
     if rows.quoted:
-        yield (
-            f"{rows.quoted} {name} rows have control tokens in their text, which are taken as plain text; "
-            "--allow-special makes them act"
-        )
+        yield f"{rows.quoted} {name} rows have control tokens in their text; they act only with --allow-special"
     if rows.bad:
         yield describe_skipped(f"{name} ", rows.bad)
 

@@ -43,11 +43,7 @@ def run(options: Options) -> int:
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str = "loss") -> "Figure":
-    """Draw a metric of each step, its moving average, and the evaluations; `runs` are records by the name of the run.
-
-    Raises:
-        FormatError: a run has no such metric yet.
-    """
+    """Draw a metric of each step, its moving average, and the evaluations; `runs` are records by the run's name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -63,9 +63,6 @@ def find_base_name(directory: Path, given: str | None) -> str:
     """Return the name of an adapter's base on the Hub: the given one, or what the adapter records.
 
     A model has none, unless one is given: "".
-
-    Raises:
-        ConfigError: the given name is none of the Hub; no name is found; or there is no adapter and no model.
     """
     is_adapter = (directory / CONFIG_FILE).is_file()
     if not is_adapter and not (directory / "config.json").is_file():
@@ -79,10 +76,7 @@ def find_base_name(directory: Path, given: str | None) -> str:
     is_name = HUB_ID.fullmatch(recorded) and recorded != BUILTIN and not Path(recorded).exists()
     if PINNED.fullmatch(recorded) or (is_name and not is_run):
         return recorded
-    raise ConfigError(
-        f"{directory}: the base model is {recorded!r}, which is no model on the Hub; give --base-name ORG/NAME, "
-        "its name there"
-    )
+    raise ConfigError(f"{directory}: the base model is {recorded!r}, not one of the Hub; give --base-name ORG/NAME")
 
 
 def without_paths(file: Path, base: str) -> Path | bytes:

@@ -158,7 +158,5 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> dict[str, Check]:
         ),
         "cross_entropy": (loss, [drawn(N, D), drawn(V, D)]),
     }
-    return {
-        f"kernel-{name}": partial(check_kernel, call, plain()(call), tensors, name)
-        for name, (call, tensors) in calls.items()
-    }
+    pairs = {name: (call, plain()(call), tensors) for name, (call, tensors) in calls.items()}
+    return {f"kernel-{name}": partial(check_kernel, *each, name) for name, each in pairs.items()}

@@ -28,12 +28,7 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[in
 
 @kernel(of=llama.causal_attention)
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], window: int | None = None
 ) -> Tensor:
     """See `llama.causal_attention`."""
     return select_kernel(q, lengths, key_lengths, window)(q, k, v, lengths, key_lengths, window)

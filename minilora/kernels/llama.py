@@ -98,9 +98,6 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     The head sees `head_chunk` rows at a time, and the gradient of a chunk is computed while its logits exist. The head
     is called as a module, so it may be adapted, tied or trained. One with dropout sees all rows at once: its mask is a
     function of the seed and the shape, so chunks would share one.
-
-    Raises:
-        TrainingError: the head uses a trained tensor that is not one of its parameters.
     """
     if any(isinstance(module, nn.Dropout) and module.training and module.p for module in head.modules()):
         return llama.cross_entropy.function(hidden, labels, head)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minilora.adapter import linear_layers
 from minilora.errors import FormatError, TrainingError
 from minilora.files import TensorFile, entry_bytes, parse_object
 from minilora.nf4 import BLOCK_SIZE, DYNAMIC_MAP, LEVELS, NESTED_BLOCK_SIZE, Layout, NF4Linear, Packed
@@ -204,15 +205,15 @@ def packed_tensors(weight: str, linear: NF4Linear) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(linears: Mapping[str, object], dtype: torch.dtype) -> dict[str, Any] | None:
-    """Return the entry of a config.json about a model's linears (path -> linear), with transformers' keys.
+def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Return the entry of a config.json about a model's linears, with transformers' keys.
 
     Dense linears are named, unless that is only `lm_head`, which transformers leaves dense by itself.
     """
-    quantization = describe_quantization(linears, "lm_head")
+    quantization, linears = describe_quantization(model), linear_layers(model)
     if quantization["quantize"] == "none":
         return None
-    dense = [*quantization["quantize_skip"], *([] if "head" in quantization else ["lm_head"])]
+    dense = shortest_names([path for path, linear in linears.items() if isinstance(linear, nn.Linear)], [*linears])
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -230,41 +231,31 @@ def quantization_config(linears: Mapping[str, object], dtype: torch.dtype) -> di
     }
 
 
-def describe_quantization(linears: Mapping[str, object], head: str | None) -> dict[str, Any]:
-    """Describe how a model's linears (path -> linear) are stored, with the names of the flags as keys.
-
-    The head is mentioned only if it is packed, which other tools do.
-    """
-    packed = [linear for linear in linears.values() if isinstance(linear, NF4Linear)]
+def describe_quantization(model: nn.Module) -> dict[str, Any]:
+    """Describe how a model's linears, adapted or not, are stored, with the names of the flags as keys."""
+    packed = [linear for linear in linear_layers(model).values() if isinstance(linear, NF4Linear)]
     if not packed:
         return {"quantize": "none"}
-    others = [path for path in linears if path != head]
-    dense = [path for path in others if not isinstance(linears[path], NF4Linear)]
-    quantization: dict[str, Any] = {
+    return {
         "quantize": min(quant_type(linear.layout) for linear in packed),
         "double_quant": all(linear.scales is not None for linear in packed),
         "block_size": max(linear.layout.block_size for linear in packed),
-        "quantize_skip": shortest_names(dense, others),
     }
-    if head is not None and isinstance(packed_head := linears.get(head), NF4Linear):
-        quantization["head"] = quant_type(packed_head.layout)
-    return quantization
 
 
 def describe_in_words(quantization: Mapping[str, Any]) -> str:
     """Return a description by `describe_quantization` as text.
 
-    >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 64, "quantize_skip": ["down_proj"]})
-    'nf4 with double quantization except for down_proj'
+    >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 128})
+    'nf4 with double quantization in blocks of 128'
     """
     if quantization["quantize"] == "none":
         return "not quantized"
-    dense = quantization.get("quantize_skip") or []
-    words = f"{quantization['quantize']}{' (the head too)' if quantization.get('head') else ''}"
-    words += f" {'with' if quantization.get('double_quant') else 'without'} double quantization"
-    if quantization.get("block_size") != BLOCK_SIZE:
-        words += f" in blocks of {quantization.get('block_size')}"
-    return words + (f" except for {', '.join(dense[:3])}{' …' if len(dense) > 3 else ''}" if dense else "")
+    words = (
+        f"{quantization['quantize']} {'with' if quantization.get('double_quant') else 'without'} double quantization"
+    )
+    blocks = quantization.get("block_size")
+    return words if blocks == BLOCK_SIZE else f"{words} in blocks of {blocks}"
 
 
 def is_four_bit(source: Mapping[str, Any]) -> bool:

@@ -12,22 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora import llama
+from minilora.adapter import linear_layers
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.files import INDEX, TensorFile, publishing, stream_tensors, write_json
 from minilora.llama import Llama, load_weights
-from minilora.models.bitsandbytes import (
-    Quantize,
-    QuantizeConfig,
-    Weight,
-    dtype_name,
-    is_four_bit,
-    most_entry_bytes,
-    packed_weights,
-    quantization_config,
-    read_packed,
-    stored_tensors,
-    weight_shapes,
-)
+from minilora.models import bitsandbytes
+from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Weight, dtype_name, is_four_bit
 from minilora.models.config import FAMILIES, read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
@@ -111,10 +101,10 @@ def stored_weights(
     is_as_stored = device.type == "cpu" and dtype_name(target) == stored_dtype(model.config.source)
     is_view = may_be_views and is_as_stored and config.quantize == "none"
     files = text_files(directory, is_mapped_once=is_view)
-    packed = packed_weights(files)
+    packed = bitsandbytes.packed_weights(files)
     _check_names(directory, model, files, packed)
     _check_packed(directory, model.config.source, packed, config)
-    chosen = set() if packed else config.chosen(_linears(model))
+    chosen = set() if packed else config.chosen(linear_layers(model))
 
     def read(name: str) -> Tensor:
         tensor = files[name].read(name)
@@ -124,7 +114,7 @@ def stored_weights(
 
     for name in filter(is_wanted, dict(model.named_parameters())):
         if name in packed:
-            yield name, NF4Linear(*read_packed(files, packed[name], device, not is_view), None).to(target)
+            yield name, NF4Linear(*bitsandbytes.read_packed(files, packed[name], device, not is_view), None).to(target)
         elif name.removesuffix(".weight") in chosen:
             try:
                 linear = NF4Linear.quantize(read(name).to(device), None, config.double_quant)
@@ -136,10 +126,7 @@ def stored_weights(
 
 
 def save_model(
-    model: Llama,
-    path: str | Path,
-    tokenizer: Tokenizer | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    model: Llama, path: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a directory that transformers and `load_model` read.
 
@@ -186,11 +173,12 @@ def save_model_files(
     source = {key: value for key, value in source.items() if key not in NOT_COPIED}
     source["tie_word_embeddings"] = model.lm_head._parameters.get("weight") is embedding
     source["dtype"] = dtype_name(embedding.dtype)
-    if quantization := quantization_config(_linears(model), embedding.dtype):
+    if quantization := bitsandbytes.quantization_config(model, embedding.dtype):
         source["quantization_config"] = quantization
     directory.mkdir(parents=True, exist_ok=True)
-    groups = itertools.starmap(stored_tensors, own.items() if weights is None else prefetch(weights))
-    write_shards(directory, groups, shard_bytes, sum(most_entry_bytes(name, weight) for name, weight in own.items()))
+    groups = itertools.starmap(bitsandbytes.stored_tensors, own.items() if weights is None else prefetch(weights))
+    header_bytes = sum(itertools.starmap(bitsandbytes.most_entry_bytes, own.items()))
+    write_shards(directory, groups, shard_bytes, header_bytes)
     if tokenizer is not None:
         tokenizer.save(directory)
     write_json(directory / "config.json", source)
@@ -207,10 +195,7 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 
 def write_shards(directory: Path, groups: Iterable[Mapping[str, Tensor]], limit: int, header_bytes: int) -> None:
-    """Write groups of tensors, as they come, into files of at most `limit` bytes; a group is never divided.
-
-    The names of the files follow when their number is known.
-    """
+    """Write groups of tensors, as they come, into files of at most `limit` bytes; a group is never divided."""
     size = file = 0
 
     def file_of(group: Mapping[str, Tensor]) -> int:
@@ -264,10 +249,10 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 def _check_names(
     directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
 ) -> None:
-    stored = weight_shapes(files)
+    stored = bitsandbytes.weight_shapes(files)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in stored]
-    linears = _linears(model)
+    linears = linear_layers(model)
     for name, shape in stored.items():
         if name not in expected:
             if not name.endswith("rotary_emb.inv_freq"):  # a table in old Llama files
@@ -299,10 +284,6 @@ def _check_packed(
     kinds = sorted({parts[0].rpartition("__")[2] for parts in packed.values()})
     if packed and config.quantize != "none" and (config != QuantizeConfig("nf4") or kinds != ["nf4"]):
         raise ConfigError(f"{directory}: is quantized already, as {'/'.join(kinds)}; 'none' loads it as it is")
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)}
 
 
 def _weights(model: nn.Module) -> dict[str, Weight]:

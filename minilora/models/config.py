@@ -58,9 +58,7 @@ UNKNOWN = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirection
 
 LLAMA = Family("Llama", {"max_position_embeddings": 2048}, biases=("attention_bias", "mlp_bias"))
 MISTRAL = Family(
-    "Mistral",
-    {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    equal_windows,
+    "Mistral", {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}, equal_windows
 )
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": LLAMA,
@@ -85,12 +83,7 @@ COPIED = (*REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_wor
 
 
 def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
-    """Read a `config.json` of transformers 4 or 5; of a wrapper, its text model's part.
-
-    Raises:
-        ConfigError: another `model_type`, a classifier, an activation other than silu, an unsupported quantization,
-            missing or impossible numbers; the last three in one message.
-    """
+    """Read a `config.json` of transformers 4 or 5; of a wrapper, its text model's part."""
     source = text_config(source)
     name = source.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -106,9 +99,8 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
     if heads % values["num_key_value_heads"]:
-        raise ConfigError(
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
-        )
+        groups = values["num_key_value_heads"]
+        raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     own = {"source": dict(source), **family.fields(values)}
     if "rope" not in own:
         own["rope"] = build_rope(values, values["head_dim"])

@@ -12,23 +12,14 @@ Values = Mapping[str, Any]  # of a config.json, with the family's defaults for m
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models, by the `model_type` of their config.json.
+    """A family of models, by the `model_type` of their config.json."""
 
-    Args:
-        name: the prefix of the names of transformers' classes.
-        defaults: the values that transformers gives to missing keys.
-        fields: (values) -> the fields of a `LlamaConfig` that the family computes in its own way, by name.
-        build_block: (config, index of the layer) -> a block of the decoder.
-        adjust_: changes in a new model what is outside the blocks.
-        biases: which of the keys `attention_bias` (of q, k, v and o) and `mlp_bias` are read.
-    """
-
-    name: str
-    defaults: Values
-    fields: Callable[[Values], dict[str, Any]] = lambda values: {}
-    build_block: BuildBlock = llama_block
-    adjust_: Callable[[Llama], None] = lambda model: None
-    biases: Sequence[str] = ()
+    name: str  # the prefix of the names of transformers' classes
+    defaults: Values  # those that transformers gives to missing keys
+    fields: Callable[[Values], dict[str, Any]] = lambda values: {}  # of a `LlamaConfig`, computed in the family's way
+    build_block: BuildBlock = llama_block  # (config, index of the layer) -> a block of the decoder
+    adjust_: Callable[[Llama], None] = lambda model: None  # changes in a new model what is outside the blocks
+    biases: Sequence[str] = ()  # which of the keys `attention_bias` (of q, k, v and o) and `mlp_bias` are read
 
 
 def equal_windows(values: Values) -> dict[str, Any]:

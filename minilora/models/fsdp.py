@@ -34,9 +34,6 @@ def load_sharded(
 
     Every rank must call it. A rank reads one weight after the other, quantizes it if asked, and keeps its own rows.
     Peak memory is the rank's share and two weights.
-
-    Raises:
-        FormatError, ConfigError: as for `load_model`.
     """
     location, device = locate(name_or_path, "model"), usable_device(device)
     config = read_config(location.path)

@@ -43,22 +43,12 @@ class KVCache:
 
     A layer's are two tensors that are allocated once; new rows are written in place, and attention reads views. Each
     call gives the number of new tokens of each document, 0 for one that has ended.
-
-    Attributes:
-        lengths: the number of cached tokens of each document.
-        layers: the keys and the values of each layer that attends, (B, K, capacity, E).
-        states: what other layers keep of each document: the last inputs of a convolution, the memory of a delta rule.
-
-    Args:
-        config: the model's configuration.
-        documents: the number of documents.
-        capacity: the maximum length of a document.
     """
 
     def __init__(self, config: LlamaConfig, documents: int, capacity: int, device: torch.device):
-        self.lengths = [0] * documents
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.states: dict[nn.Module, Tensor] = {}
+        self.lengths = [0] * documents  # cached tokens of each
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values of those that attend, (B, K, capacity, E)
+        self.states: dict[nn.Module, Tensor] = {}  # of others: last inputs of a convolution, memory of a delta rule
         self._capacity, self._device = capacity, device
         self._windows = set(config.windows)
 
@@ -71,10 +61,7 @@ class KVCache:
             self.states = {layer: state.repeat_interleave(n, 0) for layer, state in self.states.items()}
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """Begin a call with these numbers of new tokens, whose positions in each document become `spans`.
-
-        This computes what all layers share. The layers then call `attend` in order.
-        """
+        """Begin a call with these numbers of new tokens, for all layers; positions in each document become `spans`."""
         spans = [range(before, before + new) for before, new in zip(self.lengths, lengths, strict=True)]
         self._new, self._layer = list(lengths), 0
         self.lengths = [span.stop for span in spans]
@@ -131,8 +118,7 @@ class KVCache:
     def _common_view(self, window: int | None) -> tuple[slice, Tensor | None]:
         """Return the keys that one query of each document sees, and a mask if one sees less than all of them.
 
-        A key in a common product takes about half the time of one in a product of its own: with SmolLM2 on a CPU 8
-        documents of about 100 keys took 3.8 ms a token together and 7.4 one by one, of 945 keys 18 and 32.
+        A key in a common product takes about half the time of one in a product of its own.
 
         Shapes: -> mask (B, 1, 1, S)
         """
@@ -266,7 +252,7 @@ def _choose(
     *likeliest, all_finite = torch.cat((logits.argmax(-1), is_finite)).tolist()
     if not all_finite:
         raise TrainingError(
-            "the model computes NaN or infinity: weights, its own or an adapter's, are not finite or too large"
+            "the model computes NaN or infinity: weights, perhaps an adapter's, are not finite or too large"
         )
     if temperature == 0:
         return likeliest

@@ -46,38 +46,26 @@ def fetch(name_or_path: str | Path, kind: Kind) -> Path:
 
 
 def locate(name_or_path: str | Path, kind: Kind) -> Location:
-    """Find what a name means, and fetch it if that is a repository of the hub. A `Path` is never a repository.
-
-    Raises:
-        FormatError: there is no such directory or repository; it cannot be fetched, or has no file of a format
-            that minilora reads.
-    """
+    """Find what a name means, and fetch it if that is a repository of the hub. A `Path` is never a repository."""
     name, path = str(name_or_path), Path(name_or_path)
     if not name:
         raise FormatError("the name is empty; leave it out, or name something")
     if name == BUILTIN and kind != "adapter":
         return Location(ASSETS / "model", name)
     how = f"; {GGUF}" if "gguf" in name.lower() else ""
-    if how and path.exists() and not any(path.glob("*.json")):
-        raise FormatError(f"{path}: has no config.json{how}")
     if path.is_dir():
         if kind == "adapter" and not (path / "adapter_config.json").is_file():
-            _explain_missing_adapter(path)
+            if (path / "run.json").is_file():
+                raise FormatError(f"{path}: is an unfinished run; repeat its finetune command, or name a checkpoint")
+            if inside := sorted(str(config.parent) for config in path.glob("*/adapter_config.json")):
+                raise FormatError(f"{path}: has no adapter_config.json; name one of its adapters: {inside[:5]}")
         if kind == "model" and not (path / "config.json").is_file():
-            raise FormatError(f"{path}: has no config.json, so is no model; an adapter goes to --adapter")
+            raise FormatError(f"{path}: has no config.json, so is no model{how or '; an adapter goes to --adapter'}")
         return Location(path, name)
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path:
         return _download(name, kind, how)
-    raise FormatError(f"{path}: no such directory, and not 'org/name' or 'org/name@revision' of the Hugging Face Hub")
-
-
-def _explain_missing_adapter(path: Path) -> None:
-    """Raise a `FormatError` if a directory without an adapter is that of a run, or has adapters in folders."""
-    if (path / "run.json").is_file():
-        raise FormatError(f"{path}: is an unfinished run; repeat its finetune command, or name one of its checkpoints")
-    if inside := sorted(str(config.parent) for config in path.glob("*/adapter_config.json")):
-        raise FormatError(f"{path}: has no adapter_config.json; name one of its folders with an adapter: {inside[:5]}")
+    raise FormatError(f"{path}: no such directory, and not 'org/name' or 'org/name@revision' of the Hub{how}")
 
 
 def unpinned(name: str) -> tuple[str, str | None]:

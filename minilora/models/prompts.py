@@ -20,17 +20,11 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a m
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts that a model was trained on.
+    """The prompts that a model was trained on."""
 
-    Attributes:
-        form: "template" if they were conversations, written by the chat template, or "plain" text.
-        system: the system prompt of conversations that give none.
-        thinking: whether the answers had thoughts; None if they differed, or the template asks in one way for both.
-    """
-
-    form: str = "template"
-    system: str | None = None
-    thinking: bool | None = None
+    form: str = "template"  # conversations, written by the chat template; or "plain" text
+    system: str | None = None  # the system prompt of conversations that give none
+    thinking: bool | None = None  # had the answers thoughts? None: some, or the template asks in one way for both
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Prompts":

@@ -39,10 +39,4 @@ def windows(values: Values) -> dict[str, Any]:
 
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
 QWEN2 = Family("Qwen2", DEFAULTS, lambda values: {"qkv_bias": True, **windows(values)})
-QWEN3 = Family(
-    "Qwen3",
-    {**DEFAULTS, "head_dim": 128},
-    windows,
-    build_block,
-    biases=("attention_bias",),
-)
+QWEN3 = Family("Qwen3", {**DEFAULTS, "head_dim": 128}, windows, build_block, biases=("attention_bias",))

@@ -46,12 +46,7 @@ class YarnRope(Rope):
 
 
 def build_rope(values: Mapping[str, Any], width: int) -> Rope:
-    """Build the rotation of R = `width` coordinates of a head, by a config.json whose missing keys have values.
-
-    Raises:
-        ConfigError: an unknown kind, or numbers that are missing or cannot work, all in one message; or the head is too
-            narrow for the last pair, or the family rotates all of it and a part is asked for.
-    """
+    """Build the rotation of R = `width` coordinates of a head, by a config.json whose missing keys have values."""
     if width + width % 2 > values["head_dim"]:
         raise ConfigError(f"head_dim {values['head_dim']} is odd, but its coordinates turn in pairs")
     if width == values["head_dim"] and values["partial_rotary_factor"] != 1:
@@ -91,9 +86,6 @@ def build_rope_by_window(values: Mapping[str, Any], width: int) -> RopeByWindow:
     """Build the rotations of the two kinds of layers that `rope_parameters` names.
 
     Older configs have `rope_local_base_freq` for one, `rope_theta` and `rope_scaling` for the other.
-
-    Raises:
-        ConfigError: as in `build_rope`; or there is no window.
     """
     if values.get("sliding_window") is None:
         raise ConfigError("sliding_window: found None, need a whole number: some layers have a window")

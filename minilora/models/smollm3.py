@@ -28,11 +28,7 @@ def build_block(config: LlamaConfig, layer: int) -> nn.Module:
 
 
 def rotated_layers(values: Values) -> list[bool]:
-    """Return which layers rotate q and k.
-
-    Raises:
-        ConfigError: `no_rope_layers` has too few entries.
-    """
+    """Return which layers rotate q and k."""
     layers, listed = values["num_hidden_layers"], values.get("no_rope_layers")
     if listed is None:
         interval = values.get("no_rope_layer_interval") or 4
@@ -47,15 +43,5 @@ def fields(values: Values) -> dict[str, Any]:
     return some_windows(values, slides)
 
 
-SMOLLM3 = Family(
-    "SmolLM3",
-    {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 4,
-        "rope_theta": 2_000_000.0,
-        "tie_word_embeddings": True,
-    },
-    fields,
-    build_block,
-    biases=("attention_bias", "mlp_bias"),
-)
+DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}
+SMOLLM3 = Family("SmolLM3", DEFAULTS, fields, build_block, biases=("attention_bias", "mlp_bias"))

@@ -35,16 +35,7 @@ DEFAULTS = "{#- as in the training, where nothing else is asked for -#}"  # begi
 
 
 class ChatTemplate:
-    """One chat template.
-
-    Args:
-        source: the Jinja text.
-        special_tokens: `bos_token`, `eos_token`, … as the template may name them.
-        now: what a template that writes the date takes for it; by default, the time of rendering.
-
-    Raises:
-        FormatError: the text is too long, or not Jinja.
-    """
+    """One chat template: Jinja, which may name special tokens, and writes `now` as the date, by default today's."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], now: datetime | None = None):
         if len(source) > TEMPLATE_LIMIT:
@@ -65,11 +56,7 @@ class ChatTemplate:
         return self._run(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def render_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks.
-
-        Raises:
-            DataError: as for `render`; the template changes the text of a block before it writes it, or nests blocks.
-        """
+        """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks."""
         expected = self._run(messages, **variables)
         if "endgeneration" not in self.source:
             return expected, []

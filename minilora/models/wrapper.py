@@ -24,9 +24,7 @@ SIZES = {  # the defaults of `REQUIRED` in transformers' classes; of a part's co
     "qwen2": (151_936, 4096, 22_016, 32, 32),
 }
 SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # set by the wrapper for all its parts
-TEXT = re.compile(
-    r"model\.language_model\.(?P<decoder>.+)|language_model\.(?P<model>(?:model|lm_head)\..+)|lm_head\..+"
-)
+TEXT = re.compile(r"model\.language_model\.(?P<rest>.+)|language_model\.(?P<model>(?:model|lm_head)\..+)|lm_head\..+")
 
 
 def text_config(source: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -48,7 +46,7 @@ def text_name(name: str) -> str | None:
     match = TEXT.fullmatch(name)
     if match is None:
         return None
-    return f"model.{match['decoder']}" if match["decoder"] else match["model"] or name
+    return f"model.{match['rest']}" if match["rest"] else match["model"] or name
 
 
 def text_path(path: str) -> str:

@@ -46,7 +46,6 @@ from minilora.runs.settings import TrainConfig
 
 # Settings that may change between two starts of a run, since its weights do not depend on them.
 BOOKKEEPING = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
-STATE_TYPES = int, float, Tensor  # of values in the state of an optimizer
 ROUNDED = (".absmax", ".scales", ".offset")  # parts of a 4-bit weight that another number of threads rounds differently
 
 
@@ -54,12 +53,11 @@ ROUNDED = (".absmax", ".scales", ".offset")  # parts of a 4-bit weight that anot
 class State:
     """The progress of a run, as in state.json."""
 
-    run: Mapping[str, Any] = field(default_factory=dict)  # its `fingerprint`
+    run: Mapping[str, Any] = field(default_factory=dict)  # its `fingerprint`, and how many `steps` it has
     start: tuple[float, ...] = ()  # `start_numbers` of what is trained
     step: int = 0  # done so far, as are the next two
     tokens: int = 0
     seconds: float = 0.0
-    total_steps: int = 0  # of the whole run, as it was planned then
     best_step: int = 0  # of the evaluation with the lowest loss; 0 before the first one
     best_loss: float | None = None
 
@@ -118,11 +116,7 @@ def state_entries(optimizer: Optimizer, model: nn.Module) -> dict[str, tuple[dic
 
 
 def init_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
-    """Let the optimizer create its state by a step with gradients of 1; leave the model as it was.
-
-    Raises:
-        TrainingError: the optimizer keeps something that checkpoints do not store.
-    """
+    """Let the optimizer create its state by a step with gradients of 1; leave the model as it was."""
 
     def other_attributes() -> dict[str, str]:
         attributes = {key: repr(value) for key, value in vars(optimizer).items() if key[0] != "_" and key != "state"}
@@ -138,7 +132,7 @@ def init_optimizer_state(optimizer: Optimizer, model: nn.Module) -> None:
     restore(model, weights)
     optimizer.zero_grad()
     entries = state_entries(optimizer, model)
-    bad = [name for name, (values, key) in entries.items() if not isinstance(values[key], STATE_TYPES)]
+    bad = [name for name, (values, key) in entries.items() if not isinstance(values[key], int | float | Tensor)]
     bad += [f"state[{key!r:.40}]" for key in optimizer.state.keys() - {*parameters}]
     bad += [f"the attribute {name!r}" for name, text in other_attributes().items() if before.get(name) != text]
     if bad:
@@ -215,27 +209,21 @@ def load_checkpoint(
     state = read_state(directory)
     if other := differences(state.run, new.run):
         raise TrainingError(f"{directory}: written by a run with other data or settings ({', '.join(other)})")
-    if state.total_steps != new.total_steps:
-        raise TrainingError(
-            f"{directory}: written by a run of {state.total_steps} steps, and this has {new.total_steps}"
-        )
     own = trained_tensors(model)
-    trained = _read(files.TensorFile(directory / "trained.safetensors"), own)
+    trained = _read(directory / "trained.safetensors", own)
     best: dict[str, Tensor] = {}
     if (directory / "best.safetensors").is_file():
-        tensors = _read(files.TensorFile(directory / "best.safetensors"), own)
-        best = {name: tensor.clone() for name, tensor in tensors.items()}
+        best = {name: tensor.clone() for name, tensor in _read(directory / "best.safetensors", own).items()}
     starts = [state.start, *(start_numbers(model, tensors) for tensors in (trained, best) if tensors)]
     if not any(np.allclose(start, new.start, rtol=1e-4, atol=1e-7) for start in starts):
         raise TrainingError(
             f"{directory}: written by a run with another start of what is trained, such as a seed of `ml.attach`; "
             "give a new model and adapter, made as for the first start"
         )
-    file = files.TensorFile(directory / "optimizer.safetensors")
     init_optimizer_state(optimizer, model)
     entries = state_entries(optimizer, model)
     expected = {name: _as_tensor(values[key]) for name, (values, key) in entries.items()}
-    for name, tensor in _read(file, expected).items():
+    for name, tensor in _read(directory / "optimizer.safetensors", expected).items():
         values, key = entries[name]
         is_tensor = isinstance(values[key], Tensor)
         values[key] = tensor.to(values[key].device, copy=True) if is_tensor else tensor.item()
@@ -243,13 +231,14 @@ def load_checkpoint(
     return state, best
 
 
-def _read(file: files.TensorFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a file, whose names, shapes and dtypes have to be those of the `expected` ones."""
+    file = files.TensorFile(path)
     tensors = {name: file.read(name) for name in file.shapes}
     stored = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     own = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
     if differing := sorted(name for name in stored | own if stored.get(name) != own.get(name)):
-        raise FormatError(f"{file.path}: holds other tensors than the run trains: {differing[:5]}")
+        raise FormatError(f"{path}: holds other tensors than the run trains: {differing[:5]}")
     return tensors
 
 
@@ -282,9 +271,6 @@ def fingerprint(
     """Return what makes a run this one, as JSON: settings, adapters and loss, and hashes of the rows and the base.
 
     Of each frozen parameter of the base, a hash covers at most 1024 evenly spaced numbers.
-
-    Raises:
-        DataError: a row has an object whose content is unknown.
     """
     idle = BOOKKEEPING | {"epochs", "max_steps"}  # their effect is a number of steps, which `State` has
     run = {
@@ -297,12 +283,8 @@ def fingerprint(
         "optimizer": optimizer,
     }
     frozen = [p for name, p in model.named_parameters() if not (p.requires_grad or name.endswith(ROUNDED))]
-    hashes = {
-        "dataset": _hash(dataset),
-        "held_out": _hash(held_out),
-        "model": _hash([_spread(whole(p)) for p in frozen]),
-    }
-    return json.loads(json.dumps(run, default=_as_json)) | hashes
+    parts = {"dataset": dataset, "held_out": held_out, "model": [_spread(whole(p)) for p in frozen]}
+    return json.loads(json.dumps(run, default=_as_json)) | {name: _hash(rows) for name, rows in parts.items()}
 
 
 def start_numbers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[float, ...]:

@@ -29,11 +29,7 @@ REMEDY = "; remove it, or give a template with a place for it as prompt_style"
 
 
 def ask(conversation: Conversation, tokenizer: Tokenizer) -> str:
-    """Render a conversation that waits for an answer: the text before the answer, in training as in generation.
-
-    Raises:
-        DataError: the template leaves out what a message says, or the tools.
-    """
+    """Render a conversation that waits for an answer: the text before the answer, in training as in generation."""
     text = tokenizer.render(conversation.messages, add_generation_prompt=True, **conversation.variables)
     check_context(text, conversation, tokenizer, is_question=True)
     return text
@@ -50,9 +46,6 @@ def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_
 
     Returns the text, and the spans of it that are trained on. An answer ends with its turn, or where the template marks
     its end. An answer before the first question is not learned, because nothing asks for it.
-
-    Raises:
-        DataError: there is no template; it leaves out what is said; or the answers cannot be found in its text.
     """
     template = _template_of(tokenizer)
     messages = conversation.messages

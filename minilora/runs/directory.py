@@ -76,16 +76,13 @@ class RunHistory:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is about to start.
+    """A run that is about to start."""
 
-    `settings` are what it is asked for, `plan` is what it does.
-    """
-
-    settings: Settings
+    settings: Settings  # what it is asked for
     base: Base
     history: RunHistory
     data: Data
-    plan: Plan
+    plan: Plan  # what it does
 
 
 @dataclass(frozen=True)
@@ -104,11 +101,7 @@ class RunSummary:
 
 
 class RunDirectory:
-    """The directory of a run, which locks, records and finishes it. Only the first rank calls `start` and `finish`.
-
-    Args:
-        settings: the run's.
-    """
+    """The directory of a run, which locks, records and finishes it. Only the first rank calls `start` and `finish`."""
 
     def __init__(self, settings: Settings):
         self.path = Path(settings.run.out)
@@ -119,12 +112,7 @@ class RunDirectory:
         self._at_close = ExitStack()
 
     def open(self, base: Base) -> RunHistory:
-        """Lock the directory for this run of a base, and return what its earlier starts left.
-
-        Raises:
-            TrainingError: it holds another run, or files of something else; a process is at work there; or the ranks
-                have different inputs.
-        """
+        """Lock the directory for this run of a base, and return what its earlier starts left."""
         self._inputs = _hash_inputs(base, self._settings.data.prompt_style)
         if different := processes.differing(self._inputs):
             raise TrainingError(f"the processes of the run have different files: {', '.join(different[:5])}")
@@ -212,10 +200,7 @@ class RunDirectory:
     def finish(
         self, model: Llama, tokenizer: Tokenizer, summary: RunSummary, answers: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Save the adapter, the tokenizer, the held-out rows with some answers, and the summary, all at once.
-
-        The summary marks the run as finished.
-        """
+        """Save adapter, tokenizer, held-out rows with some answers, and the summary, which marks the run finished."""
         with publishing(self.path) as directory:
             save_adapter_files(model, directory)
             tokenizer.save(directory)

@@ -1,11 +1,5 @@
 """Tokenize rows, and label the tokens that are trained on; tokenize what a row asks.
 
-    rows.stream_rows                    a line of a file as fields
-    formats.parse_row                   prompt and completion, or a conversation
-    conversations.render_conversation   its text, and the spans of it that are learned
-    tokenizer.encode_spans              tokens, and the characters of each
-    data.label_completion, label_tokens the label of each token
-
 Targets are spans of characters, which the tokenizer's offsets map to tokens. Counting the tokens of the prompt would
 be wrong where one token has the end of the prompt and the beginning of the answer. Only a conversation is cut
 there, because it is always asked for its answer with the same tokens.
@@ -64,12 +58,7 @@ def encode_rows(
 ) -> Dataset:
     """Tokenize and label rows, cut them to the maximum length, and drop those without a label.
 
-    Text without a prompt is a document, which is cut into pieces.
-
-    `show` is called with lines on the progress.
-
-    Raises:
-        DataError: a row cannot be used, and `skip_bad_rows` is not set or too many cannot; or no label is left.
+    Text without a prompt is a document, which is cut into pieces. `show` is called with lines on the progress.
     """
     dataset, systems, ways, first = Dataset(()), set[str | None](), set[bool | None](), ""
     for number, row in enumerate(rows, start=1):
@@ -163,16 +152,9 @@ def encode_prompt(
 ) -> list[int]:
     """Return the token ids of a row's prompt, the same that training has before the answer.
 
-    Args:
-        row: the row, whose answer is ignored.
-        tokenizer: with the chat template.
-        system: the system prompt of conversations that have none.
-        form: "template" makes a `prompt` that is text and has no `completion` a user's message, if there is a template;
-            "plain" does not; "raw" does not, and control tokens in the text act as such.
-        thinking: whether a conversation is asked for an answer with thoughts; None leaves that to the template.
-
-    Raises:
-        DataError: the row has no prompt, or one that cannot be encoded.
+    The form "template" makes a `prompt` that is text and has no `completion` a user's message, if there is a template;
+    "plain" does not; "raw" does not, and control tokens in the text act as such. `system` is the system prompt of
+    conversations that have none; for None, the template decides on `thinking`.
     """
     try:
         if row.problem:

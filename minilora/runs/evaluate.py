@@ -31,7 +31,7 @@ CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-
 DRIFT_TOKENS = 128  # whose probabilities of the whole vocabulary are held at once
 MAX_CHOICES = 64
 THOUGHTS = 1024  # tokens of thoughts before an answer
-Choice = tuple[int, ...]
+Choices = Sequence[tuple[int, ...]]
 Progress = Callable[[int, int], None]  # called with the number of rows that are done, and of all
 Metrics = Mapping[str, tuple[Any, Any]]  # name -> (sum, count), numbers or tensors of one number
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def answer_of(example: Example) -> tuple[int, ...]:
 
 
 def evaluate(
-    model: Llama, examples: Sequence[Example], choices: Sequence[Choice] | None, progress: Progress = _ignore
+    model: Llama, examples: Sequence[Example], choices: Choices | None, progress: Progress = _ignore
 ) -> Scores:
     """Return the loss of a model, and its accuracy among `choices` if there are any."""
     if not examples:
@@ -88,11 +88,7 @@ def evaluate(
 
 
 def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress = _ignore) -> float:
-    """Return Σ -log p over all labelled tokens / their number.
-
-    Raises:
-        DataError: the model does not have a token, or no token is labelled.
-    """
+    """Return Σ -log p over all labelled tokens / their number."""
     check_examples(model, examples)
     groups = eval_groups(len(example.tokens) for example in examples)
     return mean_loss(model, example_loss, examples, groups, progress)["loss"]
@@ -101,16 +97,13 @@ def held_out_loss(model: Llama, examples: Sequence[Example], progress: Progress 
 def check_examples(model: Any, examples: Sequence[Example]) -> None:
     """Raise a `DataError` for a row that is no `Example`, without one label per token, or with an unknown token.
 
-    A wrong number of labels would shift those of the examples that follow. A GPU reports an unknown token without its
-    place.
+    A wrong number of labels would shift those of later rows; a GPU reports an unknown token without its place.
     """
     size = model.model.embed_tokens.num_embeddings
     for example in examples:
         if not isinstance(example, Example):
             raise DataError(f"found the row {example!r:.60}, need an ml.Example, as load_dataset makes them, or loss=")
-        T = len(example.tokens)
-        labels = len(example.labels)
-        if labels != T:
+        if (labels := len(example.labels)) != (T := len(example.tokens)):
             raise DataError(f"{example.source!r} has {labels} labels for {T} tokens; need one for each")
         learned = [label for label in example.labels if label != IGNORE_INDEX]
         if wrong := [token for token in (*example.tokens, *learned) if not 0 <= token < size]:
@@ -133,9 +126,6 @@ def mean_loss(
     """Return {"loss": Σ sum / Σ count over all rows} with the means of the metrics; each group is a forward pass.
 
     A loss that samples draws the same samples at every evaluation of a run.
-
-    Raises:
-        DataError: the loss counts nothing.
     """
     device = next(model.parameters()).device
 
@@ -222,7 +212,7 @@ def _map_groups(
     return [result for rank in processes.all_gather(results) for result in rank]
 
 
-def find_choices(examples: Sequence[Example]) -> list[Choice] | None:
+def find_choices(examples: Sequence[Example]) -> Choices | None:
     """Return the distinct answers if they are few: at most 64, each four times on average; else None.
 
     None as well if an example has no prompt, since then there is nothing to choose by. Answers that were cut are none.
@@ -239,9 +229,7 @@ def _uncut(examples: Sequence[Example]) -> Sequence[Example]:
     return [example for example in examples if example.source not in cut]
 
 
-def choice_accuracy(
-    model: Llama, examples: Sequence[Example], choices: Sequence[Choice], progress: Progress = _ignore
-) -> float:
+def choice_accuracy(model: Llama, examples: Sequence[Example], choices: Choices, progress: Progress = _ignore) -> float:
     """Return the share of examples whose answer is the most likely of the `choices` after the prompt.
 
     The ending that all choices share, such as a closing token, is left off. Examples whose answer was cut do not count.
@@ -251,7 +239,6 @@ def choice_accuracy(
     answers = [choice[: len(choice) - closing] for choice in choices]
 
     def compute(rows: Rows) -> int:
-        """Count the right answers."""
         scores = _scores(model, [prompt_of(examples[row]) for row in rows], answers)
         chosen = [choices[values.index(max(values))] for values in scores]
         return sum(choice == answer_of(examples[row]) for row, choice in zip(rows, chosen, strict=True))
@@ -261,7 +248,7 @@ def choice_accuracy(
     return sum(_map_groups(model, groups, len(examples), compute, progress)) / len(examples)
 
 
-def _scores(model: Llama, prompts: Sequence[list[int]], answers: Sequence[Choice]) -> Iterator[list[float]]:
+def _scores(model: Llama, prompts: Sequence[list[int]], answers: Choices) -> Iterator[list[float]]:
     """Yield for each prompt log p(answer | prompt) of each answer.
 
     A prompt is run once with each distinct beginning of an answer: with answers of one token, by itself.
@@ -289,8 +276,7 @@ def exact_match(model: Llama, examples: Sequence[Example], tokenizer: Tokenizer,
     for example in examples:
         if (prompt := prompt_of(example)) == added[: len(prompt)]:
             raise DataError(f"{example.source}: exact match needs a prompt, and all of the row is learned")
-    stop_ids = tokenizer.stop_ids
-    answers = [list(takewhile(lambda token: token not in stop_ids, answer_of(example))) for example in examples]
+    answers = [[*takewhile(lambda token: token not in tokenizer.stop_ids, answer_of(example))] for example in examples]
     prompts = [prompt_of(example) for example in examples]
     room = THOUGHTS if tokenizer.template and "</think>" in tokenizer.template.source else 0
     closed = [tokenizer.decode(prompt).rstrip().endswith("</think>") for prompt in prompts]
@@ -349,7 +335,7 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _common_ending(choices: Sequence[Choice]) -> int:
+def _common_ending(choices: Choices) -> int:
     """Return how many tokens at their end all choices share; no choice may begin another one without them.
 
     Without its closing token " no" would begin " no idea", and could not be less likely.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minilora.adapter import linear_layers
 from minilora.adapters.attach import attach
 from minilora.adapters.config import LoraConfig
 from minilora.errors import TrainingError
@@ -78,11 +79,7 @@ Forecasts = Mapping[str, Forecast]
 
 
 def forecast(plan: Plan) -> Forecasts:
-    """Forecast the memory of one rank of a run, with each kind of gradient checkpointing.
-
-    Raises:
-        TargetError: the adapter's config names modules that the model does not have.
-    """
+    """Forecast the memory of one rank of a run, with each kind of gradient checkpointing."""
     model = _build_base(plan)
     base, blocks = _tensor_bytes(model), [*map(_tensor_bytes, model.model.layers)]
     shards = plan.ranks if plan.shard == "base" else 1
@@ -118,7 +115,7 @@ def _build_base(plan: Plan) -> Llama:
     model = build_on_meta(plan.config).to(plan.dtype).requires_grad_(False)
     if is_four_bit(source):
         quantization = QuantizeConfig("nf4", bool(source["quantization_config"].get("bnb_4bit_use_double_quant")))
-    linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
+    linears = linear_layers(model)
     for path in quantization.chosen(linears):
         packed = NF4Linear.quantize(linears[path].weight, None, quantization.double_quant)
         assign(model, f"{path}.weight", packed)

@@ -239,20 +239,16 @@ def _check_message(message: Fields, where: str) -> Fields:
     elif not isinstance(content, str | None) or (content is None and role != "assistant"):
         raise DataError(f"{where}.content: found {content!r:.60}, need text or a list of parts")
     if calls:
-        _check_calls(calls, f"{where}.tool_calls")
+        entries = calls if isinstance(calls, list) else [None]
+        functions = [call.get("function", call) if isinstance(call, dict) else None for call in entries]
+        if not all(isinstance(called, dict) and isinstance(called.get("name"), str) for called in functions):
+            need = "need a list of calls, each with the name of a function"
+            raise DataError(f"{where}.tool_calls: found {calls!r:.60}, {need}")
     else:
         check_text(text_of(message), f"{where}.content", role == "assistant", role == "user")
     if message.get("weight") not in (None, 1):
         raise DataError(f"{where}.weight: found {message['weight']!r:.60}; only 1 is supported, or the key left out")
     return message
-
-
-def _check_calls(calls: Any, where: str) -> None:
-    """Raise a DataError if a tool call does not name its function."""
-    entries = calls if isinstance(calls, list) else [None]
-    functions = [call.get("function", call) if isinstance(call, dict) else None for call in entries]
-    if not all(isinstance(called, dict) and isinstance(called.get("name"), str) for called in functions):
-        raise DataError(f"{where}: found {calls!r:.60}, need a list of calls, each with the name of a function")
 
 
 def _tools(fields: Fields) -> list[Any] | None:

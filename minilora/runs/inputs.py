@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from minilora.errors import DataError, FormatError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
-from minilora.runs.evaluate import Choice, Question, find_choices
+from minilora.runs.evaluate import Choices, Question, find_choices
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
 from minilora.runs.settings import DataConfig, Settings, TrainConfig, TrainOn
@@ -43,37 +44,29 @@ class Data:
     train: Dataset
     valid: Dataset  # evaluated during training: `held_out` of `train`
     test: Dataset  # measured before and after
-    choices: list[Choice] | None
-    files: dict[str, str]  # name -> SHA-256
+    choices: Choices | None
+    files: dict[str, str]  # name, or path where names repeat -> SHA-256
     general: Dataset = field(default_factory=partial(Dataset, ()))
     questions: Sequence[Question] = ()  # of `test`
 
     @property
     def splits(self) -> dict[str, Dataset]:
         """Return the splits that have rows, by name, without the validation split where it is the test split."""
-        splits = {"training": self.train, "validation": self.valid, "held-out": self.test, "general": self.general}
-        return {
-            name: rows for name, rows in splits.items() if rows and not (name == "validation" and rows is self.test)
-        }
+        valid = Dataset(()) if self.valid is self.test else self.valid
+        splits = {"training": self.train, "validation": valid, "held-out": self.test, "general": self.general}
+        return {name: rows for name, rows in splits.items() if rows}
 
 
 def read_data(
-    settings: Settings,
-    adapters: Sequence[Path],
-    began: datetime,
-    show: Callable[[str], None] | None = None,
+    settings: Settings, adapters: Sequence[Path], began: datetime, show: Callable[[str], None] | None = None
 ) -> Data:
     """Find the files of all splits, encode their rows as the model's tokenizer and the settings say, and split them.
 
     The tokenizer of the adapter to start from comes first. Templates that write the date take that of the first start.
-
-    Raises:
-        DataError: a row cannot be used (with file and line), or there are no rows to train on.
     """
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)
-    own = tokenizer_of(run.model, adapters) if adapters else None
-    tokenizer = own or load_tokenizer(run.model)
+    tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)  # which says why there is none
     tokenizer = tokenizer.with_files({}, began.astimezone())
     rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
@@ -84,11 +77,13 @@ def read_data(
     if splits["test"]:
         split = next(split for split in files if splits["test"][0] in encoded[split])  # that they are from
         questions = find_questions(rows[split](), splits["test"], tokenizer, config)
+    paths = list(chain(*files.values()))
+    is_distinct = len({path.name for path in paths}) == len(paths)
     return Data(
         tokenizer,
         **splits,
         choices=find_choices(splits["test"]),
-        files=_hash_files(files),
+        files={(path.name if is_distinct else str(path)): sha256_of(path) for path in paths},
         general=general,
         questions=questions,
     )
@@ -121,11 +116,7 @@ def _wanted_answer(parsed: PromptCompletion | Conversation, train_on: TrainOn) -
 
 
 def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Path]]:
-    """Return the files of a data set by split; those of `eval_data` are the test split.
-
-    Raises:
-        DataError: there is no training file; or there are two test splits, or one that is trained on.
-    """
+    """Return the files of a data set by split; those of `eval_data` are the test split."""
     files = find_splits(names)
     if "train" not in files:
         shown = names if isinstance(names, str | Path) else ", ".join(map(str, names))
@@ -189,9 +180,6 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
 
     Without test rows, rows are held out to measure the result; if the run selects the best adapter, others are to
     select it. Splits that the run does not tell apart are the same object.
-
-    Raises:
-        DataError: the run selects the best adapter, and there are no rows to do it with.
     """
     splits = dict(splits)
     needed = ["test"] if "valid" not in splits else []
@@ -220,10 +208,3 @@ def load_general(name: str, tokenizer: Tokenizer, config: DataConfig) -> Dataset
     files = files_to_evaluate(ASSETS / "data" / "general.jsonl" if name == BUILTIN else name)
     config = replace(config, train_on="all", system=None)
     return encode_rows(stream_rows(*files, columns={"text": "text"}), tokenizer, config)
-
-
-def _hash_files(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """Return SHA-256 by file name, or by path where names repeat."""
-    paths = [path for of_split in files.values() for path in of_split]
-    is_distinct = len({path.name for path in paths}) == len(paths)
-    return {(path.name if is_distinct else str(path)): sha256_of(path) for path in paths}

@@ -29,9 +29,6 @@ def locked(out: Path) -> Iterator[None]:
 
     The file `.lock` names the process and its machine. Temporary files of a writer that was killed are removed, and at
     the end the directory, if it is new and empty.
-
-    Raises:
-        TrainingError: the directory cannot be written, or another process has locked it.
     """
     path, is_new = out / LOCK, not out.exists()
     try:

@@ -145,9 +145,7 @@ def train(
                 group["lr"] = learning_rate(state.step, total, peak, warmup, config.lr_scheduler)
             numbered = list(enumerate(steps[state.step], state.step * config.gradient_accumulation_steps))
             own = processes.split_for_rank(numbered)
-            batches = [
-                sampler.MicroBatch(number, [dataset[row] for row in rows], counts) for (number, rows), counts in own
-            ]
+            batches = [sampler.MicroBatch(n, [dataset[row] for row in rows], counts) for (n, rows), counts in own]
             measured: list[Metrics] = []
             with sampler.kept_random_state(device, f"{config.seed}/step {state.step}"):  # the optimizer may draw
                 made = _step(model, optim, batches, seeded_loss, config.max_grad_norm)
@@ -162,10 +160,8 @@ def train(
             stops = on_step(record)
             finished = state.step == total
             if len(held_out) and (finished or state.step % (config.eval_steps or total) == 0):
-                if loss:
-                    groups = sampler.eval_groups([1] * len(held_out), config.batch_size)
-                else:
-                    groups = sampler.eval_groups(len(row.tokens) for row in held_out)
+                sizes = [1] * len(held_out) if loss else [len(row.tokens) for row in held_out]
+                groups = sampler.eval_groups(sizes, config.batch_size if loss else None)
                 scores = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
                 if state.note(scores["loss"]) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
@@ -232,9 +228,7 @@ def _check_run(
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
         if differing := processes.differing({**run, "config": config}):
             what = ", ".join(differing)
-            raise TrainingError(
-                f"the processes of the run differ in their data or settings ({what}); each needs all rows"
-            )
+            raise TrainingError(f"the processes of the run differ in data or settings ({what}); each needs all rows")
     return optimizer, run
 
 
@@ -302,11 +296,7 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 
 
 def _step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: Sequence[sampler.MicroBatch],
-    loss: Loss,
-    max_grad_norm: float,
+    model: nn.Module, optimizer: Optimizer, batches: Sequence[sampler.MicroBatch], loss: Loss, max_grad_norm: float
 ) -> Record:
     """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
     with sampler.kept_random_state(next(model.parameters()).device):  # backward may draw as well
@@ -337,7 +327,7 @@ def _resume(
     model: nn.Module, optimizer: Optimizer, run: dict[str, Any], total: int, folder: Path | None, limit: int
 ) -> tuple[checkpoints.State, dict[str, Tensor], tuple[str, ...]]:
     """Restore the newest checkpoint, if any; return the state, the best weights, and what is wrong with newer ones."""
-    state = checkpoints.State(run, total_steps=total)
+    state = checkpoints.State({**run, "steps": total})
     if folder is None:
         return state, {}, ()
     state.start = checkpoints.start_numbers(model, dict(model.named_parameters()))

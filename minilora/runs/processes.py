@@ -43,9 +43,6 @@ def process_group(device: str) -> Iterator[torch.device]:
     """Join the ranks that torchrun's environment variables name, for as long as the block lasts; give the device.
 
     On CUDA a rank uses the GPU of its local number, and NCCL; on the CPU it uses gloo. All but the first are silent.
-
-    Raises:
-        ConfigError: the device cannot be used here.
     """
     joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and size() == 1
     if joins and device in ("auto", "cuda") and torch.cuda.is_available():

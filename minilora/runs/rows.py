@@ -32,9 +32,7 @@ PARQUET = """is Parquet, which is not read; these lines of Python convert it:
 def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
     """Yield the rows of files. A row that cannot be read has a `problem`; the caller refuses or skips it.
 
-    Args:
-        paths: of the files.
-        columns: the fields of a row, and what they are called in the files; None: all, as they are called there.
+    `columns` are the fields of a row, and what they are called in the files; None: all, as they are called there.
     """
     for path in paths:
         is_empty = True
@@ -136,8 +134,5 @@ def _parse_array(file: BufferedReader, path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     for i, value in enumerate(values):
-        source = f"{path}[{i}]"
-        is_object = isinstance(value, dict)
-        yield (
-            Row(value, source) if is_object else Row(source=source, problem=f"found {value!r:.60}, need a JSON object")
-        )
+        problem = "" if isinstance(value, dict) else f"found {value!r:.60}, need a JSON object"
+        yield Row({} if problem else value, f"{path}[{i}]", problem)

@@ -27,8 +27,6 @@ SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds 
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch."""
-
     number: int  # step · gradient_accumulation_steps + its place in the step; seeds its dropout
     rows: Any  # as the loss takes them
     is_counted: bool  # or else another rank has it as well
@@ -39,9 +37,6 @@ def plan_steps(rows: int, config: TrainConfig) -> list[StepRows]:
 
     Each epoch is a new permutation of all rows, cut into micro-batches; `gradient_accumulation_steps` of them make a
     step, fewer at an epoch's end. A fraction of an epoch is a fraction of its steps; a run has at least one.
-
-    Raises:
-        ConfigError: there are more than `MAX_STEPS` steps.
     """
     accumulated = config.gradient_accumulation_steps
     steps, max_steps = list[StepRows](), config.max_steps

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,15 @@ from minilora.options import check_types, document_fields, option, reject_foreig
 TrainOn = Literal["completion", "assistant", "all"]
 WATCHING = "evaluating, saving and reporting"  # a group of the help page
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
-COUNTS = (
-    *("batch_size", "gradient_accumulation_steps", "max_steps"),
-    *("eval_steps", "save_total_limit", "logging_steps"),
-)
+COUNTS = "batch_size gradient_accumulation_steps max_steps eval_steps save_total_limit logging_steps"
+NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a `TrainConfig`: fields that are given -> what they need
+    COUNTS: (lambda x: x >= 1, "a whole number of at least 1"),
+    "save_steps": (lambda x: x >= 0, "a whole number of at least 0"),
+    "warmup_steps": (lambda x: 0 <= x < 1 or 0 < x == x // 1, "a whole number, or a share of at least 0 below 1"),
+    "weight_decay max_grad_norm": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "learning_rate epochs": (lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "seed": (lambda x: 0 <= x < 2**32, "a whole number of at least 0 and below 2**32"),
+}
 
 
 def flag(name: str) -> str:
@@ -102,22 +107,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         bad = []
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                bad.append(f"{name} is {value!r}, need a whole number of at least 1")
-        if not 0 <= self.warmup_steps < 1 and (self.warmup_steps < 1 or self.warmup_steps % 1):
-            bad.append(f"warmup_steps is {self.warmup_steps!r}, need a whole number, or a share of at least 0 below 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                bad.append(f"{name} is {value!r}, need a finite number of at least 0")
-        for name in ("learning_rate", "epochs"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                bad.append(f"{name} is {value!r}, need a finite number above 0")
-        if self.save_steps is not None and self.save_steps < 0:
-            bad.append(f"save_steps is {self.save_steps!r}, need a whole number of at least 0")
-        if not 0 <= self.seed < 2**32:
-            bad.append(f"seed is {self.seed!r}, need a whole number of at least 0 and below 2**32")
+        for names, (is_right, need) in NEEDS.items():
+            given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
+            bad += [f"{name} is {value!r}, need {need}" for name, value in given.items() if not is_right(value)]
         if self.eval_steps is None and self.keep == "best":
             bad.append("keep best needs eval_steps")
         if bad:

@@ -26,10 +26,6 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
     """Write an adapter of a model directory as the reader of this title takes it; both compute the same.
 
     Names are those of the reader. Where it ignores a setting of the scale, `_fold_scales_` does without all of them.
-
-    Raises:
-        FormatError: the adapter cannot be read.
-        TargetError: the reader cannot take a part of it, or the model does not have the module.
     """
     stored, base, reader = read_adapter(adapter, is_for_text=True), Base.read(directory), READERS[title]
     config, held = stored.config(), {path: dict(part) for path, part in stored.tensors.items()}

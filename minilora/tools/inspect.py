@@ -27,9 +27,6 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     """Describe a path or a hub id as "run", "adapter", "model" or "file"; a finished run is an adapter too.
 
     "manifest" has the files that changed since they were written, if there is one.
-
-    Raises:
-        FormatError: there is nothing of a known kind, or a file is missing or damaged.
     """
     path = Path(name_or_path) if Path(name_or_path).exists() else fetch(name_or_path, "model")
     if not path.is_dir():
@@ -47,11 +44,10 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
         raise FormatError(f"{path}: has no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
     written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / files.MANIFEST).is_file()]
     if written:
-        changed = [
-            f"{folder / name}: not as it was written" for folder in written for name in files.changed_files(folder)
-        ]
+        changed = (folder / name for folder in written for name in files.changed_files(folder))
+        problems = [f"{file}: not as it was written" for file in changed]
         count = sum(len(files.read_manifest(folder)) for folder in written)
-        facts["manifest"] = {"path": str(path), "files": count, "problems": changed}
+        facts["manifest"] = {"path": str(path), "files": count, "problems": problems}
     return facts
 
 
@@ -134,8 +130,7 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
 def weight_norms(directory: Path, modules: Iterable[str]) -> dict[str, float]:
     """Return ‖W‖ of modules of a model directory, by path; weights are read one at a time."""
     model, names = build_on_meta(read_config(directory)), {f"{path}.weight" for path in modules}
-    cpu = torch.device("cpu")
-    weights = stored_weights(directory, model, "auto", cpu, None, may_be_views=True, is_wanted=names.__contains__)
+    weights = stored_weights(directory, model, "auto", torch.device("cpu"), None, True, names.__contains__)
     norms = ((name, torch.linalg.matrix_norm(dense(weight).float()).item()) for name, weight in weights)
     return {name.removesuffix(".weight"): norm for name, norm in norms}
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers, set_adapter
-from minilora.adapters.attach import describe_base
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name
@@ -32,14 +31,13 @@ from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes,
 from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models import checkpoint
-from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, describe_quantization, is_four_bit
 from minilora.models.checkpoint import CODE_KEYS, EMBEDDING, HEAD, SHARD_BYTES
 from minilora.models.config import read_config
 from minilora.models.tokenizer import Tokenizer
 from minilora.models.wrapper import is_wrapper, text_files, text_name, text_path
 from minilora.nf4 import NF4Linear
 
-ROWS = 256  # of each weight, drawn: the error is measured on them
 IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"
 
 
@@ -47,24 +45,17 @@ IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the he
 class Merge:
     """Adapters, all of which are merged into a model on disk.
 
-    Attributes:
-        model: the directory of the base model.
-        adapters: their directories.
-        target: what to merge into; None is "dequantized" if the base is quantized, else "original".
-        quantize: how the base is quantized, as in the adapters' training.
-        dtype: of dense weights; "auto" is the checkpoint's own, even if this machine computes it slowly. In a wrapper
-            only changed weights have it, and with "auto" each keeps its own.
-        device: where to compute.
-        rows: of each weight, on which the error is measured; a weight that has no more is measured as a whole.
+    "auto" is the checkpoint's own dtype, even if this machine computes it slowly. In a wrapper only changed weights
+    have the dtype, and with "auto" each keeps its own.
     """
 
-    model: Path
+    model: Path  # the directory of the base model
     adapters: Sequence[Path]
-    target: Target | None = None
-    quantize: QuantizeConfig = QuantizeConfig()
-    dtype: torch.dtype | str = "auto"
-    device: torch.device = torch.device("cpu")
-    rows: int = ROWS
+    target: Target | None = None  # None is "dequantized" if the base is quantized, else "original"
+    quantize: QuantizeConfig = QuantizeConfig()  # how the base is quantized, as in the adapters' training
+    dtype: torch.dtype | str = "auto"  # of dense weights
+    device: torch.device = torch.device("cpu")  # where to compute
+    rows: int = 256  # that are drawn of each weight to measure the error, or all if there are no more
 
     @functools.cached_property
     def config(self) -> LlamaConfig:
@@ -82,17 +73,11 @@ class Merge:
     def weights(
         self, quantize: QuantizeConfig, is_wanted: Callable[[str], object] | None = None
     ) -> Iterator[tuple[str, Weight]]:
-        """Read names and weights, one at a time; the weight of a tied head comes last, by the head's name.
-
-        Raises:
-            FormatError, ConfigError: as in `load_model`.
-        """
+        """Read names and weights, one at a time; the weight of a tied head comes last, by the head's name."""
         bare = checkpoint.build_on_meta(self.config)
         head: Weight | None = None
-        read = checkpoint.stored_weights(
-            self.model, bare, self.weight_dtype, self.device, quantize, is_wanted=is_wanted
-        )
-        for name, weight in read:
+        dtype, device = self.weight_dtype, self.device
+        for name, weight in checkpoint.stored_weights(self.model, bare, dtype, device, quantize, is_wanted=is_wanted):
             if name == EMBEDDING and self.config.tie_word_embeddings:
                 head = weight
             yield name, weight
@@ -139,16 +124,12 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     """Merge, write the model with its tokenizer, and return its `relative_error`, with W as in training.
 
     The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
-    "dequantized", without for "original". A model in a wrapper is written in its wrapper.
-
-    Raises:
-        ConfigError: this base cannot be merged into that target.
-        TrainingError: a merged weight is not finite; no file is left in `out`.
-        FormatError, TargetError: as in `load_model` and `load_adapter`; nothing was written.
+    "dequantized", without for "original". A model in a wrapper is written in its wrapper. An error leaves no file in
+    `out`.
     """
     quantized = checkpoint.load_model(merge.model, merge.weight_dtype, "meta", merge.quantize)
     layers = _load_adapters(merge)
-    target = _target_of(merge, describe_base(quantized)["quantize"])
+    target = _target_of(merge, describe_quantization(quantized)["quantize"])
     model = quantized if target == "requantized" else merge.dense_model()
     ends = [layers.get(name.removesuffix(".weight")) for name in (HEAD, EMBEDDING)]
     is_tied = merge.config.tie_word_embeddings
@@ -243,11 +224,7 @@ def _needed_modules(adapter: Path) -> set[str]:
 
 
 def _merged_weights(
-    merge: Merge,
-    quantized: Llama,
-    layers: Mapping[str, AdapterWrapper],
-    target: Target,
-    squares: list[Squares],
+    merge: Merge, quantized: Llama, layers: Mapping[str, AdapterWrapper], target: Target, squares: list[Squares]
 ) -> Iterator[tuple[str, Weight]]:
     """Yield names and weights of the result, and add what is measured of each adapted layer to `squares`.
 

@@ -46,8 +46,6 @@ HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
 
 class Reader(NamedTuple):
-    """A program that reads adapters."""
-
     column: str  # of `RULES`
     source: str  # where its rules were read
     is_tried: bool  # whether a test or a script runs it
@@ -105,9 +103,6 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
 
     "reads" lists the tensors that act. "ignores" and "refuses" have the other tensors and settings, with the reason; a
     reader that refuses one refuses the adapter. "scales" has the scales of the training and of the reader, by module.
-
-    Raises:
-        FormatError: a file is damaged, or the scale of the training is not known.
     """
     shapes, values = TensorFile(adapter / WEIGHTS_FILE).shapes, read_json(adapter / CONFIG_FILE)
     low_rank = _read_low_rank(adapter)
