@@ -1,5 +1,6 @@
 """The figures of the pages are those that experiments have stored, and that chapters print."""
 
+import hashlib
 import json
 import re
 import statistics
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+EXPERIMENTS = ROOT / "tutorials" / "experiments"
 OURS = {"settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
 CLAIMS = "paper_claims.md"
 CLEAN = (("built-in model", "built-in model"), ("10M", "10M model"))  # key of the files, name on the pages
@@ -22,8 +24,7 @@ def read(page):
 
 
 def results(name, key="results"):
-    path = ROOT / "tutorials" / "experiments" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))[key]
+    return json.loads((EXPERIMENTS / f"{name}.json").read_text(encoding="utf-8"))[key]
 
 
 def mean(values, digits=3):
@@ -217,9 +218,29 @@ def test_what_the_pages_repeat_is_what_the_experiment_has_stored(figures):
     assert not missing
 
 
+def runs_to_repeat(files):
+    """Commands of the stored runs whose script or input is another one now, with what has changed."""
+    repeat = {}
+    for told in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+        changed = [
+            path
+            for path, known in told.get("files", {}).items()
+            if hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16] != known
+        ]
+        repeat |= {told["command"]: changed} if changed else {}
+    return repeat
+
+
+def test_stored_runs_are_those_of_the_scripts_and_inputs_that_are_here(tmp_path):
+    assert not runs_to_repeat(path for path in EXPERIMENTS.glob("*.json") if path.name != "plans.json")
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"command": "python old.py", "files": {"README.md": "0123456789abcdef"}}), "utf-8")
+    assert runs_to_repeat([old]) == {"python old.py": ["README.md"]}
+
+
 @pytest.fixture(scope="module")
 def verdicts():
-    command = [sys.executable, ROOT / "tutorials" / "experiments" / "verdicts.py"]
+    command = [sys.executable, EXPERIMENTS / "verdicts.py"]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 
