@@ -171,6 +171,26 @@ def sizes():
         yield f"| {run['rows']:,} | {run['method']} | {tried} | {run['rate']} | {loss} | {exact} | {kl} |"
 
 
+def equal():
+    runs = {(run["method"], run["rows"]): run for run in results("10_equal")}
+    lora = [planned_mean(run, "kl") for run in results("sizes") if run["method"] == "LoRA"]
+    half = [[planned_mean(runs["full, half rate", rows], key) for rows in (200, 1000, 5000)] for key in ("kl", "loss")]
+    kl, loss, of_lora = ("{}, {} and {}".format(*each) for each in (*half, lora))
+    yield f"a KL of {kl} after 200, 1,000 and 5,000 rows, where LoRA has {of_lora}"
+    yield f"Its loss is lower than LoRA's as well: {loss}"
+    (loss, kl), (of_loss, of_kl), (last, at) = (
+        [planned_mean(runs[method, 1000], key) for key in ("loss", "kl")]
+        for method in ("full, equal loss", "LoRA", "full, equal KL")
+    )
+    yield f"With LoRA's loss, {loss} and {of_loss}, full fine-tuning has a KL of {kl}, and LoRA {of_kl}"
+    by_seed = {
+        method: ", ".join(str(sum(seed["intruders"])) for seed in runs[method, 1000]["outcomes"])
+        for method in ("LoRA", "full, equal loss", "full, equal KL")
+    }
+    yield f"LoRA {by_seed['LoRA']}, full fine-tuning {by_seed['full, equal loss']}"
+    yield f"At a KL of {at} full fine-tuning has {by_seed['full, equal KL']} intruders among 350, and a loss of {last}"
+
+
 def remedies():
     runs = {(run["remedy"], run["rows"]): run for run in results("10_replay") if run["factor"] == 1}
     base = {kind: f"{loss:.3f}" for kind, loss in results("10_replay", "before").items()}
@@ -208,7 +228,7 @@ def rule():
         yield f"The rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
 
 
-STORED = (sizes, remedies, formats, rule, rank, where, codes, methods, merging, clean_merging, specialists)
+STORED = (sizes, equal, remedies, formats, rule, rank, where, codes, methods, merging, clean_merging, specialists)
 
 
 @pytest.mark.parametrize("figures", STORED)
