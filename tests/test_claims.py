@@ -163,7 +163,7 @@ def planned_mean(run, key, unit=1e-4):
 
 
 def sizes():
-    for run in results("sizes"):
+    for run in results("sizes") + results("sizes_smollm2"):
         loss, exact, kl = (planned_mean(run, key, unit) for key, unit in (("loss", 1e-4), ("exact", 1), ("kl", 1e-4)))
         tried = ", ".join(
             f"{rate:g}: {valid:.3f}" for rate, valid in sorted((float(r), v) for r, v in run["valid"].items())
