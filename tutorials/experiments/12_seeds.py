@@ -2,6 +2,8 @@
 
     python tutorials/experiments/12_seeds.py     writes 12_seeds.json, after each method
 
+A file that is not complete is continued.
+
 The runs are those of 12_methods.py, and the KL penalty on one general row a step is that of 10_replay.py. For each seed
 the file has the loss of each test row, whether its answer is right, and the KL to the base of each row of the general
 text that no run learns from. Claims and settings are those of plans.json.
@@ -9,6 +11,7 @@ text that no run learns from. Claims and settings are those of plans.json.
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,13 @@ from minilora.runs.evaluate import choice_accuracy, held_out_loss, measure_forge
 
 HERE, PLAN = Path(__file__).parent, read_plan(__file__)
 METHODS, REPLAY = (runpy.run_path(str(HERE / name)) for name in ("12_methods.py", "10_replay.py"))
+FILE = Path(__file__).with_suffix(".json")
 FILES = file_hashes(
     *(__file__, HERE / "12_methods.py", HERE / "10_replay.py", HERE.parents[1] / "recipes" / "kl_penalty.py"),
     *(ASSETS / "data" / f"{name}.jsonl" for name in ("train", "test", "general")),
     ASSETS / "model" / "model.safetensors",
 )
+MADE_BY: dict[str, Any] = {"plan": plan_hash(PLAN), "files": FILES}
 
 
 def fit(method: str, rate: float, seed: int) -> Llama:
@@ -46,12 +51,13 @@ def score(model: Llama) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    """Run all, and write what is known after each method."""
-    results: list[dict[str, Any]] = []
-    for method, rate in PLAN["methods"]:
+    """Run the methods that a file of this plan, script and input does not have yet; write after each."""
+    told = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+    results: list[dict[str, Any]] = told["results"] if MADE_BY.items() <= told.items() else []
+    for method, rate in PLAN["methods"][len(results) :]:
         outcomes = [score(fit(method, rate, seed)) for seed in PLAN["seeds"]]
         results.append({"method": method, "rate": rate, "outcomes": outcomes})
-        write_record(__file__, results, PLAN["seeds"], plan=plan_hash(PLAN), files=FILES)
+        write_record(__file__, results, PLAN["seeds"], **MADE_BY)
         print(method, rate, flush=True)
 
 
