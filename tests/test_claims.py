@@ -1,5 +1,6 @@
 """The figures of the pages are those that experiments have stored, and that chapters print."""
 
+import hashlib
 import json
 import re
 import statistics
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+EXPERIMENTS = ROOT / "tutorials" / "experiments"
 OURS = {"settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
 CLAIMS = "paper_claims.md"
 CLEAN = (("built-in model", "built-in model"), ("10M", "10M model"))  # key of the files, name on the pages
@@ -22,8 +24,7 @@ def read(page):
 
 
 def results(name, key="results"):
-    path = ROOT / "tutorials" / "experiments" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))[key]
+    return json.loads((EXPERIMENTS / f"{name}.json").read_text(encoding="utf-8"))[key]
 
 
 def mean(values, digits=3):
@@ -162,12 +163,32 @@ def planned_mean(run, key, unit=1e-4):
 
 
 def sizes():
-    for run in results("sizes"):
+    for run in results("sizes") + results("sizes_smollm2"):
         loss, exact, kl = (planned_mean(run, key, unit) for key, unit in (("loss", 1e-4), ("exact", 1), ("kl", 1e-4)))
         tried = ", ".join(
             f"{rate:g}: {valid:.3f}" for rate, valid in sorted((float(r), v) for r, v in run["valid"].items())
         )
         yield f"| {run['rows']:,} | {run['method']} | {tried} | {run['rate']} | {loss} | {exact} | {kl} |"
+
+
+def equal():
+    runs = {(run["method"], run["rows"]): run for run in results("10_equal")}
+    lora = [planned_mean(run, "kl") for run in results("sizes") if run["method"] == "LoRA"]
+    half = [[planned_mean(runs["full, half rate", rows], key) for rows in (200, 1000, 5000)] for key in ("kl", "loss")]
+    kl, loss, of_lora = ("{}, {} and {}".format(*each) for each in (*half, lora))
+    yield f"a KL of {kl} after 200, 1,000 and 5,000 rows, where LoRA has {of_lora}"
+    yield f"Its loss is lower than LoRA's as well: {loss}"
+    (loss, kl), (of_loss, of_kl), (last, at) = (
+        [planned_mean(runs[method, 1000], key) for key in ("loss", "kl")]
+        for method in ("full, equal loss", "LoRA", "full, equal KL")
+    )
+    yield f"With LoRA's loss, {loss} and {of_loss}, full fine-tuning has a KL of {kl}, and LoRA {of_kl}"
+    by_seed = {
+        method: ", ".join(str(sum(seed["intruders"])) for seed in runs[method, 1000]["outcomes"])
+        for method in ("LoRA", "full, equal loss", "full, equal KL")
+    }
+    yield f"LoRA {by_seed['LoRA']}, full fine-tuning {by_seed['full, equal loss']}"
+    yield f"At a KL of {at} full fine-tuning has {by_seed['full, equal KL']} intruders among 350, and a loss of {last}"
 
 
 def remedies():
@@ -207,7 +228,7 @@ def rule():
         yield f"The rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
 
 
-STORED = (sizes, remedies, formats, rule, rank, where, codes, methods, merging, clean_merging, specialists)
+STORED = (sizes, equal, remedies, formats, rule, rank, where, codes, methods, merging, clean_merging, specialists)
 
 
 @pytest.mark.parametrize("figures", STORED)
@@ -217,9 +238,29 @@ def test_what_the_pages_repeat_is_what_the_experiment_has_stored(figures):
     assert not missing
 
 
+def runs_to_repeat(files):
+    """Commands of the stored runs whose script or input is another one now, with what has changed."""
+    repeat = {}
+    for told in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+        changed = [
+            path
+            for path, known in told.get("files", {}).items()
+            if hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16] != known
+        ]
+        repeat |= {told["command"]: changed} if changed else {}
+    return repeat
+
+
+def test_stored_runs_are_those_of_the_scripts_and_inputs_that_are_here(tmp_path):
+    assert not runs_to_repeat(path for path in EXPERIMENTS.glob("*.json") if path.name != "plans.json")
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"command": "python old.py", "files": {"README.md": "0123456789abcdef"}}), "utf-8")
+    assert runs_to_repeat([old]) == {"python old.py": ["README.md"]}
+
+
 @pytest.fixture(scope="module")
 def verdicts():
-    command = [sys.executable, ROOT / "tutorials" / "experiments" / "verdicts.py"]
+    command = [sys.executable, EXPERIMENTS / "verdicts.py"]
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
 
 

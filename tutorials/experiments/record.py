@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t of the 95 % interval of the mean of as many seeds
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365}  # t of the 95 % interval of the mean of as many seeds
+ROOT = Path(__file__).resolve().parents[2]
 LARGE = "10M"  # the name in a record of the model of scripts/pretrain.py --large
 
 
@@ -27,6 +28,12 @@ def read_plan(script: str) -> dict[str, Any]:
 def plan_hash(plan: dict[str, Any]) -> str:
     """Return a name of what a plan says, which the file of its run holds."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_hashes(*paths: str | Path) -> dict[str, str]:
+    """Return hashes of files that a run depends on, by their paths in the repository; to be read before it starts."""
+    files = [Path(path).resolve() for path in paths]
+    return {file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 def paired_interval(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float]:

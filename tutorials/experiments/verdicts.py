@@ -18,6 +18,8 @@ from record import paired_interval, plan_hash, read_plan, seed_interval, verdict
 HERE = Path(__file__).parent
 DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a planned file: its method, and where
     "sizes": lambda run: (run["method"], f"{run['rows']:,} rows"),
+    "sizes_smollm2": lambda run: (run["method"], f"SmolLM2, {run['rows']:,} rows"),
+    "10_equal": lambda run: (run["method"], f"{run['rows']:,} rows"),
     "10_replay": lambda run: (
         f"{run['remedy']} {run['rows']}",
         "100 steps" if run["factor"] == 1 else f"scaled by {run['factor']}",
@@ -102,7 +104,8 @@ def planned() -> Iterator[Finding]:
         told, plan = stored(name), read_plan(str(HERE / name))
         assert told["plan"] == plan_hash(plan), f"{name}.json was made by another plan"
         outcomes: dict[str, dict[str, Any]] = {}
-        for run in told["results"]:
+        beside = stored(plan["beside"])["results"] if "beside" in plan else []  # of the same settings
+        for run in (*beside, *told["results"]):
             method, where = describe(run)
             outcomes.setdefault(where, {})[method] = run["outcomes"]
         for claim in plan["claims"]:
@@ -128,8 +131,8 @@ def rule() -> Iterator[Finding]:
 
 
 def rows_of(outcomes: list[dict[str, list[int]]], measure: str) -> list[list[float]]:
-    """The values of a measure, (seeds, rows): losses and divergences in nats, or 1 for a right answer."""
-    unit = 1 if measure in ("right", "exact") else 1e-4
+    """The values of a measure, (seeds, rows): losses and divergences in nats, or a count, as of right answers."""
+    unit = 1 if measure in ("right", "exact", "intruders") else 1e-4
     return [[unit * value for value in run[measure]] for run in outcomes]
 
 
