@@ -58,8 +58,10 @@ MISTAKES = {
         ("[-100] * (width - len(labels) + 1)", "[pad] * (width - len(labels) + 1)"),
         ("labels[1:] + [-100]", "labels + [-100]"),
         ('reduction="sum"', 'reduction="mean"'),
-        ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
-        ("[*labels, end]", "[*labels, -100]"),
+        ("return text[:cut], text[cut:]", "return text[:cut], text[cut:].lstrip()", "together they read"),
+        ("row = tokenizer.encode(text).ids", "return prompt, completion", "by itself the prompt"),
+        ("row = tokenizer.encode(text).ids", "return prompt.rstrip(), text[len(prompt.rstrip()) :]", "shorter than"),
+        ("range(len(prompt), -1, -1)", "range(len(text), -1, -1)", "a piece of the answer"),
     ],
     "04": [
         (" + rate_A * rate_B * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
@@ -81,12 +83,13 @@ MISTAKES = {
         ("1 / c, rate / c", "1, rate / c"),
     ],
     "06": [
-        ("(sigma[:r] / s)", "sigma[:r]"),
-        ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
         ("(B.T @ B) @ (A @ A.T)", "B.T @ B @ A @ A.T @ B.T @ B @ A @ A.T", "square of one"),
         ("torch.linalg.eigvals((B.T @ B) @ (A @ A.T)).real", "torch.linalg.svdvals(B @ A).square()", "as large as B A"),
         ("(energy < share * energy[-1]).sum()) + 1", "(energy < share * energy[-1]).sum())"),
         ("[s * B for", "[B for"),
+        ("svd(delta @ x.T,", "svd(delta,", "the best cut of ΔW misses"),
+        ("svd(delta @ x.T,", "svd(delta @ x.T @ x @ delta.T @ delta,", "Which matrix"),
+        (".U[:, :r]", ".U[:, -r:]", "Which matrix"),
     ],
     "07": [
         ("width + out for", "width * out for"),
@@ -156,6 +159,13 @@ MISTAKES = {
         ("first - 1 : -1", "first:", "Which row"),
         ("logits[first - 1 : -1], tokens[first:]", "logits[:-1], tokens[1:]", "the prompt"),
         ("each.sum()", "each.mean()"),
+        ("/ lengths).T", "/ lengths.sum(1, keepdim=True)).T", "divide the whole margin"),
+        (
+            "((policy - reference.detach()) / lengths).T",
+            "(policy / lengths - reference.detach()).T",
+            "What has changed",
+        ),
+        ("((policy - reference.detach()) / lengths).T", "((policy - reference) / lengths).T", "a constant here"),
     ],
     "A2": [
         ("rewards.sum(1, keepdim=True)", "rewards.sum()"),
