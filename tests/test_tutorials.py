@@ -53,8 +53,10 @@ MISTAKES = {
         ("sum(total for total, _ in parts) / sum(count for _, count in parts)", "parts[0][0] / parts[0][1]"),
         ("[-100] * (width - len(labels) + 1)", "[pad] * (width - len(labels) + 1)"),
         ('reduction="sum"', 'reduction="mean"'),
-        ("return [*", "n = len(tokenizer.encode(prompt).ids)\n    labels[:n] = [-100] * n\n    return [*"),
-        ("[*labels, end]", "[*labels, -100]"),
+        ("return text[:cut], text[cut:]", "return text[:cut], text[cut:].lstrip()", "together they read"),
+        ("row = tokenizer.encode(text).ids", "return prompt, completion", "by itself the prompt"),
+        ("row = tokenizer.encode(text).ids", "return prompt.rstrip(), text[len(prompt.rstrip()) :]", "shorter than"),
+        ("range(len(prompt), -1, -1)", "range(len(text), -1, -1)", "a piece of the answer"),
     ],
     "04": [
         (" + rate_A * rate_B * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
@@ -73,11 +75,12 @@ MISTAKES = {
         ("1 / c, rate / c", "1, rate / c"),
     ],
     "06": [
-        ("(sigma[:r] / s)", "sigma[:r]"),
-        ("(sigma[:r] / s)", "(sigma[-r:] / s)"),
         ("(B.T @ B) @ (A @ A.T)", "B.T @ B @ A @ A.T @ B.T @ B @ A @ A.T", "square of one"),
         ("torch.linalg.eigvals((B.T @ B) @ (A @ A.T)).real", "torch.linalg.svdvals(B @ A).square()", "as large as B A"),
         ("[s * B for", "[B for"),
+        ("svd(delta @ x.T,", "svd(delta,", "the best cut of ΔW misses"),
+        ("svd(delta @ x.T,", "svd(delta @ x.T @ x @ delta.T @ delta,", "Which matrix"),
+        (".U[:, :r]", ".U[:, -r:]", "Which matrix"),
     ],
     "07": [
         ("budget // sum(width + out for width, out in shapes)", "budget // max(sum(each) for each in shapes)"),
@@ -140,6 +143,14 @@ MISTAKES = {
         ("beta * margin", "margin"),
         ("first - 1 : -1", "first:", "Which row"),
         ("logits[first - 1 : -1], tokens[first:]", "logits[:-1], tokens[1:]", "the prompt"),
+        ("each.sum()", "each.mean()"),
+        ("/ lengths).T", "/ lengths.sum(1, keepdim=True)).T", "divide the whole margin"),
+        (
+            "((policy - reference.detach()) / lengths).T",
+            "(policy / lengths - reference.detach()).T",
+            "What has changed",
+        ),
+        ("((policy - reference.detach()) / lengths).T", "((policy - reference) / lengths).T", "a constant here"),
     ],
     "A2": [
         (

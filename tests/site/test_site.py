@@ -134,7 +134,7 @@ def test_a_prediction_comes_before_its_output_and_chapters_are_notebooks_without
     assert page.get_by_role("button", name="Copy").count() >= 5
     notebook = (site / "notebooks" / "06_why_low_rank.ipynb").read_text(encoding="utf-8")
     assert "Hint 1" in notebook
-    assert "def best_adapter" not in notebook
+    assert "def best_for" not in notebook
 
 
 def test_lora_on_a_page_prints_on_one_sheet(site, open_page):

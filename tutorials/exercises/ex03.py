@@ -36,8 +36,9 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     return total, int((targets != -100).sum())
 
 
-def encode(prompt: str, completion: str, tokenizer: Any, end: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of a row and their labels: the completion and the end token are learned, the rest is -100."""
-    tokens = [*tokenizer.encode(prompt + completion).ids, end]
-    count = len(tokenizer.encode(prompt).ids)
-    return tokens, [-100] * count + tokens[count:]
+def split_row(prompt: str, completion: str, tokenizer: Any) -> tuple[str, str]:
+    """Return a prompt and a completion of the same text, so that the prompt's own tokens begin the tokens of the row.
+
+    Of all such prompts it is the longest that is no longer than the given one.
+    """
+    return prompt.rstrip(), " " + completion.lstrip()

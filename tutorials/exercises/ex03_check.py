@@ -8,12 +8,17 @@ from types import ModuleType
 import torch
 from tokenizers import Tokenizer
 
-from minilora.data import encode_row
 from minilora.files import ASSETS
 from minilora.testing.reference import masked_loss
 
 END = 0  # of the built-in tokenizer; the pad, too
-TEXTS = (("Category:", " animal"), ("Category: ", "animal"), ("2 + 2 =\n", "4"), ("", "a young cat"))
+TEXTS = (  # prompt and completion
+    ("Category:", " animal"),
+    ("Category: ", "animal"),
+    ("2 + 2 =\n", "4"),
+    ("Category: an", "imal"),
+    ("", "a young cat"),
+)
 ROWS = [  # tokens and labels
     ([5, 3, 1, END], [-100, -100, 1, END]),
     ([2, 4, 3, 3, 1, 2, 5, END], [-100, 4, 3, 3, 1, 2, 5, END]),
@@ -69,14 +74,20 @@ def check_token_loss(answer: ModuleType) -> None:
         )
 
 
-def check_encode(answer: ModuleType) -> None:
-    """`encode` labels as `encode_row` does."""
+def check_split_row(answer: ModuleType) -> None:
+    """The text stays, and what the prompt's tokens are by themselves is how the row begins."""
     tokenizer = Tokenizer.from_file(str(ASSETS / "model" / "tokenizer.json"))
     for prompt, completion in TEXTS:
-        right = encode_row({"prompt": prompt, "completion": completion}, tokenizer, END)
-        tokens, labels = answer.encode(prompt, completion, tokenizer, END)
-        case = f"encode({prompt!r}, {completion!r})"
-        assert tokens == right.tokens, f"{case}: the tokens are {tokens}, need those of the text and the end token"
-        assert labels[-1] == END, f"{case}: the end token has no label, so the model would not learn to stop"
-        learned = tokenizer.decode([label for label in labels if label >= 0])
-        assert labels == right.labels, f"{case}: what is learned reads {learned!r}"
+        row = tokenizer.encode(prompt + completion).ids
+        found = answer.split_row(prompt, completion, tokenizer)
+        case = f"split_row({prompt!r}, {completion!r})"
+        assert isinstance(found, tuple), f"{case}: need a prompt and a completion"
+        assert "".join(found) == prompt + completion, f"{case}: together they read {''.join(found)!r}. Was that asked?"
+        assert len(found[0]) <= len(prompt), f"{case}: the prompt {found[0]!r} has a piece of the answer"
+        own = tokenizer.encode(found[0]).ids
+        assert row[: len(own)] == own, (
+            f"{case}: by itself the prompt {found[0]!r} has the tokens {own}, and the row begins with {row[: len(own)]}"
+        )
+        longer = [prompt[:n] for n in range(len(found[0]) + 1, len(prompt) + 1)]
+        others = [each for each in longer if row[: len(ids := tokenizer.encode(each).ids)] == ids]
+        assert not others, f"{case}: the prompt {found[0]!r} is shorter than it must be"

@@ -3,16 +3,6 @@
 from torch import Tensor
 
 
-def best_adapter(delta: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, float]:
-    """The A and B of rank r for which s·B A is nearest to ΔW, and the loss ‖ΔW - s·B A‖² that must remain.
-
-    ‖·‖² is the sum of the squares of all numbers. The loss is told from the singular values alone.
-
-    Shapes: delta (out, in) -> A (r, in), B (out, r)
-    """
-    raise NotImplementedError
-
-
 def rank_for(A: Tensor, B: Tensor, share: float) -> int:
     """The smallest rank whose best cut of B A keeps at least this share of the energy ‖B A‖², 0 < share < 1.
 
@@ -27,5 +17,13 @@ def stack(adapters: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]
     """One A and one B with B A = Σ sᵢ Bᵢ Aᵢ. An adapter is (A, B, s); the rank is the sum of all ranks.
 
     Shapes: A (r, in), B (out, r) of each -> A (Σ r, in), B (out, Σ r)
+    """
+    raise NotImplementedError
+
+
+def best_for(delta: Tensor, x: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The A and B of rank r for which ‖x ΔWᵀ - x (B A)ᵀ‖² is least: whose outputs on the rows of x are the nearest.
+
+    Shapes: delta (out, in), x (rows, in) -> A (r, in), B (out, r)
     """
     raise NotImplementedError

@@ -23,3 +23,13 @@ def dpo(
     Shapes: all (pairs), also the result
     """
     raise NotImplementedError
+
+
+def dpo_per_token(policy: Tensor, reference: Tensor, lengths: Tensor, beta: float) -> Tensor:
+    """-log σ(β M) of each pair, where M compares how much each answer has changed *per token*.
+
+    A row is a pair, its chosen answer first. Lengths are numbers of tokens. The reference is a constant.
+
+    Shapes: policy (pairs, 2), reference (pairs, 2), lengths (pairs, 2) -> (pairs)
+    """
+    raise NotImplementedError

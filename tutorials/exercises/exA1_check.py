@@ -68,3 +68,30 @@ def check_dpo(answer: ModuleType) -> None:
         f"for a margin of -5000 the loss is {far.item()}, not 1500: what is σ of a large "
         "negative number in float32, and what is its logarithm?"
     )
+
+
+def check_dpo_per_token(answer: ModuleType) -> None:
+    """Each answer's change is divided by its own length, and the gradient with it; the reference is a constant."""
+    beta, lengths = 0.5, [(2, 8), (5, 5), (40, 3)]
+    policy = torch.tensor([pair[:2] for pair in PAIRS], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([pair[2:] for pair in PAIRS], dtype=torch.float64, requires_grad=True)
+    found = answer.dpo_per_token(policy, reference, torch.tensor(lengths), beta)
+    assert isinstance(found, torch.Tensor), f"dpo_per_token returns {type(found).__name__}, need a tensor"
+    assert found.shape == (3,), f"the shape is {tuple(found.shape)}, need one loss for each of the 3 pairs"
+    found.sum().backward()
+    for i, ((c, r, of_c, of_r), (m, n)) in enumerate(zip(PAIRS, lengths, strict=True)):
+        margin = (c - of_c) / m - (r - of_r) / n
+        case = f"policy {c}, {r}; reference {of_c}, {of_r}; {m} and {n} tokens; β = {beta}: the loss is {found[i]:.6f}"
+        right = math.log1p(math.exp(-beta * margin))
+        together = math.log1p(math.exp(-beta * ((c - of_c) - (r - of_r)) / (m + n)))
+        assert not math.isclose(found[i].item(), together, rel_tol=1e-9) or math.isclose(together, right), (
+            f"{case}. You divide the whole margin by one number. Does a short answer then count as much as a long one?"
+        )
+        assert math.isclose(found[i].item(), right, rel_tol=1e-9), (
+            f"{case}, need {right:.6f}. What has changed, and by how many tokens is each change shared?"
+        )
+        slope = -beta / (1 + math.exp(beta * margin))
+        need = (slope / m, -slope / n)
+        assert policy.grad is not None, "no gradient reaches the policy; only the reference is a constant"
+        assert all(map(math.isclose, policy.grad[i].tolist(), need)), f"{case}, which is right, but its gradient is not"
+    assert reference.grad is None, "a gradient reaches the reference. What is a constant here?"
