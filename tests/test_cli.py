@@ -238,7 +238,7 @@ def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_o
     with pytest.raises(SystemExit, match=r"^0$"):
         cli.main(["help", "finetune"])
     assert capsys.readouterr().out == short
-    main = {"model", "data", "out", "lora-r", "dry-run", "help-all", "columns", "skip-bad-rows"}
+    main = {"model", "data", "out", "lora-r", "dry-run", "help-all", "columns", "system", "skip-bad-rows"}
     assert main <= flags(short) < flags(page("--help-all"))
     assert "`minilora finetune --help-all`" in short.splitlines()[-1]
     example = json.loads((ASSETS / "finetune.json").read_text())  # what the run without flags uses

@@ -82,8 +82,8 @@ def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove one adapter; modules that have no other adapter are put back.
 
-    If it was the only active one, the first by name of those that are left acts, as in PEFT, and is trainable if this
-    one was.
+    If it was the only active one, the first of the others by name becomes active in all modules that have it, and
+    trainable if this one was. (In PEFT each module activates the first of its own.)
 
     Raises:
         TargetError: the model has no adapter of that name.

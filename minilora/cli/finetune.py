@@ -52,7 +52,7 @@ from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, 
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
-    *("columns", "skip_bad_rows", "learning_rate", "batch_size", "epochs", "max_steps"),
+    *("columns", "system", "skip_bad_rows", "learning_rate", "batch_size", "epochs", "max_steps"),
 )
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",

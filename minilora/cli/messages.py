@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import shutil
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # only `finetune` imports it
     from minilora.runs.loop import TrainResult
 
 SHOWN = 3  # answers to held-out rows
+SHOWN_CHARACTERS = 1000  # of one answer
 
 
 def base_notes(base: Location, adapters: Sequence[Path], quantization: Mapping[str, Any]) -> Iterator[str]:
@@ -180,8 +182,8 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
     for row in answers[: min(SHOWN, run.settings.run.samples)]:
         say(shorten(str(row["prompt"]), width, keeps_end=True))
         for name, key in (("wanted", "wanted"), ("base", "base"), ("adapter", "text")):
-            title = f"  {name:<8}-> "
-            say(title + shorten(str(row[key]), width - len(title)))
+            title, text = f"  {name:<8}-> ", shorten(str(row[key]), SHOWN_CHARACTERS)
+            say(textwrap.fill(text, width, initial_indent=title, subsequent_indent=" " * len(title)) or title)
     print(f"adapter written to {run.settings.run.out}", flush=True)
     out = shlex.quote(str(Path(run.settings.run.out)))
     merge = f"minilora merge --adapter {out} --out {out}-merged"
