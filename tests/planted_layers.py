@@ -86,6 +86,55 @@ def overwriting(*tensors, **options):
     return layer
 
 
+WORKSPACES = {}  # that all layers of a process share
+
+
+class InAWorkspace(torch.autograd.Function):
+    """x W, whose gradients read x where a later call has written its own."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.kept, ctx.W = WORKSPACES.setdefault((x.shape, x.dtype), torch.empty_like(x)).copy_(x), W.detach()
+        return x @ W
+
+    @staticmethod
+    def backward(ctx, dy):
+        x = ctx.kept.reshape(-1, ctx.kept.shape[-1])
+        return dy @ ctx.W.T, x.T @ dy.reshape(-1, dy.shape[-1])
+
+
+class OfOneBackwardPass(torch.autograd.Function):
+    """x W, which keeps x for the first backward pass only."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.kept, ctx.W = x.detach(), W.detach()
+        return x @ W
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, ctx.kept = ctx.kept.reshape(-1, ctx.kept.shape[-1]), torch.zeros_like(ctx.kept)
+        return dy @ ctx.W.T, x.T @ dy.reshape(-1, dy.shape[-1])
+
+
+def multiplied_by(function):
+    return with_update(lambda self, x: self.scale * function.apply(F.linear(drop(self, x), self.A), self.B.T))
+
+
+def in_blocks(self, x):
+    """Compute 256 rows at a time, and forget dropout of the rows that are left over."""
+    rows = x.reshape(-1, x.shape[-1])
+    whole = len(rows) // 256 * 256 or len(rows)
+    updates = [delta(self, drop(self, rows[:whole])), delta(self, rows[whole:])]
+    return base(self, x) + torch.cat(updates).view(*x.shape[:-1], -1)
+
+
+def in_an_output(self, x):
+    """Return y in a tensor that a later call overwrites."""
+    y = self(x)
+    return y if torch.is_grad_enabled() else kept(self, (y.shape, y.dtype), y.clone).copy_(y)
+
+
 class FrozenByEvaluation(LoRALayer):
     def train(self, mode=True):
         if not mode:
@@ -223,6 +272,10 @@ OWN = {
     "dB in two calls counted once": lora(
         lambda self, x: self(x) if calls(self) == 1 else with_tensors(self, x, B=self.B.detach())
     ),
+    "what is kept for gradients is overwritten by the next call": multiplied_by(InAWorkspace),
+    "no dB in a second backward pass of one graph": multiplied_by(OfOneBackwardPass),
+    "no dropout of rows that are left over": lora(in_blocks),
+    "an output that the next call overwrites": lora(in_an_output),
     "small numbers of x are 0": with_update(lambda self, x: delta(self, drop(self, only(x, x.abs() > 1e-2)))),
 }
 OWN_RSLORA = {
@@ -235,7 +288,7 @@ OWN_DORA = {
             self.m / kept(self, "norm", lambda: adapted(self).norm(dim=1).detach()) if self.training else factor(self)
         )
     ),
-    "the norm is at least 1e-4": with_factor(lambda self: self.m / adapted(self).norm(dim=1).detach().clamp(min=1e-4)),
+    "the norm is at least 1e-6": with_factor(lambda self: self.m / adapted(self).norm(dim=1).detach().clamp(min=1e-6)),
     "no dm in 16 bits": with_factor(lambda self: factor(self).detach() if self.m.dtype in HALF else factor(self)),
     "a gradient through the norm in training": with_factor(
         lambda self: self.m / adapted(self).norm(dim=1) if self.training else factor(self)

@@ -143,6 +143,18 @@ def test_a_gradient_that_the_definition_does_not_have_is_not_asked_for():
         check_kernel(by_the_log_sum, softmax, [x, W])
 
 
+def test_zeros_are_in_one_tensor_at_a_time_as_well():
+    def with_a_slope_at_0(x, gate):
+        return torch.where(x >= 0, x, 0) * gate
+
+    with pytest.raises(CheckFailure, match="the gradient of tensor 0 for zeros in tensor 0"):
+        check_kernel(
+            with_a_slope_at_0,
+            lambda x, gate: x.relu() * gate,
+            [randn(0, 3, 4).requires_grad_(), randn(1, 3, 4).requires_grad_()],
+        )
+
+
 @pytest.mark.parametrize(("reason", "is_accepted"), [("non-empty donated buffers", True), ("freed", False)])
 def test_a_graph_of_one_backward_pass_is_accepted_only_if_it_was_compiled(reason, is_accepted):
     class Exp(torch.autograd.Function):

@@ -117,6 +117,15 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
             "            del layer.own[other]\n            layer.scales.pop(other, None)"
         },
         "deleting one that does not act switches": {"if acted:": "if True:"},
+        "another one acts after a deleted one, and is not trained": {
+            "if acted:": "if acted and [setattr(own, 'active', next(iter(model.configs))) for own in model.modules()]:",
+            "switch(model, next(iter(model.configs)))": "pass",
+        },
+        "deleting one freezes the others for good": {
+            REMOVED: "[setattr(layer, 'frozen', True) or own.requires_grad_(False) for own in layer.own.values()]\n"
+            f"        {REMOVED}",
+            TRAINS: "requires_grad_(other == name and not hasattr(layer, 'frozen'))",
+        },
         "a deleted one comes back with its name": {
             "del layer.own[name]": 'layer.old = {**getattr(layer, "old", {}), name: [layer.own.pop(name)]}',
             "= nn.Sequential(A, B)": '= getattr(layer, "old", {}).get(name, [nn.Sequential(A, B)])[0]',
@@ -159,6 +168,11 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
             OPTIMIZER, '[own["step"].zero_() for own in optimizer.state.values()]'
         ),
         "what is loaded is frozen": after(OPTIMIZER, "model.requires_grad_(False)"),
+        "the latest checkpoint is chosen by its name": {
+            '(path / "state.pt").exists()': '[*path.glob("*.pt")]',
+            'torch.load(path / "state.pt")': 'torch.load(max(path.glob("*.pt")))',
+            'path / "state.pt")\n    return': 'path / f"{stop}.pt")\n    return',
+        },
         "the first checkpoint is kept": {
             "    torch.save({**state": '    (path / "state.pt").exists() or torch.save({**state'
         },

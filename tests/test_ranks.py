@@ -174,7 +174,7 @@ def test_a_rank_that_differs_or_stops_stops_all(tmp_path):
     first, second = on_ranks(2, misfortunes, tmp_path)
     assert first == second
     data, reversed_data, stopped, finished, bad = first
-    assert "their data" in data
+    assert "(dataset)" in data
     assert "step 1: loss nan" in bad
     assert data == reversed_data
     assert (stopped, finished) == ((3, False), (8, True))

@@ -17,6 +17,8 @@ from minilora.testing.implementations import (
     loss_sum,
     masked_loss,
     merge,
+    nf4_dequantize,
+    nf4_quantize,
     render_chat,
 )
 from tests.models import randn
@@ -79,6 +81,14 @@ def seeing(sees):
     return run, VOCABULARY, PACKED[2]
 
 
+WORKSPACES = {}
+
+
+def dequantized_in_a_workspace(*given):
+    weight = nf4_dequantize(*given)
+    return WORKSPACES.setdefault(weight.shape, weight).copy_(weight)
+
+
 RARE = {
     "linear4bit": {
         "under no_grad": doubled_where(lambda x: not torch.is_grad_enabled()),
@@ -91,7 +101,12 @@ RARE = {
     "double_quant": {
         "small absmaxes are clipped": (lambda absmax: double_quantize(absmax.clamp(min=1e-3)), double_dequantize)
     },
-    "merge": {"the scale is rounded": lambda W, A, B, scale: merge(W, A, B, round(scale, 3))},
+    "merge": {
+        "the scale is rounded": lambda W, A, B, scale: merge(W, A, B, round(scale, 3)),
+        "W itself where B = 0": lambda W, A, B, scale: merge(W, A, B, scale) if B.any() else W,
+        "a view of W where B = 0": lambda W, A, B, scale: merge(W, A, B, scale) if B.any() else W.detach()[:],
+    },
+    "nf4": {"a workspace is returned": (nf4_quantize, dequantized_in_a_workspace)},
     "loss_masking": {
         "the gradient from above is ignored": Unweighted.apply,
         "behind 64 tokens": lambda logits, labels: masked_loss(logits[:, :64], labels[:, :64]),
@@ -123,7 +138,7 @@ RARE = {
     },
     "packing": {
         "equal documents": seeing(lambda other, own: other == own and len(own) > 3),
-        "behind more than 256 tokens": seeing(lambda other, own: len(other) > 256),
+        "behind more than 384 tokens": seeing(lambda other, own: len(other) > 384),
     },
     "generation": {
         "prompts of more than 128 tokens": (

@@ -138,9 +138,10 @@ def decode(prompts, new, fault):
         tokens = list(prompt)
         for _ in range(new):
             seen = tokens[-window:]
+            rounded = torch.bfloat16 if fault == "logits are rounded to 16 bits" else torch.float64
             if fault == "padding is seen" and prompt != max(prompts, key=len):
                 seen = [0] * (len(max(prompts, key=len)) - len(prompt)) + tokens
-            tokens.append(int(MODEL.logits([seen])[0][-1].argmax()))
+            tokens.append(int(MODEL.logits([seen])[0][-1].to(rounded).argmax()))
         answers.append(tokens[len(prompt) :])
     if fault == "an answer ends early":
         answers = [answer[:-1] for answer in answers]
@@ -154,7 +155,14 @@ def decoder(fault):
 
 
 @pytest.mark.parametrize(
-    "fault", ["the cache is too short", "padding is seen", "an answer ends early", "the answers are sorted"]
+    "fault",
+    [
+        "the cache is too short",
+        "padding is seen",
+        "an answer ends early",
+        "the answers are sorted",
+        "logits are rounded to 16 bits",
+    ],
 )
 def test_decoding_that_is_not_that_of_the_model_is_refused(fault):
     with pytest.raises(CheckFailure, match="generation-greedy"):

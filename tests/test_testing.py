@@ -15,6 +15,7 @@ from minilora.testing import (
     assert_maths,
     cases,
     check,
+    check_accumulation,
     check_lora_linear,
     check_merge,
     laws,
@@ -24,7 +25,7 @@ from minilora.testing import (
 )
 from minilora.testing.catalogue import CATALOGUE, lora, with_formula
 from minilora.testing.compare import UNITS, as_array, worst
-from minilora.testing.implementations import Linear4bit, LoRALayer, merge
+from minilora.testing.implementations import Linear4bit, LoRALayer, accumulated_gradient, merge
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
 from tests.adapters import dora_stretched
@@ -286,3 +287,17 @@ def test_misuse_is_told():
         check(LoRALayer)
     for kind in {law.kind for law in laws().values()}:
         assert kind in laws.__doc__
+
+
+def test_a_failure_that_earlier_calls_cause_says_so():
+    counts = []
+
+    def step(W, batches):
+        counts.append(sum((labels[:, 1:] != -100).sum() for _, labels in batches))
+        return accumulated_gradient(W, batches) * counts[-1] / sum(counts)
+
+    with pytest.raises(CheckFailure, match="it depends on earlier calls"):
+        check_accumulation(step)
+    with pytest.raises(CheckFailure) as caught:
+        check_accumulation(lambda W, batches: 2 * accumulated_gradient(W, batches))
+    assert "earlier calls" not in str(caught.value)

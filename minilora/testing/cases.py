@@ -19,7 +19,7 @@ MODES: dict[Mode, str] = {  # how a layer is called
     "eval": "in evaluation mode",
     "no_grad": "in training mode under no_grad",
     "inference": "in evaluation mode under inference_mode",
-    "again": "in a third call, after calls with other inputs and of another layer",
+    "again": "in a third call, after calls with other inputs and of another layer, or in a second backward pass",
     "back": "after eval(), a call under inference_mode, and train()",
     "strided": "with tensors that are not contiguous",
 }
@@ -70,7 +70,7 @@ class AdaptedLinear:
     W (out, in), b (out) or None, A (r, in), B (out, r), magnitude (out), x (..., in), dy (..., out).
 
     Weights are those of `hard_weight`; an outlier is in x as well; tiny_update: B is a hundred thousand times smaller,
-    small: W and B are.
+    small: W and B are ten million times smaller.
     """
 
     method: Method = "lora"
@@ -102,10 +102,10 @@ class AdaptedLinear:
         }
         if self.weight == "outlier":
             drawn["x"][..., rng.integers(self.inner)] *= 100
-        if self.weight in ("tiny_update", "small"):
-            drawn["B"] *= 1e-5
+        factor = {"tiny_update": 1e-5, "small": 1e-7}.get(self.weight, 1.0)
+        drawn["B"] *= factor
         if self.weight == "small":
-            drawn["W"] *= 1e-5
+            drawn["W"] *= factor
         changes = {name: np.frombuffer(numbers).copy().reshape(drawn[name].shape) for name, numbers in self.changes}
         arrays = {name: rounded(array, self.dtype) for name, array in {**drawn, **changes}.items()}
         if not self.has_magnitude:

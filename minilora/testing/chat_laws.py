@@ -240,8 +240,8 @@ CONVERSATIONS = {
     "white_space": chats(*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
     "unicode": chats(("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
     "code": chats(("3 < 4 & \"a\" > 'b'?", "{x} {{ y }} {% z %} %s \\n"), ("if x:\n\ty\n", "a:\n    b\n\n\n  c")),
-    "two_replies": [Chat((*Chat().turns, ("assistant", "No, night.")))],
     "system": chats(HELLO, LONGER, system="Be brief."),
+    "two_replies": [Chat((*Chat().turns, ("assistant", "No, night.")))],
 }
 _USER, _REPLY, _NEXT, _LAST = ("user", "Qa?"), ("assistant", "Qb."), ("user", "Qc?"), ("assistant", "Qd.")
 UNUSUAL = [

@@ -273,7 +273,7 @@ def check_packing(
         vocabulary: tokens are drawn below it.
         parameters: tensors of PyTorch whose gradients are compared too; `run` must then record gradients.
         lengths: those of the documents of batches to be tried as well, such as [(2000, 3)]: pass some beyond your block
-            sizes and windows. The usual ones have up to 300 tokens.
+            sizes and windows. The usual ones have up to 420 tokens.
     """
     return check((run, vocabulary, tuple(parameters)), "packing", sizes=lengths)
 

@@ -152,7 +152,7 @@ class Several:
         y, known = logits(self.model), [logits(self.case.build()), *self.right.values()]
         right = self.right.get(name, next((own for own in known if is_same(y, own)), known[0]))
         yield same(f"the logits {when}", y, right)
-        if name not in self.right and not trainable(self.model):
+        if name not in self.right and is_same(y, known[0]) and not trainable(self.model):
             return  # the base acts
         train(self.model, steps=1)
         y, before, self.right = logits(self.model), self.right, {}
@@ -161,7 +161,9 @@ class Several:
             self.right[other] = logits(self.model)
         acting = [other for other, own in self.right.items() if is_same(y, own)]
         trained = [other for other, own in self.right.items() if not is_same(own, before[other])]
-        found = f"found that {acting or 'nothing'} acts, and that a step changes {trained or 'nothing'}"
+        found = (
+            f"after a step the logits are those with {acting or 'none of them'}, and other than before with {trained}"
+        )
         found += "" if name else "; or a new one does not begin as the base"
         yield claim(f"what is trained {when}", "" if acting == trained else found)
 
@@ -209,6 +211,9 @@ def deleted(case: AdaptedModel, attach: Call, switch: Call, _: Any, delete: Call
         delete(state.model, name)
         del state.right[name]
         yield from state.acts(f"after deleting {name!r} while {acting!r} acts", acting)
+        for other in [*state.right]:
+            switch(state.model, other)
+            yield from state.acts(f"after deleting {name!r} and switching to {other!r}", other)
         if again:
             state.add(again)
             switch(state.model, again)
@@ -437,7 +442,7 @@ _CYCLE = f"merged the layer applies W + s·B A, and unmerged W again, in {CYCLES
 _64, _32, _F16, _B16 = (linear_cases("lora", dtype)[12:22:3] for dtype in UNITS)
 _16 = _B16 + _F16
 _4 = [AdaptedLinear(inner=64, r=4, dtype="float32"), AdaptedLinear(inner=128, outer=24, r=8, dtype="float32")]
-_STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6)]
+_STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6), Stops((9, 12), 13)]
 LAWS = (
     *(
         Law("roundtrip", name, _LOADED, [AdaptedModel({"default": {**_Q_UP, **config}})], unpacked(roundtrip))

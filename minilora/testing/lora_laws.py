@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, interned, strided, tensor
-from minilora.testing.compare import Array, Bounded, as_array
+from minilora.testing.compare import Array, Bounded, as_array, has_one_backward
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, claim, mode
 
 SHAPES = (  # lead, in, out, r: from small to large; square ones, in which exchanged factors still multiply
@@ -35,6 +35,7 @@ WEIGHTS: dict[int, LayerKind] = {5: "small", 6: "tiny_update", 8: "outlier", 13:
 LEADS = ((), (0,), (3, 1), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several, one token
 FACTORS = {"lora": ("A", "B"), "dora": ("A", "B", "magnitude")}
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away; fewer of very wide layers
+LAST = 100  # more of them: what is left over where rows are taken in blocks
 ELSE = ", its transpose or its rows; `torch.func.functional_call` can pass parts of the given tensor"
 TWICE = ("again", "eval")  # modes with two forward and two backward passes
 Make = Callable[..., Any]
@@ -150,10 +151,12 @@ def input_of(layer: Any, case: Any) -> Tensor:
 
 
 def called(layer: Any, case: Any) -> tuple[Tensor, Any]:
-    """Call a layer in the mode of a case; return x and y."""
+    """Call a layer in the mode of a case, and again with another input; return x and y, which stays as it was."""
     x = input_of(layer, case)
     with recording(case):
-        return x, layer(x)
+        y = layer(x)
+        layer(2 * x)
+    return x, y
 
 
 def with_dtype(name: str, y: Any, right: Bounded) -> Iterator[Comparison]:
@@ -203,7 +206,8 @@ def merge_of_layer(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 
 def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = make_layer(make, case)
-    yield from gradients_of(built, case, *backward(built.layer, case, needs_dx=case.seed % 3 < 2))
+    other, _ = make_layer(make, replace(case, seed=case.seed + 1))
+    yield from gradients_of(built, case, *backward(built.layer, case, case.seed % 3 < 2, others=[other.layer]))
 
 
 def gradients_of(built: Built, case: AdaptedLinear, x: Tensor, y: Tensor) -> Iterator[Comparison]:
@@ -219,11 +223,16 @@ def gradients_of(built: Built, case: AdaptedLinear, x: Tensor, y: Tensor) -> Ite
 
 
 def backward(
-    layer: Any, case: Any, needs_dx: bool = True, context: AbstractContextManager[Any] | None = None
+    layer: Any,
+    case: Any,
+    needs_dx: bool = True,
+    context: AbstractContextManager[Any] | None = None,
+    others: Sequence[Any] = (),
 ) -> tuple[Tensor, Tensor]:
     """Run a forward and a backward pass of Σ dy·y; return x, whose gradient is 0 where there is none, and y.
 
-    In `TWICE` these are two passes; in "no_grad" the passes come after such a call.
+    In `TWICE` these are two passes, in "again" of one graph; in "no_grad" they come after such a call. Between forward
+    and backward this layer and others are called with another input, which changes nothing.
     """
     if hasattr(layer, "is_numpy"):
         raise NotApplicable("the layer computes in numpy: it has no gradients")
@@ -232,13 +241,24 @@ def backward(
         with torch.no_grad():
             layer(x)
     x.requires_grad_(needs_dx or mode(case) in ("eval", "inference"))  # a layer that has merged has no other gradient
-    for _ in range(2 if mode(case) in TWICE else 1):
+    passes, is_retained = 2 if mode(case) in TWICE else 1, mode(case) == "again"
+    for i in range(passes):
         x.grad = None
-        with context or nullcontext():
-            y = layer(x)
+        if i == 0 or not is_retained:
+            with context or nullcontext():
+                y = layer(x)
+                for each in (layer, *others):
+                    each(2 * x)
         if not y.requires_grad:
             raise AssertionError("the layer's output has no gradient")
-        y.backward(placed(case.dy, case).to(y.dtype))
+        dy = placed(case.dy, case).to(y.dtype)
+        try:
+            y.backward(dy, retain_graph=is_retained)
+        except RuntimeError as error:
+            if not has_one_backward(error):
+                raise
+            is_retained = False
+            y.backward(dy)
     x.grad = torch.zeros_like(x) if x.grad is None else x.grad
     return x, y
 
@@ -338,9 +358,10 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     p = 0.05 if case.seed % 4 == 0 else 0.7 if case.has_bias else 0.25
     built, single = make_layer(make, replace(case, lead=(1,)).changed(x=case.rows[:1]), dropout=p)
     masks = max(256, min(MASKS, 2**30 // case.W.size))
+    masks += LAST
     layer, lead = built.layer, ((masks,), (masks, 1), (1, masks))[case.seed % 3]
     row = tensor(single.x, single.dtype)
-    x, few = row.repeat(masks, 1).reshape(*lead, -1), row.repeat(64, 1)
+    x, few = row.repeat(masks, 1).reshape(*lead, -1), row.repeat(256 + LAST, 1)
     set_mode(layer, training=False)
     torch.manual_seed(case.seed)
     with recording(case):
@@ -353,6 +374,9 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     yield Comparison("x, which is only read", x.flatten()[: case.inner], single.x[0])
     is_same = np.array_equal(first, second) and bool((first != first[0]).any())
     yield claim("the mask of a second call", "it is that of the first call" if is_same else "")
+    last, may_be_one = y[-LAST:], (1 - p) ** (LAST * case.inner) > 1e-9
+    is_one = not may_be_one and bool((abs(last - last[0]) <= 2 * single.y.error).all())
+    yield claim(f"the masks of the last {LAST} of {masks} rows", "all are equal" if is_one else "")
     yield from statistics(single, p, y)
     if not hasattr(layer, "is_numpy"):
         yield from gradients_of_masks(built, single, p, few.requires_grad_())

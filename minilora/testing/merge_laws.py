@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from minilora.testing.cases import AdaptedLinear, Method, tensor
 from minilora.testing.compare import Array, Bounded
@@ -23,9 +24,14 @@ def merging(merge: Callable[..., Any], case: AdaptedLinear) -> Iterator[Comparis
         for name in names[1:]:
             given[name].requires_grad_(order == "F")
         W, A, B, *magnitude = given.values()
-        yield from with_dtype(f"the merged weight{views}", merge(W, A, B, case.scale, *magnitude), right)
-        for name in names:
-            yield Comparison(f"{name}{views}, which is only read", given[name], case.arrays[name])
+        merged = merge(W, A, B, case.scale, *magnitude)
+        yield from with_dtype(f"the merged weight{views}", merged, right)
+        for what in ("which is only read", "after the merged weight was changed"):
+            for name in names:
+                yield Comparison(f"{name}{views}, {what}", given[name], case.arrays[name])
+            if isinstance(merged, torch.Tensor):
+                with torch.inference_mode():
+                    merged += 1
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def quantizing(pair: Pair, case: NF4Weight, is_exact: bool = False) -> Iterator[
 def dequantized_values(pair: Pair, case: NF4Weight) -> Iterator[Comparison]:
     packed, absmax = tensor(case.packed, "uint8"), tensor(case.absmax, "float32")
     weight = pair[1](packed, absmax, (case.rows, case.columns), case.block_size)
+    pair[1](packed, 2 * absmax, (case.rows, case.columns), case.block_size)  # which leaves the first weight as it was
     yield Comparison("packed, which is only read", packed, case.packed)
     yield Comparison("absmax, which is only read", absmax, case.absmax)
     yield form("the dequantized weight", weight, case.W.shape, "float32")
@@ -105,14 +106,15 @@ def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     yield Comparison("x, which is only read", x, case.x)
     ones = np.eye(case.inner)
     with recording(case):
-        y, of_nan = layer(placed(ones, case)), layer(x * torch.nan)
-    yield from with_dtype("layer(1), the weight that is applied", y, case.output(ones))
+        applied, of_nan = layer(placed(ones, case)), layer(x * torch.nan)
+    yield Comparison("y after other calls", y, case.output(case.x))
+    yield from with_dtype("layer(1), the weight that is applied", applied, case.output(ones))
     yield Comparison("where y of NaN is NaN", np.isnan(as_array(of_nan)), np.ones((*case.lead, case.outer)))
 
 
 def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
-    layer, _ = make_linear(make, case)
-    x, _ = backward(layer, case)
+    (layer, _), (other, _) = make_linear(make, case), make_linear(make, replace(case, seed=case.seed + 1))
+    x, _ = backward(layer, case, others=[other])
     yield Comparison("dx", x.grad, case.dx)
     x = tensor(case.x, case.dtype).requires_grad_()
     layer(x).sum().backward()  # dy is a view of a single number

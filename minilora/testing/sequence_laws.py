@@ -151,9 +151,10 @@ def unlikely(logits: Call, prompt: Tokens, answer: Tokens, new: int) -> str:
 
 _LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (5, 5, 5), (9, 2, 17), (2, 4, 1, 3, 2, 6, 3, 1, 5))
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
-CASES += [Lengths((4, 3, 4, 4, 3), has_equal=True), Lengths((300, 1, 8, 20))]
+CASES += [Lengths((4, 3, 4, 4, 3), has_equal=True), Lengths((420, 1, 8, 20))]
 SEVERAL = CASES[1:]
-PROMPTS = [*CASES, Lengths((40,) * 4, common=24), Lengths((20, 90), new=45)]
+MANY = Lengths((2, 1, 3) * 8, new=40)  # of whose tokens some are nearly as likely as the next
+PROMPTS = [*CASES, Lengths((40,) * 4, common=24), Lengths((20, 90), new=45), MANY]
 _PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
     ("alone", "each document has the result that it has by itself, whatever its neighbours", by_itself),
     ("causal", "a token changes results, and none in front of it", causal),
