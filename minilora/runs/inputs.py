@@ -66,7 +66,7 @@ def read_data(
     """
     run, config = settings.run, settings.data
     files = find_files(run.data, run.eval_data)
-    tokenizer = tokenizer_of(run.model, adapters) or load_tokenizer(run.model)  # which says why there is none
+    tokenizer = (tokenizer_of(run.model, adapters) if adapters else None) or load_tokenizer(run.model)
     tokenizer = tokenizer.with_files({}, began.astimezone())
     rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
     tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
