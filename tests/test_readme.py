@@ -98,7 +98,8 @@ def test_the_tables_of_flags_say_what_the_command_answers():
     assert answered >= 30
 
 
-def test_the_readme_names_the_pages_and_the_documents_the_families():
+def test_the_readme_is_short_and_names_the_pages_and_the_documents_the_families():
+    assert len(README.splitlines()) <= 110
     pages = re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|", README, flags=re.MULTILINE)
     assert pages == ["lora", "nf4", "llama", "adapter", "data", "training"]
     assert re.findall(r"^\| `(\w+)` \|", PAGES["models.md"], re.MULTILINE) == ["model_type", *FAMILIES]
@@ -151,6 +152,19 @@ def test_the_run_and_the_bag_of_words_of_the_readme_are_in_the_results():
         re.search(r"a bag of words\b.*?(0\.\d+)", page, re.DOTALL)[1] for page in (README, PAGES["results.md"])
     ]
     assert len({*by_counting}) == 1
+
+
+def test_the_start_is_plain_markdown_for_a_forge():
+    start = re.sub(r"<!--.*?-->", "", (ROOT / "site" / "index.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"^:{3,}|^`{3,}\{|\)\{", start, re.MULTILINE)  # what only MyST reads
+
+
+def test_the_pages_and_the_code_use_plain_words():
+    odd = r"\b(?:in four bits|(?:is|are) mended|(?:is|are) learned of|recipe of others|once a step|of whose)\b"
+    texts = {name: page for name, page in PAGES.items() if name not in ("api.md", "paper_claims.md")}
+    sources = [ROOT / "nanolora.py", *(ROOT / "minilora").rglob("*.py")]
+    texts |= {str(path): path.read_text(encoding="utf-8") for path in sources}
+    assert not [(name, found) for name, text in texts.items() for found in re.findall(odd, text)]
 
 
 def test_links_lead_somewhere():
