@@ -153,7 +153,7 @@ _LENGTHS = ((2,), (3, 2), (2, 3, 5), (1, 4), (4, 1, 1), (5, 5, 5), (9, 2, 17), (
 CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 CASES += [Lengths((4, 3, 4, 4, 3), has_equal=True), Lengths((420, 1, 8, 20))]
 SEVERAL = CASES[1:]
-MANY = Lengths((2, 1, 3) * 8, new=40)  # of whose tokens some are nearly as likely as the next
+MANY = Lengths((2, 1, 3) * 8, new=40)  # some of the tokens are nearly as likely as the next ones
 PROMPTS = [*CASES, Lengths((40,) * 4, common=24), Lengths((20, 90), new=45), MANY]
 _PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
     ("alone", "each document has the result that it has by itself, whatever its neighbours", by_itself),
