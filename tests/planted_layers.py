@@ -274,6 +274,10 @@ OWN = {
     ),
     "what is kept for gradients is overwritten by the next call": multiplied_by(InAWorkspace),
     "no dB in a second backward pass of one graph": multiplied_by(OfOneBackwardPass),
+    "where B = 0 the base alone": when(lambda self, x: not self.B.any()),
+    "a batch of one sequence loses a dimension": lora(
+        lambda self, x: self(x).squeeze(0) if x.ndim == 3 and x.shape[1] > 1 else self(x)
+    ),
     "no dropout of rows that are left over": lora(in_blocks),
     "an output that the next call overwrites": lora(in_an_output),
     "small numbers of x are 0": with_update(lambda self, x: delta(self, drop(self, only(x, x.abs() > 1e-2)))),

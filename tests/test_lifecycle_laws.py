@@ -81,6 +81,14 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
     },
     "adapters": {
         "a switch changes only what acts": {TRAINS: "requires_grad_(other == next(iter(layer.own)))"},
+        "of several adapters B alone is trained": {
+            TRAINS: f"{TRAINS}\n            if len(model.configs) > 1 and layer.scales:\n"
+            "                module[0].requires_grad_(False)"
+        },
+        "a deleted one is set to zero": {
+            REMOVED: "if name in layer.own:\n            nn.init.zeros_(layer.own[name][1].weight)",
+            "if acted:": "if False:",
+        },
         "names are compared by their beginnings": {TRAINS: "requires_grad_(other.startswith(name))"},
         "modules trained in full are not switched": {
             "layer.active = name": "layer.active = name if layer.scales else next(iter(layer.own))"

@@ -119,6 +119,15 @@ def unusual(render: Render, case: Chat) -> Iterator[Comparison]:
         yield from chat_mask(render, case)
 
 
+def two_replies(render: Render, case: Chat) -> Iterator[Comparison]:
+    """Compare a conversation with two replies in a row, which a template may refuse."""
+    try:
+        render(case.messages)
+    except Exception:
+        return
+    yield from chat_mask(render, case)
+
+
 def calls_of_tools(render: Render, case: MarkedWords) -> Iterator[Comparison]:
     """Compare the words of a conversation, and the labels of the end tokens between a call and its results."""
     words = list(marked_words(render, case))
@@ -241,9 +250,9 @@ CONVERSATIONS = {
     "unicode": chats(("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
     "code": chats(("3 < 4 & \"a\" > 'b'?", "{x} {{ y }} {% z %} %s \\n"), ("if x:\n\ty\n", "a:\n    b\n\n\n  c")),
     "system": chats(HELLO, LONGER, system="Be brief."),
-    "two_replies": [Chat((*Chat().turns, ("assistant", "No, night.")))],
 }
 _USER, _REPLY, _NEXT, _LAST = ("user", "Qa?"), ("assistant", "Qb."), ("user", "Qc?"), ("assistant", "Qd.")
+TWO = [Chat((*Chat().turns, ("assistant", "No, night.")))]
 UNUSUAL = [
     Chat((_USER, _REPLY, _NEXT)),
     Chat((_REPLY, _NEXT, _LAST)),
@@ -298,6 +307,14 @@ THINKING = "replies with reasoning, which a template may drop, are learned; ques
 CALLING = "calls of tools and replies are learned, questions and results are not; no text is lost, except beside a call"
 LAWS = (
     *(Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()),
+    Law(
+        "chat_mask",
+        "two_replies",
+        f"{STATEMENT}; a template may refuse two in a row",
+        TWO,
+        two_replies,
+        in_its_template,
+    ),
     Law("chat_mask", "roles", ROLES, UNUSUAL, unusual, in_its_template),
     Law("chat_mask", "opening", QUOTED, CONVERSATIONS["turns"][:1], opening, in_its_template),
     Law("chat_mask", "closing", ENDED, CONVERSATIONS["turns"][:1], closing, in_its_template),

@@ -245,8 +245,9 @@ def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list
     White space next to an end token, such as the newline after it, may be learned or not. White space in front of a
     reply is learned as the beginning of the reply's first token, and not as a token of its own. A template may refuse,
     with an error, a conversation that begins with the assistant or ends with the user, other roles than system, user
-    and assistant, a system message in the middle, calls without content and several calls at once; of the first four
-    it may leave out what is not learned. It may drop a text next to a call, as Mistral's does, and reasoning.
+    and assistant, a system message in the middle, two replies in a row, calls without content and several calls at
+    once; of the first five it may leave out what is not learned. It may drop a text next to a call, as Mistral's does,
+    and reasoning.
 
     Args:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the

@@ -130,15 +130,18 @@ def roundtrip(case: AdaptedModel, attach: Call, save: Call, load: Call) -> Resul
 
 @dataclass
 class Several:
-    """A model, and the right logits with each of its adapters."""
+    """A model, and for each of its adapters the right logits, and how many numbers are trained where it is alone."""
 
     case: AdaptedModel
     attach: Call
     switch: Call
     model: Any = None
     right: dict[str, Array] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str) -> None:
+        alone = attached(self.attach, self.case.build(), name=name, **self.case.configs[name])
+        self.sizes[name] = sum(parameter.numel() for parameter in trainable(alone))
         self.model = attached(self.attach, self.model, name=name, **self.case.configs[name])
         self.right[name] = logits(self.case.build())  # a new adapter changes nothing
 
@@ -154,6 +157,9 @@ class Several:
         yield same(f"the logits {when}", y, right)
         if name not in self.right and is_same(y, known[0]) and not trainable(self.model):
             return  # the base acts
+        size, alone = sum(parameter.numel() for parameter in trainable(self.model)), self.sizes.get(name)
+        problem = "" if size == alone or name not in self.right else f"found {size}, and {alone} where it is alone"
+        yield claim(f"the number of trained numbers {when}", problem)
         train(self.model, steps=1)
         y, before, self.right = logits(self.model), self.right, {}
         for other in before:
@@ -165,7 +171,7 @@ class Several:
             f"after a step the logits are those with {acting or 'none of them'}, and other than before with {trained}"
         )
         found += "" if name else "; or a new one does not begin as the base"
-        yield claim(f"what is trained {when}", "" if acting == trained else found)
+        yield claim(f"what is trained {when}", "" if acting == trained and acting else found)
 
 
 def several(case: AdaptedModel, attach: Call, switch: Call) -> Several:
@@ -312,7 +318,7 @@ def resumed(run: Callable[[Path, int, int], Any], case: Stops) -> Results:
             raise AssertionError(f"found the same after {case.stops[0]} and {case.total} steps: nothing is trained")
         for last, stop in pairwise((*case.stops, case.total)):
             found = arrays("stopped", stop, seed=stop)  # another process has other random numbers
-            too_many = len(steps) * case.total > made * (stop - last + 1)  # one more may restore an optimizer's state
+            too_many = (len(steps) - 1) * case.total > made * (stop - last + 1)  # one may restore an optimizer's state
             problem = f"found {len(steps)} optimizer steps from {last} to {stop}, and {made} in a whole run"
             yield claim("the number of steps", problem if too_many else "")
         yield from equal("of a resumed run", found, whole)

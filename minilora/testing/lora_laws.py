@@ -32,7 +32,7 @@ SHAPES = (  # lead, in, out, r: from small to large; square ones, in which excha
     ((2,), 600, 24, 6),
 )
 WEIGHTS: dict[int, LayerKind] = {5: "small", 6: "tiny_update", 8: "outlier", 13: "outlier"}  # of SHAPES; else normal
-LEADS = ((), (0,), (3, 1), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several, one token
+LEADS = ((), (0,), (3, 1), (1, 4), (2, 0, 3), (2, 1, 3))  # sizes in front of the features: none, zeros, several, one
 FACTORS = {"lora": ("A", "B"), "dora": ("A", "B", "magnitude")}
 MASKS = 8192  # of a dropout law: enough for ignored dropout to be ten bounds away; fewer of very wide layers
 LAST = 100  # more of them: what is left over where rows are taken in blocks
@@ -181,6 +181,15 @@ def forward(make: Make, case: AdaptedLinear, name: str = "y") -> Iterator[Compar
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     case = case.changed(B=np.zeros_like(case.B))
     yield from forward(make, replace(case, has_magnitude=False))
+    if mode(case) in ("eval", "inference"):  # where a layer may have merged
+        return
+    with suppress(NotApplicable):  # numpy has no gradients
+        built, case = make_layer(make, case)
+        x, y = backward(built.layer, case)
+        others = (x, *(m for m, _ in built.parts("magnitude", y))) if case.method == "dora" else (x,)
+        gradients = [leaf.grad for leaf in leaves(y) if all(leaf is not other for other in others)]
+        learns = any(dw is not None and dw.any() for dw in gradients) or not case.gradients["B"].value.any()
+        yield claim("where B = 0", "" if learns else "found no gradient of B: it never learns")
     if case.method == "dora":
         yield from forward(make, case, "y where m is not ‖W‖")
 
@@ -458,7 +467,7 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [
         Law(kind, "forward", equation, wide + narrow + larger, forward),
-        Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
+        Law(kind, "identity", "with B = 0 the layer is its base, y = x Wᵀ + b, and trains", wide + narrow, identity),
         Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
         Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], gradients),
         Law(kind, "shapes", "x (..., in) and its gradient may have any sizes in front of the features", wide, shapes),
