@@ -181,17 +181,6 @@ def forward(make: Make, case: AdaptedLinear, name: str = "y") -> Iterator[Compar
 def identity(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     case = case.changed(B=np.zeros_like(case.B))
     yield from forward(make, replace(case, has_magnitude=False))
-    if mode(case) in ("eval", "inference"):  # where a layer may have merged
-        return
-    with suppress(NotApplicable):  # numpy has no gradients
-        built, case = make_layer(make, case)
-        x, y = backward(built.layer, case)
-        others = (x, *(m for m, _ in built.parts("magnitude", y))) if case.method == "dora" else (x,)
-        gradients = [leaf.grad for leaf in leaves(y) if all(leaf is not other for other in others)]
-        learns = any(dw is not None and dw.any() for dw in gradients) or not case.gradients["B"].value.any()
-        yield claim("where B = 0", "" if learns else "found no gradient of B: it never learns")
-    if case.method == "dora":
-        yield from forward(make, case, "y where m is not ‖W‖")
 
 
 def shapes(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -217,6 +206,19 @@ def gradients(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = make_layer(make, case)
     other, _ = make_layer(make, replace(case, seed=case.seed + 1))
     yield from gradients_of(built, case, *backward(built.layer, case, case.seed % 3 < 2, others=[other.layer]))
+
+
+def trains(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
+    """Compare the gradients, and see that B has one where it is 0, as at the start."""
+    yield from gradients(make, case)
+    if mode(case) in ("eval", "inference"):  # where a layer may have merged
+        return
+    built, case = make_layer(make, case.changed(B=np.zeros_like(case.B)))
+    x, y = backward(built.layer, case)
+    others = (x, *(m for m, _ in built.parts("magnitude", y))) if case.method == "dora" else (x,)
+    found = [leaf.grad for leaf in leaves(y) if all(leaf is not other for other in others)]
+    learns = any(dw is not None and dw.any() for dw in found) or not case.gradients["B"].value.any()
+    yield claim("the gradient of B where B = 0", "" if learns else "found zeros: it never learns")
 
 
 def gradients_of(built: Built, case: AdaptedLinear, x: Tensor, y: Tensor) -> Iterator[Comparison]:
@@ -467,9 +469,9 @@ def _layer_laws(kind: str, method: Method, use_rslora: bool = False) -> list[Law
     dropped = "dropout acts on x in front of A, only in training, keeps the mean, and masks gradients alike"
     return [
         Law(kind, "forward", equation, wide + narrow + larger, forward),
-        Law(kind, "identity", "with B = 0 the layer is its base, y = x Wᵀ + b, and trains", wide + narrow, identity),
+        Law(kind, "identity", "with B = 0 the layer is its base: y = x Wᵀ + b", wide + narrow, identity),
         Law(kind, "merge", "the layer applies its merged weight", wide, merge_of_layer),
-        Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], gradients),
+        Law(kind, "gradients", gradient, wide + narrow + low[0] + low[1], trains),
         Law(kind, "shapes", "x (..., in) and its gradient may have any sizes in front of the features", wide, shapes),
         Law(kind, "frozen", "W, b and x keep their bits when A and B are trained", wide, frozen),
         Law(kind, "updates", "a change of A, B or W, where it is one tensor, shows in the next output", wide, follows),
