@@ -111,7 +111,7 @@ class Chapter:
         old, began, position = self.path.read_text("utf-8"), time.monotonic(), 0
         cells = list(CELL.finditer(old))
         namespace: dict[str, Any] = {"__name__": "__main__"}
-        for cell, end in zip(cells, [*(cell.start() for cell in cells[1:]), len(old)], strict=True):
+        for cell, end in zip(cells, [*(cell.start() for cell in cells), len(old)][1:], strict=True):
             line = old.count("\n", 0, cell.start("code")) + 1
             if cell["language"] == "python":
                 output = run_python(cell["code"], str(self.path), line, namespace)
