@@ -446,7 +446,10 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=rows.xlsx", "not text; save a table as CSV"),
         ("generate --model=data --prompt=a", "data: has no config.json, so is no model; an adapter goes to --adapter"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
-        ("finetune --model=model --data=data --max-length=1", "has a label within its first 1 tokens"),
+        (
+            "finetune --model=model --data=data --max-length=1",
+            "an answer within its first 1 tokens; raise --max-length",
+        ),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("eval --model=model --data=", "no such file or directory"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),

@@ -53,6 +53,7 @@ from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
     *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
     *("columns", "system", "skip_bad_rows", "learning_rate", "batch_size", "epochs", "max_steps"),
+    *("eval_split", "max_length", "gradient_checkpointing"),
 )
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",

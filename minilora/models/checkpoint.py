@@ -79,7 +79,7 @@ def usable_device(device: torch.device | str | int) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build of PyTorch without CUDA
-        message = f"device {str(device)!r} cannot be used here; need cpu, cuda, cuda:N or mps, if it is there"
+        message = f"device {str(device)!r} cannot be used here; need cpu, cuda, cuda:N or mps; see docs/devices.md"
         raise ConfigError(message) from error
 
 

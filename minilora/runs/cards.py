@@ -38,7 +38,7 @@ def model_card(directory: Path, name: str, base: str) -> str:
     library, loader, tags, about = ADAPTER if (directory / CONFIG_FILE).is_file() else MODEL
     lines = ["---", f"library_name: {library}", f"tags: [{tags}]"]
     lines += [f"base_model: {base.partition('@')[0]}"] if base else []
-    lines += ["---", "", f"# {'How to ask it' if name == '.' else name}", ""]
+    lines += ["---", "", f"# {'How to use it' if name == '.' else name}", ""]
     lines += [f"{about} `{base}`.", ""] if base else []
     if (directory / "summary.json").is_file():
         lines += [*_results(directory / "summary.json"), ""]

@@ -96,7 +96,9 @@ def encode_rows(
     if not dataset:
         total, limit = dataset.unlabelled + len(dataset.bad), config.max_length
         skipped = f"; {len(dataset.bad)} were skipped, the first: {dataset.bad[0]}" if dataset.bad else ""
-        raise DataError(f"{first}: no row of {total} has a label within its first {limit} tokens{skipped}")
+        raise DataError(
+            f"{first}: no row of {total} has an answer within its first {limit} tokens; raise max_length{skipped}"
+        )
     dataset.system = systems.pop() if len(systems) == 1 else None
     if len(ways) == 1 and tokenizer.template and tokenizer.template.has_thinking:
         dataset.thinking = ways.pop()

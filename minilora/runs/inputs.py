@@ -147,7 +147,8 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     path, splits = ASSETS / "data" if name == BUILTIN else Path(name), dict[str, list[Path]]()
     if not name or not path.exists():
         convert = 'datasets.load_dataset(NAME, split="train").to_json("rows.jsonl")'
-        raise FormatError(f"{path}: no such file or directory; in Python, {convert} writes a data set of the hub")
+        advice = "" if path.suffix else f"; in Python, {convert} writes a data set of the hub"
+        raise FormatError(f"{path}: no such file or directory{advice}")
     if not path.is_dir():
         return {"train": [path]}
     named = [file for file in sorted(path.iterdir()) if file.name[0] != "." and file.is_file()]

@@ -49,7 +49,7 @@ class DataConfig:
     )
     system: str | None = option(None, "system prompt of conversations that have none")
     columns: Mapping[str, str] | None = option(
-        None, "names of fields in the files, as in instruction=question,output=answer; other fields are left out"
+        None, "which of your columns to use, e.g. instruction=question,output=answer"
     )
     allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
     skip_bad_rows: bool = option(False, "skip rows that cannot be used, and report them")
@@ -81,7 +81,7 @@ class TrainConfig:
         "cosine", "how the learning rate falls after the warm-up"
     )
     warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a fraction of all steps")
-    batch_size: int = option(4, "rows in a micro-batch")
+    batch_size: int = option(4, "rows per step (with accumulation, per micro-batch)")
     gradient_accumulation_steps: int = option(1, "micro-batches in a step")
     epochs: float = option(1.0, "passes over the training rows")
     max_steps: int | None = option(None, "stop after this many steps, regardless of --epochs")
