@@ -179,6 +179,10 @@ def text_of(path):
     return path.read_text(encoding="utf-8")
 
 
+def solutions(chapter):
+    return SOLUTION.findall(text_of(chapter))
+
+
 def is_slow(chapter):
     return "<!-- slow -->" in text_of(chapter)
 
@@ -218,7 +222,7 @@ def test_a_chapter_has_the_parts_that_every_chapter_has():
         assert goal[1].count("- ") == 3, number
         assert text.count("> [!IMPORTANT]\n> **Takeaway.**") == 1, number
         assert f"python tutorials/exercises/check.py {number}\n" in text
-        assert len(SOLUTION.findall(text)) == 1, number
+        assert SOLUTION.search(text), number
         assert text.rpartition("\n\n")[2].startswith("**Next:**"), number
         assert all(cell["code"].count("\n") <= 40 for cell in run.CELL.finditer(text)), number
 
@@ -265,7 +269,7 @@ def test_every_chapter_has_an_exercise_and_planted_mistakes():
 @pytest.mark.parametrize("chapter", by_name(CHAPTERS))
 def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chapter, tmp_path, monkeypatch, capsys):
     number, answer = chapter.name[:2], tmp_path / "answer.py"
-    answer.write_text(SOLUTION.search(text_of(chapter))[1], encoding="utf-8")
+    answer.write_text("\n\n".join(solutions(chapter)), encoding="utf-8")
     for argv, ending, status in (([number], "not yet: nothing is written yet", 1), ([number, str(answer)], "right", 0)):
         monkeypatch.setattr(sys, "argv", ["check.py", *argv])
         with pytest.raises(SystemExit) as ended:
@@ -279,7 +283,7 @@ def test_the_check_of_an_exercise_accepts_the_solution_and_refuses_the_stub(chap
 @pytest.mark.parametrize("number", MISTAKES)
 def test_the_check_of_an_exercise_refuses_a_mistake_in_each_part_and_keeps_the_answer(number, tmp_path):
     (chapter,) = TUTORIALS.glob(f"{number}_*.md")
-    solution, refused = SOLUTION.search(text_of(chapter))[1], set()
+    solution, refused = "\n\n".join(solutions(chapter)), set()
     for right, wrong, *words in MISTAKES[number]:
         assert right in solution
         (tmp_path / "answer.py").write_text(solution.replace(right, wrong), encoding="utf-8")
@@ -333,12 +337,14 @@ def test_a_notebook_runs_anywhere_and_its_solution_is_folded_or_left_out(number,
     whole, without = (nbformat.read(path, 4).cells for path in run.write_notebooks(chapter, tmp_path))
     assert any("Reads in" in cell.source for cell in whole)
     assert all(cell.outputs for cell in whole if cell.cell_type == "code" and "\nprint(" in cell.source)
-    answer = SOLUTION.search(text_of(chapter))[1].strip()
-    (solution,) = (cell for cell in whole if cell.source == answer)
-    assert solution.metadata.jupyter.source_hidden
-    assert {"hide-input", "solution"} <= {*solution.metadata.tags}
+    answers = [answer.strip() for answer in solutions(chapter)]
+    folded = [cell for cell in whole if cell.source in answers]
+    assert len(folded) == len(answers)
+    for cell in folded:
+        assert cell.metadata.jupyter.source_hidden
+        assert {"hide-input", "solution"} <= {*cell.metadata.tags}
     assert without == [cell for cell in whole if "solution" not in cell.metadata.get("tags", ())]
-    assert answer not in str(without)
+    assert not any(answer in cell.source for answer in answers for cell in without)
     assert "**Next:**" in without[-1].source
 
 
