@@ -37,9 +37,9 @@ def surroundings(device: torch.device) -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """A hash of minilora's own code, by which figures name the state that they were measured at."""
-    code = hashlib.sha256()
-    for path in sorted(Path(minilora.__file__).parent.rglob("*.py")):
+    """A hash of minilora's own code but for its laws, by which figures name the state that they were measured at."""
+    package, code = Path(minilora.__file__).parent, hashlib.sha256()
+    for path in sorted({*package.rglob("*.py")} - {*(package / "testing").rglob("*.py")}):
         code.update(path.read_bytes())
     return code.hexdigest()[:8]
 

@@ -174,7 +174,7 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
     Shapes: codes (b), scales (⌈b/256⌉), offset (1) -> (b)
     """
-    level = on_device(DYNAMIC_MAP, codes.device)[codes.int()]
+    level = on_device(DYNAMIC_MAP, codes.device)[codes.long()]
     return level * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset
 
 

@@ -38,18 +38,18 @@ def _quantize_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     if not absmax.isfinite().all():
         raise TrainingError("a weight that is not finite cannot be quantized")
     blocks = blocks * absmax.clamp(min=nf4.SMALLEST).reciprocal().unsqueeze(1)
-    codes = _codes(blocks.view(-1))
+    codes = _codes(blocks).view(-1)
     return codes[0::2] << 4 | codes[1::2], absmax
 
 
 def _codes(x: Tensor) -> Tensor:
-    """Return how many of the 15 midpoints are below each x in [-1, 1], as uint8.
+    """Return how many of the 15 midpoints are below each x (n, block_size) in [-1, 1], as uint8.
 
     The bin of x gives the count, except for a midpoint within the bin, which x is compared with.
     """
-    below, within = (on_device(table, x.device) for table in TABLES)
-    bins = _bin_of(x)
-    return torch.index_select(below, 0, bins) + (x > torch.index_select(within, 0, bins))
+    below, within = (on_device(table, x.device).expand(len(x), -1) for table in TABLES)
+    bins = _bin_of(x).long()
+    return below.gather(1, bins) + (x > within.gather(1, bins))
 
 
 # The smallest number of equal bins of [-1, 1] with at most one midpoint in each; none of them is at an edge.
@@ -93,15 +93,15 @@ def dequantize(
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
     whole, tile = _tiles(weight, block_size)
-    table = on_device(_level_pairs(levels), packed.device)
-    half = min(tile, whole) // 2
-    byte, pair = (torch.empty(half, dtype=kind, device=packed.device) for kind in (torch.int32, torch.int64))
+    table, width = on_device(_level_pairs(levels), packed.device), _unit(block_size) // 2
+    rows = min(tile, whole) // 2 // width
+    byte, pair = torch.empty(2, rows, width, dtype=torch.int64, device=packed.device)
     packed = packed.reshape(-1)
     for begin in range(0, whole, tile):
         end = min(begin + tile, whole)
-        part = packed[begin // 2 : end // 2]
+        part = packed[begin // 2 : end // 2].view(-1, width)
         byte, pair = byte[: len(part)], pair[: len(part)]  # shorter for the last tile
-        torch.index_select(table, 0, byte.copy_(part), out=pair)
+        torch.gather(table.expand(rows, -1), 1, byte.copy_(part), out=pair)  # of one row it would use one thread
         w = pair.view(torch.float32).view(-1, block_size)
         w *= absmax[begin // block_size : end // block_size].unsqueeze(1)
         weight[begin:end] = w.view(-1)
@@ -113,9 +113,14 @@ def dequantize(
 
 
 def _tiles(flat: Tensor, block_size: int) -> tuple[int, int]:
-    """Return how many weights are in whole blocks and whole bytes, and of these how many to work on at a time."""
-    unit = math.lcm(2, block_size)
+    """Return how many weights are in whole units, and of these how many to work on at a time."""
+    unit = _unit(block_size)
     return flat.numel() // unit * unit, -(-tile_rows(flat) // unit) * unit
+
+
+def _unit(block_size: int) -> int:
+    """Return how many weights are a row to work on: 16 times as many as are whole blocks and whole bytes."""
+    return 16 * math.lcm(2, block_size)
 
 
 @kernel(of=nf4.nf4_linear)
