@@ -37,10 +37,11 @@ def surroundings(device: torch.device) -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """A hash of minilora's own code but for its laws, by which figures name the state that they were measured at."""
+    """A hash of the code that a run in Python can enter, by which figures name the state that they were measured at."""
     package, code = Path(minilora.__file__).parent, hashlib.sha256()
-    for path in sorted({*package.rglob("*.py")} - {*(package / "testing").rglob("*.py")}):
-        code.update(path.read_bytes())
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] not in ("cli", "testing", "tools"):
+            code.update(path.read_bytes())
     return code.hexdigest()[:8]
 
 
