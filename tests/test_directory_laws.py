@@ -147,19 +147,17 @@ TENSORS = {  # config of the adapter, change of its tensors, the law that finds 
     "no bias of B": ({"lora_bias": True}, without(f"{Q}.lora_B.bias"), "biases", ["found none, accepted is (40,)"]),
     "no head": ({"modules_to_save": ("lm_head",)}, without(f"{HEAD}.weight"), "modules_to_save", ["found 'lm_head'"]),
     "rows": ({"trainable_token_indices": (7, 2)}, replaced(ROWS, lambda rows: rows[1:]), "rows", ["found [7, 2]"]),
-    "other modules": ({}, renamed("q_proj", "query"), "targets", ["self_attn.query too", "found 'q_proj', accepted"]),
+    "other modules": (
+        {},
+        renamed("q_proj", "query"),
+        "targets",
+        ["layers.0.self_attn.query too", "layers.1"],
+    ),
     "PEFT's own name": (
         {"modules_to_save": ("norm",)},
         renamed("model.norm.", "model.norm.modules_to_save.default."),
         "names",
         ["in the plain model, without modules_to_save"],
-    ),
-    "start": ({}, zero, "trained", ["found A or B = 0 in every q_proj", "in every up_proj"]),
-    "start of one": (
-        {},
-        lambda tensors: {name: tensor * ("q_proj.lora_B" not in name) for name, tensor in tensors.items()},
-        "trained",
-        ["found A or B = 0 in every q_proj"],
     ),
 }
 
@@ -192,9 +190,37 @@ FIELDS = {
         {"rank_pattern": {"q_proj": 2, "self_attn.q_proj": 3}},
         "since rank_pattern['q_proj'], the first key that matches, is 2",
     ),
-    "alpha of nothing": ("patterns", {"alpha_pattern": {"k_proj": 2}}, "alpha_pattern: found 'k_proj', accepted is"),
     "head of no classifier": ("modules_to_save", {"modules_to_save": ["classifier", "score"]}, "found 'classifier'"),
-    "a target of nothing": ("targets", {"target_modules": ["q_proj", "up_proj", "query"]}, "found 'query', accepted"),
+    "no target": ("targets", {"target_modules": ["q_proj"]}, "target_modules: found ['q_proj'], accepted is what"),
+    "layer 0 alone": (
+        "layers",
+        {"layers_to_transform": [0]},
+        "layers_to_transform: found [0], accepted is what keeps",
+    ),
+    "layer 1 alone": (
+        "layers",
+        {"layers_to_transform": 1},
+        "found 1, accepted is what keeps model.layers.0.mlp.up",
+    ),
+    "layers of another name": (
+        "layers",
+        {"layers_to_transform": [0, 1], "layers_pattern": "h"},
+        "layers_to_transform: found [0, 1] with layers_pattern 'h', accepted is what keeps model.layers.0.",
+    ),
+    "layers of other names": (
+        "layers",
+        {"layers_to_transform": [0, 1], "layers_pattern": ["h", "mlp"]},
+        "['h', 'mlp']",
+    ),
+    "an excluded name": ("layers", {"exclude_modules": ["up_proj"]}, "exclude_modules: found ['up_proj'], accepted is"),
+    "an excluded expression": ("layers", {"exclude_modules": r".*\.1\..*q_proj"}, "keeps model.layers.1.self_attn.q"),
+    "a layer of text": ("config", {"layers_to_transform": ["0"]}, "layers_to_transform: found ['0'], accepted is a"),
+    "a pattern of layers": ("config", {"layers_pattern": ["("]}, "layers_pattern: found ['('], accepted is a regular"),
+    "a pattern as a number": (
+        "config",
+        {"exclude_modules": 3},
+        "exclude_modules: found 3, accepted is a list",
+    ),
     "an expression's end": ("targets", {"target_modules": "q_proj|up_proj"}, "found 'q_proj|up_proj', accepted is"),
 }
 
@@ -204,6 +230,30 @@ def test_a_mistake_in_the_config_is_found(mistake, copy):
     law, fields, said = FIELDS[mistake]
     edit(copy, **fields)
     assert_found(copy, law, [said, CONFIG] if law not in ("shapes", "dora", "biases") else [said, WEIGHTS])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "up_proj", "query"]},
+        {"alpha_pattern": {"k_proj": 2}, "rank_pattern": {"k_proj": 2}},
+        {"layers_to_transform": [0, 1, 7]},
+        {"layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]},
+        {"layers_to_transform": []},
+        {"layers_to_transform": [7], "target_modules": r".*\.(q|up)_proj"},
+        {"exclude_modules": ["0.mlp.down_proj", "proj"]},
+        {"exclude_modules": "q_proj"},
+    ],
+    ids=str,
+)
+def test_settings_that_match_nothing_pass(fields, copy):
+    edit(copy, **fields)
+    check_adapter_directory(copy)
+
+
+def test_an_adapter_that_is_not_trained_passes(copy):
+    change(copy, zero)
+    check_adapter_directory(copy)
 
 
 BROKEN = {

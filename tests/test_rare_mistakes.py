@@ -81,6 +81,45 @@ def seeing(sees):
     return run, VOCABULARY, PACKED[2]
 
 
+def decoding(changed):
+    """Greedy decoding in which each step sees what `changed` makes of the prompt and of the tokens behind it."""
+    logits = decoder("")[1]
+
+    def generate(prompts, new):
+        answers = []
+        for prompt in prompts:
+            tokens = []
+            while len(tokens) < new:
+                tokens.append(int(logits(changed(prompt, tokens))[-1].argmax()))
+            answers.append(tokens)
+        return answers
+
+    return generate, *decoder("")[1:]
+
+
+def sharing(reused, at_least=1):
+    """Decoding that reads the beginning of a prompt from an earlier one that begins alike, so many tokens of it."""
+    earlier = []
+
+    def changed(prompt, tokens):
+        for other in earlier:
+            alike = next((i for i, pair in enumerate(zip(other, prompt, strict=False)) if pair[0] != pair[1]), 0)
+            if alike >= at_least:
+                return [*other[: reused(alike)], *prompt[reused(alike) :], *tokens]
+        if prompt not in earlier:
+            earlier.append(prompt)
+        return [*prompt, *tokens]
+
+    return decoding(changed)
+
+
+def forgetting(lengths, kept):
+    """Decoding in which new tokens behind so many tokens see the last few of them only."""
+    return decoding(
+        lambda prompt, tokens: (prompt + tokens)[-kept if tokens and len(prompt + tokens) in lengths else 0 :]
+    )
+
+
 WORKSPACES = {}
 
 
@@ -145,6 +184,11 @@ RARE = {
             lambda prompts, new: decoder("")[0]([prompt[-128:] for prompt in prompts], new),
             *decoder("")[1:],
         ),
+        "a token too many of a prompt that begins alike": sharing(lambda alike: alike + 1, at_least=16),
+        "whole blocks of a prompt that begins alike": sharing(lambda alike: -(-alike // 16) * 16, at_least=9),
+        "new tokens from 350 to 410": forgetting(range(350, 411), 250),
+        "new tokens behind 256 tokens": forgetting(range(256, 350), 128),
+        "new tokens behind 384 tokens": forgetting(range(384, 500), 256),
     },
 }
 

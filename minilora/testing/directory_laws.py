@@ -3,6 +3,10 @@
     adapter_config.json         {"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […], …}
     adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r), …
 
+What passes can be loaded: with this config PEFT adapts each module that has tensors, and with their shapes. It is not
+promised that the adapter was trained, that each target and pattern matches a module, or that the model, which is not
+known here, has these modules. PEFT itself writes B = 0 and names that match nothing, and both do no harm.
+
 Names and shapes are read once more here, and nothing is shared with `minilora.adapters`. Patterns of the config are run
 as regular expressions, as PEFT does.
 """
@@ -10,7 +14,7 @@ as regular expressions, as PEFT does.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -33,6 +37,7 @@ PARTS = (A, B, *OF_EMBEDDINGS, BIAS_OF_B, MAGNITUDE, BASE_WEIGHT, BASE_BIAS, ROW
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # PEFT adds them if the vocabulary was changed
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "modules_to_save", "original_module")
 HEADS = ("classifier", "score")  # PEFT names both for a classifier, which has one of them
+EXCLUDED, NUMBERS, PATTERN = "exclude_modules", "layers_to_transform", "layers_pattern"  # what leaves modules out
 SHOWN = 10  # problems of one law at most
 Problems = Iterator[str]  # what is wrong
 Shape = tuple[int, ...]
@@ -167,14 +172,6 @@ def factor_ranks(adapter: Adapter) -> Problems:
             yield f"{found}, accepted are A ({r}, in) and B (out, {r}) since {source} is {r}"
 
 
-def patterns(adapter: Adapter) -> Problems:
-    known = [*adapter.parts, *adapter.listed("target_parameters")]
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in adapter.config.get(field) or {}:
-            if not any(first_match([key], where) for where in known):
-                yield f"{field}: found {key!r}, {matching(adapter)}"
-
-
 def dora(adapter: Adapter) -> Problems:
     return optional(adapter, MAGNITUDE, "use_dora", lambda B: B[:1] if len(B) == 2 else (1, B[0], *B[2:]))
 
@@ -218,7 +215,6 @@ def rows(adapter: Adapter) -> Problems:
 
 def targets(adapter: Adapter) -> Problems:
     target = adapter.config.get("target_modules")
-    entries = [] if isinstance(target, str) else target or []
     parameters = [entry.rpartition(".")[0] for entry in adapter.listed("target_parameters")]
     if isinstance(target, str) and target.lower() == "all-linear":
         return
@@ -228,20 +224,29 @@ def targets(adapter: Adapter) -> Problems:
         if not is_meant and "" not in parameters and not matches_target(module, parameters):
             need = f"accepted is what matches all modules of {WEIGHTS}, {where} too"
             yield f"target_modules: found {target!r:.80}, {need}"
-    for entry in entries:
-        if not any(matches_target(module, [entry]) for module in outer.values()):
-            yield f"target_modules: found {entry!r}, {matching(adapter)}"
 
 
-def trained(adapter: Adapter) -> Problems:
-    found = [(path.rpartition(".")[2], bool(a.any() and b.any())) for path, (a, b) in adapter.factors.items()]
-    for kind in sorted(dict(found).keys() - {kind for kind, is_trained in found if is_trained}):
-        yield f"found A or B = 0 in every {kind}, as before training, accepted is one where neither is 0"
+def layers(adapter: Adapter) -> Problems:
+    config, target = adapter.config, adapter.config.get("target_modules") or []
+    excluded, numbers, pattern = (config.get(key) for key in (EXCLUDED, NUMBERS, PATTERN))
+    chosen = [numbers] if isinstance(numbers, int) else numbers
+    names = [pattern] if isinstance(pattern, str) else pattern or []
+    for where in adapter.factors:
+        module = where.partition(".base_layer")[0]
+        if not matches_target(module, target):
+            continue  # `target_parameters` means it
+        if excluded and matches_target(module, excluded):
+            yield f"{EXCLUDED}: found {excluded!r:.80}, accepted is what keeps {where}, which is in {WEIGHTS}"
+        is_by_end = isinstance(target, list) and module not in target
+        if chosen and is_by_end and layer_number(module, names) not in chosen:
+            found = f"{numbers!r:.80}" + f" with {PATTERN} {pattern!r:.80}" * bool(pattern)
+            yield f"{NUMBERS}: found {found}, accepted is what keeps {where}, which is in {WEIGHTS}"
 
 
-def matching(adapter: Adapter) -> str:
-    example = next(iter(adapter.factors), "of which there is none")
-    return f"accepted is what matches a module of {WEIGHTS}, such as {example}"
+def layer_number(where: str, patterns: Sequence[str]) -> int | None:
+    """Return the first number behind a name, any or one of the patterns, in the path of a module, as PEFT does."""
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    return next((int(found["idx"]) for each in expressions if (found := re.match(each, where))), None)
 
 
 def _is_rank(value: Any) -> bool:
@@ -264,6 +269,10 @@ def _is_regex(value: str) -> bool:
     return False
 
 
+def _is_layers(value: Any) -> bool:
+    return value is None or all(type(number) is int for number in (value if isinstance(value, list) else [value]))
+
+
 def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
 
@@ -275,10 +284,19 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default,
     "lora_alpha": (None, _is_alpha, "a number above 0"),
     "lora_dropout": (0.0, lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "target_modules": (
+    **dict.fromkeys(
+        ("target_modules", EXCLUDED),
+        (
+            None,
+            lambda value: _is_regex(value) if isinstance(value, str) else _is_names(value),
+            "a list of names or a regular expression",
+        ),
+    ),
+    NUMBERS: (None, _is_layers, "a whole number or a list of them"),
+    PATTERN: (
         None,
-        lambda value: _is_regex(value) if isinstance(value, str) else _is_names(value),
-        "a list of names or a regular expression",
+        lambda value: all(map(_is_regex, [value] if isinstance(value, str) else value or [])),
+        "a regular expression or a list of them",
     ),
     "modules_to_save": (None, _is_names, "a list of names or null"),
     "rank_pattern": (None, _is_pattern(_is_rank), "an object of regular expressions and whole numbers of at least 1"),
@@ -307,11 +325,10 @@ LAWS = (
     _law("names", WEIGHTS, "each tensor is what an adapter trains, by its name in the plain model", names),
     _law("pairs", WEIGHTS, "A and B are there for each module", pairs),
     _law("shapes", WEIGHTS, "A is (r, in) and B (out, r), r being that of the module", factor_ranks),
-    _law("patterns", CONFIG, "each key of rank_pattern and alpha_pattern matches a module", patterns),
     _law("dora", WEIGHTS, "with use_dora each module has a magnitude of a number an output, else none", dora),
     _law("biases", WEIGHTS, "the biases are those that `bias` and `lora_bias` name", biases),
     _law("modules_to_save", CONFIG, "each entry of modules_to_save has tensors", whole_modules),
     _law("rows", CONFIG, "there is a row for each token of trainable_token_indices", rows),
-    _law("targets", CONFIG, "target_modules matches the adapted modules, and each entry one of them", targets),
-    _law("trained", WEIGHTS, "all modules of one name were trained: in one of them neither A nor B is 0", trained),
+    _law("targets", CONFIG, "target_modules matches the adapted modules", targets),
+    _law("layers", CONFIG, f"{NUMBERS}, {PATTERN} and {EXCLUDED} leave out no module that has tensors", layers),
 )

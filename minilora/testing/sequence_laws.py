@@ -24,12 +24,14 @@ class Lengths:
     new: int = 6
     has_equal: bool = False  # sequences of equal lengths are equal
     common: int = 0  # how many tokens at the ends are those of the first
+    alike: int = 0  # how many tokens at the beginnings are those of the first
 
     def tokens(self, vocabulary: int) -> list[Tokens]:
         rng = np.random.default_rng(self.seed)
         drawn = [rng.integers(0, vocabulary, length).tolist() for length in self.lengths]
         if self.common:
             drawn = [tokens[: -self.common] + drawn[0][-self.common :] for tokens in drawn]
+        drawn = [drawn[0][: self.alike] + tokens[self.alike :] for tokens in drawn]
         first = {len(tokens): tokens for tokens in reversed(drawn)}
         return [list(first[len(tokens)]) for tokens in drawn] if self.has_equal else drawn
 
@@ -154,7 +156,11 @@ CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 CASES += [Lengths((4, 3, 4, 4, 3), has_equal=True), Lengths((420, 1, 8, 20))]
 SEVERAL = CASES[1:]
 MANY = Lengths((2, 1, 3) * 8, new=40)  # some of the tokens are nearly as likely as the next ones
-PROMPTS = [*CASES, Lengths((40,) * 4, common=24), Lengths((20, 90), new=45), MANY]
+ALIKE, LONG = (
+    Lengths((40, 33, 21, 37), new=30, alike=21),
+    Lengths((345, 130, 200, 270), new=75),
+)  # LONG: 130 to 420 tokens
+PROMPTS = [*CASES, Lengths((40,) * 4, common=24), ALIKE, Lengths((20, 90), new=45), MANY, LONG]
 _PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
     ("alone", "each document has the result that it has by itself, whatever its neighbours", by_itself),
     ("causal", "a token changes results, and none in front of it", causal),
