@@ -144,8 +144,8 @@ def test_calls_of_tools_and_reasoning_that_is_kept_or_dropped_pass(reasons):
 @pytest.mark.parametrize(
     ("law", "wrong", "word"),
     [
-        ("chat_tools-calls", {"drops": "tool"}, "Qd"),
-        ("chat_tools-calls", {"learns": ("assistant", "tool")}, "Qd"),
+        ("chat_tools-calls", {"drops": "tool"}, "Qd degrees"),
+        ("chat_tools-calls", {"learns": ("assistant", "tool")}, "Qd degrees"),
         ("chat_tools-calls", {"learns": ("tool",)}, "Qb"),
         ("chat_tools-calls", {"calls": False}, "Qb"),
         ("chat_mask-reasoning", {"unlearned": lambda message, word: word == "Qe"}, "Qe"),

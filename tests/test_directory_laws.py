@@ -215,7 +215,7 @@ FIELDS = {
     "an excluded name": ("layers", {"exclude_modules": ["up_proj"]}, "exclude_modules: found ['up_proj'], accepted is"),
     "an excluded expression": ("layers", {"exclude_modules": r".*\.1\..*q_proj"}, "keeps model.layers.1.self_attn.q"),
     "a layer of text": ("config", {"layers_to_transform": ["0"]}, "layers_to_transform: found ['0'], accepted is a"),
-    "a pattern of layers": ("config", {"layers_pattern": ["("]}, "layers_pattern: found ['('], accepted is a regular"),
+    "a pattern of layers": ("config", {"layers_pattern": "("}, "layers_pattern: found '(', accepted is a list of"),
     "a pattern as a number": (
         "config",
         {"exclude_modules": 3},

@@ -43,8 +43,23 @@ CONFIG, STORED = 'config = model.configs["default"]', 'stored["tensors"][f"{wher
 COPY = f"tensor.copy_({STORED})"
 TRAINS, ATTACHED = "requires_grad_(other == name)", "    switch(model, name)\n\n\ndef layer_of"
 REMOVED = "if name in layer.own:\n            del layer.own[name]\n        layer.scales.pop(name, None)"
+SWITCHED = "switch(model, next(iter(model.configs)))"
 YIELD = "        yield"
 ADD, RESTORE = "self.W += self.scale * self.B @ self.A", "self.W.copy_(self.kept)"
+MERGE = "    @torch.no_grad()\n    def merge(self):\n"
+EVAL = """    def train(self, mode=True):
+        if not mode and {}:
+            self.kept = self.W.clone() if self.kept is None else self.kept
+            self.W.data += self.scale * self.B.data @ self.A.data
+        elif mode and self.kept is not None:
+            self.unmerge()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def merge(self):
+        if self.kept is not None:
+            return
+"""
 MERGED, UNMERGED = "(self.W + self.scale * self.B @ self.A)", "(self.W - self.scale * self.B @ self.A)"
 NF4 = (
     "(implementations.nf4_dequantize(*implementations.nf4_quantize({0}, 64), self.W.shape, 64) if self.is_nf4 else {0})"
@@ -127,12 +142,22 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
         "deleting one that does not act switches": {"if acted:": "if True:"},
         "another one acts after a deleted one, and is not trained": {
             "if acted:": "if acted and [setattr(own, 'active', next(iter(model.configs))) for own in model.modules()]:",
-            "switch(model, next(iter(model.configs)))": "pass",
+            SWITCHED: "pass",
         },
         "deleting one freezes the others for good": {
             REMOVED: "[setattr(layer, 'frozen', True) or own.requires_grad_(False) for own in layer.own.values()]\n"
             f"        {REMOVED}",
             TRAINS: "requires_grad_(other == name and not hasattr(layer, 'frozen'))",
+        },
+        "what a deleted one trained in full stays in force": {
+            "if name in layer.own:\n": "if name in layer.scales:\n",
+            SWITCHED: f"active = {{own: own.active for own in layers(model).values()}}\n        {SWITCHED}\n"
+            "        for layer in active:\n            layer.active = layer.active if layer.scales else active[layer]",
+        },
+        "what a deleted one trained in full becomes the base's": {
+            "if name in layer.own:\n": "if name in layer.own:\n"
+            "            if name not in layer.scales:\n"
+            "                layer.base.load_state_dict(layer.own[name].state_dict())\n"
         },
         "a deleted one comes back with its name": {
             "del layer.own[name]": 'layer.old = {**getattr(layer, "old", {}), name: [layer.own.pop(name)]}',
@@ -162,6 +187,7 @@ MISTAKES = {  # what is wrong: what the source says, and what it says then
             ADD: f"self.W.copy_({NF4.format(MERGED)})",
             RESTORE: f"self.W.copy_({NF4.format(UNMERGED)})",
         },
+        "each eval() merges": {MERGE: EVAL.format("True")},
         "the update is lost in 4 bits": {ADD: "self.W += 0 if self.is_nf4 else self.scale * self.B @ self.A"},
         "a merge in 4 bits has the old absmaxes": {
             ADD: f"self.W.copy_({MERGED}.clamp(-self.W.abs().max(), self.W.abs().max()) if self.is_nf4 else {MERGED})"
@@ -237,6 +263,7 @@ RIGHT = {  # done in another way
     "merge_cycle": {
         "merging makes a new tensor": {ADD: f"self.W = nn.Parameter({MERGED}, requires_grad=False)"},
         "a merge is quantized again": {ADD: f"self.W.copy_({NF4.format(MERGED)})"},
+        "eval() merges": {MERGE: EVAL.format("self.kept is None")},
         "W is subtracted from": {
             RESTORE: f"self.W.copy_(self.kept if self.is_nf4 or self.W.itemsize == 2 else {UNMERGED})"
         },
@@ -418,6 +445,43 @@ def test_our_step_on_several_ranks():
 
 
 # --- what the checks say ---
+
+OTHERS = "[own.data.mul_(0.9) for other in layer.own if other != name for own in layer.own[other].parameters()]"
+OF_A = OTHERS.replace("!= name", "== 'a'")
+FIRST_WRONG = {  # what changes other adapters: the mistake, and what is found
+    "adding": (
+        {ATTACHED: f"    for layer in layers(model).values():\n        {OTHERS}\n{ATTACHED}"},
+        "adapters-switch: the logits after adding 'ab', switching to 'a': wrong",
+    ),
+    "switching to the first": (
+        {"layer.active = name": f"layer.active = name\n        if name == 'a':\n            {OTHERS}"},
+        "adapters-switch: the logits after adding 'b', switching to 'a', switching to 'ab': wrong",
+    ),
+    "switching from the second": (
+        {"layer.active = name": f"if layer.active == 'ab':\n            {OTHERS}\n        layer.active = name"},
+        "adapters-switch: the logits after adding 'b', switching to 'a': wrong",
+    ),
+    "deleting": (
+        {REMOVED: f"{OTHERS}\n        {REMOVED}"},
+        "adapters-delete: the logits after deleting 'b' while 'ab' acts: wrong",
+    ),
+    "deleting those that do not act": (
+        {REMOVED: f"layer.active == 'ab' and {OF_A}\n        {REMOVED}"},
+        "adapters-delete: the logits after deleting 'b' while 'ab' acts, switching to 'a': wrong",
+    ),
+    "an error": (
+        {SWITCHED: "model.register_forward_pre_hook(lambda *_: 1 / 0)"},
+        "adapters-delete: the logits after deleting 'ab' while 'ab' acts: wrong",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FIRST_WRONG)
+def test_the_operation_is_named_after_which_the_logits_are_wrong(what):
+    changes, said = FIRST_WRONG[what]
+    with pytest.raises(CheckFailure) as caught:
+        check(TAKEN["adapters"](planted(changes)), "adapters")
+    assert str(caught.value).startswith(said)
 
 
 def test_all_laws_are_reported_where_some_are_broken():

@@ -68,6 +68,33 @@ def of_reply(messages, n, token=0):
     return messages[n]["role"] == "assistant"
 
 
+def roles_behind(messages):
+    return [*(message["role"] for message in messages[1:]), ""]
+
+
+def with_arguments(kept):
+    """Render calls of tools with some of their arguments."""
+
+    def changed(call):
+        return {**call, "function": {**call["function"], "arguments": kept(call["function"]["arguments"])}}
+
+    return lambda messages: with_tools(
+        [{**m, "tool_calls": [*map(changed, m["tool_calls"])]} if "tool_calls" in m else m for m in messages]
+    )
+
+
+def unlearning(unlearned):
+    return lambda messages: with_tools(messages, unlearned=lambda message, word: word == unlearned)
+
+
+def learning(word):
+    def render(messages):
+        tokens, flags = with_tools(messages)
+        return tokens, [flag or token == word for token, flag in zip(tokens, flags, strict=True)]
+
+    return render
+
+
 def seeing(sees):
     """Documents, the tokens of which see those before them in other documents, too, where `sees` is true of both."""
 
@@ -164,6 +191,14 @@ RARE = {
         "a system message in the middle": rendered(lambda m, n, i: of_reply(m, n) or (n and m[n]["role"] == "system")),
         "unknown roles": rendered(lambda m, n, i: m[n]["role"] not in ("user", "system")),
         "behind an assistant at the beginning": rendered(lambda m, n, i: of_reply(m, n) or of_reply(m, 0)),
+        "a reply that equals an earlier one": rendered(lambda m, n, i: of_reply(m, n) and m[n] not in m[:n]),
+        "the first of two questions is lost": lambda messages: render_chat(
+            [
+                own
+                for own, role in zip(messages, roles_behind(messages), strict=True)
+                if own["role"] != "user" or role != "user"
+            ]
+        ),
         "replies of more than 100 tokens": rendered(lambda m, n, i: of_reply(m, n) and i <= 100),
         "what is behind 256 tokens is cut off": lambda messages: [each[:256] for each in render_chat(messages)],
     },
@@ -174,6 +209,24 @@ RARE = {
         "the second of two calls": lambda messages: with_tools(
             [{**m, "tool_calls": m["tool_calls"][:1]} if "tool_calls" in m else m for m in messages]
         ),
+        "all arguments but the first": with_arguments(lambda given: dict([*given.items()][:1])),
+        "arguments that are no texts": with_arguments(lambda given: {k: v for k, v in given.items() if type(v) is str}),
+        "all but the first of a list": with_arguments(
+            lambda given: {k: v[:1] if isinstance(v, list) else v for k, v in given.items()}
+        ),
+        "numbers in a list or alone are not learned": lambda messages: with_tools(
+            messages, unlearned=lambda message, word: word.isdecimal() and "tool_calls" in message
+        ),
+        "the name of the second argument is not learned": unlearning("Qj"),
+        "the last words of a reply are not learned": unlearning("is"),
+        "the first words of a question are lost": lambda messages: with_tools(
+            [{**messages[0], "content": messages[0]["content"].split()[-1]}, *messages[1:]]
+        ),
+        "the unit of a result is lost": lambda messages: with_tools(
+            [{**m, "content": m["content"].split()[0]} if m["role"] == "tool" else m for m in messages]
+        ),
+        "the unit of a result is learned": learning("degrees"),
+        "the first words of a question are learned": learning("warm"),
     },
     "packing": {
         "equal documents": seeing(lambda other, own: other == own and len(own) > 3),

@@ -120,7 +120,7 @@ def unusual(render: Render, case: Chat) -> Iterator[Comparison]:
 
 
 def two_replies(render: Render, case: Chat) -> Iterator[Comparison]:
-    """Compare a conversation with two replies in a row, which a template may refuse."""
+    """Compare a conversation with two replies or two questions in a row, which a template may refuse."""
     try:
         render(case.messages)
     except Exception:
@@ -244,7 +244,11 @@ CONVERSATIONS = {
     "turns": chats(HELLO, LONGER, (*LONGER, "a", "b"), (" ".join(LONG), " ".join(LONG)), LONG[:16]),
     "empty": chats(("Hi.", ""), (*HELLO, "Hi.", ""), ("Hi.", "", *HELLO)),
     "repeats": chats(
-        ("yes", "yes"), ("no", "no no", "no", "no"), ("a", "b", "b", "a"), ("user", "assistant", "system", "user")
+        ("yes", "yes"),
+        ("no", "no no", "no", "no"),
+        ("a", "b", "b", "a"),
+        ("a", "b", "c", "b"),
+        ("user", "assistant", "system", "user"),
     ),
     "white_space": chats(*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
     "unicode": chats(("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
@@ -252,7 +256,7 @@ CONVERSATIONS = {
     "system": chats(HELLO, LONGER, system="Be brief."),
 }
 _USER, _REPLY, _NEXT, _LAST = ("user", "Qa?"), ("assistant", "Qb."), ("user", "Qc?"), ("assistant", "Qd.")
-TWO = [Chat((*Chat().turns, ("assistant", "No, night.")))]
+TWO = [Chat((*Chat().turns, ("assistant", "No, night."))), Chat((("user", "Is it day?"), *Chat().turns))]
 UNUSUAL = [
     Chat((_USER, _REPLY, _NEXT)),
     Chat((_REPLY, _NEXT, _LAST)),
@@ -275,13 +279,16 @@ REASONING = MarkedWords(
 )
 
 
-def with_calls(*rounds: Sequence[tuple[str, str]], content: str | None = "", **options: Any) -> MarkedWords:
+def with_calls(
+    *rounds: Sequence[tuple[str, str]], content: str | None = "", has_more: bool = False, **options: Any
+) -> MarkedWords:
     """Return a question, calls of a tool in each round, with what they ask for and what they give, and a reply."""
+    more = {"Qj": 4907, "Qk": ["Ql", 3806]} if has_more else {}
     messages: list[dict[str, Any]] = [{"role": "user", "content": "Is it warm in Qa?"}]
     for pairs in rounds:
         ids = [f"call0000{len(messages) + i}" for i in range(len(pairs))]
         calls = [
-            {"id": own, "type": "function", "function": {"name": "Qb", "arguments": {"city": city}}}
+            {"id": own, "type": "function", "function": {"name": "Qb", "arguments": {"city": city, **more}}}
             for own, (city, _) in zip(ids, pairs, strict=True)
         ]
         messages.append({"role": "assistant", "content": content, "tool_calls": calls})
@@ -289,12 +296,16 @@ def with_calls(*rounds: Sequence[tuple[str, str]], content: str | None = "", **o
             messages.append({"role": "tool", "content": f"{result} degrees", "tool_call_id": own, "name": "Qb"})
     messages.append({"role": "assistant", "content": "Qe, it is."})
     asked, given = zip(*(pair for pairs in rounds for pair in pairs), strict=True)
-    return MarkedWords(tuple(messages), learned=("Qb", *asked, "Qe"), read=("Qa", *given), **options)
+    words = ("Qb", *asked, *re.findall(r"\w+", str(more)), "Qe, it is.")
+    return MarkedWords(
+        tuple(messages), words, ("Is it warm in Qa?", *(f"{result} degrees" for result in given)), **options
+    )
 
 
 _FIRST, _SECOND = ("Qc", "Qd"), ("Qh", "Qi")
 TOOLS = [
     with_calls([_FIRST]),
+    with_calls([_FIRST], has_more=True),
     with_calls([_FIRST], content=None, may_fail=True),
     with_calls([_FIRST], content="Qf.", optional=("Qf",)),
     with_calls([_FIRST], [_SECOND]),
@@ -310,7 +321,7 @@ LAWS = (
     Law(
         "chat_mask",
         "two_replies",
-        f"{STATEMENT}; a template may refuse two in a row",
+        f"{STATEMENT}; a template may refuse two, or two questions, in a row",
         TWO,
         two_replies,
         in_its_template,
