@@ -14,7 +14,6 @@ them all:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,18 +62,6 @@ def without_rslora(make: Make) -> Make:
     return lambda *tensors, use_rslora=False, **options: make(*tensors, **options)
 
 
-def with_trained_weight(make: Make) -> Make:
-    """Return a maker of layers that train a copy of W too."""
-
-    def wrong(W: Tensor, *rest: Any, **options: Any) -> Wrong:
-        weight = nn.Parameter(W.detach().clone())
-        layer = Wrong(make(W, *rest, **options), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
-        layer.register_parameter("weight", weight)
-        return layer
-
-    return wrong
-
-
 # --- LoRA ---
 
 lora = partial(with_formula, LoRALayer)
@@ -101,11 +88,6 @@ def lora_sum(self: LoRALayer, x: Tensor) -> Tensor:
 def with_update(update: Callable[[LoRALayer, Tensor], Tensor]) -> Make:
     """Return a maker of LoRA layers that add another update to the output of the base."""
     return lora(lambda self, x: base(self, x) + update(self, x))
-
-
-def rescaled(factor: Callable[[LoRALayer], float]) -> Make:
-    """Return a maker of LoRA layers with `factor(layer)` times the right scale."""
-    return with_update(lambda self, x: factor(self) * delta(self, drop(self, x)))
 
 
 def with_scale(scale: Callable[[float, int], float]) -> Make:
@@ -136,23 +118,12 @@ def without_masked_gradient(self: LoRALayer, x: Tensor) -> Tensor:
     return base(self, x) + update + (delta(self, drop(self, x)) - update).detach()
 
 
-def kept(self: Any, name: str, make: Callable[[], Tensor]) -> Tensor:
-    """Return what `make` gave in the first call."""
-    if name not in vars(self):
-        vars(self)[name] = make()
-    return vars(self)[name]
-
-
-def merged_once(self: LoRALayer, x: Tensor) -> Tensor:
-    return self(x) if self.training else F.linear(x, kept(self, "merged", lambda: adapted(self).detach()), self.b)
-
-
 EITHER: Mapping[str, Make] = {
     "the scale is α·r": with_scale(lambda alpha, r: alpha * r),
     "the scale is α: it is not divided by r": with_scale(lambda alpha, r: alpha),  # Blaizzy/mlx-vlm#845
     "the scale is missing": with_scale(lambda alpha, r: 1.0),
     "the update is missing": lora(base),
-    "the update is added twice": rescaled(lambda self: 2.0),
+    "the update is added twice": with_update(lambda self, x: 2 * delta(self, drop(self, x))),
     "a square B A is transposed": with_update(  # microsoft/LoRA#61
         lambda self, x: self.scale * F.linear(x, transposed(self, self.B @ self.A))
     ),
@@ -167,7 +138,6 @@ EITHER: Mapping[str, Make] = {
     "the bias is multiplied by s": lora(
         lambda self, x: lora_sum(self, x) + (0 if self.b is None else self.scale * self.b)
     ),
-    "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
     "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
     "dropout is applied in evaluation mode": with_update(  # karpathy/nanoGPT#240
         lambda self, x: delta(self, F.dropout(x, self.p))
@@ -178,7 +148,9 @@ EITHER: Mapping[str, Make] = {
     "dropout is applied behind A": with_update(
         lambda self, x: self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
     ),
-    "dropout lacks the factor 1/(1 - p)": rescaled(lambda self: 1 - self.p if self.training else 1.0),
+    "dropout lacks the factor 1/(1 - p)": with_update(
+        lambda self, x: delta(self, drop(self, x)) * (1 - self.p if self.training else 1.0)
+    ),
     "one dropout mask is used for all rows": with_update(
         lambda self, x: delta(self, x * drop(self, x.new_ones(x.shape[-1])))
     ),
@@ -192,8 +164,6 @@ EITHER: Mapping[str, Make] = {
     "the gradient of A has the scale twice": with_tensor("A", gradient_times(lambda self: self.scale)),
     "the gradient of B has the scale twice": with_tensor("B", gradient_times(lambda self: self.scale)),
     "the gradient of x lacks that of the update": with_update(lambda self, x: delta(self, drop(self, x.detach()))),
-    "the base weight is trained": with_trained_weight(LoRALayer),
-    "the weight merged in the first evaluation is kept": lora(merged_once),
 }
 LORA: Mapping[str, Make] = {
     **EITHER,
@@ -232,21 +202,9 @@ def dropout_of_the_difference(self: LoRALayer, x: Tensor) -> Tensor:
     return base(self, x) + F.linear(drop(self, x), difference)
 
 
-def norm_of_the_first_call(self: LoRALayer) -> Tensor:
-    return self.m / kept(self, "norm", lambda: adapted(self).norm(dim=1).detach())
-
-
-def start_at_the_adapted_norm(
-    W: Tensor, b: Any, A: Tensor, B: Tensor, alpha: float, magnitude: Tensor | None = None
-) -> LoRALayer:
-    magnitude = merge(W, A, B, alpha / len(A)).norm(dim=1) if magnitude is None else magnitude
-    return LoRALayer(W, b, A, B, alpha, use_dora=True, magnitude=magnitude)
-
-
 DORA: Mapping[str, Make] = {
     "DoRA is LoRA: there is no magnitude and no norm": with_factor(lambda self: torch.ones_like(self.m)),
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
-    "the magnitude starts at ‖W + s·B A‖": start_at_the_adapted_norm,
     "columns are normalized instead of rows": dora(  # catid/dora#4, nbasyl/DoRA#1
         lambda self, x: plus_bias(self, self.m * lora_sum(self, x / adapted(self).norm(dim=0).detach()))
     ),
@@ -254,14 +212,12 @@ DORA: Mapping[str, Make] = {
     "the magnitude is |m|": with_factor(lambda self: self.m.abs() / adapted(self).norm(dim=1).detach()),
     "the norm is that of W": with_factor(lambda self: self.m / self.W.norm(dim=1)),  # Comfy-Org/ComfyUI#15458
     "the gradient goes through the norm": with_factor(lambda self: self.m / adapted(self).norm(dim=1)),
-    "the norm of the first call is kept": with_factor(norm_of_the_first_call),
     "the bias is scaled by m/‖W + s·B A‖": dora(lambda self, x: factor(self) * plus_bias(self, lora_sum(self, x))),
     "dropout is applied to the input of the base": dora(
         lambda self, x: plus_bias(self, factor(self) * F.linear(drop(self, x), adapted(self)))
     ),
     "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
     "the scale is α/r in spite of use_rslora": without_rslora(DoRALayer),
-    "the base weight is trained": with_trained_weight(DoRALayer),
 }
 
 # --- merging, and sums of adapters ---
@@ -269,7 +225,6 @@ DORA: Mapping[str, Make] = {
 MERGE: Mapping[str, Make] = {
     "the scale is missing": lambda W, A, B, scale, *m: merge(W, A, B, 1.0, *m),
     "the update is added twice": lambda W, A, B, scale, *m: merge(W, A, B, 2 * scale, *m),  # huggingface/peft#3774
-    "the weight that was given is changed": lambda W, *rest: W.copy_(merge(W.clone(), *rest)),
 }
 MERGE_DORA: Mapping[str, Make] = {
     **MERGE,
@@ -303,17 +258,12 @@ ADAPTER_SUM: Mapping[str, Make] = {
 FP4_LEVELS = torch.tensor([s * level / 12 for s in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)])
 
 
-def exchanged(packed: Tensor) -> Tensor:
-    return packed << 4 | packed >> 4
+def exchanged(packed: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return packed << 4 | packed >> 4, *rest
 
 
-def quantize_low_half_first(W: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    packed, absmax = nf4_quantize(W, block_size)
-    return exchanged(packed), absmax
-
-
-def dequantize_low_half_first(packed: Tensor, *rest: Any) -> Tensor:
-    return nf4_dequantize(exchanged(packed), *rest)
+def dequantize_low_half_first(*quantized: Any) -> Tensor:
+    return nf4_dequantize(*exchanged(*quantized))
 
 
 def dequantize_fp4(packed: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
@@ -328,17 +278,6 @@ def dequantize_whole_blocks(packed: Tensor, absmax: Tensor, shape: Sequence[int]
     return levels * absmax[block.clamp(max=len(absmax) - 1)]
 
 
-def in_place(quantize: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that changes the numbers that it quantizes."""
-
-    def wrong(numbers: Tensor, *rest: Any) -> Any:
-        result = quantize(numbers, *rest)
-        numbers.detach().sub_(numbers.mean())
-        return result
-
-    return wrong
-
-
 def pair(
     quantize: Callable[..., Any] = nf4_quantize, dequantize: Callable[..., Any] = nf4_dequantize, **changes: Any
 ) -> Pair:
@@ -347,7 +286,9 @@ def pair(
 
 
 NF4: Mapping[str, Pair] = {
-    "the two codes of a byte are exchanged": pair(quantize_low_half_first, dequantize_low_half_first),
+    "the two codes of a byte are exchanged": pair(
+        lambda *given: exchanged(*nf4_quantize(*given)), dequantize_low_half_first
+    ),
     "dequantize takes the low half of a byte first": pair(dequantize=dequantize_low_half_first),
     "the levels are those of FP4": pair(
         code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1), dequantize=dequantize_fp4
@@ -360,11 +301,8 @@ NF4: Mapping[str, Pair] = {
     ),
     "the absmax is the largest w instead of the largest |w|": pair(scale=lambda blocks: blocks.amax(1)),
     "the absmaxes are rounded to bfloat16": pair(scale=lambda blocks: blocks.abs().amax(1).bfloat16().float()),
-    "each row is taken for ⌊in/block_size⌋ whole blocks": pair(
-        dequantize=dequantize_whole_blocks
-    ),  # bitsandbytes on AVX512
+    "each row is taken for ⌊in/block_size⌋ whole blocks": pair(dequantize=dequantize_whole_blocks),  # bitsandbytes
     "blocks have 64 weights, whatever block_size is": pair(lambda W, block_size: nf4_quantize(W, 64)),
-    "the weight that was given is changed": pair(in_place(nf4_quantize)),
 }
 
 # --- double quantization ---
@@ -377,7 +315,6 @@ DOUBLE_QUANT: Mapping[str, Pair] = {
     ),
     "the scale is the largest absmax - offset, without its absolute value": double(scale=lambda blocks: blocks.amax(1)),
     "one scale is used for all absmaxes": double(scale=lambda blocks: blocks.abs().max().expand(len(blocks))),
-    "the absmaxes that were given are changed": double(quantize=in_place(double_quantize)),  # bitsandbytes#1863
 }
 
 # --- the 4-bit linear ---
@@ -388,14 +325,11 @@ def with_whole_blocks(self: Linear4bit, x: Tensor) -> Tensor:
     return F.linear(x, W.to(x.dtype), self.b)
 
 
-linear4bit = partial(with_formula, Linear4bit)
 LINEAR4BIT: Mapping[str, Callable[..., Any]] = {
     "the bias is missing": lambda W, b, double_quant=False: Linear4bit(W, None, double_quant),
     "the weight is not quantized": lambda W, b: lambda x: F.linear(x, W, b),
-    "each row is taken for ⌊in/block_size⌋ whole blocks": linear4bit(with_whole_blocks),  # bitsandbytes on AVX512
+    "each row is taken for ⌊in/block_size⌋ whole blocks": with_formula(Linear4bit, with_whole_blocks),
     "double quantization is ignored": lambda W, b, double_quant=False: Linear4bit(W, b),
-    "the input gets no gradient": linear4bit(lambda self, x: self(x.detach())),  # bitsandbytes on AVX512
-    "a dense copy of the weight is trained": with_trained_weight(Linear4bit),
 }
 
 # --- the masked loss, of logits and labels ---
@@ -437,15 +371,10 @@ LOSS_MASKING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
-def mean_of_means(W: Tensor, micro_batches: Batches) -> Tensor:
-    """Return the mean of the micro-batches' own gradients, which are 0 without labels."""
-    gradients = [accumulated_gradient(W, [batch]) for batch in micro_batches if count(batch[1])]
-    return torch.stack(gradients).sum(0) / len(micro_batches)
-
-
-def mean_by_rows(W: Tensor, micro_batches: Batches) -> Tensor:
-    gradients = [len(labels) * accumulated_gradient(W, [(x, labels)]) for x, labels in micro_batches if count(labels)]
-    return torch.stack(gradients).sum(0) / sum(len(labels) for _, labels in micro_batches)
+def mean_of_means(weight: Callable[[Tensor], int], W: Tensor, batches: Batches) -> Tensor:
+    """Return the mean of the micro-batches' own gradients, which are 0 without labels, by a weight of their labels."""
+    gradients = [weight(labels) * accumulated_gradient(W, [(x, labels)]) for x, labels in batches if count(labels)]
+    return torch.stack(gradients).sum(0) / sum(weight(labels) for _, labels in batches)
 
 
 def predictions(micro_batches: Batches) -> Any:
@@ -453,8 +382,10 @@ def predictions(micro_batches: Batches) -> Any:
 
 
 ACCUMULATION: Mapping[str, Callable[[Tensor, Batches], Tensor]] = {
-    "it is the mean of the means of the micro-batches": mean_of_means,  # huggingface/transformers#34191
-    "the means of the micro-batches are weighted by their rows": mean_by_rows,
+    "it is the mean of the means of the micro-batches": partial(  # huggingface/transformers#34191
+        mean_of_means, lambda labels: 1
+    ),
+    "the means of the micro-batches are weighted by their rows": partial(mean_of_means, len),
     "the sum is not divided": lambda W, batches: accumulated_gradient(W, batches) * predictions(batches),
     "the labels are counted before the shift": lambda W, batches: (
         accumulated_gradient(W, batches)
@@ -495,27 +426,10 @@ def moved(begins: int, ends: int) -> Render:
     return with_spans(lambda messages, tokens, spans: [(begin + begins, end + ends) for begin, end in spans])
 
 
-def found_by_its_text(messages: Messages, tokens: Sequence[str], spans: Spans) -> Spans:
-    found = []
-    for begin, end in spans:
-        length = end - begin - 1  # without the end token
-        same = (i for i in range(begin + 1) if tokens[i : i + length] == tokens[begin : begin + length])
-        first = next(same) if length else begin
-        found.append((first, first + length + 1))
-    return found
-
-
-def second_reply_lost(messages: Messages, tokens: Sequence[str], spans: Spans) -> Spans:
-    roles = ["", *(message["role"] for message in messages)]
-    previous = [before for before, role in pairwise(roles) if role == "assistant"]
-    return [span for span, before in zip(spans, previous, strict=False) if before != "assistant"]
-
-
 CHAT_MASK: Mapping[str, Render] = {
     "everything is learned": with_spans(lambda messages, tokens, spans: [(0, len(tokens))]),
     "only the first reply is learned": with_spans(lambda messages, tokens, spans: spans[:1]),
     "only the last reply is learned": with_spans(lambda messages, tokens, spans: spans[-1:]),
-    "the second of two replies in a row is not learned": with_spans(second_reply_lost),  # huggingface/trl#3224
     "the end token after a reply is not learned": moved(0, -1),  # verl-project/verl#535
     "the end token of an empty reply is not learned": with_spans(
         lambda messages, tokens, spans: [(begin, end) for begin, end in spans if end > begin + 1]
@@ -523,7 +437,6 @@ CHAT_MASK: Mapping[str, Render] = {
     "the token in front of a reply is learned": moved(-1, 0),
     "the mask is one token early": moved(-1, -1),
     "the mask is one token late": moved(1, 1),  # zai-org/ChatGLM3#184
-    "a reply is found by its text, even in the question": with_spans(found_by_its_text),
 }
 
 # --- the table ---
