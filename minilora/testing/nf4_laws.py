@@ -169,19 +169,8 @@ _CODE = "each code is that of the level nearest to w / absmax"
 _LARGEST = "the largest |w| of a block of the rows laid end to end"
 _TIES = "a level has its own code; a number midway between two gets the lower one, its neighbours the nearest"
 _HARD = f"{_CODE}, for outliers, constants, small, large and many numbers; of denormals and zeros, any"
-_NF4 = (
-    ("nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
-    ("ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
-    ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
-    ("hard", _HARD, HARD, both(quantizing, dequantized_values)),
-    ("block_size", f"{_CODE}, in blocks of 32, 128 and 4,096", LARGER, both(quantizing, dequantized_values)),
-    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, both(quantizing, dequantized_values)),
-)
+_BOTH_WAYS = both(quantizing, dequantized_values)
 _QUANTIZE = "offset = mean; scale = max |absmax - offset| of each 256; each code is that of the nearest of 256 levels"
-_DOUBLE_QUANT = (
-    ("codes", f"{_QUANTIZE}, within half a place of 65,536", nested_quantizing),
-    ("values", "dequantize gives level · scale + offset, in float32", nested_values),
-)
 _SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64), ((5,), 192, 136))
 LINEARS = linears(*_SIZES)
 LOW_LINEARS = linears(*_SIZES, dtype="bfloat16") + linears(*_SIZES, dtype="float16")
@@ -192,17 +181,21 @@ RAGGED = linears(((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,
 NESTED = linears(((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300), double_quant=True)  # at last two scales
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
 _DX = "dx = dy dequantize(quantize(W))"
-_LINEAR4BIT = (
-    ("forward", f"{_LINEAR}, also for x = 1", LINEARS + HARD_LINEARS + WIDE, product),
-    ("gradients", _DX, LINEARS + WIDE, input_gradient),
-    ("shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, both(product, input_gradient)),
-    ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both(product, input_gradient)),
-    ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
-    ("double_quant", f"{_LINEAR} and {_DX}, with 8-bit absmaxes", NESTED, both(product, input_gradient)),
-    ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, both(product, input_gradient)),
-)
+_PASSES = both(product, input_gradient)
 LAWS = (
-    *(Law("nf4", *row) for row in _NF4),
-    *(Law("double_quant", name, statement, ABSMAXES, compare) for name, statement, compare in _DOUBLE_QUANT),
-    *(Law("linear4bit", *row) for row in _LINEAR4BIT),
+    Law("nf4", "nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
+    Law("nf4", "ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
+    Law("nf4", "values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
+    Law("nf4", "hard", _HARD, HARD, _BOTH_WAYS),
+    Law("nf4", "block_size", f"{_CODE}, in blocks of 32, 128 and 4,096", LARGER, _BOTH_WAYS),
+    Law("nf4", "16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, _BOTH_WAYS),
+    Law("double_quant", "codes", f"{_QUANTIZE}, within half a place of 65,536", ABSMAXES, nested_quantizing),
+    Law("double_quant", "values", "dequantize gives level · scale + offset, in float32", ABSMAXES, nested_values),
+    Law("linear4bit", "forward", f"{_LINEAR}, also for x = 1", LINEARS + HARD_LINEARS + WIDE, product),
+    Law("linear4bit", "gradients", _DX, LINEARS + WIDE, input_gradient),
+    Law("linear4bit", "shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, _PASSES),
+    Law("linear4bit", "ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, _PASSES),
+    Law("linear4bit", "frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
+    Law("linear4bit", "double_quant", f"{_LINEAR} and {_DX}, with 8-bit absmaxes", NESTED, _PASSES),
+    Law("linear4bit", "16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, _PASSES),
 )
