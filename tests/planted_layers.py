@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.testing.catalogue import (
+from minilora.testing.implementations import LoRALayer, merge
+from minilora.testing.layer_mistakes import (
     DoRALayer,
     Wrong,
     adapted,
@@ -22,7 +23,6 @@ from minilora.testing.catalogue import (
     with_factor,
     with_update,
 )
-from minilora.testing.implementations import LoRALayer, merge
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.testing import CheckFailure, check, check_kernel, check_trains_everything
-from minilora.testing.catalogue import with_formula
 from minilora.testing.implementations import (
     Linear4bit,
     double_dequantize,
@@ -21,6 +20,7 @@ from minilora.testing.implementations import (
     nf4_quantize,
     render_chat,
 )
+from minilora.testing.layer_mistakes import with_formula
 from tests.models import randn
 from tests.planted_layers import with_trained_weight
 from tests.test_chat_laws import with_tools
