@@ -349,6 +349,12 @@ OWN_DORA = {
     ),
 }
 PLAIN = {  # that the failure itself describes, so that `catalogue` has no name for them
+    "dropout is applied in evaluation mode": with_update(  # karpathy/nanoGPT#240
+        lambda self, x: delta(self, F.dropout(x, self.p))
+    ),
+    "one dropout mask is used for all rows": with_update(
+        lambda self, x: delta(self, x * drop(self, x.new_ones(x.shape[-1])))
+    ),
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.testing import CheckFailure, check, check_kernel, check_trains_everything
+from minilora.testing.catalogue import dequantize_whole_blocks
 from minilora.testing.implementations import (
     Linear4bit,
     double_dequantize,
@@ -93,6 +94,11 @@ def in_place(quantize):
     return wrong
 
 
+def with_whole_blocks(self, x):
+    W = dequantize_whole_blocks(self.packed, self.absmax, self.shape, 64)
+    return F.linear(x, W.to(x.dtype), self.b)
+
+
 WORKSPACES = {}
 
 
@@ -104,6 +110,8 @@ def dequantized_in_a_workspace(*given):
 RARE = {
     "linear4bit": {
         "a dense copy of the weight is trained": with_trained_weight(Linear4bit),
+        "double quantization is ignored": lambda W, b, double_quant=False: Linear4bit(W, b),
+        "each row is taken for whole blocks": with_formula(Linear4bit, with_whole_blocks),  # bitsandbytes on AVX512
         "the input gets no gradient": with_formula(Linear4bit, lambda self, x: self(x.detach())),  # bitsandbytes
         "under no_grad": doubled_where(lambda x: not torch.is_grad_enabled()),
         "for x (B, 1, in)": doubled_where(lambda x: x.ndim == 3 and x.size(1) == 1),
@@ -125,6 +133,7 @@ RARE = {
     "nf4": {
         "a workspace is returned": (nf4_quantize, dequantized_in_a_workspace),
         "W is changed": (in_place(nf4_quantize), nf4_dequantize),
+        "blocks have 64 weights, whatever block_size is": (lambda W, _: nf4_quantize(W, 64), nf4_dequantize),
     },
     "loss_masking": {
         "the gradient from above is ignored": Unweighted.apply,
@@ -143,6 +152,7 @@ RARE = {
         "the second of two replies in a row": rendered(  # huggingface/trl#3224
             lambda m, n, i: of_reply(m, n) and not (n and of_reply(m, n - 1))
         ),
+        "empty replies": rendered(lambda m, n, i: of_reply(m, n) and m[n]["content"]),
         "a user's turn at the end": rendered(lambda m, n, i: of_reply(m, n) or n == len(m) - 1),
         "a system message in the middle": rendered(lambda m, n, i: of_reply(m, n) or (n and m[n]["role"] == "system")),
         "unknown roles": rendered(lambda m, n, i: m[n]["role"] not in ("user", "system")),

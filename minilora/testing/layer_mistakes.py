@@ -109,13 +109,8 @@ EITHER: Mapping[str, Make] = {
     ),
     "the bias is missing": lora(lora_sum),
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
-    "the bias is multiplied by s": lora(
-        lambda self, x: lora_sum(self, x) + (0 if self.b is None else self.scale * self.b)
-    ),
+    "the bias is multiplied by s": lora(lambda self, x: self.scale * plus_bias(self, lora_sum(self, x) / self.scale)),
     "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
-    "dropout is applied in evaluation mode": with_update(  # karpathy/nanoGPT#240
-        lambda self, x: delta(self, F.dropout(x, self.p))
-    ),
     "dropout is applied to the input of the base": lora(
         lambda self, x: F.linear(drop(self, x), self.W + self.scale * self.B @ self.A, self.b)
     ),
@@ -124,9 +119,6 @@ EITHER: Mapping[str, Make] = {
     ),
     "dropout lacks the factor 1/(1 - p)": with_update(
         lambda self, x: delta(self, drop(self, x)) * (1 - self.p if self.training else 1.0)
-    ),
-    "one dropout mask is used for all rows": with_update(
-        lambda self, x: delta(self, x * drop(self, x.new_ones(x.shape[-1])))
     ),
     "dropout is p where 1 - p was asked for": with_update(
         lambda self, x: delta(self, F.dropout(x, 1 - self.p, self.training and self.p > 0))
