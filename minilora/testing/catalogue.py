@@ -69,16 +69,12 @@ def pair(quantize: Make = nf4_quantize, dequantize: Make = nf4_dequantize, **cha
 
 
 CATALOGUE["nf4"] = {
-    "the two codes of a byte are exchanged": pair(
-        lambda *given: exchanged(*nf4_quantize(*given)), dequantize_low_half_first
-    ),
+    "the two codes of a byte are exchanged": pair(lambda *W: exchanged(*nf4_quantize(*W)), dequantize_low_half_first),
     "dequantize takes the low half of a byte first": pair(dequantize=dequantize_low_half_first),
     "the levels are those of FP4": pair(
         code=lambda scaled, levels: (scaled[..., None] - FP4_LEVELS).abs().argmin(-1), dequantize=dequantize_fp4
     ),
-    "codes are rounded down instead of to the nearest level": pair(
-        code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1
-    ),
+    "codes are rounded down": pair(code=lambda scaled, levels: torch.bucketize(scaled, levels, right=True) - 1),
     "a tie gets the upper level": pair(
         code=lambda scaled, levels: torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, right=True)
     ),
@@ -92,9 +88,7 @@ CATALOGUE["nf4"] = {
 double = partial(pair, quantize=double_quantize, dequantize=double_dequantize)
 CATALOGUE["double_quant"] = {
     "the offset is 0 instead of the mean": double(center=lambda absmax: absmax.new_zeros(())),
-    "the offset is not added": double(
-        dequantize=lambda codes, scales, offset: double_dequantize(codes, scales, 0 * offset)
-    ),
+    "the offset is not added": double(dequantize=lambda codes, scales, offset: double_dequantize(codes, scales, 0)),
     "the scale is the largest absmax - offset, without its absolute value": double(scale=lambda blocks: blocks.amax(1)),
     "one scale is used for all absmaxes": double(scale=lambda blocks: blocks.abs().max().expand(len(blocks))),
 }
@@ -120,9 +114,7 @@ def mean_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 CATALOGUE["loss_masking"] = {
-    "logits at t are compared with the label at t": lambda z, labels: F.cross_entropy(
-        z.flatten(0, 1), labels.flatten()
-    ),
+    "logits at t are compared with the label at t": lambda z, labels: F.cross_entropy(z.mT, labels),
     "logits at t < T are compared with the label at t": lambda z, labels: masked_loss(z, labels.roll(1, 1)),
     "the last label of each row is left out": lambda z, labels: masked_loss(z[:, :-1], labels[:, :-1]),
     "the last position of a row predicts the first label of the next": lambda z, labels: masked_loss(
@@ -151,9 +143,7 @@ def mean_of_means(weight: Callable[[Tensor], int], W: Tensor, batches: Batches) 
 
 def divided_by(divisor: Callable[[Batches], Any]) -> Callable[[Tensor, Batches], Tensor]:
     """Return a step that divides the sum of the losses by another number than that of the predicted labels."""
-    return lambda W, batches: (
-        accumulated_gradient(W, batches) * sum(count(own) for _, own in batches) / divisor(batches)
-    )
+    return lambda W, batches: accumulated_gradient(W, batches) * sum(count(y) for _, y in batches) / divisor(batches)
 
 
 CATALOGUE["accumulation"] = {

@@ -114,9 +114,7 @@ EITHER: Mapping[str, Make] = {
     "dropout is applied to the input of the base": lora(
         lambda self, x: F.linear(drop(self, x), self.W + self.scale * self.B @ self.A, self.b)
     ),
-    "dropout is applied behind A": with_update(
-        lambda self, x: self.scale * F.linear(drop(self, F.linear(x, self.A)), self.B)
-    ),
+    "dropout is applied behind A": with_update(lambda self, x: self.scale * drop(self, x @ self.A.T) @ self.B.T),
     "dropout lacks the factor 1/(1 - p)": with_update(
         lambda self, x: delta(self, drop(self, x)) * (1 - self.p if self.training else 1.0)
     ),

@@ -73,10 +73,8 @@ class Built(NamedTuple):
         parts = self.parts(name, y)
         if not parts:
             return AssertionError(f"no parameter of the layer is {name}{ELSE}")
-        gradients = [
-            (torch.zeros_like(part) if part.grad is None else part.grad, is_turned) for part, is_turned in parts
-        ]
-        return torch.cat([turned(*each).flatten() for each in gradients]).reshape(self.given[name].shape)
+        gradients = [turned(torch.zeros_like(p) if p.grad is None else p.grad, flip).flatten() for p, flip in parts]
+        return torch.cat(gradients).reshape(self.given[name].shape)
 
 
 def turned(matrix: Tensor, is_turned: bool) -> Tensor:
@@ -294,9 +292,7 @@ def not_a_number(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = make_layer(make, right.changed(x=x))
     y = as_array(called(built.layer, case)[1])
     yield Comparison("where y is NaN", np.isnan(y), np.repeat([[1.0], [0.0]], case.outer, 1))
-    yield Comparison(
-        "y of the row without a NaN", y[1:], interned(replace(right, has_magnitude=case.has_magnitude)).y[1:]
-    )
+    yield Comparison("y of the row without a NaN", y[1:], case.y[1:])
 
 
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:

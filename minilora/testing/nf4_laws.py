@@ -115,7 +115,7 @@ def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     (layer, _), (other, _) = make_linear(make, case), make_linear(make, replace(case, seed=case.seed + 1))
     x, _ = backward(layer, case, others=[other])
-    yield Comparison("dx", x.grad, case.dx)
+    yield Comparison("dx", x.grad, case.input_gradient(case.dy))
     x = tensor(case.x, case.dtype).requires_grad_()
     layer(x).sum().backward()  # dy is a view of a single number
     yield Comparison("the gradient of Σ y", x.grad, case.input_gradient(np.ones_like(case.dy)))
@@ -156,11 +156,7 @@ COUNTS = (1, 2, 5, 64, 255, 256, 257, 600, 1300)  # with whole and with incomple
 ABSMAXES = [AbsmaxVector(count, "normal", seed) for seed, count in enumerate(COUNTS)]
 ABSMAXES += [AbsmaxVector(count, kind, count) for kind in ("constant", "outlier", "huge_ratio") for count in (3, 300)]
 ABSMAXES += [AbsmaxVector(count, "normal", count, power=power) for power in (-30, 20) for count in (4, 270)]
-LARGER = [
-    NF4Weight(rows, columns, block_size, seed=rows)
-    for block_size in (32, 128, 4096)
-    for rows, columns in ((1, 5), (7, 65), (9, 512))
-]
+LARGER = [NF4Weight(*shape, size, seed=shape[0]) for size in (32, 128, 4096) for shape in ((1, 5), (7, 65), (9, 512))]
 PLAIN = weights("normal", "zero_block")
 POWERS = [NF4Weight(9, 65, seed=7, power=power) for power in (-30, 40)]
 HARD = [*weights(*HARD_KINDS), *POWERS, NF4Weight(130, 513)]  # more than 65,536 weights, in more than 1,024 blocks
