@@ -361,9 +361,7 @@ def check_adapter_directory(path: str | Path) -> list[Report]:
     """Check the files of an adapter in PEFT's layout: whether they are complete and agree with each other.
 
     Args:
-        path: the directory of `adapter_config.json` and `adapter_model.safetensors`.
-
-    A failure names file, key, what was found and what is accepted.
+        path: the directory of `adapter_config.json` and `adapter_model.safetensors`. A failure names file and key.
     """
     return check(path, "adapter_directory")
 

@@ -31,11 +31,6 @@ def with_formula(make: Make, formula: Callable[[Any, Tensor], Tensor]) -> Make:
     return lambda *tensors, **options: Wrong(make(*tensors, **options), formula)
 
 
-def without_rslora(make: Make) -> Make:
-    """Return a maker that ignores `use_rslora`."""
-    return lambda *tensors, use_rslora=False, **options: make(*tensors, **options)
-
-
 # --- LoRA ---
 
 lora = partial(with_formula, LoRALayer)
@@ -43,6 +38,11 @@ lora = partial(with_formula, LoRALayer)
 
 def base(self: LoRALayer, x: Tensor) -> Tensor:
     return F.linear(x, self.W, self.b)
+
+
+def adapted(self: LoRALayer) -> Tensor:
+    """Return W + s·B A."""
+    return merge(self.W, self.A, self.B, self.scale)
 
 
 def delta(self: LoRALayer, x: Tensor) -> Tensor:
@@ -111,9 +111,7 @@ EITHER: Mapping[str, Make] = {
     "the bias is added twice": lora(lambda self, x: plus_bias(self, self(x))),
     "the bias is multiplied by s": lora(lambda self, x: self.scale * plus_bias(self, lora_sum(self, x) / self.scale)),
     "dropout is never applied": with_update(delta),  # meta-pytorch/torchtune#996
-    "dropout is applied to the input of the base": lora(
-        lambda self, x: F.linear(drop(self, x), self.W + self.scale * self.B @ self.A, self.b)
-    ),
+    "dropout is applied to the input of the base": lora(lambda self, x: F.linear(drop(self, x), adapted(self), self.b)),
     "dropout is applied behind A": with_update(lambda self, x: self.scale * drop(self, x @ self.A.T) @ self.B.T),
     "dropout lacks the factor 1/(1 - p)": with_update(
         lambda self, x: delta(self, drop(self, x)) * (1 - self.p if self.training else 1.0)
@@ -136,7 +134,7 @@ LAYERS["lora"] = {
 }
 LAYERS["rslora"] = {
     **EITHER,
-    "the scale is α/r in spite of use_rslora": without_rslora(LoRALayer),  # NVIDIA/TensorRT-LLM#1668
+    "the scale is α/r in spite of use_rslora": with_scale(lambda alpha, r: alpha / r),  # NVIDIA/TensorRT-LLM#1668
     "the scale is α·√r": with_scale(lambda alpha, r: alpha * math.sqrt(r)),
 }
 
@@ -144,11 +142,6 @@ LAYERS["rslora"] = {
 
 DoRALayer = partial(LoRALayer, use_dora=True)
 dora = partial(with_formula, DoRALayer)
-
-
-def adapted(self: LoRALayer) -> Tensor:
-    """Return W + s·B A."""
-    return merge(self.W, self.A, self.B, self.scale)
 
 
 def factor(self: LoRALayer) -> Tensor:
@@ -181,7 +174,7 @@ LAYERS["dora"] = {
         lambda self, x: plus_bias(self, factor(self) * F.linear(drop(self, x), adapted(self)))
     ),
     "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
-    "the scale is α/r in spite of use_rslora": without_rslora(DoRALayer),
+    "the scale is α/r in spite of use_rslora": lambda *given, use_rslora=False, **options: DoRALayer(*given, **options),
 }
 
 # --- merging, and sums of adapters ---

@@ -1,7 +1,4 @@
-"""Laws of NF4, of double quantization and of linear layers with a frozen 4-bit weight.
-
-A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_double_quant`.
-"""
+"""Laws of NF4, of double quantization and of linear layers with a frozen 4-bit weight."""
 
 import functools
 from collections.abc import Callable, Iterator
