@@ -88,7 +88,7 @@ CATALOGUE["nf4"] = {
 double = partial(pair, quantize=double_quantize, dequantize=double_dequantize)
 CATALOGUE["double_quant"] = {
     "the offset is 0 instead of the mean": double(center=lambda absmax: absmax.new_zeros(())),
-    "the offset is not added": double(dequantize=lambda codes, scales, offset: double_dequantize(codes, scales, 0)),
+    "the offset is not added": double(dequantize=lambda codes, scales, o: double_dequantize(codes, scales, 0 * o)),
     "the scale is the largest absmax - offset, without its absolute value": double(scale=lambda blocks: blocks.amax(1)),
     "one scale is used for all absmaxes": double(scale=lambda blocks: blocks.abs().max().expand(len(blocks))),
 }
