@@ -1,14 +1,17 @@
 """Wrong layers that once kept every law, and others thought of before the laws that refuse them.
 
-Each is a right layer of `minilora.testing.implementations` that goes wrong in one situation. No other one, here or in
-the catalogue, fails only in comparisons in which it fails.
+Each is a right layer of `minilora.testing.implementations` that goes wrong in one situation. Except for `PLAIN`, no
+other one, here or in the catalogue, fails only in comparisons in which it fails.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora.testing.catalogue import (
+from minilora.testing.implementations import LoRALayer, merge
+from minilora.testing.layer_mistakes import (
+    DoRALayer,
+    Wrong,
     adapted,
     base,
     delta,
@@ -17,11 +20,9 @@ from minilora.testing.catalogue import (
     factor,
     lora,
     plus_bias,
-    rescaled,
     with_factor,
     with_update,
 )
-from minilora.testing.implementations import LoRALayer, merge
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -135,6 +136,29 @@ def in_an_output(self, x):
     return y if torch.is_grad_enabled() else kept(self, (y.shape, y.dtype), y.clone).copy_(y)
 
 
+def with_trained_weight(make):
+    """Return a maker of layers that train a copy of W too."""
+
+    def wrong(W, *rest, **options):
+        weight = nn.Parameter(W.detach().clone())
+        layer = Wrong(make(W, *rest, **options), lambda self, x: self(x) + F.linear(x, weight - weight.detach()))
+        layer.register_parameter("weight", weight)
+        return layer
+
+    return wrong
+
+
+def merged_once(self, x):
+    if self.training:
+        return self(x)
+    return F.linear(x, kept(self, "merged", lambda: adapted(self).detach()), self.b)
+
+
+def start_at_the_adapted_norm(W, b, A, B, alpha, magnitude=None):
+    magnitude = merge(W, A, B, alpha / len(A)).norm(dim=1) if magnitude is None else magnitude
+    return LoRALayer(W, b, A, B, alpha, use_dora=True, magnitude=magnitude)
+
+
 class FrozenByEvaluation(LoRALayer):
     def train(self, mode=True):
         if not mode:
@@ -205,7 +229,9 @@ def last_token(self, x):
 REVIEW = {  # that somebody found to pass
     "A of the first call, by reference": lora(lambda self, x: with_tensors(self, x, A=kept(self, "A", lambda: self.A))),
     "dA doubled in 16 bits": gradient_times("A", lambda self, x: 2 if x.dtype in HALF else 1),
-    "the scale with three digits": rescaled(lambda self: round(self.scale, 3) / self.scale),
+    "the scale with three digits": with_update(
+        lambda self, x: delta(self, drop(self, x)) * (round(self.scale, 3) / self.scale)
+    ),
     "x clipped at 30": with_update(lambda self, x: delta(self, drop(self, x.clamp(-30, 30)))),
     "no small update": when(lambda self, x: (self.scale * self.B @ self.A).abs().max() < 1e-3),
     "NaN taken for 0": lora(lambda self, x: self(x.nan_to_num())),
@@ -322,7 +348,29 @@ OWN_DORA = {
         )
     ),
 }
-PLANTED = {"lora": REVIEW | OWN, "rslora": OWN_RSLORA, "dora": REVIEW_DORA | OWN_DORA}
+PLAIN = {  # that the failure itself describes, so that `catalogue` has no name for them
+    "dropout is applied in evaluation mode": with_update(  # karpathy/nanoGPT#240
+        lambda self, x: delta(self, F.dropout(x, self.p))
+    ),
+    "one dropout mask is used for all rows": with_update(
+        lambda self, x: delta(self, x * drop(self, x.new_ones(x.shape[-1])))
+    ),
+    "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
+    "the base weight is trained": with_trained_weight(LoRALayer),
+    "the weight merged in the first evaluation is kept": lora(merged_once),
+}
+PLAIN_DORA = {
+    "the base weight is trained": with_trained_weight(DoRALayer),
+    "the magnitude starts at ‖W + s·B A‖": start_at_the_adapted_norm,
+    "the norm of the first call is kept": with_factor(
+        lambda self: self.m / kept(self, "norm", lambda: adapted(self).norm(dim=1).detach())
+    ),
+}
+PLANTED = {
+    "lora": REVIEW | OWN | PLAIN,
+    "rslora": OWN_RSLORA | PLAIN,
+    "dora": REVIEW_DORA | OWN_DORA | PLAIN_DORA,
+}
 CAUSES = {  # what the message may name; a failure in some modes only names them as well
     "no bias in inference mode": "the bias is missing",
     "the scale of LoRA in training": "the scale is α/r in spite of use_rslora",

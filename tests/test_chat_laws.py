@@ -102,10 +102,24 @@ def closed_once(messages):
     return ["<|user|>", "<|assistant|>", *tokens], [False, False, *flags]  # an introduction
 
 
+def found_by_its_text(messages):
+    """Label each reply at the first place where its words are, even in the question."""
+    tokens, learned = [], set()
+    for message in messages:
+        own, _ = render_chat([message])
+        tokens += own
+        if message["role"] == "assistant":
+            words = own[1:-1] or own[1:]
+            first = next(i for i in range(len(tokens)) if tokens[i : i + len(words)] == words)
+            learned |= {*range(first, first + len(own) - 1)}
+    return tokens, [i in learned for i in range(len(tokens))]
+
+
 WRONG_TEXTS = {  # the law that finds it, and a part of the message
     "no end token of the first of two replies": ("two_replies", closed_once, "accepted is an end token after each"),
     "no labels for some tokens": ("turns", lambda m: (render_chat(m)[0], render_chat(m)[1][:-1]), "labels for"),
     "the first messages are lost": ("system", lambda m: render_chat(m[-2:]), "every text"),
+    "a reply is found by its text": ("repeats", found_by_its_text, "learned are"),
     "no end token": ("turns", without_end, "accepted is an end token after each reply"),
 }
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilora.testing import CheckFailure, check, check_kernel, check_trains_everything
-from minilora.testing.catalogue import with_formula
+from minilora.testing.catalogue import dequantize_whole_blocks
 from minilora.testing.implementations import (
     Linear4bit,
     double_dequantize,
@@ -21,7 +21,9 @@ from minilora.testing.implementations import (
     nf4_quantize,
     render_chat,
 )
+from minilora.testing.layer_mistakes import with_formula
 from tests.models import randn
+from tests.planted_layers import with_trained_weight
 from tests.test_chat_laws import with_tools
 from tests.test_kernel_laws import inputs, softmax, with_slope
 from tests.test_sequence_laws import PACKED, VOCABULARY, decoder
@@ -147,6 +149,22 @@ def forgetting(lengths, kept):
     )
 
 
+def in_place(quantize):
+    """A function that changes the numbers that it quantizes."""
+
+    def wrong(numbers, *rest):
+        result = quantize(numbers, *rest)
+        numbers.detach().sub_(numbers.mean())
+        return result
+
+    return wrong
+
+
+def with_whole_blocks(self, x):
+    W = dequantize_whole_blocks(self.packed, self.absmax, self.shape, 64)
+    return F.linear(x, W.to(x.dtype), self.b)
+
+
 WORKSPACES = {}
 
 
@@ -157,6 +175,10 @@ def dequantized_in_a_workspace(*given):
 
 RARE = {
     "linear4bit": {
+        "a dense copy of the weight is trained": with_trained_weight(Linear4bit),
+        "double quantization is ignored": lambda W, b, double_quant=False: Linear4bit(W, b),
+        "each row is taken for whole blocks": with_formula(Linear4bit, with_whole_blocks),  # bitsandbytes on AVX512
+        "the input gets no gradient": with_formula(Linear4bit, lambda self, x: self(x.detach())),  # bitsandbytes
         "under no_grad": doubled_where(lambda x: not torch.is_grad_enabled()),
         "for x (B, 1, in)": doubled_where(lambda x: x.ndim == 3 and x.size(1) == 1),
         "with more than 512 features": doubled_where(lambda x: x.size(-1) > 512),
@@ -165,14 +187,20 @@ RARE = {
         ),
     },
     "double_quant": {
-        "small absmaxes are clipped": (lambda absmax: double_quantize(absmax.clamp(min=1e-3)), double_dequantize)
+        "small absmaxes are clipped": (lambda absmax: double_quantize(absmax.clamp(min=1e-3)), double_dequantize),
+        "the absmaxes are changed": (in_place(double_quantize), double_dequantize),  # bitsandbytes#1863
     },
     "merge": {
+        "W is changed": lambda W, *rest: W.copy_(merge(W.clone(), *rest)),
         "the scale is rounded": lambda W, A, B, scale: merge(W, A, B, round(scale, 3)),
         "W itself where B = 0": lambda W, A, B, scale: merge(W, A, B, scale) if B.any() else W,
         "a view of W where B = 0": lambda W, A, B, scale: merge(W, A, B, scale) if B.any() else W.detach()[:],
     },
-    "nf4": {"a workspace is returned": (nf4_quantize, dequantized_in_a_workspace)},
+    "nf4": {
+        "a workspace is returned": (nf4_quantize, dequantized_in_a_workspace),
+        "W is changed": (in_place(nf4_quantize), nf4_dequantize),
+        "blocks have 64 weights, whatever block_size is": (lambda W, _: nf4_quantize(W, 64), nf4_dequantize),
+    },
     "loss_masking": {
         "the gradient from above is ignored": Unweighted.apply,
         "behind 64 tokens": lambda logits, labels: masked_loss(logits[:, :64], labels[:, :64]),
@@ -187,6 +215,10 @@ RARE = {
         "under no_grad": lambda logits, labels: (masked_loss if torch.is_grad_enabled() else loss_sum)(logits, labels),
     },
     "chat_mask": {
+        "the second of two replies in a row": rendered(  # huggingface/trl#3224
+            lambda m, n, i: of_reply(m, n) and not (n and of_reply(m, n - 1))
+        ),
+        "empty replies": rendered(lambda m, n, i: of_reply(m, n) and m[n]["content"]),
         "a user's turn at the end": rendered(lambda m, n, i: of_reply(m, n) or n == len(m) - 1),
         "a system message in the middle": rendered(lambda m, n, i: of_reply(m, n) or (n and m[n]["role"] == "system")),
         "unknown roles": rendered(lambda m, n, i: m[n]["role"] not in ("user", "system")),

@@ -23,9 +23,10 @@ from minilora.testing import (
     parametrize_laws,
     reference,
 )
-from minilora.testing.catalogue import CATALOGUE, lora, with_formula
+from minilora.testing.catalogue import CATALOGUE
 from minilora.testing.compare import UNITS, as_array, worst
 from minilora.testing.implementations import Linear4bit, LoRALayer, accumulated_gradient, merge
+from minilora.testing.layer_mistakes import lora, with_formula
 from minilora.testing.lora_laws import linear_cases
 from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
 from tests.adapters import dora_stretched

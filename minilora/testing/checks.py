@@ -44,20 +44,10 @@ LAWS = in_order(LORA_LAWS, MERGE_LAWS, NF4_LAWS, DATA_LAWS, CHAT_LAWS, SEQUENCE_
 def laws(*kinds: str) -> dict[str, Law]:
     """Return the laws of these kinds: by name if there is one kind, by id if there are several, all if none is given.
 
-    `law.check` and `check` take what the check of a kind takes, a tuple if it is more than one thing:
-
-        lora, rslora, dora, linear4bit      make_layer
-        merge, merge_dora; adapter_sum      merge; add
-        nf4, double_quant                   (quantize, dequantize)
-        loss_masking; accumulation, ranks   loss_fn; step_fn
-        chat_mask, chat_tools               render
-        packing                             (run, vocabulary) or (run, vocabulary, parameters)
-        generation                          (generate, logits, vocabulary)
-        roundtrip                           (attach, save, load)
-        adapters                            (attach, switch, disabled, delete); the last two may be None
-        merge_cycle                         (make_layer, merge, unmerge)
-        resume; recompute                   run; gradients
-        adapter_directory                   a path
+    They are named like the checks: lora, rslora, dora, linear4bit, merge, merge_dora, adapter_sum, nf4, double_quant,
+    loss_masking, accumulation, ranks, chat_mask, chat_tools, packing, generation, roundtrip, adapters, merge_cycle,
+    resume, recompute, adapter_directory. `law.check` and `check` take what the check of a kind takes; several functions
+    are a tuple in the same order, such as (attach, switch, disabled, delete), where the last two may be None.
 
     `law.check` returns a `Report` or raises CheckFailure, or NotApplicable; `law.check(…, case)` tries a single case.
 
@@ -76,8 +66,7 @@ def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any
 
     Args:
         kinds: as for `laws`.
-        known: known deviations of the implementation, law id -> a cause, or a part of what was found. Each is checked
-            to be there still.
+        known: deviations that must still be there: law id -> a cause, or a part of what was found.
 
     Raises:
         ValueError: an unknown kind, or an unknown law in `known`.
@@ -94,8 +83,8 @@ def parametrize_laws(*kinds: str, known: Mapping[str, str] | None = None) -> Any
 def check(implementation: Any, *kinds: str, sizes: Sequence[tuple[int, ...]] = (), all: bool = False) -> list[Report]:
     """Check an implementation against all laws of these kinds, and return what each found.
 
-    A law about something that the implementation does not have, such as an option or a gradient, is not checked: its
-    report has `checked` False, and its statement says why. An implementation may raise NotApplicable by itself.
+    A law about what the implementation does not have, such as an option or a gradient, is not checked: its report has
+    `checked` False, and says why. An implementation may raise NotApplicable by itself.
 
     Args:
         implementation: what the kinds take: see `laws`.
@@ -141,9 +130,9 @@ def check_lora_linear(
 ) -> list[Report]:
     """Check a LoRA linear layer: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, s = α/r, or α/√r for rsLoRA  [LoRA eq. 3].
 
-    Every law tries the layer in each of these modes: training, without dropout; evaluation; under no_grad and
-    inference_mode; in a third call; after eval() and train(); with tensors that are not contiguous. A layer may merge
-    in eval() until train() is called: then A and B change, and have gradients, in training mode only.
+    Every law tries the layer in training mode without dropout, in evaluation, under no_grad and inference_mode, in a
+    third call, after eval() and train(), and with tensors that are not contiguous. A layer may merge in eval() until
+    train() is called: then A and B change, and have gradients, in training mode only.
 
     Args:
         make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
@@ -372,9 +361,7 @@ def check_adapter_directory(path: str | Path) -> list[Report]:
     """Check the files of an adapter in PEFT's layout: whether they are complete and agree with each other.
 
     Args:
-        path: the directory of `adapter_config.json` and `adapter_model.safetensors`.
-
-    A failure names file, key, what was found and what is accepted.
+        path: the directory of `adapter_config.json` and `adapter_model.safetensors`. A failure names file and key.
     """
     return check(path, "adapter_directory")
 

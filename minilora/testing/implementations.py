@@ -5,10 +5,8 @@ which replace an argument that has a default: the `scale` of a block, the `code`
 
     N  rows    in, out  features    r  rank    B  batch    T  tokens    D  width    V  vocabulary
 
-    [LoRA]    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models
-    [rsLoRA]  Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
-    [DoRA]    Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation
-    [QLoRA]   Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs
+References are those of `reference`, and [rsLoRA] is Kalajdzievski 2023, A Rank Stabilization Scaling Factor for
+Fine-Tuning with LoRA.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -73,10 +73,8 @@ class Built(NamedTuple):
         parts = self.parts(name, y)
         if not parts:
             return AssertionError(f"no parameter of the layer is {name}{ELSE}")
-        gradients = [
-            (torch.zeros_like(part) if part.grad is None else part.grad, is_turned) for part, is_turned in parts
-        ]
-        return torch.cat([turned(*each).flatten() for each in gradients]).reshape(self.given[name].shape)
+        gradients = [turned(torch.zeros_like(p) if p.grad is None else p.grad, flip).flatten() for p, flip in parts]
+        return torch.cat(gradients).reshape(self.given[name].shape)
 
 
 def turned(matrix: Tensor, is_turned: bool) -> Tensor:
@@ -234,11 +232,7 @@ def gradients_of(built: Built, case: AdaptedLinear, x: Tensor, y: Tensor) -> Ite
 
 
 def backward(
-    layer: Any,
-    case: Any,
-    needs_dx: bool = True,
-    context: AbstractContextManager[Any] | None = None,
-    others: Sequence[Any] = (),
+    layer: Any, case: Any, needs_dx: bool = True, context: AbstractContextManager[Any] | None = None, others: Any = ()
 ) -> tuple[Tensor, Tensor]:
     """Run a forward and a backward pass of Σ dy·y; return x, whose gradient is 0 where there is none, and y.
 
@@ -294,9 +288,7 @@ def not_a_number(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     built, case = make_layer(make, right.changed(x=x))
     y = as_array(called(built.layer, case)[1])
     yield Comparison("where y is NaN", np.isnan(y), np.repeat([[1.0], [0.0]], case.outer, 1))
-    yield Comparison(
-        "y of the row without a NaN", y[1:], interned(replace(right, has_magnitude=case.has_magnitude)).y[1:]
-    )
+    yield Comparison("y of the row without a NaN", y[1:], case.y[1:])
 
 
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
@@ -329,8 +321,7 @@ def follows(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         raise NotApplicable("the layer computes in numpy: its tensors cannot be changed in place")
     modules = list(layer.modules()) if isinstance(layer, nn.Module) else []
     tensors = [*layer.parameters(), *layer.buffers()] if modules else []
-    matrices = [matrix for matrix in tensors if matrix.ndim == 2]
-    weights = [matrix for matrix in matrices if any(torch.equal(W.to(given), given) for W in (matrix, matrix.T))]
+    weights = [m for m in tensors if m.ndim == 2 and any(torch.equal(W.to(given), given) for W in (m, m.T))]
     x, _ = called(layer, case)
     set_mode(layer, training=True)  # a layer may merge in evaluation mode, and keep the merged weight until it trains
     y = layer(x)
@@ -368,8 +359,7 @@ def dropout(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
         return
     p = 0.05 if case.seed % 4 == 0 else 0.7 if case.has_bias else 0.25
     built, single = make_layer(make, replace(case, lead=(1,)).changed(x=case.rows[:1]), dropout=p)
-    masks = max(256, min(MASKS, 2**30 // case.W.size))
-    masks += LAST
+    masks = LAST + max(256, min(MASKS, 2**30 // case.W.size))
     layer, lead = built.layer, ((masks,), (masks, 1), (1, masks))[case.seed % 3]
     row = tensor(single.x, single.dtype)
     x, few = row.repeat(masks, 1).reshape(*lead, -1), row.repeat(256 + LAST, 1)

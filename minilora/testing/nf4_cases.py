@@ -209,7 +209,7 @@ class AbsmaxVector:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A linear layer with a 4-bit `weight`, `b` or None, `x` and `dy`, with the right `output(x)` and `dx`."""
+    """A linear layer with a 4-bit `weight`, `b` or None, `x` and `dy`, with right results for them."""
 
     lead: tuple[int, ...] = (2,)
     inner: int = 64
@@ -254,10 +254,6 @@ class QuantizedLinear:
             b, ones = (Bounded.exact(column[:, None], self.dtype) for column in (self.b, np.ones(len(rows.value))))
             y = (y + self.b).widened(rows.beside(ones, 1) @ W.beside(b, 1).T)
         return self._unless_it_overflows(y).reshape(*x.shape[:-1], self.outer)
-
-    @property
-    def dx(self) -> Bounded:
-        return self.input_gradient(self.dy)
 
     def input_gradient(self, dy: Array) -> Bounded:
         dx = Bounded.exact(dy.reshape(-1, self.outer), self.dtype) @ self.dense

@@ -1,7 +1,4 @@
-"""Laws of NF4, of double quantization and of linear layers with a frozen 4-bit weight.
-
-A pair is (quantize, dequantize): see `checks.check_nf4` and `checks.check_double_quant`.
-"""
+"""Laws of NF4, of double quantization and of linear layers with a frozen 4-bit weight."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -115,7 +112,7 @@ def product(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
 def input_gradient(make: Make, case: QuantizedLinear) -> Iterator[Comparison]:
     (layer, _), (other, _) = make_linear(make, case), make_linear(make, replace(case, seed=case.seed + 1))
     x, _ = backward(layer, case, others=[other])
-    yield Comparison("dx", x.grad, case.dx)
+    yield Comparison("dx", x.grad, case.input_gradient(case.dy))
     x = tensor(case.x, case.dtype).requires_grad_()
     layer(x).sum().backward()  # dy is a view of a single number
     yield Comparison("the gradient of Σ y", x.grad, case.input_gradient(np.ones_like(case.dy)))
@@ -156,11 +153,7 @@ COUNTS = (1, 2, 5, 64, 255, 256, 257, 600, 1300)  # with whole and with incomple
 ABSMAXES = [AbsmaxVector(count, "normal", seed) for seed, count in enumerate(COUNTS)]
 ABSMAXES += [AbsmaxVector(count, kind, count) for kind in ("constant", "outlier", "huge_ratio") for count in (3, 300)]
 ABSMAXES += [AbsmaxVector(count, "normal", count, power=power) for power in (-30, 20) for count in (4, 270)]
-LARGER = [
-    NF4Weight(rows, columns, block_size, seed=rows)
-    for block_size in (32, 128, 4096)
-    for rows, columns in ((1, 5), (7, 65), (9, 512))
-]
+LARGER = [NF4Weight(*shape, size, seed=shape[0]) for size in (32, 128, 4096) for shape in ((1, 5), (7, 65), (9, 512))]
 PLAIN = weights("normal", "zero_block")
 POWERS = [NF4Weight(9, 65, seed=7, power=power) for power in (-30, 40)]
 HARD = [*weights(*HARD_KINDS), *POWERS, NF4Weight(130, 513)]  # more than 65,536 weights, in more than 1,024 blocks
@@ -169,19 +162,8 @@ _CODE = "each code is that of the level nearest to w / absmax"
 _LARGEST = "the largest |w| of a block of the rows laid end to end"
 _TIES = "a level has its own code; a number midway between two gets the lower one, its neighbours the nearest"
 _HARD = f"{_CODE}, for outliers, constants, small, large and many numbers; of denormals and zeros, any"
-_NF4 = (
-    ("nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
-    ("ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
-    ("values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
-    ("hard", _HARD, HARD, both(quantizing, dequantized_values)),
-    ("block_size", f"{_CODE}, in blocks of 32, 128 and 4,096", LARGER, both(quantizing, dequantized_values)),
-    ("16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, both(quantizing, dequantized_values)),
-)
+_BOTH_WAYS = both(quantizing, dequantized_values)
 _QUANTIZE = "offset = mean; scale = max |absmax - offset| of each 256; each code is that of the nearest of 256 levels"
-_DOUBLE_QUANT = (
-    ("codes", f"{_QUANTIZE}, within half a place of 65,536", nested_quantizing),
-    ("values", "dequantize gives level · scale + offset, in float32", nested_values),
-)
 _SIZES = (((1,), 64, 1), ((2,), 64, 3), ((3,), 128, 5), ((2,), 64, 64), ((5,), 192, 136))
 LINEARS = linears(*_SIZES)
 LOW_LINEARS = linears(*_SIZES, dtype="bfloat16") + linears(*_SIZES, dtype="float16")
@@ -192,17 +174,21 @@ RAGGED = linears(((1,), 1, 1), ((2,), 7, 5), ((2,), 16, 16), ((3,), 60, 3), ((2,
 NESTED = linears(((2,), 64, 1), ((2,), 64, 5), ((2,), 128, 7), ((2,), 64, 300), double_quant=True)  # at last two scales
 _LINEAR = "y = x dequantize(quantize(W))ᵀ + b"
 _DX = "dx = dy dequantize(quantize(W))"
-_LINEAR4BIT = (
-    ("forward", f"{_LINEAR}, also for x = 1", LINEARS + HARD_LINEARS + WIDE, product),
-    ("gradients", _DX, LINEARS + WIDE, input_gradient),
-    ("shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, both(product, input_gradient)),
-    ("ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, both(product, input_gradient)),
-    ("frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
-    ("double_quant", f"{_LINEAR} and {_DX}, with 8-bit absmaxes", NESTED, both(product, input_gradient)),
-    ("16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, both(product, input_gradient)),
-)
+_PASSES = both(product, input_gradient)
 LAWS = (
-    *(Law("nf4", *row) for row in _NF4),
-    *(Law("double_quant", name, statement, ABSMAXES, compare) for name, statement, compare in _DOUBLE_QUANT),
-    *(Law("linear4bit", *row) for row in _LINEAR4BIT),
+    Law("nf4", "nearest", f"{_CODE}, {_LARGEST}; the first of two is in the high half of a byte", PLAIN, quantizing),
+    Law("nf4", "ties", _TIES, weights("ties"), functools.partial(quantizing, is_exact=True)),
+    Law("nf4", "values", "dequantize gives level · absmax, rounded once to float32", PLAIN, dequantized_values),
+    Law("nf4", "hard", _HARD, HARD, _BOTH_WAYS),
+    Law("nf4", "block_size", f"{_CODE}, in blocks of 32, 128 and 4,096", LARGER, _BOTH_WAYS),
+    Law("nf4", "16-bit", f"{_CODE}, of a bfloat16 or float16 weight", LOW, _BOTH_WAYS),
+    Law("double_quant", "codes", f"{_QUANTIZE}, within half a place of 65,536", ABSMAXES, nested_quantizing),
+    Law("double_quant", "values", "dequantize gives level · scale + offset, in float32", ABSMAXES, nested_values),
+    Law("linear4bit", "forward", f"{_LINEAR}, also for x = 1", LINEARS + HARD_LINEARS + WIDE, product),
+    Law("linear4bit", "gradients", _DX, LINEARS + WIDE, input_gradient),
+    Law("linear4bit", "shapes", f"{_LINEAR} and {_DX}, for x with any leading sizes", LED_LINEARS, _PASSES),
+    Law("linear4bit", "ragged", f"{_LINEAR} and {_DX}, where rows end within a block", RAGGED, _PASSES),
+    Law("linear4bit", "frozen", "the packed weight keeps its bits and gets no gradient", LINEARS, packed_frozen),
+    Law("linear4bit", "double_quant", f"{_LINEAR} and {_DX}, with 8-bit absmaxes", NESTED, _PASSES),
+    Law("linear4bit", "16-bit", f"{_LINEAR} and {_DX}, in bfloat16 and float16", LOW_LINEARS, _PASSES),
 )

@@ -161,13 +161,11 @@ ALIKE, LONG = (
     Lengths((345, 130, 200, 270), new=75),
 )  # LONG: 130 to 420 tokens
 PROMPTS = [*CASES, Lengths((40,) * 4, common=24), ALIKE, Lengths((20, 90), new=45), MANY, LONG]
-_PACKING: tuple[tuple[str, str, Callable[..., Iterator[Comparison]]], ...] = (
-    ("alone", "each document has the result that it has by itself, whatever its neighbours", by_itself),
-    ("causal", "a token changes results, and none in front of it", causal),
-    ("gradients", "gradients are the sums of the documents' own", summed_gradients),
-)
+_ALONE = "each document has the result that it has by itself, whatever its neighbours"
 _GREEDY = "each new token is the likeliest of a model that keeps no cache"
 LAWS = (
-    *(Law("packing", name, statement, SEVERAL, unpacked(compare)) for name, statement, compare in _PACKING),
+    Law("packing", "alone", _ALONE, SEVERAL, unpacked(by_itself)),
+    Law("packing", "causal", "a token changes results, and none in front of it", SEVERAL, unpacked(causal)),
+    Law("packing", "gradients", "gradients are the sums of the documents' own", SEVERAL, unpacked(summed_gradients)),
     Law("generation", "greedy", _GREEDY, PROMPTS, unpacked(greedy)),
 )

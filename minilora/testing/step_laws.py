@@ -217,9 +217,7 @@ def why_changed(parameters: Mapping[str, nn.Parameter], name: str) -> str:
     if parameter is None:
         return "it is not meant to be trained"
     if not parameter.requires_grad:
-        return (
-            "it is frozen, and something wrote to it in place: a merge, or an optimizer that has it with weight decay"
-        )
+        return "it is frozen, and something wrote to it in place: a merge, or an optimizer that decays weights"
     others = [other for other, tensor in parameters.items() if tensor is parameter and other != name]
     if others:
         return f"it is tied: one tensor with {others[0]}"
