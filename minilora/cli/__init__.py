@@ -79,7 +79,8 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     in_recipe("experts"): "target-parameters",
 }
 PAGES: dict[Any, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods", "quantize": "qlora"}
-PAGES |= dict.fromkeys(("merge", "export", "push", "inspect"), "deploy") | dict.fromkeys(("generate", "eval"), "guide")
+PAGES |= dict.fromkeys(("merge", "export", "push", "inspect"), "deploy")
+PAGES |= dict.fromkeys(("generate", "chat", "eval", "plot"), "guide")
 FOREIGN_FLAGS = {f"--{name}": advice for advice, names in _THEIRS.items() for name in names.split()}
 SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
     [a-z]+_\w+
