@@ -63,7 +63,7 @@ def require_layers(model: nn.Module, *names: str) -> list[AdapterWrapper]:
     """Return the wrappers; if there are none, or no adapter of a name, raise a TargetError."""
     layers = list(adapter_layers(model).values())
     if not layers:
-        raise TargetError("the model has no adapter, or it is merged")
+        raise TargetError("the model has no adapter, or it is merged; attach or load one")
     known = {name for layer in layers for name in layer.adapters}
     if unknown := [name for name in names if name not in known]:
         raise TargetError(f"no adapter is called {unknown[0]!r}; the model has {sorted(known)}")
@@ -145,7 +145,8 @@ def inject_adapter(model: nn.Module, layers: Mapping[str, AdapterWrapper], name:
         raise TargetError(f"adapter {name!r}: {problem}")
     for path, layer in layers.items():
         if path in held and type(layer) is not type(held[path]):
-            raise TargetError(f"{path}: another adapter changes it in another way; delete that one")
+            others = sorted(held[path].adapters)
+            raise TargetError(f"{path}: adapters {others} change it in another way; delete them")
         hooks = layer.base._forward_hooks or layer.base._forward_pre_hooks
         if hooks and isinstance(layer, LoraLinear):
             raise TargetError(f"{path}: has hooks, which an adapter would skip")
@@ -216,7 +217,7 @@ def merge(model: nn.Module) -> None:
     """
     layers = require_layers(model)
     if not any(layer.active for layer in layers):
-        raise TargetError("no adapter is active, so there is nothing to merge")
+        raise TargetError("nothing to merge: no adapter is active; choose one by set_adapter")
     replace_modules(model, [(layer, merged_module(layer)) for layer in layers])
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, ((layer, dense_linear(layer.weight, layer.bias)) for layer in packed))

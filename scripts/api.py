@@ -17,7 +17,8 @@ from minilora import testing
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# API
 
-All public names, as `import minilora as ml` has them, and those of `minilora.testing`. `python scripts/api.py` writes
+All public names, as `import minilora as ml` has them, and those of `minilora.testing`. In versions 0.x names may
+change from one minor version to the next; [the changelog](../CHANGELOG.md) says which. `python scripts/api.py` writes
 this page from the docstrings.
 """
 PARTS = {

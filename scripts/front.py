@@ -72,12 +72,13 @@ def table(code: str, rounds: dict[str, list[Round]], shown: Collection[tuple[str
 
 
 def table_of_readme(code: str, rounds: dict[str, list[Round]], page: str) -> str:
-    """Return the table of README.md; its last row, on 7B parameters, is from a table of docs/results.md, the `page`."""
+    """Return the table of README.md, and a sentence on 7B parameters from a table of docs/results.md, the `page`."""
     rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
     ours = next(row for row in rows if "three steps of QLoRA" in row)
     theirs = next(row for row in rows if "PEFT with bitsandbytes" in row)
-    step, peak = (f"{ours[at]}{unit}, PEFT {theirs[at]}{unit}" for at, unit in ((3, " s"), (5, "")))
-    return f"{table(code, rounds, IN_README)}\n| QLoRA of 7B, 4 rows of 128, one run | a step: {step} | {peak} |"
+    costs = f"{ours[3]} s a step in {ours[5]}; PEFT: {theirs[3]} s in {theirs[5]}"
+    run = f"One run of QLoRA at the size of 7B (random weights, 4 rows of 128): {costs}."
+    return f"{table(code, rounds, IN_README)}\n\n{run}"
 
 
 def between(text: str, mark: str, new: str) -> str:

@@ -351,8 +351,10 @@ def test_finetune_without_flags_learns_the_builtin_data(tmp_path, capsys, monkey
 
 
 def test_a_run_ends_with_commands_for_what_to_do_next(run):
-    last = run("finetune", *QUICK, "--model=model", "--data=data", "--max-steps=1", "--out=a b/").err.splitlines()[-1]
-    for command in last.removeprefix("next: ").split("; "):
+    said = run("finetune", *QUICK, "--model=model", "--data=data", "--max-steps=1", "--out=a b/").err
+    commands = said.partition("next:\n")[2].splitlines()
+    assert len(commands) == 2
+    for command in commands:
         program, *words = shlex.split(command)
         assert program == "minilora"
         assert cli.parse(words)["adapter"] == ["a b"]
@@ -444,7 +446,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=lora_r.csv", "; --skip-bad-rows skips such rows"),
         ("finetune --model=model --data=lora_r.csv --columns=text=Frge", "did you mean 'Frage'?; see "),
         ("finetune --model=model --data=rows.xlsx", "not text; save a table as CSV"),
-        ("generate --model=data --prompt=a", "data: has no config.json, so is no model; an adapter goes to --adapter"),
+        ("generate --model=data --prompt=a", "data: is not a model: has no config.json; an adapter goes to --adapter"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
         (
             "finetune --model=model --data=data --max-length=1",
@@ -452,7 +454,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("eval --model=model --data=", "no such file or directory"),
-        ("merge --adapter=adapter --out=model", "model: holds files; give another --out"),
+        ("merge --adapter=adapter --out=model", "model: holds files; give another --out; see docs/deploy.md"),
         ("eval --model=model --data=many.jsonl --metric=choice", "needs few distinct answers"),
     ):
         out, err = run(*words.split(), status=1)
@@ -468,9 +470,10 @@ def test_quantized_files_that_cannot_be_read_are_refused_with_what_to_do(directo
     (tmp_path / "a-GGUF").mkdir()
     (tmp_path / "a-GGUF" / "a.gguf").touch()
     for path in (tmp_path / "a-GGUF", tmp_path / "a-GGUF" / "a.gguf"):
-        said = run("generate", f"--model={path}", "--prompt=a", status=1).err
-        assert said.startswith(f"minilora: {path}: ")
-        assert "; a GGUF file has to become a directory first; it " in said
+        for words in (["generate", f"--model={path}", "--prompt=a"], ["inspect", str(path)]):
+            said = run(*words, status=1).err
+            assert said.startswith(f"minilora: {path}: ")
+            assert " a GGUF file has to become a directory first; it " in said
     config = shutil.copytree(directory / "model", tmp_path / "model") / "config.json"
     for method in ("gptq", "awq"):
         config.write_text(json.dumps(read_json(config) | {"quantization_config": {"quant_method": method}}))

@@ -188,9 +188,9 @@ def test_a_weight_that_is_not_finite_is_refused_and_nothing_is_left(directory, r
 
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(run, tmp_path):
     for words, named in (
-        ("quantize --model=nf4", "nf4: is quantized already"),
+        ("quantize --model=nf4", "nf4: the model is quantized already; fine-tune or load it"),
         ("merge --adapter=on-nf4 --target=original", "is quantized as nf4; the target 'original' needs the 16-bit"),
-        ("merge", "there is nothing to merge: give --adapter"),
+        ("merge", "give the adapter to merge: --adapter"),
         ("quantize --model=model --out=nf4", "nf4: holds files"),
     ):
         out = [] if "--out" in words else [f"--out={tmp_path / 'out'}"]

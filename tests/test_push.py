@@ -110,7 +110,7 @@ def test_what_cannot_be_pushed_is_told_in_one_line(hub, run, capsys):
     hub.status = 403
     for path, name, said in (
         (run / "checkpoints", "me/mine", "has no adapter_config.json and no config.json; need an adapter or a model"),
-        *((run, name, "is no name of a repository") for name in ("me/mine@main", '"/x', "../x", "mine")),
+        *((run, name, "is not the name of a repository") for name in ("me/mine@main", '"/x', "../x", "mine")),
         (run, "me/mine", "me/mine: not uploaded: "),
     ):
         assert main(["push", str(path), name]) == 1

@@ -62,7 +62,7 @@ def test_a_special_token_in_the_text_is_one_token(chosen):
 @pytest.mark.parametrize("method", ["encode", "encode_spans", "quote"])
 def test_half_of_a_surrogate_pair_is_refused(tokenizer, method):
     for code in (0xD800, 0xDFFF):
-        with pytest.raises(DataError, match=rf"^the text has U\+{code:X}, which is not a character$"):
+        with pytest.raises(DataError, match=rf"^the text has U\+{code:X}, .*which is not a character$"):
             getattr(tokenizer(), method)(f"a{chr(code)}b")
     assert getattr(tokenizer(), method)("\ud7ff\ue000😀")
 

@@ -153,7 +153,7 @@ def test_a_wrapper_is_quantized_and_one_in_four_bits_is_read_but_not_merged(requ
     same_state(ml.load_model(wrapper), model)
     write_adapter(model, adapter, target_modules=["q_proj"])
     for words, message in (
-        (["quantize"], "is quantized already"),
+        (["quantize"], "the model is quantized already"),
         (["merge", f"--adapter={adapter}"], "is inside a wrapper: merging needs the target original"),
         (["merge", f"--adapter={adapter}", "--target=original"], "needs the 16-bit model that it was made from"),
     ):

@@ -213,7 +213,7 @@ def _trained_biases(
         if bias is None:
             continue
         if isinstance(layers.get(path), TrainableTokens):
-            raise TargetError(f"{path}: reads the rows of trainable_token_indices, so its bias cannot be trained too")
+            raise TargetError(f"{path}: has trainable_token_indices, so its bias cannot be trained; leave one out")
         if path not in layers and not any(f"{path}.".startswith(f"{outer}.") for outer in full):
             copies[path] = TrainedCopy(module, copied({"bias": whole(bias)}, dtype))
     return copies

@@ -28,13 +28,13 @@ COMMANDS = {
     "generate": "generate text from prompts",
     "chat": "chat with a model",
     "merge": "merge adapters into a model's weights and save the model",
-    "export": "write an adapter as another program takes it",
+    "export": "write an adapter for another program: vLLM, llama.cpp, mlx-lm, PEFT",
     "quantize": "quantize a model to 4 bits, in the format of bitsandbytes",
     "eval": "evaluate a model, with or without an adapter",
     "inspect": "show what is in a model, an adapter, a run or a safetensors file, and whether it was changed",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a card made from the run",
     "selftest": "check the laws of LoRA on this machine, kernels included",
-    "plot": "plot loss and evaluations of runs",
+    "plot": "plot the losses of runs",
 }
 _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgpt that it answers
     "use --model": "model-name-or-path base-model checkpoint-dir",
@@ -78,7 +78,9 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     in_recipe("loraplus"): "loraplus-lr-ratio",
     in_recipe("experts"): "target-parameters",
 }
-PAGES: dict[type, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods"}  # else debugging
+PAGES: dict[Any, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods", "quantize": "qlora"}
+PAGES |= dict.fromkeys(("merge", "export", "push", "inspect"), "deploy")
+PAGES |= dict.fromkeys(("generate", "chat", "eval", "plot"), "guide")
 FOREIGN_FLAGS = {f"--{name}": advice for advice, names in _THEIRS.items() for name in names.split()}
 SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
     [a-z]+_\w+
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     # An exception ends the program, so that no temporary file is left.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(SIGNALLED + number))
-    options: Options = {}
+    options: Options = {"command": None}
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with plain() if options.get("plain") else nullcontext():
@@ -109,13 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input, or of a name
         message = str(error) if isinstance(error, FormatError) else _in_flags(str(error), options)
-        page = f"see docs/{PAGES.get(type(error), 'debugging')}.md"
+        command = options["command"] if isinstance(error, ConfigError | TargetError) else None  # else by the error
+        page = f"see docs/{PAGES.get(command) or PAGES.get(type(error), 'debugging')}.md"
         say(f"minilora: {message}" + ("" if "see " in message else f"\n{page}" if "\n" in message else f"; {page}"))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        advice = "; smaller batches, shorter rows or --quantize nf4 take less; see docs/debugging.md"
+        smaller = "--gradient-checkpointing block" if options["command"] == "finetune" else "a smaller model"
+        advice = f"; smaller batches, {smaller} or --quantize nf4 takes less; see docs/debugging.md"
         say(f"minilora: out of memory: {error}".splitlines()[0] + advice)
         return 1
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""Write an adapter as another program takes it.
+"""Write an adapter for another program: vLLM, llama.cpp, mlx-lm or PEFT.
 
 Names, scales and matrices become those that the program reads. If it cannot
 take a part, the part is named and nothing is written.

@@ -51,9 +51,9 @@ from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 
 MAIN_FLAGS = (  # what --help shows; --help-all shows all
-    *("model", "data", "eval_data", "out", "resume", "quantize", "r", "lora_alpha", "target_modules"),
-    *("columns", "system", "skip_bad_rows", "learning_rate", "batch_size", "epochs", "max_steps"),
-    *("eval_split", "max_length", "gradient_checkpointing"),
+    *("model", "data", "eval_data", "out", "adapter", "quantize", "r", "lora_alpha", "target_modules"),
+    *("columns", "system", "prompt_style", "train_on", "skip_bad_rows", "learning_rate", "batch_size", "epochs"),
+    *("max_steps", "eval_split", "eval_steps", "keep", "max_length", "gradient_checkpointing"),
 )
 CONFIGS: dict[type[Any], str] = {  # and their titles on the help page
     RunConfig: "files and device",

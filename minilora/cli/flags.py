@@ -85,7 +85,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         return read_json(path, is_named=True)
     if path.suffix != ".toml":
-        raise ConfigError(f"{path}: need a .toml or .json file")
+        raise ConfigError(f"{path}: --config needs a .toml or .json file")
     text = read_text(path, is_named=True)
     try:
         return tomllib.loads(text)

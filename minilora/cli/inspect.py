@@ -43,7 +43,7 @@ LIST_WIDTH = 100  # characters of a list that are shown
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
-    parser.add_argument("--memory", action="store_true", help="memory of fine-tuning, forecast from config.json")
+    parser.add_argument("--memory", action="store_true", help="forecast the memory of fine-tuning, from config.json")
     parser.add_argument("--base", metavar="MODEL", help="show what other programs make of an adapter on this model")
     parser.add_argument("--for", choices=READERS, help="only this program")
     parser.add_argument("--norms", action="store_true", help="with --base: show how much each layer's weights change")
@@ -158,7 +158,7 @@ def _flatten(key: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list) and value and depth == 0:
         for entry in value:
             yield from _flatten(key, entry, 3)
-    elif value in (None, [], {}):
+    elif value in (None, "", [], {}):
         if depth == 0:
             yield key, "none"
     elif isinstance(value, str | float):

@@ -27,15 +27,15 @@ THINKING: dict[str, Any] = {  # the flag --thinking of several commands
 }
 
 
-def add_model_flags(parser: Parser) -> None:
-    """Add --model, --adapter, --dtype, --device and the flags of quantization."""
+def add_model_flags(parser: Parser, more: str = "") -> None:
+    """Add --model, --adapter with `more` help, --dtype, --device and the flags of quantization."""
     group = parser.group("model and device")
     group.add_argument(
         "--model",
         help="directory of the base model, or org/name[@revision] on the Hugging Face Hub "
         "(default: the base model that the adapter names, or the built-in model)",
     )
-    group.add_argument("--adapter", action="append", default=[], help="directory or hub id; may be repeated")
+    group.add_argument("--adapter", action="append", default=[], help=f"directory or hub id of an adapter{more}")
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the model (default: auto)"
     )

@@ -29,7 +29,7 @@ NOTABLE = 0.1  # relative error of a merge above which advice is printed
 
 
 def add_flags(parser: Parser) -> None:
-    add_model_flags(parser)
+    add_model_flags(parser, "; repeat it to merge several")
     add_out(parser)
     parser.add_argument(
         "--target",
@@ -42,13 +42,13 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: Options) -> int:
     if not options["adapter"]:
-        raise ConfigError("there is nothing to merge: give --adapter")
+        raise ConfigError("give the adapter to merge: --adapter DIR")
     with new_directory(options["out"]) as out:
         written = _write_model(options, find_sources(options), out)
     print(f"{written} written to {options['out']}")
     say_prompts(options["out"])
     if Path(options["out"], "Modelfile").is_file():
-        say(f"next, for Ollama, in {options['out']}: ollama create mine -f Modelfile; ollama run mine")
+        say(f"next, for Ollama, in {options['out']}:\n  ollama create mine -f Modelfile\n  ollama run mine")
     return 0
 
 

@@ -186,8 +186,8 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
             say(textwrap.fill(text, width, initial_indent=title, subsequent_indent=" " * len(title)) or title)
     print(f"adapter written to {run.settings.run.out}", flush=True)
     out = shlex.quote(str(Path(run.settings.run.out)))
-    merge = f"minilora merge --adapter {out} --out {out}-merged"
-    say(f"next: minilora generate --adapter {out} --prompt TEXT --compare-base; {merge}")
+    say(f"next:\n  minilora generate --adapter {out} --prompt TEXT --compare-base")
+    say(f"  minilora merge --adapter {out} --out {out}-merged")
 
 
 def shorten(text: str, most: int, keeps_end: bool = False) -> str:

@@ -34,7 +34,7 @@ def run(options: Options) -> int:
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
     if find_spec("matplotlib") is None:
-        raise ConfigError("plot needs the package matplotlib: pip install matplotlib")
+        raise ConfigError("plot needs the package matplotlib (extra `plot`): pip install matplotlib")
     figure = draw({run: read_records(Path(run) / "metrics.jsonl") for run in options["runs"]}, options["metric"])
     with replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:], dpi=150)

@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: Options) -> int:
     directory, name = options["path"], options["name"]
     if not HUB_ID.fullmatch(name) or "@" in name:
-        raise ConfigError(f"{name!r} is no name of a repository; need org/name")
+        raise ConfigError(f"{name!r} is not the name of a repository; give it as org/name")
     base = find_base_name(directory, options["base_name"])
     card = model_card(directory, name, base)
     if options["dry_run"]:

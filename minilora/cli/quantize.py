@@ -33,7 +33,7 @@ def run(options: Options) -> int:
     location = locate(options["model"], "model")
     source = read_config(location.path).source
     if is_four_bit(source):
-        raise ConfigError(f"{location.name}: is quantized already")
+        raise ConfigError(f"{location.name}: the model is quantized already; fine-tune or load it as it is")
     if parts := describe_other_parts(location.path):
         say(f"only the text model is written, not {parts}")
     config = from_flags(QuantizeConfig, {**options, "quantize": "nf4"})

@@ -149,7 +149,7 @@ def read_packed(
 
     def check(name: str, levels: Tensor) -> None:  # the last bits differ between machines
         if not torch.allclose(read(name, len(levels), torch.float32), levels, rtol=1e-6, atol=0):
-            raise FormatError(f"{files[state_name].path}: {name} has other levels than those of the format")
+            raise FormatError(f"{files[state_name].path}: {name} has levels that bitsandbytes does not write")
 
     packed = read(weight, (n + 1) // 2, torch.uint8)
     check(f"{weight}.quant_map", torch.tensor(layout.levels, dtype=torch.float32, device="cpu"))

@@ -119,7 +119,7 @@ def stored_weights(
             try:
                 linear = NF4Linear.quantize(read(name).to(device), None, config.double_quant)
             except TrainingError as error:
-                raise FormatError(f"{files[name].path}: {name}: {error}") from error
+                raise FormatError(f"{files[name].path}: {name}: {error}; is the file damaged?") from error
             yield name, linear.to(target)
         else:
             yield name, read(name).to(device, target, copy=not is_view)

@@ -60,7 +60,7 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
             if inside := sorted(str(config.parent) for config in path.glob("*/adapter_config.json")):
                 raise FormatError(f"{path}: has no adapter_config.json; name one of its adapters: {inside[:5]}")
         if kind == "model" and not (path / "config.json").is_file():
-            raise FormatError(f"{path}: has no config.json, so is no model{how or '; an adapter goes to --adapter'}")
+            raise FormatError(f"{path}: is not a model: has no config.json{how or '; an adapter goes to --adapter'}")
         return Location(path, name)
     is_path = isinstance(name_or_path, Path) or path.exists() or name == BUILTIN
     if HUB_ID.fullmatch(name) and not is_path:

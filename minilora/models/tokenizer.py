@@ -162,7 +162,7 @@ class Tokenizer:
         space, belong to the token after them.
         """
         if half := re.search("[\ud800-\udfff]", text):
-            raise DataError(f"the text has U+{ord(half[0]):04X}, which is not a character")
+            raise DataError(f"the text has U+{ord(half[0]):04X}, half of a surrogate pair, which is not a character")
         with _no_panic(str(self._path)):
             encoding, origin = self._control.encode(text, add_special_tokens)
         spans, previous = [], 0
@@ -186,7 +186,7 @@ class Tokenizer:
         `variables` of the template are `enable_thinking`, whether to ask for an answer with thoughts, and others.
         """
         if self.template is None:
-            raise DataError("the model has no chat template, so conversations cannot be rendered")
+            raise DataError("the model has no chat template, so conversations cannot be rendered; give a prompt_style")
         return self.template.render(messages, add_generation_prompt, tools=tools, **variables)
 
     def save(self, directory: Path, names: Collection[str] = TOKENIZER_FILES) -> None:

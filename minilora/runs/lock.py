@@ -19,7 +19,7 @@ TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs hav
 def holds_files(out: Path) -> bool:
     """Return whether a directory to write to has anything other than a lock and temporary files."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file, need a directory")
+        raise ConfigError(f"{out}: found a file, need a directory")
     return out.exists() and any(path.name != LOCK and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
 
 

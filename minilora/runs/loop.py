@@ -200,7 +200,7 @@ def _check_run(
 ) -> tuple[Optimizer, dict[str, Any]]:
     """Check what `train` is given; return the optimizer, and a fingerprint if a checkpoint or other rank needs it."""
     if not torch.is_grad_enabled():
-        raise TrainingError("there are no gradients within no_grad or inference_mode")
+        raise TrainingError("there are no gradients within no_grad or inference_mode; call train outside")
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
     checkpoints.trained_adapters(model)

@@ -14,7 +14,7 @@ from minilora.errors import FormatError, MiniloraError
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import build_on_meta, load_model, stored_weights
 from minilora.models.config import read_config
-from minilora.models.hub import fetch
+from minilora.models.hub import GGUF, fetch
 from minilora.models.tokenizer import load_tokenizer
 from minilora.models.wrapper import describe_other_parts
 from minilora.runs.checkpoints import checkpoints
@@ -29,6 +29,8 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     "manifest" has the files that changed since they were written, if there is one.
     """
     path = Path(name_or_path) if Path(name_or_path).exists() else fetch(name_or_path, "model")
+    if path.suffix == ".gguf":
+        raise FormatError(f"{path}: {GGUF}")
     if not path.is_dir():
         file = files.TensorFile(path.resolve())
         size = path.stat().st_size
@@ -41,7 +43,8 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     if (path / "config.json").is_file():
         facts["model"] = model_facts(path)
     if not facts:
-        raise FormatError(f"{path}: has no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run)")
+        how = f"; {GGUF}" if any(path.glob("*.gguf")) else ""
+        raise FormatError(f"{path}: has no config.json (a model), {CONFIG_FILE} (an adapter) or run.json (a run){how}")
     written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / files.MANIFEST).is_file()]
     if written:
         changed = (folder / name for folder in written for name in files.changed_files(folder))
