@@ -1,19 +1,6 @@
 """Exercise 8: three functions on memory. For the verdict: python tutorials/exercises/check.py 08"""
 
 
-def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
-    """Return the rank of an adapter on each linear, so that weights and training fit into `budget` bytes.
-
-    `shapes` are (out, in) by name. Each weight is kept in NF4 with double quantization, as in the chapter's
-    `nf4_bytes`. All that is trained is in float32: A and B, their gradients, and two moments of each.
-
-    First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
-    more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
-    where the budget does not hold the weights, they stay there.
-    """
-    raise NotImplementedError
-
-
 def trained_bytes(shapes: list[tuple[int, int]], r: int | None) -> int:
     """The bytes of all that training keeps in float32 for linears of shapes (out, in), without activations.
 
@@ -28,5 +15,18 @@ def micro_batches(rows: int, row_bytes: int, fixed: int, budget: int) -> int | N
 
     `fixed` bytes are needed at all times, and each row of a micro-batch takes `row_bytes` of activations. The
     micro-batches have the same number of rows, so their number divides `rows`.
+    """
+    raise NotImplementedError
+
+
+def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
+    """Return the rank of an adapter on each linear, so that weights and training fit into `budget` bytes.
+
+    `shapes` are (out, in) by name. Each weight is kept in NF4 with double quantization, as in the chapter's
+    `nf4_bytes`. All that is trained is in float32: A and B, their gradients, and two moments of each.
+
+    First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
+    more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
+    where the budget does not hold the weights, they stay there.
     """
     raise NotImplementedError

@@ -12,6 +12,50 @@ from minilora.nf4 import NF4Linear
 MODEL = {"q": (24, 24), "k": (8, 24), "gate": (40, 24), "down": (24, 40), "odd": (5, 7)}
 
 
+def check_trained_bytes(answer: ModuleType) -> None:
+    """The bytes are those of tensors after a real step of AdamW."""
+    for shapes, r in (([(6, 4)], None), ([(6, 4), (3, 9)], 2), ([(8, 8)], 1)):
+        weights = [nn.Parameter(torch.ones(shape), requires_grad=r is None) for shape in shapes]
+        factors = [nn.Parameter(torch.ones(r, size)) for shape in shapes for size in shape] if r else []
+        need = sum(weight.nbytes for weight in weights) * (4 if r is None else 1)
+        need += sum(tensor.nbytes for tensor in after_a_step(factors)) if r else 0
+        found = answer.trained_bytes(list(shapes), r)
+        assert found == need, f"weights {shapes}, rank {r}: you count {found} bytes, and tensors take {need}"
+
+
+def after_a_step(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Parameters, gradients and moments."""
+    optimizer = torch.optim.AdamW(parameters)
+    sum(parameter.sum() for parameter in parameters).backward()
+    optimizer.step()
+    states = [optimizer.state[parameter] for parameter in parameters]
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    return [*parameters, *(parameter.grad for parameter in parameters), *moments]
+
+
+def check_micro_batches(answer: ModuleType) -> None:
+    """The number fits, divides the rows, and no smaller one does."""
+    for rows, row_bytes, fixed, budget in (
+        (8, 10, 100, 180),
+        (8, 10, 100, 179),
+        (12, 7, 50, 80),
+        (6, 10, 95, 100),
+        (7, 1, 0, 6),
+    ):
+        fitting = [n for n in range(1, rows + 1) if rows % n == 0 and fixed + rows // n * row_bytes <= budget]
+        found = answer.micro_batches(rows, row_bytes, fixed, budget)
+        case = f"{rows} rows of {row_bytes} bytes and {fixed} beside them, into {budget}"
+        if not fitting:
+            assert found is None, f"{case}: you say {found}, and one row alone is too much"
+            continue
+        assert found is not None, f"{case}: you say None, and it can be done"
+        assert rows % found == 0, f"{case}: {rows} rows cannot be divided into {found} equal parts"
+        assert found in fitting, (
+            f"{case}: with {found} micro-batches a part has {fixed + rows // found * row_bytes} bytes"
+        )
+        assert found == min(fitting), f"{case}: {found} fit, and so do fewer"
+
+
 def check_ranks(answer: ModuleType) -> None:
     """The ranks use the budget that packed weights and a real optimizer leave, as far as the rule allows."""
     free = bytes_of(MODEL, dict.fromkeys(MODEL, 0))
@@ -67,47 +111,3 @@ def bytes_of(shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> int:
         state = optimizer.state[parameter]
         held += [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
     return sum(tensor.nbytes for tensor in held)
-
-
-def check_trained_bytes(answer: ModuleType) -> None:
-    """The bytes are those of tensors after a real step of AdamW."""
-    for shapes, r in (([(6, 4)], None), ([(6, 4), (3, 9)], 2), ([(8, 8)], 1)):
-        weights = [nn.Parameter(torch.ones(shape), requires_grad=r is None) for shape in shapes]
-        factors = [nn.Parameter(torch.ones(r, size)) for shape in shapes for size in shape] if r else []
-        need = sum(weight.nbytes for weight in weights) * (4 if r is None else 1)
-        need += sum(tensor.nbytes for tensor in after_a_step(factors)) if r else 0
-        found = answer.trained_bytes(list(shapes), r)
-        assert found == need, f"weights {shapes}, rank {r}: you count {found} bytes, and tensors take {need}"
-
-
-def after_a_step(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Parameters, gradients and moments."""
-    optimizer = torch.optim.AdamW(parameters)
-    sum(parameter.sum() for parameter in parameters).backward()
-    optimizer.step()
-    states = [optimizer.state[parameter] for parameter in parameters]
-    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
-    return [*parameters, *(parameter.grad for parameter in parameters), *moments]
-
-
-def check_micro_batches(answer: ModuleType) -> None:
-    """The number fits, divides the rows, and no smaller one does."""
-    for rows, row_bytes, fixed, budget in (
-        (8, 10, 100, 180),
-        (8, 10, 100, 179),
-        (12, 7, 50, 80),
-        (6, 10, 95, 100),
-        (7, 1, 0, 6),
-    ):
-        fitting = [n for n in range(1, rows + 1) if rows % n == 0 and fixed + rows // n * row_bytes <= budget]
-        found = answer.micro_batches(rows, row_bytes, fixed, budget)
-        case = f"{rows} rows of {row_bytes} bytes and {fixed} beside them, into {budget}"
-        if not fitting:
-            assert found is None, f"{case}: you say {found}, and one row alone is too much"
-            continue
-        assert found is not None, f"{case}: you say None, and it can be done"
-        assert rows % found == 0, f"{case}: {rows} rows cannot be divided into {found} equal parts"
-        assert found in fitting, (
-            f"{case}: with {found} micro-batches a part has {fixed + rows // found * row_bytes} bytes"
-        )
-        assert found == min(fitting), f"{case}: {found} fit, and so do fewer"

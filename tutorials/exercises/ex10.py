@@ -25,9 +25,9 @@ def replayed(task: int, general: int, share: float) -> list[int]:
 
 
 def weaken(before: Weights, after: Weights, kl: Callable[[Weights], float], budget: float) -> Weights:
-    """The weights before + c·(after - before) with the largest c in [0, 1] whose KL to the base keeps to the budget.
+    """The weights on the straight way from before to after, as far along as their KL to the base keeps to the budget.
 
-    `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. On the way from before
-    to after, KL grows like c². Nothing that was given is changed.
+    `kl` measures the KL of any weights, which is more than 0 for `after`; it may be called once. Nothing that was given
+    is changed.
     """
     raise NotImplementedError
