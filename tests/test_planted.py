@@ -44,8 +44,8 @@ MISTAKES = {  # file, what it says, the mistake in its place, and the test that 
     ),
     "law 6: of two levels as near the higher one": (
         "kernels/nf4.py",
-        "(x > torch.index_select(within",
-        "(x >= torch.index_select(within",
+        "(x > within.gather",
+        "(x >= within.gather",
         "test_nf4_laws.py::test_ours_keeps_the_laws_of_nf4[nf4-ties-kernels]",
     ),
     "law 7: the JSON of a packed weight says another dtype of its scales": (

@@ -215,7 +215,7 @@ def test_while_loading_nothing_is_held_but_the_4_bit_model_and_one_dense_tensor(
     mapped = (tmp_path / "model.safetensors").stat().st_size
     _, peak, model = allocated(lambda: ml.load_model(tmp_path, dtype, quantize="nf4"), mapped)
     held = sum(p.nbytes for p in model.parameters())
-    one = 4 * 512 * 1024  # in float32; a tile of it has scratch beside it
+    one = 5 * 512 * 1024  # in float32, and the scratch of a tile
     dense = sum(math.prod(linear.layout.shape) for linear in packed_linears(model).values()) * dtype.itemsize
     assert held < peak <= held + one < dense
 
