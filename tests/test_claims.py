@@ -209,6 +209,17 @@ def equal():
     yield f"At a KL of {at} full fine-tuning has {by_seed['full, equal KL']} intruders among 350, and a loss of {last}"
 
 
+def slower():
+    runs = {(run["method"], run["adapter"]): run for run in results("10_slower")}
+    runs |= {(run["method"], "rate 0.004"): run for run in results("10_equal") if run["rows"] == 1000}
+    for adapter in dict.fromkeys(adapter for _, adapter in runs):
+        pair = [runs[method, adapter] for method in ("LoRA", "full, equal loss")]
+        cells = [", ".join(planned_mean(run, key) for run in pair) for key in ("loss", "kl")]
+        for run in pair:
+            cells.append(" ".join(str(sum(seed["intruders"])) for seed in run["outcomes"]))
+        yield f"| {adapter} | {span(pair[1]['rates'], 5)} | {' | '.join(cells)} |"
+
+
 def eight_seeds():
     right = {run["method"]: planned_mean(run, "right", 1) for run in results("12_seeds")}
     yield f"at eight new seeds {right['DoRA']} for DoRA and {right['LoRA']} for LoRA"
@@ -255,6 +266,7 @@ def rule():
 STORED = (
     sizes,
     equal,
+    slower,
     eight_seeds,
     remedies,
     formats,

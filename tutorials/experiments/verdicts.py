@@ -24,6 +24,7 @@ DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a plan
         f"{run['remedy']} {run['rows']}",
         "100 steps" if run["factor"] == 1 else f"scaled by {run['factor']}",
     ),
+    "10_slower": lambda run: (run["method"], run["adapter"]),
     "11_formats": lambda run: (run["way"], "1,000 rows"),
     "12_seeds": lambda run: (run["method"], "8 seeds"),
 }
