@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ EXPERIMENTS = ROOT / "tutorials" / "experiments"
 OURS = {"settings.md": slice(1, 2), "results.md": slice(1, None)}  # columns of tables
 CLAIMS = "paper_claims.md"
 CLEAN = (("built-in model", "built-in model"), ("10M", "10M model"))  # key of the files, name on the pages
+PAIRED = runpy.run_path(str(EXPERIMENTS / "record.py"))["paired_interval"]
 STUDENT = {3: 4.303, 5: 2.776}  # t of the 95 % interval of as many values
 
 
@@ -109,6 +111,10 @@ def methods():
     slow = [values("full", 2e-4, key) for key in ("kl", "test")]
     yield f"accuracy is {mean(slow[1])} has a KL of {mean(slow[0], 2)}; LoRA at {tests['LoRA']} has {mean(lora[0], 2)}"
     yield f"a difference of {difference(lora[0], slow[0], 2)} over three seeds"
+    answers = [round(400 * sum(values("full", rate, "valid"))) for rate in (2e-4, 4e-4)]
+    runs_of_rows = {(run["method"], run["rate"]): run for run in results("12_paired")}
+    more = paired(runs_of_rows["full", 2e-4], runs_of_rows["LoRA", 2e-3])
+    yield f"{answers[1] - answers[0]} answers of 1,200 behind 4e-4; with it full - LoRA in the loss is {more}"
     assert min(full[1]) > max(values("LoRA", None, "test"))
     lowest = [mean(values("LoRA", 1e-3, key), digits) for key, digits in (("kl", 2), ("test", 3))]
     yield f"At its lowest rate LoRA has a KL of {lowest[0]}, with an accuracy of {lowest[1]}"
@@ -158,6 +164,13 @@ def specialists():
     yield f"{of_mean} for the mean and {of_ties} for TIES, a difference of {difference(*sums)}"
 
 
+def paired(one, other, key="loss"):
+    """The difference of two stored runs over the same seeds and rows, with its interval by the rule."""
+    values = ([[1e-4 * value for value in seed[key]] for seed in run["outcomes"]] for run in (one, other))
+    more, half = PAIRED(*values)
+    return f"{more:+.3f} ± {half:.3f}"
+
+
 def planned_mean(run, key, unit=1e-4):
     return f"{unit * statistics.mean(statistics.mean(seed[key]) for seed in run['outcomes']):.3f}"
 
@@ -169,6 +182,11 @@ def sizes():
             f"{rate:g}: {valid:.3f}" for rate, valid in sorted((float(r), v) for r, v in run["valid"].items())
         )
         yield f"| {run['rows']:,} | {run['method']} | {tried} | {run['rate']} | {loss} | {exact} | {kl} |"
+    ratio = {}
+    for name in ("sizes", "sizes_smollm2"):
+        rates = {(run["rows"], run["method"]): run["rate"] for run in results(name)}
+        (ratio[name],) = {round(rate / rates[rows, "full"], 6) for (rows, of), rate in rates.items() if of == "LoRA"}
+    yield f"{ratio['sizes']:g} times in the built-in model at each of three sizes, {ratio['sizes_smollm2']:g} times in"
 
 
 def equal():
@@ -191,6 +209,22 @@ def equal():
     yield f"At a KL of {at} full fine-tuning has {by_seed['full, equal KL']} intruders among 350, and a loss of {last}"
 
 
+def slower():
+    runs = {(run["method"], run["adapter"]): run for run in results("10_slower")}
+    runs |= {(run["method"], "rate 0.004"): run for run in results("10_equal") if run["rows"] == 1000}
+    for adapter in dict.fromkeys(adapter for _, adapter in runs):
+        pair = [runs[method, adapter] for method in ("LoRA", "full, equal loss")]
+        cells = [", ".join(planned_mean(run, key) for run in pair) for key in ("loss", "kl")]
+        for run in pair:
+            cells.append(" ".join(str(sum(seed["intruders"])) for seed in run["outcomes"]))
+        yield f"| {adapter} | {span(pair[1]['rates'], 5)} | {' | '.join(cells)} |"
+
+
+def eight_seeds():
+    right = {run["method"]: planned_mean(run, "right", 1) for run in results("12_seeds")}
+    yield f"at eight new seeds {right['DoRA']} for DoRA and {right['LoRA']} for LoRA"
+
+
 def remedies():
     runs = {(run["remedy"], run["rows"]): run for run in results("10_replay") if run["factor"] == 1}
     base = {kind: f"{loss:.3f}" for kind, loss in results("10_replay", "before").items()}
@@ -203,6 +237,7 @@ def remedies():
         key = f"{kind} loss"
         yield f"{of(key, *replay)} with replay, {of(key, *none)} without, {base[kind]} in the base"
         yield f"replay is better: {of(key, *replay)} against {of(key, *penalty)}, where the base has {base[kind]}"
+        yield f"in the loss ({paired(runs[penalty], runs[replay], key)}, not planned)"
     key = "general kl"
     yield f"{of(key, *replay)} with replay and {of(key, *none)} without"
     yield f"{of(key, *penalty)} with the penalty, {of(key, *replay)} with replay"
@@ -228,7 +263,22 @@ def rule():
         yield f"The rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
 
 
-STORED = (sizes, equal, remedies, formats, rule, rank, where, codes, methods, merging, clean_merging, specialists)
+STORED = (
+    sizes,
+    equal,
+    slower,
+    eight_seeds,
+    remedies,
+    formats,
+    rule,
+    rank,
+    where,
+    codes,
+    methods,
+    merging,
+    clean_merging,
+    specialists,
+)
 
 
 @pytest.mark.parametrize("figures", STORED)
@@ -269,7 +319,7 @@ def test_the_verdicts_are_those_of_the_rule(verdicts):
     for line in verdicts.splitlines():
         word, more, half, compared, claim = re.fullmatch(r"(\D+?) +([+-]\S+) ± (\S+) +(.+?)  +(.+)", line).groups()
         sections = [" ".join(section.split("\n#")[0].split()) for section in page.split(f"### {claim}\n")[1:]]
-        if where := re.search(r"(?:SmolLM2, )?[\d,]+ (?:rows|steps)$", compared):
+        if where := re.search(r"(?:SmolLM2, )?[\d,]+ (?:rows|steps|seeds)$|(?:rate|rank) [\d.]+$", compared):
             section = next((each for each in sections if f"{where[0]}: {more} ± {half}, {word}" in each), "")
             assert section, line
             words.setdefault(section, set()).add(word)
@@ -286,7 +336,7 @@ def test_the_overview_has_the_words_of_each_verdict():
         found = re.findall(r"^seen|not reproduced|reproduced|undecided|partly", " ".join(verdict.split()))
         words.setdefault(claim, []).append(", ".join(dict.fromkeys(found)))
     expected = [(claim, "; ".join(each)) for claim, each in words.items()]
-    assert re.findall(r"^- \[(.+)\]\(#.+\): (.+)$", overview, re.MULTILINE) == expected
+    assert re.findall(r"^- \[(.+)\]\(#.+\): ([^(\n]+?)(?: \(.+\))?$", overview, re.MULTILINE) == expected
 
 
 def numbers(text):

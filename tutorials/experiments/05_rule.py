@@ -1,6 +1,7 @@
 """Chapter 5's rule at other numbers of steps: by which factor does the best rate fall from α = 4 to α = 64?
 
-    python tutorials/experiments/05_rule.py     writes 05_rule.json
+    python tutorials/experiments/05_rule.py                  writes 05_rule.json
+    python tutorials/experiments/05_rule.py 05_rule_start    the same with another start of A: its plan and its file
 
 The rule is that the best rate goes as 1/√α where training moves A further than it starts, and as 1/α where it does not.
 As in 05_rates.py, rank 8 learns in steps of 8 rows, rates are in factors of two until the best one has a worse one on
@@ -11,6 +12,7 @@ settings are those of plans.json.
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +22,10 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.runs.evaluate import held_out_loss
 
-PLAN = read_plan(__file__)
+NAME = sys.argv[1] if sys.argv[1:] else "05_rule"
+FILE = str(Path(__file__).with_name(f"{NAME}.json"))
+PLAN = read_plan(FILE)
+COMMAND = " ".join(["python tutorials/experiments/05_rule.py", *sys.argv[1:]])
 rows = runpy.run_path(str(Path(__file__).with_name("05_rates.py")))["rows"]
 
 
@@ -29,6 +34,8 @@ def measure(alpha: int, steps: int, exponent: int, seed: int) -> tuple[float, fl
     model = ml.load_model("minilora/builtin", "float32")
     ml.attach(model, ml.LoraConfig(r=8, lora_alpha=alpha), seed=seed)
     layers = adapter_layers(model).values()
+    for layer in layers:
+        layer.adapters["default"].lora_A.data *= PLAN.get("start", 1.0)
     before = torch.cat([layer.adapters["default"].lora_A.detach().flatten() for layer in layers])
     settings = ml.TrainConfig(
         batch_size=8,
@@ -65,7 +72,7 @@ def main() -> None:
             runs = [best_rate(alpha, steps, seed, PLAN["first_exponent"]) for seed in PLAN["seeds"]]
             results.append({"steps": steps, "alpha": alpha, "runs": runs})
             print(results[-1], flush=True)
-            write_record(__file__, results, PLAN["seeds"], plan=plan_hash(PLAN))
+            write_record(FILE, results, PLAN["seeds"], command=COMMAND, plan=plan_hash(PLAN))
 
 
 if __name__ == "__main__":
