@@ -16,9 +16,10 @@ from minilora.models.ministral3 import MINISTRAL3
 from minilora.models.olmo2 import OLMO2, OLMO3
 from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.qwen35 import QWEN35
-from minilora.models.rotary import FLOAT, build_rope, is_positive
+from minilora.models.rotary import build_rope
 from minilora.models.smollm3 import SMOLLM3
 from minilora.models.wrapper import text_config
+from minilora.options import FLOAT, is_positive
 
 Need = tuple[Callable[[Any], bool], str]  # whether a value is right, and the message if it is not
 
@@ -102,7 +103,7 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         groups = values["num_key_value_heads"]
         raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     own = {"source": dict(source), **family.fields(values)}
-    if "rope" not in own:
+    if "rope" not in own and (values["rope_scaling"] or values["head_dim"] % 2 or values["partial_rotary_factor"] != 1):
         own["rope"] = build_rope(values, values["head_dim"])
     return replace(LlamaConfig.from_dict({key: values.get(key) for key in (*COPIED, *family.biases)}), **own)
 
