@@ -26,7 +26,7 @@ from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general
-from minilora.runs.lock import locked
+from minilora.runs.processes import locked
 from minilora.runs.settings import FLAG_NAMES
 from minilora.testing.compare import assert_parity
 from tests import runs

@@ -43,10 +43,9 @@ from minilora.models.prompts import read_prompts
 from minilora.runs import processes
 from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting
-from minilora.runs.forecast import Forecasts, Plan, check_memory, choose_plan
 from minilora.runs.inputs import Data, read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import kept_memory, peak_memory_bytes
+from minilora.runs.memory import Forecasts, Plan, check_memory, choose_plan, kept_memory, peak_memory_bytes
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 

@@ -19,11 +19,10 @@ from minilora.errors import printable
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words, describe_quantization
-from minilora.models.config import trained_length
+from minilora.models.config import describe_other_parts, trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import read_prompts
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.wrapper import describe_other_parts
 from minilora.runs.encoders import Dataset
 from minilora.runs.evaluate import prompt_of
 

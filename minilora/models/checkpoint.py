@@ -18,10 +18,9 @@ from minilora.files import INDEX, TensorFile, publishing, stream_tensors, write_
 from minilora.llama import Llama, load_weights
 from minilora.models import bitsandbytes
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Weight, dtype_name, is_four_bit
-from minilora.models.config import FAMILIES, read_config
+from minilora.models.config import FAMILIES, read_config, text_files
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.wrapper import text_files
 from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
