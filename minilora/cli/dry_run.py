@@ -8,7 +8,7 @@ import torch
 
 from minilora.adapters.attach import ParameterCount
 from minilora.adapters.config import LoraConfig
-from minilora.cli import counted
+from minilora.cli.messages import counted
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
 from minilora.llama import Checkpointing, LlamaConfig
