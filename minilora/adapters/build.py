@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from minilora.adapters.config import (
     LoraConfig,
-    is_all_linear,
     is_excluded,
     is_target,
     matches,
@@ -81,7 +80,7 @@ def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | Non
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
     embeddings = [path for path, kind in kinds.items() if kind not in LINEARS]
     chosen = select_targets(linears, config, head, embeddings)
-    if is_all_linear(config):
+    if config.target_modules == "all-linear":
         _warn_of_others(modules, {*kinds, head}, config)
     return chosen
 

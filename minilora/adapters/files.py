@@ -193,9 +193,8 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
     growth = math.sqrt(times) if config.use_rslora else times
     ranks = {where: len(adapter.lora_A) for where, adapter in adapters.items()}
     alphas = {where: _alpha(config, where, adapter) for where, adapter in adapters.items()}
-    whole = [
-        where for where, layer in layers.items() if isinstance(layer, ModulesToSave) and layer.adapters[name].is_whole
-    ]
+    saved = {where: layer.adapters[name] for where, layer in layers.items() if isinstance(layer, ModulesToSave)}
+    whole = [where for where, copy in saved.items() if copy.own != {"bias"}]
     return {
         **{field: None if value == () else value for field, value in values.items()},
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,

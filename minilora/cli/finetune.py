@@ -202,7 +202,10 @@ def run(options: Options) -> int:
         bar.show("first step", 0, 1)
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
-            return _stop(result, bar)
+            bar.close()
+            stopped = f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it"
+            processes.run_on_rank0(say, stopped)  # before another rank ends
+            return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
         after = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the adapter: row"))
         forgetting = measure_forgetting(model, data.general, partial(bar.show, "measuring general text: row"))
         progress = partial(bar.show, "answering held-out rows: row")
@@ -244,11 +247,3 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _stop(result: TrainResult, bar: ProgressBar) -> int:
-    """Say how to go on with a run that a signal has stopped, and return the status."""
-    bar.close()
-    stopped = f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it"
-    processes.run_on_rank0(say, stopped)  # before another rank ends
-    return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
