@@ -11,8 +11,7 @@ from benchmarks.families import FAMILIES, LLAMA3, TIED, sizes
 from benchmarks.work import SMOLLM2
 from minilora.models.checkpoint import build_on_meta
 from minilora.models.config import parse_config
-from minilora.runs.forecast import Plan, forecast
-from minilora.runs.memory import amount
+from minilora.runs.memory import Plan, amount, forecast
 
 MODELS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,

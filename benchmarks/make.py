@@ -10,7 +10,7 @@ from benchmarks.ours import train_config
 from benchmarks.work import ALPHA, RANK, Row, Task, Training, config_of, labelled
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
-from minilora.runs.forecast import Plan, forecast
+from minilora.runs.memory import Plan, forecast
 from minilora.runs.sampler import plan_steps
 
 

@@ -20,8 +20,7 @@ from benchmarks.make import random_model
 from benchmarks.work import SMOLLM2
 from minilora.llama import LlamaConfig
 from minilora.models.config import parse_config
-from minilora.runs.forecast import Plan, Shard, forecast
-from minilora.runs.memory import amount
+from minilora.runs.memory import Plan, Shard, amount, forecast
 
 KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size"),

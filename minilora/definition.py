@@ -39,12 +39,8 @@ class Definition(Generic[P, R]):
         return self.kernel(*args, **kwargs)
 
 
+definition = Definition  # as a decorator: marks a function, behind which a kernel can be registered
 WITH_KERNEL: dict[str, Definition] = {}  # type: ignore[type-arg]  # by name, in the order of registration
-
-
-def definition(function: Callable[P, R]) -> Definition[P, R]:
-    """Mark a function as a definition, behind which a kernel can be registered."""
-    return Definition(function)
 
 
 def kernel(of: Definition[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from minilora.errors import ConfigError
 
 C = TypeVar("C", bound=type)
+FLOAT = 1e30  # the largest number that is not whole
 
 
 def option(default: Any, help: str, group: str | None = None) -> Any:
@@ -72,6 +73,11 @@ def fits(value: object, hint: Any) -> bool:
         return all(fits(key, parts[0]) and fits(element, parts[1]) for key, element in value.items())
     kind = {float: (int, float)}.get(hint, origin or hint)
     return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether a value is a number above 0 that float32 can hold, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
 def in_words(hint: Any) -> str:

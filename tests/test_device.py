@@ -24,7 +24,7 @@ from minilora.kernels import llama as tiles
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
 from minilora.runs.evaluate import choice_accuracy, example_loss, held_out_loss, measure_forgetting
-from minilora.runs.forecast import Plan, forecast
+from minilora.runs.memory import Plan, forecast
 from minilora.testing import kernel_laws
 from minilora.testing.compare import assert_maths, assert_parity
 from recipes import classify_texts, distill, dpo, grpo, loraplus, tinylora, vera

@@ -24,12 +24,11 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config
 from minilora.models.delta_rule import SIZES as LINEAR_SIZES
-from minilora.runs import forecast as forecasts
+from minilora.runs import memory as forecasts
 from minilora.runs import memory as host
-from minilora.runs.forecast import MemoryCounter, Plan, choose_plan
 from minilora.runs.inputs import read_data
 from minilora.runs.loop import build_optimizer
-from minilora.runs.memory import amount, free_memory_bytes, peak_memory_bytes
+from minilora.runs.memory import MemoryCounter, Plan, amount, choose_plan, free_memory_bytes, peak_memory_bytes
 from minilora.runs.settings import RunConfig, Settings, TrainConfig
 from minilora.training import token_loss, train_step
 from tests.models import (

@@ -16,8 +16,7 @@ from minilora import cli
 from minilora.cli.dry_run import METHODS, default_plan
 from minilora.models.config import FAMILIES
 from minilora.runs.encoders import Dataset
-from minilora.runs.forecast import forecast
-from minilora.runs.memory import amount
+from minilora.runs.memory import amount, forecast
 from scripts import api, front
 from tests.models import long, tiny_model
 from tests.runs import flags_of, type_in, write_rows

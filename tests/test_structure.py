@@ -23,9 +23,9 @@ COMMON = ("errors", "definition", "options")
 MAY_IMPORT = {
     **dict.fromkeys((*COMMON, "files", "testing/", "__init__"), ()),
     **{page: PAGES[:i] for i, page in enumerate(PAGES)},
-    "kernels/": PAGES,  # which only `public` and `runs/forecast` import
+    "kernels/": PAGES,  # which only `public` and `runs/memory` import
     "kernels/delta_rule": (*PAGES, "models/"),  # where its definition is
-    "runs/forecast": ("files", *PAGES, "kernels/", *ROOMS[:3]),  # counts what kernels keep
+    "runs/memory": ("files", *PAGES, "kernels/", *ROOMS[:3]),  # counts what kernels keep
     **{room: ("files", *PAGES, *ROOMS[:i]) for i, room in enumerate(ROOMS)},
     "cli/selftest": ("files", *PAGES, *ROOMS[:3], "testing/"),
     "public": (*PAGES, *ROOMS[:-1], "kernels/"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora import ConfigError, TargetError
 from minilora.adapter import adapter_layers, layers_of, own_parameters
-from minilora.adapters.attach import config_of_adapter
+from minilora.adapters.files import config_of_adapter
 from minilora.adapters.weighted import Factors, combine_adapters, concatenate
 from minilora.testing import reference
 from minilora.testing.compare import assert_maths
@@ -86,7 +86,7 @@ def test_the_new_adapter_makes_of_every_kind_of_weight_the_weighted_sum(seed, fi
     add(model, "second", seed + 50, target_modules=["0", "1", "2"], rank_pattern={"1": 3}, alpha_pattern={"0": 5})
     combine_adapters(model, {"first": first, "second": second}, "sum")
     assert_is_the_sum(model, "sum", {"first": first, "second": second})
-    config = config_of_adapter(model, "sum")
+    config = config_of_adapter(layers_of(model, "sum"), "sum")
     assert (config.use_rslora, config.rank_pattern, config.alpha_pattern) == (False, {}, {})
     ranks = {len(layer.adapters["sum"].lora_A) for layer in layers_of(model, "sum").values()}
     assert ranks == {config.r} == {config.lora_alpha} == {7 if start == "pissa" else 5}

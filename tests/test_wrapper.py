@@ -10,7 +10,7 @@ import minilora as ml
 from minilora.adapter import PREFIX, WEIGHTS_FILE
 from minilora.cli import main
 from minilora.files import INDEX
-from minilora.models.wrapper import describe_other_parts, text_name
+from minilora.models.config import describe_other_parts, text_name
 from minilora.testing.compare import assert_parity
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import edit, same_state, save_file, write_adapter

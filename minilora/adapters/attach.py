@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minilora import adapter
 from minilora.adapters import build
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.modules_to_save import unties
+from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError, TargetError
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper
@@ -59,24 +59,43 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     tensors = {path: build.low_rank_tensors(modules[path], path, config, generator, start.get(path)) for path in paths}
     layers = build.build_layers(modules, config, name, tensors, dtype, path_of(model, "get_input_embeddings"))
-    inject_layers(model, layers, config, name)
+    inject_layers(modules, layers, config, name)
 
 
-def inject_layers(model: nn.Module, layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str) -> None:
-    """Check the layers of a new adapter, and put them into the model; see `adapter.inject_adapter`."""
-    build.check_layers(adapter.base_modules(model), adapter.adapter_layers(model), layers)
+def inject_layers(
+    modules: Mapping[str, nn.Module], layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str
+) -> None:
+    """Check the layers of a new adapter, and put them into the model of these modules; see `adapter.inject_adapter`."""
+    model = modules[""]
+    check_layers(modules, adapter.adapter_layers(model), layers)
     adapter.inject_adapter(model, layers, name)
     for layer in layers.values():
-        layer.adapters[name].lora_config = config  # see `config_of_adapter`
+        layer.adapters[name].lora_config = config  # see `files.config_of_adapter`
 
 
-def config_of_adapter(model: nn.Module, name: str) -> LoraConfig:
-    """Return the config that an adapter was made from."""
-    layer = next(iter(adapter.layers_of(model, name).values()))
-    config: LoraConfig | None = getattr(layer.adapters[name], "lora_config", None)
-    if config is None:
-        raise TargetError(f"adapter {name!r} has no LoraConfig: attach it by `ml.attach`, or see `adapter.save_lora`")
-    return config
+def check_layers(
+    modules: Mapping[str, nn.Module], held: Mapping[str, AdapterWrapper], layers: Mapping[str, AdapterWrapper]
+) -> None:
+    """Raise a TargetError for new layers that would not act as configured, together with those of the model."""
+    if "" in layers:
+        raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
+    model = modules[""]
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
+        raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
+    for path, layer in layers.items():
+        is_own = has_hooks(layer.base) or "forward" in layer.base.__dict__
+        if is_own and isinstance(layer, build.LINEARS):
+            raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
+    both = [*held.items(), *layers.items()]
+    full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
+    for path, _ in both:
+        if outer := [where for where in full if path.startswith(f"{where}.")]:
+            raise TargetError(f"{path}: is in {outer[0]}, which an adapter trains in full, so one would not act")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of a module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -138,7 +157,7 @@ def _mergeable_layers(model: nn.Module) -> list[AdapterWrapper]:
     layers = adapter.require_layers(model)
     if any(map(is_sharded, model.parameters())):
         raise ConfigError("the base is divided among ranks. Save the adapter, then merge it into an unsharded model")
-    if hooked := [layer.path for layer in layers if build.has_hooks(layer)]:
+    if hooked := [layer.path for layer in layers if has_hooks(layer)]:
         raise TargetError(f"{hooked[0]}: has hooks, which would be lost where it is merged; remove them")
     return layers
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from minilora.adapters.config import (
     LoraConfig,
-    is_all_linear,
     is_excluded,
     is_target,
     matches,
@@ -81,7 +80,7 @@ def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | Non
     linears = [path for path, kind in kinds.items() if kind in LINEARS]
     embeddings = [path for path, kind in kinds.items() if kind not in LINEARS]
     chosen = select_targets(linears, config, head, embeddings)
-    if is_all_linear(config):
+    if config.target_modules == "all-linear":
         _warn_of_others(modules, {*kinds, head}, config)
     return chosen
 
@@ -264,28 +263,3 @@ def _token_rows(
 
 def _has_rows(module: Any) -> bool:
     return is_embedding(module) or type(module) is nn.Linear
-
-
-def check_layers(
-    modules: Mapping[str, nn.Module], held: Mapping[str, AdapterWrapper], layers: Mapping[str, AdapterWrapper]
-) -> None:
-    """Raise a TargetError for new layers that would not act as configured, together with those of the model."""
-    if "" in layers:
-        raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
-    model = modules[""]
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
-        raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
-    for path, layer in layers.items():
-        is_own = has_hooks(layer.base) or "forward" in layer.base.__dict__
-        if is_own and isinstance(layer, LINEARS):
-            raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
-    both = [*held.items(), *layers.items()]
-    full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
-    for path, _ in both:
-        if outer := [where for where in full if path.startswith(f"{where}.")]:
-            raise TargetError(f"{path}: is in {outer[0]}, which an adapter trains in full, so one would not act")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether a call of a module does more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)

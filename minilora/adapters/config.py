@@ -79,6 +79,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in NAME_FIELDS:
             value = getattr(self, name) or ()
+            value = "all-linear" if isinstance(value, str) and value.lower() == "all-linear" else value
             is_name = isinstance(value, str) and (name not in PATTERNS or _is_name(value))
             object.__setattr__(self, name, (value,) if is_name else _as_tuple(value))
         layers, tokens = self.layers_to_transform, self.trainable_token_indices
@@ -143,7 +144,7 @@ def select_targets(
     "all-linear" matches the paths `linears` without the `head`; `embeddings` are adapted only if named.
     """
     paths = [*linears, *embeddings]
-    if is_all_linear(config):
+    if config.target_modules == "all-linear":
         chosen = [path for path in linears if path != head and not is_excluded(path, config)]
     else:
         chosen = [path for path in paths if is_target(path, config)]
@@ -187,7 +188,7 @@ def _unmatched_fields(paths: Sequence[str], chosen: Sequence[str], config: LoraC
     bad = []
     for name in ("target_modules", "exclude_modules"):
         entries = getattr(config, name)
-        if not (name == "target_modules" and is_all_linear(config)):
+        if not (name == "target_modules" and config.target_modules == "all-linear"):
             bad += [f"no module that can be adapted matches {name} {entry!r}" for entry in _unmatched(entries, paths)]
     for number in config.layers_to_transform or ():
         if not any(matches(config.target_modules, path) and _layer(path, config) == number for path in paths):
@@ -219,13 +220,8 @@ def _heads(config: LoraConfig) -> tuple[str, ...]:
     return HEADS.get(config.task_type or "", ())
 
 
-def is_all_linear(config: LoraConfig) -> bool:
-    """Return whether `target_modules` is "all-linear"."""
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-
-
 def _is_name(text: str) -> bool:
-    return text.lower() != "all-linear" and text[0] != "^" and PLAIN_NAME.fullmatch(text) is not None
+    return text != "all-linear" and text[0] != "^" and PLAIN_NAME.fullmatch(text) is not None
 
 
 def _layer(path: str, config: LoraConfig) -> int | None:

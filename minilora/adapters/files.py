@@ -21,7 +21,7 @@ from minilora.adapter import (
     layers_of,
 )
 from minilora.adapters import layout
-from minilora.adapters.attach import config_of_adapter, inject_layers, path_of
+from minilora.adapters.attach import inject_layers, path_of
 from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
@@ -59,7 +59,7 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
     layers = layers_of(model, name)
     base, revision = unpinned(getattr(model, "name_or_path", None) or "")
     fields = {"base_model_name_or_path": base or None, "revision": revision}
-    fields |= _fields(config_of_adapter(model, name), name, layers, list(base_modules(model)))
+    fields |= _fields(config_of_adapter(layers, name), name, layers, list(base_modules(model)))
     tensors = adapter_tensors(layers, name)
     if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
         raise TrainingError(f"the adapter is not written, because {bad[0]} has numbers that are not finite")
@@ -68,6 +68,14 @@ def save_adapter_files(model: nn.Module, directory: Path, name: str = "default")
     write_tensors(directory / WEIGHTS_FILE, tensors, base_metadata)
     # The patterns inside the fields keep their order: the first key that matches counts.
     write_json(directory / CONFIG_FILE, dict(sorted({**layout.PEFT_DEFAULTS, **fields}.items())))
+
+
+def config_of_adapter(layers: Mapping[str, AdapterWrapper], name: str) -> LoraConfig:
+    """Return the config that an adapter was made from; it is in each of the layers."""
+    config: LoraConfig | None = getattr(next(iter(layers.values())).adapters[name], "lora_config", None)
+    if config is None:
+        raise TargetError(f"adapter {name!r} has no LoraConfig: attach it by `ml.attach`, or see `adapter.save_lora`")
+    return config
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trainable: bool = False) -> None:
@@ -102,7 +110,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     _copy_stored(stored, layers, modules, config, name)
     if (init := stored.values.get("init_lora_weights")) in layout.DETERMINISTIC_INITS:
         layers |= _restarted(layers, init, config, name)
-    inject_layers(model, layers, config, name)
+    inject_layers(modules, layers, config, name)
     if not trainable:
         activate(model, name, trainable=False)
         model.eval()
@@ -185,9 +193,8 @@ def _fields(config: LoraConfig, name: str, layers: Mapping[str, AdapterWrapper],
     growth = math.sqrt(times) if config.use_rslora else times
     ranks = {where: len(adapter.lora_A) for where, adapter in adapters.items()}
     alphas = {where: _alpha(config, where, adapter) for where, adapter in adapters.items()}
-    whole = [
-        where for where, layer in layers.items() if isinstance(layer, ModulesToSave) and layer.adapters[name].is_whole
-    ]
+    saved = {where: layer.adapters[name] for where, layer in layers.items() if isinstance(layer, ModulesToSave)}
+    whole = [where for where, copy in saved.items() if copy.own != {"bias"}]
     return {
         **{field: None if value == () else value for field, value in values.items()},
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,

@@ -25,10 +25,10 @@ from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, FormatError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify
 from minilora.models.bitsandbytes import CODEBOOKS
+from minilora.models.config import text_path
 from minilora.models.hub import HUB_ID
 from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
-from minilora.models.wrapper import text_path
 from minilora.options import fits
 
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module

@@ -31,11 +31,6 @@ class TrainedCopy(nn.Module):
         # FSDP replaces parameters by plain tensors while it computes, so they are looked up by their names.
         self.shared = {key for key, _ in base.named_parameters()} - self.own
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the module is trained in full, not only its bias."""
-        return self.own != {"bias"}
-
     def tensors(self) -> dict[str, Tensor]:
         return {key: parameter for key, parameter in self.copy.named_parameters() if key in self.own}
 
@@ -102,11 +97,6 @@ class TokenRows(nn.Module):
     def replaced(self) -> set[str]:
         return {f"row {token}" for token in self.ids.tolist()}
 
-    def of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which tokens have a row, and the index of the row: (...) -> (...), (...)."""
-        is_same = tokens.unsqueeze(-1) == self.ids
-        return is_same.any(-1), is_same.long().argmax(-1)
-
 
 class TrainableTokens(AdapterWrapper):
     """An embedding or an output head in whose weight each adapter replaces some rows (final)."""
@@ -121,9 +111,11 @@ class TrainableTokens(AdapterWrapper):
                 bias = None if self.base.bias is None else self.base.bias[adapter.ids].to(x.dtype)
                 y = y.index_copy(-1, adapter.ids, F.linear(x, adapter.rows.to(x.dtype), bias))
             else:
-                has_row, row = adapter.of(x)
-                rows = F.embedding(row, adapter.rows).to(y.dtype) * embedding_scale(self.base, y.dtype)
-                y = torch.where(has_row.unsqueeze(-1), rows, y)
+                is_same = x.unsqueeze(-1) == adapter.ids
+                rows = F.embedding(is_same.long().argmax(-1), adapter.rows).to(y.dtype) * embedding_scale(
+                    self.base, y.dtype
+                )
+                y = torch.where(is_same.any(-1, keepdim=True), rows, y)
         return y
 
     @property

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapter import activate, layers_of
-from minilora.adapters.attach import config_of_adapter, inject_layers
+from minilora.adapter import activate, base_modules, layers_of
+from minilora.adapters.attach import inject_layers
 from minilora.adapters.build import low_rank_layer
 from minilora.adapters.config import LoraConfig
+from minilora.adapters.files import config_of_adapter
 from minilora.errors import ConfigError, TrainingError
 from minilora.lora import LoraAdapter, widest
 
@@ -76,12 +77,13 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     if bad := [path for path, factors in sums.items() if not factors.lora_B.isfinite().all()]:
         raise TrainingError(f"{bad[0]}: with the weights {dict(weights)} the sum is not finite")
     r = max(len(factors.lora_A) for factors in sums.values())
-    task = config_of_adapter(model, next(iter(weights))).task_type
+    first = next(iter(weights))
+    task = config_of_adapter(layers_of(model, first), first).task_type
     config = LoraConfig(r, r, target_modules=tuple(sums), task_type=task)
     layers = {}
     for path, (lora_A, lora_B, _) in sums.items():
         missing = r - len(lora_A)
         tensors = {"lora_A": F.pad(lora_A, (0, 0, 0, missing)), "lora_B": F.pad(lora_B, (0, missing))}
         layers[path] = low_rank_layer(bases[path], path, config, name, tensors)
-    inject_layers(model, layers, config, name)
+    inject_layers(base_modules(model), layers, config, name)
     activate(model, name, trainable=False)

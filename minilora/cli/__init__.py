@@ -231,16 +231,6 @@ def _dashed(word: str) -> str:
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless the number is 1."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def describe_skipped(kind: str, bad: Sequence[str]) -> str:
-    """Return a message with the number of rows of a kind that were skipped, and the reasons for the first five."""
-    return "\n  ".join((f"skipped {counted(len(bad), f'{kind}row')} that cannot be used:", *bad[:5]))
-
-
 def say(text: str) -> None:
     """Print a message for the user to standard error, without control characters of the names that it quotes."""
     print(printable(text), file=sys.stderr, flush=True)

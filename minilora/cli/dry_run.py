@@ -8,7 +8,7 @@ import torch
 
 from minilora.adapters.attach import ParameterCount
 from minilora.adapters.config import LoraConfig
-from minilora.cli import counted
+from minilora.cli.messages import counted
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import printable
 from minilora.llama import Checkpointing, LlamaConfig
@@ -18,9 +18,8 @@ from minilora.models.config import read_config
 from minilora.models.hub import fetch
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.encoders import Dataset
-from minilora.runs.forecast import Forecast, Forecasts, Plan, forecast
 from minilora.runs.inputs import Data
-from minilora.runs.memory import amount
+from minilora.runs.memory import Forecast, Forecasts, Plan, amount, forecast
 from minilora.runs.sampler import plan_steps
 from minilora.runs.settings import DataConfig, TrainConfig
 

@@ -10,9 +10,10 @@ import json
 from dataclasses import replace
 from functools import partial
 
-from minilora.cli import Options, Parser, describe_skipped, say
+from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.load import THINKING, add_model_flags, load, run_settings, thinking_of
+from minilora.cli.messages import describe_skipped
 from minilora.cli.streaming import merged_if_small
 from minilora.data import IGNORE_INDEX, Example
 from minilora.errors import ConfigError

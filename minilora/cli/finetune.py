@@ -43,10 +43,9 @@ from minilora.models.prompts import read_prompts
 from minilora.runs import processes
 from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
 from minilora.runs.evaluate import answer, evaluate, measure_forgetting
-from minilora.runs.forecast import Forecasts, Plan, check_memory, choose_plan
 from minilora.runs.inputs import Data, read_data
 from minilora.runs.loop import Record, TrainResult, train
-from minilora.runs.memory import kept_memory, peak_memory_bytes
+from minilora.runs.memory import Forecasts, Plan, check_memory, choose_plan, kept_memory, peak_memory_bytes
 from minilora.runs.reports import ProgressBar
 from minilora.runs.settings import FLAG_NAMES, DataConfig, RunConfig, Settings, TrainConfig, flag
 
@@ -203,7 +202,10 @@ def run(options: Options) -> int:
         bar.show("first step", 0, 1)
         result = _train_until_signal(run, directory, model, bar)
         if not result.finished:
-            return _stop(result, bar)
+            bar.close()
+            stopped = f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it"
+            processes.run_on_rank0(say, stopped)  # before another rank ends
+            return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got
         after = evaluate(model, data.test, data.choices, partial(bar.show, "measuring the adapter: row"))
         forgetting = measure_forgetting(model, data.general, partial(bar.show, "measuring general text: row"))
         progress = partial(bar.show, "answering held-out rows: row")
@@ -245,11 +247,3 @@ def _train_until_signal(run: Run, directory: RunDirectory, model: Llama, bar: Pr
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _stop(result: TrainResult, bar: ProgressBar) -> int:
-    """Say how to go on with a run that a signal has stopped, and return the status."""
-    bar.close()
-    stopped = f"stopped after step {result.steps} of {result.total_steps}; the same command resumes it"
-    processes.run_on_rank0(say, stopped)  # before another rank ends
-    return SIGNALLED + (bar.stopped_by or signal.SIGTERM)  # which another rank got

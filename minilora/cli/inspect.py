@@ -30,8 +30,8 @@ from minilora.cli.dry_run import memory_page
 from minilora.cli.messages import base_notes
 from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry
+from minilora.models.config import text_path
 from minilora.models.hub import fetch, locate
-from minilora.models.wrapper import text_path
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
 from minilora.tools.readers import EMBEDDING, HEAD, READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts
 

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.adapters.attach import count_parameters
 from minilora.adapters.layout import base_model_of, base_quantization
-from minilora.cli import counted, describe_skipped, say
+from minilora.cli import say
 from minilora.data import Example
 from minilora.errors import printable
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words, describe_quantization
-from minilora.models.config import trained_length
+from minilora.models.config import describe_other_parts, trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import read_prompts
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.wrapper import describe_other_parts
 from minilora.runs.encoders import Dataset
 from minilora.runs.evaluate import prompt_of
 
@@ -188,6 +187,16 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
     out = shlex.quote(str(Path(run.settings.run.out)))
     say(f"next:\n  minilora generate --adapter {out} --prompt TEXT --compare-base")
     say(f"  minilora merge --adapter {out} --out {out}-merged")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def describe_skipped(kind: str, bad: Sequence[str]) -> str:
+    """Return a message with the number of rows of a kind that were skipped, and the reasons for the first five."""
+    return "\n  ".join((f"skipped {counted(len(bad), f'{kind}row')} that cannot be used:", *bad[:5]))
 
 
 def shorten(text: str, most: int, keeps_end: bool = False) -> str:

@@ -12,10 +12,9 @@ from minilora.errors import ConfigError
 from minilora.files import BUILTIN
 from minilora.models import checkpoint
 from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
-from minilora.models.config import read_config
+from minilora.models.config import describe_other_parts, read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
-from minilora.models.wrapper import describe_other_parts
 
 
 def add_flags(parser: Parser) -> None:

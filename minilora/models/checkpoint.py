@@ -16,12 +16,12 @@ from minilora.adapter import linear_layers
 from minilora.errors import ConfigError, FormatError, TrainingError, listed
 from minilora.files import INDEX, TensorFile, publishing, stream_tensors, write_json
 from minilora.llama import Llama, load_weights
+from minilora.lora import Linear
 from minilora.models import bitsandbytes
 from minilora.models.bitsandbytes import Quantize, QuantizeConfig, Weight, dtype_name, is_four_bit
-from minilora.models.config import FAMILIES, read_config
+from minilora.models.config import FAMILIES, read_config, text_files
 from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.wrapper import text_files
 from minilora.nf4 import NF4Linear
 
 T = TypeVar("T")
@@ -102,9 +102,10 @@ def stored_weights(
     is_view = may_be_views and is_as_stored and config.quantize == "none"
     files = text_files(directory, is_mapped_once=is_view)
     packed = bitsandbytes.packed_weights(files)
-    _check_names(directory, model, files, packed)
+    linears = linear_layers(model)
+    _check_names(directory, model, files, packed, linears)
     _check_packed(directory, model.config.source, packed, config)
-    chosen = set() if packed else config.chosen(linear_layers(model))
+    chosen = set() if packed else config.chosen(linears)
 
     def read(name: str) -> Tensor:
         tensor = files[name].read(name)
@@ -247,12 +248,15 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _check_names(
-    directory: Path, model: Llama, files: Mapping[str, TensorFile], packed: Mapping[str, Sequence[str]]
+    directory: Path,
+    model: Llama,
+    files: Mapping[str, TensorFile],
+    packed: Mapping[str, Sequence[str]],
+    linears: Mapping[str, Linear],
 ) -> None:
     stored = bitsandbytes.weight_shapes(files)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     problems = [f"missing: {name} {expected[name]}" for name, _ in model.named_parameters() if name not in stored]
-    linears = linear_layers(model)
     for name, shape in stored.items():
         if name not in expected:
             if not name.endswith("rotary_emb.inv_freq"):  # a table in old Llama files

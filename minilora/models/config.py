@@ -1,12 +1,23 @@
-"""Read the `config.json` of every family of models; a missing key has the value that transformers gives it."""
+"""Read the `config.json` of every family of models; a missing key has the value that transformers gives it.
 
+A wrapper, such as a model that also sees images, has a text model. Its config.json has the text model's own under
+`text_config`, and its tensors the text model's under a longer name:
+
+    model.language_model.layers.0.mlp.up_proj.weight   or   language_model.model.layers.0.mlp.up_proj.weight
+    ->               model.layers.0.mlp.up_proj.weight
+
+Other tensors (vision, multi-token prediction `mtp.`) are not read.
+"""
+
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import ConfigError, in_recipe
-from minilora.files import read_json
+from minilora.files import TensorFile, read_json, tensor_files
 from minilora.llama import REQUIRED, LlamaConfig
 from minilora.models.bitsandbytes import is_four_bit
 from minilora.models.delta_rule import SIZES as LINEAR_SIZES
@@ -16,9 +27,9 @@ from minilora.models.ministral3 import MINISTRAL3
 from minilora.models.olmo2 import OLMO2, OLMO3
 from minilora.models.qwen3 import QWEN2, QWEN3
 from minilora.models.qwen35 import QWEN35
-from minilora.models.rotary import FLOAT, build_rope, is_positive
+from minilora.models.rotary import build_rope
 from minilora.models.smollm3 import SMOLLM3
-from minilora.models.wrapper import text_config
+from minilora.options import FLOAT, is_positive
 
 Need = tuple[Callable[[Any], bool], str]  # whether a value is right, and the message if it is not
 
@@ -80,6 +91,14 @@ COMMON: dict[str, Any] = {
     "hidden_act": "silu",
 }
 COPIED = (*REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta")
+TEXT_SIZES = {  # the defaults of `REQUIRED` in transformers; of a part's config, version 4 wrote only what differs
+    "gemma3_text": (262_208, 2304, 9216, 26, 8),
+    "llama": (32_000, 4096, 11_008, 32, 32),
+    "mistral": (32_000, 4096, 14_336, 32, 32),
+    "qwen2": (151_936, 4096, 22_016, 32, 32),
+}
+SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # set by the wrapper for all its parts
+TEXT = re.compile(r"model\.language_model\.(?P<rest>.+)|language_model\.(?P<model>(?:model|lm_head)\..+)|lm_head\..+")
 
 
 def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
@@ -102,7 +121,7 @@ def parse_config(source: Mapping[str, Any]) -> LlamaConfig:
         groups = values["num_key_value_heads"]
         raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     own = {"source": dict(source), **family.fields(values)}
-    if "rope" not in own:
+    if "rope" not in own and (values["rope_scaling"] or values["head_dim"] % 2 or values["partial_rotary_factor"] != 1):
         own["rope"] = build_rope(values, values["head_dim"])
     return replace(LlamaConfig.from_dict({key: values.get(key) for key in (*COPIED, *family.biases)}), **own)
 
@@ -121,6 +140,57 @@ def read_config(directory: Path) -> LlamaConfig:
         return parse_config(read_json(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def text_config(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the text model in a wrapper's, or the config itself."""
+    text = source.get("text_config")
+    if not isinstance(text, Mapping):
+        return source
+    sizes = dict(zip(REQUIRED, TEXT_SIZES.get(str(text.get("model_type")), ()), strict=False))
+    missing = {key: size for key, size in sizes.items() if text.get(key) is None}
+    return {**text, **missing, **{key: source[key] for key in SHARED if source.get(key) is not None}}
+
+
+def text_name(name: str) -> str | None:
+    """Return the name of a wrapper's tensor in the text model, or None for a tensor of another part.
+
+    >>> text_name("model.language_model.norm.weight"), text_name("language_model.lm_head.weight"), text_name("mtp.fc")
+    ('model.norm.weight', 'lm_head.weight', None)
+    """
+    match = TEXT.fullmatch(name)
+    if match is None:
+        return None
+    return f"model.{match['rest']}" if match["rest"] else match["model"] or name
+
+
+def text_path(path: str) -> str:
+    """Return the path in the text model that a path in an adapter means, whatever wrapped the model in training.
+
+    >>> text_path("_orig_mod.model.language_model.layers.0.mlp.up_proj.base_layer")
+    'model.layers.0.mlp.up_proj'
+    """
+    path = path.replace("_orig_mod.", "").removesuffix(".base_layer")
+    return (text_name(f"{path}.weight") or f"{path}.weight").removesuffix(".weight")
+
+
+def is_wrapper(directory: Path) -> bool:
+    """Return whether a model directory has a text model in a wrapper."""
+    return isinstance(read_json(directory / "config.json").get("text_config"), Mapping)
+
+
+def text_files(directory: Path, is_mapped_once: bool = False) -> dict[str, TensorFile]:
+    """Return the files of a directory by the names of tensors in the text model; see `tensor_files`."""
+    return tensor_files(directory, is_mapped_once, text_name if is_wrapper(directory) else None)
+
+
+def describe_other_parts(directory: Path) -> str:
+    """Return which tensors of a wrapper are not read, as "model.visual (153 tensors), mtp (9 tensors)", or ""."""
+    if not is_wrapper(directory):
+        return ""
+    others = [name for name in tensor_files(directory) if text_name(name) is None]
+    parts = Counter(".".join(name.split(".")[: 1 + name.startswith("model.")]) for name in others)
+    return ", ".join(f"{part} ({count:,} tensors)" for part, count in sorted(parts.items()))
 
 
 def _flat(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from minilora.errors import ConfigError
 from minilora.llama import CosSin, Rope, llama_frequencies, rope_frequencies
-
-FLOAT = 1e30  # the largest number in config.json that is not whole
+from minilora.options import is_positive
 
 Scaling = Mapping[str, Any]
 NUMBERS: dict[str, tuple[str, ...]] = {  # that each kind needs
@@ -135,11 +134,6 @@ def yarn_amplitude(scaling: Scaling) -> float:
     growth = 0.1 * math.log(max(scaling["factor"], 1))
     above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
     return (1 + above * growth) / (1 + below * growth) if above and below else 1 + growth
-
-
-def is_positive(value: Any) -> bool:
-    """Return whether a value is a number above 0 that float32 can hold, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
 def _check_scaling(kind: str, theta: float, scaling: Scaling) -> None:

@@ -28,7 +28,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from minilora import files
@@ -283,7 +283,9 @@ def fingerprint(
         "optimizer": optimizer,
     }
     frozen = [p for name, p in model.named_parameters() if not (p.requires_grad or name.endswith(ROUNDED))]
-    parts = {"dataset": dataset, "held_out": held_out, "model": [_spread(whole(p)) for p in frozen]}
+    may_be_sharded = distributed.is_available() and distributed.is_initialized()
+    base = [_spread(whole(p) if may_be_sharded else p) for p in frozen]
+    parts = {"dataset": dataset, "held_out": held_out, "model": base}
     return json.loads(json.dumps(run, default=_as_json)) | {name: _hash(rows) for name, rows in parts.items()}
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import chain
@@ -46,8 +46,8 @@ class Data:
     test: Dataset  # measured before and after
     choices: Choices | None
     files: dict[str, str]  # name, or path where names repeat -> SHA-256
-    general: Dataset = field(default_factory=partial(Dataset, ()))
-    questions: Sequence[Question] = ()  # of `test`
+    general: Dataset
+    questions: Sequence[Question]  # of `test`
 
     @property
     def splits(self) -> dict[str, Dataset]:

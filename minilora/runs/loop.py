@@ -125,8 +125,7 @@ def train(
     save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
 
     def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
-        sampler.seed_random_state(device, f"{config.seed}/{batch.number}")
-        sampler.seed_dropout(adapters, config.seed, batch.number)
+        sampler.seed_micro_batch(device, adapters, config.seed, batch.number)
         part, number, metrics = compute_loss(model, batch.rows, state.step + 1)
         measured.append(metrics if batch.is_counted else {})
         return (part, number) if batch.is_counted else (0 * part, 0)

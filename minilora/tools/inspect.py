@@ -13,10 +13,9 @@ from minilora.adapters.layout import read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import build_on_meta, load_model, stored_weights
-from minilora.models.config import read_config
+from minilora.models.config import describe_other_parts, read_config
 from minilora.models.hub import GGUF, fetch
 from minilora.models.tokenizer import load_tokenizer
-from minilora.models.wrapper import describe_other_parts
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
 from minilora.runs.settings import Settings

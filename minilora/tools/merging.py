@@ -33,9 +33,8 @@ from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models import checkpoint
 from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, describe_quantization, is_four_bit
 from minilora.models.checkpoint import CODE_KEYS, EMBEDDING, HEAD, SHARD_BYTES
-from minilora.models.config import read_config
+from minilora.models.config import is_wrapper, read_config, text_files, text_name, text_path
 from minilora.models.tokenizer import Tokenizer
-from minilora.models.wrapper import is_wrapper, text_files, text_name, text_path
 from minilora.nf4 import NF4Linear
 
 IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"

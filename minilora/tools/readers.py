@@ -16,7 +16,7 @@ from minilora.errors import MiniloraError
 from minilora.files import TensorFile, read_json, tensor_files
 from minilora.lora import lora_scale
 from minilora.models.bitsandbytes import weight_shapes
-from minilora.models.wrapper import is_wrapper, text_config, text_files, text_name, text_path
+from minilora.models.config import is_wrapper, text_config, text_files, text_name, text_path
 
 R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
 RIGHT = "acts as trained"

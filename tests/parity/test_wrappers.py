@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.cli import main
+from minilora.models.config import TEXT_SIZES as OMITTED
 from minilora.models.config import parse_config
-from minilora.models.wrapper import SIZES as OMITTED
 from minilora.testing.compare import assert_parity
 from minilora.tools.merging import Merge, merge_directory
 from tests.files import write_adapter

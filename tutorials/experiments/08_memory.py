@@ -17,7 +17,7 @@ import torch
 from record import write_record
 
 import minilora as ml
-from minilora.runs.forecast import Plan, forecast
+from minilora.runs.memory import Plan, forecast
 
 OUT = Path(__file__).with_suffix(".json")
 WAYS = {  # dtype, quantize, checkpointing
