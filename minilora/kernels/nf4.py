@@ -17,6 +17,7 @@ from minilora.errors import TrainingError
 from minilora.kernels.llama import tile_rows
 
 DENSE_TILE = 2**22  # elements of a 4-bit weight that are dense at a time: 8 MB in bfloat16
+ROW_BLOCKS = 16  # blocks of a row of a tile; threads share its rows
 
 
 @kernel(of=nf4.quantize)
@@ -25,7 +26,7 @@ def quantize(weight: Tensor, block_size: int = nf4.BLOCK_SIZE) -> tuple[Tensor, 
     flat = weight.detach().reshape(-1)
     if flat.is_meta:  # it has no numbers
         return nf4.quantize.function(flat, block_size)
-    whole, tile = _tiles(flat, block_size)
+    whole, tile = _tiles(flat, math.lcm(2, block_size))
     parts = [_quantize_blocks(x.float().view(len(x) // block_size, block_size)) for x in flat[:whole].split(tile)]
     if whole < flat.numel():  # the last blocks, of which one may be incomplete
         parts.append(nf4.quantize.function(flat[whole:], block_size))
@@ -92,8 +93,9 @@ def dequantize(
     weight = torch.empty(n, dtype=dtype, device=packed.device)
     if weight.is_meta:  # it has no numbers
         return weight.view(*shape)
-    whole, tile = _tiles(weight, block_size)
-    table, width = on_device(_level_pairs(levels), packed.device), _unit(block_size) // 2
+    width = ROW_BLOCKS * math.lcm(2, block_size) // 2
+    whole, tile = _tiles(weight, 2 * width)
+    table = on_device(_level_pairs(levels), packed.device)
     rows = min(tile, whole) // 2 // width
     byte, pair = torch.empty(2, rows, width, dtype=torch.int64, device=packed.device)
     packed = packed.reshape(-1)
@@ -112,15 +114,9 @@ def dequantize(
     return weight.view(*shape)
 
 
-def _tiles(flat: Tensor, block_size: int) -> tuple[int, int]:
+def _tiles(flat: Tensor, unit: int) -> tuple[int, int]:
     """Return how many weights are in whole units, and of these how many to work on at a time."""
-    unit = _unit(block_size)
     return flat.numel() // unit * unit, -(-tile_rows(flat) // unit) * unit
-
-
-def _unit(block_size: int) -> int:
-    """Return how many weights are a row to work on: 16 times as many as are whole blocks and whole bytes."""
-    return 16 * math.lcm(2, block_size)
 
 
 @kernel(of=nf4.nf4_linear)
