@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 _FOREIGN_NAMES = {  # names of PEFT and TRL, and what to use here
     "DPOTrainer": "use ml.train with the loss in recipes/dpo.py",
     "GRPOTrainer": "use ml.train with the loss in recipes/grpo.py",
