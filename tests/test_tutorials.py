@@ -26,13 +26,16 @@ MAX_FIGURE = 60_000  # bytes
 # number of the exercise -> what to replace in its solution, and by what, so that it is wrong; what the verdict says
 MISTAKES = {
     "01": [
-        ("r**0.5", "r"),
-        ("in linears)", "in set(linears))"),
-        ("(s * x @ A.T) @ B.T", "(x @ A.T) @ B.T"),
-        ("(s * x @ A.T) @ B.T", "s * x @ (B @ A).T"),
+        ("s * (r**0.5 if", "s * (r if"),
+        (' if path != "lm_head"', "", "more than A and B have"),
+        ("(frozen + trained)", "frozen", "times the right one"),
+        ("(s[:, None] * (x @ A.T)) @ B.T", "(x @ A.T) @ B.T", "y without s"),
+        ("(s[:, None] * (x @ A.T)) @ B.T", "s[:, None] * (x @ (B @ A).T)", "are enough"),
+        ("s[:, None] *", "s[0] *", "the first row's s"),
         ("s * (B @ A)", "(B @ A)"),
         ("W = W + s", "W += s"),
         ('config["use_rslora"]', "False", "it is 0.50 times the right one"),
+        ("r = len(A)", 'r = config["r"]', "model.layers.1.x.down", "it is 0.50 times the right one"),
         *(
             (
                 'tensors[f"base_model.model.{path}.lora_{letter}.weight"] for',
@@ -59,9 +62,9 @@ MISTAKES = {
         ("range(len(prompt), -1, -1)", "range(len(text), -1, -1)", "a piece of the answer"),
     ],
     "04": [
-        (" + rate_A * rate_B * s**3 * G @ A.T @ B.T @ G", "", "keep every product"),
+        (" + rate_A * rate_B * s**3 * G @ A.T @ B.T @ G", "", "A small step is right"),
         ("rate_B * G @ A.T @ A + rate_A * B", "rate_A * G @ A.T @ A + rate_B * B", "A small step is wrong too"),
-        ("dy @ W + h @ A", "dy @ W", "they are added"),
+        ("dy @ W + h @ A", "dy @ W", "How many ways"),
         ("h = s * dy @ B", "h = dy @ B", "through A lacks a factor of 2"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "s * B.T @ (dy.flatten(0, -2).T @ x.flatten(0, -2))"),
         ("h.flatten(0, -2).T @ x.flatten(0, -2)", "h.mT @ x if h.dim() == 2 else (h.mT @ x).sum(0)", "dA is (3, 2, 3)"),
@@ -304,7 +307,7 @@ def alpha_for(s, r, use_rslora):
     s * r
 def count(linears, r):
     return sum(
-        one(linear) for linear in linears)
+        one(linear) for linear in linears.values())
 def one(linear):
     assert linear[2]
 def forward(x, W, A, B, s):

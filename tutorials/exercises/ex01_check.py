@@ -43,29 +43,36 @@ def check_alpha_for(answer: ModuleType) -> None:
 
 
 def check_count(answer: ModuleType) -> None:
-    """r·(in + out) for each linear."""
-    several = [(576, 192), (576, 1536), (1536, 576)]
-    for linears, r in (([(5, 5)], 1), ([(576, 1536)], 1), ([(5, 5), (5, 5)], 1), (several, 16)):
-        found, right = answer.count(linears, r), r * sum(map(sum, linears))
+    """r·(in + out) for each linear but the head, and the share of the sum of it and all in·out."""
+    several = {"k": (576, 192), "up": (576, 1536), "down": (1536, 576), "lm_head": (576, 2048)}
+    for linears, r in (({"a": (5, 5)}, 1), ({"a": (576, 1536)}, 1), ({"a": (5, 5), "b": (5, 5)}, 1), (several, 16)):
+        right = r * sum(sum(size) for path, size in linears.items() if path != "lm_head")
         case = f"rank {r}, (in, out) {linears}"
+        found, share = answer.count(linears, r)
         assert found == right, f"{case}: {found:,} numbers, {'more' if found > right else 'fewer'} than A and B have"
+        whole = right + sum(math.prod(size) for size in linears.values())
+        assert math.isclose(share, right / whole), (
+            f"{case}: the share is {share * whole / right:.3f} times the right one"
+        )
 
 
 def check_forward(answer: ModuleType) -> None:
     """`forward` equals loops, and takes no more products than the narrow way."""
-    x, W, A, B, s = draw(3, 40), draw(30, 40), draw(2, 40), draw(30, 2), 7.0
+    x, W, A, B = draw(3, 40), draw(30, 40), draw(2, 40), draw(30, 2)
+    s = torch.tensor([7.0, 0.5, -2.0], dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         found = answer.forward(x, W, A, B, s)
-    right = torch.from_numpy(lora_forward(*(each.numpy() for each in (x, W)), None, A.numpy(), B.numpy(), s))
-    case = f"x {tuple(x.shape)}, W {tuple(W.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, s {s:g}"
+    one = torch.from_numpy(lora_forward(*(each.numpy() for each in (x, W)), None, A.numpy(), B.numpy(), 1.0)) - x @ W.T
+    right = x @ W.T + s[:, None] * one
+    case = f"x {tuple(x.shape)}, W {tuple(W.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, s {s.tolist()}"
     error = difference(found, right, case)
     if error > 1e-9:
-        update = right - x @ W.T
         known = {
             "W x": x @ W.T,
-            "the update": update,
-            "y without s": x @ W.T + update / s,
-            "y with s twice": right + 6 * update,
+            "the update": right - x @ W.T,
+            "y without s": x @ W.T + one,
+            "y with s twice": x @ W.T + s[:, None] ** 2 * one,
+            "y with the first row's s in all rows": x @ W.T + s[0] * one,
         }
         names = [name for name, value in known.items() if difference(found, value, case) < 1e-9]
         what = f"this is {names[0]}" if names else f"y is off by up to {error:.2g}"
@@ -91,11 +98,13 @@ def check_merge(answer: ModuleType) -> None:
 
 
 def check_read_update(answer: ModuleType) -> None:
-    """`read_update` finds the tensors of a path among others, and takes the scale from the configuration."""
+    """`read_update` finds the tensors of a path among others, and the scale that belongs to its rank."""
     generator = torch.Generator().manual_seed(3)
+    pattern = {"model.layers.1.x.down": 2, "vision.model.layers.1.x": 3}
+    ranks = {path: pattern.get(path, 4) for path in PATHS}
     factors = {
-        path: tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 7), (5, 4)))
-        for path in PATHS
+        path: tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((r, 7), (5, r)))
+        for path, r in ranks.items()
     }
     for path, use_rslora in itertools.product(PATHS, (False, True)):
         with tempfile.TemporaryDirectory() as name:
@@ -105,11 +114,11 @@ def check_read_update(answer: ModuleType) -> None:
                 for letter, tensor in zip("AB", pair, strict=True)
             }
             save_file(tensors, Path(name) / "adapter_model.safetensors")
-            config = {"r": 4, "lora_alpha": 12, "use_rslora": use_rslora, "rank_pattern": {}}
+            config = {"r": 4, "lora_alpha": 12, "use_rslora": use_rslora, "rank_pattern": pattern}
             (Path(name) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
             found = answer.read_update(Path(name), path)
         case = f"{path}, adapter_config.json {config}"
-        updates = {each: B @ A * (6.0 if use_rslora else 3.0) for each, (A, B) in factors.items()}
+        updates = {each: 12 / len(A) ** (0.5 if use_rslora else 1) * B @ A for each, (A, B) in factors.items()}
         error = difference(found, updates[path], case)
         sizes = {each: float((found * update).sum() / update.square().sum()) for each, update in updates.items()}
         nearest = [each for each, size in sizes.items() if difference(found, size * updates[each], case) < 1e-9]

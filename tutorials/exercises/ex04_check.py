@@ -33,7 +33,7 @@ def check_change_of_delta(answer: ModuleType) -> None:
             error = (found - right).abs().max().item() / right.abs().max().item()
             slope = answer.change_of_delta(G, A, B, s, 3e-6, 1e-6) / 1e-6
             if (slope - first).abs().max() < 1e-3 * first.abs().max():
-                why = "A small step is right, to first order. Multiply out what ΔW is after it, and keep every product"
+                why = "A small step is right, to first order. What does a large one do besides?"
             else:
                 why = "A small step is wrong too. Which gradients have A and B, with s, and which way does a step go?"
             case = f"at the rates {3 * rate:g} of A and {rate:g} of B, s = {s:g}, a {size} step"
@@ -103,5 +103,5 @@ def hint(name: str, ours: np.ndarray, right: np.ndarray, through_W: np.ndarray, 
         if name == "dx" and np.allclose((ours - through_W) * factor, right - through_W):
             return f"What comes back through A lacks a factor of {factor:g}: s is {s:g}"
     if name == "dx":
-        return "x goes through W and through A; a gradient comes back from each, and they are added"
+        return "How many ways lead from x to y?"
     return "Each token adds its own product of a number on one side of the factor with a number on the other"
