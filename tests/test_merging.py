@@ -18,7 +18,7 @@ from minilora.lora import merge_weight
 from minilora.models import checkpoint
 from minilora.models.bitsandbytes import FP4_LEVELS
 from minilora.nf4 import NF4Linear
-from minilora.runs.processes import holds_files
+from minilora.runs.lock import holds_files
 from minilora.tools import merging
 from minilora.tools.merging import Merge, Squares, merge_directory, relative_error
 from tests.files import SHARD, edit, save_file, write_adapter, write_base

@@ -21,12 +21,12 @@ from minilora.cli.messages import shorten
 from minilora.errors import printable
 from minilora.models import checkpoint, template
 from minilora.runs import directory as run_directory
-from minilora.runs import processes
+from minilora.runs import lock
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.directory import PACKAGES
 from minilora.runs.evaluate import held_out_loss, measure_forgetting, prompt_of
 from minilora.runs.inputs import load_general
-from minilora.runs.processes import locked
+from minilora.runs.lock import locked
 from minilora.runs.settings import FLAG_NAMES
 from minilora.testing.compare import assert_parity
 from tests import runs
@@ -257,7 +257,7 @@ def test_a_directory_is_refused_even_if_the_other_process_has_just_removed_its_l
     def time_out(held):
         raise Timeout(held.lock_file)
 
-    monkeypatch.setattr(processes.FileLock, "acquire", time_out)
+    monkeypatch.setattr(lock.FileLock, "acquire", time_out)
     with pytest.raises(ml.TrainingError, match="another process is at work there"), locked(tmp_path):
         pass
 

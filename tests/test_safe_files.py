@@ -26,7 +26,7 @@ from minilora.files import (
     write_tensors,
 )
 from minilora.runs.directory import without_nan
-from minilora.runs.processes import holds_files, locked
+from minilora.runs.lock import holds_files, locked
 from tests.models import randn
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}

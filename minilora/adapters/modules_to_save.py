@@ -112,9 +112,8 @@ class TrainableTokens(AdapterWrapper):
                 y = y.index_copy(-1, adapter.ids, F.linear(x, adapter.rows.to(x.dtype), bias))
             else:
                 is_same = x.unsqueeze(-1) == adapter.ids
-                rows = F.embedding(is_same.long().argmax(-1), adapter.rows).to(y.dtype) * embedding_scale(
-                    self.base, y.dtype
-                )
+                rows = F.embedding(is_same.long().argmax(-1), adapter.rows).to(y.dtype)
+                rows = rows * embedding_scale(self.base, y.dtype)
                 y = torch.where(is_same.any(-1, keepdim=True), rows, y)
         return y
 

@@ -78,9 +78,12 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     in_recipe("loraplus"): "loraplus-lr-ratio",
     in_recipe("experts"): "target-parameters",
 }
-PAGES: dict[Any, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods", "quantize": "qlora"}
-PAGES |= dict.fromkeys(("merge", "export", "push", "inspect"), "deploy")
-PAGES |= dict.fromkeys(("generate", "chat", "eval", "plot"), "guide")
+ERROR_PAGES: dict[type, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods"}  # else debugging
+COMMAND_PAGES = {  # of a wrong setting or name, by the command
+    **dict.fromkeys(("merge", "export", "push", "inspect"), "deploy"),
+    **dict.fromkeys(("generate", "chat", "eval", "plot"), "guide"),
+    "quantize": "qlora",
+}
 FOREIGN_FLAGS = {f"--{name}": advice for advice, names in _THEIRS.items() for name in names.split()}
 SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
     [a-z]+_\w+
@@ -101,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     # An exception ends the program, so that no temporary file is left.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(SIGNALLED + number))
-    options: Options = {"command": None}
+    options: Options = {}
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         with plain() if options.get("plain") else nullcontext():
@@ -111,14 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input, or of a name
         message = str(error) if isinstance(error, FormatError) else _in_flags(str(error), options)
-        command = options["command"] if isinstance(error, ConfigError | TargetError) else None  # else by the error
-        page = f"see docs/{PAGES.get(command) or PAGES.get(type(error), 'debugging')}.md"
+        name = ERROR_PAGES.get(type(error), "debugging")
+        if isinstance(error, ConfigError | TargetError):
+            name = COMMAND_PAGES.get(options.get("command", ""), name)
+        page = f"see docs/{name}.md"
         say(f"minilora: {message}" + ("" if "see " in message else f"\n{page}" if "\n" in message else f"; {page}"))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        smaller = "--gradient-checkpointing block" if options["command"] == "finetune" else "a smaller model"
+        smaller = "--gradient-checkpointing block" if options.get("command") == "finetune" else "a smaller model"
         advice = f"; smaller batches, {smaller} or --quantize nf4 takes less; see docs/debugging.md"
         say(f"minilora: out of memory: {error}".splitlines()[0] + advice)
         return 1

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from minilora.cli import Parser
 from minilora.errors import ConfigError
 from minilora.files import publishing, read_json, read_text
-from minilora.runs.processes import holds_files, locked
+from minilora.runs.lock import holds_files, locked
 from minilora.runs.settings import FLAG_NAMES, flag
 
 T = TypeVar("T")

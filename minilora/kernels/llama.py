@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from minilora import llama
 from minilora.definition import kernel
 from minilora.errors import TrainingError
+from minilora.lora import widest
 
 TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
 
@@ -47,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(widest(x))
         inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # square() is four times as slow on a CPU
         ctx.save_for_backward(x, weight, inverse)
         return weight * (wide * inverse).to(torch.promote_types(x.dtype, weight.dtype))
@@ -121,9 +122,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
-        loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        loss_sum = torch.zeros((), dtype=widest(hidden), device=hidden.device)
         hidden_grads = torch.empty_like(hidden)  # allocated before the logits, or it would fragment their memory
-        trained_grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        trained_grads = [torch.zeros_like(p, dtype=widest(p)) for p in trained]
         for rows, row_labels, row_grads in _chunks(head, hidden, labels, hidden_grads):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
@@ -177,7 +178,7 @@ def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tens
     With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0. It works
     on a few rows at a time, so that p, which is wider than the logits, stays in the cache.
     """
-    loss_sum = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    loss_sum = torch.zeros((), dtype=widest(logits), device=logits.device)
     tile = tile_rows(logits)
     for rows in (slice(first, first + tile) for first in range(0, logits.size(0), tile)):
         z, target = logits[rows], labels[rows].unsqueeze(-1)

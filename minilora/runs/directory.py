@@ -38,9 +38,9 @@ from minilora.runs import checkpoints, processes
 from minilora.runs.cards import write_cards
 from minilora.runs.evaluate import Forgetting, Scores
 from minilora.runs.inputs import Data
+from minilora.runs.lock import holds_files, locked
 from minilora.runs.loop import Record
 from minilora.runs.memory import Plan
-from minilora.runs.processes import holds_files, locked
 from minilora.runs.reports import Tracker
 from minilora.runs.settings import Settings
 

@@ -7,34 +7,25 @@ Without a process group there is one rank, and these functions do nothing.
     rank 0   micro-batches 0, N, 2N, …  ┐
     …                                   ├  Σ of gradients, losses and counts  →  the same step on N ranks
     rank k   k, N + k, 2N + k, …        ┘
-
-A directory that a command writes is locked: the process, or the first of its ranks, is alone at work there.
 """
 
 import gc
 import os
-import platform
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch import distributed as dist
 
 from minilora.errors import ConfigError, MiniloraError, TrainingError
-from minilora.files import make_directory, remove
 from minilora.models.checkpoint import usable_device
 
 P = ParamSpec("P")
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # of a wait for another rank: the first one may be encoding the data
-LOCK = ".lock"
-TEMPORARY = re.compile(r"\.(.*\.)?\d+\.tmp")  # with the PID: other programs have a .NAME.tmp as well
 
 
 def size() -> int:
@@ -145,43 +136,3 @@ def _communicate(function: Callable[P, object], *arguments: P.args, **keywords: 
             f"rank {os.environ.get('RANK', '?')}: another process of the run does not answer ({reason:.200}); "
             "the same command resumes from the newest checkpoint, if there is one"
         ) from error
-
-
-def holds_files(out: Path) -> bool:
-    """Return whether a directory to write to has anything other than a lock and temporary files."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: found a file, need a directory")
-    return out.exists() and any(path.name != LOCK and not TEMPORARY.fullmatch(path.name) for path in out.iterdir())
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Create a directory, and lock it inside the block; the lock of a process ends with it, in whatever way.
-
-    The file `.lock` names the process and its machine. Temporary files of a writer that was killed are removed, and at
-    the end the directory, if it is new and empty.
-    """
-    path, is_new = out / LOCK, not out.exists()
-    try:
-        make_directory(out)
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
-        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-    except Timeout as error:
-        owner = "another process"
-        with suppress(OSError):  # it has just ended and removed its file
-            owner = path.read_text(encoding="utf-8") or owner
-        raise TrainingError(f"{out}: {owner} is at work there") from error
-    except OSError as error:
-        raise TrainingError(f"{out}: cannot be written ({error.strerror})") from error
-    for folder in (out, out / "checkpoints"):
-        for left in folder.glob(".*.tmp"):
-            if TEMPORARY.fullmatch(left.name):
-                remove(left)
-    try:
-        yield
-    finally:
-        remove(path)
-        lock.release()
-        if is_new and not any(out.iterdir()):
-            out.rmdir()

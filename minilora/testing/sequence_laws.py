@@ -156,10 +156,8 @@ CASES = [Lengths(lengths, seed) for seed, lengths in enumerate(_LENGTHS)]
 CASES += [Lengths((4, 3, 4, 4, 3), has_equal=True), Lengths((420, 1, 8, 20))]
 SEVERAL = CASES[1:]
 MANY = Lengths((2, 1, 3) * 8, new=40)  # some of the tokens are nearly as likely as the next ones
-ALIKE, LONG = (
-    Lengths((40, 33, 21, 37), new=30, alike=21),
-    Lengths((345, 130, 200, 270), new=75),
-)  # LONG: 130 to 420 tokens
+ALIKE = Lengths((40, 33, 21, 37), new=30, alike=21)
+LONG = Lengths((345, 130, 200, 270), new=75)  # from 130 to 420 tokens
 PROMPTS = [*CASES, Lengths((40,) * 4, common=24), ALIKE, Lengths((20, 90), new=45), MANY, LONG]
 _ALONE = "each document has the result that it has by itself, whatever its neighbours"
 _GREEDY = "each new token is the likeliest of a model that keeps no cache"
