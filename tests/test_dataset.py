@@ -59,7 +59,6 @@ def test_rows_and_counts_are_those_of_the_rows_encoded_one_by_one(tokenizer, tra
     assert list(found) == kept
     assert {name: getattr(found, name) for name in counts} == counts
     assert all(counts[name] for name in ("truncated", "cut", "bad", "quoted"))
-    assert repr(found).startswith(f"Dataset({len(kept)} rows, {sum(len(e.tokens) for e in kept)} tokens, ")
 
 
 def test_there_are_no_choices_where_a_row_has_no_prompt():

@@ -23,7 +23,7 @@ BAD_ROWS = 50_000  # that are skipped and kept with their reasons
 SHOWN = 10_000  # rows from one line on the progress to the next
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(eq=False)
 class Dataset(list[Example]):
     """A list of tokenized rows, with counts of what was changed or dropped.
 
@@ -47,10 +47,6 @@ class Dataset(list[Example]):
 
     def __post_init__(self, examples: Iterable[Example]) -> None:
         self.extend(examples)
-
-    def __repr__(self) -> str:
-        counts = f"{self.truncated} truncated, {self.unlabelled} unlabelled, {len(self.bad)} bad"
-        return f"Dataset({len(self)} rows, {sum(len(example.tokens) for example in self)} tokens, {counts})"
 
 
 def encode_rows(
