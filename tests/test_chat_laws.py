@@ -20,7 +20,7 @@ MISTAKES = CATALOGUE["chat_mask"]
 @pytest.mark.parametrize("template", [CHATML, MARKED, DEFAULT_SYSTEM], ids=["chatml", "marked", "default system"])
 @pytest.mark.parametrize("use_regex", [True, False])
 def test_our_masks_pass(template, use_regex, tokenizer):
-    chosen = tokenizer(use_regex=use_regex).with_template(template)
+    chosen = tokenizer(use_regex=use_regex, template=template)
 
     def render(messages):
         text, learned = render_conversation(Conversation(messages), chosen, "assistant")

@@ -57,7 +57,7 @@ def expected(runs, kind):
     tokenizer, question = ml.load_tokenizer(runs / "chat"), conversation([("the sea", "")], "Be kind.")[:-1]
     if kind == "plain":
         return [tokenizer.encode("the sea")]
-    return [tokenizer.with_template(OWN).encode_chat(question, add_generation_prompt=True)]
+    return [tokenizer.with_files({"chat_template.jinja": OWN}).encode_chat(question, add_generation_prompt=True)]
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])

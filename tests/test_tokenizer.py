@@ -205,9 +205,9 @@ def test_a_file_is_in_memory_once_as_its_bytes_also_with_other_templates(tmp_pat
     vocabulary = {f"one of many tokens {i}": i for i in range(50_000)} | {"🙂": 50_000}
     tokenizers.Tokenizer(models.WordLevel(vocabulary)).save(str(tmp_path / "tokenizer.json"), pretty=False)
     size = (tmp_path / "tokenizer.json").stat().st_size
-    ml.load_tokenizer(tmp_path).with_template("{{ messages }}")  # imports what it needs
+    ml.load_tokenizer(tmp_path).with_files({"chat_template.jinja": "{{ messages }}"})  # imports what it needs
     tracemalloc.start()
-    tokenizer = ml.load_tokenizer(tmp_path).with_template("{{ messages }}")
+    tokenizer = ml.load_tokenizer(tmp_path).with_files({"chat_template.jinja": "{{ messages }}"})
     kept, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(tokenizer) == len(vocabulary)

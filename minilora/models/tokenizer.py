@@ -121,10 +121,6 @@ class Tokenizer:
             raise ConfigError("with_files keeps tokenizer.json; write another one to a directory for load_tokenizer")
         return Tokenizer(self._path, self._control, {**self._texts, **texts}, now or self._now, origin)
 
-    def with_template(self, source: str) -> Tokenizer:
-        """Return the same tokenizer with another chat template, which it is saved with; an empty one is none."""
-        return self.with_files({"chat_template.jinja": source})
-
     def with_prompts(self, prompts: Prompts) -> Tokenizer:
         """Return the same tokenizer with other prompts; it saves a template that gives them to other programs."""
         texts = {PROMPTS_FILE: json.dumps(vars(prompts), indent=2, ensure_ascii=False) + "\n"}

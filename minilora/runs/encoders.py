@@ -202,4 +202,5 @@ def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ())
         begin += f"{{% set eos_token = {json.dumps(closing)} %}}"
     if style == "alpaca":
         begin += "{% set preamble = true %}"
-    return tokenizer.with_template(begin + read_text(ASSETS / "prompts" / "instruction.jinja"))
+    template = begin + read_text(ASSETS / "prompts" / "instruction.jinja")
+    return tokenizer.with_files({"chat_template.jinja": template})

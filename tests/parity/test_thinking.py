@@ -72,7 +72,7 @@ def bare(theirs, tmp_path_factory):
 def use(name, theirs, bare):
     """Both tokenizers with a template of TRL."""
     theirs.chat_template = (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    return bare.with_template(theirs.chat_template)
+    return bare.with_files({"chat_template.jinja": theirs.chat_template})
 
 
 def tokenized(theirs, tmp_path, is_split, **options):
