@@ -53,14 +53,20 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any) -> str:
         """Return the conversation as text; the variables, such as `tools`, have transformers' names."""
-        return self._run(messages, add_generation_prompt=add_generation_prompt, **variables)
+        given = {"messages": _normalized(messages), "tools": None, "documents": None}
+        given |= {name: value for name, value in variables.items() if value is not None}
+        given["add_generation_prompt"] = add_generation_prompt
+        try:
+            return self._template.render(self._special_tokens | given)
+        except Exception as error:  # a template's code can raise anything
+            raise DataError(f"chat template: {reason_of(error)}") from error
 
     def render_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the spans [begin, end) of the template's `generation` blocks."""
-        expected = self._run(messages, **variables)
+        expected = self.render(messages, **variables)
         if "endgeneration" not in self.source:
             return expected, []
-        marked = self._run(messages, **variables, **{IS_MARKED: True})
+        marked = self.render(messages, **variables, **{IS_MARKED: True})
         pieces = re.split(f"{BEGIN}([^{BEGIN}{END}]*){END}", marked)
         if "".join(pieces) != expected or BEGIN in expected or END in expected:
             raise DataError(
@@ -110,16 +116,8 @@ class ChatTemplate:
         messages = [{"role": role, "content": PROBE} for role in roles]
         for before in ([], [{"role": "system", "content": "a"}]):
             with suppress(DataError):
-                return self._run([*before, *messages], **variables)
+                return self.render([*before, *messages], **variables)
         return ""
-
-    def _run(self, messages: Sequence[Message], **variables: Any) -> str:
-        given = {"messages": _normalized(messages), "tools": None, "documents": None, "add_generation_prompt": False}
-        given |= {name: value for name, value in variables.items() if value is not None}
-        try:
-            return self._template.render(self._special_tokens | given)
-        except Exception as error:  # a template's code can raise anything
-            raise DataError(f"chat template: {reason_of(error)}") from error
 
 
 def _normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
