@@ -53,9 +53,9 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any) -> str:
         """Return the conversation as text; the variables, such as `tools`, have transformers' names."""
-        given = {"messages": _normalized(messages), "tools": None, "documents": None}
+        given: dict[str, Any] = {"messages": _normalized(messages), "tools": None, "documents": None}
+        given |= {"add_generation_prompt": add_generation_prompt}
         given |= {name: value for name, value in variables.items() if value is not None}
-        given["add_generation_prompt"] = add_generation_prompt
         try:
             return self._template.render(self._special_tokens | given)
         except Exception as error:  # a template's code can raise anything
