@@ -57,7 +57,7 @@ def test_marks_enclose_the_answers_of_a_conversation_with_control_tokens(tmp_pat
     text += f"⟦{first}⟧" if train_on == "assistant" else first
     text += f"{OPEN}user\né?{CLOSE}\n{OPEN}assistant\n⟦🙂{CLOSE}\n⟧"
     text = f"⟦{re.sub('[⟦⟧]', '', text)}⟧" if train_on == "all" else text
-    assert mark_learned(example, tokenizer, "⟦", "⟧") == text
+    assert mark_learned(example, tokenizer) == text
 
 
 @pytest.mark.parametrize("flags", [{"epochs": 3, "batch_size": 2}, {"max_steps": 5, "gradient_accumulation_steps": 3}])
@@ -103,4 +103,4 @@ def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
     example = encode_rows(
         [Row({"prompt": "a\x1b[2J\nb", "completion": "\x07c\u3000\u202f!"})], tokenizer, DataConfig()
     )[0]
-    assert mark_learned(example, tokenizer, "⟦", "⟧") == "a\\x1b[2J\nb⟦\\x07c\u3000\u202f!<|end|>⟧"
+    assert mark_learned(example, tokenizer) == "a\\x1b[2J\nb⟦\\x07c\u3000\u202f!<|end|>⟧"

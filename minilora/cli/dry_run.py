@@ -1,6 +1,5 @@
 """What `finetune --dry-run` prints: the first rows with their labels, the steps and the memory; `inspect --memory`."""
 
-import sys
 from itertools import groupby
 from statistics import median
 
@@ -24,7 +23,7 @@ from minilora.runs.sampler import plan_steps
 from minilora.runs.settings import DataConfig, TrainConfig
 
 ROWS = 3
-MARKS = {True: ("\x1b[32m", "\x1b[0m"), False: ("⟦", "⟧")}  # around what is learned: on a terminal, elsewhere
+BEGIN, END = "⟦", "⟧"  # around what is learned
 METHODS: dict[str, tuple[Checkpointing, ...]] = {
     "full fine-tune": ("none",),
     "LoRA": ("none", "block"),
@@ -41,13 +40,10 @@ such as logits; overhead: of libraries. 1 GB is 10^9 bytes.
 
 def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     """Return what `--dry-run` prints about the rows and the steps."""
-    is_terminal = sys.stdout.isatty()
-    begin, end = MARKS[is_terminal]
     shown = data.train[:ROWS]
-    marked = f"{begin}{'green' if is_terminal else ' '}{end}"
-    rows = [f"{len(shown)} of the {len(data.train):,} training rows; text in {marked} is trained on"]
+    rows = [f"{len(shown)} of the {len(data.train):,} training rows; text in {BEGIN} {END} is trained on"]
     for example in shown:
-        rows.append(f"\n--- {example.source}\n{mark_learned(example, data.tokenizer, begin, end)}")
+        rows.append(f"\n--- {example.source}\n{mark_learned(example, data.tokenizer)}")
     steps = plan_steps(len(data.train), config)
     seen = [data.train[row] for step in steps for batch in step for row in batch]
     tokens, labels = sum(len(example.tokens) for example in seen), sum(example.labelled for example in seen)
@@ -61,7 +57,7 @@ def preview(data: Data, config: TrainConfig, count: ParameterCount) -> str:
     return "\n".join([*rows, "", *table, "", *totals])
 
 
-def mark_learned(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
+def mark_learned(example: Example, tokenizer: Tokenizer) -> str:
     """Return the text of an example, control tokens included, with marks around learned tokens.
 
     A stretch is what it adds to the decoded text: decoded by itself, it could lose the space that it begins with.
@@ -71,7 +67,7 @@ def mark_learned(example: Example, tokenizer: Tokenizer, begin: str, end: str) -
         count += len(list(labels))
         so_far = tokenizer.decode(example.tokens[:count], skip_special_tokens=False)
         stretch = printable(so_far[len(done) :])
-        text += f"{begin}{stretch}{end}" if is_learned else stretch
+        text += f"{BEGIN}{stretch}{END}" if is_learned else stretch
         done = so_far
     return text
 
