@@ -170,12 +170,6 @@ def test_a_directory_is_itself_before_it_is_a_name_of_the_hub(tmp_path, monkeypa
             assert locate(name, kind) == Location(Path(name), name)
 
 
-def test_a_gguf_file_is_pointed_to_its_recipe(tmp_path):
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ml.FormatError, match=r"model\.gguf.*recipes/from_gguf\.py"):
-        ml.load_model(tmp_path / "model.gguf")
-
-
 def test_what_is_built_in_has_a_name_that_never_means_the_hub(hub):
     hub.add(BUILTIN, {"adapter_model.safetensors": b""})
     assert fetch(BUILTIN, "model") == fetch(BUILTIN, "tokenizer") == ASSETS / "model"
