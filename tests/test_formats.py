@@ -110,6 +110,8 @@ def test_the_system_prompt_of_a_row_goes_before_that_of_the_configuration(role):
     found = parse_row({"messages": asked, "system": "own"}, system).messages
     assert found == [{"role": "system", "content": "own"}, *asked]
     assert parse_row({"messages": asked}).messages == asked
+    parts = [{"type": "text", "text": "o"}, {"type": "text", "text": "wn"}]
+    assert parse_row({"messages": [{"role": role, "content": parts}, *asked]}, system).system == "own"
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
@@ -240,12 +242,3 @@ def test_what_a_style_has_no_place_for_is_refused(tokenizer, changes, message):
 )
 def test_thoughts_are_in_a_field_or_else_in_the_content(message, thoughts):
     assert thoughts_of(message) == thoughts
-
-
-@pytest.mark.parametrize(
-    "content", ["Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]]
-)
-def test_the_system_prompt_of_a_row_is_text_or_parts(content):
-    asked = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    assert parse_row({"messages": [{"role": "system", "content": content}, *asked]}).system == "Be brief."
-    assert parse_row({"messages": asked}).system is None
