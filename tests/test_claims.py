@@ -223,6 +223,11 @@ def slower():
 def eight_seeds():
     right = {run["method"]: planned_mean(run, "right", 1) for run in results("12_seeds")}
     yield f"at eight new seeds {right['DoRA']} for DoRA and {right['LoRA']} for LoRA"
+    loss, kl = ({run["method"]: planned_mean(run, key) for run in results("12_seeds")} for key in ("loss", "kl"))
+    yield f"{right['PiSSA']} against LoRA's {right['LoRA']}, with a loss of {loss['PiSSA']} against {loss['LoRA']}"
+    lora, full, penalty = ((loss[method], kl[method]) for method in ("LoRA", "full", "KL penalty"))
+    yield f"{lora[0]} for LoRA and {full[0]} for full fine-tuning, and the KL {lora[1]} and {full[1]}"
+    yield f"the loss is {penalty[0]} with the penalty and {lora[0]} without, the KL {penalty[1]} and {lora[1]}"
 
 
 def remedies():
@@ -319,7 +324,9 @@ def test_the_verdicts_are_those_of_the_rule(verdicts):
     for line in verdicts.splitlines():
         word, more, half, compared, claim = re.fullmatch(r"(\D+?) +([+-]\S+) ± (\S+) +(.+?)  +(.+)", line).groups()
         sections = [" ".join(section.split("\n#")[0].split()) for section in page.split(f"### {claim}\n")[1:]]
-        if where := re.search(r"(?:SmolLM2, )?[\d,]+ (?:rows|steps|seeds)$|(?:rate|rank) [\d.]+$", compared):
+        if where := re.search(
+            r"(?:SmolLM2, )?[\d,]+ (?:rows|steps|seeds)$|(?:rate|rank) [\d.]+$|chosen rates$", compared
+        ):
             section = next((each for each in sections if f"{where[0]}: {more} ± {half}, {word}" in each), "")
             assert section, line
             words.setdefault(section, set()).add(word)
