@@ -84,7 +84,7 @@ def check_layers(
         raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
     for path, layer in layers.items():
         is_own = has_hooks(layer.base) or "forward" in layer.base.__dict__
-        if is_own and isinstance(layer, build.LINEARS):
+        if is_own and isinstance(layer, build.LINEAR_WRAPPERS):
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
     both = [*held.items(), *layers.items()]
     full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
@@ -195,7 +195,7 @@ def find_target_modules(model: nn.Module) -> list[str]:
         TargetError: there are no such linears.
     """
     modules = adapter.base_modules(model)
-    linears = [path for path, kind in build.adaptable(modules).items() if kind in build.LINEARS]
+    linears = [path for path, kind in build.adaptable(modules).items() if kind in build.LINEAR_WRAPPERS]
     chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
     if not chosen:
         raise TargetError("the model has no linears in numbered layers; name the modules to adapt in target_modules")

@@ -28,7 +28,6 @@ from minilora.options import check_types, document_fields, option
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
 Quantize = Literal["none", "nf4"]
-Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
 
 
 @document_fields

@@ -115,8 +115,8 @@ def train(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # now, not after a tenth of the run, if it cannot be written
     device = next(model.parameters()).device
-    way: Any = config.gradient_checkpointing  # not "auto"
-    compute_loss = _checked(loss or partial(example_loss, checkpointing=way))
+    checkpointing: Any = config.gradient_checkpointing  # not "auto"
+    compute_loss = _checked(loss or partial(example_loss, checkpointing=checkpointing))
     peaks = [group.setdefault("lr", config.learning_rate) for group in optim.param_groups]
     adapters = sampler.adapters_with_dropout(model)
     steps = sampler.plan_steps(len(dataset), config)
@@ -162,7 +162,7 @@ def train(
                 sizes = [1] * len(held_out) if loss else [len(row.tokens) for row in held_out]
                 groups = sampler.eval_groups(sizes, config.batch_size if loss else None)
                 scores = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
-                if state.note(scores["loss"]) and config.keep == "best":
+                if state.record_evaluation(scores["loss"]) and config.keep == "best":
                     tensors = checkpoints.trained_tensors(model)
                     best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
                 values = {f"eval_{name}": value for name, value in scores.items()}
@@ -225,7 +225,7 @@ def _check_run(
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
-        if differing := processes.differing({**run, "config": config}):
+        if differing := processes.differing_keys({**run, "config": config}):
             what = ", ".join(differing)
             raise TrainingError(f"the processes of the run differ in data or settings ({what}); each needs all rows")
     return optimizer, run

@@ -147,7 +147,7 @@ FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in piece
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does."""
+    """The resolved settings of a run: what is trained, in which dtype, where, and on how many ranks."""
 
     config: LlamaConfig
     lora: LoraConfig | None  # None trains all weights
