@@ -121,8 +121,8 @@ class AdapterWrapper(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base" or hasattr(type(self), name):  # an error inside a property
-                raise
+            if name == "base" or name.startswith("__") or hasattr(type(self), name):
+                raise  # for the last, it is an error inside a property
             return getattr(self.base, name)
 
 
