@@ -30,15 +30,17 @@ from minilora.testing.chat_laws import LAWS as CHAT_LAWS
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
 from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report, in_order
-from minilora.testing.lifecycle_laws import LAWS as LIFECYCLE_LAWS
+from minilora.testing.lifecycle_laws import LAWS as LIFE_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
 from minilora.testing.sequence_laws import Lengths
+from minilora.testing.step_laws import LAWS as STEP_LAWS
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-LAWS = in_order(LORA_LAWS, MERGE_LAWS, NF4_LAWS, DATA_LAWS, CHAT_LAWS, SEQUENCE_LAWS, LIFECYCLE_LAWS, DIRECTORY_LAWS)
+FILES = (LORA_LAWS, MERGE_LAWS, NF4_LAWS, DATA_LAWS, CHAT_LAWS, SEQUENCE_LAWS, STEP_LAWS, LIFE_LAWS, DIRECTORY_LAWS)
+LAWS = in_order(*FILES)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
