@@ -97,8 +97,10 @@ def placed(array: Array, case: Any) -> Tensor:
 
 
 def set_mode(layer: Any, training: bool) -> None:
-    if hasattr(layer, "train") and layer.train(training) is None and isinstance(layer, nn.Module):
-        raise AssertionError("train() and eval() return None, expected the layer")
+    """Call train() or eval() twice: the second call changes nothing, as where a layer merges in the first."""
+    for _ in range(2 if hasattr(layer, "train") else 0):
+        if layer.train(training) is None and isinstance(layer, nn.Module):
+            raise AssertionError("train() and eval() return None, expected the layer")
 
 
 def recording(case: Any) -> AbstractContextManager[Any]:

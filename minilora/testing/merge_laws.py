@@ -124,8 +124,7 @@ def cycles(
                 part.data.copy_(factor * B)
         if i in (0, 1, CYCLES):
             yield applied(f"after {i} cycles", merges=i)
-        for _ in range(2):  # the second call of eval() or train() changes nothing
-            set_mode(layer, training=i % 3 > 0)
+        set_mode(layer, training=i % 3 > 0)
         layer = changed(layer, merge(layer))
         if i in (0, CYCLES):
             yield applied(f"merged after {i} cycles", merges=i + 1)
