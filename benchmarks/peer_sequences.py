@@ -57,7 +57,7 @@ def step_of(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Any:
 def causal_lm(family: str, **options: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **SIZES, num_attention_heads=4, **options)
+    config = AutoConfig.for_model(family, **{**SIZES, "num_attention_heads": 4, **options})
     return wide(AutoModelForCausalLM.from_config(config))
 
 
@@ -109,7 +109,7 @@ def trl_packing(attention: str, **options: Any) -> Any:
     def loss(documents: Documents) -> Tensor:
         rows = Dataset.from_list([{"input_ids": document} for document in documents])
         with tempfile.TemporaryDirectory() as folder, quiet():
-            shape = {"per_device_train_batch_size": len(documents), "max_length": 256, **options}
+            shape = {"per_device_train_batch_size": len(documents), "max_length": 512, **options}
             settings = SFTConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, **shape)
             trainer: Any = SFTTrainer(model, settings, train_dataset=rows, processing_class=character_tokenizer("", []))
             batch = next(iter(trainer.get_train_dataloader()))

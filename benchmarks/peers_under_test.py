@@ -114,6 +114,9 @@ HEAD = """# Other libraries, checked with `minilora.testing`
 | --- | --- | --- | --- | --- |
 {rows}
 
+Two more findings about PEFT come from checks of a whole model: [a deleted adapter is still
+active](../docs/findings/peft-deleted-adapter.md), and [merges drift](../docs/findings/peft-merge-drift.md).
+
 *Wrong* is a result that nobody means; each has a page that shows it without minilora. *Less precise* is rounding.
 *Another convention* is a choice of the library or of a model's template, mostly a documented one. Behind each
 name stand the laws that pass, of those that apply. What is said of a library is said of this version, on a CPU, of what

@@ -1,8 +1,8 @@
 """Adapters in and out of a model: attach, switch, merge, detach, save, load.
 
-A wrapper, such as `LoraLinear`, replaces each adapted module and holds it. `attach_lora`
-and `save_lora` are for LoRA and DoRA with one rank on linear layers. The command uses `ml.attach`
-and `ml.save_adapter`, which take any `LoraConfig` and end in `inject_adapter` and
+A wrapper, such as `LoraLinear`, replaces each adapted module and contains it as `base`.
+`attach_lora` and `save_lora` are for LoRA and DoRA with one rank on linear layers. The command uses
+`ml.attach` and `ml.save_adapter`, which take any `LoraConfig` and end in `inject_adapter` and
 `adapter_tensors` as well.
 """
 

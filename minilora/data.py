@@ -88,7 +88,7 @@ def collate(examples: Iterable[Example], device: torch.device) -> Batch:
     positions = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
     labels = [targets[i] for i in positions]
 
-    def on_device(numbers: list[int]) -> Tensor:
+    def as_tensor(numbers: list[int]) -> Tensor:
         return to_device(torch.tensor(numbers, dtype=torch.int64), device)
 
-    return Batch(on_device(tokens), lengths, on_device(positions), on_device(labels))
+    return Batch(as_tensor(tokens), lengths, as_tensor(positions), as_tensor(labels))

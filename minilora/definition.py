@@ -88,7 +88,7 @@ def no_autocast(device_type: str) -> Any:
     return torch.autocast(device_type, enabled=False) if is_there else nullcontext()
 
 
-def on_device(table: Tensor, device: torch.device) -> Tensor:
+def cached_on_device(table: Tensor, device: torch.device) -> Tensor:
     """Return a constant tensor on a device. It is copied there once, not in every step."""
     import torch
 
@@ -98,7 +98,7 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device without waiting for its work, but on MPS, which may read a freed tensor then."""
+    """Copy a tensor to a device without waiting, except on MPS, which may read a tensor that is freed meanwhile."""
     return tensor.to(device, non_blocking=device.type != "mps")
 
 

@@ -84,8 +84,8 @@ def initial_factors(r: int, inner: int, out: int, generator: torch.Generator) ->
 class AdapterWrapper(nn.Module, ABC):
     """A wrapped module and its adapters by name; those in `active` apply, in order (abstract).
 
-    A wrapper computes; an adapter is a module with the tensors. It has the methods `tensors()`,
-    what is saved of it by name, and `replaced()`, what it takes the place of; see `LoraAdapter`.
+    A wrapper computes; an adapter is a module with the tensors. Its method `tensors()` returns
+    what is saved, by name; `replaced()` returns the names of what it replaces. See `LoraAdapter`.
     """
 
     PEFT_NAMES: ClassVar[Mapping[str, str]] = {}  # of tensors in a file, where they differ
@@ -121,13 +121,13 @@ class AdapterWrapper(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base" or hasattr(type(self), name):  # an error inside a property
-                raise
+            if name == "base" or name.startswith("__") or hasattr(type(self), name):
+                raise  # for the last, it is an error inside a property
             return getattr(self.base, name)
 
 
 class LoraLinear(AdapterWrapper):
-    """A frozen linear layer and its adapters, whose dtype may be wider than the weight's."""
+    """A frozen linear layer and its adapters. An adapter may have a wider dtype than the weight."""
 
     PEFT_NAMES: ClassVar = {
         "lora_A": "lora_A.weight",

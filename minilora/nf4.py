@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.definition import definition, on_device
+from minilora.definition import cached_on_device, definition
 from minilora.errors import TrainingError
 
 LEVELS = (  # as published; recomputed, their last bits would vary
@@ -174,7 +174,7 @@ def dequantize_absmax(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
 
     Shapes: codes (b), scales (⌈b/256⌉), offset (1) -> (b)
     """
-    level = on_device(DYNAMIC_MAP, codes.device)[codes.long()]
+    level = cached_on_device(DYNAMIC_MAP, codes.device)[codes.long()]
     return level * scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(codes)] + offset
 
 
@@ -232,7 +232,7 @@ class NF4Linear(nn.Module):
         return nf4_linear(x.to(self.dtype), self, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
-        """Apply `.to()` and the like; a new dtype is that of the computation alone."""
+        """Apply `.to()` and the like; a new dtype changes only the dtype of the computation."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:

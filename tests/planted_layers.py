@@ -166,6 +166,23 @@ class FrozenByEvaluation(LoRALayer):
         return super().train(mode)
 
 
+class MergingAgain(LoRALayer):
+    """eval() merges, also a second time; train() takes all of it back."""
+
+    def __init__(self, W, *tensors, **options):
+        super().__init__(W.clone(), *tensors, **options)
+        self.merges = 0
+
+    def train(self, mode=True):
+        more = -self.merges if mode else 1
+        self.merges += more
+        self.W += more * self.scale * (self.B @ self.A).detach()
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) if self.training else F.linear(x, self.W, self.b)
+
+
 class TrainReturnsNothing(LoRALayer):
     def train(self, mode=True):
         super().train(mode)
@@ -358,6 +375,7 @@ PLAIN = {  # that the failure itself describes, so that `catalogue` has no name 
     "a vector becomes a matrix of one row": lora(lambda self, x: self(torch.atleast_2d(x))),
     "the base weight is trained": with_trained_weight(LoRALayer),
     "the weight merged in the first evaluation is kept": lora(merged_once),
+    "merged at each eval(), also at a second one": MergingAgain,
 }
 PLAIN_DORA = {
     "the base weight is trained": with_trained_weight(DoRALayer),
@@ -372,6 +390,7 @@ PLANTED = {
     "dora": REVIEW_DORA | OWN_DORA | PLAIN_DORA,
 }
 CAUSES = {  # what the message may name; a failure in some modes only names them as well
+    "merged at each eval(), also at a second one": "the update is added twice",
     "no bias in inference mode": "the bias is missing",
     "the scale of LoRA in training": "the scale is α/r in spite of use_rslora",
     "the scale of LoRA under no_grad": "the scale is α/r in spite of use_rslora",

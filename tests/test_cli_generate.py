@@ -11,7 +11,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.cli.streaming import merged_if_small
-from minilora.runs.encoders import encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.encoders import encode_prompt, encode_rows, with_prompt_style
 from minilora.runs.evaluate import prompt_of
 from minilora.runs.formats import Row
 from minilora.runs.settings import DataConfig
@@ -160,7 +160,7 @@ def test_a_row_of_any_format_is_asked_with_the_prompt_of_its_training(
     turns[-1] = turns[-1][0], f"a{turns[-1][1]}"  # no token spans the seam
     *rows, last = formats(conversation(turns if has_template else turns[-1:], own))
     rows = [{**row, "tools": tools} for row in (*rows, {**last, "input": extra})] if has_template else [last]
-    chosen = use_prompt_style(tokenizer(template=WITH_TOOLS if has_template else None), "auto", [Row(last)])
+    chosen = with_prompt_style(tokenizer(template=WITH_TOOLS if has_template else None), "auto", [Row(last)])
     for fields in rows:
         expected = prompt_of(encode_rows([Row(fields)], chosen, DataConfig(system=system))[0])
         for asked in (fields, unanswered(fields)):
@@ -205,7 +205,7 @@ def test_an_answer_need_not_be_a_good_one(tokenizer):
 def test_instruction_rows_have_alpacas_form_where_there_is_no_template(directory, command, tmp_path):
     rows = [{"instruction": "the cat", "input": "sat"}, {"instruction": "the sea", "output": ""}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    chosen = use_prompt_style(ml.load_tokenizer(directory / "model"), "alpaca")
+    chosen = with_prompt_style(ml.load_tokenizer(directory / "model"), "alpaca")
     asked = [{"role": "user", "instruction": row["instruction"], "input": row.get("input", "")} for row in rows]
     expected = [written(directory, chosen.render([message], add_generation_prompt=True)) for message in asked]
     assert [row["text"] for row in rows_of(command("--prompts", tmp_path / "rows.jsonl"))] == expected

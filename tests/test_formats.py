@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.encoders import use_prompt_style
+from minilora.runs.encoders import with_prompt_style
 from minilora.runs.formats import PromptCompletion, Row, parse_prompt, parse_row, thoughts_of
 from tests.text import (
     BOS,
@@ -180,7 +180,7 @@ def written(turns, system=None, is_alpaca=True):
 def test_a_prompt_style_writes_alpacas_text_and_learns_the_answers_and_their_ends(
     tokenizer, style, turns, extra, system, post
 ):
-    chosen = use_prompt_style(tokenizer(post=post, use_regex=False), style)
+    chosen = with_prompt_style(tokenizer(post=post, use_regex=False), style)
     question, answer = turns[-1]
     row = {"instruction": question, "input": extra, "output": answer, "system": system}
     if len(turns) > 1:
@@ -193,28 +193,28 @@ def test_a_prompt_style_writes_alpacas_text_and_learns_the_answers_and_their_end
 
 def test_auto_is_the_models_own_template_and_none_where_no_row_asks_for_one(tokenizer):
     rows = [Row({"instruction": "a", "output": "b"}), Row({"text": "a"})]
-    assert use_prompt_style(tokenizer(template=CHATML), "auto", rows) is tokenizer(template=CHATML)
-    assert use_prompt_style(tokenizer(), "auto", rows[1:]) is tokenizer()
-    assert use_prompt_style(tokenizer(), "auto", rows).template is not None
+    assert with_prompt_style(tokenizer(template=CHATML), "auto", rows) is tokenizer(template=CHATML)
+    assert with_prompt_style(tokenizer(), "auto", rows[1:]) is tokenizer()
+    assert with_prompt_style(tokenizer(), "auto", rows).template is not None
 
 
 @pytest.mark.parametrize("eos", [None, "no such token"])
 def test_a_style_closes_answers_by_the_end_token_of_the_generation_config(tmp_path, eos):
     end = write_tokenizer(tmp_path).token_id(EOS)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    chosen = use_prompt_style(write_tokenizer(tmp_path, eos=eos), "instruction")
+    chosen = with_prompt_style(write_tokenizer(tmp_path, eos=eos), "instruction")
     found = encoded({"instruction": "a", "output": "b"}, chosen)
     assert found.tokens[-2:] == found.labels[-2:] == [chosen.token_id("b"), end]
 
 
 def test_a_style_of_ones_own_is_a_file(tokenizer, tmp_path):
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}é", "utf-8")
-    chosen = use_prompt_style(tokenizer(template=CHATML), str(tmp_path / "own.jinja"))
+    chosen = with_prompt_style(tokenizer(template=CHATML), str(tmp_path / "own.jinja"))
     assert chosen.render(conversation([("a", "b")])) == "u=a;a=b;é"
     with pytest.raises(ml.FormatError, match=r"none\.jinja: cannot be read"):
-        use_prompt_style(tokenizer(), str(tmp_path / "none.jinja"))
+        with_prompt_style(tokenizer(), str(tmp_path / "none.jinja"))
     with pytest.raises(ml.ConfigError, match="prompt_style is 'vicuna'; accepted are auto, alpaca, instruction"):
-        use_prompt_style(tokenizer(), "vicuna")
+        with_prompt_style(tokenizer(), "vicuna")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_style_of_ones_own_is_a_file(tokenizer, tmp_path):
 def test_what_a_style_has_no_place_for_is_refused(tokenizer, changes, message):
     question, answer = conversation([("a", "b")])
     with pytest.raises(ml.DataError, match=message):
-        encoded({"messages": [question, answer | changes], **changes}, use_prompt_style(tokenizer(), "alpaca"))
+        encoded({"messages": [question, answer | changes], **changes}, with_prompt_style(tokenizer(), "alpaca"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 import minilora as ml
 from minilora.data import IGNORE_INDEX
 from minilora.models.control_tokens import QUOTE, ControlTokens
-from minilora.runs.encoders import use_prompt_style
+from minilora.runs.encoders import with_prompt_style
 from tests.models import examples
 from tests.text import CHATML, CLOSE, CORPUS, EOS, OPEN, SPECIAL, conversation, encoded, trained_bpe
 
@@ -258,7 +258,7 @@ def test_no_field_of_any_format_can_hold_a_control_token_that_acts(tokenizer, na
 
 @given(st.sampled_from(["alpaca", "instruction"]), kinds, hostile, hostile, hostile)
 def test_nor_can_it_in_a_prompt_style(tokenizer, style, kind, instruction, extra, output):
-    chosen = use_prompt_style(tokenizer(kind), style)
+    chosen = with_prompt_style(tokenizer(kind), style)
     row = {"instruction": instruction, "input": extra, "output": output}
     assert acting(chosen, encoded(row, chosen, "all").tokens) == [chosen.token_id(EOS)]
 

@@ -407,9 +407,9 @@ def test_a_run_reports_loss_and_divergence_on_general_text(capsys, directory, tm
     told = capsys.readouterr().out
     assert told.splitlines()[0].split() == ["held-out", "loss"]  # no accuracy, as 4 rows with 2 answers have no choices
     line = f"general text: loss {found['before']:.4f} -> {found['after']:.4f}, KL to the base {found['kl']:.4f}\n"
-    times = f"{math.exp(found['kl']):.3g} times as unlikely there as before"
-    meaning = f"  (KL: the base's own next tokens are {times}, on average)\n"
-    assert f"{line}{meaning if math.exp(found['kl']) >= 1.05 else ''}" in told
+    share = math.exp(-found["kl"])
+    meaning = f"  (KL: a token drawn from the base is {share:.2g} times as likely as before, a geometric mean)\n"
+    assert f"{line}{meaning if share <= 0.95 else ''}" in told
 
 
 def test_base_and_adapter_answer_held_out_rows_and_three_are_shown_whole(capsys, directory, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_choosing_needs_evaluations():
 def test_the_first_of_the_lowest_finite_losses_is_the_best(losses):
     state = State()
     for state.step, loss in enumerate(losses, start=1):
-        assert state.note(loss) == (state.best_step == state.step)
+        assert state.record_evaluation(loss) == (state.best_step == state.step)
     finite = [loss for loss in losses if loss < float("inf")]
     assert state.best_loss == (min(finite) if finite else None)
     assert state.best_step == (losses.index(min(finite)) + 1 if finite else 0)

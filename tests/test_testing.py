@@ -28,12 +28,13 @@ from minilora.testing.compare import UNITS, as_array, worst
 from minilora.testing.implementations import Linear4bit, LoRALayer, accumulated_gradient, merge
 from minilora.testing.layer_mistakes import lora, with_formula
 from minilora.testing.lora_laws import linear_cases
-from minilora.testing.strategies import METHODS, WEIGHT_KINDS, adapted_linears
+from minilora.testing.strategies import WEIGHT_KINDS, adapted_linears
 from tests.adapters import dora_stretched
 from tests.models import long, randn
 from tests.right_layers import DoraOfDifferences, closure
 
 DTYPES = tuple(UNITS)
+METHODS = ("lora", "dora")
 LORA = CATALOGUE["lora"]
 
 

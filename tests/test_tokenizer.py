@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers
 import minilora as ml
 from minilora import DataError, FormatError
 from minilora.adapters.layout import tokenizer_of
-from minilora.runs.encoders import use_prompt_style
+from minilora.runs.encoders import with_prompt_style
 from tests.chat_templates import GEMMA
 from tests.files import write_adapter
 from tests.models import tiny_model
@@ -241,7 +241,7 @@ def test_a_chat_template_with_a_mistake_is_named_by_its_file(directory, tmp_path
     with named(adapter):
         tokenizer_of(str(directory), [adapter])
     with named(style):
-        use_prompt_style(whole, str(style))
+        with_prompt_style(whole, str(style))
     with named(directory / "tokenizer_config.json"):
         ml.load_tokenizer(write(directory, tokenizer_config={"chat_template": mistake}))
     with named(directory / "chat_template.jinja"):

@@ -65,32 +65,24 @@ def attach(
 def inject_layers(
     modules: Mapping[str, nn.Module], layers: Mapping[str, AdapterWrapper], config: LoraConfig, name: str
 ) -> None:
-    """Check the layers of a new adapter, and put them into the model of these modules; see `adapter.inject_adapter`."""
+    """Put the layers of a new adapter into the model of these modules, or raise a TargetError if one would not act."""
     model = modules[""]
-    check_layers(modules, adapter.adapter_layers(model), layers)
-    adapter.inject_adapter(model, layers, name)
-    for layer in layers.values():
-        layer.adapters[name].lora_config = config  # see `files.config_of_adapter`
-
-
-def check_layers(
-    modules: Mapping[str, nn.Module], held: Mapping[str, AdapterWrapper], layers: Mapping[str, AdapterWrapper]
-) -> None:
-    """Raise a TargetError for new layers that would not act as configured, together with those of the model."""
     if "" in layers:
         raise TargetError("the model's own parameters, which are in none of its modules, cannot be adapted")
-    model = modules[""]
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
         raise TargetError(f"{type(model).__name__} renames the modules of the model in it: adapt it, then wrap it")
     for path, layer in layers.items():
         is_own = has_hooks(layer.base) or "forward" in layer.base.__dict__
-        if is_own and isinstance(layer, build.LINEARS):
+        if is_own and isinstance(layer, build.LINEAR_WRAPPERS):
             raise TargetError(f"{path}: has hooks or a forward of its own, which an adapter would skip; exclude it")
-    both = [*held.items(), *layers.items()]
+    both = [*adapter.adapter_layers(model).items(), *layers.items()]
     full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
     for path, _ in both:
         if outer := [where for where in full if path.startswith(f"{where}.")]:
             raise TargetError(f"{path}: is in {outer[0]}, which an adapter trains in full, so one would not act")
+    adapter.inject_adapter(model, layers, name)
+    for layer in layers.values():
+        layer.adapters[name].lora_config = config  # see `files.config_of_adapter`
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -195,7 +187,7 @@ def find_target_modules(model: nn.Module) -> list[str]:
         TargetError: there are no such linears.
     """
     modules = adapter.base_modules(model)
-    linears = [path for path, kind in build.adaptable(modules).items() if kind in build.LINEARS]
+    linears = [path for path, kind in build.adaptable(modules).items() if kind in build.LINEAR_WRAPPERS]
     chosen = [path for path in linears if any(part.isdecimal() for part in path.split(".")[:-1])]
     if not chosen:
         raise TargetError("the model has no linears in numbered layers; name the modules to adapt in target_modules")

@@ -25,7 +25,7 @@ from minilora.models.fsdp import whole, whole_weight
 from minilora.nf4 import NF4Linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LINEARS = (LoraLinear, LoraConv1D)
+LINEAR_WRAPPERS = (LoraLinear, LoraConv1D)
 FOREIGN: Mapping[tuple[str, str], type[LowRankWrapper]] = {  # transformers' classes that compute a plain linear
     ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"): LoraLinear,
@@ -42,7 +42,7 @@ def is_embedding(module: nn.Module | None) -> bool:
     return kind is nn.Embedding or is_scaled
 
 
-def kind_of(module: nn.Module | None) -> type[LowRankWrapper] | None:
+def wrapper_class(module: nn.Module | None) -> type[LowRankWrapper] | None:
     """Return the wrapper class for low-rank adapters of a module; None for subclasses, which may compute anything."""
     if type(module) is NF4Linear:
         return LoraLinear
@@ -57,7 +57,7 @@ def kind_of(module: nn.Module | None) -> type[LowRankWrapper] | None:
 
 def adaptable(modules: Mapping[str, Any]) -> dict[str, type[LowRankWrapper]]:
     """Return the wrapper classes of the modules that can have low-rank adapters, by path."""
-    kinds = {path: kind_of(module) for path, module in modules.items() if path and is_called(path, modules)}
+    kinds = {path: wrapper_class(module) for path, module in modules.items() if path and is_called(path, modules)}
     return {path: kind for path, kind in kinds.items() if kind is not None}
 
 
@@ -77,8 +77,8 @@ def find_targets(modules: Mapping[str, Any], config: LoraConfig, head: str | Non
     for path, module in modules.items():
         if isinstance(module, CONVOLUTIONS) and is_called(path, modules) and is_target(path, config):
             raise TargetError(f"{path}: is a convolution; {in_recipe('convolutions')}")
-    linears = [path for path, kind in kinds.items() if kind in LINEARS]
-    embeddings = [path for path, kind in kinds.items() if kind not in LINEARS]
+    linears = [path for path, kind in kinds.items() if kind in LINEAR_WRAPPERS]
+    embeddings = [path for path, kind in kinds.items() if kind not in LINEAR_WRAPPERS]
     chosen = select_targets(linears, config, head, embeddings)
     if config.target_modules == "all-linear":
         _warn_of_others(modules, {*kinds, head}, config)
@@ -136,7 +136,7 @@ def low_rank_layer(
     module: nn.Module, path: str, config: LoraConfig, name: str, tensors: Mapping[str, Tensor]
 ) -> AdapterWrapper:
     """Wrap a module, with an adapter of these tensors; DoRA's m, if it is not given, is ‖W + s·B A‖."""
-    wrapper = kind_of(module)
+    wrapper = wrapper_class(module)
     assert wrapper is not None
     if config.lora_bias and wrapper is LoraEmbedding:
         raise ConfigError(f"{path}: lora_bias is not for embeddings")
@@ -170,22 +170,20 @@ def build_layers(
     if twice := sorted(path for path, count in Counter([*tensors, *full, *rows]).items() if count > 1):
         raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
     layers: dict[str, AdapterWrapper] = {
-        path: low_rank_layer(modules[path], path, config, name, copied(given, dtype)) for path, given in tensors.items()
+        path: low_rank_layer(modules[path], path, config, name, copy_in_dtype(given, dtype))
+        for path, given in tensors.items()
     }
     layers |= {path: TrainableTokens(modules[path], path, {name: adapter}) for path, adapter in rows.items()}
     copies = full | (_trained_biases(modules, layers, full, dtype) if config.bias == "all" else {})
     return layers | {path: ModulesToSave(modules[path], path, {name: copy}) for path, copy in copies.items()}
 
 
-def copied(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def copy_in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return copies of tensors, which may be the model's own, in a dtype; empty ones of those on "meta"."""
-    return {key: copied_tensor(tensor, dtype) for key, tensor in tensors.items()}
-
-
-def copied_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_meta:
-        return torch.empty_like(tensor, dtype=dtype, device="cpu")
-    return tensor.detach().to(dtype, copy=True)
+    return {
+        key: torch.empty_like(t, dtype=dtype, device="cpu") if t.is_meta else t.detach().to(dtype, copy=True)
+        for key, t in tensors.items()
+    }
 
 
 def _trained_copies(modules: Mapping[str, Any], config: LoraConfig, dtype: torch.dtype) -> dict[str, TrainedCopy]:
@@ -198,7 +196,7 @@ def _trained_copies(modules: Mapping[str, Any], config: LoraConfig, dtype: torch
             raise TargetError(f"modules_to_save: {path} has {what}")
         if type(modules[path]).forward is nn.Module.forward:
             raise TargetError(f"modules_to_save: {path} is a container, which has no forward; name what it holds")
-        copies[path] = TrainedCopy(modules[path], copied(held, dtype))
+        copies[path] = TrainedCopy(modules[path], copy_in_dtype(held, dtype))
     return copies
 
 
@@ -214,7 +212,7 @@ def _trained_biases(
         if isinstance(layers.get(path), TrainableTokens):
             raise TargetError(f"{path}: has trainable_token_indices, so its bias cannot be trained; leave one out")
         if path not in layers and not any(f"{path}.".startswith(f"{outer}.") for outer in full):
-            copies[path] = TrainedCopy(module, copied({"bias": whole(bias)}, dtype))
+            copies[path] = TrainedCopy(module, copy_in_dtype({"bias": whole(bias)}, dtype))
     return copies
 
 
@@ -249,7 +247,7 @@ def _token_rows(
     rows = {}
     for path, ids in tokens.items():
         start = modules[path].weight.detach()[list(ids)]
-        rows[path] = TokenRows(ids, nn.Parameter(copied_tensor(start, dtype)))
+        rows[path] = TokenRows(ids, nn.Parameter(copy_in_dtype({"rows": start}, dtype)["rows"]))
     for path, ids in tokens.items():
         if not is_embedding(modules[path]) or embedding not in (None, path):
             continue

@@ -79,9 +79,11 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in NAME_FIELDS:
             value = getattr(self, name) or ()
-            value = "all-linear" if isinstance(value, str) and value.lower() == "all-linear" else value
-            is_name = isinstance(value, str) and (name not in PATTERNS or _is_name(value))
-            object.__setattr__(self, name, (value,) if is_name else _as_tuple(value))
+            if isinstance(value, str):
+                value = "all-linear" if value.lower() == "all-linear" else value
+                is_pattern = value == "all-linear" or value[0] == "^" or not PLAIN_NAME.fullmatch(value)
+                value = value if is_pattern and name in PATTERNS else (value,)
+            object.__setattr__(self, name, _as_tuple(value))
         layers, tokens = self.layers_to_transform, self.trainable_token_indices
         layers = (layers,) if isinstance(layers, int) else _as_tuple(layers) or None
         object.__setattr__(self, "layers_to_transform", layers)
@@ -218,10 +220,6 @@ def is_excluded(path: str, config: LoraConfig) -> bool:
 
 def _heads(config: LoraConfig) -> tuple[str, ...]:
     return HEADS.get(config.task_type or "", ())
-
-
-def _is_name(text: str) -> bool:
-    return text != "all-linear" and text[0] != "^" and PLAIN_NAME.fullmatch(text) is not None
 
 
 def _layer(path: str, config: LoraConfig) -> int | None:

@@ -20,9 +20,8 @@ from minilora.adapter import (
     copy_tensors_,
     layers_of,
 )
-from minilora.adapters import layout
+from minilora.adapters import build, layout
 from minilora.adapters.attach import inject_layers, path_of
-from minilora.adapters.build import LINEARS, build_layers, factor_shapes, kind_of, low_rank_layer, matrix_of
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
@@ -106,7 +105,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
     with_rows = (where for where, held in stored.tensors.items() if "rows" in held)
     embedding = path_of(model, "get_input_embeddings") or next(with_rows, None)
     dtype = widest(*(tensor for held in stored.tensors.values() for tensor in held.values()))
-    layers = build_layers(modules, config, name, _blank_tensors(stored, modules, config), dtype, embedding)
+    layers = build.build_layers(modules, config, name, _blank_tensors(stored, modules, config), dtype, embedding)
     _copy_stored(stored, layers, modules, config, name)
     if (init := stored.values.get("init_lora_weights")) in layout.DETERMINISTIC_INITS:
         layers |= _restarted(layers, init, config, name)
@@ -120,9 +119,9 @@ def _blank_tensors(stored: AdapterFile, modules: Mapping[str, Any], config: Lora
     """Return tensors for the low-rank adapters that the config asks for, without their numbers."""
     blank: dict[str, dict[str, Tensor]] = {}
     for path, tensors in stored.tensors.items():
-        if "lora_A" not in tensors or kind_of(modules.get(path)) is None:
+        if "lora_A" not in tensors or build.wrapper_class(modules.get(path)) is None:
             continue
-        shape_A, shape_B = factor_shapes(modules[path], config.rank(path))
+        shape_A, shape_B = build.factor_shapes(modules[path], config.rank(path))
         is_trained = "bias" in tensors or config.bias != "none"
         has_bias = is_trained and modules[path]._parameters.get("bias") is not None
         asked = {"magnitude": config.use_dora, "lora_bias": config.lora_bias, "bias": has_bias}
@@ -139,7 +138,7 @@ def _copy_stored(
     held = {(where, key): tensor for where, tensors in stored.tensors.items() for key, tensor in tensors.items()}
     misfits = []
     for where, key in list(held):
-        if where and where not in layers and kind_of(modules.get(where)) is None:
+        if where and where not in layers and build.wrapper_class(modules.get(where)) is None:
             misfits.append(f"{where}: the model has no such layer")
         elif where and key == "weight" and not _is_weight_of(modules[where], held.pop((where, key))):
             misfits.append(f"{where}.base_layer.weight is not the weight of this model")
@@ -165,15 +164,15 @@ def _copy_stored(
 def _restarted(
     layers: Mapping[str, AdapterWrapper], init: str, config: LoraConfig, name: str
 ) -> dict[str, AdapterWrapper]:
-    """Return the layers of linears again, from whose weights PEFT took the start, which is computed again."""
+    """Rebuild the linear layers with the start that PEFT subtracted, which is computed from their weights."""
     restarted = {}
     for path, layer in layers.items():
-        if isinstance(layer, LINEARS):  # PEFT takes the word for True on other layers
+        if isinstance(layer, build.LINEAR_WRAPPERS):  # PEFT takes the word for True on other layers
             if isinstance(layer.base, NF4Linear):
                 raise TargetError(f"{path}: {init} starts from the dense weight, and this one is 4-bit")
-            start = factors_from_weight(init, matrix_of(layer.base), config.rank(path), config.scale(path))
+            start = factors_from_weight(init, build.matrix_of(layer.base), config.rank(path), config.scale(path))
             tensors = layer.adapters[name].tensors() | dict(zip(("start_A", "start_B"), start, strict=True))
-            restarted[path] = low_rank_layer(layer.base, path, config, name, tensors)
+            restarted[path] = build.low_rank_layer(layer.base, path, config, name, tensors)
     return restarted
 
 

@@ -47,12 +47,9 @@ class ModulesToSave(AdapterWrapper):
 
     def __getattr__(self, name: str) -> Any:
         """Forward unknown attributes to the module that acts."""
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            if name in ("base", "adapters", "active") or name.startswith("__"):
-                raise
-            return getattr(self.active_adapters()[-1].copy if self.active else self.base, name)
+        if self.__dict__.get("active") and name not in self._modules and not name.startswith("__"):
+            return getattr(self.active_adapters()[-1].copy, name)
+        return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the active copy, or the base."""

@@ -20,7 +20,7 @@ from minilora.errors import ConfigError
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.directory import without_nan
-from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, with_prompt_style
 from minilora.runs.evaluate import Progress, answer_of, choice_accuracy, exact_match, find_choices, held_out_loss
 from minilora.runs.inputs import files_to_evaluate
 from minilora.runs.reports import ProgressBar
@@ -49,7 +49,7 @@ def run(options: Options) -> int:
     rows = list(stream_rows(*files, columns=config.columns))
     model, tokenizer = load(options)
     config = replace(config, system=tokenizer.prompts.system if config.system is None else config.system)
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows)
+    tokenizer = with_prompt_style(tokenizer, config.prompt_style, rows)
     thinking = thinking_of(options, tokenizer)
     if options["metric"] == "exact-match":
         config = replace(config, train_on="completion")  # the last answer is asked for

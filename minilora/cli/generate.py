@@ -24,7 +24,7 @@ from minilora.errors import ConfigError, DataError
 from minilora.files import read_text
 from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
-from minilora.runs.encoders import encode_prompt, use_prompt_style
+from minilora.runs.encoders import encode_prompt, with_prompt_style
 from minilora.runs.formats import Row
 from minilora.runs.inputs import files_to_evaluate
 from minilora.runs.rows import stream_rows
@@ -121,7 +121,7 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Tokenizer, options: Options) 
         form = "raw" if options["raw"] else "template"
     if system is None and form != "raw":
         system = tokenizer.prompts.system
-    tokenizer = use_prompt_style(tokenizer, "auto", rows)
+    tokenizer = with_prompt_style(tokenizer, "auto", rows)
     thinking = thinking_of(options, tokenizer)
     return [encode_prompt(row, tokenizer, system, form, thinking) for row in rows]
 

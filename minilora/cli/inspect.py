@@ -33,7 +33,7 @@ from minilora.files import TensorEntry
 from minilora.models.config import text_path
 from minilora.models.hub import fetch, locate
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
-from minilora.tools.readers import EMBEDDING, HEAD, READERS, RIGHT, RULINGS, Base, R, S, X, reader_facts
+from minilora.tools.readers import EMBEDDING, HEAD, IGNORES, READERS, READS, REFUSES, RIGHT, RULINGS, Base, reader_facts
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 LAYER = re.compile(r".*?\.\d+(?=\.)")  # the first part of a path that ends in a number
@@ -87,13 +87,13 @@ def readers_page(readers: Mapping[str, Any], norms: Mapping[str, Mapping[str, fl
         scales = sorted(taken if taken == trained else f"{taken} for {trained}" for taken, trained in pairs)
         if len(scales) > 3:
             scales[3:] = ["…"]
-        attached = f"{len(found[R])} of {sum(len(found[ruling]) for ruling in RULINGS)}"
+        attached = f"{len(found[READS])} of {sum(len(found[ruling]) for ruling in RULINGS)}"
         verdict = found["verdict"]
         if verdict == RIGHT and not READERS[title].reads_peft:
             verdict += f", by `minilora export --for {title}`"
         verdict += "" if found["tried"] else " (untried)"
         table.append((title, attached, ", ".join(scales), verdict))
-        for ruling in (S, X):
+        for ruling in (IGNORES, REFUSES):
             reasons = {parse_tensor_name(name)[0] or name: NUMBER.sub("*", why) for name, why in found[ruling].items()}
             for label, names in fold(reasons):
                 problem = f"{len(names)} x {label}: {reasons[names[0]]}"

@@ -19,11 +19,11 @@ from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged
 from minilora.cli.messages import base_notes, say_prompts
 from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
-from minilora.models.bitsandbytes import QuantizeConfig, Target, describe_quantization
+from minilora.models.bitsandbytes import QuantizeConfig, describe_quantization
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.prompts import Prompts
 from minilora.runs.cards import write_cards
-from minilora.tools.merging import Merge, RelativeError, merge_directory
+from minilora.tools.merging import Merge, MergeTarget, RelativeError, merge_directory
 
 NOTABLE = 0.1  # relative error of a merge above which advice is printed
 
@@ -33,7 +33,7 @@ def add_flags(parser: Parser) -> None:
     add_out(parser)
     parser.add_argument(
         "--target",
-        choices=get_args(Target),
+        choices=get_args(MergeTarget),
         help="weights to merge into: original, the 16-bit weights; dequantized, the dequantized 4-bit weights that the "
         "adapter was trained on; requantized, these, quantized again (default: dequantized after training on a 4-bit "
         "base, otherwise original)",

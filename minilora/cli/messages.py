@@ -168,12 +168,12 @@ def report(run: Run, result: TrainResult, summary: RunSummary, answers: Sequence
         loss = "-" if scores.loss is None else f"{scores.loss:.4f}"
         lines.append(f"{name:<10}{loss:>15}" + ("" if scores.accuracy is None else f"{scores.accuracy:>12.4f}"))
     if forgetting:
-        times = math.exp(min(forgetting.kl, 99))  # exp E[log p/q] with tokens of p, a geometric mean
+        share = math.exp(-forgetting.kl)  # exp E[log q/p] with tokens of p, a geometric mean
         loss = f"loss {forgetting.before:.4f} -> {forgetting.after:.4f}"
         lines.append(f"general text: {loss}, KL to the base {forgetting.kl:.4f}")
-        if times >= 1.05:  # else the factor says nothing
+        if share <= 0.95:  # else the factor says nothing
             lines.append(
-                f"  (KL: the base's own next tokens are {times:.3g} times as unlikely there as before, on average)"
+                f"  (KL: a token drawn from the base is {share:.2g} times as likely as before, a geometric mean)"
             )
     lines.append(f"{counted(result.steps, 'step')}, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print("\n".join(lines), flush=True)

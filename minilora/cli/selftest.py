@@ -97,7 +97,7 @@ def implementations(device: torch.device) -> dict[str, Any]:
     The laws of merging are among those of layers, which have a `merged_weight`.
     """
 
-    def on_device(layer: nn.Module) -> Any:
+    def moved(layer: nn.Module) -> Any:
         layer.to(device)
         layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(device),))
         layer.register_forward_hook(lambda _, inputs, y: y.cpu())
@@ -112,7 +112,7 @@ def implementations(device: torch.device) -> dict[str, Any]:
         adapter = LoraAdapter(copies, scale, options.get("dropout", 0.0))
         layer = LoraLinear(dense_linear(W, b), "layer", {"default": adapter})
         layer.active = ("default",)
-        return on_device(layer)
+        return moved(layer)
 
     def add(adapters: Any, weights: list[float]) -> Factors:
         parts = zip(adapters, weights, strict=True)
@@ -126,7 +126,7 @@ def implementations(device: torch.device) -> dict[str, Any]:
             lambda packed, absmax, shape, block_size: nf4.dequantize(packed, absmax, shape, torch.float32, block_size),
         ),
         "double_quant": (lambda absmax: nf4.quantize_absmax(absmax.to(device)), nf4.dequantize_absmax),
-        "linear4bit": lambda W, b, double_quant=False: on_device(nf4.NF4Linear.quantize(W, b, double_quant)),
+        "linear4bit": lambda W, b, double_quant=False: moved(nf4.NF4Linear.quantize(W, b, double_quant)),
     }
 
 

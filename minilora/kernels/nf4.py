@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora import nf4
-from minilora.definition import kernel, on_device
+from minilora.definition import cached_on_device, kernel
 from minilora.errors import TrainingError
 from minilora.kernels.llama import tile_rows
 
@@ -48,7 +48,7 @@ def _codes(x: Tensor) -> Tensor:
 
     The bin of x gives the count, except for a midpoint within the bin, which x is compared with.
     """
-    below, within = (on_device(table, x.device).expand(len(x), -1) for table in TABLES)
+    below, within = (cached_on_device(table, x.device).expand(len(x), -1) for table in TABLES)
     bins = _bin_of(x).long()
     return below.gather(1, bins) + (x > within.gather(1, bins))
 
@@ -95,7 +95,7 @@ def dequantize(
         return weight.view(*shape)
     width = ROW_BLOCKS * math.lcm(2, block_size) // 2
     whole, tile = _tiles(weight, 2 * width)
-    table = on_device(_level_pairs(levels), packed.device)
+    table = cached_on_device(_level_pairs(levels), packed.device)
     rows = min(tile, whole) // 2 // width
     byte, pair = torch.empty(2, rows, width, dtype=torch.int64, device=packed.device)
     packed = packed.reshape(-1)

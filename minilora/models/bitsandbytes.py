@@ -28,7 +28,6 @@ from minilora.options import check_types, document_fields, option
 Weight = Tensor | NF4Linear  # dense, or packed in a linear that has no bias yet
 
 Quantize = Literal["none", "nf4"]
-Target = Literal["original", "dequantized", "requantized"]  # what adapters are merged into
 
 
 @document_fields
@@ -249,11 +248,10 @@ def describe_in_words(quantization: Mapping[str, Any]) -> str:
     >>> describe_in_words({"quantize": "nf4", "double_quant": True, "block_size": 128})
     'nf4 with double quantization in blocks of 128'
     """
-    if quantization["quantize"] == "none":
+    name = quantization["quantize"]
+    if name == "none":
         return "not quantized"
-    words = (
-        f"{quantization['quantize']} {'with' if quantization.get('double_quant') else 'without'} double quantization"
-    )
+    words = f"{name} {'with' if quantization.get('double_quant') else 'without'} double quantization"
     blocks = quantization.get("block_size")
     return words if blocks == BLOCK_SIZE else f"{words} in blocks of {blocks}"
 

@@ -46,7 +46,7 @@ def fetch(name_or_path: str | Path, kind: Kind) -> Path:
 
 
 def locate(name_or_path: str | Path, kind: Kind) -> Location:
-    """Find what a name means, and fetch it if that is a repository of the hub. A `Path` is never a repository."""
+    """Return the `Location` that a name means; download it if it is a repository of the Hub, as a `Path` never is."""
     name, path = str(name_or_path), Path(name_or_path)
     if not name:
         raise FormatError("the name is empty; leave it out, or name something")

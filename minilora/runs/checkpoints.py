@@ -55,14 +55,14 @@ class State:
 
     run: Mapping[str, Any] = field(default_factory=dict)  # its `fingerprint`, and how many `steps` it has
     start: tuple[float, ...] = ()  # `start_numbers` of what is trained
-    step: int = 0  # done so far, as are the next two
-    tokens: int = 0
-    seconds: float = 0.0
+    step: int = 0  # steps that are done
+    tokens: int = 0  # seen in them
+    seconds: float = 0.0  # spent on them
     best_step: int = 0  # of the evaluation with the lowest loss; 0 before the first one
     best_loss: float | None = None
 
-    def note(self, loss: float) -> bool:
-        """Record an evaluation at this step; return whether its loss is the lowest. One that is not finite never is."""
+    def record_evaluation(self, loss: float) -> bool:
+        """Record the loss of an evaluation; return whether it is the lowest. One that is not finite never is."""
         is_lowest = loss < (math.inf if self.best_loss is None else self.best_loss)
         if is_lowest:
             self.best_step = self.step

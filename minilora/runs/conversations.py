@@ -2,8 +2,8 @@
 
     text that asks for the answer (`ask`)  +  the answer and the end of its turn, as the template writes them
 
-A model is trained on this text and asked with its first part, so that both are the same. What a conversation says and
-its template leaves out is an error, or it would be asked or learned in part.
+A model is trained on this text and asked with its first part, so that both are the same. If the template
+leaves out something that the conversation says, this is an error.
 """
 
 from __future__ import annotations

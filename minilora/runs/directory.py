@@ -45,7 +45,7 @@ from minilora.runs.reports import Tracker
 from minilora.runs.settings import Settings
 
 HASHED = ("out", "model", "adapter", "data", "eval_data")  # paths may change: contents are compared by their hashes
-FREE = ("resume", "shard", "report", "samples", "general_data")  # may change, as may what `BOOKKEEPING` names
+MAY_CHANGE = ("resume", "shard", "report", "samples", "general_data")  # settings, with those of `BOOKKEEPING`
 WHOLE = 2**29  # bytes of a file up to which all of it is hashed
 PIECES = 1024  # of a larger file that are hashed
 PIECE = 2**16  # bytes of one
@@ -114,7 +114,7 @@ class RunDirectory:
     def open(self, base: Base) -> RunHistory:
         """Lock the directory for this run of a base, and return what its earlier starts left."""
         self._inputs = _hash_inputs(base, self._settings.data.prompt_style)
-        if different := processes.differing(self._inputs):
+        if different := processes.differing_keys(self._inputs):
             raise TrainingError(f"the processes of the run have different files: {', '.join(different[:5])}")
         return processes.run_on_rank0(self._open)
 
@@ -137,10 +137,10 @@ class RunDirectory:
             raise TrainingError(
                 f"{self.path}: minilora {ours} does not resume a run of {theirs}; use another directory"
             )
-        free = checkpoints.BOOKKEEPING | {*FREE, *HASHED}
+        may_change = checkpoints.BOOKKEEPING | {*MAY_CHANGE, *HASHED}
         if all(str(style).endswith(".jinja") for style in (before.get("prompt_style"), config["prompt_style"])):
-            free.add("prompt_style")
-        if different := [key for key in config if key not in free and before.get(key) != config[key]]:
+            may_change.add("prompt_style")
+        if different := [key for key in config if key not in may_change and before.get(key) != config[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in different)
             kind = "a finished run" if is_finished else "a run"
             raise TrainingError(f"{self.path}: holds {kind} with other settings ({changes}); use another directory")

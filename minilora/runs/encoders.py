@@ -56,7 +56,7 @@ def encode_rows(
 
     Text without a prompt is a document, which is cut into pieces. `show` is called with lines on the progress.
     """
-    dataset, systems, ways, first = Dataset(()), set[str | None](), set[bool | None](), ""
+    dataset, systems, thinking_values, first = Dataset(()), set[str | None](), set[bool | None](), ""
     for number, row in enumerate(rows, start=1):
         first = first or row.source
         if show and number % SHOWN == 0:
@@ -80,7 +80,7 @@ def encode_rows(
         dataset.dropped_thoughts += drops_thoughts
         dataset.conversations += isinstance(parsed, Conversation)
         systems.add(parsed.system if isinstance(parsed, Conversation) else None)
-        ways.add(parsed.thinking if isinstance(parsed, Conversation) else None)
+        thinking_values.add(parsed.thinking if isinstance(parsed, Conversation) else None)
         is_document = isinstance(parsed, PromptCompletion) and not parsed.prompt
         pieces = _pieces(replace(whole, source=row.source), config.max_length, is_document)
         labelled = [piece for piece in pieces if piece.labelled]
@@ -96,8 +96,8 @@ def encode_rows(
             f"{first}: no row of {total} has an answer within its first {limit} tokens; raise max_length{skipped}"
         )
     dataset.system = systems.pop() if len(systems) == 1 else None
-    if len(ways) == 1 and tokenizer.template and tokenizer.template.has_thinking:
-        dataset.thinking = ways.pop()
+    if len(thinking_values) == 1 and tokenizer.template and tokenizer.template.has_thinking:
+        dataset.thinking = thinking_values.pop()
     return dataset
 
 
@@ -183,14 +183,14 @@ def _encode_open(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[Span]
     return ids, spans
 
 
-def use_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ()) -> Tokenizer:
+def with_prompt_style(tokenizer: Tokenizer, style: str, rows: Iterable[Row] = ()) -> Tokenizer:
     """Return the tokenizer with the chat template of a prompt style.
 
     "auto" is the tokenizer's own; if it has none and a row has an `instruction`, "alpaca".
     """
     if style == "auto":
         needs_one = tokenizer.template is None and any("instruction" in row.fields for row in rows)
-        return use_prompt_style(tokenizer, "alpaca") if needs_one else tokenizer
+        return with_prompt_style(tokenizer, "alpaca") if needs_one else tokenizer
     if style not in ("alpaca", "instruction"):
         if not style.endswith(".jinja"):
             raise ConfigError(f"prompt_style is {style!r}; accepted are auto, alpaca, instruction, and a .jinja file")

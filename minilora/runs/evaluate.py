@@ -24,7 +24,7 @@ from minilora.models.generate import evaluating, generate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs import processes, sampler
 from minilora.runs.encoders import Dataset
-from minilora.runs.sampler import Rows, eval_groups, kept_random_state
+from minilora.runs.sampler import RowIndices, eval_groups, kept_random_state
 from minilora.training import token_loss
 
 CACHE_BYTES = 2**29  # of keys and values of a batch of answers; those of Llama-2-7B are 0.5 MB a token
@@ -119,7 +119,7 @@ def mean_loss(
     model: nn.Module,
     loss: Callable[[Any, Any], tuple[Any, ...]],
     rows: Sequence[Any],
-    groups: Iterable[Rows],
+    groups: Iterable[RowIndices],
     progress: Progress = _ignore,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -129,7 +129,7 @@ def mean_loss(
     """
     device = next(model.parameters()).device
 
-    def compute(group: Rows) -> Metrics:
+    def compute(group: RowIndices) -> Metrics:
         with kept_random_state(device, f"{seed}/held-out/{group[0]}"):
             total, count, *metrics = loss(model, [rows[row] for row in group])
         return as_numbers([{"loss": (total.detach().reshape(()), count), **dict(*metrics)}])[0]
@@ -174,7 +174,7 @@ def measure_forgetting(
     before = model if base is None else base
     as_before = partial(disable_adapter, model) if base is None else nullcontext
 
-    def compute(rows: Rows) -> list[float]:
+    def compute(rows: RowIndices) -> list[float]:
         batch = collate([examples[row] for row in rows], device)
         with as_before():
             expected = before.model(batch.tokens, Documents(batch.lengths))
@@ -198,7 +198,7 @@ def measure_forgetting(
 
 
 def _map_groups(
-    model: nn.Module, groups: Iterable[Rows], total: int, compute: Callable[[Rows], T], progress: Progress
+    model: nn.Module, groups: Iterable[RowIndices], total: int, compute: Callable[[RowIndices], T], progress: Progress
 ) -> list[T]:
     """Return what `compute` returns for each group of rows, of all ranks; report how many rows of all are done."""
     progress(0, total)
@@ -238,7 +238,7 @@ def choice_accuracy(model: Llama, examples: Sequence[Example], choices: Choices,
     closing = _common_ending(choices)
     answers = [choice[: len(choice) - closing] for choice in choices]
 
-    def compute(rows: Rows) -> int:
+    def compute(rows: RowIndices) -> int:
         scores = _scores(model, [prompt_of(examples[row]) for row in rows], answers)
         chosen = [choices[values.index(max(values))] for values in scores]
         return sum(choice == answer_of(examples[row]) for row, choice in zip(rows, chosen, strict=True))

@@ -13,7 +13,7 @@ from minilora.adapters.layout import tokenizer_of
 from minilora.errors import DataError, FormatError
 from minilora.files import ASSETS, BUILTIN, check_link, sha256_of
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
-from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, use_prompt_style
+from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, with_prompt_style
 from minilora.runs.evaluate import Choices, Question, find_choices
 from minilora.runs.formats import Conversation, PromptCompletion, Row, parse_row
 from minilora.runs.rows import stream_rows
@@ -33,7 +33,7 @@ def load_dataset(path: Names, tokenizer: Tokenizer, config: DataConfig | None = 
     """
     config, paths = config or DataConfig(), find_files(path)["train"]
     read = partial(stream_rows, *paths, columns=config.columns)
-    return encode_rows(read(), use_prompt_style(tokenizer, config.prompt_style, read()), config)
+    return encode_rows(read(), with_prompt_style(tokenizer, config.prompt_style, read()), config)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_data(
     tokenizer = (tokenizer_of(run.model, adapters) if adapters else None) or load_tokenizer(run.model)
     tokenizer = tokenizer.with_files({}, began.astimezone())
     rows = {split: partial(stream_rows, *paths, columns=config.columns) for split, paths in files.items()}
-    tokenizer = use_prompt_style(tokenizer, config.prompt_style, rows["train"]())
+    tokenizer = with_prompt_style(tokenizer, config.prompt_style, rows["train"]())
     encoded = {split: encode_rows(read(), tokenizer, config, show) for split, read in rows.items()}
     splits = hold_out(encoded, run.eval_split, settings.training)
     general = load_general(run.general_data, tokenizer, config)

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,20 +17,21 @@ from torch.optim import Optimizer
 
 from minilora.errors import DataError, TrainingError
 from minilora.llama import Decoder
+from minilora.lora import LoraAdapter
 from minilora.models.fsdp import is_sharded
 from minilora.runs import checkpoints, processes, sampler
 from minilora.runs.evaluate import Metrics, as_numbers, check_examples, example_loss, mean_loss, means
 from minilora.runs.memory import peak_memory_bytes
 from minilora.runs.settings import TrainConfig
-from minilora.training import Loss, accumulate, adamw, learning_rate, parameters_of, update
+from minilora.training import accumulate, adamw, learning_rate, parameters_of, update
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 OnStep = Callable[[Record], bool | None]
+LossOfRows = Callable[..., tuple[Tensor, int, Metrics]]  # (model, rows, step=number) -> sum, count, metrics
 BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 # Of the record of a step:
 KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "total_steps"}
-# Unless `save_steps` is given:
-SAVES = 10  # checkpoints in a run
+SAVES = 10  # checkpoints in a run, unless `save_steps` is given
 SAVE_SECONDS = 600  # the longest time between two
 
 
@@ -114,25 +115,18 @@ def train(
     optim, run = _check_run(model, dataset, held_out, config, loss, folder, optimizer)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # now, not after a tenth of the run, if it cannot be written
-    device = next(model.parameters()).device
-    way: Any = config.gradient_checkpointing  # not "auto"
-    compute_loss = _checked(loss or partial(example_loss, checkpointing=way))
+    checkpointing: Any = config.gradient_checkpointing  # not "auto"
+    compute_loss = _checked(loss or partial(example_loss, checkpointing=checkpointing))
     peaks = [group.setdefault("lr", config.learning_rate) for group in optim.param_groups]
     adapters = sampler.adapters_with_dropout(model)
     steps = sampler.plan_steps(len(dataset), config)
     total = len(steps)
     warmup = warmup_steps(config, total)
     save_steps = math.ceil(total / SAVES) if config.save_steps is None else config.save_steps
-
-    def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
-        sampler.seed_micro_batch(device, adapters, config.seed, batch.number)
-        part, number, metrics = compute_loss(model, batch.rows, state.step + 1)
-        measured.append(metrics if batch.is_counted else {})
-        return (part, number) if batch.is_counted else (0 * part, 0)
-
+    limit = config.save_total_limit
     try:
         processes.broadcast_(checkpoints.trained_tensors(model).values())
-        state, best, damaged = _resume(model, optim, run, total, folder, config.save_total_limit)
+        state, best, damaged = _resume(model, optim, run, total, folder, limit)
         resumed_from = state.step
         finished = state.step == total
         stopped = False
@@ -145,35 +139,26 @@ def train(
             numbered = list(enumerate(steps[state.step], state.step * config.gradient_accumulation_steps))
             own = processes.split_for_rank(numbered)
             batches = [sampler.MicroBatch(n, [dataset[row] for row in rows], counts) for (n, rows), counts in own]
-            measured: list[Metrics] = []
-            with sampler.kept_random_state(device, f"{config.seed}/step {state.step}"):  # the optimizer may draw
-                made = _step(model, optim, batches, seeded_loss, config.max_grad_norm)
-            record = {"step": state.step + 1, **made, **means(chain(*processes.all_gather(as_numbers(measured))))}
+            record = _step(model, optim, batches, compute_loss, adapters, config, state.step)
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 raise _not_finite(record, dataset, steps[state.step])
             now = time.perf_counter()
             state.step += 1
             state.tokens += record["tokens"]
             state.seconds = now - started
-            record |= {"tokens_per_second": record["tokens"] / (now - before), "total_steps": total}
-            stops = on_step(record)
+            stops = on_step({**record, "tokens_per_second": record["tokens"] / (now - before), "total_steps": total})
             finished = state.step == total
             if len(held_out) and (finished or state.step % (config.eval_steps or total) == 0):
-                sizes = [1] * len(held_out) if loss else [len(row.tokens) for row in held_out]
-                groups = sampler.eval_groups(sizes, config.batch_size if loss else None)
-                scores = mean_loss(model, partial(compute_loss, step=state.step), held_out, groups, seed=config.seed)
-                if state.note(scores["loss"]) and config.keep == "best":
-                    tensors = checkpoints.trained_tensors(model)
-                    best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-                values = {f"eval_{name}": value for name, value in scores.items()}
-                stops = on_step({"step": state.step, **values, "best_step": state.best_step}) or stops
+                scores = _evaluate(model, partial(compute_loss, step=state.step), held_out, config, loss is None)
+                if state.record_evaluation(scores["eval_loss"]) and config.keep == "best":
+                    best = {name: t.detach().clone() for name, t in checkpoints.trained_tensors(model).items()}
+                stops = on_step({"step": state.step, **scores, "best_step": state.best_step}) or stops
             is_late = config.save_steps is None and time.perf_counter() - saved >= SAVE_SECONDS
             stopped, is_late = map(any, zip(*processes.all_gather((bool(stops), is_late)), strict=True))
             is_due = save_steps > 0 and state.step % save_steps == 0
             if stopped or finished or is_late or is_due:  # finished: what follows training may fail
                 processes.broadcast_(checkpoints.trained_tensors(model).values())
                 if folder is not None:
-                    limit = config.save_total_limit
                     processes.run_on_rank0(checkpoints.save_checkpoint, folder, model, optim, state, best, limit)
                 saved = time.perf_counter()
     finally:
@@ -225,13 +210,13 @@ def _check_run(
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
-        if differing := processes.differing({**run, "config": config}):
+        if differing := processes.differing_keys({**run, "config": config}):
             what = ", ".join(differing)
             raise TrainingError(f"the processes of the run differ in data or settings ({what}); each needs all rows")
     return optimizer, run
 
 
-def _checked(loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, int, Metrics]]:
+def _checked(loss: Callable[..., Any]) -> LossOfRows:
     """Return a loss that raises an error unless the given one returns (sum, count) or (sum, count, metrics)."""
     takes_step = "step" in inspect.signature(loss).parameters
 
@@ -295,22 +280,49 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 
 
 def _step(
-    model: nn.Module, optimizer: Optimizer, batches: Sequence[sampler.MicroBatch], loss: Loss, max_grad_norm: float
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Sequence[sampler.MicroBatch],
+    loss: LossOfRows,
+    adapters: Mapping[str, LoraAdapter],
+    config: TrainConfig,
+    number: int,
 ) -> Record:
     """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
-    with sampler.kept_random_state(next(model.parameters()).device):  # backward may draw as well
-        total, count = accumulate(model, optimizer, batches, loss)
+    device = next(model.parameters()).device
+    measured: list[Metrics] = []
+
+    def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
+        sampler.seed_micro_batch(device, adapters, config.seed, batch.number)
+        part, count, metrics = loss(model, batch.rows, step=number + 1)
+        measured.append(metrics if batch.is_counted else {})
+        return (part, count) if batch.is_counted else (0 * part, 0)
+
+    with sampler.kept_random_state(device):  # backward may draw as well
+        total, count = accumulate(model, optimizer, batches, seeded_loss)
     processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
     count, tokens = map(sum, zip(*processes.all_gather((count, tokens)), strict=True))
-    step = update(optimizer, total, count, max_grad_norm)
+    with sampler.kept_random_state(device, f"{config.seed}/step {number}"):  # the optimizer may draw
+        step = update(optimizer, total, count, config.max_grad_norm)
     return {
+        "step": number + 1,
         "loss": step.loss,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "grad_norm": step.grad_norm,
         "tokens": tokens or count,
         "peak_memory_bytes": peak_memory_bytes(total.device),
+        **means(chain(*processes.all_gather(as_numbers(measured)))),
     }
+
+
+def _evaluate(
+    model: nn.Module, loss: Callable[[Any, Any], Any], held_out: Sequence[Any], config: TrainConfig, is_text: bool
+) -> dict[str, float]:
+    """Return the loss and the metrics of held-out rows by their names in a record."""
+    sizes = [len(row.tokens) if is_text else 1 for row in held_out]
+    groups = sampler.eval_groups(sizes, None if is_text else config.batch_size)
+    return {f"eval_{name}": value for name, value in mean_loss(model, loss, held_out, groups, seed=config.seed).items()}
 
 
 def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.StepRows) -> TrainingError:

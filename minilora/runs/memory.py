@@ -147,7 +147,7 @@ FRAGMENTS = 0.1  # of the activations and working tensors: freed memory in piece
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does."""
+    """The resolved settings of a run: what is trained, in which dtype, where, and on how many ranks."""
 
     config: LlamaConfig
     lora: LoraConfig | None  # None trains all weights
@@ -296,9 +296,8 @@ def choose_plan(plan: Plan) -> tuple[Plan, Forecasts]:
     free = (size for size in processes.all_gather(free_memory_bytes(plan.device)) if size is not None)
     plan = replace(plan, free=min(free, default=None))
     if plan.training.gradient_checkpointing == "auto":
-        ways = [way for way in get_args(Checkpointing) if plan.has_room(forecasts[way].peak)]
-        training = replace(plan.training, gradient_checkpointing=ways[0] if ways else "block")
-        plan = replace(plan, training=training)
+        fitting = (way for way in get_args(Checkpointing) if plan.has_room(forecasts[way].peak))
+        plan = replace(plan, training=replace(plan.training, gradient_checkpointing=next(fitting, "block")))
     return plan, forecasts
 
 

@@ -98,7 +98,7 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
-def differing(values: Mapping[str, Any]) -> list[str]:
+def differing_keys(values: Mapping[str, Any]) -> list[str]:
     """Return the keys whose values differ between ranks."""
     first, *others = all_gather({key: repr(value) for key, value in values.items()})
     return sorted({key for other in others for key, _ in first.items() ^ other.items()})

@@ -19,8 +19,8 @@ from minilora.errors import ConfigError
 from minilora.lora import LoraAdapter
 from minilora.runs.settings import TrainConfig
 
-Rows = list[int]  # indices of the rows of one micro-batch
-StepRows = list[Rows]  # those of each micro-batch
+RowIndices = list[int]  # indices of the rows of one micro-batch
+StepRows = list[RowIndices]  # those of each micro-batch
 MAX_STEPS = 1_000_000
 EVAL_TOKENS = 4096  # of a forward pass of an evaluation
 SEEDS = 1_000_003  # larger than the number of epochs, so those of nearby seeds differ; the generator keeps 32 bits
@@ -56,12 +56,12 @@ def plan_steps(rows: int, config: TrainConfig) -> list[StepRows]:
     return steps
 
 
-def eval_groups(sizes: Iterable[int], most: int | None = None) -> Iterator[Rows]:
+def eval_groups(sizes: Iterable[int], most: int | None = None) -> Iterator[RowIndices]:
     """Yield the indices of the rows of each forward pass: consecutive rows whose sizes are at most `most`, or one row.
 
     The size of a row is its number of tokens, and `most` is `EVAL_TOKENS`, unless the caller counts something else.
     """
-    group, total = Rows(), 0
+    group, total = RowIndices(), 0
     limit = EVAL_TOKENS if most is None else most
     for i, size in enumerate(sizes):
         if group and total + size > limit:

@@ -13,7 +13,7 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.options import check_types, document_fields, option, reject_foreign_kwargs
 
 TrainOn = Literal["completion", "assistant", "all"]
-WATCHING = "evaluating, saving and reporting"  # a group of the help page
+REPORTING = "evaluating, saving and reporting"  # a group of the help page
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
 COUNTS = "batch_size gradient_accumulation_steps max_steps eval_steps save_total_limit logging_steps"
 NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a `TrainConfig`: fields that are given -> what they need
@@ -90,18 +90,18 @@ class TrainConfig:
     )
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
-    eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", WATCHING)
+    eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", REPORTING)
     keep: Literal["last", "best"] = option(
-        "last", "which weights are the result: the last, or the best of the evaluations", WATCHING
+        "last", "which weights are the result: the last, or the best of the evaluations", REPORTING
     )
     save_steps: int | None = option(
         None,
         "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten times a run, and "
         "at least every ten minutes",
-        WATCHING,
+        REPORTING,
     )
-    save_total_limit: int = option(2, "checkpoints to keep", WATCHING)
-    logging_steps: int = option(1, "steps between two lines of metrics.jsonl", WATCHING)
+    save_total_limit: int = option(2, "checkpoints to keep", REPORTING)
+    logging_steps: int = option(1, "steps between two lines of metrics.jsonl", REPORTING)
     seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
 
     def __post_init__(self) -> None:
@@ -148,12 +148,12 @@ class RunConfig:
     general_data: str = option(
         BUILTIN,
         "general text on which the adapter's side effects are measured: data with a field `text`; none: skip this",
-        WATCHING,
+        REPORTING,
     )
     report: Literal["none", "tensorboard", "trackio", "wandb"] = option(
-        "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", WATCHING
+        "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", REPORTING
     )
-    samples: int = option(20, "held-out rows for base and adapter to answer at the end", WATCHING)
+    samples: int = option(20, "held-out rows for base and adapter to answer at the end", REPORTING)
 
     def __post_init__(self) -> None:
         check_types(self)

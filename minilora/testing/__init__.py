@@ -39,10 +39,10 @@ from minilora.testing.laws import CheckFailure as CheckFailure
 from minilora.testing.laws import NotApplicable as NotApplicable
 from minilora.testing.laws import Report as Report
 from minilora.testing.lifecycle_laws import AdaptedModel as AdaptedModel
-from minilora.testing.lifecycle_laws import Stops as Stops
 from minilora.testing.merge_laws import AdapterSum as AdapterSum
 from minilora.testing.nf4_cases import AbsmaxVector as AbsmaxVector
 from minilora.testing.nf4_cases import NF4Weight as NF4Weight
 from minilora.testing.nf4_cases import QuantizedLinear as QuantizedLinear
 from minilora.testing.sequence_laws import Lengths as Lengths
+from minilora.testing.step_laws import Stops as Stops
 from minilora.testing.step_laws import check_trains_everything as check_trains_everything

@@ -23,11 +23,12 @@ MODES: dict[Mode, str] = {  # how a layer is called
     "back": "after eval(), a call under inference_mode, and train()",
     "strided": "with tensors that are not contiguous",
 }
+TWICE: tuple[Mode, ...] = ("again", "eval")  # with two forward and two backward passes
 SCALES = (2.5, 0.375, 16 / 24, 7.0, 1 / 3, 0.625)  # never 1, which hides a lost scale; not only binary fractions
 
 
-def hard_weight(kind: LayerKind, rng: np.random.Generator, rows: int, columns: int) -> Array:
-    """Draw a weight (rows, columns): normal numbers, or numbers that are hard to compute with.
+def hard_weight(kind: str, rng: np.random.Generator, rows: int, columns: int) -> Array:
+    """Draw a weight (rows, columns): normal numbers or, of these kinds, numbers that are hard to compute with.
 
     outlier: one is a thousand times larger; constant: all are equal; tiny: of magnitude 1e-40, denormal in float32;
     rank_deficient: of rank 1; huge_ratio: the rows differ by factors from 1e-6 to 1e6.

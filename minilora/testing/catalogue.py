@@ -108,11 +108,6 @@ def count(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).sum()
 
 
-def mean_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    rows = [masked_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels)) if count(labels[i : i + 1])]
-    return torch.stack(rows).mean()
-
-
 CATALOGUE["loss_masking"] = {
     "logits at t are compared with the label at t": lambda z, labels: F.cross_entropy(z.mT, labels),
     "logits at t < T are compared with the label at t": lambda z, labels: masked_loss(z, labels.roll(1, 1)),
@@ -127,7 +122,9 @@ CATALOGUE["loss_masking"] = {
     "the sum is not divided": loss_sum,
     "the sum is divided by all predictions": lambda z, labels: loss_sum(z, labels) / labels[:, 1:].numel(),
     "the labels are counted before the shift": lambda z, labels: loss_sum(z, labels) / (labels != IGNORED).sum(),
-    "it is the mean of the means of the rows": mean_of_rows,
+    "it is the mean of the means of the rows": lambda z, labels: torch.stack(
+        [masked_loss(z[[i]], labels[[i]]) for i in range(len(labels)) if count(labels[[i]])]
+    ).mean(),
 }
 
 # --- accumulation ---

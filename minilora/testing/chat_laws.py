@@ -228,11 +228,9 @@ def bracketed(tokens: Sequence[str], flags: Sequence[bool]) -> str:
     return repr("".join(f"⟦{token}⟧" if flag else token for token, flag in pairs).replace("⟧⟦", ""))
 
 
-def chats(*conversations: Sequence[str], system: str = "") -> list[Chat]:
+def chats(*conversations: Sequence[str]) -> list[Chat]:
     """Return conversations of a user's and an assistant's texts in turn."""
-    first = [("system", system)] if system else []
-    turns = (zip(cycle(("user", "assistant")), contents, strict=False) for contents in conversations)
-    return [Chat((*first, *pairs)) for pairs in turns]
+    return [Chat(tuple(zip(cycle(("user", "assistant")), texts, strict=False))) for texts in conversations]
 
 
 LONG = [f"I have seen {i} words." for i in range(60)]
@@ -243,17 +241,11 @@ SPACES = [f"{before}Yes.{after}" for before in ("", "  \n ") for after in ("", "
 CONVERSATIONS = {
     "turns": chats(HELLO, LONGER, (*LONGER, "a", "b"), (" ".join(LONG), " ".join(LONG)), LONG[:16]),
     "empty": chats(("Hi.", ""), (*HELLO, "Hi.", ""), ("Hi.", "", *HELLO)),
-    "repeats": chats(
-        ("yes", "yes"),
-        ("no", "no no", "no", "no"),
-        ("a", "b", "b", "a"),
-        ("a", "b", "c", "b"),
-        ("user", "assistant", "system", "user"),
-    ),
+    "repeats": chats("aa", ("no", "no no", "no", "no"), "abba", "abcb", ("user", "assistant", "system", "user")),
     "white_space": chats(*(("Hi.", reply) for reply in SPACES[1:]), ("Hi.", " \n"), (" a ", "\tb\n", "\n", "c")),
     "unicode": chats(("naïve?", "ça"), ("漢字🙂", "e\u0301 🙂🙂 漢"), ("שלום", "\u2028")),
     "code": chats(("3 < 4 & \"a\" > 'b'?", "{x} {{ y }} {% z %} %s \\n"), ("if x:\n\ty\n", "a:\n    b\n\n\n  c")),
-    "system": chats(HELLO, LONGER, system="Be brief."),
+    "system": [Chat((("system", "Be brief."), *case.turns)) for case in chats(HELLO, LONGER)],
 }
 _USER, _REPLY, _NEXT, _LAST = ("user", "Qa?"), ("assistant", "Qb."), ("user", "Qc?"), ("assistant", "Qd.")
 TWO = [Chat((*Chat().turns, ("assistant", "No, night."))), Chat((("user", "Is it day?"), *Chat().turns))]
@@ -266,17 +258,8 @@ UNUSUAL = [
     Chat((_USER, _NEXT, _REPLY, ("developer", "Qs."), _LAST)),
     Chat((("system", "Qs."), _REPLY, _NEXT, _LAST)),
 ]
-REASONING = MarkedWords(
-    (
-        {"role": "user", "content": "Is it Qa?"},
-        {"role": "assistant", "content": "<think>\nQb\n</think>\n\nNo, Qc."},
-        {"role": "user", "content": "And Qd?"},
-        {"role": "assistant", "content": "<think>\nQe\n</think>\n\nQf, too."},
-    ),
-    learned=("Qc", "Qf"),
-    read=("Qa", "Qd"),
-    optional=("Qb", "Qe"),
-)
+_THOUGHTS = ("Is it Qa?", "<think>\nQb\n</think>\n\nNo, Qc.", "And Qd?", "<think>\nQe\n</think>\n\nQf, too.")
+REASONING = MarkedWords(tuple(chats(_THOUGHTS)[0].messages), ("Qc", "Qf"), read=("Qa", "Qd"), optional=("Qb", "Qe"))
 
 
 def with_calls(
@@ -312,20 +295,14 @@ TOOLS = [
     with_calls([_FIRST, _SECOND], may_fail=True),
 ]
 ROLES = f"{STATEMENT}, with any roles in any order; a template may refuse them, or leave out what is read"
+IN_A_ROW = f"{STATEMENT}; a template may refuse two replies, or two questions, in a row"
 ENDED = "a reply that quotes what ends a reply is learned up to its own end"
 QUOTED = "a question that quotes what opens a reply in its template is not learned"
 THINKING = "replies with reasoning, which a template may drop, are learned; questions are not"
 CALLING = "calls of tools and replies are learned, questions and results are not; no text is lost, except beside a call"
 LAWS = (
     *(Law("chat_mask", name, STATEMENT, cases, chat_mask, in_its_template) for name, cases in CONVERSATIONS.items()),
-    Law(
-        "chat_mask",
-        "two_replies",
-        f"{STATEMENT}; a template may refuse two, or two questions, in a row",
-        TWO,
-        two_replies,
-        in_its_template,
-    ),
+    Law("chat_mask", "two_replies", IN_A_ROW, TWO, two_replies, in_its_template),
     Law("chat_mask", "roles", ROLES, UNUSUAL, unusual, in_its_template),
     Law("chat_mask", "opening", QUOTED, CONVERSATIONS["turns"][:1], opening, in_its_template),
     Law("chat_mask", "closing", ENDED, CONVERSATIONS["turns"][:1], closing, in_its_template),

@@ -30,15 +30,17 @@ from minilora.testing.chat_laws import LAWS as CHAT_LAWS
 from minilora.testing.data_laws import LAWS as DATA_LAWS
 from minilora.testing.directory_laws import LAWS as DIRECTORY_LAWS
 from minilora.testing.laws import CheckFailure, Law, NotApplicable, Report, in_order
-from minilora.testing.lifecycle_laws import LAWS as LIFECYCLE_LAWS
+from minilora.testing.lifecycle_laws import LAWS as LIFE_LAWS
 from minilora.testing.lora_laws import LAWS as LORA_LAWS
 from minilora.testing.merge_laws import LAWS as MERGE_LAWS
 from minilora.testing.nf4_laws import LAWS as NF4_LAWS
 from minilora.testing.sequence_laws import LAWS as SEQUENCE_LAWS
 from minilora.testing.sequence_laws import Lengths
+from minilora.testing.step_laws import LAWS as STEP_LAWS
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
-LAWS = in_order(LORA_LAWS, MERGE_LAWS, NF4_LAWS, DATA_LAWS, CHAT_LAWS, SEQUENCE_LAWS, LIFECYCLE_LAWS, DIRECTORY_LAWS)
+FILES = (LORA_LAWS, MERGE_LAWS, NF4_LAWS, DATA_LAWS, CHAT_LAWS, SEQUENCE_LAWS, STEP_LAWS, LIFE_LAWS, DIRECTORY_LAWS)
+LAWS = in_order(*FILES)
 
 
 def laws(*kinds: str) -> dict[str, Law]:
@@ -131,8 +133,8 @@ def check_lora_linear(
     """Check a LoRA linear layer: y = x Wᵀ + b + s·(x Aᵀ) Bᵀ, s = α/r, or α/√r for rsLoRA  [LoRA eq. 3].
 
     Every law tries the layer in training mode without dropout, in evaluation, under no_grad and inference_mode, in a
-    third call, after eval() and train(), and with tensors that are not contiguous. A layer may merge in eval() until
-    train() is called: then A and B change, and have gradients, in training mode only.
+    third call, after eval() and train(), and with tensors that are not contiguous. Both are called twice in a row. A
+    layer may merge in eval() until train(): then A and B change, and have gradients, in training mode only.
 
     Args:
         make_layer: (W, b, A, B, alpha) -> a layer, a callable of x (..., in). W and b are frozen; b may be None. If it
@@ -232,11 +234,12 @@ def check_chat_mask(render: Callable[..., Any], has_tools: bool = False) -> list
     """Check what of a conversation is learned: each reply of the assistant, the end token after it, and nothing else.
 
     White space next to an end token, such as the newline after it, may be learned or not. White space in front of a
-    reply is learned as the beginning of the reply's first token, and not as a token of its own. A template may refuse,
-    with an error, a conversation that begins with the assistant or ends with the user, other roles than system, user
-    and assistant, a system message in the middle, two replies in a row, calls without content and several calls at
-    once; of the first five it may leave out what is not learned. It may drop a text next to a call, as Mistral's does,
-    and reasoning.
+    reply is learned as the beginning of the reply's first token, and not as a token of its own.
+
+    A template may refuse, with an error, a conversation that begins with the assistant or ends with the user, a system
+    message in the middle, and other roles than system, user and assistant; if it takes them, it may leave out what is
+    not learned. It may also refuse two replies or two questions in a row, calls without content, and several calls at
+    once, and may drop reasoning, and a text next to a call, as Mistral's does.
 
     Args:
         render: messages, a list of {"role", "content"} -> (tokens, is_label): the texts of the tokens, which give the

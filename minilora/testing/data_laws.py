@@ -1,8 +1,8 @@
-"""Laws of the loss over labelled tokens, and of gradient accumulation over micro-batches; and their cases."""
+"""Laws of the loss over labelled tokens, and of gradient accumulation over micro-batches and ranks; and their cases."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -201,11 +201,10 @@ def nothing(loss_fn: LossFn, case: MaskedLogits) -> Iterator[Comparison]:
 
 # --- accumulation ---
 
-StepFn = Callable[..., Any]  # W (V, D), [(x (B, T, D), labels (B, T)), …] -> dW
 ONE_RANK = {"all_reduce": lambda value: value, "rank": 0, "world_size": 1}
 
 
-def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
+def accumulated(step_fn: Callable[..., Any], case: MicroBatches) -> Iterator[Comparison]:
     W, given = tensor(case.W, case.dtype), tensors(case, case.rows)
     batches = list(given)
     yield Comparison("dW", step_fn(W, batches, **accepted(step_fn, **ONE_RANK)), case.gradient)
@@ -219,6 +218,45 @@ def accumulated(step_fn: StepFn, case: MicroBatches) -> Iterator[Comparison]:
 
 def tensors(case: MicroBatches, groups: list[list[Row]]) -> list[tuple[Tensor, Tensor]]:
     return [(tensor(x, case.dtype), tensor(labels, "int64")) for x, labels in map(padded, groups)]
+
+
+# --- divided among ranks ---
+
+
+class Waits(BaseException):
+    """A rank calls `all_reduce`, and others have not yet done so."""
+
+
+def over_ranks(step_fn: Callable[..., Any], case: MicroBatches) -> Iterator[Comparison]:
+    if not accepted(step_fn, all_reduce=None):
+        raise NotApplicable("the step takes no `all_reduce`")
+    for world_size in range(1, len(case.rows) + 1):
+        for rank, dW in enumerate(on_ranks(step_fn, case, world_size)):
+            yield Comparison(f"dW of rank {rank} of {world_size}", dW, case.gradient)
+
+
+def on_ranks(step_fn: Callable[..., Any], case: MicroBatches, world_size: int) -> list[Any]:
+    """Run a step on one rank after another, all from the start again once another of their sums is known."""
+    sums = list[Tensor]()
+    while True:
+        waiting, results = list[Tensor](), list[Any]()
+
+        def all_reduce(known: Iterator[Tensor], value: Any) -> Tensor:
+            for total in known:
+                return total.clone()
+            waiting.append(torch.as_tensor(value).detach().clone())  # noqa: B023  # called before the next round
+            raise Waits
+
+        for rank in range(world_size):
+            options = {"all_reduce": partial(all_reduce, iter(sums)), "rank": rank, "world_size": world_size}
+            shard = tensors(case, case.rows[rank::world_size])
+            with suppress(Waits):
+                results.append(step_fn(tensor(case.W, case.dtype), shard, **accepted(step_fn, **options)))
+        if not waiting:
+            return results
+        if results:
+            raise AssertionError("found ranks that call `all_reduce` less often than others, which wait forever")
+        sums.append(torch.stack(waiting).sum(0))
 
 
 # --- the tables ---
@@ -283,4 +321,5 @@ _STEP = "k micro-batches give the gradient of one batch, d/dW 1/N Σ of all loss
 LAWS = (
     *(Law("loss_masking", *row) for row in _LOSS),
     Law("accumulation", "value", _STEP, SINGLE + BATCHES + EMPTY, accumulated),
+    Law("ranks", "gradient", "each rank gets the gradient of one batch", BATCHES + EMPTY, over_ranks),
 )

@@ -277,6 +277,11 @@ def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
 
 
+def _is_target(value: Any) -> bool:
+    return _is_regex(value) if isinstance(value, str) else _is_names(value)
+
+
+TARGETS = (None, _is_target, "a list of names or a regular expression")
 FLAG = (False, lambda value: isinstance(value, bool), "true or false")
 FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default, what is accepted, in words
     "peft_type": (None, lambda value: value == "LORA", "'LORA'"),
@@ -284,14 +289,7 @@ FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # key -> default,
     "lora_alpha": (None, _is_alpha, "a number above 0"),
     "lora_dropout": (0.0, lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    **dict.fromkeys(
-        ("target_modules", EXCLUDED, PATTERN),
-        (
-            None,
-            lambda value: _is_regex(value) if isinstance(value, str) else _is_names(value),
-            "a list of names or a regular expression",
-        ),
-    ),
+    **dict.fromkeys(("target_modules", EXCLUDED, PATTERN), TARGETS),
     NUMBERS: (None, _is_layers, "a whole number or a list of them"),
     "modules_to_save": (None, _is_names, "a list of names or null"),
     "rank_pattern": (None, _is_pattern(_is_rank), "an object of regular expressions and whole numbers of at least 1"),

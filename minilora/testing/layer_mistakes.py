@@ -87,11 +87,6 @@ def transposed(self: LoRALayer, matrix: Tensor) -> Tensor:
     return matrix.T if len(matrix) == len(matrix.T) else matrix
 
 
-def without_masked_gradient(self: LoRALayer, x: Tensor) -> Tensor:
-    update = delta(self, x)
-    return base(self, x) + update + (delta(self, drop(self, x)) - update).detach()
-
-
 EITHER: Mapping[str, Make] = {
     "the scale is α·r": with_scale(lambda alpha, r: alpha * r),
     "the scale is α: it is not divided by r": with_scale(lambda alpha, r: alpha),  # Blaizzy/mlx-vlm#845
@@ -101,9 +96,7 @@ EITHER: Mapping[str, Make] = {
     "a square B A is transposed": with_update(  # microsoft/LoRA#61
         lambda self, x: self.scale * F.linear(x, transposed(self, self.B @ self.A))
     ),
-    "a square W is transposed": with_tensor("W", transposed),
-    "a square A is transposed": with_tensor("A", transposed),
-    "a square B is transposed": with_tensor("B", transposed),
+    **{f"a square {name} is transposed": with_tensor(name, transposed) for name in ("W", "A", "B")},
     "the update is computed in bfloat16": with_update(
         lambda self, x: self.scale * F.linear(F.linear(drop(self, x).bfloat16(), self.A.bfloat16()), self.B.bfloat16())
     ),
@@ -120,7 +113,9 @@ EITHER: Mapping[str, Make] = {
         lambda self, x: delta(self, F.dropout(x, 1 - self.p, self.training and self.p > 0))
     ),
     "dropout is applied to the update": with_update(lambda self, x: drop(self, delta(self, x))),
-    "gradients do not pass through the dropout mask": lora(without_masked_gradient),  # fms-acceleration
+    "gradients do not pass through the dropout mask": with_update(  # fms-acceleration
+        lambda self, x: delta(self, x) + (delta(self, drop(self, x)) - delta(self, x)).detach()
+    ),
     "the gradient of A lacks the scale": with_tensor("A", gradient_times(lambda self: 1 / self.scale)),
     "the gradient of B lacks the scale": with_tensor("B", gradient_times(lambda self: 1 / self.scale)),
     "the gradient of A has the scale twice": with_tensor("A", gradient_times(lambda self: self.scale)),
@@ -154,11 +149,6 @@ def with_factor(wrong: Callable[[LoRALayer], Tensor]) -> Make:
     return dora(lambda self, x: plus_bias(self, wrong(self) * lora_sum(self, x)))
 
 
-def dropout_of_the_difference(self: LoRALayer, x: Tensor) -> Tensor:
-    difference = factor(self)[:, None] * adapted(self) - self.W
-    return base(self, x) + F.linear(drop(self, x), difference)
-
-
 LAYERS["dora"] = {
     "DoRA is LoRA: there is no magnitude and no norm": with_factor(lambda self: torch.ones_like(self.m)),
     "the magnitude is not trained": with_factor(lambda self: factor(self).detach()),  # meta-pytorch/torchtune#2250
@@ -173,7 +163,9 @@ LAYERS["dora"] = {
     "dropout is applied to the input of the base": dora(
         lambda self, x: plus_bias(self, factor(self) * F.linear(drop(self, x), adapted(self)))
     ),
-    "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(dropout_of_the_difference),  # PEFT
+    "dropout is applied to (m/‖W + s·B A‖ - 1)·x Wᵀ": dora(  # PEFT
+        lambda self, x: base(self, x) + F.linear(drop(self, x), factor(self)[:, None] * adapted(self) - self.W)
+    ),
     "the scale is α/r in spite of use_rslora": lambda *given, use_rslora=False, **options: DoRALayer(*given, **options),
 }
 
@@ -190,10 +182,8 @@ LAYERS["merge_dora"] = {
     "the norm is that of W": lambda W, A, B, scale, m: (m / W.norm(dim=1))[:, None] * merge(W, A, B, scale),
 }
 
-Adapters = Sequence[tuple[Tensor, Tensor, float]]
 
-
-def factors_added(adapters: Adapters, weights: Sequence[float]) -> Tensor:
+def factors_added(adapters: Sequence[tuple[Tensor, Tensor, float]], weights: Sequence[float]) -> Tensor:
     if len({len(A) for A, _, _ in adapters}) > 1:
         return add_adapters(adapters, weights)
     A = torch.stack([A for A, _, _ in adapters]).sum(0)

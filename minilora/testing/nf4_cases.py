@@ -86,13 +86,9 @@ class NF4Weight:
     @cached_property
     def W(self) -> Array:
         rng = np.random.default_rng(self.seed)
-        if self.kind == "ties":
-            drawn = self._ties(rng)
-        elif self.kind == "zeros" or self.kind == "zero_block":
-            drawn = rng.standard_normal((self.rows, self.columns))
+        drawn = self._ties(rng) if self.kind == "ties" else hard_weight(self.kind, rng, self.rows, self.columns)
+        if self.kind in ("zeros", "zero_block"):
             drawn.reshape(-1)[: drawn.size if self.kind == "zeros" else self.block_size] = 0
-        else:
-            drawn = hard_weight(self.kind, rng, self.rows, self.columns)
         most = torch.finfo(getattr(torch, self.dtype)).max
         return rounded(np.clip(drawn * 2.0**self.power, -most, most), self.dtype)
 

@@ -1,7 +1,7 @@
 """Laws of NF4, of double quantization and of linear layers with a frozen 4-bit weight."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from minilora.testing.cases import tensor
 from minilora.testing.compare import Array, as_array
 from minilora.testing.laws import Comparison, Law, NotApplicable, accepted, both, claim
-from minilora.testing.lora_laws import backward, called, in_modes, placed, recording, with_dtype
+from minilora.testing.layers import Make, backward, called, placed, recording
+from minilora.testing.lora_laws import in_modes, with_dtype
 from minilora.testing.nf4_cases import HARD_KINDS, AbsmaxVector, NF4Weight, QuantizedLinear, weights
 
-Make = Callable[..., Any]
-Pair = tuple[Callable[..., Any], Callable[..., Any]]  # quantize, dequantize
+Pair = tuple[Make, Make]  # quantize, dequantize
 
 
 def as_codes(packed: Any, count: int) -> Array:

@@ -1,17 +1,23 @@
-"""The law of a training step: it changes all that is meant to be trained, and nothing else."""
+"""Laws of training: what a step changes, how a run is resumed, and that recomputation changes no gradient."""
 
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minilora.testing.compare import Array, as_array
-from minilora.testing.laws import CheckFailure, Report
+from minilora.testing.compare import Array, Bounded, as_array
+from minilora.testing.laws import CheckFailure, Comparison, Law, Report, claim
+from minilora.testing.sequence_laws import near
 
 __tracebackhide__ = True  # pytest shows the line that calls this module
 STATEMENT = "a step changes every parameter that is meant to be trained, and nothing else"
@@ -20,6 +26,7 @@ HAD_GRADIENT = (
     "the step, the step was skipped, or the change is rounded away"
 )
 Read = Callable[[], Mapping[str, Any]]
+Arrays = Mapping[str, Bounded]
 
 
 def check_trains_everything(
@@ -218,7 +225,97 @@ def why_changed(parameters: Mapping[str, nn.Parameter], name: str) -> str:
         return "it is not meant to be trained"
     if not parameter.requires_grad:
         return "it is frozen, and something wrote to it in place: a merge, or an optimizer that decays weights"
-    others = [other for other, tensor in parameters.items() if tensor is parameter and other != name]
-    if others:
+    if others := [other for other, tensor in parameters.items() if tensor is parameter and other != name]:
         return f"it is tied: one tensor with {others[0]}"
     return "it requires a gradient, though it is not named as trained"
+
+
+# --- stopped and resumed, recomputed ---
+
+
+@dataclass(frozen=True)
+class Stops:
+    """A run of `total` steps that stops after each of `stops`, and is resumed from its files."""
+
+    stops: tuple[int, ...] = (2,)
+    total: int = 4
+
+
+def resumed(run: Callable[[Path, int, int], Any], case: Stops) -> Iterator[Comparison]:
+    steps = list[int]()
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    with hook, tempfile.TemporaryDirectory() as folder:
+
+        def arrays(name: str, stop: int, seed: int = 0) -> dict[str, Bounded]:
+            steps.clear()
+            path = Path(folder, name)
+            path.mkdir(exist_ok=True)
+            return seeded(seed, run, path, stop, case.total)
+
+        whole = arrays("whole", case.total)
+        made = len(steps)  # 0 without an optimizer of PyTorch
+        yield from equal("of a second run", arrays("again", case.total), whole)
+        found = arrays("stopped", case.stops[0])
+        if all(np.array_equal(found[name].value, own.value) for name, own in whole.items()):
+            raise AssertionError(f"found the same after {case.stops[0]} and {case.total} steps: nothing is trained")
+        for last, stop in pairwise((*case.stops, case.total)):
+            found = arrays("stopped", stop, seed=stop)  # another process has other random numbers
+            too_many = (len(steps) - 1) * case.total > made * (stop - last + 1)  # one may restore an optimizer's state
+            problem = f"found {len(steps)} optimizer steps from {last} to {stop}, and {made} in a whole run"
+            yield claim("the number of steps", problem if too_many else "")
+        yield from equal("of a resumed run", found, whole)
+
+
+def seeded(seed: int, function: Callable[..., Any], *arguments: Any) -> dict[str, Bounded]:
+    """Return copies of the arrays of a mapping, a list or a single one, as what others have to be near."""
+    torch.manual_seed(seed)
+    result = function(*arguments)
+    if not isinstance(result, Mapping):
+        result = dict(enumerate(result if isinstance(result, list | tuple) else [result]))
+    return {str(name): near(as_array(own).copy(), own) for name, own in result.items()}
+
+
+def equal(when: str, found: Arrays, right: Arrays, is_exact: bool = True) -> Iterator[Comparison]:
+    names = f"found {', '.join(found)}; accepted are {', '.join(right)}"
+    yield claim(f"the names {when}", "" if found.keys() == right.keys() else names)
+    for name, own in right.items():
+        yield Comparison(f"{name} {when}", found[name].value, own.value if is_exact else own)
+
+
+def recomputed(gradients: Callable[[bool, int], Any], case: None) -> Iterator[Comparison]:
+    for seed in range(3):
+        run = partial(seeded, seed, gradients)
+        (plain, kept), (again, _) = (counted(run, False, seed) for _ in range(2))
+        state = torch.get_rng_state()
+        ours, less = counted(run, True, seed)
+        if not any(own.value.any() for own in plain.values()):
+            raise AssertionError("found 0 for all gradients")
+        yield from equal("when computed twice", again, plain, is_exact=False)
+        yield from equal("with recomputation", ours, plain, is_exact=False)
+        yield Comparison("PyTorch's random state after recomputation", torch.get_rng_state(), as_array(state))
+        found = f"found {less} numbers, and {kept} without recomputation: it saves nothing"
+        yield claim("what is kept for the backward pass", found if 0 < kept <= less else "")
+
+
+def counted(run: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    """Return a result, and how many numbers autograd has kept when a backward pass begins, 0 without autograd."""
+    kept, at_begin = list[int](), list[int]()
+
+    def pack(own: Tensor) -> Tensor:
+        kept.append(own.numel())
+        return own
+
+    def unpack(own: Tensor) -> Tensor:
+        at_begin.append(sum(kept))
+        return own
+
+    with saved_tensors_hooks(pack, unpack):
+        result = run(*arguments)
+    return result, at_begin[0] if at_begin else sum(kept)
+
+
+_STOPS = [Stops(), Stops((1,)), Stops((3,), 5), Stops((1, 2, 4), 6), Stops((9, 12), 13)]
+LAWS = (
+    Law("resume", "exact", "k steps, saved, loaded, and k more are 2k steps, bit for bit", _STOPS, resumed),
+    Law("recompute", "gradients", "it changes no gradient, dropout included, and keeps less", [None], recomputed),
+)

@@ -8,7 +8,6 @@ from hypothesis.strategies import DrawFn
 from minilora.testing.cases import MODES, SCALES, AdaptedLinear, LayerKind, Method, WeightKind
 
 WEIGHT_KINDS: tuple[LayerKind, ...] = (*get_args(WeightKind), "tiny_update", "small")
-METHODS: tuple[Method, ...] = get_args(Method)
 seeds = st.integers(0, 2**32 - 1)
 
 

@@ -17,7 +17,7 @@ from minilora.adapters.modules_to_save import TrainableTokens
 from minilora.errors import TargetError, listed
 from minilora.files import TensorFile, read_json, write_json, write_tensors
 from minilora.lora import LoraLinear
-from minilora.tools.readers import EMBEDDING, READERS, SCALE_FIELDS, Base, R, S, X, reader_facts
+from minilora.tools.readers import EMBEDDING, IGNORES, READERS, READS, REFUSES, SCALE_FIELDS, Base, reader_facts
 
 Held = dict[str, dict[str, Tensor]]  # path in the text model -> key of `parse_tensor_name` -> tensor
 
@@ -25,14 +25,14 @@ Held = dict[str, dict[str, Tensor]]  # path in the text model -> key of `parse_t
 def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> None:
     """Write an adapter of a model directory as the reader of this title takes it; both compute the same.
 
-    Names are those of the reader. Where it ignores a setting of the scale, `_fold_scales_` does without all of them.
+    Names are those of the reader. If it does not read a setting that the scale depends on, scales are folded into B.
     """
     stored, base, reader = read_adapter(adapter, is_for_text=True), Base.read(directory), READERS[title]
     config, held = stored.config(), {path: dict(part) for path, part in stored.tensors.items()}
     scales = {path: config.scale(path) for path, part in held.items() if "lora_A" in part}
     _fit_projections_(held, scales, base)
     values = {**stored.values, "r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-    if scales and any(reader.ruling(row) != R for row in SCALE_FIELDS):
+    if scales and any(reader.ruling(row) != READS for row in SCALE_FIELDS):
         r = _fold_scales_(held, scales)
         values |= {"r": r, "lora_alpha": r, "use_rslora": False}
 
@@ -43,7 +43,7 @@ def export_adapter(adapter: Path, directory: Path, title: str, out: Path) -> Non
     write_tensors(out / WEIGHTS_FILE, _peft_tensors(held, named), TensorFile(adapter / WEIGHTS_FILE).metadata)
     write_json(out / CONFIG_FILE, values | _named_settings(values, held, scales, named))
     facts = reader_facts(out, base, title)[title]
-    if bad := {**facts[X], **facts[S]}:
+    if bad := {**facts[REFUSES], **facts[IGNORES]}:
         problems = [f"{name}: {why}" for name, why in bad.items()]
         raise TargetError(f"{adapter}: {reader.column} cannot take it:{listed(problems)}")
     if not reader.reads_peft:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,13 @@ from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes,
 from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models import checkpoint
-from minilora.models.bitsandbytes import QuantizeConfig, Target, Weight, describe_quantization, is_four_bit
+from minilora.models.bitsandbytes import QuantizeConfig, Weight, describe_quantization, is_four_bit
 from minilora.models.checkpoint import CODE_KEYS, EMBEDDING, HEAD, SHARD_BYTES
 from minilora.models.config import is_wrapper, read_config, text_files, text_name, text_path
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
 
+MergeTarget = Literal["original", "dequantized", "requantized"]
 IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"
 
 
@@ -50,7 +51,7 @@ class Merge:
 
     model: Path  # the directory of the base model
     adapters: Sequence[Path]
-    target: Target | None = None  # None is "dequantized" if the base is quantized, else "original"
+    target: MergeTarget | None = None  # None is "dequantized" if the base is quantized, else "original"
     quantize: QuantizeConfig = QuantizeConfig()  # how the base is quantized, as in the adapters' training
     dtype: torch.dtype | str = "auto"  # of dense weights
     device: torch.device = torch.device("cpu")  # where to compute
@@ -179,7 +180,7 @@ def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Te
             write_json(path, {key: value for key, value in values.items() if key not in CODE_KEYS})
 
 
-def _target_of(merge: Merge, kind: str) -> Target:
+def _target_of(merge: Merge, kind: str) -> MergeTarget:
     """Return what to merge into, or raise an error if a base with linears of this kind cannot be merged into that."""
     target = merge.target or ("original" if kind == "none" else "dequantized")
     if target == "original" and is_four_bit(merge.config.source):
@@ -223,7 +224,7 @@ def _needed_modules(adapter: Path) -> set[str]:
 
 
 def _merged_weights(
-    merge: Merge, quantized: Llama, layers: Mapping[str, AdapterWrapper], target: Target, squares: list[Squares]
+    merge: Merge, quantized: Llama, layers: Mapping[str, AdapterWrapper], target: MergeTarget, squares: list[Squares]
 ) -> Iterator[tuple[str, Weight]]:
     """Yield names and weights of the result, and add what is measured of each adapted layer to `squares`.
 

@@ -18,7 +18,8 @@ from minilora.lora import lora_scale
 from minilora.models.bitsandbytes import weight_shapes
 from minilora.models.config import is_wrapper, text_config, text_files, text_name, text_path
 
-R, S, X = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
+READS, IGNORES, REFUSES = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
+R, S, X = RULINGS  # in the table below
 RIGHT = "acts as trained"
 COLUMNS = ("minilora", "PEFT", "vLLM", "mlx-lm", "llama.cpp")
 LOW_RANK, MORE = "A and B, copies of the base's weight", "bias, lora_bias, modules_to_save, trainable_token_indices"
@@ -117,23 +118,23 @@ def reader_facts(adapter: Path, base: Base, only: str | None = None) -> dict[str
     facts = {}
     for title in [only] if only else [title for title in READERS if base.is_wrapper or title != "peft-wrapper"]:
         reader = READERS[title]
-        found: dict[str, dict[str, str]] = {R: {}, S: {}, X: {**misfits}}
+        found: dict[str, dict[str, str]] = {READS: {}, IGNORES: {}, REFUSES: {**misfits}}
         for name, shape in shapes.items():
             ruling, why = max(_rulings(name, shape, base, reader), key=lambda pair: RULINGS.index(pair[0]))
             found[ruling][name] = why
         for setting, row in settings.items():
-            if (ruling := reader.ruling(row)) != R:
+            if (ruling := reader.ruling(row)) != READS:
                 found[ruling][setting] = row
         if title == "minilora":
             try:
                 layout.read_adapter(adapter, is_for_text=True).config()
             except MiniloraError as error:
-                found[X][CONFIG_FILE] = str(error)
+                found[REFUSES][CONFIG_FILE] = str(error)
         scales = {path: (config.scale(path), _scale_of(path, config, reader)) for path in low_rank.tensors}
-        is_zero = {parse_tensor_name(name)[0] for name in found[R]} <= idle
+        is_zero = {parse_tensor_name(name)[0] for name in found[READS]} <= idle
         verdict = _verdict(found, is_zero, all(trained == taken for trained, taken in scales.values()))
         known = {"verdict": verdict, "source": reader.source, "tried": reader.is_tried, "scales": scales}
-        facts[title] = {**known, **found, R: list(found[R])}
+        facts[title] = {**known, **found, READS: list(found[READS])}
     return facts
 
 
@@ -151,13 +152,13 @@ def _read_low_rank(adapter: Path) -> layout.AdapterFile:
 
 
 def _verdict(found: Mapping[str, Mapping[str, str]], is_zero: bool, is_scaled: bool) -> str:
-    if found[X]:
+    if found[REFUSES]:
         return "refuses it"
-    if not found[R]:
+    if not found[READS]:
         return "nothing attaches"
     if is_zero:
         return "does nothing: B A is zero"
-    if found[S]:
+    if found[IGNORES]:
         return "loses a part"
     return RIGHT if is_scaled else "takes another scale"
 
@@ -183,9 +184,9 @@ def _rulings(name: str, shape: tuple[int, ...], base: Base, reader: Reader) -> I
     elif key in ("lora_A", "lora_B"):
         outer, weight = key == "lora_B", base.modules[text]
         if not len(shape) == len(weight) == 2 or shape[1 - outer] != weight[1 - (outer ^ is_embedding)]:
-            yield X, f"{shape} does not fit the weight {weight}"
+            yield REFUSES, f"{shape} does not fit the weight {weight}"
         elif shape[outer] > reader.most:
-            yield X, f"the rank is {shape[outer]}, at most {reader.most} is accepted"
+            yield REFUSES, f"the rank is {shape[outer]}, at most {reader.most} is accepted"
         is_tied = base.is_tied and (is_embedding or text == HEAD)
         row = "A and B of the embedding or the head, which are tied" if is_tied else LOW_RANK
     else:
@@ -197,7 +198,7 @@ def _scale_of(path: str, config: LoraConfig, reader: Reader) -> float:
     """Return the scale that a reader takes for a module."""
     if not reader.reads_peft:  # `export` folds scales
         return config.scale(path)
-    use_rslora, own_rank, own_alpha = (reader.ruling(row) == R for row in SCALE_FIELDS)
+    use_rslora, own_rank, own_alpha = (reader.ruling(row) == READS for row in SCALE_FIELDS)
     r = config.rank(path) if own_rank else config.r
     alpha = config.alpha(path) if own_alpha else config.lora_alpha
     return lora_scale(r, alpha, config.use_rslora and use_rslora)

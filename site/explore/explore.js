@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const find = (root, path) => path.split(".").reduce((at, part) => (at[part] ??= {}), root);
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 && share > 0 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 && share > 0 ? 1 : 0)}\u00a0%`;
 const TOKENIZER = new Tokenizer(PACKED.tokenizer);
 const ANSWERS = PACKED.categories.map((category) => TOKENIZER.encode(category)[0]);
 const BASE = load();

@@ -1,4 +1,5 @@
-// A layer that learns, in every element with data-explorable="training": sliders for r, α, η and c. It needs lora.js.
+// A layer that learns, in every element with data-explorable="training": sliders for r, α, η and the size of A's start.
+// It needs lora.js.
 //
 // The adapter learns a wanted change T of W by itself: L = ½ ‖s·B A - T‖². So G = ∂L/∂W = s·B A - T, and then
 // dA = s·Bᵀ G and dB = s·G Aᵀ, as in chapter 4. T is 12 x 16, with the singular values 1, 1/2, 1/3, … 1/8.
@@ -73,11 +74,11 @@ function train_by_hand(element) {
   const slider = (name, label, min, max, value) => `<label for="train-${name}">${label} = <output></output></label>
     <input type="range" id="train-${name}" min="${min}" max="${max}" step="1" value="${value}">`;
   element.innerHTML = `<p>One small layer learns a wanted change of rank 8 in ${TRAINED.steps} steps.
-    <strong>Predict, then drag:</strong> which rate is the best, and which one is too high? Then find the twin: with Adam,
-    four times α, half of c and half of η. What becomes of the curve, and what with SGD?</p>
+    <strong>Predict, then drag:</strong> which rate is the best, and which one is too high? Then find a twin: with Adam,
+    take four times α, half of A's start and half of η. What becomes of the curve, and what with SGD?</p>
     <div class="side"><svg class="line" viewBox="0 0 400 210" role="img"></svg>
     <div>${slider("rank", "rank r", 1, TRAINED.ranks, 4)}${slider("alpha", "α", 0, 6, 3)}
-    ${slider("rate", "learning rate η", -10, 1, -6)}${slider("start", "start of A, times c", -3, 3, 0)}
+    ${slider("rate", "learning rate η", -10, 1, -6)}${slider("start", "size of A's start (1 is the usual)", -3, 3, 0)}
     <fieldset><legend>optimizer</legend>
     <label><input type="radio" name="optimizer" value="adam" checked> Adam</label>
     <label><input type="radio" name="optimizer" value="sgd"> SGD</label></fieldset></div></div>

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora.runs.encoders import use_prompt_style
+from minilora.runs.encoders import with_prompt_style
 from tests.text import CHATML, CLOSE, SPECIAL, conversation, write_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -56,7 +56,7 @@ STYLED = [
 @pytest.mark.parametrize("style", ["alpaca", "instruction"])
 @pytest.mark.parametrize("post", ["none", "bos"])
 def test_a_saved_prompt_style_renders_the_same(tmp_path, style, post):
-    use_prompt_style(write_tokenizer(tmp_path / "old", post=post, chat_template="old"), style).save(tmp_path / "new")
+    with_prompt_style(write_tokenizer(tmp_path / "old", post=post, chat_template="old"), style).save(tmp_path / "new")
     ours = ml.load_tokenizer(tmp_path / "new")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "new")
     for messages in STYLED[:-1]:

@@ -8,7 +8,7 @@ from torch import nn
 import minilora as ml
 from minilora.adapter import adapter_layers, base_modules
 from minilora.adapters.attach import find_target_modules, path_of
-from minilora.adapters.build import find_targets, kind_of
+from minilora.adapters.build import find_targets, wrapper_class
 from minilora.adapters.config import is_target
 from tests.parity.families import FAMILIES, family_model
 from tests.targets import TARGETS
@@ -73,7 +73,7 @@ def test_where_fused_kernels_read_the_weights_themselves_an_adapter_is_refused_a
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_can_be_adapted_and_the_table_has_what_the_model_has(family):
     model, row = family_model(family), TARGETS[family]
-    assert all(kind_of(module) for module in base_modules(model).values() if isinstance(module, nn.Linear))
+    assert all(wrapper_class(module) for module in base_modules(model).values() if isinstance(module, nn.Linear))
     assert find_target_modules(model) == sorted(row.linears)
     adapted = ours_chosen(model, target_modules=row.linears)
     rest = {
