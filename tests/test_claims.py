@@ -266,6 +266,12 @@ def rule():
     for steps in (10, 400):
         low, high = (statistics.mean(run["log2"] for run in runs[steps, alpha]) for alpha in (64, 4))
         yield f"The rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
+    (low, far), (high, near) = (
+        [statistics.mean(run[key] for run in each["runs"]) for key in ("log2", "moved")]
+        for each in sorted(results("05_rule_start"), key=lambda run: -run["alpha"])
+    )
+    yield f"A moves {near:.1f} and {far:.1f} times its start in 100 steps"
+    yield f"the rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
 
 
 STORED = (
