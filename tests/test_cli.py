@@ -444,7 +444,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=lora_r.csv", "lora_r.csv:2: keys"),
         ("finetune --model=model --data=lora_r.csv", "; --columns instruction=Frage,output=Antwort renames them"),
         ("finetune --model=model --data=lora_r.csv", "; --skip-bad-rows skips such rows"),
-        ("finetune --model=model --data=lora_r.csv --columns=text=Frge", "did you mean 'Frage'?; see "),
+        ("finetune --model=model --data=lora_r.csv --columns=text=Frge", ": --columns text=Frge: there is no column 'Frge'; did you mean 'Frage'?; see "),
         ("finetune --model=model --data=rows.xlsx", "not text; save a table as CSV"),
         ("generate --model=data --prompt=a", "data: is not a model: has no config.json; an adapter goes to --adapter"),
         ("finetune --model=model --data=data --device=abacus", "device 'abacus' cannot be used"),
