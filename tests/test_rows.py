@@ -78,7 +78,8 @@ def test_columns_name_the_fields_of_any_format_and_leave_out_the_others(tmp_path
     (path := tmp_path / name).write_text(lines[name])
     first, *others = stream_rows(path, columns={"prompt": "q", "completion": "a"})
     assert first == Row({"prompt": "b", "completion": "c"}, first.source)
-    problems = ["columns completion=a: there is no column 'a'; found ['q']", "this line: found a JSON list, need an object"]
+    missing = "columns completion=a: there is no column 'a'; found ['q']"
+    problems = [missing, "this line: found a JSON list, need an object"]
     problems = problems if name == "a.jsonl" else []
     assert [row.problem[: len(problem)] for row, problem in zip(others, problems, strict=True)] == problems
 
