@@ -11,7 +11,7 @@ CHAT = {"template": CHATML, "eos": CLOSE}
 GOOD = '{"prompt": "a", "completion": "b"}'
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SYSTEM = {"role": "system", "content": "c"}
-KNOWN = "messages; conversations; instruction and output; prompt and completion; text"
+KNOWN = "messages or conversations or instruction+output or prompt+completion or text"
 CODEC = "'utf-8' codec can't decode byte"
 TABLE = "; need CSV in UTF-8, quoted as Excel writes it"
 FILES = {  # content, and how the message goes on
@@ -78,14 +78,14 @@ def sharegpt(*turns):
 
 ROWS = [  # where the mistake is, or all of the message; and the row
     (
-        f"keys ['answer', 'question'] are of no known shape; known are {KNOWN}",
+        f"found the fields ['answer', 'question'], need {KNOWN}",
         {"question": "a", "answer": "b"},
     ),
     (
-        "text, label: columns text=text learns only the text, prompt=text,completion=label the label; classes: it",
+        "text, label: found both; give columns prompt=text,completion=label to train on labels, or text=text; classes",
         {"text": "a", "label": "b"},
     ),
-    ("completion: it is empty, so there is nothing to learn", {"prompt": "a", "completion": ""}),
+    ("completion: it is empty, so there is nothing to train on", {"prompt": "a", "completion": ""}),
     (
         "prompt: it is empty, so nothing is asked; text without a question goes in the field `text`",
         {"prompt": "", "completion": "b"},
@@ -101,11 +101,11 @@ ROWS = [  # where the mistake is, or all of the message; and the row
         messages({"role": "human", "content": "a"}, ANSWER),
     ),
     (
-        "system: found 'e', but the first message is a system prompt too; need one",
+        "system: found 'e', but the first message is a system prompt as well; leave one out",
         messages(SYSTEM, USER, ANSWER, system="e"),
     ),
     ("tools: found 'look', need JSON", messages(USER, ANSWER, tools="look")),
-    ("keys ['chosen', 'prompt', 'rejected']", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    ("found the fields ['chosen', 'prompt', 'rejected']", {"prompt": "a", "chosen": "b", "rejected": "c"}),
     ("prompt", {"prompt": 5, "completion": "b"}),
     ("completion", {"prompt": [SYSTEM], "completion": [USER]}),
     ("prompt[0].role", {"prompt": [{"content": "a"}], "completion": [ANSWER]}),
@@ -123,7 +123,7 @@ ROWS = [  # where the mistake is, or all of the message; and the row
         "messages[1].tool_calls[0].arguments: found U+FDD0",
         answer(tool_calls=[{"name": "f", "arguments": {"\ufdd0": 1}}]),
     ),
-    ("no message has role 'assistant': nothing to learn", messages(SYSTEM, USER)),
+    ("no message has role 'assistant', so there is no answer to train on", messages(SYSTEM, USER)),
     ("messages[1].weight", messages(USER, {**ANSWER, "weight": 0})),
     ("tools", messages(USER, ANSWER, tools={"name": "look"})),
     ("tools[0].parameters[0][0]", messages(USER, ANSWER, tools=[{"parameters": json.loads("[" * 50 + "]" * 50)}])),
@@ -135,7 +135,7 @@ ROWS = [  # where the mistake is, or all of the message; and the row
 def test_bad_rows_are_refused_with_their_field_and_skipped_where_that_is_asked_for(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{GOOD}\n{json.dumps(row)}\n" for _, row in ROWS))
-    with pytest.raises(ml.DataError, match=r"rows\.jsonl:2: keys \['answer'"):
+    with pytest.raises(ml.DataError, match=r"rows\.jsonl:2: found the fields \['answer'"):
         ml.load_dataset(path, tokenizer(**CHAT))
     found = ml.load_dataset(path, tokenizer(**CHAT), ml.DataConfig(skip_bad_rows=True))
     assert [example.source for example in found] == [f"{path}:{2 * i + 1}" for i in range(len(ROWS))]

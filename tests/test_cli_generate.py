@@ -289,7 +289,7 @@ def test_what_cannot_work_is_told_in_one_line(refused):
 
 def test_a_row_that_is_no_prompt_is_told_with_its_line(refused, tmp_path):
     for name, content, phrase in (
-        ("rows.jsonl", '{"prompt": "a"}\n{"question": "b"}', "rows.jsonl:2: keys ['question'] are of no known"),
+        ("rows.jsonl", '{"prompt": "a"}\n{"question": "b"}', "rows.jsonl:2: found the fields ['question'], need"),
         ("rows.txt", "\n", "rows.txt: there are no prompts"),
     ):
         (tmp_path / name).write_text(content)

@@ -131,7 +131,7 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
     assert isinstance(parse_row(row), PromptCompletion)
     assert isinstance(parse_row(row, ""), PromptCompletion)
     said = "system: found 'c', but plain text has no place for a system prompt"
-    where = "it may be the one recorded with the model or the adapter, and an empty one leaves it out"
+    where = "it may be the one that the model or the adapter was trained with; an empty one leaves it out"
     with pytest.raises(ml.DataError, match=f"{said}; {where}"):
         parse_row(row, "c")
     with pytest.raises(ml.DataError, match=said):
@@ -141,20 +141,18 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
 @pytest.mark.parametrize(
     ("keys", "columns"),
     [
-        (["answer", "question"], "instruction=question,output=answer renames them, or columns prompt=question,com"),
-        (["Question", "Answer"], "instruction=Question,output=Answer renames them, or columns prompt=Question,com"),
-        (["input", "output"], "instruction=input,output=output renames them, or columns prompt=input,completion="),
-        (["instruction", "response", "context"], "instruction=instruction,input=context,output=response renames"),
-        (["a", "b"], "instruction=a,output=b renames them, or columns prompt=a,completion=b for plain text; in a CSV"),
-        (["a"], "instruction=QUESTION,output=ANSWER renames them, or columns prompt=QUESTION,completion=ANSWER"),
+        (["answer", "question"], "instruction=question,output=answer, or columns prompt=question,com"),
+        (["Question", "Answer"], "instruction=Question,output=Answer, or columns prompt=Question,com"),
+        (["input", "output"], "instruction=input,output=output, or columns prompt=input,completion="),
+        (["instruction", "response", "context"], "instruction=instruction,input=context,output=response, or columns"),
+        (["a", "b"], "instruction=a,output=b, or columns prompt=a,completion=b for plain text; the first"),
+        (["a"], "instruction=QUESTION,output=ANSWER, or columns prompt=QUESTION,completion=ANSWER"),
     ],
 )
 def test_names_of_other_formats_are_refused_with_the_columns_to_give(keys, columns):
-    with pytest.raises(
-        ml.DataError, match=r"^keys \[.*'length', 'number'.*\] are of no known shape; known are "
-    ) as error:
+    with pytest.raises(ml.DataError, match=r"^found the fields \[.*'length', 'number'.*\], need ") as error:
         parse_row({"number": "7", "length": 3, **dict.fromkeys(keys, "a")})
-    assert f"; columns {columns}" in str(error.value)
+    assert f"; give columns {columns}" in str(error.value)
 
 
 PREAMBLE = (

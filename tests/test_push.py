@@ -102,7 +102,7 @@ SCORES = {"loss": 1, "accuracy": None}
 )
 def test_a_summary_that_is_no_run_s_is_named(run, summary):
     (run / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(ml.FormatError, match=r"summary\.json: is no summary of a run"):
+    with pytest.raises(ml.FormatError, match=r"summary\.json: is not a summary of a run"):
         model_card(run, "me/mine", "org/base")
 
 

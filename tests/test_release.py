@@ -1,11 +1,13 @@
 """A release has one version, and its pages lead to the address that is given."""
 
+import importlib.metadata
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from minilora import cli
 from scripts import release
 
 ADDRESS = "https://example.org/me/minilora"
@@ -34,6 +36,22 @@ def test_the_address_is_in_the_metadata_once(tree):
     assert (tree / "pyproject.toml").read_text("utf-8").count("[project.urls]") == 1
     assert f'Homepage = "{ADDRESS}"' in (tree / "pyproject.toml").read_text("utf-8")
     assert (tree / "CITATION.cff").read_text("utf-8").endswith(f'repository-code: "{ADDRESS}"\n')
+
+
+def test_errors_name_the_page_at_the_address_of_the_release(monkeypatch, capsys):
+    read = importlib.metadata.metadata
+    for home, place in ((None, ""), (ADDRESS, f"{ADDRESS}/blob/main/")):
+
+        def metadata(name, home=home):
+            message = read(name)
+            del message["Project-URL"]
+            if home:
+                message["Project-URL"] = f"Homepage, {home}"
+            return message
+
+        monkeypatch.setattr(importlib.metadata, "metadata", metadata)
+        assert cli.main(["finetune", "--lora-r=0"]) == 1
+        assert capsys.readouterr().err.endswith(f"; see {place}docs/settings.md\n")
 
 
 def test_a_release_has_one_version(tree):

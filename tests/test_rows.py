@@ -78,9 +78,18 @@ def test_columns_name_the_fields_of_any_format_and_leave_out_the_others(tmp_path
     (path := tmp_path / name).write_text(lines[name])
     first, *others = stream_rows(path, columns={"prompt": "q", "completion": "a"})
     assert first == Row({"prompt": "b", "completion": "c"}, first.source)
-    problems = ["there is no column 'a'; found ['q']", "this line: found a JSON list, need an object"]
+    missing = "columns completion=a: there is no column 'a'; found ['q']"
+    problems = [missing, "this line: found a JSON list, need an object"]
     problems = problems if name == "a.jsonl" else []
     assert [row.problem[: len(problem)] for row, problem in zip(others, problems, strict=True)] == problems
+
+
+def test_a_column_that_is_not_there_is_refused_also_where_another_has_the_field_s_name(tmp_path):
+    (path := tmp_path / "rows.csv").write_text("instruction,output\na,b\n")
+    (row,) = stream_rows(path, columns={"instruction": "instruction", "output": "foo"})
+    assert row.problem == "columns output=foo: there is no column 'foo'; found ['instruction', 'output']"
+    (path := tmp_path / "held_out.jsonl").write_text('{"prompt": "a", "output": "b", "wanted": "b"}')  # of a run
+    assert [row.problem for row in stream_rows(path, columns={"output": "foo"})] == [""]
 
 
 def test_parquet_is_refused_with_the_two_lines_that_convert_it(tmp_path):

@@ -239,7 +239,7 @@ def test_the_command_of_a_finished_run_has_nothing_left_to_do(directory, whole, 
     assert finetune(directory, whole, save_total_limit=99) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith(f"{whole}: holds this run, which is finished")
+    assert captured.err.startswith(f"{whole}: this run is finished")
     assert runs.everything(whole) == before
 
 
@@ -506,7 +506,7 @@ def test_bad_rows_and_rows_with_control_tokens_are_counted(capsys, directory, tm
     assert finetune(directory, tmp_path / "b", **data, skip_bad_rows=True) == 0
     told = capsys.readouterr().err
     assert "skipped 7 training rows that cannot be used:" in told
-    shown = [line.partition(": ")[0][-2:] for line in told.splitlines() if "no known shape" in line]
+    shown = [line.partition(": ")[0][-2:] for line in told.splitlines() if "found the fields" in line]
     assert shown == ["24", "25", "26", "27", "28"]
     assert "1 training rows have control tokens in their text; they act only with --allow-special" in told
 

@@ -90,7 +90,7 @@ def test_rows_and_questions_are_read_by_the_columns_of_the_adapter_s_run(directo
 def test_flags_of_the_adapter_may_be_given_if_they_do_not_differ(directory, tmp_path, capsys):
     assert go_on(directory, tmp_path / "a", lora_r=3, lora_alpha=6, max_steps=1) == 0
     assert go_on(directory, tmp_path / "b", lora_r=16, use_dora=True) == 1
-    assert "leave out what it decides itself: --lora-r 16 (it has 3), --use-dora True (it has False)" in (
+    assert "leave out what the adapter determines: --lora-r 16 (it has 3), --use-dora True (it has False)" in (
         capsys.readouterr().err
     )
     assert not (tmp_path / "b").exists()

@@ -52,25 +52,26 @@ class LoraConfig:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
     """
 
-    r: int = option(16, "rank of the update")
-    lora_alpha: float = option(32, "alpha: the update is multiplied by alpha / r")
+    r: int = option(16, "rank of the update; a higher rank can learn more, and trains more parameters")
+    lora_alpha: float = option(32, "alpha: the update is multiplied by alpha / r; keep it when you change r")
     lora_dropout: float = option(0.0, "dropout probability of the adapter's input")
     target_modules: str | tuple[str, ...] = option(
-        "all-linear", "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regex"
+        "all-linear",
+        "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regular expression",
     )
-    exclude_modules: str | tuple[str, ...] = option((), "modules to leave out: names or a regex")
-    layers_to_transform: tuple[int, ...] | None = option(None, "numbers of the layers to adapt")
+    exclude_modules: str | tuple[str, ...] = option((), "modules not to adapt: names or a regular expression")
+    layers_to_transform: tuple[int, ...] | None = option(None, "layers to adapt, from 0, e.g. 0,1 (default: all)")
     layers_pattern: tuple[str, ...] = option((), "name of the list of layers, such as h in GPT-2 (default: any)")
-    rank_pattern: Mapping[str, int] = option(dict, "JSON: r for single modules")
-    alpha_pattern: Mapping[str, float] = option(dict, "JSON: alpha for single modules")
+    rank_pattern: Mapping[str, int] = option(dict, 'r of single modules, as JSON: {"q_proj": 4}')
+    alpha_pattern: Mapping[str, float] = option(dict, 'alpha of single modules, as JSON: {"q_proj": 8}')
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = option(False, "train the norm of each row of the weight separately (DoRA)")
     init_lora_weights: bool | str = option(True, "start of A and B: true or gaussian (B = 0), pissa (from the weights)")
-    bias: Bias = option("none", "train biases too: all; or lora_only, those of the adapted modules")
-    lora_bias: bool = option(False, "give B a bias")
-    modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter")
+    bias: Bias = option("none", "biases to train: all, or lora_only, those of the adapted modules")
+    lora_bias: bool = option(False, "add a trained bias to B")
+    modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter, e.g. norm")
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(
-        None, "tokens whose embeddings are trained: ids, or JSON of module names and ids"
+        None, "ids of tokens whose embeddings are trained, e.g. 5,6; or JSON of module names and ids"
     )
     task_type: Task | None = option(
         None, "what the model is for; a head that its name implies, such as a classifier's, is trained in full"

@@ -7,6 +7,7 @@ the exit status. It is imported when its command is given.
 import argparse
 import difflib
 import importlib
+import importlib.metadata
 import os
 import re
 import signal
@@ -117,14 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = ERROR_PAGES.get(type(error), "debugging")
         if isinstance(error, ConfigError | TargetError):
             name = COMMAND_PAGES.get(options.get("command", ""), name)
-        page = f"see docs/{name}.md"
+        page = f"see {address_of(name)}"
         say(f"minilora: {message}" + ("" if "see " in message else f"\n{page}" if "\n" in message else f"; {page}"))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
         smaller = "--gradient-checkpointing block" if options.get("command") == "finetune" else "a smaller model"
-        advice = f"; smaller batches, {smaller} or --quantize nf4 takes less; see docs/debugging.md"
+        advice = f"; smaller batches, {smaller} or --quantize nf4 takes less; see {address_of('debugging')}"
         say(f"minilora: out of memory: {error}".splitlines()[0] + advice)
         return 1
     except KeyboardInterrupt as error:
@@ -180,6 +181,13 @@ def _in_flags(message: str, options: Options) -> str:
         return flag(found["name"]) if FLAG_NAMES.get(found["name"], found["name"]) in options else found[0]
 
     return re.sub(SETTING, as_flag, message)
+
+
+def address_of(page: str) -> str:
+    """Return where a page of docs/ is: online if the installed release has an address, or else in the repository."""
+    urls = importlib.metadata.metadata("minilora").get_all("Project-URL") or []
+    home = next((url.partition(", ")[2] + "/blob/main/" for url in urls if url.startswith("Homepage, ")), "")
+    return f"{home}docs/{page}.md"
 
 
 def closest_name(name: str, known: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ def add_flags(parser: Parser) -> None:
     parser.description = f"{parser.description}\n\n{CHAT_HELP}"
     add_model_flags(parser)
     group = parser.group("conversation")
-    group.add_argument("--system", metavar="TEXT", help="system prompt")
+    group.add_argument("--system", metavar="TEXT", help="system prompt (default: that of the training)")
     group.add_argument("--thinking", **THINKING)
     add_generation_flags(parser, max_new_tokens=512)
 

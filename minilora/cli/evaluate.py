@@ -30,13 +30,15 @@ from minilora.runs.settings import DataConfig
 
 def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
-    parser.add_argument("--data", required=True, nargs="+", help="files, or directories, whose test split is used")
+    parser.add_argument(
+        "--data", required=True, nargs="+", help="rows: files, or directories, whose test split is used"
+    )
     parser.add_argument(
         "--metric",
         choices=("nll", "choice", "exact-match"),
         default="nll",
-        help="nll: mean loss per labelled token; choice: how often the right one of a few answers is the most likely; "
-        "exact-match: how often the right answer is generated, whatever is thought before it (default: nll)",
+        help="nll: the mean loss per token of the answers; choice: how often the right one of a few answers is the "
+        "most likely; exact-match: how often the right answer is written, after any thoughts (default: nll)",
     )
     parser.add_argument("--thinking", **THINKING)
     add_fields(parser, DataConfig, "data", unset="as in the adapter's run")

@@ -1,7 +1,7 @@
 """Write an adapter for another program: vLLM, llama.cpp, mlx-lm or PEFT.
 
-Names, scales and matrices become those that the program reads. If it cannot
-take a part, the part is named and nothing is written.
+The adapter is written with the names, scales and layout that the program
+reads. If it cannot read a part, the error names the part.
 
 Example:
   minilora export --adapter run --for vllm --out served
@@ -20,7 +20,7 @@ from minilora.tools.readers import READERS
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("--adapter", action="append", required=True, help="directory or hub id of an adapter")
-    parser.add_argument("--model", help="its base model, a directory or a hub id (default: the one that it names)")
+    parser.add_argument("--model", help="directory or hub id of its base model (default: the one that it names)")
     add_out(parser)
     parser.add_argument("--for", choices=READERS, required=True, help="the program that will read it")
 

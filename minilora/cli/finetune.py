@@ -3,8 +3,8 @@
 The model is measured before and after. Without --model and --data, a built-in
 model and data are used, with --learning-rate 0.002, --batch-size 16 and
 --epochs 4, and it takes about a minute. --dry-run shows the
-rows, labels, steps and memory of a run. The same command, given again,
-continues a run that was stopped.
+rows, labels, steps and memory of a run. Give the same command again to
+continue a run that was stopped.
 
 Example:
   minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run
@@ -70,8 +70,8 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
         add_fields(parser, config, title, but={field.name for field in fields(config)} - {*names})
     parser.add_argument("--help-all", action="help", help="show all flags and exit")
     parser.add_argument("--config", type=Path, help="a .toml or .json file of flags; the command line overrides it")
-    parser.add_argument("--dry-run", action="store_true", help="show rows, labels, steps and memory, and end")
-    parser.add_argument("--force", action="store_true", help="train even if memory is forecast to be too small")
+    parser.add_argument("--dry-run", action="store_true", help="show three rows, steps and memory, and do not train")
+    parser.add_argument("--force", action="store_true", help="train even if the memory is forecast not to suffice")
 
 
 def read_settings(options: Options) -> Settings:
@@ -130,7 +130,7 @@ def check_settings(settings: Settings, base: Base) -> None:
         own = read_adapter(directory, is_for_text=True).config()
         pairs = {name: (value, getattr(own, name)) for name, value in vars(settings.lora).items()}
         if bad := [f"{flag(name)} {a!r:.80} (it has {b!r:.80})" for name, (a, b) in pairs.items() if a != b]:
-            raise ConfigError(f"--adapter {directory}: leave out what it decides itself: {', '.join(bad)}")
+            raise ConfigError(f"--adapter {directory}: leave out what the adapter determines: {', '.join(bad)}")
 
 
 def plan_run(settings: Settings, base: Base, data: Data, dtype: str, device: torch.device) -> Plan:
@@ -184,7 +184,7 @@ def run(options: Options) -> int:
             check_memory(plan, memory)
         if history.is_finished:
             say(
-                f"{directory.path}: holds this run, which is finished, so nothing is left to do; give another --out; "
+                f"{directory.path}: this run is finished; for another run give another --out; "
                 f"to train its adapter further, add --adapter {directory.path}"
             )
             return 0

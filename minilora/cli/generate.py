@@ -39,21 +39,23 @@ def add_flags(parser: Parser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a prompt; repeat the flag for several; without --prompt and --prompts standard input is read",
+        help="a prompt; repeat the flag for several; without --prompt and --prompts, standard input is the prompt",
     )
     one_of.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a file of prompts: .txt with one per line, otherwise rows as in training, whose answers are ignored; a "
-        "row with only a `prompt` is treated like --prompt",
+        help="a file of prompts: a .txt with one per line, or rows as in training, whose answers are ignored; a row "
+        "with only a `prompt` is treated like --prompt",
     )
     add_fields(parser, DataConfig, "prompts", but={field.name for field in fields(DataConfig)} - {"columns"})
-    group.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
+    group.add_argument(
+        "--system", metavar="TEXT", help="system prompt of prompts without one (default: that of the training)"
+    )
     group.add_argument("--thinking", **THINKING)
     group.add_argument(
         "--raw",
         action=argparse.BooleanOptionalAction,
-        help="continue the prompt without the chat template, and let control tokens in it act as such "
+        help="continue the prompt as it is, without the chat template, and let control tokens in it act as such "
         "(default: as in the adapter's training, otherwise with the template if the model has one)",
     )
     streaming.add_generation_flags(parser, max_new_tokens=64)

@@ -1,16 +1,16 @@
 """Show what a model, an adapter, a run or a safetensors file contains.
 
 The files of a directory and of its checkpoints are compared with their sizes
-and SHA-256 in the manifest; if one is not as it was written, the exit status
-is 1.
+and SHA-256 in the manifest; the exit status is 1 if one has changed since it
+was written.
 
 In the table of an adapter's modules, norm is the Frobenius norm of s·B A.
-Modules or tensors whose names differ only in numbers are one row, n is how
-many there are.
+Modules or tensors whose names differ only in numbers share a row; n is their
+number.
 
-With --base, it shows what other programs make of an adapter on this model: how
-many tensors attach, with which scale, and what is lost. The exit status is 1
-if the adapter does not act as trained in one of them, or in that of --for.
+With --base, it shows how other programs would read an adapter of this model:
+how many tensors attach, with which scale, and what is lost. The exit status is
+1 if the adapter does not act as trained in one of them, or in that of --for.
 Verdicts that were not tried in the program are marked as untried.
 
 Example:
@@ -43,9 +43,9 @@ LIST_WIDTH = 100  # characters of a list that are shown
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a directory of a model, an adapter or a run; a .safetensors file")
     parser.add_argument("--json", action="store_true", help="print one JSON object with each tensor and module")
-    parser.add_argument("--memory", action="store_true", help="forecast the memory of fine-tuning, from config.json")
-    parser.add_argument("--base", metavar="MODEL", help="show what other programs make of an adapter on this model")
-    parser.add_argument("--for", choices=READERS, help="only this program")
+    parser.add_argument("--memory", action="store_true", help="forecast the memory that fine-tuning the model takes")
+    parser.add_argument("--base", metavar="MODEL", help="show how other programs would read an adapter of this model")
+    parser.add_argument("--for", choices=READERS, help="with --base: only this program")
     parser.add_argument("--norms", action="store_true", help="with --base: show how much each layer's weights change")
 
 

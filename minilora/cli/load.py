@@ -81,7 +81,7 @@ def load(options: Options) -> tuple[Llama, Tokenizer]:
     """Find and load the model and its adapter, if one is named, and return it with its tokenizer."""
     found = find_sources(options)
     if len(found.adapters) > 1:
-        raise ConfigError("give one --adapter; `minilora merge` makes one of several")
+        raise ConfigError("give one --adapter; `minilora merge` merges several into one model")
     check_not_merged(found.base, found.adapters)
     tokenizer = found.tokenizer or load_tokenizer(found.base.name)
     model = load_model(found.base.name, options["dtype"], usable_device(options["device"]), found.quantize)

@@ -34,9 +34,8 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--target",
         choices=get_args(MergeTarget),
-        help="weights to merge into: original, the 16-bit weights; dequantized, the dequantized 4-bit weights that the "
-        "adapter was trained on; requantized, these, quantized again (default: dequantized after training on a 4-bit "
-        "base, otherwise original)",
+        help="for adapters of a 4-bit base, the weights to add them to: dequantized, the 4-bit weights "
+        "made dense (the default); original, the 16-bit weights; requantized, as dequantized, but saved in 4 bits",
     )
 
 

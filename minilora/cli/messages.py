@@ -93,7 +93,7 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
         yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
     if data.tokenizer.template and not data.train.conversations:
         yield (
-            "the training rows are plain text, for which the model's chat template is not used; to use it, name "
+            "the training rows are plain text, so the model's chat template is not used; to use it, name "
             "their columns: --columns instruction=FIELD,output=FIELD"
         )
     for name, rows in data.splits.items():

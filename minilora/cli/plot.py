@@ -25,7 +25,7 @@ WINDOW = 20  # the smoothed line is the mean of a twentieth of the steps
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, finished or not")
-    parser.add_argument("--metric", default="loss", help="what is drawn: loss, or a metric of a loss of your own")
+    parser.add_argument("--metric", default="loss", help="loss, or a metric that your own loss returns (default: loss)")
     parser.add_argument("--out", type=Path, default=Path("plot.svg"), help="an .svg, .png or .pdf (default: plot.svg)")
 
 
@@ -34,7 +34,7 @@ def run(options: Options) -> int:
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: ends in {out.suffix!r}; need one of {', '.join(SUFFIXES)}")
     if find_spec("matplotlib") is None:
-        raise ConfigError("plot needs the package matplotlib (extra `plot`): pip install matplotlib")
+        raise ConfigError("plot needs the package matplotlib: pip install matplotlib")
     figure = draw({run: read_records(Path(run) / "metrics.jsonl") for run in options["runs"]}, options["metric"])
     with replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:], dpi=150)

@@ -1,7 +1,7 @@
 """Upload an adapter or a model to the Hugging Face Hub, with a card.
 
-No path of this machine is uploaded: a base model that is a directory gets its
-name on the Hub, and the record of the run, run.json, stays here.
+Paths of your machine are not uploaded: run.json stays here, and if the base
+model is a directory, --base-name gives its name on the Hub.
 
 Example:
   minilora push run org/name --dry-run
@@ -27,14 +27,14 @@ CONFIGS = (CONFIG_FILE, "config.json", "tokenizer_config.json")  # which may nam
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="DIR", type=Path, help="directory of a finished run, an adapter or a model")
-    parser.add_argument("name", metavar="NAME", help="repository of the hub, org/name")
+    parser.add_argument("name", metavar="NAME", help="name of the repository on the Hub, org/name")
     parser.add_argument(
         "--base-name",
         metavar="ORG/NAME",
         help="name of the base model on the hub, org/name[@revision] (default: the one that the adapter records)",
     )
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private by default")
-    parser.add_argument("--dry-run", action="store_true", help="show the card, and upload nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the card, and upload nothing")
 
 
 def run(options: Options) -> int:

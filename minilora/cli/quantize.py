@@ -1,6 +1,6 @@
 """Quantize a model to 4 bits (NF4).
 
-The result can be read by transformers with bitsandbytes, and by all commands.
+The result is read by all commands, and by transformers with bitsandbytes.
 
 Example:
   minilora quantize --model path/to/model --out model-nf4
@@ -24,7 +24,7 @@ def add_flags(parser: Parser) -> None:
         help=f"directory of the model, or org/name[@revision] on the Hugging Face Hub (default: {BUILTIN})",
     )
     add_out(parser)
-    parser.add_argument("--device", default="auto", help="device to compute on: cpu, cuda, mps (default: auto)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto: the best available (default: auto)")
     add_fields(parser, QuantizeConfig, "quantization", but=("quantize",))
 
 

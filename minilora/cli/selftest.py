@@ -1,8 +1,8 @@
 """Check the laws of LoRA on this machine, by the definitions and by the kernels.
 
-Each law compares results with a float64 oracle. The numbers are the largest
-error in relation to its derived bound: 1 is the limit. The exit status is 1 if
-a law is broken.
+Results are compared with float64. Each number is the largest error divided by
+its derived bound: up to 1 the law holds. The exit status is 1 if a law is
+broken.
 
 Example:
   minilora selftest --dtype bfloat16
@@ -39,7 +39,7 @@ LENGTHS = [5, 1, 9]  # of the documents of one call
 
 
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--device", default="auto", help="device to check: cpu, cuda, mps (default: auto)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto: the best available (default: auto)")
     dtypes = ("float64", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype to check (default: float32)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the table to this file")

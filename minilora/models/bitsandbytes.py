@@ -35,7 +35,7 @@ Quantize = Literal["none", "nf4"]
 class QuantizeConfig:
     """How the weights of a base model are stored."""
 
-    quantize: Quantize = option("none", "quantize the base model's linears to 4 bits, all but the head")
+    quantize: Quantize = option("none", "nf4: quantize the base model to 4 bits, except its head, to save memory")
     double_quant: bool = option(True, "also quantize the scales: 4.127 bits per weight instead of 4.5")
 
     def __post_init__(self) -> None:

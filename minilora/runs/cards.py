@@ -63,7 +63,7 @@ def _results(path: Path) -> list[str]:
             lines += [f"- {when}: {', '.join(known)}"] if known else []
         return lines + ([f"- KL to the base on general text: {general['kl']:.4f}"] if general else [])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: is no summary of a run ({error!r}); restore it, or remove it") from error
+        raise FormatError(f"{path}: is not a summary of a run ({error!r}); restore or remove it") from error
 
 
 def _code(directory: Path, name: str, base: str, prompts: Prompts, library: str, loader: str) -> list[str]:

@@ -67,7 +67,7 @@ def encode_rows(
             parsed = parse_row(row.fields, config.system)
             whole, is_quoted, drops_thoughts = label_row(parsed, tokenizer, config)
             if not whole.labelled:
-                raise DataError("nothing to learn: no token of an answer can be predicted")
+                raise DataError("it has no token that can be predicted, so there is nothing to train on")
         except DataError as error:
             dataset.bad.append(f"{row.source}: {error}")
             if not config.skip_bad_rows:

@@ -24,7 +24,7 @@ MAX_DEPTH = 32  # of nested objects and lists in a message or a tool
 ROLES = ("assistant", "developer", "system", "tool", "user")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
 PAIRS = (("question", "answer"), ("input", "output"), ("instruction", "response"))  # frequent names of other formats
-EMPTY = "it is empty, so there is nothing to learn"
+EMPTY = "it is empty, so there is nothing to train on"
 UNASKED = "it is empty, so nothing is asked; text without a question goes in the field `text`"
 
 
@@ -72,8 +72,8 @@ def parse_row(fields: Fields, system: str | None = None) -> PromptCompletion | C
         return _as_conversation(parsed, own, _tools(fields), system)
     if given := own or system:
         raise DataError(
-            f"system: found {given!r:.60}, but plain text has no place for a system prompt; "
-            "it may be the one recorded with the model or the adapter, and an empty one leaves it out"
+            f"system: found {given!r:.60}, but plain text has no place for a system prompt; it may be the one "
+            "that the model or the adapter was trained with; an empty one leaves it out"
         )
     return parsed
 
@@ -119,11 +119,11 @@ def _format_of(fields: Fields) -> "Format":
     pairs = [(names[asked], names[answer]) for asked, answer in PAIRS if names.keys() >= {asked, answer}]
     asked, answer = next(pair for pair in (*pairs, texts[:2], ("QUESTION", "ANSWER")) if len(pair) == 2)
     context = next((f",input={names[name]}" for name in ("input", "context") if name in names.keys() - {asked}), "")
-    known = "; ".join(" and ".join(keys) for keys in FORMATS)
+    known = " or ".join("+".join(keys) for keys in FORMATS)
     raise DataError(
-        f"keys {sorted(fields)} are of no known shape; known are {known}; columns instruction={asked}{context},"
-        f"output={answer} renames them, or columns prompt={asked},completion={answer} for plain text; "
-        "in a CSV the first line must hold these names"
+        f"found the fields {sorted(fields)}, need {known}; give columns instruction={asked}{context},"
+        f"output={answer}, or columns prompt={asked},completion={answer} for plain text; "
+        "the first line of a CSV has to name its columns"
     )
 
 
@@ -133,14 +133,14 @@ def _as_conversation(messages: list[Fields], own: str, tools: list[Any] | None, 
     if has_system and messages[1:] and not text_of(messages[0]):  # an empty one is none, as where the model is asked
         return _as_conversation(messages[1:], own, tools, system)
     if own and has_system:
-        raise DataError(f"system: found {own!r:.60}, but the first message is a system prompt too; need one")
+        raise DataError(f"system: found {own!r:.60}, but the first message is a system prompt as well; leave one out")
     if has_system:
         messages = [{**messages[0], "role": "system"}, *messages[1:]]  # the name that templates know
     elif system := own or system:
         messages = [{"role": "system", "content": system}, *messages]
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise DataError("no message has role 'assistant': nothing to learn")
+        raise DataError("no message has role 'assistant', so there is no answer to train on")
     return Conversation(messages, tools, bool(thoughts_of(answers[-1])))
 
 
@@ -195,7 +195,7 @@ def _from_prompt_completion(fields: Fields) -> PromptCompletion | list[Fields]:
 def _from_text(fields: Fields) -> PromptCompletion:
     if "label" in fields:
         raise DataError(
-            "text, label: columns text=text learns only the text, prompt=text,completion=label the label; "
+            "text, label: found both; give columns prompt=text,completion=label to train on labels, or text=text; "
             f"classes: {in_recipe('classify_texts')}"
         )
     return PromptCompletion("", check_text(fields["text"], "text", is_target=True))

@@ -40,7 +40,7 @@ def locked(out: Path) -> Iterator[None]:
         owner = "another process"
         with suppress(OSError):  # it has just ended and removed its file
             owner = path.read_text(encoding="utf-8") or owner
-        raise TrainingError(f"{out}: {owner} is at work there") from error
+        raise TrainingError(f"{out}: {owner} is at work there; wait for it, or use another directory") from error
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written ({error.strerror})") from error
     for folder in (out, out / "checkpoints"):

@@ -184,12 +184,14 @@ def _check_run(
 ) -> tuple[Optimizer, dict[str, Any]]:
     """Check what `train` is given; return the optimizer, and a fingerprint if a checkpoint or other rank needs it."""
     if not torch.is_grad_enabled():
-        raise TrainingError("there are no gradients within no_grad or inference_mode; call train outside")
+        raise TrainingError(
+            "train was called inside torch.no_grad or inference_mode, where there are no gradients; call it outside"
+        )
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
     checkpoints.trained_adapters(model)
     if not len(dataset):
-        raise DataError("there are no examples to learn from")
+        raise DataError("there are no examples to train on")
     if loss is None:
         if not isinstance(getattr(model, "model", None), Decoder):
             raise TrainingError(

@@ -47,13 +47,14 @@ def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Itera
 
 
 def _select(row: Row, columns: Mapping[str, str]) -> Row:
-    missing = sorted({*columns.values()} - row.fields.keys())
-    if missing and row.fields.keys() >= columns.keys():
-        return row  # has the names already, as in a run's held_out.jsonl
+    missing = {column: name for name, column in columns.items() if column not in row.fields}
+    if missing and "wanted" in row.fields and row.fields.keys() >= columns.keys():
+        return row  # of a run's held_out.jsonl, which has the names already
     if missing:
-        close = difflib.get_close_matches(missing[0], row.fields, n=1)
+        column, name = min(missing.items())
+        close = difflib.get_close_matches(column, row.fields, n=1)
         advice = f"did you mean {close[0]!r}?" if close else f"found {sorted(row.fields)!s:.200}"
-        return replace(row, problem=row.problem or f"there is no column {missing[0]!r}; {advice}")
+        return replace(row, problem=row.problem or f"columns {name}={column}: there is no column {column!r}; {advice}")
     return replace(row, fields={name: row.fields[column] for name, column in columns.items()})
 
 

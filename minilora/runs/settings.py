@@ -40,19 +40,21 @@ class DataConfig:
         ConfigError: values of the wrong type, all of them in one message; or a value that cannot work.
     """
 
-    max_length: int = option(1024, "maximum tokens of a row; longer rows are cut, those of `text` into pieces")
-    train_on: TrainOn = option("completion", "labels: the last answer, every assistant turn, or all tokens")
+    max_length: int = option(
+        1024, "most tokens of a row; a longer row is cut off, a longer `text` into pieces; fewer take less memory"
+    )
+    train_on: TrainOn = option("completion", "what is trained on: the last answer, every answer, or all tokens")
     prompt_style: str = option(
         "auto",
-        "how a conversation is written: alpaca, instruction (alpaca without its preamble), or a .jinja file; "
-        "auto: the model's chat template, and for instruction rows without one, alpaca",
+        "how rows are written as text: alpaca, instruction (alpaca without its preamble), or your own .jinja file; "
+        "auto: by the model's chat template, or if it has none, alpaca for instruction rows",
     )
-    system: str | None = option(None, "system prompt of conversations that have none")
+    system: str | None = option(None, "system prompt for the rows that have none; the adapter keeps it")
     columns: Mapping[str, str] | None = option(
-        None, "which of your columns to use, e.g. instruction=question,output=answer"
+        None, "your names of the columns to use, e.g. instruction=question,output=answer; others are left out"
     )
     allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
-    skip_bad_rows: bool = option(False, "skip rows that cannot be used, and report them")
+    skip_bad_rows: bool = option(False, "skip rows that cannot be used and report them, instead of stopping")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -76,23 +78,23 @@ class TrainConfig:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
     """
 
-    learning_rate: float = option(2e-4, "peak learning rate of AdamW")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW; below 1B parameters also try 5e-4 and 1e-3")
     lr_scheduler: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "how the learning rate falls after the warm-up"
+        "cosine", "course of the learning rate after the warm-up"
     )
-    warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a fraction of all steps")
-    batch_size: int = option(4, "rows per step (with accumulation, per micro-batch)")
-    gradient_accumulation_steps: int = option(1, "micro-batches in a step")
-    epochs: float = option(1.0, "passes over the training rows")
-    max_steps: int | None = option(None, "stop after this many steps, regardless of --epochs")
+    warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a share of all steps")
+    batch_size: int = option(4, "rows computed at once; fewer take less memory")
+    gradient_accumulation_steps: int = option(1, "batches per update, whose gradients are added")
+    epochs: float = option(1.0, "passes over the training rows; a few hundred rows need 2 to 4")
+    max_steps: int | None = option(None, "train for this many steps, whatever the epochs")
     gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
         "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
     )
-    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
+    weight_decay: float = option(0.0, "AdamW's weight decay, only on matrices")
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
-    eval_steps: int | None = option(None, "evaluate every N steps, on validation or else held-out rows", REPORTING)
+    eval_steps: int | None = option(None, "evaluate every N steps, on validation rows or else held-out rows", REPORTING)
     keep: Literal["last", "best"] = option(
-        "last", "which weights are the result: the last, or the best of the evaluations", REPORTING
+        "last", "weights of the result: the last, or those with the lowest loss in an evaluation", REPORTING
     )
     save_steps: int | None = option(
         None,
@@ -101,7 +103,7 @@ class TrainConfig:
         REPORTING,
     )
     save_total_limit: int = option(2, "checkpoints to keep", REPORTING)
-    logging_steps: int = option(1, "steps between two lines of metrics.jsonl", REPORTING)
+    logging_steps: int = option(1, "write a line of metrics.jsonl every N steps", REPORTING)
     seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
 
     def __post_init__(self) -> None:
@@ -123,37 +125,37 @@ class RunConfig:
     model: str = option(BUILTIN, "directory of the base model, or org/name[@revision] on the Hugging Face Hub")
     data: tuple[str, ...] = option(
         (BUILTIN,),
-        "rows: .jsonl, .json, .csv or .tsv files, or .txt documents; a directory of documents, or with train.jsonl and "
-        "perhaps valid.jsonl and test.jsonl",
+        "training rows: .jsonl, .json, .csv or .tsv files, or .txt documents; or a directory of documents, or one with "
+        "train.jsonl and, if you like, valid.jsonl and test.jsonl",
     )
-    eval_data: str | None = option(None, "held-out rows: a file or a directory, as for --data", "data")
+    eval_data: str | None = option(None, "rows that are not trained on: a file or a directory, as for --data", "data")
     eval_split: float = option(
         0.05,
-        "share of the training rows to hold out where --data and --eval-data give none; with --keep best also where "
-        "they give only one of validation and test rows",
+        "share of the training rows to hold out, if --data and --eval-data have no held-out rows; with --keep best "
+        "also if they have only validation or only test rows",
         "data",
     )
-    out: str = option("minilora-run", "directory of the run")
+    out: str = option("minilora-run", "directory to write; the same command resumes the run in it")
     adapter: str | None = option(
         None,
         "adapter to continue training: a directory or hub id; gives rank, alpha, targets and, by default, the model",
         "adapter",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "number format of the base model; auto: the checkpoint's, where it is fast"
+        "auto", "number format of the base model; auto: the checkpoint's, or float32 where that is slow"
     )
     device: str = option("auto", "cpu, cuda or mps; auto: the best available")
-    shard: Literal["none", "base"] = option("none", "base: divide the frozen base among the processes of a run")
-    resume: Literal["auto", "never"] = option("auto", "continue the run in --out; never: refuse if there is one")
+    shard: Literal["none", "base"] = option("none", "base: divide the frozen base among the processes of torchrun")
+    resume: Literal["auto", "never"] = option("auto", "continue the run in --out, if there is one; never: refuse it")
     general_data: str = option(
         BUILTIN,
-        "general text on which the adapter's side effects are measured: data with a field `text`; none: skip this",
+        "text on which forgetting is measured: rows with a field `text`, or .txt files; none: do not measure it",
         REPORTING,
     )
     report: Literal["none", "tensorboard", "trackio", "wandb"] = option(
-        "none", "also send the metrics to a library that you have installed; tensorboard: to OUT/tensorboard", REPORTING
+        "none", "also send the metrics to this package, if installed; tensorboard: to OUT/tensorboard", REPORTING
     )
-    samples: int = option(20, "held-out rows for base and adapter to answer at the end", REPORTING)
+    samples: int = option(20, "number of held-out rows that base and adapter answer at the end", REPORTING)
 
     def __post_init__(self) -> None:
         check_types(self)
