@@ -74,7 +74,7 @@ def test_steps_rows_tokens_and_parameters_are_those_of_the_run(directory, dry_ru
     assert f"parameters: {share}" in text
 
 
-TEMPLATE = "the training rows are plain text, for which the model's chat template is not used"
+TEMPLATE = "the training rows are plain text, so the model's chat template is not used"
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
