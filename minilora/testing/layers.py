@@ -28,6 +28,7 @@ class Built(NamedTuple):
         """
         given, reached = self.given[name], leaves(y) if isinstance(y, Tensor) else []
         own = [*reached, *(self.layer.parameters() if hasattr(self.layer, "parameters") else ())]
+        own.sort(key=lambda part: part is not given and not isinstance(part, nn.Parameter))  # x may have equal numbers
         both = [(part, is_turned) for part in own for is_turned in ((False, True) if part.ndim == 2 else (False,))]
         both.sort(key=lambda each: (turned(*each).shape != given.shape, -each[0].numel()))
         rest, found = given.detach().flatten(), []

@@ -139,7 +139,8 @@ def not_a_number(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
 def frozen(make: Make, case: AdaptedLinear) -> Iterator[Comparison]:
     case = replace(case, mode="train") if case.mode in ("eval", "inference", "back") else case  # which may merge
     built, case = make_layer(make, case)
-    base = {name: built.parts(name) for name in ("W", "b") if name in built.given}
+    is_norm = case.method == "dora" and case.inner == 1  # where m = ‖W‖ may be W, and is trained
+    base = {name: [] if is_norm else built.parts(name) for name in ("W", "b") if name in built.given}
     x, y = backward(built.layer, case)
     trained = [leaf for leaf in leaves(y) if leaf is not x]
     more = sum(leaf.numel() for leaf in trained) - sum(built.given[name].numel() for name in FACTORS[case.method])
