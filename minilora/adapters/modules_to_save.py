@@ -47,7 +47,8 @@ class ModulesToSave(AdapterWrapper):
 
     def __getattr__(self, name: str) -> Any:
         """Forward unknown attributes to the module that acts."""
-        if self.__dict__.get("active") and name not in self._modules and not name.startswith("__"):
+        is_own = name.startswith("__") or name in self._modules or hasattr(type(self), name)
+        if self.__dict__.get("active") and not is_own:
             return getattr(self.active_adapters()[-1].copy, name)
         return super().__getattr__(name)
 

@@ -185,7 +185,10 @@ def _in_flags(message: str, options: Options) -> str:
 
 def address_of(page: str) -> str:
     """Return where a page of docs/ is: online if the installed release has an address, or else in the repository."""
-    urls = importlib.metadata.metadata("minilora").get_all("Project-URL") or []
+    try:
+        urls = importlib.metadata.metadata("minilora").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        urls = []
     home = next((url.partition(", ")[2] + "/blob/main/" for url in urls if url.startswith("Homepage, ")), "")
     return f"{home}docs/{page}.md"
 

@@ -34,8 +34,8 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--target",
         choices=get_args(MergeTarget),
-        help="for adapters of a 4-bit base, the weights to add them to: dequantized, the 4-bit weights "
-        "made dense (the default); original, the 16-bit weights; requantized, as dequantized, but saved in 4 bits",
+        help="the weights to add adapters to: dequantized, the 4-bit weights made dense (default after training on a "
+        "4-bit base); original, the 16-bit weights (otherwise); requantized, as dequantized, but saved in 4 bits",
     )
 
 

@@ -38,7 +38,7 @@ class Dataset(list[Example]):
     cut: set[str] = field(default_factory=set)
     truncated: int = 0
     unlabelled: int = 0
-    bad: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list, repr=False)
     conversations: int = 0
     quoted: int = 0
     dropped_thoughts: int = 0

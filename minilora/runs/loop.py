@@ -322,7 +322,7 @@ def _evaluate(
     model: nn.Module, loss: Callable[[Any, Any], Any], held_out: Sequence[Any], config: TrainConfig, is_text: bool
 ) -> dict[str, float]:
     """Return the loss and the metrics of held-out rows by their names in a record."""
-    sizes = [len(row.tokens) if is_text else 1 for row in held_out]
+    sizes = [len(row.tokens) for row in held_out] if is_text else [1] * len(held_out)
     groups = sampler.eval_groups(sizes, None if is_text else config.batch_size)
     return {f"eval_{name}": value for name, value in mean_loss(model, loss, held_out, groups, seed=config.seed).items()}
 

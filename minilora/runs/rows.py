@@ -48,7 +48,7 @@ def stream_rows(*paths: Path, columns: Mapping[str, str] | None = None) -> Itera
 
 def _select(row: Row, columns: Mapping[str, str]) -> Row:
     missing = {column: name for name, column in columns.items() if column not in row.fields}
-    if missing and "wanted" in row.fields and row.fields.keys() >= columns.keys():
+    if missing and row.fields.keys() >= {"prompt", "wanted", *columns}:
         return row  # of a run's held_out.jsonl, which has the names already
     if missing:
         column, name = min(missing.items())

@@ -84,7 +84,7 @@ class TrainConfig:
     )
     warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a share of all steps")
     batch_size: int = option(4, "rows computed at once; fewer take less memory")
-    gradient_accumulation_steps: int = option(1, "batches per update, whose gradients are added")
+    gradient_accumulation_steps: int = option(1, "batches per update; their gradients act as those of one large batch")
     epochs: float = option(1.0, "passes over the training rows; a few hundred rows need 2 to 4")
     max_steps: int | None = option(None, "train for this many steps, whatever the epochs")
     gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
