@@ -163,6 +163,24 @@ def test_what_is_learned_follows_from_the_seed_and_no_global_random_state(dropou
     assert not torch.equal(run(1, seed=3), run(1, seed=4))
 
 
+def test_a_loss_of_ones_own_reads_each_held_out_row_once_and_only_as_many_as_there_are():
+    asked = []
+
+    class Held:  # random access only: no index is an error
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return torch.tensor([float(index)])
+
+    def loss(model, rows):
+        return sum(model(row).square().sum() for row in rows), len(rows)
+
+    ml.train(torch.nn.Linear(1, 1), [torch.ones(1)], None, None, Held(), loss=loss)
+    assert sorted(asked) == [0, 1, 2]
+
+
 def test_a_loss_that_raises_leaves_the_random_state_of_pytorch_as_it_was():
     def fail(model, rows):
         torch.rand(1)

@@ -54,6 +54,14 @@ def test_errors_name_the_page_at_the_address_of_the_release(monkeypatch, capsys)
         assert capsys.readouterr().err.endswith(f"; see {place}docs/settings.md\n")
 
 
+def test_a_checkout_that_is_not_installed_names_the_page_in_the_repository(monkeypatch):
+    def metadata(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", metadata)
+    assert cli.address_of("settings") == "docs/settings.md"
+
+
 def test_a_release_has_one_version(tree):
     changes = Path(tree, "CHANGELOG.md")
     version = re.search(r'__version__ = "(.+)"', (tree / "minilora/__init__.py").read_text("utf-8"))[1]
