@@ -122,7 +122,7 @@ class AdapterWrapper(nn.Module, ABC):
             return super().__getattr__(name)
         except AttributeError:
             if name == "base" or name.startswith("__") or hasattr(type(self), name):
-                raise  # for the last, it is an error inside a property
+                raise  # also an error inside a property, which looks like a missing one
             return getattr(self.base, name)
 
 

@@ -244,10 +244,8 @@ def _token_rows(
                     f"for more rows, {in_recipe('new_tokens')}"
                 )
             tokens[path] = ids
-    rows = {}
-    for path, ids in tokens.items():
-        start = modules[path].weight.detach()[list(ids)]
-        rows[path] = TokenRows(ids, nn.Parameter(copy_in_dtype({"rows": start}, dtype)["rows"]))
+    starts = copy_in_dtype({path: modules[path].weight.detach()[list(ids)] for path, ids in tokens.items()}, dtype)
+    rows = {path: TokenRows(ids, nn.Parameter(starts[path])) for path, ids in tokens.items()}
     for path, ids in tokens.items():
         if not is_embedding(modules[path]) or embedding not in (None, path):
             continue

@@ -128,8 +128,7 @@ def train(
         processes.broadcast_(checkpoints.trained_tensors(model).values())
         state, best, damaged = _resume(model, optim, run, total, folder, limit)
         resumed_from = state.step
-        finished = state.step == total
-        stopped = False
+        stopped, finished = False, state.step == total
         saved = time.perf_counter()
         started = saved - state.seconds
         while not (stopped or finished):
@@ -288,15 +287,15 @@ def _step(
     loss: LossOfRows,
     adapters: Mapping[str, LoraAdapter],
     config: TrainConfig,
-    number: int,
+    done: int,
 ) -> Record:
-    """Make one optimizer step as `training.train_step`, with micro-batches of all ranks; return its record."""
+    """Make one optimizer step as `training.train_step`, after `done` others, with all ranks; return its record."""
     device = next(model.parameters()).device
     measured: list[Metrics] = []
 
     def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
         sampler.seed_micro_batch(device, adapters, config.seed, batch.number)
-        part, count, metrics = loss(model, batch.rows, step=number + 1)
+        part, count, metrics = loss(model, batch.rows, step=done + 1)
         measured.append(metrics if batch.is_counted else {})
         return (part, count) if batch.is_counted else (0 * part, 0)
 
@@ -305,10 +304,10 @@ def _step(
     processes.all_reduce_([*(p.grad for p in model.parameters() if p.grad is not None), total])
     tokens = sum(len(getattr(row, "tokens", ())) for batch in batches if batch.is_counted for row in batch.rows)
     count, tokens = map(sum, zip(*processes.all_gather((count, tokens)), strict=True))
-    with sampler.kept_random_state(device, f"{config.seed}/step {number}"):  # the optimizer may draw
+    with sampler.kept_random_state(device, f"{config.seed}/step {done}"):  # the optimizer may draw
         step = update(optimizer, total, count, config.max_grad_norm)
     return {
-        "step": number + 1,
+        "step": done + 1,
         "loss": step.loss,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "grad_norm": step.grad_norm,

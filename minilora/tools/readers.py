@@ -19,7 +19,7 @@ from minilora.models.bitsandbytes import weight_shapes
 from minilora.models.config import is_wrapper, text_config, text_files, text_name, text_path
 
 READS, IGNORES, REFUSES = RULINGS = "reads", "ignores", "refuses"  # ignores: loads the rest as if this were not there
-R, S, X = RULINGS  # in the table below
+R, S, X = RULINGS  # reads, skips, refuses: for the table below
 RIGHT = "acts as trained"
 COLUMNS = ("minilora", "PEFT", "vLLM", "mlx-lm", "llama.cpp")
 LOW_RANK, MORE = "A and B, copies of the base's weight", "bias, lora_bias, modules_to_save, trainable_token_indices"
