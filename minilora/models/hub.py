@@ -46,7 +46,7 @@ def fetch(name_or_path: str | Path, kind: Kind) -> Path:
 
 
 def locate(name_or_path: str | Path, kind: Kind) -> Location:
-    """Return the `Location` that a name means; download it if it is a repository of the Hub, as a `Path` never is."""
+    """Return the `Location` that a name means; a repository of the Hub is downloaded. A `Path` never is one."""
     name, path = str(name_or_path), Path(name_or_path)
     if not name:
         raise FormatError("the name is empty; leave it out, or name something")

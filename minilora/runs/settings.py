@@ -86,7 +86,7 @@ class TrainConfig:
     batch_size: int = option(4, "rows computed at once; fewer take less memory")
     gradient_accumulation_steps: int = option(1, "batches per update; their gradients act as those of one large batch")
     epochs: float = option(1.0, "passes over the training rows; a few hundred rows need 2 to 4")
-    max_steps: int | None = option(None, "train for this many steps, whatever the epochs")
+    max_steps: int | None = option(None, "train for this many steps; epochs is then ignored")
     gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
         "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
     )
