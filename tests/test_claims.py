@@ -176,17 +176,18 @@ def planned_mean(run, key, unit=1e-4):
 
 
 def sizes():
-    for run in results("sizes") + results("sizes_smollm2"):
+    for run in results("sizes") + results("sizes_smollm2") + results("sizes_gemma3"):
         loss, exact, kl = (planned_mean(run, key, unit) for key, unit in (("loss", 1e-4), ("exact", 1), ("kl", 1e-4)))
         tried = ", ".join(
             f"{rate:g}: {valid:.3f}" for rate, valid in sorted((float(r), v) for r, v in run["valid"].items())
         )
         yield f"| {run['rows']:,} | {run['method']} | {tried} | {run['rate']} | {loss} | {exact} | {kl} |"
     ratio = {}
-    for name in ("sizes", "sizes_smollm2"):
+    for name in ("sizes", "sizes_smollm2", "sizes_gemma3"):
         rates = {(run["rows"], run["method"]): run["rate"] for run in results(name)}
         (ratio[name],) = {round(rate / rates[rows, "full"], 6) for (rows, of), rate in rates.items() if of == "LoRA"}
-    yield f"{ratio['sizes']:g} times in the built-in model at each of three sizes, {ratio['sizes_smollm2']:g} times in"
+    yield f"{ratio['sizes']:g} times in the built-in model at each of three sizes, {ratio['sizes_smollm2']:g} times in SmolLM2, {ratio['sizes_gemma3']:g} times in Gemma 3"
+    yield f"between {min(ratio.values()):g} and {max(ratio.values()):g} times"
 
 
 def equal():
@@ -331,7 +332,7 @@ def test_the_verdicts_are_those_of_the_rule(verdicts):
         word, more, half, compared, claim = re.fullmatch(r"(\D+?) +([+-]\S+) ± (\S+) +(.+?)  +(.+)", line).groups()
         sections = [" ".join(section.split("\n#")[0].split()) for section in page.split(f"### {claim}\n")[1:]]
         if where := re.search(
-            r"(?:SmolLM2, )?[\d,]+ (?:rows|steps|seeds)$|(?:rate|rank) [\d.]+$|chosen rates$", compared
+            r"(?:SmolLM2, |Gemma 3, )?[\d,]+ (?:rows|steps|seeds)$|(?:rate|rank) [\d.]+$|chosen rates$", compared
         ):
             section = next((each for each in sections if f"{where[0]}: {more} ± {half}, {word}" in each), "")
             assert section, line

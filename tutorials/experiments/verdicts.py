@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a planned file: its method, and where
     "sizes": lambda run: (run["method"], f"{run['rows']:,} rows"),
     "sizes_smollm2": lambda run: (run["method"], f"SmolLM2, {run['rows']:,} rows"),
+    "sizes_gemma3": lambda run: (run["method"], f"Gemma 3, {run['rows']:,} rows"),
     "10_equal": lambda run: (run["method"], f"{run['rows']:,} rows"),
     "10_replay": lambda run: (
         f"{run['remedy']} {run['rows']}",
