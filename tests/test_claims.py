@@ -186,7 +186,8 @@ def sizes():
     for name in ("sizes", "sizes_smollm2", "sizes_gemma3"):
         rates = {(run["rows"], run["method"]): run["rate"] for run in results(name)}
         (ratio[name],) = {round(rate / rates[rows, "full"], 6) for (rows, of), rate in rates.items() if of == "LoRA"}
-    yield f"{ratio['sizes']:g} times in the built-in model at each of three sizes, {ratio['sizes_smollm2']:g} times in SmolLM2, {ratio['sizes_gemma3']:g} times in Gemma 3"
+    small, large = (f"{ratio[name]:g} times in" for name in ("sizes_smollm2", "sizes_gemma3"))
+    yield f"{ratio['sizes']:g} times in the built-in model at each of three sizes, {small} SmolLM2, {large} Gemma 3"
     yield f"between {min(ratio.values()):g} and {max(ratio.values()):g} times"
 
 

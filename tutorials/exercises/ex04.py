@@ -22,7 +22,9 @@ def lora_backward(dy: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: flo
 
 
 def share_seen(G: Tensor, A: Tensor, B: Tensor) -> float:
-    """The share of the energy of G that the rows of A or the columns of B see; no row, and no column, is a mixture of others.
+    """The share of the energy of G that the rows of A or the columns of B see.
+
+    No row of A is a mixture of its others, and no column of B.
 
     Shapes: G (out, in), A (r, in), B (out, r)
     """
