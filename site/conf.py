@@ -2,6 +2,7 @@
 
     pip install -e '.[site]' && python -m sphinx -W -b html site _site          # open _site/index.html
     python -m sphinx -W -b singlehtml site _print                               # one page, to print
+    python -m sphinx -W -t class -b html site _class                            # without solutions and answers
 
 The sources are the Markdown and the Python of the checkout; `pages.py` copies them into the folder of the build.
 """

@@ -22,6 +22,7 @@ CODE_OR_LINK = re.compile(r"^(`{3,}).*?^\1$|(?<=\]\()(?!\w+:)([^)\s#]+)(#[^)\s]*
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
 MYST = re.compile(r"^<!-- site: .*?\n(.*?)^-->", re.DOTALL | re.MULTILINE)  # what a forge would show as it is written
 PREDICTED = re.compile(r"^<!-- (?:[^\n]* )?predict -->\n(```.*?^```\n)\n(```text\n.*?^```\n)", re.DOTALL | re.MULTILINE)
+SOLUTION = re.compile(r"^<details><summary>(?:Solution|Answers)</summary>\n.*?^</details>\n", re.DOTALL | re.MULTILINE)
 COST = re.compile(r"^\*Reads in .*\*$", re.MULTILINE)  # at the head of a chapter
 NOTEBOOK = '<a href="../notebooks/{}.ipynb" download>As a notebook</a>, without the solution.'
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", "": "sh"}
@@ -39,6 +40,7 @@ def collect(app: Sphinx, config: Config) -> None:
         text = texts[path].replace("> [!IMPORTANT]\n", "")  # known to GitHub alone; the box stays
         text = MYST.sub(r"\1", text)
         text = PREDICTED.sub(r"\1\n<details><summary>What came out</summary>\n\n\2\n</details>\n", text)
+        text = SOLUTION.sub("", text) if "class" in app.tags else text
         text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", text)
         text = CODE_OR_LINK.sub(lambda link, page=path: _link(link, page, texts), text)
         if path.match("tutorials/[01A][0-9]_*.md"):

@@ -78,12 +78,13 @@ from pathlib import Path
 found = importlib.util.find_spec("minilora")
 runner = Path(found.origin).parents[1] / "tutorials" / "run.py" if found else None
 if runner is None or not runner.is_file():
-    raise SystemExit("In a checkout of minilora: pip install -e '.[plot,parity,notebooks]'. Then restart the kernel.")
+    raise SystemExit("In a checkout of minilora: pip install -e '.[plot,notebooks]'. Then restart the kernel.")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.chdir(tempfile.mkdtemp())
 runpy.run_path(str(runner))["link_checkout"]()
 if not Path("smollm2").exists():
-    print("Chapter 2 needs SmolLM2: python scripts/pretrained.py smollm2 smollm2, in the checkout")
+    print("Chapter 2 needs SmolLM2: in the checkout, pip install -e '.[parity]', then")
+    print("python scripts/pretrained.py smollm2 smollm2")
 """
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "minilora",  # with this and without a date, the bytes depend on the numbers and on matplotlib alone

@@ -14,8 +14,8 @@ WIDTHS = (390, 1400)
 pytestmark = pytest.mark.site
 
 
-def build(builder: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", builder, str(ROOT / "site"), str(folder)]
+def build(builder: str, folder: Path, *options: str) -> Path:
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", *options, "-b", builder, str(ROOT / "site"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
@@ -108,13 +108,16 @@ def test_equations_keep_their_words_apart_and_code_stays_code(site, open_page):
     assert "for step, rows in enumerate(steps):\n    optimizer" in "".join(page.locator("pre").all_text_contents())
 
 
-def test_the_print_version_is_one_page_without_controls(tmp_path, open_page):
-    page = open_page(build("singlehtml", tmp_path) / "index.html")
+def test_the_print_version_is_one_page_without_controls_and_for_a_class_without_answers(tmp_path, open_page):
+    page = open_page(build("singlehtml", tmp_path, "-t", "class") / "index.html")
     page.emulate_media(media="print")
     assert {"1. A LoRA layer in 30 lines", "10. Did it forget?"} <= set(page.locator("h2").all_inner_texts())
     assert not page.get_by_text("Skip to content").is_visible()
     assert page.locator("details:not([open]) pre").first.evaluate("element => element.checkVisibility()")
     assert not page.get_by_text("[!IMPORTANT]").count()
+    folds = page.locator("summary").all_inner_texts()
+    assert "Hint 1" in folds
+    assert not {"Solution", "Answers"} & {*folds}
 
 
 def test_chapters_hold_the_explorables_and_the_site_holds_the_explorer(site, open_page):
