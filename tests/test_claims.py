@@ -268,12 +268,16 @@ def rule():
     for steps in (10, 400):
         low, high = (statistics.mean(run["log2"] for run in runs[steps, alpha]) for alpha in (64, 4))
         yield f"The rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
-    (low, far), (high, near) = (
-        [statistics.mean(run[key] for run in each["runs"]) for key in ("log2", "moved")]
-        for each in sorted(results("05_rule_start"), key=lambda run: -run["alpha"])
-    )
-    yield f"A moves {near:.1f} and {far:.1f} times its start in 100 steps"
-    yield f"the rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
+    for name, told in (
+        ("05_rule_usual", "A has moved {:.1f} and {:.2f} times its start"),
+        ("05_rule_start", "A moves {:.1f} and {:.1f} times its start in 100 steps"),
+    ):
+        (low, far), (high, near) = (
+            [statistics.mean(run[key] for run in each["runs"]) for key in ("log2", "moved")]
+            for each in sorted(results(name), key=lambda run: -run["alpha"])
+        )
+        yield told.format(near, far)
+        yield f"the rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
 
 
 STORED = (
