@@ -31,8 +31,9 @@ def row(name: str) -> list[str]:
     """Return a model, the bytes of its weights, and the peak of LoRA and of QLoRA in each dtype."""
     config, training = parse_config(MODELS[name]), ml.TrainConfig(gradient_checkpointing="block")
     cells = [f"`{name}`", amount(2 * sum(p.numel() for p in build_on_meta(config).parameters()))]
-    for dtype, quantize in product((torch.float32, torch.bfloat16), ("none", "nf4")):
-        about = (ml.LoraConfig(), training, ml.QuantizeConfig(quantize), dtype, torch.device("cpu"))
+    bases = (ml.QuantizeConfig("none"), ml.QuantizeConfig("nf4"))
+    for dtype, base in product((torch.float32, torch.bfloat16), bases):
+        about = (ml.LoraConfig(), training, base, dtype, torch.device("cpu"))
         cells.append(amount(forecast(Plan(config, *about, [(256, 256)] * 4))["block"].peak))
     return cells
 

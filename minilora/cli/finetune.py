@@ -2,9 +2,9 @@
 
 The model is measured before and after. Without --model and --data, a built-in
 model and data are used, with --learning-rate 0.002, --batch-size 16 and
---epochs 4, and it takes about a minute. --dry-run shows the rows, labels, steps
-and memory of a run. Give the same command again to continue a run that was
-stopped.
+--epochs 4, and it takes about a minute. --dry-run shows the rows, labels,
+steps and memory of a run. Give the same command again to continue a run that
+was stopped.
 
 Example:
   minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run
