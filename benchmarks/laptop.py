@@ -1,7 +1,9 @@
-"""`python -m benchmarks.laptop`: the table of docs/laptop.md, the forecast memory of models of 0.1 to 3 billion.
+"""`python -m benchmarks.laptop`: the table of docs/laptop.md, the forecast memory of models of 0.1 to 7 billion.
 
-A batch has 4 rows of 256 tokens, in bfloat16, with recomputed blocks.
+A batch has 4 rows of 256 tokens, with recomputed blocks, in float32 and in bfloat16.
 """
+
+from itertools import product
 
 import torch
 
@@ -21,18 +23,21 @@ MODELS = {
     "meta-llama/Llama-3.2-1B-Instruct": {**SMOLLM2, **sizes(2048, 8192, 16, 32, 8, 128_256), "rope_parameters": LLAMA3},
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": {**SMOLLM2, **sizes(2048, 8192, 24, 32, 32, 49_152)},
     "Qwen/Qwen2.5-3B-Instruct": {"model_type": "qwen2", **sizes(2048, 11_008, 36, 16, 2, 151_936), **TIED},
+    "Qwen/Qwen2.5-7B-Instruct": {"model_type": "qwen2", **sizes(3584, 18_944, 28, 28, 4, 152_064)},
 }
 
 
 def row(name: str) -> list[str]:
-    """Return a model, the bytes of its weights, and the peak of LoRA and of QLoRA."""
+    """Return a model, the bytes of its weights, and the peak of LoRA and of QLoRA in each dtype."""
     config, training = parse_config(MODELS[name]), ml.TrainConfig(gradient_checkpointing="block")
     cells = [f"`{name}`", amount(2 * sum(p.numel() for p in build_on_meta(config).parameters()))]
-    for quantize in ("none", "nf4"):
-        about = (ml.LoraConfig(), training, ml.QuantizeConfig(quantize), torch.bfloat16, torch.device("cpu"))
+    bases = (ml.QuantizeConfig("none"), ml.QuantizeConfig("nf4"))
+    for dtype, base in product((torch.float32, torch.bfloat16), bases):
+        about = (ml.LoraConfig(), training, base, dtype, torch.device("cpu"))
         cells.append(amount(forecast(Plan(config, *about, [(256, 256)] * 4))["block"].peak))
     return cells
 
 
 if __name__ == "__main__":
-    print(results.table(("model", "on disk", "LoRA", "QLoRA"), list(map(row, MODELS))))
+    head = ("model", "on disk", "LoRA", "QLoRA", "LoRA, bfloat16", "QLoRA, bfloat16")
+    print(results.table(head, list(map(row, MODELS))))

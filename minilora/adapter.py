@@ -146,7 +146,9 @@ def inject_adapter(model: nn.Module, layers: Mapping[str, AdapterWrapper], name:
     for path, layer in layers.items():
         if path in held and type(layer) is not type(held[path]):
             others = sorted(held[path].adapters)
-            raise TargetError(f"{path}: adapters {others} change it in another way; delete them")
+            raise TargetError(
+                f"{path}: adapters {others} wrap it by another class; delete them first"
+            )
         hooks = layer.base._forward_hooks or layer.base._forward_pre_hooks
         if hooks and isinstance(layer, LoraLinear):
             raise TargetError(f"{path}: has hooks, which an adapter would skip")
@@ -260,7 +262,8 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
     r, scale = len(first.lora_A), first.scale
     kinds = [(len(a.lora_A), a.scale, a.bias, a.lora_bias) for a in (first, *others)]
     if any(kind != (r, scale, None, None) for kind in kinds):
-        raise TargetError(f"{name!r} has biases, several ranks or scales; see `ml.save_adapter`")
+        problem = "has biases, or several ranks or scales, which this function does not write"
+        raise TargetError(f"{name!r} {problem}; use `ml.save_adapter`")
     config = {"peft_type": "LORA", "r": r, "lora_alpha": scale * r, "lora_dropout": first.dropout.p}
     config["use_dora"] = first.magnitude is not None
     config["target_modules"] = sorted({where.rpartition(".")[2] for where in layers})

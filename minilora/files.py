@@ -295,7 +295,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     files = read_json(path).get("files")
     if not isinstance(files, dict) or any(Path(name).name != name for name in files):
-        raise FormatError(f'{path}: is no manifest: need {{"files": …}}, an object of plain file names')
+        raise FormatError(f'{path}: is not a manifest: need {{"files": …}}, an object of plain file names')
     return files
 
 
@@ -308,7 +308,8 @@ def changed_files(directory: Path, names: Iterable[str] | None = None) -> list[s
 def verify(directory: Path, names: Iterable[str] | None = None) -> None:
     """Raise a `FormatError` if there are `changed_files`."""
     if changed := ", ".join(changed_files(directory, names)):
-        raise FormatError(f"{directory}: not as it was written: {changed}; if on purpose, remove its {MANIFEST}")
+        problem = f"changed since minilora wrote it: {changed}"
+        raise FormatError(f"{directory}: {problem}; if you changed it on purpose, remove its {MANIFEST}")
 
 
 def _entry(path: Path) -> dict[str, Any] | None:

@@ -13,6 +13,13 @@ from typing import Any, TypeVar
 from minilora.errors import ConfigError
 
 C = TypeVar("C", bound=type)
+WORDS = {  # of types, singular and plural
+    str: ("text", "texts"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    types.NoneType: ("None", "None"),
+}
 FLOAT = 1e30  # the largest number that is not whole
 
 
@@ -80,10 +87,15 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= FLOAT
 
 
-def in_words(hint: Any) -> str:
-    """Return the name of an annotated type for a message."""
+def in_words(hint: Any, is_plural: bool = False) -> str:
+    """Return an annotated type in words for a message, without Python's names."""
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {list(typing.get_args(hint))}"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(map(in_words, typing.get_args(hint)))
-    return "None" if hint is types.NoneType else re.sub(r"<class '|'>|\w+\.(?=\w)", "", str(hint))
+    if typing.get_origin(hint) is tuple:
+        return ("lists of " if is_plural else "a list of ") + in_words(typing.get_args(hint)[0], is_plural=True)
+    if typing.get_origin(hint) is Mapping:
+        return f"names with {in_words(typing.get_args(hint)[1], is_plural=True)}"
+    other = re.sub(r"<class '|'>|\w+\.(?=\w)", "", str(hint))
+    return WORDS.get(hint, (other, other))[is_plural]

@@ -105,7 +105,8 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     there are no losses, this is a DataError.
     """
     if not count:
-        raise DataError("the loss counts nothing in a step; does max_length cut the answers off?")
+        problem = "no token of a step has a label (the loss returned the count 0)"
+        raise DataError(f"{problem}; does max_length cut the answers off?")
     parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.grad /= count

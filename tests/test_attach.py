@@ -300,7 +300,7 @@ IN_FULL = {"modules_to_save": ["layers.0.mlp"]}, {"target_modules": ["up_proj"]}
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
-        *((*pair, "embed_tokens: adapters .* change it in another way") for pair in permutations(KINDS, 2)),
+        *((*pair, "embed_tokens: adapters .* wrap it by another class") for pair in permutations(KINDS, 2)),
         *((*pair, r"up_proj: is in .*mlp, which an adapter trains in full") for pair in permutations(IN_FULL)),
     ],
 )

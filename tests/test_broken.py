@@ -5,6 +5,7 @@ import json
 import pytest
 
 import minilora as ml
+from minilora.runs.rows import TABLE as NEED
 from tests.text import CHATML, CLOSE
 
 CHAT = {"template": CHATML, "eos": CLOSE}
@@ -13,7 +14,7 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 SYSTEM = {"role": "system", "content": "c"}
 KNOWN = "messages or conversations or instruction+output or prompt+completion or text"
 CODEC = "'utf-8' codec can't decode byte"
-TABLE = "; need CSV in UTF-8, quoted as Excel writes it"
+TABLE = f"; need {NEED}"
 FILES = {  # content, and how the message goes on
     "empty.jsonl": ("", ": there are no rows"),
     "bad-utf-8.jsonl": (f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}\n', f":2: this line: not JSON ({CODEC} 0xe9"),
@@ -34,7 +35,7 @@ FILES = {  # content, and how the message goes on
     "columns-of-one-name.csv": ("prompt,prompt\na,b\n", ":1: the first row has to name the columns, each once; found"),
     "too-many-cells.csv": (
         'prompt,completion\n\n"a\nb",c\nd,e,f\n',
-        ":5: found 3 cells, need 2, as in the first row; quote text with commas",
+        ":5: found 3 cells, need 2, as in the first row; put text with commas in quotes",
     ),
     "too-few-cells.tsv": ("prompt\tcompletion\na\tb\nc d\n", ":3: found 1 cells, need 2"),
     "unclosed-quote.csv": (f'prompt,completion\na,b\n"c,d\n{"e,f" * 99}', f":3: unexpected end of data{TABLE}"),
@@ -146,5 +147,5 @@ def test_bad_rows_are_refused_with_their_field_and_skipped_where_that_is_asked_f
 def test_where_no_row_is_left_the_first_bad_one_is_told(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text('"a"\n"b"\n')
-    with pytest.raises(ml.DataError, match=r"2 were skipped, the first: .*rows\.jsonl:1: this line: found a JSON str"):
+    with pytest.raises(ml.DataError, match=r"rows\.jsonl:1: this line: found a JSON str.*; no row of 2 can be used"):
         ml.load_dataset(path, tokenizer(**CHAT), ml.DataConfig(skip_bad_rows=True))

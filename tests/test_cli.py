@@ -299,8 +299,11 @@ def test_flags_go_on_top_of_the_configuration_file(tmp_path_factory, training, b
 
 def test_a_wrong_key_or_a_value_of_the_wrong_type_in_a_configuration_file_is_named(tmp_path, capsys):
     for text, phrase in (
-        ("lora_r = 2.5\nuse_rslora = 1", "minilora: --lora-r is 2.5, need int; --use-rslora is 1, need bool"),
-        ("learning_rate = true", "--learning-rate is True, need float"),
+        (
+            "lora_r = 2.5\nuse_rslora = 1",
+            "minilora: --lora-r is 2.5, need a whole number; --use-rslora is 1, need true or false",
+        ),
+        ("learning_rate = true", "--learning-rate is True, need a number"),
         ('resume = "maybe"', "--resume is 'maybe'"),
         ("target_modules = [1]", "--target-modules is (1,)"),
         ("lerning_rate = 1", "key 'lerning_rate' is unknown; did you mean learning_rate?"),
@@ -439,7 +442,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --lora-r=0 --lora-dropout=2", "; --lora-dropout is 2.0, need"),
         ("finetune --keep=best", "needs --eval-steps"),
         ("finetune --epochs=0 --seed=-1", "; --seed is -1, need a whole number"),
-        ("finetune --model=model --data=data --eval-data=many.jsonl", "have a test split already"),
+        ("finetune --model=model --data=data --eval-data=many.jsonl", "has a test split already"),
         ("finetune --model=model --data=data --eval-data=many.jsonl", "leave --eval-data out"),
         ("finetune --model=model --data=lora_r.csv", "lora_r.csv:2: found the fields"),
         ("finetune --model=model --data=lora_r.csv", "; give --columns instruction=Frage,output=Antwort,"),
@@ -456,7 +459,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("eval --model=model --data=", "no such file or directory"),
         ("merge --adapter=adapter --out=model", "model: holds files; give another --out; see docs/deploy.md"),
-        ("eval --model=model --data=many.jsonl --metric=choice", "needs few distinct answers"),
+        ("eval --model=model --data=many.jsonl --metric=choice", "needs 2 to 64 distinct answers"),
     ):
         out, err = run(*words.split(), status=1)
         assert out == ""

@@ -281,7 +281,7 @@ def test_what_cannot_work_is_told_in_one_line(refused):
         (["--prompt=a", "--compare-base"], "--compare-base needs --adapter"),
         (["--prompt=a", *["--adapter=model-adapter"] * 2], "give one --adapter"),
         (["--prompt=a", "--system=b"], "--prompt: system: found 'b', but plain text has no place"),
-        (["--prompt=a", "--top-p=2"], "--top-p 2.0"),
+        (["--prompt=a", "--top-p=2"], "--top-p is 2.0"),
         (["--prompt=\udcff"], "found U+DCFF, which is not a character"),
     ):
         assert phrase in refused(*words)

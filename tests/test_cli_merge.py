@@ -81,10 +81,10 @@ def test_a_changed_config_is_said_and_obeyed_and_changed_weights_are_refused(
     assert {layer.adapters["default"].scale for layer in adapter_layers(model).values()} == {6.0}
     shown = run("inspect", copy, status=1).out
     assert re.search(r"config\.lora_alpha +12\n", shown)
-    assert f"{config}: not as it was written\n" in shown
+    assert f"{config}: changed since minilora wrote it\n" in shown
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert f"{copy}: not as it was written: adapter_model.safetensors; " in run(*words, status=1).err
+    assert f"{copy}: changed since minilora wrote it: adapter_model.safetensors; " in run(*words, status=1).err
 
 
 def test_a_changed_file_of_the_model_is_said(directory, tmp_path, capsys):

@@ -146,13 +146,23 @@ LEFT_OUT = {  # what the messages are that ask, the answer, and a template leave
         R1,
         [QUESTION, LOOK, FOUND],
         answer("it rains"),
-        "(what message 2 says|the tool calls of message 1)",
+        "(the content of message 2|the tool calls of message 1)",
     ),
-    "system prompt": (NO_SYSTEM, [{"role": "system", "content": "c"}, QUESTION], answer("b"), "what message 0 says"),
+    "system prompt": (
+        NO_SYSTEM,
+        [{"role": "system", "content": "c"}, QUESTION],
+        answer("b"),
+        "the content of message 0",
+    ),
     "calls": (CHATML, [QUESTION], answer(None, tool_calls=[CALL]), "the tool calls of message 1"),
     "a second call": (FIRST_CALL, [QUESTION], answer("a", tool_calls=[CALL] * 2), "the tool calls of message 1"),
     **{
-        f"{field} {i}": (template, [QUESTION], answer("b", **{field: "hm"}), "what message 1 says, or its thoughts")
+        f"{field} {i}": (
+            template,
+            [QUESTION],
+            answer("b", **{field: "hm"}),
+            "the content of message 1, or its thoughts",
+        )
         for field in ("reasoning", "thinking", "reasoning_content")
         for i, template in enumerate((CHATML, GEMMA))
     },
@@ -251,7 +261,7 @@ def test_the_end_of_thoughts_is_learned_where_there_are_thoughts_and_nowhere_els
 @pytest.mark.parametrize("begin", ["", DEMANDING])
 def test_a_template_that_asks_for_the_next_answer_after_each_is_refused(tokenizer, begin, train_on):
     always = begin + LLAMA3.replace("{% if add_generation_prompt %}", "{% if true %}")  # as that of Command A
-    with pytest.raises(ml.DataError, match="ends a conversation as it asks for an answer"):
+    with pytest.raises(ml.DataError, match="ignores add_generation_prompt"):
         encoded({"messages": conversation([("a", "b")], "c")}, tokenizer(template=always), train_on)
 
 
@@ -268,7 +278,7 @@ FIRST_ONLY = APART.replace("m.role == 'assistant'", "loop.index == 2")
 def test_a_template_that_asks_with_another_header_than_it_writes_is_refused(tokenizer):
     said = "{{ '\\n\\nBOT: ' if m.role == 'assistant' else '\\nUSER: ' }}{{ m.content }}"
     other = f"{{% for m in messages %}}{said}{{% endfor %}}{{{{ '\\nBOT:' if add_generation_prompt }}}}"
-    with pytest.raises(ml.DataError, match="does not begin the last answer as it asks for one"):
+    with pytest.raises(ml.DataError, match="begins the last answer with other text than it asks with"):
         texts_of([QUESTION, answer("a")], tokenizer(template=other))
 
 

@@ -193,7 +193,7 @@ def test_an_answer_that_a_template_rewrites_later_is_refused_for_assistant(token
     chosen = tokenizer(template=template, eos=CLOSE)
     question, _, *rest = conversation([("a", "b"), ("f", "ghi")])
     row = {"messages": [question, {"role": "assistant", **answer}, *rest]}
-    with pytest.raises(ml.DataError, match=r"here:7: .*message 1, .*differently.*train_on completion"):
+    with pytest.raises(ml.DataError, match=r"here:7: .*message 1 .*differently.*train_on completion"):
         encoded(row, chosen, "assistant", "here:7")
     found = encoded(row, chosen)
     assert chosen.decode(answer_of(found), skip_special_tokens=False) == f"{last}{CLOSE}\n"

@@ -34,7 +34,7 @@ def one_by_one(rows, tokenizer, config):
                 raise ml.DataError(row.problem)
             whole, is_quoted, _ = label_row(parse_row(row.fields, config.system), tokenizer, config)
             if not whole.labelled:
-                raise ml.DataError("it has no token that can be predicted, so there is nothing to train on")
+                raise ml.DataError("no token of the row can be predicted, so there is nothing to train on")
         except ml.DataError as error:
             bad.append(f"{row.source}: {error}")
             continue

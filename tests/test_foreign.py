@@ -271,7 +271,7 @@ def test_rows_that_a_resumed_run_could_not_tell_apart_are_refused_where_checkpoi
 def test_a_loss_that_counts_nothing_or_is_not_finite_and_training_without_gradients_are_refused():
     for count, where in ((lambda model: 0, "a step"), (lambda model: model.training, "the held-out rows")):
         given = lambda model, rows, count=count: (loss(model, rows)[0], int(count(model)))  # noqa: E731
-        with pytest.raises(ml.DataError, match=f"counts nothing in {where}"):
+        with pytest.raises(ml.DataError, match=rf"no token of {where} has a label \(the loss returned the count 0\)"):
             run(given=given, held_out=points(5, 3), eval_steps=1)
     rows = points(1, 10)  # they have no source: their numbers are named
     rows[4] = (rows[4][0] * float("nan"), *rows[4][1:])

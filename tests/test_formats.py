@@ -131,7 +131,7 @@ def test_plain_text_has_no_place_for_a_system_prompt(row):
     assert isinstance(parse_row(row), PromptCompletion)
     assert isinstance(parse_row(row, ""), PromptCompletion)
     said = "system: found 'c', but plain text has no place for a system prompt"
-    where = "it may be the one that the model or the adapter was trained with; an empty one leaves it out"
+    where = "if you gave none, it is the one that the model or the adapter was trained with; an empty system"
     with pytest.raises(ml.DataError, match=f"{said}; {where}"):
         parse_row(row, "c")
     with pytest.raises(ml.DataError, match=said):

@@ -263,9 +263,9 @@ def test_numbers_that_cannot_work_are_refused_by_name_and_all_at_once():
     model = tiny_model()
     for name, values in WRONG.items():
         for value in values:
-            with pytest.raises(ConfigError, match=re.escape(f"{name} {value}, need")):
+            with pytest.raises(ConfigError, match=re.escape(f"{name} is {value}, need")):
                 ml.generate(model, [[1]], **{name: value})
-    with pytest.raises(ConfigError, match=r"top_p 0.*; top_k -1"):
+    with pytest.raises(ConfigError, match=r"top_p is 0.*; top_k is -1"):
         ml.generate(model, [[1]], top_p=0, top_k=-1)
 
 

@@ -65,7 +65,7 @@ def test_a_run_that_chooses_by_evaluations_does_not_choose_by_the_rows_it_is_jud
     assert sizes(load(directory / "rows.jsonl", directory, training, eval_split=0.9)) == (1, 2, 20)
     few = write_rows(tmp_path / "few.jsonl", 3)
     assert sizes(load(few, directory, training, eval_split=0.9)) == (1, 1, 1)  # a row stays to train on
-    with pytest.raises(ml.DataError, match="needs held-out rows"):
+    with pytest.raises(ml.DataError, match="no held-out rows to choose the best weights by"):
         load(directory / "rows.jsonl", directory, training, eval_split=0)
 
 

@@ -215,7 +215,7 @@ def test_files_are_compared_with_their_manifests_also_those_of_checkpoints(run, 
         before = path.read_bytes()
         path.write_bytes(before.replace(b"lora", b"LORA"))
         assert main(["inspect", str(run)]) == 1
-        assert f"{path}: not as it was written\n" in capsys.readouterr().out
+        assert f"{path}: changed since minilora wrote it\n" in capsys.readouterr().out
         path.write_bytes(before)
     (checkpoint / WEIGHTS_FILE).unlink()
     assert main(["inspect", str(run)]) == 1

@@ -243,7 +243,7 @@ def test_auto_is_the_fastest_way_that_fits_else_the_leanest(monkeypatch):
 
 
 def test_what_fits_is_chosen_by_the_command_alone():
-    with pytest.raises(ml.TrainingError, match="'auto' is chosen by the command; name none, mlp or block"):
+    with pytest.raises(ml.TrainingError, match="'auto' works only in `minilora finetune`; give none, mlp or block"):
         ml.train(tiny_model(), random_rows(0, 2), ml.TrainConfig(gradient_checkpointing="auto"))
 
 
@@ -270,11 +270,11 @@ def test_a_dry_run_tells_each_term_by_checkpointing_and_what_fits(directory, tmp
     monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: found["mlp"].peak)
     assert finetune(directory, tmp_path / "out", "--dry-run", "--force") == 0
     page = capsys.readouterr().out
-    head, *rows = page.split("this run has none\n")[1].splitlines()[:4]
+    head, *rows = page.split("(this run: none)\n")[1].splitlines()[:4]
     assert cells(head) == [*FIELDS, "peak"]
     for row, (name, one) in zip(rows, found.items(), strict=True):
         assert cells(row) == [name, *(amount(value) for value in (*vars(one).values(), one.peak))]
-    assert page.rstrip().endswith("fits with mlp, block")
+    assert page.rstrip().endswith("these fit: mlp, block")
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would_help(directory, tmp_path, capsys, monkeypatch):
@@ -313,7 +313,7 @@ def test_auto_is_told_and_recorded(directory, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(forecasts, "free_memory_bytes", lambda device: needed)
     for flags in (["--dry-run"], []):
         assert finetune(directory, tmp_path / "out", *flags, max_steps=1, gradient_checkpointing="auto") == 0
-        assert ("this run has mlp\n" in capsys.readouterr().out) == bool(flags)
+        assert ("(this run: mlp)\n" in capsys.readouterr().out) == bool(flags)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["config"]["gradient_checkpointing"], record["starts"][0]["gradient_checkpointing"]) == (
         "auto",

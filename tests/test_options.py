@@ -25,7 +25,10 @@ def test_a_field_of_the_wrong_type_is_named():
 
 def test_the_message_says_what_was_found_and_what_is_accepted():
     for call, message in (
-        (lambda: ml.LoraConfig(r="8", use_dora=1), "LoraConfig: r is '8', need int; use_dora is 1, need bool"),
+        (
+            lambda: ml.LoraConfig(r="8", use_dora=1),
+            "LoraConfig: r is '8', need a whole number; use_dora is 1, need true or false",
+        ),
         (lambda: ml.TrainConfig(keep="all"), r"TrainConfig: keep is 'all', need one of \['last', 'best'\]"),
     ):
         with pytest.raises(ml.ConfigError, match=message):

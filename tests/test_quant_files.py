@@ -340,7 +340,7 @@ def test_config_json_and_the_tensors_have_to_agree(packed, tmp_path):
 
 def test_a_model_that_is_quantized_is_loaded_as_it_is_and_not_otherwise(packed):
     same_state(ml.load_model(packed, quantize="nf4"), ml.load_model(packed))
-    with pytest.raises(ConfigError, match="is quantized already, as nf4; 'none' loads it as it is"):
+    with pytest.raises(ConfigError, match="is quantized already, as nf4; leave out quantize"):
         ml.load_model(packed, quantize=QuantizeConfig("nf4", double_quant=False))
     make_fp4(packed)
     with pytest.raises(ConfigError, match="is quantized already, as fp4"):

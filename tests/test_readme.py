@@ -10,6 +10,7 @@ import torch
 
 import minilora as ml
 import minilora.runs.inputs
+from benchmarks import laptop
 from benchmarks.results import code_hash
 from benchmarks.scale import known_config
 from minilora import cli
@@ -127,6 +128,8 @@ def test_the_tables_of_readme_and_docs_are_what_scripts_write():
     assert front.table_of_readme(*measured, PAGES["results.md"]) in README
     assert front.table(*measured, front.IN_RESULTS) in PAGES["results.md"]
     assert PAGES["api.md"] == api.page()
+    smallest = next(iter(laptop.MODELS))
+    assert f"| {' | '.join(laptop.row(smallest))} |" in PAGES["laptop.md"]
     for size in ("7B", "70B"):
         peaks = []
         for method, ways in METHODS.items():

@@ -291,7 +291,7 @@ def test_a_run_that_fails_before_it_starts_leaves_nothing(directory, tmp_path, c
 @pytest.mark.parametrize(
     ("out", "phrase"),
     [
-        ("other", "has files, but not of a run"),
+        ("other", "holds files that are not a run's"),
         ("other/thesis.txt", "found a file, need a directory"),
         ("other/thesis.txt/out", "cannot be written (Not a directory)"),
     ],
@@ -390,7 +390,7 @@ def test_eval_data_that_are_trained_on_or_beside_a_test_split_are_refused(direct
         runs.write_rows(tmp_path / f"{split}.jsonl", 5)
     for data, phrase in (
         (directory / "rows.jsonl", "rows.jsonl: is in data and in --eval-data"),
-        (tmp_path, f"the data have a test split already, {tmp_path}/test.jsonl"),
+        (tmp_path, f"the data has a test split already, {tmp_path}/test.jsonl"),
     ):
         assert finetune(directory, tmp_path / "out", data=data, eval_data=directory / "rows.jsonl") == 1
         assert phrase in capsys.readouterr().err

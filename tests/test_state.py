@@ -145,7 +145,7 @@ def test_a_run_with_other_data_or_settings_is_refused_by_what_differs_and_change
 
 
 @pytest.mark.parametrize(
-    ("part", "named"), [("up_proj.base", r"settings \(model\)"), ("lora_A", "another start of what is")]
+    ("part", "named"), [("up_proj.base", r"settings \(model\)"), ("lora_A", "other values of the trained")]
 )
 def test_a_run_from_another_base_or_start_is_refused(whole, part, named):
     model = fresh()

@@ -97,7 +97,10 @@ def test_an_exact_match_is_asked_for_alike_and_compares_what_follows_the_thought
 
 def test_the_flag_is_refused_where_it_decides_nothing(run):
     for words in (("generate", "--model=chat", "--prompt=a"), ("chat", "--model=chat")):
-        assert "need a chat template that can ask in both ways" in run(*words, "--no-thinking", status=1).err
+        assert (
+            "need a chat template that can ask for answers with and without thoughts"
+            in run(*words, "--no-thinking", status=1).err
+        )
     words = ("eval", "--model=thinker", "--data=with.jsonl", "--thinking")
     assert "need --metric exact-match" in run(*words, status=1).err
 

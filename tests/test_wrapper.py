@@ -154,7 +154,7 @@ def test_a_wrapper_is_quantized_and_one_in_four_bits_is_read_but_not_merged(requ
     write_adapter(model, adapter, target_modules=["q_proj"])
     for words, message in (
         (["quantize"], "the model is quantized already"),
-        (["merge", f"--adapter={adapter}"], "is inside a wrapper: merging needs the target original"),
+        (["merge", f"--adapter={adapter}"], "is the text model of a wrapper; merging needs the target 'original'"),
         (["merge", f"--adapter={adapter}", "--target=original"], "needs the 16-bit model that it was made from"),
     ):
         assert main([*words, f"--model={wrapper}", f"--out={tmp_path / 'out'}"]) == 1
@@ -170,7 +170,7 @@ def test_a_merge_that_changes_more_than_weights_is_refused(wrapper, tmp_path, ca
     write_adapter(tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "adapter", **adapter)
     words = ["merge", "--model", str(wrapper), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
     assert main([*words, *flags]) == 1
-    assert "is inside a wrapper: merging needs" in capsys.readouterr().err
+    assert "is the text model of a wrapper; merging needs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -79,7 +79,9 @@ def inject_layers(
     full = {path for path, layer in both if isinstance(layer, ModulesToSave)}
     for path, _ in both:
         if outer := [where for where in full if path.startswith(f"{where}.")]:
-            raise TargetError(f"{path}: is in {outer[0]}, which an adapter trains in full, so one would not act")
+            raise TargetError(
+                f"{path}: is in {outer[0]}, which an adapter trains in full, so one of the two would have no effect"
+            )
     adapter.inject_adapter(model, layers, name)
     for layer in layers.values():
         layer.adapters[name].lora_config = config  # see `files.config_of_adapter`

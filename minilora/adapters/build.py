@@ -168,7 +168,8 @@ def build_layers(
     full = _trained_copies(modules, config, dtype)
     rows = _token_rows(modules, config, dtype, embedding)
     if twice := sorted(path for path, count in Counter([*tensors, *full, *rows]).items() if count > 1):
-        raise TargetError(f"{twice[0]}: one adapter can change a module in one way only, and this does in two")
+        named = "the config names it in two of target_modules, modules_to_save and trainable_token_indices"
+        raise TargetError(f"{twice[0]}: an adapter can change a module in one way only, and {named}")
     layers: dict[str, AdapterWrapper] = {
         path: low_rank_layer(modules[path], path, config, name, copy_in_dtype(given, dtype))
         for path, given in tensors.items()

@@ -60,14 +60,18 @@ class LoraConfig:
         "modules to adapt: all-linear (all but the head), names such as q_proj,v_proj, or a regular expression",
     )
     exclude_modules: str | tuple[str, ...] = option((), "modules not to adapt: names or a regular expression")
-    layers_to_transform: tuple[int, ...] | None = option(None, "layers to adapt, from 0, e.g. 0,1 (default: all)")
+    layers_to_transform: tuple[int, ...] | None = option(
+        None, "numbers of the layers to adapt, from 0, e.g. 0,1; needs names in target_modules (default: all layers)"
+    )
     layers_pattern: tuple[str, ...] = option((), "name of the list of layers, such as h in GPT-2 (default: any)")
     rank_pattern: Mapping[str, int] = option(dict, 'r of single modules, as JSON: {"q_proj": 4}')
     alpha_pattern: Mapping[str, float] = option(dict, 'alpha of single modules, as JSON: {"q_proj": 8}')
     use_rslora: bool = option(False, "multiply by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = option(False, "train the norm of each row of the weight separately (DoRA)")
-    init_lora_weights: bool | str = option(True, "start of A and B: true or gaussian (B = 0), pissa (from the weights)")
-    bias: Bias = option("none", "biases to train: all, or lora_only, those of the adapted modules")
+    init_lora_weights: bool | str = option(
+        True, "start of A and B: true (A uniform, B = 0), gaussian (A normal, B = 0), or pissa (from the weights)"
+    )
+    bias: Bias = option("none", "biases to train: none, all, or lora_only (those of the adapted modules)")
     lora_bias: bool = option(False, "add a trained bias to B")
     modules_to_save: tuple[str, ...] = option((), "modules to train in full and to save with the adapter, e.g. norm")
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = option(

@@ -156,7 +156,8 @@ def _copy_stored(
     )
     if missing or unexpected:
         asked = {field: getattr(config, field) for field in TENSOR_FIELDS}
-        problem = f"{WEIGHTS_FILE} lacks {missing or 'nothing'} and has {unexpected or 'nothing'} besides"
+        problems = [missing and f"lacks {missing}", unexpected and f"also has {unexpected}"]
+        problem = f"{WEIGHTS_FILE} {' and '.join(filter(None, problems))}"
         raise FormatError(f"{stored.path / CONFIG_FILE}: asks for {asked!r:.400}, but {problem}")
     copy_tensors_(own, held)
 

@@ -123,7 +123,8 @@ def read_adapter(directory: Path, is_for_text: bool = False) -> AdapterFile:
             raise FormatError(f"{file.path}: {where} has more than one {key}")
         tensor = file.read(name)
         if tensor.dtype not in ADAPTER_DTYPES or not tensor.isfinite().all():
-            raise FormatError(f"{file.path}: {name} is {tensor.dtype} or not finite; need finite {ADAPTER_DTYPES}")
+            found = f"is {tensor.dtype}, or has numbers that are not finite"
+            raise FormatError(f"{file.path}: {name} {found}; need finite numbers of {ADAPTER_DTYPES}")
         if key in ("lora_A", "lora_B") and (tensor.dim() != 2 or 0 in tensor.shape):
             more = f"; if it is of a convolution, {in_recipe('convolutions')}" if tensor.dim() > 2 else ""
             raise FormatError(f"{file.path}: {name} is {tuple(tensor.shape)}, need a matrix that is not empty{more}")
@@ -182,7 +183,7 @@ def base_quantization(directory: Path) -> dict[str, Any] | None:
     known = {key: values[key] for key in BASE_FIELDS if key in values}
     is_typed = all(fits(value, BASE_FIELDS[key]) for key, value in known.items())
     if not is_typed or known.get("quantize") not in ("none", *CODEBOOKS):
-        raise FormatError(f"{where}: found {values!r:.80}, need how a base is quantized")
+        raise FormatError(f"{where}: found {values!r:.80}, need an object that says how the base is quantized")
     return known
 
 

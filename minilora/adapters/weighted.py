@@ -65,7 +65,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
             is_there = not any(buffer.is_meta for buffer in adapter.buffers())
             if not (is_there and isinstance(adapter, LoraAdapter) and adapter.tensors().keys() == {"lora_A", "lora_B"}):
                 raise ConfigError(
-                    f"{old}: cannot be combined with other adapters, or weighed: in {path} it has more than an "
+                    f"{old}: cannot be combined with other adapters, or given a weight: in {path} it has more than an "
                     "update s·B A: DoRA's m, a trained bias, a module in full, or a part of weights that are not loaded"
                 )
             factors = Factors(adapter.lora_A.detach(), adapter.lora_B.detach(), weight * adapter.scale)

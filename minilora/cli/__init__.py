@@ -51,25 +51,34 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     "use --warmup-steps, where 0.03 is 3 % of the steps": "warmup-ratio lr-warmup-steps",
     "use --max-length": "max-seq-length max-seq-len sequence-len cutoff-len",
     "use --lora-r": "rank lora-rank",
-    "use --target-modules": "lora-target-modules lora-target-linear lora-target lora-query lora-key lora-value",
-    "use --layers-to-transform": "num-layers lora-layers",
+    "use --target-modules; all linear layers are the default": "lora-target-modules lora-target-linear lora-target "
+    "lora-query lora-key lora-value",
+    "use --layers-to-transform with numbers of layers, and --target-modules with names": "num-layers lora-layers",
     "use --use-dora for DoRA; LoRA needs no flag": "fine-tune-type",
     "use --quantize nf4": "load-in-4bit bnb-4bit-quant-type",
     "8 bits are not supported; --quantize nf4 uses 4": "load-in-8bit",
-    "use --prompt-style": "template",
+    "use --prompt-style": "template chat-template chat-template-path",
     "use --dtype bfloat16": "bf16 fp16 precision",
     "use --gradient-checkpointing block": "grad-checkpoint",
     "use --eval-split": "val-set-size val-split-fraction",
-    "use --eval-steps": "steps-per-eval eval-strategy interval",
-    "use --save-steps": "save-every save-interval",
+    "use --eval-steps": "steps-per-eval eval-strategy interval evals-per-epoch",
+    "use --eval-data": "test",
+    "use --keep best with --eval-steps": "early-stopping-patience load-best-model-at-end",
+    "use --save-steps": "save-every save-interval saves-per-epoch",
     "use --logging-steps": "steps-per-report log-interval",
     "use --report": "report-to wandb-project",
     "use --columns text=NAME": "dataset-text-field",
-    "use --train-on": "completion-only-loss assistant-only-loss mask-prompt train-on-inputs",
+    "use --train-on completion, assistant or all": "completion-only-loss assistant-only-loss mask-prompt "
+    "train-on-inputs",
     "use --max-new-tokens": "max-tokens",
     "leave it out: the same command resumes a run": "resume-from-checkpoint",
     "leave it out: torchrun -m minilora finetune starts several processes": "deepspeed",
-    "leave it out: runs train adapters and never pad": "train use-peft packing sample-packing group-by-length",
+    "use --adapter": "resume-adapter-file",
+    "leave it out: `minilora push` uploads a finished run": "push-to-hub hub-model-id",
+    "leave it out: finetune trains an adapter": "train use-peft",
+    "leave it out: rows are laid end to end without padding, as packing does": "packing sample-packing group-by-length",
+    "leave it out: attention needs no other package": "flash-attention flash-attn attn-implementation",
+    "leave it out: all held-out rows are evaluated": "val-batches",
     "leave it out: finetune trains a LoRA adapter": "stage finetuning-type",
     "leave it out: it is AdamW; ml.train(optimizer=…) takes others": "optim optimizer",
     in_recipe("ties_and_dare"): "combination-type",
@@ -124,8 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        smaller = "--gradient-checkpointing block" if options.get("command") == "finetune" else "a smaller model"
-        advice = f"; smaller batches, {smaller} or --quantize nf4 takes less; see {address_of('debugging')}"
+        trains = options.get("command") == "finetune"
+        smaller = "a smaller --batch-size, --gradient-checkpointing block" if trains else "a smaller model"
+        advice = f"; {smaller} or --quantize nf4 takes less; see {address_of('debugging')}"
         say(f"minilora: out of memory: {error}".splitlines()[0] + advice)
         return 1
     except KeyboardInterrupt as error:

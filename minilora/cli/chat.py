@@ -77,7 +77,7 @@ class Chat:
         self.turns: list[Fields] = []  # messages of the user and the assistant
         self.replies = 0  # in all conversations; each is sampled with the next seed
         if self.tokenizer.prompts.form == "plain":
-            say("the model was trained on plain prompts, not on conversations: `minilora generate` asks it so")
+            say("the model was trained on plain prompts, not on conversations: `minilora generate` asks as in training")
 
     def reply(self, text: str) -> None:
         """Print the reply to a message. Ctrl-C ends the reply; if there is none yet, the message is dropped."""

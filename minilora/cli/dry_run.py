@@ -83,10 +83,11 @@ def _lengths(name: str, examples: Dataset) -> str:
 
 def dry_run_lines(plan: Plan, found: Forecasts) -> str:
     """Return what `--dry-run` prints: the forecast with each kind of gradient checkpointing, and what fits."""
-    head = f"memory, by --gradient-checkpointing; this run has {plan.training.gradient_checkpointing}"
+    head = f"memory by --gradient-checkpointing (this run: {plan.training.gradient_checkpointing})"
     which = [way for way, each in found.items() if plan.has_room(each.peak)]
-    room = "unknown" if plan.free is None else f"{amount(plan.free)} free"
-    return "\n".join([head, *_table(found), f"  {room}: fits with {', '.join(which) or 'none of them'}"])
+    room = "free memory unknown" if plan.free is None else f"{amount(plan.free)} free"
+    fits = f"these fit: {', '.join(which)}" if which else "nothing fits"
+    return "\n".join([head, *_table(found), f"  {room}; {fits}"])
 
 
 def memory_page(name_or_path: str) -> str:

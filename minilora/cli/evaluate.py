@@ -21,7 +21,15 @@ from minilora.llama import Llama
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.directory import without_nan
 from minilora.runs.encoders import Dataset, encode_prompt, encode_rows, with_prompt_style
-from minilora.runs.evaluate import Progress, answer_of, choice_accuracy, exact_match, find_choices, held_out_loss
+from minilora.runs.evaluate import (
+    MAX_CHOICES,
+    Progress,
+    answer_of,
+    choice_accuracy,
+    exact_match,
+    find_choices,
+    held_out_loss,
+)
 from minilora.runs.inputs import files_to_evaluate
 from minilora.runs.reports import ProgressBar
 from minilora.runs.rows import stream_rows
@@ -31,7 +39,10 @@ from minilora.runs.settings import DataConfig
 def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
     parser.add_argument(
-        "--data", required=True, nargs="+", help="rows: files, or directories, whose test split is used"
+        "--data",
+        required=True,
+        nargs="+",
+        help="rows: files as for finetune --data, or directories, of which the test split is used",
     )
     parser.add_argument(
         "--metric",
@@ -56,7 +67,9 @@ def run(options: Options) -> int:
     if options["metric"] == "exact-match":
         config = replace(config, train_on="completion")  # the last answer is asked for
     elif options["thinking"] is not None:
-        raise ConfigError("--thinking and --no-thinking need --metric exact-match: the others ask for no answer")
+        raise ConfigError(
+            "--thinking and --no-thinking need --metric exact-match: the other metrics generate no answer"
+        )
     examples = encode_rows(rows, tokenizer, config)
     if options["metric"] == "exact-match" and thinking is not None:  # whatever the rows have
         sources = {row.source: row for row in rows}
@@ -82,4 +95,5 @@ def _measure(model: Llama, tokenizer: Tokenizer, examples: Dataset, options: Opt
             return exact_match(model, examples, tokenizer, progress)
     if choices := find_choices(examples):
         return choice_accuracy(model, examples, choices, progress)
-    raise ConfigError(f"{', '.join(options['data'])}: --metric choice needs few distinct answers, each given often")
+    need = f"2 to {MAX_CHOICES} distinct answers, each given four times on average, and rows with prompts"
+    raise ConfigError(f"{', '.join(options['data'])}: --metric choice needs {need}")

@@ -9,7 +9,7 @@ Example:
 
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
-from minilora.cli.load import base_of
+from minilora.cli.load import ADAPTER_HELP, base_of
 from minilora.cli.messages import base_notes, say_prompts
 from minilora.errors import ConfigError
 from minilora.models.hub import fetch, locate
@@ -19,15 +19,16 @@ from minilora.tools.readers import READERS
 
 
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--adapter", action="append", required=True, help="directory or hub id of an adapter")
-    parser.add_argument("--model", help="directory or hub id of its base model (default: the one that it names)")
+    parser.add_argument("--adapter", action="append", required=True, help=ADAPTER_HELP)
+    parser.add_argument("--model", help="its base model, likewise (default: the one that it names)")
     add_out(parser)
     parser.add_argument("--for", choices=READERS, required=True, help="the program that will read it")
 
 
 def run(options: Options) -> int:
     if len(options["adapter"]) > 1:
-        raise ConfigError(f"export takes one --adapter, found {options['adapter']}; ml.combine_adapters makes a sum")
+        advice = "in Python, ml.combine_adapters makes one adapter of several"
+        raise ConfigError(f"export takes one --adapter, found {options['adapter']}; {advice}")
     adapter = fetch(options["adapter"][0], "adapter")
     base = locate(base_of(options["model"], [adapter]), "model")
     for note in base_notes(base, [adapter], {}):

@@ -2,9 +2,9 @@
 
 The model is measured before and after. Without --model and --data, a built-in
 model and data are used, with --learning-rate 0.002, --batch-size 16 and
---epochs 4, and it takes about a minute. --dry-run shows the
-rows, labels, steps and memory of a run. Give the same command again to
-continue a run that was stopped.
+--epochs 4, and it takes about a minute. --dry-run shows the rows, labels,
+steps and memory of a run. Give the same command again to continue a run that
+was stopped.
 
 Example:
   minilora finetune --model path/to/model --data rows.jsonl --out run --dry-run
@@ -71,7 +71,9 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
     parser.add_argument("--help-all", action="help", help="show all flags and exit")
     parser.add_argument("--config", type=Path, help="a .toml or .json file of flags; the command line overrides it")
     parser.add_argument("--dry-run", action="store_true", help="show three rows, steps and memory, and do not train")
-    parser.add_argument("--force", action="store_true", help="train even if the memory is forecast not to suffice")
+    parser.add_argument(
+        "--force", action="store_true", help="train even if the forecast says that the memory will not suffice"
+    )
 
 
 def read_settings(options: Options) -> Settings:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minilora.cli import Parser
+from minilora.cli import Parser, address_of
 from minilora.errors import ConfigError
 from minilora.files import publishing, read_json, read_text
 from minilora.runs.lock import holds_files, locked
@@ -85,7 +85,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         return read_json(path, is_named=True)
     if path.suffix != ".toml":
-        raise ConfigError(f"{path}: --config needs a .toml or .json file")
+        raise ConfigError(
+            f"{path}: --config reads .toml or .json; see {address_of('migration')} for the keys of axolotl and others"
+        )
     text = read_text(path, is_named=True)
     try:
         return tomllib.loads(text)

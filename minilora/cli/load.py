@@ -19,11 +19,14 @@ from minilora.models.bitsandbytes import QuantizeConfig, describe_quantization, 
 from minilora.models.checkpoint import load_model, usable_device
 from minilora.models.hub import Location, fetch, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
+from minilora.runs.settings import DEVICE_HELP, DTYPE_HELP
 
 MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge` has merged into the model
+ADAPTER_HELP = "directory of an adapter, or org/name[@revision] on the Hugging Face Hub"
 THINKING: dict[str, Any] = {  # the flag --thinking of several commands
     "action": argparse.BooleanOptionalAction,
-    "help": "ask for answers with or without thoughts (default: as in training, otherwise as the chat template does)",
+    "help": "ask for answers with or without thoughts, e.g. of Qwen 3 (default: as in training, otherwise as the chat "
+    "template does)",
 }
 
 
@@ -35,11 +38,11 @@ def add_model_flags(parser: Parser, more: str = "") -> None:
         help="directory of the base model, or org/name[@revision] on the Hugging Face Hub "
         "(default: the base model that the adapter names, or the built-in model)",
     )
-    group.add_argument("--adapter", action="append", default=[], help=f"directory or hub id of an adapter{more}")
+    group.add_argument("--adapter", action="append", default=[], help=f"{ADAPTER_HELP}{more}")
     group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the model (default: auto)"
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=f"{DTYPE_HELP} (default: auto)"
     )
-    group.add_argument("--device", default="auto", help="cpu, cuda or mps; auto: the best available (default: auto)")
+    group.add_argument("--device", default="auto", help=f"{DEVICE_HELP} (default: auto)")
     add_fields(parser, QuantizeConfig, "model and device", unset="as in the adapter's training")
 
 
@@ -48,7 +51,9 @@ def thinking_of(options: Options, tokenizer: Tokenizer) -> bool | None:
     if options["thinking"] is None:
         return tokenizer.prompts.thinking
     if tokenizer.template is None or not tokenizer.template.has_thinking:
-        raise ConfigError("--thinking and --no-thinking need a chat template that can ask in both ways")
+        raise ConfigError(
+            "--thinking and --no-thinking need a chat template that can ask for answers with and without thoughts"
+        )
     return options["thinking"]
 
 
@@ -71,7 +76,7 @@ def find_sources(options: Options) -> Sources:
     except FormatError as error:
         if options["model"] or not paths:
             raise
-        note = f"the adapter {options['adapter'][0]} names it as its base model; --model names another"
+        note = f"the adapter {options['adapter'][0]} names it as its base model; give its place by --model"
         raise FormatError(f"{error} ({note})") from error
     recorded = {} if options["quantize"] == "none" else recorded_quantization(base.path, paths)
     return Sources(base, paths, from_flags(QuantizeConfig, options, recorded), tokenizer_of(base.name, paths))

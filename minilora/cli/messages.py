@@ -90,7 +90,7 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
     yield from base_notes(run.base.location, run.base.adapters, describe_quantization(model))
     longest, limit = max(len(example.tokens) for example in data.train), trained_length(model.config)
     if longest > limit:
-        yield f"the longest row has {longest} tokens, and the model was made for {limit}: see --max-length"
+        yield f"the longest row has {longest} tokens, and the model was trained on at most {limit}: see --max-length"
     if data.tokenizer.template and not data.train.conversations:
         yield (
             "the training rows are plain text, so the model's chat template is not used; to use it, name "
@@ -106,7 +106,7 @@ def _row_notes(name: str, rows: Dataset, data: Data) -> Iterator[str]:
         same = "the prompt of a training row, or one that differs in case and spaces only"
         yield f"{repeated} of {len(rows)} {name} rows have {same}: they are not new to the model"
     if rows.truncated:
-        yield f"{rows.truncated} {name} rows were cut to --max-length; {rows.unlabelled} of them had no label left"
+        yield f"{rows.truncated} {name} rows were cut to --max-length; not used for lack of labels: {rows.unlabelled}"
     if rows.dropped_thoughts:
         yield f"{rows.dropped_thoughts} {name} rows have thoughts in earlier answers, which the template leaves out"
     if rows.quoted:

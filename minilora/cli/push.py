@@ -9,6 +9,7 @@ Example:
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -31,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-name",
         metavar="ORG/NAME",
-        help="name of the base model on the hub, org/name[@revision] (default: the one that the adapter records)",
+        help="name of the base model on the Hub, org/name[@revision] (default: the one that the adapter records)",
     )
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private by default")
     parser.add_argument("--dry-run", action="store_true", help="print the card, and upload nothing")
@@ -55,7 +56,9 @@ def run(options: Options) -> int:
         HfApi().create_repo(name, private=not options["public"], exist_ok=True)
         print(HfApi().create_commit(name, commit, commit_message="Upload with minilora").commit_url)
     except Exception as error:  # the hub's own, and those of the HTTP library that its version uses
-        raise ConfigError(f"{name}: not uploaded: {reason_of(error)}") from error
+        reason = reason_of(error)
+        advice = "; log in with `hf auth login`" if re.search(r"\b(401|403)\b", reason) else ""
+        raise ConfigError(f"{name}: not uploaded: {reason}{advice}") from error
     return 0
 
 
@@ -76,7 +79,9 @@ def find_base_name(directory: Path, given: str | None) -> str:
     is_name = HUB_ID.fullmatch(recorded) and recorded != BUILTIN and not Path(recorded).exists()
     if PINNED.fullmatch(recorded) or (is_name and not is_run):
         return recorded
-    raise ConfigError(f"{directory}: the base model is {recorded!r}, not one of the Hub; give --base-name ORG/NAME")
+    raise ConfigError(
+        f"{directory}: the base model is {recorded!r}, which is not a name on the Hub; give --base-name ORG/NAME"
+    )
 
 
 def without_paths(file: Path, base: str) -> Path | bytes:

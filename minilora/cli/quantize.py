@@ -15,6 +15,7 @@ from minilora.models.bitsandbytes import QuantizeConfig, is_four_bit
 from minilora.models.config import describe_other_parts, read_config
 from minilora.models.hub import locate
 from minilora.models.tokenizer import find_tokenizer
+from minilora.runs.settings import DEVICE_HELP
 
 
 def add_flags(parser: Parser) -> None:
@@ -24,7 +25,7 @@ def add_flags(parser: Parser) -> None:
         help=f"directory of the model, or org/name[@revision] on the Hugging Face Hub (default: {BUILTIN})",
     )
     add_out(parser)
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto: the best available (default: auto)")
+    parser.add_argument("--device", default="auto", help=f"{DEVICE_HELP} (default: auto)")
     add_fields(parser, QuantizeConfig, "quantization", but=("quantize",))
 
 

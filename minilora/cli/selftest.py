@@ -30,6 +30,7 @@ from minilora.lora import LoraAdapter, LoraLinear, dense_linear, lora_scale
 from minilora.models.checkpoint import usable_device
 from minilora.models.delta_rule import gated_delta_rule, unit
 from minilora.runs.directory import without_nan
+from minilora.runs.settings import DEVICE_HELP
 from minilora.testing.checks import laws
 from minilora.testing.kernel_laws import check_kernel
 from minilora.testing.laws import CheckFailure, Report
@@ -39,7 +40,7 @@ LENGTHS = [5, 1, 9]  # of the documents of one call
 
 
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto: the best available (default: auto)")
+    parser.add_argument("--device", default="auto", help=f"{DEVICE_HELP} (default: auto)")
     dtypes = ("float64", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype to check (default: float32)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the table to this file")

@@ -61,7 +61,7 @@ class GenerationConfig:
     """Settings of text generation, which `minilora.generate` checks."""
 
     max_new_tokens: int
-    temperature: float = option(0.0, "0: the most likely token; above 0: sample, more varied the higher it is")
+    temperature: float = option(0.0, "0: always the most likely token; above 0: sample; the higher, the more varied")
     top_p: float = option(1.0, "sample from the most likely tokens that together have this probability; 1: from all")
     top_k: int = option(0, "sample from this many of the most likely tokens; 0: from all")
     seed: int = option(0, "seed of the sampling")

@@ -35,7 +35,9 @@ Quantize = Literal["none", "nf4"]
 class QuantizeConfig:
     """How the weights of a base model are stored."""
 
-    quantize: Quantize = option("none", "nf4: quantize the base model to 4 bits, except its head, to save memory")
+    quantize: Quantize = option(
+        "none", "nf4: keep the linear layers of the base model, all but the head, in 4 bits, to save memory"
+    )
     double_quant: bool = option(True, "also quantize the scales: 4.127 bits per weight instead of 4.5")
 
     def __post_init__(self) -> None:
@@ -93,7 +95,9 @@ def read_layout(file: TensorFile, name: str) -> tuple[Layout, float | None]:
     """Read the JSON object of a packed weight; return the layout, and the offset of double quantization."""
     stored = file.read(name)
     if stored.dtype != torch.uint8 or stored.numel() > STATE_BYTES:
-        raise FormatError(f"{file.path}: {name} has {stored.numel()} of {stored.dtype}, need JSON as torch.uint8")
+        raise FormatError(
+            f"{file.path}: {name} has {stored.numel()} numbers of {stored.dtype}, need JSON as torch.uint8"
+        )
     state = parse_object(bytes(stored.flatten().tolist()), f"{file.path}: {name}")
     values: list[Any] = [state.get(key) for key in ("shape", "dtype", "blocksize", "quant_type", "nested_offset")]
     shape, dtype, block_size, kind, offset = values
@@ -140,7 +144,7 @@ def read_packed(
         if name == weight:  # bytes, which may be stored as any dtype
             tensor = tensor.flatten().view(torch.uint8)
         if tensor.numel() != size or tensor.dtype != dtype:
-            stored = f"{tensor.numel()} of {tensor.dtype}"
+            stored = f"{tensor.numel()} numbers of {tensor.dtype}"
             raise FormatError(f"{files[name].path}: {name} has {stored}, need {size} of {dtype}")
         if dtype == torch.float32 and not tensor.isfinite().all():
             raise FormatError(f"{files[name].path}: {name} has numbers that are not finite")

@@ -287,7 +287,9 @@ def _check_packed(
         )
     kinds = sorted({parts[0].rpartition("__")[2] for parts in packed.values()})
     if packed and config.quantize != "none" and (config != QuantizeConfig("nf4") or kinds != ["nf4"]):
-        raise ConfigError(f"{directory}: is quantized already, as {'/'.join(kinds)}; 'none' loads it as it is")
+        raise ConfigError(
+            f"{directory}: is quantized already, as {'/'.join(kinds)}; leave out quantize to load it as it is"
+        )
 
 
 def _weights(model: nn.Module) -> dict[str, Weight]:

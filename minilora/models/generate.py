@@ -275,12 +275,12 @@ def _check_sampling(
     max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int | None, n: int
 ) -> None:
     needs = [
-        (max_new_tokens >= 1, f"max_new_tokens {max_new_tokens}, need a whole number of at least 1"),
-        (0 <= temperature < math.inf, f"temperature {temperature}, need a finite number of at least 0"),
-        (0 < top_p <= 1, f"top_p {top_p}, need a number above 0 and at most 1"),
-        (top_k >= 0, f"top_k {top_k}, need a whole number of at least 0"),
-        (seed is None or 0 <= seed < 2**63, f"seed {seed}, need a whole number of at least 0 and below 2**63"),
-        (n >= 1, f"n {n}, need a whole number of at least 1"),
+        (max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, need a whole number of at least 1"),
+        (0 <= temperature < math.inf, f"temperature is {temperature}, need a finite number of at least 0"),
+        (0 < top_p <= 1, f"top_p is {top_p}, need a number above 0 and at most 1"),
+        (top_k >= 0, f"top_k is {top_k}, need a whole number of at least 0"),
+        (seed is None or 0 <= seed < 2**63, f"seed is {seed}, need a whole number of at least 0 and below 2**63"),
+        (n >= 1, f"n is {n}, need a whole number of at least 1"),
     ]
     if bad := [message for is_right, message in needs if not is_right]:
         raise ConfigError("; ".join(bad))

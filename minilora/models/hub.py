@@ -49,7 +49,7 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     """Return the `Location` that a name means; a repository of the Hub is downloaded. A `Path` never is one."""
     name, path = str(name_or_path), Path(name_or_path)
     if not name:
-        raise FormatError("the name is empty; leave it out, or name something")
+        raise FormatError(f"the name of the {kind} is empty; give a directory or org/name, or leave it out")
     if name == BUILTIN and kind != "adapter":
         return Location(ASSETS / "model", name)
     how = f"; {GGUF}" if "gguf" in name.lower() else ""

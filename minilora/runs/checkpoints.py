@@ -105,7 +105,7 @@ def trained_adapters(model: nn.Module) -> dict[str, list[Any]]:
                 settings = [adapter.scale, adapter.dropout.p] if isinstance(adapter, LoraAdapter) else None
                 origins.setdefault(name, []).append(getattr(adapter, "lora_config", settings))
     if idle := sorted(origins.keys() - active):
-        raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: make it act with set_adapter")
+        raise TrainingError(f"adapter {idle[0]!r} is trainable but not active: activate it with set_adapter")
     return origins
 
 
@@ -193,7 +193,8 @@ def read_state(directory: Path) -> State:
         raise FormatError(f"{path}: {bad[0]} " + (f"is {values[bad[0]]!r}" if bad[0] in values else "is not there"))
     state = State(**{name: values[name] for name in hints})
     if state.step != step_of(directory):
-        raise FormatError(f"{directory}: state.json says step {state.step}; remove the directory to go on without it")
+        problem = f"state.json says step {state.step}, and the name of the directory another one"
+        raise FormatError(f"{directory}: {problem}; remove the directory to resume from an older checkpoint")
     return state
 
 
@@ -217,8 +218,8 @@ def load_checkpoint(
     starts = [state.start, *(start_numbers(model, tensors) for tensors in (trained, best) if tensors)]
     if not any(np.allclose(start, new.start, rtol=1e-4, atol=1e-7) for start in starts):
         raise TrainingError(
-            f"{directory}: written by a run with another start of what is trained, such as a seed of `ml.attach`; "
-            "give a new model and adapter, made as for the first start"
+            f"{directory}: the run that wrote it began with other values of the trained parameters, for example by "
+            "another seed of `ml.attach`; pass a fresh model whose adapter is made as in the first start"
         )
     init_optimizer_state(optimizer, model)
     entries = state_entries(optimizer, model)

@@ -58,7 +58,9 @@ def render_conversation(conversation: Conversation, tokenizer: Tokenizer, train_
         edges = [0, *(edge for block in blocks for edge in block.span()), len(text)]
         return text, list(zip(edges[::2], edges[1::2], strict=True))
     if last == 0:
-        raise DataError("no message comes before the answer, so nothing asks for it; train_on all learns it")
+        raise DataError(
+            "no message comes before the answer, so nothing asks for it; train_on all trains on it all the same"
+        )
     first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), last)
     earlier = [i for i in earlier if i > first_question and train_on == "assistant"]
     for i in (*earlier, last):
@@ -86,8 +88,8 @@ def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
         )
     if tokenizer.template.always_asks:
         raise DataError(
-            "the chat template ends a conversation as it asks for an answer, so an answer's end is not known; give as "
-            "prompt_style a .jinja file that heeds add_generation_prompt"
+            "the chat template ignores add_generation_prompt, so the end of an answer cannot be found; give a .jinja "
+            "file that uses it as prompt_style"
         )
     return tokenizer.template
 
@@ -118,8 +120,9 @@ def _earlier_answer(
             if text.startswith(turn, begin) and is_written(turn, answer):
                 return spans or [(begin, begin + len(turn))]
     raise DataError(
-        f"the chat template renders message {i}, or those before it, differently once others follow, or does not begin "
-        "an answer as it asks for one, so its tokens cannot be found; train_on completion learns the last answer only"
+        f"the tokens of message {i} cannot be found: the chat template writes it, or one before it, differently when "
+        "others follow, or begins an answer with other text than it asks with; train_on completion trains on the last "
+        "answer only"
     )
 
 
@@ -140,8 +143,8 @@ def _answer_alone(conversation: Conversation, template: ChatTemplate) -> tuple[s
     begun, written = asked[len(header) :], probe[len(header) :].partition(ANSWER)[0]  # after what both begin with
     if not text.startswith(header) or (begun.strip() and written.strip()):
         raise DataError(
-            "the chat template does not begin the last answer as it asks for one, or asks for one without thoughts; "
-            "give another one as prompt_style"
+            "the chat template begins the last answer with other text than it asks with, or asks for an answer without "
+            "thoughts; give another template as prompt_style"
         )
     rest, thoughts = text[len(header) :], ""
     if "<think>" in begun and "</think>" not in rest:
@@ -175,7 +178,9 @@ def check_messages(conversation: Conversation, which: Sequence[int], tokenizer: 
     for i in which:
         message = conversation.messages[i]
         if message.get("content") and _mark(i, "content") not in text:
-            raise DataError(f"the chat template leaves out what message {i} says, of role {message['role']}{REMEDY}")
+            raise DataError(
+                f"the chat template leaves out the content of message {i} (role {message['role']!r}){REMEDY}"
+            )
         if any(_mark(i, k) not in text for k in range(len(message.get("tool_calls") or ()))):
             raise DataError(f"the chat template leaves out the tool calls of message {i}{REMEDY}")
 
@@ -202,7 +207,7 @@ def _renamed(call: Fields, name: str) -> Fields:
 def check_answer(text: str, message: Fields, i: int) -> None:
     """Raise a DataError if a text lacks what answer i says, or its thoughts."""
     if not is_written(text, message):
-        raise DataError(f"the chat template leaves out what message {i} says, or its thoughts{REMEDY}")
+        raise DataError(f"the chat template leaves out the content of message {i}, or its thoughts{REMEDY}")
 
 
 def is_written(text: str, message: Fields) -> bool:

@@ -121,7 +121,7 @@ class RunDirectory:
     def _open(self) -> RunHistory:
         path = self.path / "run.json"
         if holds_files(self.path) and not path.is_file():
-            raise TrainingError(f"{self.path}: has files, but not of a run; use another directory")
+            raise TrainingError(f"{self.path}: holds files that are not a run's; use another directory")
         self._at_close.enter_context(locked(self.path))
         if not path.is_file():
             return RunHistory(self._settings.run.dtype)
@@ -143,7 +143,8 @@ class RunDirectory:
         if different := [key for key in config if key not in may_change and before.get(key) != config[key]]:
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {config[key]!r}" for key in different)
             kind = "a finished run" if is_finished else "a run"
-            raise TrainingError(f"{self.path}: holds {kind} with other settings ({changes}); use another directory")
+            advice = "use another directory, or the old settings, which are in run.json"
+            raise TrainingError(f"{self.path}: holds {kind} with other settings ({changes}); {advice}")
         inputs = f"{self.path}: files of the base, the adapter or the template"
         check_same(inputs, record["inputs_sha256"], self._inputs)
         first = record["starts"][0]
@@ -228,7 +229,7 @@ def read_run_record(path: Path) -> dict[str, Any]:
         is_whole = False
     if not is_whole:
         need = "config, starts (with time and dtype), data_sha256 and inputs_sha256"
-        raise FormatError(f"{path}: need {need}; use another directory")
+        raise FormatError(f"{path}: is not the run.json of a run: it lacks one of {need}; use another directory")
     return record
 
 

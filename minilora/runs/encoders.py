@@ -67,7 +67,7 @@ def encode_rows(
             parsed = parse_row(row.fields, config.system)
             whole, is_quoted, drops_thoughts = label_row(parsed, tokenizer, config)
             if not whole.labelled:
-                raise DataError("it has no token that can be predicted, so there is nothing to train on")
+                raise DataError("no token of the row can be predicted, so there is nothing to train on")
         except DataError as error:
             dataset.bad.append(f"{row.source}: {error}")
             if not config.skip_bad_rows:
@@ -89,6 +89,8 @@ def encode_rows(
         dataset.unlabelled += len(pieces) - len(labelled)
         if sum(piece.labelled for piece in labelled) < whole.labelled:
             dataset.cut.add(row.source)
+    if dataset.bad and not dataset and not dataset.unlabelled:
+        raise DataError(f"{dataset.bad[0]}; no row of {len(dataset.bad)} can be used")
     if not dataset:
         total, limit = dataset.unlabelled + len(dataset.bad), config.max_length
         skipped = f"; {len(dataset.bad)} were skipped, the first: {dataset.bad[0]}" if dataset.bad else ""

@@ -136,7 +136,7 @@ def mean_loss(
 
     scores = means(_map_groups(model, groups, len(rows), compute, progress))
     if "loss" not in scores:
-        raise DataError("the loss counts nothing in the held-out rows")
+        raise DataError("no token of the held-out rows has a label (the loss returned the count 0)")
     return scores
 
 

@@ -72,8 +72,8 @@ def parse_row(fields: Fields, system: str | None = None) -> PromptCompletion | C
         return _as_conversation(parsed, own, _tools(fields), system)
     if given := own or system:
         raise DataError(
-            f"system: found {given!r:.60}, but plain text has no place for a system prompt; it may be the one "
-            "that the model or the adapter was trained with; an empty one leaves it out"
+            f"system: found {given!r:.60}, but plain text has no place for a system prompt; if you gave "
+            "none, it is the one that the model or the adapter was trained with; an empty system prompt leaves it out"
         )
     return parsed
 

@@ -123,7 +123,7 @@ def find_files(names: Names, eval_data: str | None = None) -> dict[str, list[Pat
         raise DataError(f"{shown}: there are no training rows; found {sorted(files)}")
     if eval_data is not None:
         if "test" in files:
-            raise DataError(f"{eval_data}: the data have a test split already, {files['test'][0]}; leave eval_data out")
+            raise DataError(f"{eval_data}: the data has a test split already, {files['test'][0]}; leave eval_data out")
         files["test"] = files_to_evaluate(eval_data)
         if both := {path.resolve() for path in files["test"]} & {path.resolve() for path in files["train"]}:
             raise DataError(f"{both.pop()}: is in data and in eval_data; rows that are trained on are not held out")
@@ -147,7 +147,7 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     path, splits = ASSETS / "data" if name == BUILTIN else Path(name), dict[str, list[Path]]()
     if not name or not path.exists():
         convert = 'datasets.load_dataset(NAME, split="train").to_json("rows.jsonl")'
-        advice = "" if path.suffix else f"; in Python, {convert} writes a data set of the hub"
+        advice = "" if path.suffix else f"; in Python, {convert} writes a data set of the Hub"
         raise FormatError(f"{path}: no such file or directory{advice}")
     if not path.is_dir():
         return {"train": [path]}
@@ -165,7 +165,8 @@ def _splits_of(name: str | Path) -> dict[str, list[Path]]:
     if not splits and (documents or len(files) == 1):
         return {"train": documents or files}
     if not splits:
-        need = f"one data file (*{', *'.join(DATA_ENDINGS)}), documents (*.txt), or train.jsonl and perhaps more"
+        need = f"one data file (*{', *'.join(DATA_ENDINGS)}), documents (*.txt), or train.jsonl"
+        need += ", with valid.jsonl and test.jsonl if you have them"
         raise DataError(f"{path}: need {need}; found {[file.name for file in named[:9]]}")
     return splits
 
@@ -198,7 +199,7 @@ def hold_out(splits: Mapping[str, Dataset], share: float, training: TrainConfig)
     test = splits.get("test") or splits.get("valid") or Dataset(())
     valid = splits.get("valid") or test
     if training.keep == "best" and not valid:
-        raise DataError("keep best needs held-out rows: see eval_split and eval_data")
+        raise DataError("there are no held-out rows to choose the best weights by; raise eval_split, or give eval_data")
     return {"train": splits["train"], "valid": valid, "test": test}
 
 

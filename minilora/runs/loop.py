@@ -187,7 +187,7 @@ def _check_run(
             "train was called inside torch.no_grad or inference_mode, where there are no gradients; call it outside"
         )
     if config.gradient_checkpointing == "auto":
-        raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
+        raise TrainingError("gradient_checkpointing 'auto' works only in `minilora finetune`; give none, mlp or block")
     checkpoints.trained_adapters(model)
     if not len(dataset):
         raise DataError("there are no examples to train on")
@@ -199,7 +199,7 @@ def _check_run(
             )
         check_examples(model, [*dataset, *held_out])
     if config.keep == "best" and not len(held_out):
-        raise DataError("keep best needs held-out examples")
+        raise DataError("keep is 'best', which needs held-out examples")
     optimizer = build_optimizer(model, config, build)
     if build and folder is not None:
         before = copy.deepcopy(optimizer.state_dict())
@@ -210,7 +210,7 @@ def _check_run(
         run = checkpoints.fingerprint(model, dataset, held_out, config, loss, repr(optimizer) if build else "")
     if processes.size() > 1:
         if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
-            raise TrainingError("what is trained is divided among the processes, as by FSDP; each needs it whole")
+            raise TrainingError("the trained parameters are sharded, as by FSDP; every process needs them whole")
         if differing := processes.differing_keys({**run, "config": config}):
             what = ", ".join(differing)
             raise TrainingError(f"the processes of the run differ in data or settings ({what}); each needs all rows")
@@ -237,7 +237,7 @@ def _checked(loss: Callable[..., Any]) -> LossOfRows:
         if torch.is_grad_enabled() and not part.requires_grad:
             raise TrainingError("loss must return a sum with a gradient; this one depends on nothing that is trained")
         if taken := [name for name in metrics if name in KEYS or name.startswith("eval_")]:
-            raise TrainingError(f"a metric of a loss cannot be called {taken[0]!r}: records have their own")
+            raise TrainingError(f"a metric cannot be called {taken[0]!r}: records have a field of that name")
         return part, int(number), metrics
 
     return compute
@@ -331,7 +331,7 @@ def _not_finite(record: Record, dataset: Sequence[Any], step: sampler.StepRows) 
     sources = ", ".join(str(getattr(dataset[row], "source", row)) for rows in step for row in rows)
     return TrainingError(
         f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; rows: {sources}. The "
-        "weights are those of before the step; a lower learning rate or float32 may help"
+        "weights are as they were before the step; a lower learning rate or float32 may help"
     )
 
 

@@ -23,7 +23,10 @@ from minilora.runs.formats import Row
 LINE_BYTES = 2**23  # of one row; a long book has 2 MB
 TABLE_BYTES = 2**21  # of a row of CSV, in which a cell has at most 131,072 characters and takes 8 bytes or more
 LAYOUTS = "a file has one JSON object a line, or one array of them"
-TABLE = "CSV in UTF-8, quoted as Excel writes it"
+TABLE = (
+    'CSV in UTF-8 (from Excel: save as "CSV UTF-8"), with double quotes around text that has separators, quotes or '
+    "line breaks"
+)
 PARQUET = """is Parquet, which is not read; these lines of Python convert it:
   import pandas
   pandas.read_parquet({!r}).to_json({!r}, orient="records", lines=True)"""
@@ -109,7 +112,9 @@ def _parse_table(file: BufferedReader, path: Path) -> Iterator[Row]:
             elif len(cells) == len(names):
                 yield Row(dict(zip(names, cells, strict=True)), source)
             else:
-                problem = f"found {len(cells)} cells, need {len(names)}, as in the first row; quote text with commas"
+                problem = (
+                    f"found {len(cells)} cells, need {len(names)}, as in the first row; put text with commas in quotes"
+                )
                 yield Row(source=source, problem=problem)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}:{begin}: {error}; need {TABLE}") from error

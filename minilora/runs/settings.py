@@ -14,6 +14,10 @@ from minilora.options import check_types, document_fields, option, reject_foreig
 
 TrainOn = Literal["completion", "assistant", "all"]
 REPORTING = "evaluating, saving and reporting"  # a group of the help page
+DTYPE_HELP = (
+    "number format of the base model; auto: the checkpoint's, but float32 on a processor that computes bfloat16 slowly"
+)
+DEVICE_HELP = "cpu, cuda or mps; auto: CUDA, else MPS, else the CPU"
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
 COUNTS = "batch_size gradient_accumulation_steps max_steps eval_steps save_total_limit logging_steps"
 NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a `TrainConfig`: fields that are given -> what they need
@@ -41,7 +45,9 @@ class DataConfig:
     """
 
     max_length: int = option(
-        1024, "most tokens of a row; a longer row is cut off, a longer `text` into pieces; fewer take less memory"
+        1024,
+        "most tokens of a row: a longer row loses its end, a longer `text` is divided into pieces; a lower limit takes "
+        "less memory",
     )
     train_on: TrainOn = option("completion", "what is trained on: the last answer, every answer, or all tokens")
     prompt_style: str = option(
@@ -94,7 +100,9 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
     eval_steps: int | None = option(None, "evaluate every N steps, on validation rows or else held-out rows", REPORTING)
     keep: Literal["last", "best"] = option(
-        "last", "weights of the result: the last, or those with the lowest loss in an evaluation", REPORTING
+        "last",
+        "weights of the result: the last, or those with the lowest loss in an evaluation; best needs eval_steps",
+        REPORTING,
     )
     save_steps: int | None = option(
         None,
@@ -113,7 +121,7 @@ class TrainConfig:
             given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
             bad += [f"{name} is {value!r}, need {need}" for name, value in given.items() if not is_right(value)]
         if self.eval_steps is None and self.keep == "best":
-            bad.append("keep best needs eval_steps")
+            bad.append("keep is 'best', which needs eval_steps")
         if bad:
             raise ConfigError("TrainConfig: " + "; ".join(bad))
 
@@ -131,25 +139,25 @@ class RunConfig:
     eval_data: str | None = option(None, "rows that are not trained on: a file or a directory, as for --data", "data")
     eval_split: float = option(
         0.05,
-        "share of the training rows to hold out, if --data and --eval-data have no held-out rows; with --keep best "
-        "also if they have only validation or only test rows",
+        "share of the training rows to hold out if --data and --eval-data have no held-out rows; --keep best needs "
+        "validation and test rows, and holds out what is missing",
         "data",
     )
     out: str = option("minilora-run", "directory to write; the same command resumes the run in it")
     adapter: str | None = option(
         None,
-        "adapter to continue training: a directory or hub id; gives rank, alpha, targets and, by default, the model",
+        "adapter whose training is continued, with its rank, alpha, targets and, unless --model is given, its base: a "
+        "directory, or org/name[@revision] on the Hugging Face Hub",
         "adapter",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "number format of the base model; auto: the checkpoint's, or float32 where that is slow"
-    )
-    device: str = option("auto", "cpu, cuda or mps; auto: the best available")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", DTYPE_HELP)
+    device: str = option("auto", DEVICE_HELP)
     shard: Literal["none", "base"] = option("none", "base: divide the frozen base among the processes of torchrun")
     resume: Literal["auto", "never"] = option("auto", "continue the run in --out, if there is one; never: refuse it")
     general_data: str = option(
         BUILTIN,
-        "text on which forgetting is measured: rows with a field `text`, or .txt files; none: do not measure it",
+        "text on which forgetting is measured: a file of rows with a field `text`, a .txt file, or a directory of "
+        "them; none: do not measure it",
         REPORTING,
     )
     report: Literal["none", "tensorboard", "trackio", "wandb"] = option(
@@ -160,7 +168,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if not self.out:  # any other empty name is refused where it is looked up
-            raise ConfigError("RunConfig: out is empty; leave it out, or name something")
+            raise ConfigError("RunConfig: out is empty; name a directory, or leave it out")
         if not 0 <= self.eval_split < 1:
             raise ConfigError(f"RunConfig: eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
         if self.samples < 0:

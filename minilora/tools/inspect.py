@@ -47,7 +47,7 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
     written = [folder for folder in (path, *checkpoints(path / "checkpoints")) if (folder / files.MANIFEST).is_file()]
     if written:
         changed = (folder / name for folder in written for name in files.changed_files(folder))
-        problems = [f"{file}: not as it was written" for file in changed]
+        problems = [f"{file}: changed since minilora wrote it" for file in changed]
         count = sum(len(files.read_manifest(folder)) for folder in written)
         facts["manifest"] = {"path": str(path), "files": count, "problems": problems}
     return facts

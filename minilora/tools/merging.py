@@ -38,7 +38,10 @@ from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
 
 MergeTarget = Literal["original", "dequantized", "requantized"]
-IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"
+IN_WRAPPER = (
+    "is the text model of a wrapper; merging needs the target 'original', and adapters that leave the head tied to the "
+    "embedding"
+)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_an_adapter_whose_weights_are_damaged_is_refused_unless_another_tool_wro
     content = weights.read_bytes()
     for _ in range(count):
         done = spoil(weights, draw, is_cut)
-        with pytest.raises(ml.FormatError, match=f"^{tmp_path / 'whole'}.*not as it was written") as error:
+        with pytest.raises(ml.FormatError, match=f"^{tmp_path / 'whole'}.*changed since minilora wrote it") as error:
             ml.load_adapter(adapted(dtype=torch.float32, layers=1), tmp_path / "whole", "other")
         assert weights.name in str(error.value), done
         weights.write_bytes(content)
@@ -107,8 +107,8 @@ def test_an_adapter_whose_weights_are_damaged_is_refused_unless_another_tool_wro
     [
         ("[" * 2_000_000, "not JSON"),
         (" " * 17_000_000, "at most 16,777,216 are accepted"),
-        ('{"files": ["adapter_config.json"]}', "is no manifest"),
-        ('{"files": {"../adapter_config.json": null}}', "is no manifest"),
+        ('{"files": ["adapter_config.json"]}', "is not a manifest"),
+        ('{"files": {"../adapter_config.json": null}}', "is not a manifest"),
     ],
     ids=["nested", "large", "names", "outside"],
 )

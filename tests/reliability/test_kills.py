@@ -169,7 +169,7 @@ def test_a_lack_of_memory_is_one_line_and_the_last_checkpoint_stays(directory, t
         assert cli.main(command(directory, tmp_path / "run")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("minilora: out of memory: ")
-    assert "smaller batches" in last
+    assert "a smaller --batch-size" in last
     assert newest_step(tmp_path / "run" / "checkpoints") == 4
     assert not leftovers(tmp_path)
     assert cli.main(command(directory, tmp_path / "run")) == 0
