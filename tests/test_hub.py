@@ -8,8 +8,7 @@ import torch
 from huggingface_hub import constants
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE
-from minilora.adapters.layout import base_model_of
+from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.cli.finetune import find_inputs
 from minilora.files import ASSETS, BUILTIN, MANIFEST
 from minilora.models.hub import Location, fetch, locate, unpinned

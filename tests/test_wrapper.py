@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import PREFIX, WEIGHTS_FILE
+from minilora.adapter import PREFIX
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import main
 from minilora.files import INDEX
 from minilora.models.config import describe_other_parts, text_name

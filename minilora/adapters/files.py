@@ -11,21 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    activate,
-    adapter_tensors,
-    base_modules,
-    copy_tensors_,
-    layers_of,
-)
+from minilora.adapter import activate, adapter_tensors, base_modules, copy_tensors_, layers_of
 from minilora.adapters import build, layout
 from minilora.adapters.attach import inject_layers, path_of
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
-from minilora.adapters.layout import AdapterFile
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.errors import ConfigError, FormatError, TargetError, TrainingError, in_recipe, listed
 from minilora.files import publishing, write_json, write_tensors
@@ -73,7 +65,7 @@ def config_of_adapter(layers: Mapping[str, AdapterWrapper], name: str) -> LoraCo
     """Return the config that an adapter was made from; it is in each of the layers."""
     config: LoraConfig | None = getattr(next(iter(layers.values())).adapters[name], "lora_config", None)
     if config is None:
-        raise TargetError(f"adapter {name!r} has no LoraConfig: attach it by `ml.attach`, or see `adapter.save_lora`")
+        raise TargetError(f"adapter {name!r} has no LoraConfig: attach it by `ml.attach`")
     return config
 
 

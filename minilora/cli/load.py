@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minilora.adapter import WEIGHTS_FILE
 from minilora.adapters.files import load_adapter
-from minilora.adapters.layout import base_model_of, base_quantization, tokenizer_of
+from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, tokenizer_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.messages import base_notes

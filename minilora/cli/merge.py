@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from minilora.adapter import WEIGHTS_FILE
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import MERGED, Sources, add_model_flags, check_not_merged, find_sources

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minilora.adapter import CONFIG_FILE
+from minilora.adapters.layout import CONFIG_FILE
 from minilora.errors import DataError, FormatError
 from minilora.files import read_json
 from minilora.models.hub import PINNED

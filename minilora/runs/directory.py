@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.files import save_adapter_files
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.definition import is_plain
 from minilora.errors import FormatError, TrainingError
 from minilora.files import publishing, read_json, replacing, sha256_of, write_json

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from minilora import files
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from minilora.adapters.layout import read_adapter
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import build_on_meta, load_model, stored_weights

@@ -21,10 +21,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers, set_adapter
+from minilora.adapter import adapter_layers, set_adapter
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layers import LowRankWrapper, as_matrix
-from minilora.adapters.layout import DETERMINISTIC_INITS, parse_tensor_name
+from minilora.adapters.layout import CONFIG_FILE, DETERMINISTIC_INITS, WEIGHTS_FILE, parse_tensor_name
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
 from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files, write_json
