@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -182,10 +181,6 @@ def _check_run(
     build: BuildOptimizer | None,
 ) -> tuple[Optimizer, dict[str, Any]]:
     """Check what `train` is given; return the optimizer, and a fingerprint if a checkpoint or other rank needs it."""
-    if not torch.is_grad_enabled():
-        raise TrainingError(
-            "train was called inside torch.no_grad or inference_mode, where there are no gradients; call it outside"
-        )
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' is chosen by the command; name none, mlp or block")
     checkpoints.trained_adapters(model)
@@ -234,8 +229,6 @@ def _checked(loss: Callable[..., Any]) -> LossOfRows:
                 "loss must return (sum, count), a tensor of one number and a whole number, or (sum, count, metrics) "
                 f'with metrics {{"name": (sum, count), …}}; found {result!r:.80}'
             )
-        if torch.is_grad_enabled() and not part.requires_grad:
-            raise TrainingError("loss must return a sum with a gradient; this one depends on nothing that is trained")
         if taken := [name for name in metrics if name in KEYS or name.startswith("eval_")]:
             raise TrainingError(f"a metric of a loss cannot be called {taken[0]!r}: records have their own")
         return part, int(number), metrics
@@ -263,9 +256,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer
         rate = config.learning_rate
         return adamw({"params": own, "weight_decay": decay, "lr": rate} for decay, own in groups.items())
     optimizer = build([*trained])
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
-        kind = type(optimizer).__name__
-        raise TrainingError(f"optimizer= made a {kind}; need one torch.optim.Optimizer whose step needs no closure")
     if differing := [trained.get(p, "what is not trainable") for p in trained.keys() ^ {*parameters_of(optimizer)}]:
         raise TrainingError(f"the optimizer must have exactly the trainable parameters; differing: {differing[:5]}")
     for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
