@@ -24,7 +24,7 @@ from minilora.files import publishing, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
 from minilora.models.bitsandbytes import describe_quantization, is_finite, shortest_names
-from minilora.models.hub import fetch, unpinned
+from minilora.models.hub import locate, unpinned
 from minilora.nf4 import NF4Linear
 
 TENSOR_FIELDS = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
@@ -88,7 +88,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
-    stored, modules = layout.read_adapter(fetch(path, "adapter"), isinstance(model, Llama)), base_modules(model)
+    stored, modules = layout.read_adapter(locate(path, "adapter").path, isinstance(model, Llama)), base_modules(model)
     config = stored.config()
     if isinstance(model, Llama) and config.task_type in HEADS:
         task = f"task_type is {config.task_type}, not CAUSAL_LM"

@@ -284,7 +284,8 @@ def _step(
     measured: list[Metrics] = []
 
     def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
-        sampler.seed_micro_batch(device, adapters, config.seed, batch.number)
+        sampler.seed_random_state(device, f"{config.seed}/{batch.number}")
+        sampler.seed_dropout(adapters, config.seed, batch.number)
         part, count, metrics = loss(model, batch.rows, step=done + 1)
         measured.append(metrics if batch.is_counted else {})
         return (part, count) if batch.is_counted else (0 * part, 0)
