@@ -192,9 +192,8 @@ class RunDirectory:
 
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
-        every = self._settings.training.logging_steps
-        if processes.is_main_process() and ("eval_loss" in record or record["step"] % every == 0):
-            for tracker in self._trackers:
+        if "eval_loss" in record or record["step"] % self._settings.training.logging_steps == 0:
+            for tracker in self._trackers:  # which only the first rank has
                 tracker(record)
 
     def finish(
