@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minilora.adapters.attach import count_parameters
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import say
+from minilora.errors import printable
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import describe_in_words, describe_quantization
@@ -171,7 +172,7 @@ def describe_skipped(kind: str, bad: Sequence[str]) -> str:
 
 def shorten(text: str, most: int, keeps_end: bool = False) -> str:
     """Return a text in one line of at most that many characters: its beginning, or its end."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if len(text) <= most:
         return text
     return "…" + text[1 - most :] if keeps_end else text[: most - 1] + "…"
