@@ -1,19 +1,15 @@
-"""Adapters in and out of a model: attach, switch, merge, detach, save, load.
+"""Adapters in and out of a model: attach, switch, merge, detach, and the tensors of their files.
 
 A wrapper, such as `LoraLinear`, replaces each adapted module and contains it as `base`.
-`attach_lora` and `save_lora` are for LoRA and DoRA with one rank on linear layers. The command uses
-`ml.attach` and `ml.save_adapter`, which take any `LoraConfig` and end in `inject_adapter` and
-`adapter_tensors` as well.
+`attach_lora` is for LoRA and DoRA with one rank on linear layers. The command uses `ml.attach` and
+`ml.save_adapter`, which take any `LoraConfig` and end in `inject_adapter` and `adapter_tensors`.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilora.errors import FormatError, TargetError, TrainingError
@@ -30,7 +26,6 @@ from minilora.lora import (
 from minilora.nf4 import NF4Linear
 
 PREFIX = "base_model.model."  # of a tensor's name in PEFT's file, before the path of its module
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def walk(
@@ -253,20 +248,3 @@ def copy_tensors_(own: Mapping[Any, Tensor], stored: Mapping[Any, Tensor]) -> No
         raise FormatError(f"missing, unexpected or misshapen tensors: {wrong}")
     for key, tensor in own.items():
         tensor.copy_(stored[key])
-
-
-def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Write an adapter that `attach_lora` attached, of one rank and scale, in PEFT's layout."""
-    layers = layers_of(model, name)
-    first, *others = (layer.adapters[name] for layer in layers.values())
-    r, scale = len(first.lora_A), first.scale
-    kinds = [(len(a.lora_A), a.scale, a.bias, a.lora_bias) for a in (first, *others)]
-    if any(kind != (r, scale, None, None) for kind in kinds):
-        problem = "has biases, or several ranks or scales, which this function does not write"
-        raise TargetError(f"{name!r} {problem}; use `ml.save_adapter`")
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": scale * r, "lora_dropout": first.dropout.p}
-    config["use_dora"] = first.magnitude is not None
-    config["target_modules"] = sorted({where.rpartition(".")[2] for where in layers})
-    Path(path).mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(layers, name), Path(path) / WEIGHTS_FILE)
-    (Path(path) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")

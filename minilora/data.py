@@ -87,8 +87,6 @@ def collate(examples: Iterable[Example], device: torch.device) -> Batch:
         lengths.append(len(example.tokens))
     positions = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
     labels = [targets[i] for i in positions]
-
-    def as_tensor(numbers: list[int]) -> Tensor:
-        return to_device(torch.tensor(numbers, dtype=torch.int64), device)
-
-    return Batch(as_tensor(tokens), lengths, as_tensor(positions), as_tensor(labels))
+    columns = (torch.tensor(ids, dtype=torch.int64) for ids in (tokens, positions, labels))
+    inputs, *learned = (to_device(column, device) for column in columns)
+    return Batch(inputs, lengths, *learned)

@@ -15,7 +15,7 @@ A run is a loop over steps; `minilora.runs` adds evaluation, checkpoints and log
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,8 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
     parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.grad /= count
-    norm = total_norm([parameter.grad for parameter in parameters])
+    chunks = [part for p in parameters for part in p.grad.flatten().split(NORM_CHUNK)]
+    norm = torch.nn.utils.get_total_norm(chunks)  # of all numbers, from the norms of chunks
     step = Step(*torch.stack((total / count, norm)).tolist())  # waits for the device, once
     if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
         if max_grad_norm:
@@ -122,9 +123,3 @@ def update(optimizer: Optimizer, total: Tensor, count: int, max_grad_norm: float
 def parameters_of(optimizer: Optimizer) -> list[Any]:
     """Return the parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Compute the norm of all numbers of some tensors, √Σ x², from the norms of chunks."""
-    chunks = [chunk for tensor in tensors for chunk in tensor.flatten().split(NORM_CHUNK)]
-    return torch.nn.utils.get_total_norm(chunks)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import minilora as ml
 import scripts.pretrained
-from minilora.adapter import CONFIG_FILE
+from minilora.adapters.layout import CONFIG_FILE
 from minilora.files import MANIFEST
 from tests.models import randomize_adapters_, tiny_model
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import WEIGHTS_FILE
+from minilora.adapters.layout import WEIGHTS_FILE
 from tests.files import edit, save_file, write_adapter, write_base
 
 PREFIX, INNER = "base_model.model.", "model.language_model."

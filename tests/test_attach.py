@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import minilora as ml
-from minilora.adapter import WEIGHTS_FILE, adapter_layers, linear_layers
+from minilora.adapter import adapter_layers, linear_layers
 from minilora.adapters.attach import delete_adapter, merged
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.lora import LoraAdapter
 from minilora.models.checkpoint import build_model
 from minilora.models.config import parse_config

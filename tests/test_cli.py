@@ -235,9 +235,6 @@ def test_the_help_of_finetune_shows_the_main_flags_and_names_the_page_with_all_o
 
     short = page("--help")
     assert page("-h") == short
-    with pytest.raises(SystemExit, match=r"^0$"):
-        cli.main(["help", "finetune"])
-    assert capsys.readouterr().out == short
     main = {"model", "data", "out", "lora-r", "dry-run", "help-all", "columns", "system", "skip-bad-rows"}
     assert main <= flags(short) < flags(page("--help-all"))
     assert "`minilora finetune --help-all`" in short.splitlines()[-1]

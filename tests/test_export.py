@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from minilora.adapters.layout import base_model_of
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_model_of
 from minilora.cli import main
 from minilora.testing.compare import assert_parity
 from minilora.tools.exporting import export_adapter

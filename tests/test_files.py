@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import files
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
-from minilora.adapters.layout import BASE_METADATA, base_quantization
+from minilora.adapter import adapter_layers
+from minilora.adapters.layout import BASE_METADATA, CONFIG_FILE, WEIGHTS_FILE, base_quantization
 from minilora.files import write_tensors
 from minilora.testing.compare import PARITY, relative
 from tests.files import edit, save_file, saved

@@ -172,23 +172,17 @@ def test_a_loss_with_a_parameter_for_it_gets_the_step_of_its_record_also_when_re
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"),
+    "change",
     [
-        *(
-            (change, "must return")
-            for change in (
-                lambda total: total,
-                lambda total: (total, -2),
-                lambda total: (total, float("nan")),
-                lambda total: (total.expand(2), 1),
-                lambda total: (1.0, 1),
-            )
-        ),
-        (lambda total: (total.detach(), 1), "a sum with a gradient"),
+        lambda total: total,
+        lambda total: (total, -2),
+        lambda total: (total, float("nan")),
+        lambda total: (total.expand(2), 1),
+        lambda total: (1.0, 1),
     ],
 )
-def test_a_loss_that_is_no_sum_and_count_is_refused(change, problem):
-    with pytest.raises(ml.TrainingError, match=problem):
+def test_a_loss_that_is_no_sum_and_count_is_refused(change):
+    with pytest.raises(ml.TrainingError, match="must return"):
         run(given=lambda model, rows: change(loss(model, rows)[0]))
 
 
@@ -268,7 +262,7 @@ def test_rows_that_a_resumed_run_could_not_tell_apart_are_refused_where_checkpoi
         run(tmp_path, rows=rows, given=given)
 
 
-def test_a_loss_that_counts_nothing_or_is_not_finite_and_training_without_gradients_are_refused():
+def test_a_loss_that_counts_nothing_or_is_not_finite_is_refused():
     for count, where in ((lambda model: 0, "a step"), (lambda model: model.training, "the held-out rows")):
         given = lambda model, rows, count=count: (loss(model, rows)[0], int(count(model)))  # noqa: E731
         with pytest.raises(ml.DataError, match=rf"no token of {where} has a label \(the loss returned the count 0\)"):
@@ -277,5 +271,3 @@ def test_a_loss_that_counts_nothing_or_is_not_finite_and_training_without_gradie
     rows[4] = (rows[4][0] * float("nan"), *rows[4][1:])
     with pytest.raises(ml.TrainingError, match=r"rows: .*\b4\b"):
         run(rows=rows)
-    with torch.no_grad(), pytest.raises(ml.TrainingError, match="no_grad"):
-        run()

@@ -8,11 +8,10 @@ import torch
 from huggingface_hub import constants
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE
-from minilora.adapters.layout import base_model_of
+from minilora.adapters.layout import CONFIG_FILE, base_model_of
 from minilora.cli.finetune import find_inputs
 from minilora.files import ASSETS, BUILTIN, MANIFEST
-from minilora.models.hub import Location, fetch, locate, unpinned
+from minilora.models.hub import Location, locate, unpinned
 from minilora.runs.settings import RunConfig, Settings
 from tests.files import write_adapter
 from tests.hub import commit_of, serving
@@ -66,7 +65,7 @@ def adapter(hub, tmp_path, models):
 def refuses(name, kind="model"):
     """The message, of one line, with which a name is refused; it has the name in it."""
     with pytest.raises(ml.FormatError) as error:
-        fetch(name, kind)
+        locate(name, kind)
     assert str(name) in str(error.value)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -94,24 +93,24 @@ def test_nothing_that_is_code_or_pickled_or_in_a_folder_is_asked_for(hub, models
     text = "A dog is an animal."
     assert ml.load_tokenizer("org/tiny").encode(text) == ml.load_tokenizer(BUILTIN).encode(text)
     assert set(hub.requested) == {"config.json", MANIFEST, *TOKENIZER}  # a tokenizer comes without the weights
-    assert {path.name for path in fetch("org/tiny", "model").iterdir()} == set(hub.requested)
+    assert {path.name for path in locate("org/tiny", "model").path.iterdir()} == set(hub.requested)
     assert set(hub.requested) == {"config.json", "model.safetensors", MANIFEST, *TOKENIZER}
     model = tiny_model(dtype=torch.float32)
     ml.save_model(model, tmp_path / "sharded", shard_bytes=20_000)
     hub.add("org/sharded", {**files_of(tmp_path / "sharded"), "chat_template.jinja": b"{{ messages }}"})
     assert torch.equal(ml.load_model("org/sharded")(IDS), model(IDS))
-    assert (fetch("org/sharded", "model") / "chat_template.jinja").is_file()
+    assert (locate("org/sharded", "model").path / "chat_template.jinja").is_file()
     assert capfd.readouterr().out == ""
 
 
 def test_an_adapter_from_the_hub_is_the_adapter(hub, adapter):
-    model = ml.load_model(base_model_of(fetch("org/adapter", "adapter")))
+    model = ml.load_model(base_model_of(locate("org/adapter", "adapter").path))
     hub.requested.clear()
     ml.load_adapter(model, "org/adapter")
     assert torch.equal(model(IDS), adapter(IDS))
     wanted = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "run.json", *TOKENIZER}
     assert set(hub.requested) <= wanted
-    assert wanted <= {path.name for path in fetch("org/adapter", "adapter").iterdir()}
+    assert wanted <= {path.name for path in locate("org/adapter", "adapter").path.iterdir()}
 
 
 def test_model_and_adapter_in_the_settings_of_a_run_have_their_commits(hub, models, adapter):
@@ -155,7 +154,7 @@ def test_a_string_that_is_no_name_of_the_hub_is_a_path(hub):
         *("org/tiny@a/../../x", " org/tiny", "C:/tiny", "https://org/tiny", "örg/tiny"),
     ):
         with pytest.raises(ml.FormatError, match="no such directory, and not 'org/name'") as error:
-            fetch(name, "model")
+            locate(name, "model")
         assert str(error.value).startswith(f"{Path(name)}: ")
     assert "no such directory" in refuses(Path("org/tiny"))  # a path object is never such a name
     assert hub.requested == []
@@ -172,7 +171,7 @@ def test_a_directory_is_itself_before_it_is_a_name_of_the_hub(tmp_path, monkeypa
 
 def test_what_is_built_in_has_a_name_that_never_means_the_hub(hub):
     hub.add(BUILTIN, {"adapter_model.safetensors": b""})
-    assert fetch(BUILTIN, "model") == fetch(BUILTIN, "tokenizer") == ASSETS / "model"
+    assert locate(BUILTIN, "model").path == locate(BUILTIN, "tokenizer").path == ASSETS / "model"
     assert "no such directory" in refuses(BUILTIN, "adapter")
 
 
@@ -208,7 +207,7 @@ def test_names_that_lead_elsewhere_are_not_fetched(hub, tmp_path):
     good = {"model.safetensors": b"", "b.json": b""}
     files = {**good, **dict.fromkeys(HOSTILE, b"hostile")}
     hub.add("org/bad", files)
-    fetch("org/bad", "model")
+    locate("org/bad", "model")
     assert set(hub.requested) <= set(good)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"hostile"]
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
+from minilora.adapter import adapter_layers
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.cli import inspect, main
 from minilora.cli.inspect import fold
 from minilora.files import MANIFEST, read_json, write_json

@@ -7,8 +7,8 @@ from hypothesis import example, given
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import WEIGHTS_FILE, adapter_layers
-from minilora.adapters.layout import read_adapter
+from minilora.adapter import adapter_layers
+from minilora.adapters.layout import WEIGHTS_FILE, read_adapter
 from minilora.testing.compare import assert_maths, assert_parity
 from minilora.tools.inspect import adapter_facts, update_norm
 from tests.files import edit, save_file, saved

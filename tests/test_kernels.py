@@ -218,7 +218,7 @@ def _small_tiles(monkeypatch):
     """A few rows are several tiles, blocks and chunks, also of documents for which other ways are faster."""
     small_tiles(monkeypatch, 100)
     monkeypatch.setattr(attention, "BLOCK_MIN_TOKENS", 0)
-    monkeypatch.setattr(loss, "head_chunk", lambda head: 3)
+    monkeypatch.setattr(loss, "head_chunks", lambda _, *tensors: zip(*(t.split(3) for t in tensors), strict=True))
     monkeypatch.setattr(attention, "query_block_size", lambda dtype: 2)
     monkeypatch.setattr(attention, "MAX_BATCH", 6)
     monkeypatch.setattr(chunks, "CHUNK", 2)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import minilora as ml
 from minilora import ConfigError, FormatError, TargetError, TrainingError
-from minilora.adapter import WEIGHTS_FILE, adapter_layers, linear_layers
+from minilora.adapter import adapter_layers, linear_layers
 from minilora.adapters.layers import as_matrix
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.files import publishing
 from minilora.lora import merge_weight
 from minilora.models import checkpoint

@@ -130,12 +130,6 @@ def test_an_optimizer_that_keeps_what_no_checkpoint_has_is_refused_before_the_fi
     assert run(kind)[1].finished  # there are no checkpoints
 
 
-def test_what_is_not_one_optimizer_or_needs_a_closure_is_refused_by_its_type():
-    for build, kind in ((lambda parameters: [SGD(parameters)], "list"), (torch.optim.LBFGS, "LBFGS")):
-        with pytest.raises(ml.TrainingError, match=f"made a {kind}; need one"):
-            run(build)
-
-
 def test_an_optimizer_of_other_parameters_or_beside_settings_of_adamw_is_refused():
     with pytest.raises(ml.TrainingError, match=r"differing: \['model\.layers\.0.*lora_A"):
         run(lambda parameters: SGD(parameters[1:]))

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import minilora as ml
-from minilora.adapter import WEIGHTS_FILE, adapter_layers
+from minilora.adapter import adapter_layers
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import main
 from minilora.testing.compare import assert_maths
 from minilora.tools.readers import READERS, RULES, Base, reader_facts

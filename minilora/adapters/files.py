@@ -11,28 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    activate,
-    adapter_tensors,
-    base_modules,
-    copy_tensors_,
-    layers_of,
-)
+from minilora.adapter import activate, adapter_tensors, base_modules, copy_tensors_, layers_of
 from minilora.adapters import build, layout
 from minilora.adapters.attach import inject_layers, path_of
 from minilora.adapters.config import HEADS, LoraConfig
 from minilora.adapters.initialize import factors_from_weight
 from minilora.adapters.layers import InitSubtractedAdapter, LoraConv1D, LowRankWrapper
-from minilora.adapters.layout import AdapterFile
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, AdapterFile
 from minilora.adapters.modules_to_save import ModulesToSave
 from minilora.errors import ConfigError, FormatError, TargetError, TrainingError, in_recipe, listed
 from minilora.files import publishing, write_json, write_tensors
 from minilora.llama import Llama
 from minilora.lora import AdapterWrapper, LoraAdapter, widest
 from minilora.models.bitsandbytes import describe_quantization, is_finite, shortest_names
-from minilora.models.hub import fetch, unpinned
+from minilora.models.hub import locate, unpinned
 from minilora.nf4 import NF4Linear
 
 TENSOR_FIELDS = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
@@ -73,7 +65,7 @@ def config_of_adapter(layers: Mapping[str, AdapterWrapper], name: str) -> LoraCo
     """Return the config that an adapter was made from; it is in each of the layers."""
     config: LoraConfig | None = getattr(next(iter(layers.values())).adapters[name], "lora_config", None)
     if config is None:
-        raise TargetError(f"adapter {name!r} has no LoraConfig: attach it by `ml.attach`, or see `adapter.save_lora`")
+        raise TargetError(f"adapter {name!r} has no LoraConfig: attach it by `ml.attach`")
     return config
 
 
@@ -96,7 +88,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", trai
         TargetError: the model lacks modules that the adapter adapts, or has them in other shapes; the first two are
             named, with both shapes.
     """
-    stored, modules = layout.read_adapter(fetch(path, "adapter"), isinstance(model, Llama)), base_modules(model)
+    stored, modules = layout.read_adapter(locate(path, "adapter").path, isinstance(model, Llama)), base_modules(model)
     config = stored.config()
     if isinstance(model, Llama) and config.task_type in HEADS:
         task = f"task_type is {config.task_type}, not CAUSAL_LM"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapter import PREFIX
 from minilora.adapters.config import LoraConfig
 from minilora.errors import ConfigError, FormatError, in_recipe, listed
 from minilora.files import MANIFEST, TensorFile, parse_object, read_json, verify
@@ -31,6 +31,7 @@ from minilora.models.prompts import read_prompt_files
 from minilora.models.tokenizer import Tokenizer, find_tokenizer
 from minilora.options import fits
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_NAMES = 10_000  # of modules, in one key of a config: each is compared with each module
 # A path or the end of one, which is safe as a regular expression. PEFT writes `.*\.` before names of Mixtral's experts.
 NAME = re.compile(r"(\^|\.\*\\\.)?[\w.-]+")

@@ -152,8 +152,6 @@ def parse(words: Sequence[str]) -> Options:
     flag that asks for help.
     """
     command, *words = [_dashed(word) for word in words] or ["--help"]
-    if command == "help":
-        command, *words = [*words, "--help"]
     if command in ("-h", "--help", "--version"):
         commands = "\n".join(f"  {name:<9} {about}" for name, about in COMMANDS.items())
         version = f"minilora {minilora.__version__}"

@@ -14,7 +14,7 @@ from minilora.llama import Checkpointing, LlamaConfig
 from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import usable_device
 from minilora.models.config import read_config
-from minilora.models.hub import fetch
+from minilora.models.hub import locate
 from minilora.models.tokenizer import Tokenizer
 from minilora.runs.encoders import Dataset
 from minilora.runs.inputs import Data
@@ -92,7 +92,7 @@ def dry_run_lines(plan: Plan, found: Forecasts) -> str:
 
 def memory_page(name_or_path: str) -> str:
     """Return what `--memory` prints: the forecast of each of the `METHODS` for a model."""
-    path, device = fetch(name_or_path, "model"), usable_device("auto")
+    path, device = locate(name_or_path, "model").path, usable_device("auto")
     config = read_config(path)
     rows: dict[str, Forecast] = {}
     for method, ways in METHODS.items():

@@ -12,7 +12,7 @@ from minilora.cli.flags import add_out, new_directory
 from minilora.cli.load import ADAPTER_HELP, base_of
 from minilora.cli.messages import base_notes, say_prompts
 from minilora.errors import ConfigError
-from minilora.models.hub import fetch, locate
+from minilora.models.hub import locate
 from minilora.models.prompts import copy_prompt_files
 from minilora.tools.exporting import export_adapter
 from minilora.tools.readers import READERS
@@ -29,7 +29,7 @@ def run(options: Options) -> int:
     if len(options["adapter"]) > 1:
         advice = "in Python, ml.combine_adapters makes one adapter of several"
         raise ConfigError(f"export takes one --adapter, found {options['adapter']}; {advice}")
-    adapter = fetch(options["adapter"][0], "adapter")
+    adapter = locate(options["adapter"][0], "adapter").path
     base = locate(base_of(options["model"], [adapter]), "model")
     for note in base_notes(base, [adapter], {}):
         say(note)

@@ -38,7 +38,7 @@ from minilora.models.bitsandbytes import QuantizeConfig
 from minilora.models.checkpoint import load_model, resolve_dtype
 from minilora.models.config import read_config
 from minilora.models.fsdp import load_sharded
-from minilora.models.hub import fetch, locate
+from minilora.models.hub import locate
 from minilora.models.prompts import read_prompts
 from minilora.runs import processes
 from minilora.runs.directory import Base, Run, RunDirectory, RunHistory, RunSummary, check_same
@@ -101,9 +101,9 @@ def read_settings(options: Options) -> Settings:
 
 def _settings_of(adapter: str, model: str | None) -> dict[str, Any]:
     """Return the settings by which an adapter continues its training."""
-    directory = fetch(adapter, "adapter")
+    directory = locate(adapter, "adapter").path
     model = base_of(model, [directory])
-    quantization = recorded_quantization(fetch(model, "model"), [directory])
+    quantization = recorded_quantization(locate(model, "model").path, [directory])
     adapted = read_adapter(directory, is_for_text=True).config()
     columns = run_settings({"adapter": [adapter]}).get("columns")
     settings = {"model": model, **quantization, **vars(adapted), "columns": columns}

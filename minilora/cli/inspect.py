@@ -31,7 +31,7 @@ from minilora.cli.messages import base_notes
 from minilora.errors import ConfigError, listed, printable
 from minilora.files import TensorEntry
 from minilora.models.config import text_path
-from minilora.models.hub import fetch, locate
+from minilora.models.hub import locate
 from minilora.tools.inspect import adapter_facts, inspect_path, weight_norms
 from minilora.tools.readers import EMBEDDING, HEAD, IGNORES, READERS, READS, REFUSES, RIGHT, RULINGS, Base, reader_facts
 
@@ -63,7 +63,7 @@ def run(options: Options) -> int:
 
 
 def _run_readers(options: Options) -> int:
-    adapter, location = fetch(options["path"], "adapter"), locate(options["base"], "model")
+    adapter, location = locate(options["path"], "adapter").path, locate(options["base"], "model")
     for note in base_notes(location, [adapter], {}):
         say(note)
     base = Base.read(location.path)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minilora.adapter import WEIGHTS_FILE
 from minilora.adapters.files import load_adapter
-from minilora.adapters.layout import base_model_of, base_quantization, tokenizer_of
+from minilora.adapters.layout import WEIGHTS_FILE, base_model_of, base_quantization, tokenizer_of
 from minilora.cli import Options, Parser, say
 from minilora.cli.flags import add_fields, from_flags
 from minilora.cli.messages import base_notes
@@ -17,7 +16,7 @@ from minilora.files import BUILTIN, read_json, sha256_of
 from minilora.llama import Llama
 from minilora.models.bitsandbytes import QuantizeConfig, describe_quantization, is_four_bit
 from minilora.models.checkpoint import load_model, usable_device
-from minilora.models.hub import Location, fetch, locate
+from minilora.models.hub import Location, locate
 from minilora.models.tokenizer import Tokenizer, load_tokenizer
 from minilora.runs.settings import DEVICE_HELP, DTYPE_HELP
 
@@ -69,7 +68,7 @@ class Sources:
 
 def find_sources(options: Options) -> Sources:
     """Find the model and the adapters that the flags name, and download them if necessary."""
-    paths = tuple(fetch(name, "adapter") for name in options["adapter"])
+    paths = tuple(locate(name, "adapter").path for name in options["adapter"])
     name = base_of(options["model"], paths)
     try:
         base = locate(name, "model")
@@ -133,6 +132,6 @@ def check_not_merged(base: Location, adapters: Sequence[Path]) -> None:
 
 def run_settings(options: Options) -> dict[str, Any]:
     """Return the settings of the run that made the adapter; empty if there is none."""
-    paths = (fetch(name, "adapter") / "run.json" for name in options["adapter"])
+    paths = (locate(name, "adapter").path / "run.json" for name in options["adapter"])
     config = next((read_json(path).get("config") for path in paths if path.exists()), None)
     return config if isinstance(config, dict) else {}

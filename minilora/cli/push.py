@@ -12,8 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from minilora.adapters.layout import base_model_of
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, base_model_of
 from minilora.cli import Options
 from minilora.errors import ConfigError
 from minilora.files import BUILTIN, read_json

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from minilora import llama
 from minilora.definition import kernel
 from minilora.errors import TrainingError
-from minilora.lora import widest
 
 TILE = 2**17  # elements that a thread of the CPU works on at a time: half a MB in float32
 
@@ -48,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(widest(x))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()  # square() is four times as slow on a CPU
         ctx.save_for_backward(x, weight, inverse)
         return weight * (wide * inverse).to(torch.promote_types(x.dtype, weight.dtype))
@@ -88,14 +87,14 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-HEAD_LOGITS = 3 * 2**23  # alive at a time: 50 MB in bfloat16; see `head_chunk`
+HEAD_LOGITS = 3 * 2**23  # alive at a time: 50 MB in bfloat16; see `head_chunks`
 
 
 @kernel(of=llama.cross_entropy)
 def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """See `llama.cross_entropy`.
 
-    The head sees `head_chunk` rows at a time, and the gradient of a chunk is computed while its logits exist. The head
+    The head sees a chunk of rows at a time, and the gradient of a chunk is computed while its logits exist. The head
     is called as a module, so it may be adapted, tied or trained. One with dropout sees all rows at once: its mask is a
     function of the seed and the shape, so chunks would share one.
     """
@@ -104,13 +103,8 @@ def cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _ChunkedCrossEntropy.apply(hidden, labels, head, *trained)
-    losses = [_loss(head(rows.clone()), row_labels) for rows, row_labels in _chunks(head, hidden, labels)]
+    losses = [_loss(head(rows.clone()), row_labels) for rows, row_labels in head_chunks(head, hidden, labels)]
     return torch.stack(losses).sum()
-
-
-def head_chunk(head: nn.Module) -> int:
-    """Return the rows of logits to compute at a time: 512 of 49,152, a tenth faster in float32 than 256."""
-    return max(1, HEAD_LOGITS // getattr(head, "out_features", 2**16))  # a head that is not a linear may lack it
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -122,10 +116,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
-        loss_sum = torch.zeros((), dtype=widest(hidden), device=hidden.device)
+        loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         hidden_grads = torch.empty_like(hidden)  # allocated before the logits, or it would fragment their memory
-        trained_grads = [torch.zeros_like(p, dtype=widest(p)) for p in trained]
-        for rows, row_labels, row_grads in _chunks(head, hidden, labels, hidden_grads):
+        trained_grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        for rows, row_labels, row_grads in head_chunks(head, hidden, labels, hidden_grads):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 logits = head(leaf.clone())  # the head may change its input in place
@@ -168,8 +162,10 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
                 yield node.variable
 
 
-def _chunks(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(head_chunk(head)) for tensor in tensors), strict=True)
+def head_chunks(head: nn.Module, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows whose logits exist at a time: 512 of 49,152, a tenth faster in float32 than 256."""
+    rows = max(1, HEAD_LOGITS // getattr(head, "out_features", 2**16))  # a head that is not a linear may lack it
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tensor:
@@ -178,7 +174,7 @@ def _loss(logits: Tensor, labels: Tensor, dlogits: Tensor | None = None) -> Tens
     With the largest logit z_m, -log p[label] = (z_m - z[label]) - log p_m: p_m ≥ 1/V, while p[label] may be 0. It works
     on a few rows at a time, so that p, which is wider than the logits, stays in the cache.
     """
-    loss_sum = torch.zeros((), dtype=widest(logits), device=logits.device)
+    loss_sum = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     tile = tile_rows(logits)
     for rows in (slice(first, first + tile) for first in range(0, logits.size(0), tile)):
         z, target = logits[rows], labels[rows].unsqueeze(-1)

@@ -40,11 +40,6 @@ NEEDED: dict[Kind, str] = {  # the files without which a repository is of no use
 }
 
 
-def fetch(name_or_path: str | Path, kind: Kind) -> Path:
-    """Return the path of `locate`."""
-    return locate(name_or_path, kind).path
-
-
 def locate(name_or_path: str | Path, kind: Kind) -> Location:
     """Return the `Location` that a name means; a repository of the Hub is downloaded. A `Path` never is one."""
     name, path = str(name_or_path), Path(name_or_path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.errors import ConfigError, DataError, FormatError
 from minilora.files import open_file, parse_object, read_text
-from minilora.models.hub import fetch
+from minilora.models.hub import locate
 from minilora.models.prompts import PROMPT_FILES, PROMPTS_FILE, Prompts, read_prompt_files
 
 TOKENIZER_BYTES = 2**27  # of a tokenizer.json; that of 262,144 tokens has 33 MB
@@ -35,7 +35,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """
     from minilora.models.control_tokens import ControlTokens  # here, because its package takes long
 
-    directory = fetch(name_or_path, "tokenizer")
+    directory = locate(name_or_path, "tokenizer").path
     path = directory / "tokenizer.json"
     if not path.exists():
         raise FormatError(f"{directory}: there is no tokenizer.json")

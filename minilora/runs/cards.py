@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minilora.adapter import CONFIG_FILE
+from minilora.adapters.layout import CONFIG_FILE
 from minilora.errors import DataError, FormatError
 from minilora.files import read_json
 from minilora.models.hub import PINNED
@@ -69,7 +69,7 @@ def _results(path: Path) -> list[str]:
 def _code(directory: Path, name: str, base: str, prompts: Prompts, library: str, loader: str) -> list[str]:
     """Return lines of Python that load the model or adapter, with its tokenizer or the base's, and ask it."""
     texts, own = read_prompt_files(directory), find_tokenizer(directory)
-    repository, _, revision = (name if own or not base else base).partition("@")
+    repository, _, revision = (base if own is None and base else name).partition("@")
     pinned = f', revision="{revision}"' if revision else ""
     lines = [f"from {library} import {loader}", "from transformers import AutoTokenizer", ""]
     lines += [f'model = {loader}.from_pretrained("{name}")']
@@ -78,7 +78,7 @@ def _code(directory: Path, name: str, base: str, prompts: Prompts, library: str,
         lines.insert(0, "from huggingface_hub import hf_hub_download")
         template = f'hf_hub_download("{name}", "chat_template.jinja")'
         lines += [f'tokenizer.chat_template = open({template}, encoding="utf-8").read()']
-    if prompts.form == "template" and (texts or (own and own.template)):
+    if prompts.form == "template" and (texts or (own is not None and own.template)):
         messages = [{"role": "system", "content": prompts.system}] if prompts.system else []
         messages += [{"role": "user", "content": "Hello"}]
         lines += ["messages = [", *(f"    {json.dumps(each, ensure_ascii=False)}," for each in messages), "]"]
@@ -88,7 +88,7 @@ def _code(directory: Path, name: str, base: str, prompts: Prompts, library: str,
         lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
     else:
         lines += ['inputs = tokenizer("Hello", return_tensors="pt")']
-    ends = f", eos_token_id={sorted(own.stop_ids)}" if own else ""
+    ends = f", eos_token_id={sorted(own.stop_ids)}" if own is not None else ""
     return lines + ANSWER.replace("{ends}", ends).splitlines()
 
 

@@ -158,9 +158,10 @@ def save_checkpoint(
     entries = state_entries(optimizer, model).items()
     optimizer_state = {name: _as_tensor(values[key]) for name, (values, key) in entries}
     adapters = trained_adapters(model)
-    path = folder / f"step-{state.step:06d}"
-    files.remove(path)  # a damaged one
-    with files.replacing(path) as directory:
+    for damaged in checkpoints(folder):
+        if step_of(damaged) >= state.step:  # or the run would have resumed from it
+            files.remove(damaged)
+    with files.replacing(folder / f"step-{state.step:06d}") as directory:
         directory.mkdir()
         if len(adapters) == 1 and all(isinstance(origin, LoraConfig) for made in adapters.values() for origin in made):
             save_adapter_files(model, directory, *adapters)
@@ -172,9 +173,6 @@ def save_checkpoint(
             files.write_tensors(directory / "best.safetensors", best)
         files.write_json(directory / "state.json", asdict(state))
         files.write_json(directory / files.MANIFEST, files.manifest_of(directory))
-    for newer in checkpoints(folder):
-        if step_of(newer) > state.step:  # damaged, or the run would have resumed from it
-            files.remove(newer)
     prune(folder, state.step, keep)
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.adapters.files import save_adapter_files
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE
 from minilora.definition import is_plain
 from minilora.errors import FormatError, TrainingError
 from minilora.files import publishing, read_json, replacing, sha256_of, write_json
@@ -193,9 +193,8 @@ class RunDirectory:
 
     def log(self, record: Record) -> None:
         """Write a record to metrics.jsonl and to `--report`, unless `--logging-steps` leaves it out."""
-        every = self._settings.training.logging_steps
-        if processes.is_main_process() and ("eval_loss" in record or record["step"] % every == 0):
-            for tracker in self._trackers:
+        if "eval_loss" in record or record["step"] % self._settings.training.logging_steps == 0:
+            for tracker in self._trackers:  # which only the first rank has
                 tracker(record)
 
     def finish(

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -182,10 +181,6 @@ def _check_run(
     build: BuildOptimizer | None,
 ) -> tuple[Optimizer, dict[str, Any]]:
     """Check what `train` is given; return the optimizer, and a fingerprint if a checkpoint or other rank needs it."""
-    if not torch.is_grad_enabled():
-        raise TrainingError(
-            "train was called inside torch.no_grad or inference_mode, where there are no gradients; call it outside"
-        )
     if config.gradient_checkpointing == "auto":
         raise TrainingError("gradient_checkpointing 'auto' works only in `minilora finetune`; give none, mlp or block")
     checkpoints.trained_adapters(model)
@@ -234,8 +229,6 @@ def _checked(loss: Callable[..., Any]) -> LossOfRows:
                 "loss must return (sum, count), a tensor of one number and a whole number, or (sum, count, metrics) "
                 f'with metrics {{"name": (sum, count), …}}; found {result!r:.80}'
             )
-        if torch.is_grad_enabled() and not part.requires_grad:
-            raise TrainingError("loss must return a sum with a gradient; this one depends on nothing that is trained")
         if taken := [name for name in metrics if name in KEYS or name.startswith("eval_")]:
             raise TrainingError(f"a metric cannot be called {taken[0]!r}: records have a field of that name")
         return part, int(number), metrics
@@ -263,9 +256,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig, build: BuildOptimizer
         rate = config.learning_rate
         return adamw({"params": own, "weight_decay": decay, "lr": rate} for decay, own in groups.items())
     optimizer = build([*trained])
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
-        kind = type(optimizer).__name__
-        raise TrainingError(f"optimizer= made a {kind}; need one torch.optim.Optimizer whose step needs no closure")
     if differing := [trained.get(p, "what is not trainable") for p in trained.keys() ^ {*parameters_of(optimizer)}]:
         raise TrainingError(f"the optimizer must have exactly the trainable parameters; differing: {differing[:5]}")
     for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
@@ -294,7 +284,8 @@ def _step(
     measured: list[Metrics] = []
 
     def seeded_loss(model: nn.Module, batch: sampler.MicroBatch) -> tuple[Tensor, int]:
-        sampler.seed_micro_batch(device, adapters, config.seed, batch.number)
+        sampler.seed_random_state(device, f"{config.seed}/{batch.number}")
+        sampler.seed_dropout(adapters, config.seed, batch.number)
         part, count, metrics = loss(model, batch.rows, step=done + 1)
         measured.append(metrics if batch.is_counted else {})
         return (part, count) if batch.is_counted else (0 * part, 0)

@@ -126,12 +126,6 @@ def kept_random_state(device: torch.device, key: str | None = None) -> Iterator[
         yield
 
 
-def seed_micro_batch(device: torch.device, adapters: Mapping[str, LoraAdapter], seed: int, number: int) -> None:
-    """Set PyTorch's random state and the dropout of adapters for a micro-batch of a run."""
-    seed_random_state(device, f"{seed}/{number}")
-    seed_dropout(adapters, seed, number)
-
-
 def seed_random_state(device: torch.device, key: str) -> None:
     """Set PyTorch's random state from a hash of the key, on the CPU and on the device.
 

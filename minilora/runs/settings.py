@@ -20,19 +20,32 @@ DTYPE_HELP = (
 DEVICE_HELP = "cpu, cuda or mps; auto: CUDA, else MPS, else the CPU"
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
 COUNTS = "batch_size gradient_accumulation_steps max_steps eval_steps save_total_limit logging_steps"
-NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a `TrainConfig`: fields that are given -> what they need
-    COUNTS: (lambda x: x >= 1, "a whole number of at least 1"),
-    "save_steps": (lambda x: x >= 0, "a whole number of at least 0"),
+NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # fields, where they are given -> what they need
+    f"{COUNTS} max_length": (lambda x: x >= 1, "a whole number of at least 1"),
+    "save_steps samples": (lambda x: x >= 0, "a whole number of at least 0"),
     "warmup_steps": (lambda x: 0 <= x < 1 or 0 < x == x // 1, "a whole number, or a share of at least 0 below 1"),
     "weight_decay max_grad_norm": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
     "learning_rate epochs": (lambda x: 0 < x < math.inf, "a finite number above 0"),
     "seed": (lambda x: 0 <= x < 2**32, "a whole number of at least 0 and below 2**32"),
+    "eval_split": (lambda x: 0 <= x < 1, "a share of at least 0 and below 1"),
+    "out": (bool, "a name"),  # any other empty name is refused where it is looked up
 }
 
 
 def flag(name: str) -> str:
     """Return the flag of a field."""
     return f"--{FLAG_NAMES.get(name, name).replace('_', '-')}"
+
+
+def check_fields(config: object) -> None:
+    """Raise a `ConfigError` that names each field of a config whose type is wrong, or else whose value is."""
+    check_types(config)
+    bad = []
+    for names, (is_right, need) in NEEDS.items():
+        given = {name: value for name in names.split() if (value := getattr(config, name, None)) is not None}
+        bad += [f"{name} is {value!r}, need {need}" for name, value in given.items() if not is_right(value)]
+    if bad:
+        raise ConfigError(f"{type(config).__name__}: {'; '.join(bad)}")
 
 
 @document_fields
@@ -63,9 +76,7 @@ class DataConfig:
     skip_bad_rows: bool = option(False, "skip rows that cannot be used and report them, instead of stopping")
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if self.max_length < 1:
-            raise ConfigError(f"DataConfig: max_length is {self.max_length!r}, need a whole number of at least 1")
+        check_fields(self)
 
 
 @reject_foreign_kwargs(
@@ -115,15 +126,9 @@ class TrainConfig:
     seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
 
     def __post_init__(self) -> None:
-        check_types(self)
-        bad = []
-        for names, (is_right, need) in NEEDS.items():
-            given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
-            bad += [f"{name} is {value!r}, need {need}" for name, value in given.items() if not is_right(value)]
+        check_fields(self)
         if self.eval_steps is None and self.keep == "best":
-            bad.append("keep is 'best', which needs eval_steps")
-        if bad:
-            raise ConfigError("TrainConfig: " + "; ".join(bad))
+            raise ConfigError("TrainConfig: keep is 'best', which needs eval_steps")
 
 
 @dataclass(frozen=True)
@@ -166,13 +171,7 @@ class RunConfig:
     samples: int = option(20, "number of held-out rows that base and adapter answer at the end", REPORTING)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if not self.out:  # any other empty name is refused where it is looked up
-            raise ConfigError("RunConfig: out is empty; name a directory, or leave it out")
-        if not 0 <= self.eval_split < 1:
-            raise ConfigError(f"RunConfig: eval_split is {self.eval_split!r}, need a share of at least 0 and below 1")
-        if self.samples < 0:
-            raise ConfigError(f"RunConfig: samples is {self.samples!r}, need a whole number of at least 0")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

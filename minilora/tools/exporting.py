@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapter import PREFIX
 from minilora.adapters.layers import LoraEmbedding
-from minilora.adapters.layout import parse_tensor_name, read_adapter
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, parse_tensor_name, read_adapter
 from minilora.adapters.modules_to_save import TrainableTokens
 from minilora.errors import TargetError, listed
 from minilora.files import TensorFile, read_json, write_json, write_tensors

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from minilora import files
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from minilora.adapters.layout import read_adapter
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from minilora.errors import FormatError, MiniloraError
 from minilora.models.bitsandbytes import packed_weights, quant_type, read_layout
 from minilora.models.checkpoint import build_on_meta, load_model, stored_weights
 from minilora.models.config import describe_other_parts, read_config
-from minilora.models.hub import GGUF, fetch
+from minilora.models.hub import GGUF, locate
 from minilora.models.tokenizer import load_tokenizer
 from minilora.runs.checkpoints import checkpoints
 from minilora.runs.reports import read_records
@@ -27,7 +26,7 @@ def inspect_path(name_or_path: str) -> dict[str, dict[str, Any]]:
 
     "manifest" has the files that changed since they were written, if there is one.
     """
-    path = Path(name_or_path) if Path(name_or_path).exists() else fetch(name_or_path, "model")
+    path = Path(name_or_path) if Path(name_or_path).exists() else locate(name_or_path, "model").path
     if path.suffix == ".gguf":
         raise FormatError(f"{path}: {GGUF}")
     if not path.is_dir():

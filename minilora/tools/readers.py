@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from minilora.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.adapter import PREFIX
 from minilora.adapters import layout
 from minilora.adapters.config import LoraConfig
-from minilora.adapters.layout import parse_tensor_name
+from minilora.adapters.layout import CONFIG_FILE, WEIGHTS_FILE, parse_tensor_name
 from minilora.errors import MiniloraError
 from minilora.files import TensorFile, read_json, tensor_files
 from minilora.lora import lora_scale

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layers
+from minilora.adapter import adapter_layers
 from minilora.adapters.initialize import gaussian_factors
-from minilora.adapters.layout import PEFT_DEFAULTS, READ_FIELDS
+from minilora.adapters.layout import CONFIG_FILE, PEFT_DEFAULTS, READ_FIELDS, WEIGHTS_FILE
 from minilora.data import collate
 from minilora.lora import initial_factors, lora_delta
 from minilora.models.prompts import PROMPTS_FILE, Prompts

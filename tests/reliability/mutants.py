@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.adapter import WEIGHTS_FILE
+from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import main as command
 from minilora.files import ASSETS, TensorFile
 from minilora.models.prompts import read_prompt_files
