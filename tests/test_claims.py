@@ -53,9 +53,14 @@ def percent(values):
 
 def rank():
     runs, base = results("06_rank"), results("06_rank", "base")
-    lora = statistics.mean(run["accuracy"] for run in runs if run.get("r") == 1)
-    full = statistics.mean(run["accuracy"] for run in runs if run["method"] == "full, AdamW")
-    yield f"rank 1 keeps {100 * (lora - base) / (full - base):.0f} % of the gain"
+    rank_1, rank_32 = ([run["accuracy"] for run in runs if run.get("r") == r] for r in (1, 32))
+    tuned = [run for run in runs if run["method"] == "full, AdamW"]
+    full = statistics.mean(run["accuracy"] for run in tuned)
+    behind = [100 * (more - less) for less, more in zip(rank_1, rank_32, strict=True)]
+    yield f"rank 1 keeps {100 * (statistics.mean(rank_1) - base) / (full - base):.0f} % of the gain"
+    yield f"below rank 32 with each seed, by {span(behind, 1)} points"
+    needed = statistics.mean(rank for run in tuned for rank in run["ranks"].values())
+    yield f"Rank {needed:.0f} is {needed / 16:.1f} times our usual rank of 16"
 
 
 def where():
@@ -269,10 +274,11 @@ def rule():
         ("05_rule_usual", "A has moved {:.1f} and {:.2f} times its start"),
         ("05_rule_start", "A moves {:.1f} and {:.1f} times its start in 100 steps"),
     ):
-        (low, far), (high, near) = (
-            [statistics.mean(run[key] for run in each["runs"]) for key in ("log2", "moved")]
-            for each in sorted(results(name), key=lambda run: -run["alpha"])
+        (high, near), *between, (low, far) = (
+            [statistics.mean(run[key] for run in each["runs"]) for key in ("log2", "moved")] for each in results(name)
         )
+        for _, middle in between:
+            yield f"At α = 16 A has moved {middle:.2f} times its start"
         yield told.format(near, far)
         yield f"the rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
 

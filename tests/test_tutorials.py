@@ -75,7 +75,7 @@ MISTAKES = {
     "05": [
         ("s * math.sqrt(r)", "s * r"),
         ("(1 / few - 1 / many)", "(many - few)"),
-        ("1 / c, rate / c", "1, rate / c"),
+        ("rate, rate * s / new_s", "rate, rate * new_s / s"),
     ],
     "06": [
         ("(B.T @ B) @ (A @ A.T)", "B.T @ B @ A @ A.T @ B.T @ B @ A @ A.T", "square of one"),

@@ -12,5 +12,5 @@ def signal_and_noise(squares: dict[int, float]) -> tuple[float, float]:
 
 
 def same_training(s: float, rate: float, new_s: float) -> tuple[float, float]:
-    """By what to multiply the start of A, and the new rate, so that Adam trains the same ΔW under another scale."""
+    """The rates of A and of B with which Adam trains the same ΔW under another scale, from the same start of A."""
     raise NotImplementedError

@@ -37,23 +37,23 @@ def check_signal_and_noise(answer: ModuleType) -> None:
 def check_same_training(answer: ModuleType) -> None:
     """ΔW is the same after each of ten steps of Adam."""
     for s, rate, new_s in ((2.0, 0.01, 32.0), (8.0, 0.004, 0.5), (1.5, 0.02, 3.0)):
-        factor, new_rate = answer.same_training(s, rate, new_s)
-        pairs = zip(steps(s, 1.0, rate), steps(new_s, factor, new_rate), strict=True)
+        rate_A, rate_B = answer.same_training(s, rate, new_s)
+        pairs = zip(steps(s, rate, rate), steps(new_s, rate_A, rate_B), strict=True)
         for number, (old, new) in enumerate(pairs, start=1):
             assert torch.allclose(old, new, rtol=1e-4, atol=1e-6), (
                 f"from s = {s:g} to {new_s:g} at rate {rate:g}, ΔW is another after step {number}: norm "
-                f"{new.norm():.4f} instead of {old.norm():.4f}. In ΔW = s·BA, what does each of the three contribute?"
+                f"{new.norm():.4f} instead of {old.norm():.4f}. In ΔW = s·BA, what must become of A and of B?"
             )
 
 
-def steps(s: float, factor: float, rate: float) -> list[Tensor]:
-    """ΔW after each of ten steps of Adam, with A's start multiplied by the factor."""
+def steps(s: float, rate_A: float, rate_B: float) -> list[Tensor]:
+    """ΔW after each of ten steps of Adam."""
     generator = torch.Generator().manual_seed(0)
     x, wanted, start = (
         torch.randn(size, generator=generator, dtype=torch.float64) for size in ((20, 7), (20, 5), (3, 7))
     )
-    A, B = nn.Parameter(factor * start), nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))
-    adam = torch.optim.Adam([A, B], lr=rate)
+    A, B = nn.Parameter(start), nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))
+    adam = torch.optim.Adam([{"params": [A], "lr": rate_A}, {"params": [B], "lr": rate_B}])
     found = []
     for _ in range(10):
         adam.zero_grad()
