@@ -108,7 +108,6 @@ MISTAKES = {
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
         ("-1, 0, 1\n", "-1, levels[7], 1\n"),
         ("8 + 32 / group_size", "8 + 32"),
-        ("16 * codes[::2] + codes[1::2]", "codes[::2] + 16 * codes[1::2]"),
     ],
     "10": [
         ("** 0.5)", ")"),
