@@ -84,6 +84,15 @@ def where():
 
 
 def codes():
+    for runs in zip(*(results("09_codes", key) for key in ("built-in model", "10M", "results")), strict=True):
+        cells = [f"{run['squared']:.4f}, {run['kl']:.4f}" for run in runs]
+        if runs[0]["code"] != "NF4":
+            cells = [
+                f"{cell}, {run['more']:+.4f} ± {run['more_interval']:.4f}"
+                for cell, run in zip(cells, runs, strict=True)
+            ]
+        code = runs[0]["code"].replace("|", r"\|")
+        yield f"| {code}, {runs[0]['block_size']:,} | {' | '.join(cells)} |"
     found = {(run["code"], run["block_size"]): run for run in results("09_codes")}
     kl = {name: f"{run['kl']:.3f} ± {run['kl_interval']:.3f}" for (name, size), run in found.items() if size == 64}
     yield f"SmolLM2: {kl['NF4']}, {kl['FP4, E2M1']}, {kl['Int4']}"
@@ -94,10 +103,41 @@ def codes():
         clean = {(run["code"], run["block_size"]): run for run in results("09_codes", key)}
         kl = {name: f"{run['kl']:.4f}" for (name, size), run in clean.items() if size == 64}
         more = {key: f"{run['more']:.4f} ± {run['more_interval']:.4f}" for key, run in clean.items()}
+        if model == "built-in model":
+            error = {key: f"{run['absolute']:.4f}" for key, run in clean.items()}
+            of = f"error of the {model}'s weights, block"
+            yield f"{of} 64: {error['FP4, bitsandbytes', 64]} against {error['Int4', 64]}"
+            yield f"{of} 4,096: {error['fitted, |e|', 4096]} against {error['NF4', 4096]}"
         yield f"the {model}: NF4 {kl['NF4']}, FP4 (E2M1) more by {more['FP4, E2M1', 64]}, Int4 by {more['Int4', 64]}"
         yield f"the {model}: {kl['FP4, bitsandbytes']} against {kl['Int4']}"
         yield f"{more['fitted, |e|', 64]} and {more['fitted, e²', 64]} ({model})"
         yield f"{more['fitted, |e|', 4096]}, {more['fitted, e²', 4096]} ({model})"
+
+
+def intruders():
+    def found(name, way, factor):
+        runs = [run for run in results("10_forgetting") if run["run"] == name and run["shrunk"]]
+        return [statistics.mean(run[way][factor][i] for run in runs) for i in (0, 1)]
+
+    for name in ("LoRA r 16, 8e-3", "LoRA r 1, 8e-3"):
+        whole, shrunk, scaled = (
+            found(name, *each) for each in (("scaled", "1.0"), ("shrunk", "0.75"), ("scaled", "0.75"))
+        )
+        yield (
+            f"change the KL from {whole[1]:.2f} to {shrunk[1]:.2f} and the accuracy from {whole[0]:.3f} to "
+            f"{shrunk[0]:.3f}; the whole adapter times 0.75 has KL {scaled[1]:.2f} and accuracy {scaled[0]:.3f}"
+        )
+    best = [found("LoRA r 16, 2e-3", *each)[1] for each in (("scaled", "1.0"), ("shrunk", "0.75"))]
+    yield f"At the best rate, intruders times 0.75: KL less by {100 * (1 - best[1] / best[0]):.0f} %"
+    lost = [
+        100 * (found(name, "scaled", "1.0")[0] - found(name, "shrunk", "0.0")[0])
+        for name in ("LoRA r 16, 8e-3", "LoRA r 1, 8e-3")
+    ]
+    kl = [found("LoRA r 1, 8e-3", "shrunk", factor)[1] for factor in ("0.0", "0.5")]
+    yield (
+        f"they cost {lost[0]:.0f} points of accuracy at rank 16 and {lost[1]:.0f} at rank 1, where the KL is then "
+        f"{kl[0]:.2f}, more than the {kl[1]:.2f} with"
+    )
 
 
 def methods():
@@ -294,6 +334,7 @@ STORED = (
     rank,
     where,
     codes,
+    intruders,
     methods,
     merging,
     clean_merging,

@@ -108,7 +108,6 @@ MISTAKES = {
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
         ("-1, 0, 1\n", "-1, levels[7], 1\n"),
         ("8 + 32 / group_size", "8 + 32"),
-        ("16 * codes[::2] + codes[1::2]", "codes[::2] + 16 * codes[1::2]"),
     ],
     "10": [
         ("** 0.5)", ")"),
@@ -127,11 +126,24 @@ MISTAKES = {
     ],
     "12": [
         ("s * B @ A", "B @ A", "Is there an s in it?"),
-        ("m[:, None] * V / V.norm(dim=1, keepdim=True)", "m[:, None] * V", "Is m a length or a factor?"),
+        ("V / V.norm(dim=1, keepdim=True)", "V", "How long is the row that m multiplies?"),
         (".sum(dim=0)", ".mean(dim=0)", "What does a gradient do with several rows of x?"),
         ("(sigma[-r:] / s)", "sigma[-r:]", "the singular values"),
         ("W - s * (B @ A)", "W", "not the old one"),
         ("root[:, None] * Vh[-r:], U[:, -r:] * root", "Vh[-r:], U[:, -r:] * root**2", "lengths"),
+        ("STUDENT[n] *", "1.96 *", "know their own spread"),
+        ("STUDENT[n] * statistics.stdev(differences) / n**0.5", "0"),
+        ("/ n**0.5", "", "of one seed, or of the mean"),
+        ("-margin <= middle - half and middle + half <= margin", "abs(middle) <= margin", "shown that there is none"),
+        (
+            "-margin <= middle - half and middle + half <= margin",
+            "middle - half <= 0 <= middle + half",
+            "shown that there is none",
+        ),
+        ("-margin <= middle - half and middle + half <= margin", "False", "even the ends of the interval"),
+        ("-margin <= middle - half and ", "", "Where are the two ends"),
+        ("middle - half <= 0 <= middle + half", "middle - half <= 0", "side of 0"),
+        ("statistics.stdev", "statistics.pstdev"),
     ],
     "13": [
         ("s * B @ A", "B @ A"),

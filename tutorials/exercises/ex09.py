@@ -1,4 +1,4 @@
-"""Exercise 9: three functions on four bits. For the verdict: python tutorials/exercises/check.py 09"""
+"""Exercise 9: two functions on four bits. For the verdict: python tutorials/exercises/check.py 09"""
 
 from torch import Tensor
 
@@ -8,14 +8,6 @@ def bits_per_weight(block_size: int, group_size: int | None) -> float:
 
     Each block has one absmax. It is a float32, or, with a group size, a code of 8 bits; then each group of that many
     blocks has one float32 of its own.
-    """
-    raise NotImplementedError
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Two codes of four bits in each byte, the first of a pair in the high half. With an odd number the last half is 0.
-
-    Shapes: codes (N) of int64, each from 0 to 15 -> ((N + 1) // 2) uint8
     """
     raise NotImplementedError
 

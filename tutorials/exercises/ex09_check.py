@@ -23,17 +23,6 @@ def check_bits_per_weight(answer: ModuleType) -> None:
         assert abs(found - need) < 1e-9, f"{case}: you say {found:.4f}; {weights:,} weights take {need:.4f} bits each"
 
 
-def check_pack(answer: ModuleType) -> None:
-    """The bytes are those that a loop makes."""
-    for codes in ([1, 2], [15, 0, 7], [3], [], [9, 8, 8, 9, 15, 15]):
-        packed = answer.pack(torch.tensor(codes, dtype=torch.int64))
-        need = [16 * high + low for high, low in zip(codes[::2], [*codes[1::2], 0], strict=False)]
-        assert packed.dtype == torch.uint8, f"{codes}: the bytes are {packed.dtype}, need torch.uint8"
-        assert packed.shape == (len(need),), f"{codes}: there are {packed.numel()} bytes, need {len(need)}"
-        found = packed.tolist()
-        assert found == need, f"{codes}: {[f'{byte:02x}' for byte in found]}, need {[f'{byte:02x}' for byte in need]}"
-
-
 def check_fit(answer: ModuleType) -> None:
     """`fit` returns a code that represents -1, 0 and 1, and its error on normal numbers is small enough."""
     normal = torch.randn(2**20, generator=torch.Generator().manual_seed(7))

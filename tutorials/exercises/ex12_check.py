@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from types import ModuleType
 
 import torch
@@ -11,6 +12,20 @@ from minilora.testing.compare import MATHS, relative
 from minilora.testing.reference import dora_gradients
 
 SCALES = (0.5, 7.0)
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365}
+EVIDENCE = (  # differences, margin
+    ([0.031, 0.042, 0.035], 0.02),
+    ([-0.035, -0.031, -0.042], 0.02),
+    ([0.004, -0.003, 0.001, 0.002, -0.002], 0.02),
+    ([0.040, 0.001, 0.052], 0.02),
+    ([0.009, 0.010, 0.011, 0.010], 0.02),
+    ([-0.009, -0.010, -0.011, -0.010], 0.005),
+    ([0.028, -0.024, 0.002], 0.02),
+    ([0.011, 0.013], 0.02),
+    ([0.002, 0.012, 0.020, 0.026, 0.018], 0.02),
+    ([0.006, -0.018, 0.021, -0.005, 0.014, -0.020, 0.017, -0.009], 0.02),
+    ([0.021, 0.060, 0.031], 0.02),
+)
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -29,28 +44,6 @@ def tensor_of(found: object, like: Tensor, shape: tuple[int, ...], what: str) ->
 def reason(found: Tensor, wrong: dict[str, Tensor]) -> str:
     """A question about what was probably done instead, if that is known."""
     return next((why for why, value in wrong.items() if relative(found, value, MATHS) <= 1), "")
-
-
-def check_dora_weight(answer: ModuleType) -> None:
-    """Each row has the length m and the direction of the row of W + s·B A."""
-    W, A, B, m = draw((5, 5), (2, 5), (5, 2), (5,))
-    m = m.abs()
-    for s in SCALES:
-        found = tensor_of(answer.dora_weight(W, A, B, s, m), W, (5, 5), f"s = {s}")
-        V = W + s * (B @ A)
-        for i, (row, v) in enumerate(zip(found, V, strict=True)):
-            length, cos = row.norm().item(), (row @ v / row.norm() / v.norm()).item()
-            wrong = {
-                ". Is there an s in it?": (W + B @ A) * (m / (W + B @ A).norm(dim=1))[:, None],
-                ". Whose length do you divide by?": V * (m / W.norm(dim=1))[:, None],
-                ". Is m a length or a factor?": V * m[:, None],
-            }
-            assert abs(length - m[i]) <= 1e-9 * m[i], (
-                f"s = {s}: row {i} has length {length:.3f}, and m is {m[i]:.3f}{reason(found, wrong)}"
-            )
-            assert cos > 1 - 1e-9, (
-                f"s = {s}: row {i} should point along W + s·B A; its cosine is {cos:.3f}{reason(found, wrong)}"
-            )
 
 
 def check_magnitude_gradient(answer: ModuleType) -> None:
@@ -115,3 +108,39 @@ def check_smallest_start(answer: ModuleType) -> None:
             assert torch.allclose(A.norm(dim=1), B.norm(dim=0)), (
                 f"{case}: A's rows have the lengths {rounded(A.norm(dim=1))}, B's columns {rounded(B.norm(dim=0))}"
             )
+
+
+def check_verdict(answer: ModuleType) -> None:
+    """The verdicts are those of the interval, also where the mean of the seeds suggests another one."""
+    for differences, margin in EVIDENCE:
+        middle, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+        need = by_interval(middle, STUDENT[len(differences)] * error, margin)
+        found = answer.verdict(list(differences), margin)
+        case = f"differences {' '.join(f'{each:+.3f}' for each in differences)}, margin {margin}"
+        assert found in ("equal", "different", "undecided"), f"{case}: you say {found!r}, which is none of the three"
+        assert found == need, f"{case}: you say {found}{why(found, need, differences, margin)}"
+
+
+def by_interval(middle: float, half: float, margin: float) -> str:
+    low, high = middle - half, middle + half
+    if max(abs(low), abs(high)) <= margin:
+        return "equal"
+    return "undecided" if low <= 0 <= high else "different"
+
+
+def why(found: str, need: str, differences: list[float], margin: float) -> str:
+    """A question about what was probably done instead, if that is known."""
+    n, middle, spread = len(differences), statistics.mean(differences), statistics.stdev(differences)
+    if need == "equal" and found == "different":
+        return ". The difference is certain; is it one that matters?"
+    if need == "different" and found == "undecided" and middle < 0:
+        return ". On which side of 0 may a difference lie?"
+    if found == by_interval(middle, STUDENT[n] * spread, margin):
+        return ". Of what is this the spread: of one seed, or of the mean of several?"
+    if found == by_interval(middle, 1.96 * spread / n**0.5, margin):
+        return f". How well do {n} seeds know their own spread?"
+    if need == "equal" and found == "undecided":
+        return ". How much do you know, if even the ends of the interval are small?"
+    if need == "undecided" and found == "equal":
+        return ". You found no difference; have you shown that there is none?"
+    return ". Where are the two ends of the interval?"
