@@ -111,7 +111,7 @@ def test_equations_keep_their_words_apart_and_code_stays_code(site, open_page):
 def test_the_print_version_is_one_page_without_controls_and_for_a_class_without_answers(tmp_path, open_page):
     page = open_page(build("singlehtml", tmp_path, "-t", "class") / "index.html")
     page.emulate_media(media="print")
-    assert {"1. A LoRA layer in 30 lines", "10. Did it forget?"} <= set(page.locator("h2").all_inner_texts())
+    assert {"1. A LoRA layer in 15 lines", "10. Did it forget?"} <= set(page.locator("h2").all_inner_texts())
     assert not page.get_by_text("Skip to content").is_visible()
     assert page.locator("details:not([open]) pre").first.evaluate("element => element.checkVisibility()")
     assert not page.get_by_text("[!IMPORTANT]").count()
