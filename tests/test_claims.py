@@ -7,6 +7,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -217,19 +218,24 @@ def planned_mean(run, key, unit=1e-4):
     return f"{unit * statistics.mean(statistics.mean(seed[key]) for seed in run['outcomes']):.3f}"
 
 
+SIZES = ("sizes", "sizes_10m", "sizes_smollm2", "sizes_gemma3")
+
+
 def sizes():
-    for run in results("sizes") + results("sizes_smollm2") + results("sizes_gemma3"):
+    for run in chain.from_iterable(map(results, SIZES)):
         loss, exact, kl = (planned_mean(run, key, unit) for key, unit in (("loss", 1e-4), ("exact", 1), ("kl", 1e-4)))
         tried = ", ".join(
             f"{rate:g}: {valid:.3f}" for rate, valid in sorted((float(r), v) for r, v in run["valid"].items())
         )
         yield f"| {run['rows']:,} | {run['method']} | {tried} | {run['rate']} | {loss} | {exact} | {kl} |"
     ratio = {}
-    for name in ("sizes", "sizes_smollm2", "sizes_gemma3"):
+    for name in SIZES:
         rates = {(run["rows"], run["method"]): run["rate"] for run in results(name)}
-        (ratio[name],) = {round(rate / rates[rows, "full"], 6) for (rows, of), rate in rates.items() if of == "LoRA"}
-    small, large = (f"{ratio[name]:g} times in" for name in ("sizes_smollm2", "sizes_gemma3"))
-    yield f"{ratio['sizes']:g} times in the built-in model at each of three sizes, {small} SmolLM2, {large} Gemma 3"
+        both = [rows for rows, method in rates if method == "full"]
+        (ratio[name],) = {round(rates[rows, "LoRA"] / rates[rows, "full"], 6) for rows in both}
+    built_in, clean, small, large = (f"{ratio[name]:g} times in" for name in SIZES)
+    yield f"{built_in} the built-in model at each of three sizes, {clean} the 10M model at 200 and 1,000 rows, {small}"
+    yield f"{small} SmolLM2, {large} Gemma 3"
     yield f"between {min(ratio.values()):g} and {max(ratio.values()):g} times"
 
 
@@ -381,7 +387,7 @@ def test_the_verdicts_are_those_of_the_rule(verdicts):
         word, more, half, compared, claim = re.fullmatch(r"(\D+?) +([+-]\S+) ± (\S+) +(.+?)  +(.+)", line).groups()
         sections = [" ".join(section.split("\n#")[0].split()) for section in page.split(f"### {claim}\n")[1:]]
         if where := re.search(
-            r"(?:SmolLM2, |Gemma 3, )?[\d,]+ (?:rows|steps|seeds)$|(?:rate|rank) [\d.]+$|chosen rates$", compared
+            r"(?:10M, |SmolLM2, |Gemma 3, )?[\d,]+ (?:rows|steps|seeds)$|(?:rate|rank) [\d.]+$|chosen rates$", compared
         ):
             section = next((each for each in sections if f"{where[0]}: {more} ± {half}, {word}" in each), "")
             assert section, line

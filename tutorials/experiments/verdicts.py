@@ -18,6 +18,7 @@ from record import paired_interval, plan_hash, read_plan, seed_interval, verdict
 HERE = Path(__file__).parent
 DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a planned file: its method, and where
     "sizes": lambda run: (run["method"], f"{run['rows']:,} rows"),
+    "sizes_10m": lambda run: (run["method"], f"10M, {run['rows']:,} rows"),
     "sizes_smollm2": lambda run: (run["method"], f"SmolLM2, {run['rows']:,} rows"),
     "sizes_gemma3": lambda run: (run["method"], f"Gemma 3, {run['rows']:,} rows"),
     "10_equal": lambda run: (run["method"], f"{run['rows']:,} rows"),
