@@ -23,7 +23,7 @@ PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([
 MYST = re.compile(r"^<!-- site: .*?\n(.*?)^-->", re.DOTALL | re.MULTILINE)  # what a forge would show as it is written
 PREDICTED = re.compile(r"^<!-- (?:[^\n]* )?predict -->\n(```.*?^```\n)\n(```text\n.*?^```\n)", re.DOTALL | re.MULTILINE)
 SOLUTION = re.compile(r"^<details><summary>Solution</summary>\n.*?^</details>\n", re.DOTALL | re.MULTILINE)
-WITHHELD = re.compile(r"(?:tutorials/experiments|recipes)/\w+\.py|tutorials/exercises/\w+_check\.py|tutorials/teaching\.md")
+WITHHELD = re.compile(r"(tutorials/experiments|recipes)/\w+\.py|tutorials/(exercises/\w+_check\.py|teaching\.md)")
 ORPHAN = "---\norphan: true\n---\n\n# {}\n\n{}\n"
 COST = re.compile(r"^\*Reads in .*\*$", re.MULTILINE)  # at the head of a chapter
 NOTEBOOK = '<a href="../notebooks/{}.ipynb" download>As a notebook</a>, without the solution.'
