@@ -22,7 +22,9 @@ CODE_OR_LINK = re.compile(r"^(`{3,}).*?^\1$|(?<=\]\()(?!\w+:)([^)\s#]+)(#[^)\s]*
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
 MYST = re.compile(r"^<!-- site: .*?\n(.*?)^-->", re.DOTALL | re.MULTILINE)  # what a forge would show as it is written
 PREDICTED = re.compile(r"^<!-- (?:[^\n]* )?predict -->\n(```.*?^```\n)\n(```text\n.*?^```\n)", re.DOTALL | re.MULTILINE)
-SOLUTION = re.compile(r"^<details><summary>(?:Solution|Answers)</summary>\n.*?^</details>\n", re.DOTALL | re.MULTILINE)
+SOLUTION = re.compile(r"^<details><summary>Solution</summary>\n.*?^</details>\n", re.DOTALL | re.MULTILINE)
+WITHHELD = re.compile(r"(tutorials/experiments|recipes)/\w+\.py|tutorials/(exercises/\w+_check\.py|teaching\.md)")
+ORPHAN = "---\norphan: true\n---\n\n# {}\n\n{}\n"
 COST = re.compile(r"^\*Reads in .*\*$", re.MULTILINE)  # at the head of a chapter
 NOTEBOOK = '<a href="../notebooks/{}.ipynb" download>As a notebook</a>, without the solution.'
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", "": "sh"}
@@ -47,6 +49,8 @@ def collect(app: Sphinx, config: Config) -> None:
             text = COST.sub(rf"\g<0> {NOTEBOOK.format(path.stem)}", text, count=1)
         texts[path] = text
     for path, text in texts.items():
+        if "class" in app.tags and WITHHELD.fullmatch(path.as_posix()):
+            text = ORPHAN.format(path, "This page has answers, and the site for a class leaves it out.")
         target = app.srcdir / _place(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix in PICTURES:
@@ -81,4 +85,4 @@ def _source(path: Path) -> str:
         text = "\n".join(f"- `{name}`" for name in names)
     else:
         text = f"`````{LANGUAGES.get(path.suffix, 'text')}\n{source.read_text(encoding='utf-8')}\n`````"
-    return f"---\norphan: true\n---\n\n# {path}\n\n{text}\n"
+    return ORPHAN.format(path, text)

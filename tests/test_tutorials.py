@@ -351,6 +351,7 @@ def test_a_notebook_runs_anywhere_and_its_solution_is_folded_or_left_out(number,
     monkeypatch.chdir(tmp_path)
     whole, without = (nbformat.read(path, 4).cells for path in run.write_notebooks(chapter, tmp_path))
     assert any("Reads in" in cell.source for cell in whole)
+    assert not any("needs SmolLM2" in cell.source for cell in whole)
     assert all(cell.outputs for cell in whole if cell.cell_type == "code" and "\nprint(" in cell.source)
     answers = [answer.strip() for answer in solutions(chapter)]
     folded = [cell for cell in whole if cell.source in answers]

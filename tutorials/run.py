@@ -82,8 +82,10 @@ if runner is None or not runner.is_file():
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.chdir(tempfile.mkdtemp())
 runpy.run_path(str(runner))["link_checkout"]()
+"""
+SETUP_SMOLLM2 = """\
 if not Path("smollm2").exists():
-    print("Chapter 2 needs SmolLM2: in the checkout, pip install -e '.[parity]', then")
+    print("This chapter needs SmolLM2: in the checkout, pip install -e '.[parity]', then")
     print("python scripts/pretrained.py smollm2 smollm2")
 """
 STYLE: dict[Any, Any] = {
@@ -256,8 +258,10 @@ def make_notebook(chapter: Path) -> Any:
     """A chapter as a notebook that has not run yet."""
     from nbformat import v4
 
-    parts = FOLDED.split(IMAGE.sub("", chapter.read_text("utf-8")))
-    cells = [*notebook_cells(f"```python\n{SETUP}```\n", [], is_folded=True), *notebook_cells(parts[0], [])]
+    page = chapter.read_text("utf-8")
+    setup = SETUP + (SETUP_SMOLLM2 if '"smollm2"' in page else "")
+    parts = FOLDED.split(IMAGE.sub("", page))
+    cells = [*notebook_cells(f"```python\n{setup}```\n", [], is_folded=True), *notebook_cells(parts[0], [])]
     for title, folded, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         tags = [title.lower().replace(",", "")]  # a comma separates tags
         if CELL.search(folded):

@@ -2,10 +2,10 @@
 
 
 def trained_bytes(shapes: list[tuple[int, int]], r: int | None) -> int:
-    """The bytes of all that training keeps in float32 for linears of shapes (out, in), without activations.
+    """All bytes that training keeps for linears of shapes (out, in), without activations.
 
-    Each weight is there. With a rank it is frozen, and A and B are trained; with None it is trained itself. For each
-    number that is trained, AdamW keeps two more, and backward makes one.
+    Everything is in float32, a frozen weight too. With a rank each weight is frozen, and A and B are trained; with None
+    it is trained itself. For each number that is trained, AdamW keeps two more, and backward makes one.
     """
     raise NotImplementedError
 
@@ -26,7 +26,7 @@ def ranks(shapes: dict[str, tuple[int, int]], budget: int) -> dict[str, int]:
     `nf4_bytes`. All that is trained is in float32: A and B, their gradients, and two moments of each.
 
     First find the largest rank that all linears can have. Then go through them in their order, once, and give one rank
-    more to each for which the rest of the budget is enough. Where not even rank 1 fits on all, they begin at 0, and
-    where the budget does not hold the weights, they stay there.
+    more to each for which the rest of the budget is enough. If not even rank 1 fits on all, every rank begins
+    at 0. If the budget does not even hold the weights, every rank stays 0.
     """
     raise NotImplementedError
