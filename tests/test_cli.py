@@ -201,6 +201,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--per_device_train_batch_size=1"], "size is unknown; use --batch-size\n"),
         (["finetune", "--max_seq_length=9"], "--max-seq-length is unknown; use --max-length\n"),
         (["finetune", "--train.micro_batch_size=9"], "size is unknown; use --batch-size\n"),
+        (["finetune", "--zebra", "1", "--lr=2"], "see `minilora finetune --help`\n--lr is unknown; use --learning-rate\n"),
         (["merge", "--out=a", "--combination-type=svd"], "it is a recipe: see recipes/ties_and_dare.py"),
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
         # too much or too little
@@ -432,7 +433,9 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
     (directory / "rows.xlsx").write_bytes(b"PK\3\4")
     before = everything(directory)
     for words, phrase in (
-        ("finetune --model=nowhere --data=data", "nowhere: no such directory"),
+        ("finetune --model=nowhere --data=data", "minilora: model nowhere: no such directory"),
+        ("generate --adapter=nowhere --prompt=a", "minilora: adapter nowhere: no such directory"),
+        ("finetune --data=data", "such as HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("finetune --model=model --data=nowhere", "nowhere: no such file or directory"),
         ("finetune --model=model --data=data --target-modules=q_prj", "matches --target-modules 'q_prj'"),
         ("finetune --lora-r=0 --lora-dropout=2", "minilora: --lora-r is 0, need a whole number"),
@@ -444,6 +447,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ("finetune --model=model --data=lora_r.csv", "lora_r.csv:2: found the fields"),
         ("finetune --model=model --data=lora_r.csv", "; give --columns instruction=Frage,output=Antwort,"),
         ("finetune --model=model --data=lora_r.csv", "; --skip-bad-rows skips such rows"),
+        ("finetune --model=model --data=lora_r.csv --init-lora-weights=false", "accepted are true, gaussian, pissa"),
         ("finetune --model=model --data=lora_r.csv --columns=text=Frge", ": --columns text=Frge: there is no column"),
         ("finetune --model=model --data=lora_r.csv --columns=text=Frge", "did you mean 'Frage'?; see "),
         ("finetune --model=model --data=rows.xlsx", "not text; save a table as CSV"),
@@ -520,7 +524,7 @@ def test_python_m_minilora_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_module("minilora", run_name="__main__")
     assert end.value.code == 1
-    assert capsys.readouterr().err.startswith("minilora: nowhere: no such directory")
+    assert capsys.readouterr().err.startswith("minilora: model nowhere: no such directory")
 
 
 # --- progress ---
