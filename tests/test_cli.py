@@ -201,7 +201,10 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--per_device_train_batch_size=1"], "size is unknown; use --batch-size\n"),
         (["finetune", "--max_seq_length=9"], "--max-seq-length is unknown; use --max-length\n"),
         (["finetune", "--train.micro_batch_size=9"], "size is unknown; use --batch-size\n"),
-        (["finetune", "--zebra", "1", "--lr=2"], "see `minilora finetune --help`\n--lr is unknown; use --learning-rate\n"),
+        (
+            ["finetune", "--zebra", "1", "--lr=2"],
+            "see `minilora finetune --help`\n--lr is unknown; use --learning-rate\n",
+        ),
         (["merge", "--out=a", "--combination-type=svd"], "it is a recipe: see recipes/ties_and_dare.py"),
         (["finetune", "--task_type=seq-cls"], "--task-type is unknown; it is a recipe: see recipes/classify_texts.py"),
         # too much or too little
