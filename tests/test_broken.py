@@ -107,7 +107,7 @@ ROWS = [  # where the mistake is, or all of the message; and the row
     ),
     ("tools: found 'look', need JSON", messages(USER, ANSWER, tools="look")),
     (
-        "found the fields ['chosen', 'prompt', 'rejected']: pairs of answers are for DPO; it is a recipe: see recipes/dpo",
+        "found the fields ['chosen', 'prompt', 'rejected']: pairs of answers are for DPO; it is a recipe: see",
         {"prompt": "a", "chosen": "b", "rejected": "c"},
     ),
     ("prompt", {"prompt": 5, "completion": "b"}),

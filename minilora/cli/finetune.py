@@ -93,7 +93,7 @@ def read_settings(options: Options) -> Settings:
     has_model = given.get("model", given.get("adapter")) not in (None, BUILTIN)
     if has_data and given.keys().isdisjoint({"model", "adapter"}):
         need = f"a directory, a name on the Hub, such as HuggingFaceTB/SmolLM2-135M-Instruct, or {BUILTIN}"
-        raise ConfigError(f"--data needs --model: {need}; for the sizes of models see {address_of('laptop')}")
+        raise ConfigError(f"--data needs --model: {need}; see {address_of('laptop')}")
     others = {} if has_data or has_model else read_json(ASSETS / "finetune.json")
     if has_model and "data" not in given:
         say("no --data given: training on the built-in rows")
