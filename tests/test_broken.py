@@ -106,7 +106,10 @@ ROWS = [  # where the mistake is, or all of the message; and the row
         messages(SYSTEM, USER, ANSWER, system="e"),
     ),
     ("tools: found 'look', need JSON", messages(USER, ANSWER, tools="look")),
-    ("found the fields ['chosen', 'prompt', 'rejected']", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    (
+        "found the fields ['chosen', 'prompt', 'rejected']: pairs of answers are for DPO; it is a recipe: see",
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ),
     ("prompt", {"prompt": 5, "completion": "b"}),
     ("completion", {"prompt": [SYSTEM], "completion": [USER]}),
     ("prompt[0].role", {"prompt": [{"content": "a"}], "completion": [ANSWER]}),

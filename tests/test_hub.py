@@ -155,7 +155,7 @@ def test_a_string_that_is_no_name_of_the_hub_is_a_path(hub):
     ):
         with pytest.raises(ml.FormatError, match="no such directory, and not 'org/name'") as error:
             locate(name, "model")
-        assert str(error.value).startswith(f"{Path(name)}: ")
+        assert str(error.value).startswith(f"model {Path(name)}: ")
     assert "no such directory" in refuses(Path("org/tiny"))  # a path object is never such a name
     assert hub.requested == []
 

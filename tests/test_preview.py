@@ -84,7 +84,10 @@ def test_plain_rows_for_a_model_with_a_chat_template_are_told_of(tmp_path, capsy
     row = {"prompt": "a:", "completion": " b"} if is_plain else {"instruction": "a", "output": "b"}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
     words = ["finetune", "--dry-run", "--model=chat", "--data=rows.jsonl", "--eval-split=0"]
-    assert (TEMPLATE in runner(tmp_path, capsys, monkeypatch)(*words).err) == is_plain
+    told = runner(tmp_path, capsys, monkeypatch)(*words).err
+    assert (TEMPLATE in told) == is_plain
+    assert "no row is held out" in told
+    assert "no row is held out" not in runner(tmp_path, capsys, monkeypatch)(*words[:-1]).err
 
 
 def test_what_controls_a_terminal_does_not_reach_it(tmp_path):

@@ -100,8 +100,11 @@ def test_the_tables_of_flags_say_what_the_command_answers():
 
 def test_the_readme_is_short_and_names_the_pages_and_the_documents_the_families():
     assert len(README.splitlines()) <= 110
-    pages = re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|", README, flags=re.MULTILINE)
-    assert pages == ["lora", "nf4", "llama", "adapter", "data", "training"]
+    pages = dict(re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|.*\| (\d+) \|$", README, flags=re.MULTILINE))
+    assert [*pages] == ["lora", "nf4", "llama", "adapter", "data", "training"]
+    for page, lines in pages.items():
+        there = (ROOT / "minilora" / f"{page}.py").read_text(encoding="utf-8").splitlines()
+        assert abs(len(there) - int(lines)) <= 20, page
     assert re.findall(r"^\| `(\w+)` \|", PAGES["models.md"], re.MULTILINE) == ["model_type", *FAMILIES]
     assert (" one of ten " in README) == (len(FAMILIES) == 10)
 

@@ -110,7 +110,8 @@ class LoraConfig:
         init = self.init_lora_weights
         if init not in INITS:
             elsewhere = f"; {in_recipe(RECIPES[init])}" if init in RECIPES else ""
-            bad.append(f"init_lora_weights is {init!r}, accepted are {[*INITS]}{elsewhere}")
+            accepted = ", ".join(str(init).lower() for init in INITS)
+            bad.append(f"init_lora_weights is {init!r}, accepted are {accepted}{elsewhere}")
         if self.lora_bias and (self.use_dora or init is not True):
             bad.append("lora_bias goes neither with use_dora nor with other start values than the default")
         tokens = {} if self.trainable_token_indices is None else self.trainable_token_indices

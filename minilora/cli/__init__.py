@@ -106,8 +106,10 @@ usage: minilora COMMAND [flags]
 LoRA fine-tuning you can read. The commands:
 {commands}
 
-Start with `minilora finetune`. `minilora COMMAND --help` shows the flags of a
-command and an example, `minilora --version` the version."""
+Start with `minilora finetune`: it trains a built-in model for about a minute,
+and writes minilora-run. `minilora COMMAND --help` shows the flags of a command
+and an example, `minilora --version` the version.
+Pages by question: {pages}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +157,7 @@ def parse(words: Sequence[str]) -> Options:
     if command in ("-h", "--help", "--version"):
         commands = "\n".join(f"  {name:<9} {about}" for name, about in COMMANDS.items())
         version = f"minilora {minilora.__version__}"
-        print(version if command == "--version" else OVERVIEW.format(commands=commands))
+        print(version if command == "--version" else OVERVIEW.format(commands=commands, pages=address_of("README")))
         raise SystemExit(0)
     if command not in COMMANDS:
         advice = closest_name(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
@@ -167,12 +169,15 @@ def parse(words: Sequence[str]) -> Options:
     parser = command_parser(command)
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        name = unknown[0].partition("=")[0]
+        name = unknown[0]
         if name.startswith("--"):
-            flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
-            theirs = f"--{name[2:].rpartition('.')[2]}"  # litgpt has --train.epochs
-            advice = FOREIGN_FLAGS.get(theirs) or closest_name(name, flags) or f"see `{parser.prog} --help`"
-            parser.error(f"{name} is unknown; {advice}")
+            bad = {}
+            for name in (word.partition("=")[0] for word in unknown if word.startswith("--")):
+                flags = (f"--{flag.replace('_', '-')}" for flag in vars(options))
+                theirs = f"--{name[2:].rpartition('.')[2]}"  # litgpt has --train.epochs
+                advice = FOREIGN_FLAGS.get(theirs) or closest_name(name, flags) or f"see `{parser.prog} --help`"
+                bad[name] = f"{name} is unknown; {advice}"
+            parser.error("\n".join(bad.values()))
         flag = "data" if os.path.isfile(name) else "adapter" if os.path.isdir(name) else ""
         if flag in options:
             parser.error(f"unexpected argument {name!r}; did you mean --{flag} {name}?")

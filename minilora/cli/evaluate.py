@@ -48,8 +48,9 @@ def add_flags(parser: Parser) -> None:
         "--metric",
         choices=("nll", "choice", "exact-match"),
         default="nll",
-        help="nll: the mean loss per token of the answers; choice: how often the right one of a few answers is the "
-        "most likely; exact-match: how often the right answer is written, after any thoughts (default: nll)",
+        help="nll: the mean loss per token of the answers; choice: how often the right one of 2 to "
+        f"{MAX_CHOICES} distinct answers, each given four times on average, is the most likely; exact-match: how often "
+        "the right answer is written, after any thoughts (default: nll)",
     )
     parser.add_argument("--thinking", **THINKING)
     add_fields(parser, DataConfig, "data", unset="as in the adapter's run")

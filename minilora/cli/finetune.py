@@ -26,7 +26,7 @@ from minilora.adapters.attach import attach, count_parameters
 from minilora.adapters.config import LoraConfig
 from minilora.adapters.files import load_adapter
 from minilora.adapters.layout import read_adapter
-from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, closest_name, say
+from minilora.cli import FOREIGN_FLAGS, SIGNALLED, Options, Parser, address_of, closest_name, say
 from minilora.cli.dry_run import dry_run_lines, preview
 from minilora.cli.flags import add_fields, from_flags, read_config_file
 from minilora.cli.load import base_of, check_not_merged, recorded_quantization, run_settings
@@ -81,16 +81,19 @@ def read_settings(options: Options) -> Settings:
     file = {} if options["config"] is None else read_config_file(options["config"])
     file = file["config"] if isinstance(file.get("config"), dict) else file  # run.json has its settings there
     known = {FLAG_NAMES.get(name, name) for name in FIELDS}
+    bad = []
     for key in (key for key in file if key.replace("-", "_") not in known):
         advice = FOREIGN_FLAGS.get(f"--{key.replace('_', '-')}") or closest_name(key, known)
-        advice = advice or "the keys are the flags of `minilora finetune --help-all`"
-        raise ConfigError(f"{options['config']}: key {key!r} is unknown; {advice}")
+        bad.append(f"key {key!r} is unknown; {advice or 'the keys are the flags of `minilora finetune --help-all`'}")
+    if bad:
+        raise ConfigError(f"{options['config']}: " + "\n".join(bad))
     file = {name.replace("-", "_"): value for name, value in file.items()}
     given = {name: value for source in (file, options) for name, value in source.items() if value is not None}
     has_data = given.get("data") not in (None, BUILTIN, [BUILTIN])
     has_model = given.get("model", given.get("adapter")) not in (None, BUILTIN)
     if has_data and given.keys().isdisjoint({"model", "adapter"}):
-        raise ConfigError(f"--data needs --model, the model to train; --model {BUILTIN} is the built-in one")
+        need = f"a directory, a name on the Hub, such as HuggingFaceTB/SmolLM2-135M-Instruct, or {BUILTIN}"
+        raise ConfigError(f"--data needs --model: {need}; see {address_of('laptop')}")
     others = {} if has_data or has_model else read_json(ASSETS / "finetune.json")
     if has_model and "data" not in given:
         say("no --data given: training on the built-in rows")

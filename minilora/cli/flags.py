@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import tomllib
 import types
 import typing
@@ -33,7 +34,8 @@ def add_fields(parser: Parser, cls: type, title: str, but: Collection[str] = (),
         default = field.default_factory() if callable(field.default_factory) else field.default
         text = " ".join(default) if isinstance(default, tuple) else default
         shown = ", else ".join(filter(None, [unset, "" if text in (None, {}) else str(text)]))
-        about = field.metadata["help"] + (f" (default: {shown})" if shown else "")
+        about = re.sub(r"\w+_\w+", lambda word: flag(word[0]) if word[0] in hints else word[0], field.metadata["help"])
+        about += f" (default: {shown})" if shown else ""
         options: dict[str, Any] = {"dest": name, "help": about}
         if kinds == (bool,):
             options["action"] = argparse.BooleanOptionalAction

@@ -47,7 +47,8 @@ def add_flags(parser: Parser) -> None:
         help="a file of prompts: a .txt with one per line, or rows as in training, whose answers are ignored; a row "
         "with only a `prompt` is treated like --prompt",
     )
-    add_fields(parser, DataConfig, "prompts", but={field.name for field in fields(DataConfig)} - {"columns"})
+    others = {field.name for field in fields(DataConfig)} - {"columns"}
+    add_fields(parser, DataConfig, "prompts", others, unset="as in the adapter's run")
     group.add_argument(
         "--system", metavar="TEXT", help="system prompt of prompts without one (default: that of the training)"
     )

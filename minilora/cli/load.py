@@ -29,8 +29,8 @@ THINKING: dict[str, Any] = {  # the flag --thinking of several commands
 }
 
 
-def add_model_flags(parser: Parser, more: str = "") -> None:
-    """Add --model, --adapter with `more` help, --dtype, --device and the flags of quantization."""
+def add_model_flags(parser: Parser, more: str = "", dtype: str = DTYPE_HELP) -> None:
+    """Add --model, --adapter with `more` help, --dtype with its help, --device and the flags of quantization."""
     group = parser.group("model and device")
     group.add_argument(
         "--model",
@@ -38,9 +38,8 @@ def add_model_flags(parser: Parser, more: str = "") -> None:
         "(default: the base model that the adapter names, or the built-in model)",
     )
     group.add_argument("--adapter", action="append", default=[], help=f"{ADAPTER_HELP}{more}")
-    group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help=f"{DTYPE_HELP} (default: auto)"
-    )
+    dtypes = ("auto", "float32", "bfloat16")
+    group.add_argument("--dtype", default="auto", choices=dtypes, help=f"{dtype} (default: auto)")
     group.add_argument("--device", default="auto", help=f"{DEVICE_HELP} (default: auto)")
     add_fields(parser, QuantizeConfig, "model and device", unset="as in the adapter's training")
 

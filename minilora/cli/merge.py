@@ -30,7 +30,8 @@ NOTABLE = 0.1  # relative error of a merge above which advice is printed
 
 
 def add_flags(parser: Parser) -> None:
-    add_model_flags(parser, "; repeat it to merge several")
+    dtype = "number format of the merged weights; auto: the checkpoint's; float32 rounds less"
+    add_model_flags(parser, "; repeat it to merge several", dtype)
     add_out(parser)
     parser.add_argument(
         "--target",

@@ -83,6 +83,8 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
     """Yield how the base is quantized, and what is unusual about the rows."""
     data = run.data
     yield from base_notes(run.base.location, run.base.adapters, describe_quantization(model))
+    if not data.test:
+        yield "no row is held out, so there is no held-out loss: give more rows, --eval-split or --eval-data"
     longest, limit = max(len(example.tokens) for example in data.train), trained_length(model.config)
     if longest > limit:
         yield f"the longest row has {longest} tokens, and the model was trained on at most {limit}: see --max-length"

@@ -51,8 +51,8 @@ def load_model(
         name_or_path: a directory as transformers writes it, "minilora/builtin", or a repository of the hub, "org/name"
             or "org/name@revision"; the model's `name_or_path` names its commit. A 4-bit model of bitsandbytes is loaded
             as it is.
-        dtype: a dtype or its name; "auto" is that of config.json, but float32 where the device computes it slowly.
-            4-bit weights are dequantized to it, all other weights are stored in it.
+        dtype: a dtype or its name; "auto" is that of config.json, bfloat16 for float16, and float32 where the device
+            computes bfloat16 slowly. 4-bit weights are dequantized to it, all other weights are stored in it.
         device: the device of the model; "auto" is CUDA, else MPS, else the CPU.
         quantize: "nf4" or a `QuantizeConfig`: quantize the linears to 4 bits. A model that is nf4 already is loaded as
             it is, and other options than the defaults are refused.

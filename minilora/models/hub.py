@@ -61,8 +61,8 @@ def locate(name_or_path: str | Path, kind: Kind) -> Location:
     if HUB_ID.fullmatch(name) and not is_path:
         return _download(name, kind, how)
     if kind == "model":
-        how = how or " (such as Qwen/Qwen2.5-0.5B-Instruct); see docs/models.md"
-    raise FormatError(f"{path}: no such directory, and not 'org/name' or 'org/name@revision' of the Hub{how}")
+        how = how or " (such as HuggingFaceTB/SmolLM2-135M-Instruct); see docs/models.md"
+    raise FormatError(f"{kind} {path}: no such directory, and not 'org/name' or 'org/name@revision' of the Hub{how}")
 
 
 def unpinned(name: str) -> tuple[str, str | None]:

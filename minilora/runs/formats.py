@@ -114,6 +114,9 @@ def _format_of(fields: Fields) -> "Format":
     for keys, read in FORMATS.items():
         if fields.keys() >= {*keys}:
             return read
+    if fields.keys() >= {"chosen", "rejected"}:
+        one = "to train only on the chosen answers, name their column as the completion"
+        raise DataError(f"found the fields {sorted(fields)}: pairs of answers are for DPO; {in_recipe('dpo')}; {one}")
     names = {name.lower(): name for name in fields}
     texts = [name for name, value in fields.items() if isinstance(value, str) and not value.isnumeric()]
     pairs = [(names[asked], names[answer]) for asked, answer in PAIRS if names.keys() >= {asked, answer}]

@@ -27,7 +27,7 @@ TABLE = (
     'CSV in UTF-8 (from Excel: save as "CSV UTF-8"), with double quotes around text that has separators, quotes or '
     "line breaks"
 )
-PARQUET = """is Parquet, which is not read; these lines of Python convert it:
+PARQUET = """is Parquet, which is not read; these lines of Python (pip install pandas pyarrow) convert it:
   import pandas
   pandas.read_parquet({!r}).to_json({!r}, orient="records", lines=True)"""
 

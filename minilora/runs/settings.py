@@ -15,7 +15,8 @@ from minilora.options import check_types, document_fields, option, reject_foreig
 TrainOn = Literal["completion", "assistant", "all"]
 REPORTING = "evaluating, saving and reporting"  # a group of the help page
 DTYPE_HELP = (
-    "number format of the base model; auto: the checkpoint's, but float32 on a processor that computes bfloat16 slowly"
+    "number format of the base model; auto: the checkpoint's, bfloat16 for float16, and float32 on a processor that "
+    "computes bfloat16 slowly"
 )
 DEVICE_HELP = "cpu, cuda or mps; auto: CUDA, else MPS, else the CPU"
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
@@ -62,13 +63,13 @@ class DataConfig:
         "most tokens of a row: a longer row loses its end, a longer `text` is divided into pieces; a lower limit takes "
         "less memory",
     )
-    train_on: TrainOn = option("completion", "what is trained on: the last answer, every answer, or all tokens")
+    train_on: TrainOn = option("completion", "which tokens count in the loss: the last answer, every answer, or all")
     prompt_style: str = option(
         "auto",
         "how rows are written as text: alpaca, instruction (alpaca without its preamble), or your own .jinja file; "
         "auto: by the model's chat template, or if it has none, alpaca for instruction rows",
     )
-    system: str | None = option(None, "system prompt for the rows that have none; the adapter keeps it")
+    system: str | None = option(None, "system prompt for the rows that have none; training keeps it in the adapter")
     columns: Mapping[str, str] | None = option(
         None, "your names of the columns to use, e.g. instruction=question,output=answer; others are left out"
     )
@@ -103,7 +104,7 @@ class TrainConfig:
     batch_size: int = option(4, "rows computed at once; fewer take less memory")
     gradient_accumulation_steps: int = option(1, "batches per update; their gradients act as those of one large batch")
     epochs: float = option(1.0, "passes over the training rows; a few hundred rows need 2 to 4")
-    max_steps: int | None = option(None, "train for this many steps; epochs is then ignored")
+    max_steps: int | None = option(None, "train for this many steps, whatever the number of epochs")
     gradient_checkpointing: Literal["auto", "none", "mlp", "block"] = option(
         "none", "recompute MLPs or whole blocks in the backward pass to save memory; auto: only as far as needed to fit"
     )
