@@ -2,6 +2,7 @@
 
     python tutorials/experiments/05_rule.py                  writes 05_rule.json
     python tutorials/experiments/05_rule.py 05_rule_start    the same with another start of A: its plan and its file
+    python tutorials/experiments/05_rule.py 05_rule_10m DIR  the same of another model
 
 The rule is that the best rate goes as 1/√α where training moves A further than it starts, and as 1/α where it does not.
 As in 05_rates.py, rank 8 learns in steps of 8 rows, rates are in factors of two until the best one has a worse one on
@@ -22,16 +23,16 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.runs.evaluate import held_out_loss
 
-NAME = sys.argv[1] if sys.argv[1:] else "05_rule"
+NAME, MODEL = [*sys.argv[1:], *("05_rule", "minilora/builtin")[len(sys.argv) - 1 :]]
 FILE = str(Path(__file__).with_name(f"{NAME}.json"))
 PLAN = read_plan(FILE)
-COMMAND = " ".join(["python tutorials/experiments/05_rule.py", *sys.argv[1:]])
+COMMAND = " ".join(["python tutorials/experiments/05_rule.py", *sys.argv[1:2], *("DIR" for _ in sys.argv[2:])])
 rows = runpy.run_path(str(Path(__file__).with_name("05_rates.py")))["rows"]
 
 
 def measure(alpha: int, steps: int, exponent: int, seed: int) -> tuple[float, float]:
     """Return the loss after training at the rate 2^exponent / 1000, and ‖A - A₀‖ / ‖A₀‖ over all layers."""
-    model = ml.load_model("minilora/builtin", "float32")
+    model = ml.load_model(MODEL, "float32")
     ml.attach(model, ml.LoraConfig(r=8, lora_alpha=alpha), seed=seed)
     layers = adapter_layers(model).values()
     for layer in layers:
