@@ -323,6 +323,7 @@ def rule():
     for name, told in (
         ("05_rule_usual", "A has moved {:.1f} and {:.2f} times its start"),
         ("05_rule_start", "A moves {:.1f} and {:.1f} times its start in 100 steps"),
+        ("05_rule_10m", "it moves {:.1f} and {:.1f} times its start"),
     ):
         (high, near), *between, (low, far) = (
             [statistics.mean(run[key] for run in each["runs"]) for key in ("log2", "moved")] for each in results(name)
@@ -333,8 +334,18 @@ def rule():
         yield f"the rate falls by 2^{high - low:.2f} = {2 ** (high - low):.1f} times"
 
 
+def texts():
+    for kind in ("definitions", "foreign"):
+        lora, full = (
+            [planned_mean(run, kind, 1e-4) for run in results("sizes_texts") if run["method"] == method]
+            for method in ("LoRA", "full")
+        )
+        yield f"{', '.join(lora)} for LoRA and {', '.join(full)} for full fine-tuning"
+
+
 STORED = (
     sizes,
+    texts,
     equal,
     slower,
     eight_seeds,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ HERE = Path(__file__).parent
 DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a planned file: its method, and where
     "sizes": lambda run: (run["method"], f"{run['rows']:,} rows"),
     "sizes_10m": lambda run: (run["method"], f"10M, {run['rows']:,} rows"),
+    "sizes_texts": lambda run: (run["method"], f"{run['rows']:,} rows"),
     "sizes_smollm2": lambda run: (run["method"], f"SmolLM2, {run['rows']:,} rows"),
     "sizes_gemma3": lambda run: (run["method"], f"Gemma 3, {run['rows']:,} rows"),
     "10_equal": lambda run: (run["method"], f"{run['rows']:,} rows"),
@@ -123,8 +125,9 @@ def rule(name: str) -> Iterator[Finding]:
         steps, expected = claim["steps"], claim["log2"]
         more, half = over_seeds(best[steps, 4], best[steps, 64])
         word = verdict("equal", more - expected, half, claim["margin"])
-        start = f", A₀ times {plan['start']}" if "start" in plan else ""
-        compared = f"log₂ of the best rate, α 4 - α 64, {expected} within {claim['margin']}{start}, {steps} steps"
+        where = ", 10M" if name == "05_rule_10m" else ""
+        where += f", A₀ times {plan['start']}" if "start" in plan else ""
+        compared = f"log₂ of the best rate, α 4 - α 64, {expected} within {claim['margin']}{where}, {steps} steps"
         yield Finding(claim["claim"], compared, more, half, word)
 
 
@@ -135,7 +138,8 @@ def rows_of(outcomes: list[dict[str, list[int]]], measure: str) -> list[list[flo
 
 
 def findings() -> list[Finding]:
-    return [*earlier(), *rule("05_rule"), *rule("05_rule_start"), *planned()]
+    rules = (rule(name) for name in ("05_rule", "05_rule_start", "05_rule_10m"))
+    return [*earlier(), *chain.from_iterable(rules), *planned()]
 
 
 if __name__ == "__main__":
