@@ -1,4 +1,4 @@
-"""A text model in a wrapper is read, quantized and merged as the model; other parts are named and left out."""
+"""A text model in a wrapper is read as the model, and merged in its place; other parts keep their bytes."""
 
 import json
 
@@ -11,7 +11,6 @@ from minilora.adapter import PREFIX
 from minilora.adapters.layout import WEIGHTS_FILE
 from minilora.cli import main
 from minilora.files import INDEX
-from minilora.models.bitsandbytes import describe_quantization
 from minilora.models.config import describe_other_parts, text_name
 from minilora.testing.compare import assert_parity
 from minilora.tools.merging import Merge, merge_directory
@@ -53,24 +52,64 @@ def test_the_text_model_is_read_and_what_is_left_out_is_named(wrapper, tmp_path)
     assert describe_other_parts(tmp_path / "text") == ""
 
 
-def test_a_merge_writes_the_text_model_alone_and_names_what_is_left_out(wrapper, tmp_path, capsys):
-    write_adapter(ml.load_model(wrapper), tmp_path / "adapter", target_modules=["q_proj"])
+def test_a_merge_changes_the_weights_of_adapted_layers_and_no_other_byte(wrapper, tmp_path):
+    write_adapter(
+        tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "adapter", target_modules=["q_proj"]
+    )
     (tmp_path / "adapter" / "chat_template.jinja").write_text("the adapter's")
     write_tokenizer(wrapper)
+    (wrapper / "modeling.py").touch()
     out = tmp_path / "merged"
     assert main(["merge", "--model", str(wrapper), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]) == 0
-    assert "only the text model is written, not mtp (1 tensors), vision_tower (1 tensors)" in capsys.readouterr().err
     expected = ml.load_model(wrapper)
     ml.load_adapter(expected, tmp_path / "adapter")
     ml.merge(expected)
-    ml.save_model(expected, tmp_path / "saved")
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "saved/model.safetensors").read_bytes()
     same_state(ml.load_model(out), expected)
-    assert not (out / "preprocessor_config.json").exists()
+    before = load_file(wrapper / "a.safetensors") | OTHERS
+    after = load_file(out / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if "q_proj" in name}
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert (out / "preprocessor_config.json").read_bytes() == (wrapper / "preprocessor_config.json").read_bytes()
+    assert not (out / "modeling.py").exists()
     assert (out / "chat_template.jinja").read_text() == "the adapter's"
     config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["Gemma3ForCausalLM"]
-    assert not config.keys() & {"auto_map", "text_config", "vision_config"}
+    assert "auto_map" not in config
+    assert {key: config[key] for key in ("model_type", "vision_config")} == {
+        "model_type": "seeing",
+        "vision_config": {"image_size": 3},
+    }
+
+
+def test_only_adapted_layers_are_read_and_keep_their_dtype_unless_another_is_asked_for(wrapper, tmp_path, monkeypatch):
+    """Also where config.json names no dtype, so that they are computed in float32."""
+    config, before = json.loads((wrapper / "config.json").read_text()), load_file(wrapper / "a.safetensors")
+    (wrapper / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    adapted = {text_name(name): name for name in before if "q_proj" in name}
+    before |= {name: before[name].bfloat16() for name in adapted.values()}
+    save_file(before, wrapper / "a.safetensors")
+    write_adapter(ml.load_model(wrapper), tmp_path / "adapter", target_modules=["q_proj"])
+    exact, read, weights = ml.load_model(wrapper), [], Merge.weights
+    ml.load_adapter(exact, tmp_path / "adapter")
+    ml.merge(exact)
+
+    def recorded(self, *args):
+        for name, weight in weights(self, *args):
+            read.append(name)
+            yield name, weight
+
+    monkeypatch.setattr(Merge, "weights", recorded)
+    for dtype in ("auto", "float32"):
+        error = merge_directory(Merge(wrapper, [tmp_path / "adapter"], dtype=dtype), tmp_path / dtype)
+        after = load_file(tmp_path / dtype / "model.safetensors")
+        kept = torch.bfloat16 if dtype == "auto" else torch.float32
+        changed = {stored: exact.state_dict()[name].to(kept) for name, stored in adapted.items()}
+        for name, tensor in {**before, **OTHERS, **changed}.items():
+            assert after.pop(name).equal(tensor), name
+        assert not after
+        assert (error.value > 1e-3) == (dtype == "auto")  # it counts the rounding of what is written
+    assert read == [*adapted] * 2
 
 
 def test_an_adapter_that_was_trained_in_the_wrapper_acts_in_its_text_model(request, wrapper, tmp_path, capsys):
@@ -99,7 +138,7 @@ def test_an_adapter_that_was_trained_in_the_wrapper_acts_in_its_text_model(reque
     assert_parity(again(ids), model(ids))
 
 
-def test_a_wrapper_is_quantized_and_one_in_four_bits_is_read_and_merged(request, wrapper, tmp_path, capsys):
+def test_a_wrapper_is_quantized_and_one_in_four_bits_is_read_but_not_merged(request, wrapper, tmp_path, capsys):
     four_bits, adapter = tmp_path / "nf4", tmp_path / "adapter"
     assert main(["quantize", f"--model={wrapper}", f"--out={four_bits}"]) == 0
     assert "only the text model is written, not mtp (1 tensors), vision_tower (1 t" in capsys.readouterr().err
@@ -116,17 +155,24 @@ def test_a_wrapper_is_quantized_and_one_in_four_bits_is_read_and_merged(request,
     write_adapter(model, adapter, target_modules=["q_proj"])
     for words, message in (
         (["quantize"], "the model is quantized already"),
+        (["merge", f"--adapter={adapter}"], "is inside a wrapper: merging needs the target original"),
         (["merge", f"--adapter={adapter}", "--target=original"], "needs the 16-bit model that it was made from"),
     ):
         assert main([*words, f"--model={wrapper}", f"--out={tmp_path / 'out'}"]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-    for target in ("dequantized", "requantized"):
-        words = ["merge", f"--adapter={adapter}", f"--model={wrapper}", f"--target={target}"]
-        assert main([*words, f"--out={tmp_path / target}"]) == 0
-    ml.merge(model)
-    same_state(ml.load_model(tmp_path / "dequantized"), model)
-    assert describe_quantization(ml.load_model(tmp_path / "requantized"))["quantize"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "adapter"),
+    [(["--quantize=nf4"], {}), (["--target=dequantized"], {}), ([], {"modules_to_save": ["lm_head"]})],
+)
+def test_a_merge_that_changes_more_than_weights_is_refused(wrapper, tmp_path, capsys, flags, adapter):
+    write_adapter(tiny_model("gemma3", dtype=torch.float32, vocab_size=400), tmp_path / "adapter", **adapter)
+    words = ["merge", "--model", str(wrapper), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
+    assert main([*words, *flags]) == 1
+    assert "is inside a wrapper: merging needs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_text_model_that_is_no_family_is_refused_by_its_own_name(wrapper):

@@ -21,7 +21,6 @@ from minilora.errors import ConfigError
 from minilora.files import read_json, sha256_of, write_json
 from minilora.models.bitsandbytes import QuantizeConfig, describe_quantization
 from minilora.models.checkpoint import load_model, usable_device
-from minilora.models.config import describe_other_parts
 from minilora.models.prompts import Prompts
 from minilora.runs.cards import write_cards
 from minilora.tools.merging import Merge, MergeTarget, RelativeError, merge_directory
@@ -60,8 +59,6 @@ def _write_model(options: Options, found: Sources, out: Path) -> str:
     quantize = QuantizeConfig() if target == "original" else found.quantize
     quantization = describe_quantization(load_model(found.base.path, "auto", "meta", quantize))
     device = usable_device(options["device"])
-    if parts := describe_other_parts(found.base.path):
-        say(f"only the text model is written, not {parts}")
     merge = Merge(found.base.path, found.adapters, target, found.quantize, options["dtype"], device)
     for note in base_notes(found.base, found.adapters, quantization):
         say(note)

@@ -12,7 +12,8 @@ The *target* decides what W is:
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,24 +27,26 @@ from minilora.adapters.layers import LowRankWrapper, as_matrix
 from minilora.adapters.layout import CONFIG_FILE, DETERMINISTIC_INITS, WEIGHTS_FILE, parse_tensor_name
 from minilora.adapters.modules_to_save import ModulesToSave, unties
 from minilora.errors import ConfigError
-from minilora.files import TensorFile, read_json
+from minilora.files import INDEX, MANIFEST, TensorFile, check_link, entry_bytes, read_json, tensor_files, write_json
 from minilora.llama import Llama, LlamaConfig, assign
 from minilora.lora import AdapterWrapper, LoraAdapter, merge_weight
 from minilora.models import checkpoint
 from minilora.models.bitsandbytes import QuantizeConfig, Weight, describe_quantization, is_four_bit
-from minilora.models.checkpoint import EMBEDDING, HEAD, SHARD_BYTES
-from minilora.models.config import read_config, text_path
+from minilora.models.checkpoint import CODE_KEYS, EMBEDDING, HEAD, SHARD_BYTES
+from minilora.models.config import is_wrapper, read_config, text_files, text_name, text_path
 from minilora.models.tokenizer import Tokenizer
 from minilora.nf4 import NF4Linear
 
 MergeTarget = Literal["original", "dequantized", "requantized"]
+IN_WRAPPER = "is inside a wrapper: merging needs the target original, and the head tied as before"
 
 
 @dataclass(frozen=True)
 class Merge:
     """Adapters, all of which are merged into a model on disk.
 
-    "auto" is the checkpoint's own dtype, even if this machine computes it slowly.
+    "auto" is the checkpoint's own dtype, even if this machine computes it slowly. In a wrapper only changed weights
+    have the dtype, and with "auto" each keeps its own.
     """
 
     model: Path  # the directory of the base model
@@ -67,11 +70,14 @@ class Merge:
         """Build the model without its weights, all of it dense."""
         return checkpoint.build_on_meta(self.config).to(self.weight_dtype)
 
-    def weights(self, quantize: QuantizeConfig) -> Iterator[tuple[str, Weight]]:
+    def weights(
+        self, quantize: QuantizeConfig, is_wanted: Callable[[str], object] | None = None
+    ) -> Iterator[tuple[str, Weight]]:
         """Read names and weights, one at a time; the weight of a tied head comes last, by the head's name."""
         bare = checkpoint.build_on_meta(self.config)
         head: Weight | None = None
-        for name, weight in checkpoint.stored_weights(self.model, bare, self.weight_dtype, self.device, quantize):
+        dtype, device = self.weight_dtype, self.device
+        for name, weight in checkpoint.stored_weights(self.model, bare, dtype, device, quantize, is_wanted=is_wanted):
             if name == EMBEDDING and self.config.tie_word_embeddings:
                 head = weight
             yield name, weight
@@ -118,7 +124,8 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     """Merge, write the model with its tokenizer, and return its `relative_error`, with W as in training.
 
     The result is, bit for bit, what `load_model`, `load_adapter`, `merge` and `save_model` write: with `quantize` for
-    "dequantized", without for "original". An error leaves no file in `out`.
+    "dequantized", without for "original". A model in a wrapper is written in its wrapper. An error leaves no file in
+    `out`.
     """
     quantized = checkpoint.load_model(merge.model, merge.weight_dtype, "meta", merge.quantize)
     layers = _load_adapters(merge)
@@ -132,8 +139,45 @@ def merge_directory(merge: Merge, out: Path, tokenizer: Tokenizer | None = None)
     squares: list[Squares] = []
     weights = _merged_weights(merge, quantized, layers, target, squares)
     written = ((name, weight) for name, weight in weights if name != HEAD or not is_tied)
-    checkpoint.save_model_files(model, out, tokenizer, SHARD_BYTES, written)
+    if is_wrapper(merge.model):
+        if target != "original" or is_tied != merge.config.tie_word_embeddings:
+            raise ConfigError(f"{merge.model}: {IN_WRAPPER}")
+        _save_wrapper(merge.model, out, ((name, dense(weight)) for name, weight in written), is_tied)
+        if tokenizer is not None:
+            tokenizer.save(out)
+    else:
+        checkpoint.save_model_files(model, out, tokenizer, SHARD_BYTES, written)
     return relative_error(squares)
+
+
+def _save_wrapper(source: Path, directory: Path, changed: Iterable[tuple[str, Tensor]], is_tied: bool) -> None:
+    """Write a wrapper's directory again with changed tensors of its text model; all others keep their bytes.
+
+    Of the other files, configs and texts are copied, without names of code.
+    """
+    files = tensor_files(source)
+    stored = {text_name(name): name for name in files}
+    rest = dict(files)
+
+    def tensors() -> Iterator[dict[str, Tensor]]:
+        for name, tensor in changed:
+            del rest[stored[name]]
+            if name == EMBEDDING and is_tied:
+                rest.pop(stored.get(HEAD, ""), None)  # a copy of the old embedding
+            yield {stored[name]: tensor}
+        for name, file in rest.items():
+            yield {name: file.read(name)}
+
+    directory.mkdir(parents=True, exist_ok=True)
+    header_bytes = sum(entry_bytes(name, len(file.shapes[name])) for name, file in files.items())
+    checkpoint.write_shards(directory, tensors(), SHARD_BYTES, header_bytes)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (INDEX, MANIFEST):
+            check_link(path)
+            shutil.copyfile(path, directory / path.name)
+    for path in directory.glob("*config.json"):
+        if CODE_KEYS & (values := read_json(path)).keys():
+            write_json(path, {key: value for key, value in values.items() if key not in CODE_KEYS})
 
 
 def _target_of(merge: Merge, kind: str) -> MergeTarget:
@@ -184,10 +228,12 @@ def _merged_weights(
 ) -> Iterator[tuple[str, Weight]]:
     """Yield names and weights of the result, and add what is measured of each adapted layer to `squares`.
 
-    The adapters were trained on the weights of `quantized`, a model on "meta".
+    The adapters were trained on the weights of `quantized`, a model on "meta". Of a wrapper only their layers are read.
     """
     generator = torch.Generator().manual_seed(0)
-    read = checkpoint.prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize))
+    files = text_files(merge.model) if is_wrapper(merge.model) else {}
+    is_wanted = functools.partial(_adapted_module, layers=layers) if files else None
+    read = checkpoint.prefetch(merge.weights(QuantizeConfig() if target == "original" else merge.quantize, is_wanted))
     for path, group in itertools.groupby(read, key=lambda named: _adapted_module(named[0], layers)):
         if path is None:
             yield from ((name, weight if target == "requantized" else dense(weight)) for name, weight in group)
@@ -199,6 +245,8 @@ def _merged_weights(
         for key, weight in weights.items():
             name = f"{path}.{key}"
             result: Weight = merged[key]
+            if name in files and merge.dtype == "auto":  # a tied head may have no tensor
+                result = merged[key].to(files[name].read(name).dtype)
             if target == "requantized" and isinstance(weight, NF4Linear):
                 result = NF4Linear.quantize(merged[key], None, weight.scales is not None)
             if key == "weight" and isinstance(layer, LowRankWrapper):

@@ -1,7 +1,8 @@
-"""Models of transformers that also see images: their text models, also merged and in four bits."""
+"""Models of transformers that also see images: their text models, merged in their places."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import minilora as ml
 from minilora.cli import main
@@ -32,7 +33,7 @@ WRAPPERS = {  # the class, the text model, the vision model, and the wrapper's o
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_logits_are_theirs_and_they_load_the_text_model_that_we_merge(name, tmp_path):
+def test_logits_are_theirs_and_they_load_what_we_merge(name, tmp_path):
     text, vision, own = WRAPPERS[name]
     name = name.partition(" ")[0]
     config = getattr(transformers, f"{name}Config")(text_config=TEXT | text, vision_config=VISION | vision, **own)
@@ -46,8 +47,12 @@ def test_logits_are_theirs_and_they_load_the_text_model_that_we_merge(name, tmp_
     write_adapter(ours, tmp_path / "adapter", r=3, lora_alpha=21)
     merge_directory(Merge(tmp_path / "wrapper", [tmp_path / "adapter"]), tmp_path / "merged")
     with torch.no_grad():
-        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        assert_parity(ours(ids), merged(input_ids=ids).logits)
+        assert_parity(ours(ids), kind.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("wrapper", "merged"))
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all("language_model" in key and key.endswith("weight") for key in changed)
 
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # their kernel needs rows that end where a block does
