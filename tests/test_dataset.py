@@ -3,9 +3,10 @@
 import pytest
 
 import minilora as ml
+from minilora.cli.messages import repeated_prompts
 from minilora.data import IGNORE_INDEX
 from minilora.runs import encoders
-from minilora.runs.encoders import encode_rows, label_row
+from minilora.runs.encoders import Dataset, encode_rows, label_row
 from minilora.runs.evaluate import find_choices
 from minilora.runs.formats import Row, parse_row
 from tests.runs import runner
@@ -67,6 +68,23 @@ def test_there_are_no_choices_where_a_row_has_no_prompt():
     few = [row([1], 5), row([1, 2], 6)] * 5
     assert find_choices(few) == [(5,), (6,)]
     assert find_choices([*few, row([], 5)]) is None
+
+
+def test_held_out_rows_whose_prompt_is_trained_on_are_counted(tokenizer):
+    def rows(*texts):
+        pairs = [text.split(";") for text in texts]
+        fields = [{"prompt": asked, "completion": answer} if asked else {"text": answer} for asked, answer in pairs]
+        return encode_rows([Row(each) for each in fields], tokenizer(post="bos"), ml.DataConfig())
+
+    def repeated(held_out, training):
+        return repeated_prompts(held_out, training, tokenizer(post="bos"))
+
+    training = rows("the cat; sat", "the sea; is", ";the town", "the; end")
+    held_out = rows("the cat; ate", "the cat; sat", "the town; is", ";the town", ";the", "the sea; is", "; end")
+    assert repeated(held_out, training) == 4
+    assert repeated(training[:1], training[1:]) == repeated(Dataset(()), training) == 0
+    near = rows(" The  Cat; sat", "thesea; is", "; THE\ntown", "the cat?; sat")
+    assert repeated(near, training) == repeated(training, near) == 3
 
 
 # --- runs ---

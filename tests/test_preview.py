@@ -90,6 +90,17 @@ def test_plain_rows_for_a_model_with_a_chat_template_are_told_of(tmp_path, capsy
     assert "no row is held out" not in runner(tmp_path, capsys, monkeypatch)(*words[:-1]).err
 
 
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_held_out_prompts_that_are_trained_on_too_are_told_of(directory, tmp_path, capsys, monkeypatch, is_repeated):
+    for name, prompts in (("train", ["a b", "c", "d"]), ("test", ["A  b ", "c", "e", "f"] if is_repeated else "efgh")):
+        lines = [json.dumps({"prompt": f"{prompt}:", "completion": " b"}) for prompt in prompts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    words = ["finetune", "--dry-run", "--model=model", f"--data={tmp_path}"]
+    told = runner(directory, capsys, monkeypatch)(*words).err
+    assert ("2 of 4 held-out rows have the prompt of a training row" in told) == is_repeated
+    assert ("the prompt of a training row" in told) == is_repeated
+
+
 def test_what_controls_a_terminal_does_not_reach_it(tmp_path):
     tokenizer = write_tokenizer(tmp_path)
     example = encode_rows(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minilora.adapters.attach import count_parameters
 from minilora.adapters.layout import base_model_of, base_quantization
 from minilora.cli import say
+from minilora.data import Example
 from minilora.errors import printable
 from minilora.files import MANIFEST, changed_files, read_manifest
 from minilora.llama import Llama
@@ -21,6 +22,8 @@ from minilora.models.bitsandbytes import describe_in_words, describe_quantizatio
 from minilora.models.config import describe_other_parts, trained_length
 from minilora.models.hub import Location, unpinned
 from minilora.models.prompts import read_prompts
+from minilora.models.tokenizer import Tokenizer
+from minilora.runs.evaluate import prompt_of
 
 if TYPE_CHECKING:  # only `finetune` imports it
     from minilora.runs.directory import Run, RunSummary
@@ -94,6 +97,9 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             "their columns: --columns instruction=FIELD,output=FIELD"
         )
     for name, rows in data.splits.items():
+        if rows is not data.train and (repeated := repeated_prompts(rows, data.train, data.tokenizer)):
+            same = "the prompt of a training row, or one that differs in case and spaces only"
+            yield f"{repeated} of {len(rows)} {name} rows have {same}: they are not new to the model"
         if rows.truncated:
             yield f"{rows.truncated} {name} rows were cut to --max-length; left without a label: {rows.unlabelled}"
         if rows.dropped_thoughts:
@@ -102,6 +108,22 @@ def run_notes(run: Run, model: Llama) -> Iterator[str]:
             yield f"{rows.quoted} {name} rows have control tokens in their text; they act only with --allow-special"
         if rows.bad:
             yield describe_skipped(f"{name} ", rows.bad)
+
+
+def repeated_prompts(held_out: Sequence[Example], training: Sequence[Example], tokenizer: Tokenizer) -> int:
+    """Return the number of held-out rows that begin with the prompt of a training row, or equal one that has none.
+
+    Case and white space are ignored. A prompt has more than one token, which may be BOS.
+    """
+
+    def text_of(row: Example) -> str:
+        prompt = prompt_of(row)
+        text = tokenizer.decode(prompt if len(prompt) > 1 else row.tokens, skip_special_tokens=False)
+        return "".join(text.casefold().split())
+
+    texts = list(map(text_of, held_out))
+    repeated = {*texts}.intersection(map(text_of, training))
+    return sum(text in repeated for text in texts)
 
 
 def say_start(run: Run, model: Llama) -> None:
