@@ -96,7 +96,7 @@ class TrainConfig:
         ConfigError: values of the wrong type, or else values that cannot work; all of them in one message.
     """
 
-    learning_rate: float = option(2e-4, "peak learning rate of AdamW; below 1B parameters also try 5e-4 and 1e-3")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW; below 1B parameters try 3e-4, 1e-3 and 3e-3")
     lr_scheduler: Literal["cosine", "linear", "constant"] = option(
         "cosine", "course of the learning rate after the warm-up"
     )
