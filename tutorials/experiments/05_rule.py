@@ -23,10 +23,11 @@ import minilora as ml
 from minilora.adapter import adapter_layers
 from minilora.runs.evaluate import held_out_loss
 
-NAME, MODEL = [*sys.argv[1:], *("05_rule", "minilora/builtin")[len(sys.argv) - 1 :]]
+NAME = sys.argv[1] if sys.argv[1:] else "05_rule"
+MODEL = sys.argv[2] if sys.argv[2:] else "minilora/builtin"
 FILE = str(Path(__file__).with_name(f"{NAME}.json"))
 PLAN = read_plan(FILE)
-COMMAND = " ".join(["python tutorials/experiments/05_rule.py", *sys.argv[1:2], *("DIR" for _ in sys.argv[2:])])
+COMMAND = " ".join(["python tutorials/experiments/05_rule.py", *sys.argv[1:2]]) + (" DIR" if sys.argv[2:] else "")
 rows = runpy.run_path(str(Path(__file__).with_name("05_rates.py")))["rows"]
 
 

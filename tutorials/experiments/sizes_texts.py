@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import plan_hash, read_plan, write_record
+from record import as_row, plan_hash, read_plan, write_record
 
-import minilora as ml
-from minilora.data import IGNORE_INDEX
 from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import measure_forgetting
@@ -32,15 +30,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
 
 
-def as_text(text: str) -> ml.Example:
-    """Return a text as a row of which each token is learned."""
-    tokens = SIZES["tokenizer"].encode(text)
-    return ml.Example(tokens, [IGNORE_INDEX, *tokens[1:]])
-
-
-definitions = [row["prompt"].split("Definition: ")[1].split("\nCategory:")[0] for row in read_rows(TASK)]
-foreign = [row["messages"][1]["content"] for row in read_rows(HERE.parent / "data" / "devil" / "test.jsonl")]
-TEXTS = {"definitions": list(map(as_text, definitions[:400])), "foreign": list(map(as_text, foreign))}
+texts = {
+    "definitions": [
+        row["prompt"].removeprefix("Definition: ").removesuffix("\nCategory:") for row in read_rows(TASK)[:400]
+    ],
+    "foreign": [row["messages"][1]["content"] for row in read_rows(HERE.parent / "data" / "devil" / "test.jsonl")],
+}
+TEXTS = {kind: [as_row(SIZES["tokenizer"].encode(text)) for text in each] for kind, each in texts.items()}
 
 
 def score(model: Llama) -> dict[str, list[int]]:

@@ -35,6 +35,9 @@ DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a plan
 }
 
 
+RULES = {"05_rule": "", "05_rule_start": "", "05_rule_10m": ", 10M"}  # a plan of 05_rule.py: its model, if not built in
+
+
 class Finding(NamedTuple):
     """A claim as a heading of the page, what was compared, more ± half of it, and the verdict."""
 
@@ -125,7 +128,7 @@ def rule(name: str) -> Iterator[Finding]:
         steps, expected = claim["steps"], claim["log2"]
         more, half = over_seeds(best[steps, 4], best[steps, 64])
         word = verdict("equal", more - expected, half, claim["margin"])
-        where = ", 10M" if name == "05_rule_10m" else ""
+        where = RULES[name]
         where += f", A₀ times {plan['start']}" if "start" in plan else ""
         compared = f"log₂ of the best rate, α 4 - α 64, {expected} within {claim['margin']}{where}, {steps} steps"
         yield Finding(claim["claim"], compared, more, half, word)
@@ -138,8 +141,7 @@ def rows_of(outcomes: list[dict[str, list[int]]], measure: str) -> list[list[flo
 
 
 def findings() -> list[Finding]:
-    rules = (rule(name) for name in ("05_rule", "05_rule_start", "05_rule_10m"))
-    return [*earlier(), *chain.from_iterable(rules), *planned()]
+    return [*earlier(), *chain.from_iterable(map(rule, RULES)), *planned()]
 
 
 if __name__ == "__main__":
