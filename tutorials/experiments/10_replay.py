@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import as_row, plan_hash, read_plan, write_record
+from record import plan_hash, read_plan, write_record
 from torch import Tensor
 
 import minilora as ml
 from minilora.adapter import adapter_layers
-from minilora.data import collate
+from minilora.data import IGNORE_INDEX, collate
 from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import choice_accuracy, find_choices, held_out_loss, measure_forgetting
@@ -42,7 +42,10 @@ train, test, general = (
 choices = find_choices(train) or []
 replayed, held_out = general[: len(general) // 2], general[len(general) // 2 :]
 devil = (Path(__file__).parents[1] / "data" / "devil" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-foreign = [as_row(tokenizer.encode(json.loads(line)["messages"][1]["content"])) for line in devil]
+foreign = []
+for line in devil:
+    tokens = tokenizer.encode(json.loads(line)["messages"][1]["content"])
+    foreign.append(ml.Example(tokens, [IGNORE_INDEX, *tokens[1:]]))
 kl_to_base = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "kl_penalty.py"))["kl_to_base"]
 KEPT = {"general": held_out, "foreign": foreign}
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from minilora.data import IGNORE_INDEX, Example
-
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 8: 2.365}  # t of the 95 % interval of the mean of as many seeds
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = "10M"  # the name in a record of the model of scripts/pretrain.py --large
@@ -64,11 +62,6 @@ def verdict(expected: str, more: float, half: float, margin: float = 0.0) -> str
         sign = {"above": 1, "below": -1}[expected]
         inside, outside = sign * more - half > 0, sign * more + half < 0
     return "reproduced" if inside else "not reproduced" if outside else "undecided"
-
-
-def as_row(tokens: list[int]) -> Example:
-    """Return a text's tokens as a row of which each token but the first is learned."""
-    return Example(tokens, [IGNORE_INDEX, *tokens[1:]])
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
-from typing import Any
 
 import torch
-from record import as_row, plan_hash, read_plan, write_record
+from record import plan_hash, read_plan, write_record
 
+from minilora.data import IGNORE_INDEX, Example
 from minilora.files import ASSETS
 from minilora.llama import Llama
 from minilora.runs.evaluate import measure_forgetting
@@ -26,17 +26,13 @@ SIZES = runpy.run_path(str(HERE / "sizes.py"))
 TASK = ASSETS / "data" / "test.jsonl"
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    return list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
-
-
-texts = {
-    "definitions": [
-        row["prompt"].removeprefix("Definition: ").removesuffix("\nCategory:") for row in read_rows(TASK)[:400]
-    ],
-    "foreign": [row["messages"][1]["content"] for row in read_rows(HERE.parent / "data" / "devil" / "test.jsonl")],
+tokenizer = SIZES["tokenizer"]
+rows = [json.loads(line)["prompt"] for line in TASK.read_text(encoding="utf-8").splitlines()[:400]]
+texts = [tokenizer.encode(row.removeprefix("Definition: ").removesuffix("\nCategory:")) for row in rows]
+TEXTS = {
+    "definitions": [Example(tokens, [IGNORE_INDEX, *tokens[1:]]) for tokens in texts],
+    "foreign": runpy.run_path(str(HERE / "10_replay.py"))["foreign"],
 }
-TEXTS = {kind: [as_row(SIZES["tokenizer"].encode(text)) for text in each] for kind, each in texts.items()}
 
 
 def score(model: Llama) -> dict[str, list[int]]:
