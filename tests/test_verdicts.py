@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 RECORD = runpy.run_path(str(Path(__file__).parents[1] / "tutorials" / "experiments" / "record.py"))
-paired_interval, verdict = RECORD["paired_interval"], RECORD["verdict"]
+paired_interval, verdict, p_value = RECORD["paired_interval"], RECORD["verdict"], RECORD["p_value"]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,13 @@ def test_the_interval_misses_the_truth_in_at_most_one_case_of_twenty(seed_noise,
         mean, half = paired_interval(ones, [[0.0] * 20] * 3)
         missed += abs(mean - truth) > half
     assert missed / cases < 0.05 + 4 * (0.05 * 0.95 / cases) ** 0.5  # four standard errors of the share
+
+
+@pytest.mark.parametrize(("expected", "margin"), [("above", 0.0), ("equal", 0.5)])
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 8])
+def test_p_is_below_one_in_twenty_where_the_verdict_is_decided(expected, margin, seeds):
+    for more in (-2.0, -0.8, -0.65, -0.45, -0.25, -0.1, 0.0, 0.1, 0.25, 0.45, 0.65, 0.8, 2.0):
+        assert (p_value(more, 0.2, seeds, margin) < 0.05) == (verdict(expected, more, 0.2, margin) != "undecided")
 
 
 def draw_seeds(draw, noise):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -62,6 +63,22 @@ def verdict(expected: str, more: float, half: float, margin: float = 0.0) -> str
         sign = {"above": 1, "below": -1}[expected]
         inside, outside = sign * more - half > 0, sign * more + half < 0
     return "reproduced" if inside else "not reproduced" if outside else "undecided"
+
+
+def p_value(more: float, half: float, seeds: int, margin: float = 0.0) -> float:
+    """Return the two-sided p of an interval, read as Student's t of as many seeds: below 0.05 if it decides."""
+    return student_tail((abs(more) - margin) * STUDENT[seeds] / half, seeds - 1)
+
+
+def student_tail(t: float, degrees: int) -> float:
+    """Return the probability that Student's t is farther from zero than t (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / degrees**0.5)
+    term, total = (math.cos(angle), 0.0) if degrees % 2 else (1.0, 0.0)
+    for power in range(2 + degrees % 2, degrees + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power - 1) / power
+    total *= math.sin(angle)
+    return 1 - (2 / math.pi * (angle + total) if degrees % 2 else total)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

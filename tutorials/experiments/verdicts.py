@@ -3,18 +3,20 @@
     python tutorials/experiments/verdicts.py     prints each claim with its interval and its verdict
 
 The files with a plan, and `12_paired.json`, have the outcome of each row. Of the other experiments only the values of
-the seeds are stored, so the interval does not cover other rows; their margins were chosen after the runs.
+the seeds are stored, so the interval does not cover other rows; their margins were chosen after the runs. Below stand
+the planned intervals that Holm's correction leaves, with their corrected p.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from record import paired_interval, plan_hash, read_plan, seed_interval, verdict
+from record import p_value, paired_interval, plan_hash, read_plan, seed_interval, verdict
 
 HERE = Path(__file__).parent
 DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a planned file: its method, and where
@@ -39,13 +41,14 @@ RULES = {"05_rule": "", "05_rule_start": "", "05_rule_10m": ", 10M"}  # a plan o
 
 
 class Finding(NamedTuple):
-    """A claim as a heading of the page, what was compared, more ± half of it, and the verdict."""
+    """A claim as a heading of the page, what was compared, more ± half of it, the verdict, and p if it was planned."""
 
     claim: str
     compared: str
     more: float
     half: float
     verdict: str
+    p: float = math.nan
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -115,8 +118,9 @@ def planned() -> Iterator[Finding]:
             for where, runs in outcomes.items():
                 if {of, less} <= runs.keys():
                     interval = paired_interval(*(rows_of(runs[method], measure) for method in (of, less)))
-                    word = verdict(claim["expected"], *interval, claim.get("margin", 0.0))
-                    yield Finding(claim["claim"], f"{measure}, {of} - {less}, {where}", *interval, word)
+                    expected, margin = claim["expected"], claim.get("margin", 0.0)
+                    word, p = verdict(expected, *interval, margin), p_value(*interval, len(runs[of]), margin)
+                    yield Finding(claim["claim"], f"{measure}, {of} - {less}, {where}", *interval, word, p)
 
 
 def rule(name: str) -> Iterator[Finding]:
@@ -128,10 +132,11 @@ def rule(name: str) -> Iterator[Finding]:
         steps, expected = claim["steps"], claim["log2"]
         more, half = over_seeds(best[steps, 4], best[steps, 64])
         word = verdict("equal", more - expected, half, claim["margin"])
+        p = p_value(more - expected, half, len(best[steps, 4]), claim["margin"])
         where = RULES[name]
         where += f", A₀ times {plan['start']}" if "start" in plan else ""
         compared = f"log₂ of the best rate, α 4 - α 64, {expected} within {claim['margin']}{where}, {steps} steps"
-        yield Finding(claim["claim"], compared, more, half, word)
+        yield Finding(claim["claim"], compared, more, half, word, p)
 
 
 def rows_of(outcomes: list[dict[str, list[int]]], measure: str) -> list[list[float]]:
@@ -144,6 +149,26 @@ def findings() -> list[Finding]:
     return [*earlier(), *chain.from_iterable(map(rule, RULES)), *planned()]
 
 
+def holm(found: list[Finding]) -> tuple[list[Finding], int]:
+    """Return the planned findings that stay at 5 % for all together, each with its corrected p, and how many there are.
+
+    An interval that serves two claims counts once, for the first.
+    """
+    different = {finding.compared: finding for finding in reversed(found) if not math.isnan(finding.p)}
+    kept, worst = [], 0.0
+    for number, finding in enumerate(sorted(different.values(), key=lambda finding: finding.p)):
+        worst = max(worst, (len(different) - number) * finding.p)
+        if worst >= 0.05:
+            break
+        kept.append(finding._replace(p=worst))
+    return kept, len(different)
+
+
 if __name__ == "__main__":
-    for found in findings():
+    told = findings()
+    for found in told:
         print(f"{found.verdict:15} {found.more:+.4f} ± {found.half:.4f}  {found.compared:48}  {found.claim}")
+    kept, different = holm(told)
+    print(f"\nHolm's correction of {different} planned intervals leaves {len(kept)}:")
+    for found in kept:
+        print(f"p = {found.p:.4f}  {found.compared:48}  {found.claim}")
