@@ -46,7 +46,7 @@ def add_flags(parser: Parser) -> None:
         default="nll",
         help="nll: the mean loss per token of the answers; choice: the share of rows whose right answer is the most "
         f"likely of all answers in the rows (2 to {MAX_CHOICES} distinct ones, each given four times on average); "
-        "exact-match: the share of rows to which the model writes the right answer, after any thoughts (default: nll)",
+        "exact-match: the share of rows for which the model writes the right answer, after any thoughts (default: nll)",
     )
     parser.add_argument("--thinking", **THINKING)
     add_fields(parser, DataConfig, "data", unset="as in the adapter's run")
