@@ -42,7 +42,8 @@ def collect(app: Sphinx, config: Config) -> None:
         text = texts[path].replace("> [!IMPORTANT]\n", "")  # known to GitHub alone; the box stays
         text = MYST.sub(r"\1", text)
         text = PREDICTED.sub(r"\1\n<details><summary>What came out</summary>\n\n\2\n</details>\n", text)
-        text = SOLUTION.sub("", text) if "class" in app.tags else text
+        if "class" in app.tags:
+            text = SOLUTION.sub("", text).replace("\ntutorials/teaching\n", "\n")
         text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", text)
         text = CODE_OR_LINK.sub(lambda link, page=path: _link(link, page, texts), text)
         if path.match("tutorials/[01A][0-9]_*.md"):

@@ -196,7 +196,7 @@ def test_a_command_line_that_cannot_be_meant_is_refused_with_what_to_do(capsys):
         (["finetune", "--rank-pattern", "{"], "found '{', need numbers joined with commas, or a JSON object"),
         # a command that there is not
         (["fintune", "--model=a"], "fintune is not a command; did you mean finetune?\n"),
-        (["frobnicate"], "frobnicate is not a command; there are finetune, generate, chat, "),
+        (["frobnicate"], "frobnicate is not a command; the commands are finetune, generate, chat, "),
         # a flag that there is not
         (["finetune", "--epoch=2"], "--epoch is unknown; did you mean --epochs?\n"),
         (["finetune", "--zebra", "1"], "--zebra is unknown; see `minilora finetune --help`\n"),
@@ -465,7 +465,10 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         ),
         ("finetune --config=nowhere.toml", "nowhere.toml: cannot be read"),
         ("eval --model=model --data=", "no such file or directory"),
-        ("merge --adapter=adapter --out=model", "model: holds files; give another --out; see docs/deploy.md"),
+        (
+            "merge --adapter=adapter --out=model",
+            "model: holds files; give another --out; see docs/deploy.md#as-a-model",
+        ),
         ("eval --model=model --data=many.jsonl --metric=choice", "needs 2 to 64 distinct answers"),
     ):
         out, err = run(*words.split(), status=1)
@@ -473,7 +476,7 @@ def test_an_error_is_one_line_on_stderr_and_the_exit_status_1(directory, run):
         assert err.startswith("minilora: ")
         assert phrase in err, words
         assert err.count("\n") == 1
-        assert (ROOT / re.search(r"; see (docs/\w+\.md)$", err)[1]).is_file(), err
+        assert (ROOT / re.search(r"; see (docs/\w+\.md)(#[\w-]+)?$", err)[1]).is_file(), err
     assert everything(directory) == before
 
 

@@ -129,7 +129,7 @@ def test_the_figures_of_a_release_were_measured_at_its_own_code():
 def test_the_tables_of_readme_and_docs_are_what_scripts_write():
     measured = front.measured()
     assert front.table_of_readme(*measured, PAGES["results.md"]) in README
-    assert front.table(*measured, front.IN_RESULTS) in PAGES["results.md"]
+    assert front.table_of_results(*measured) in PAGES["results.md"]
     assert PAGES["api.md"] == api.page()
     smallest = next(iter(laptop.MODELS))
     assert f"| {' | '.join(laptop.row(smallest))} |" in PAGES["laptop.md"]
@@ -186,8 +186,18 @@ def test_links_lead_somewhere():
                 continue
             found = path.parent / target if target else path
             assert found.exists(), f"{path.name}: {target}"
-            if anchor:
-                heads = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
-                assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], (
-                    f"{path.name}: #{anchor}"
-                )
+            assert not anchor or anchor in anchors(found), f"{path.name}: #{anchor}"
+
+
+def anchors(page):
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_pages_that_errors_name_are_there():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "minilora").rglob("*.py")]
+    named = {*re.findall(r"[\"'](\w+\.md)(?:#([\w-]+))?[\"']|see docs/(\w+\.md)", "\n".join(sources))}
+    assert ("guide.md", "1-the-data", "") in named
+    for page, anchor, other in named:
+        assert not anchor or anchor in anchors(ROOT / "docs" / page), f"{page}#{anchor}"
+        assert (ROOT / "docs" / (page or other)).is_file()

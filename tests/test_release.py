@@ -52,6 +52,8 @@ def test_errors_name_the_page_at_the_address_of_the_release(monkeypatch, capsys)
         monkeypatch.setattr(importlib.metadata, "metadata", metadata)
         assert cli.main(["finetune", "--lora-r=0"]) == 1
         assert capsys.readouterr().err.endswith(f"; see {place}docs/settings.md\n")
+        assert cli.main(["finetune", "--device=abacus"]) == 1
+        assert capsys.readouterr().err.endswith(f"; see {place}docs/devices.md\n")
 
 
 def test_a_checkout_that_is_not_installed_names_the_page_in_the_repository(monkeypatch):
@@ -59,7 +61,7 @@ def test_a_checkout_that_is_not_installed_names_the_page_in_the_repository(monke
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "metadata", metadata)
-    assert cli.address_of("settings") == "docs/settings.md"
+    assert cli.address_of("settings.md") == "docs/settings.md"
 
 
 def test_a_release_has_one_version(tree):

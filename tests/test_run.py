@@ -291,7 +291,7 @@ def test_a_run_that_fails_before_it_starts_leaves_nothing(directory, tmp_path, c
 @pytest.mark.parametrize(
     ("out", "phrase"),
     [
-        ("other", "holds files that are not a run's"),
+        ("other", "holds files, but no run; give another --out"),
         ("other/thesis.txt", "found a file, need a directory"),
         ("other/thesis.txt/out", "cannot be written (Not a directory)"),
     ],

@@ -88,11 +88,17 @@ _THEIRS = {  # what to use here, and the flags of TRL, axolotl, mlx-lm and litgp
     in_recipe("loraplus"): "loraplus-lr-ratio",
     in_recipe("experts"): "target-parameters",
 }
-ERROR_PAGES: dict[type, str] = {DataError: "guide", ConfigError: "settings", TargetError: "methods"}  # else debugging
+ERROR_PAGES: dict[type, str] = {  # of other errors: debugging.md
+    DataError: "guide.md#1-the-data",
+    ConfigError: "settings.md",
+    TargetError: "methods.md#which-modules-which-rank",
+}
 COMMAND_PAGES = {  # of a wrong setting or name, by the command
-    **dict.fromkeys(("merge", "export", "push", "inspect"), "deploy"),
-    **dict.fromkeys(("generate", "chat", "eval", "plot"), "guide"),
-    "quantize": "qlora",
+    **dict.fromkeys(("export", "push", "inspect"), "deploy.md#as-an-adapter"),
+    **dict.fromkeys(("generate", "chat", "eval"), "guide.md#6-ask-measure-compare"),
+    "merge": "deploy.md#as-a-model",
+    "plot": "guide.md#4-when-the-loss-does-not-fall",
+    "quantize": "qlora.md#a-4-bit-checkpoint",
 }
 FOREIGN_FLAGS = {f"--{name}": advice for advice, names in _THEIRS.items() for name in names.split()}
 SETTING = r"""(?x) (?: \w+Config:\ )? (?<! [\w./'"-] ) (?P<name>  # in a message, outside quotes and paths
@@ -126,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except (MiniloraError, OSError, UnicodeError) as error:  # the last: of standard input, or of a name
         message = str(error) if isinstance(error, FormatError) else _in_flags(str(error), options)
-        name = ERROR_PAGES.get(type(error), "debugging")
+        message = message.replace("see docs/", f"see {address_of('')}")
+        name = ERROR_PAGES.get(type(error), "debugging.md")
         if isinstance(error, ConfigError | TargetError):
             name = COMMAND_PAGES.get(options.get("command", ""), name)
         page = f"see {address_of(name)}"
@@ -137,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         trains = options.get("command") == "finetune"
         smaller = "a smaller --batch-size, --gradient-checkpointing block" if trains else "a smaller model"
-        advice = f"; {smaller} or --quantize nf4 takes less; see {address_of('debugging')}"
+        advice = f"; {smaller} or --quantize nf4 takes less; see {address_of('debugging.md#out-of-memory')}"
         say(f"minilora: out of memory: {error}".splitlines()[0] + advice)
         return 1
     except KeyboardInterrupt as error:
@@ -157,10 +164,10 @@ def parse(words: Sequence[str]) -> Options:
     if command in ("-h", "--help", "--version"):
         commands = "\n".join(f"  {name:<9} {about}" for name, about in COMMANDS.items())
         version = f"minilora {minilora.__version__}"
-        print(version if command == "--version" else OVERVIEW.format(commands=commands, pages=address_of("README")))
+        print(version if command == "--version" else OVERVIEW.format(commands=commands, pages=address_of("README.md")))
         raise SystemExit(0)
     if command not in COMMANDS:
-        advice = closest_name(command, COMMANDS) or f"there are {', '.join(COMMANDS)}"
+        advice = closest_name(command, COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
         say(f"minilora: {command} is not a command; {advice}")
         raise SystemExit(2)
     if command == "finetune" and not {"-h", "--help"}.isdisjoint(words):
@@ -197,13 +204,13 @@ def _in_flags(message: str, options: Options) -> str:
 
 
 def address_of(page: str) -> str:
-    """Return where a page of docs/ is: online if the installed release has an address, or else in the repository."""
+    """Return where a page of docs/, such as guide.md#1-the-data, is: online if the release has an address."""
     try:
         urls = importlib.metadata.metadata("minilora").get_all("Project-URL") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
         urls = []
     home = next((url.partition(", ")[2] + "/blob/main/" for url in urls if url.startswith("Homepage, ")), "")
-    return f"{home}docs/{page}.md"
+    return f"{home}docs/{page}"
 
 
 def closest_name(name: str, known: Iterable[str]) -> str:
@@ -246,7 +253,7 @@ def command_parser(name: str, is_short: bool = False) -> Parser:
         return parser
     module.add_flags(parser)
     if name in ("finetune", "generate", "chat", "merge", "eval"):
-        parser.add_argument("--plain", action="store_true", help="use the plain definitions instead of the kernels")
+        parser.add_argument("--plain", action="store_true", help="run the six files as written, without faster kernels")
     return parser
 
 

@@ -38,19 +38,15 @@ from minilora.runs.settings import DataConfig
 
 def add_flags(parser: Parser) -> None:
     add_model_flags(parser)
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        help="rows: files as for finetune --data, or directories, of which the test split is used",
-    )
+    about = "rows, as for finetune --data; of a directory, the test rows, or else the validation rows"
+    parser.add_argument("--data", required=True, nargs="+", help=about)
     parser.add_argument(
         "--metric",
         choices=("nll", "choice", "exact-match"),
         default="nll",
-        help="nll: the mean loss per token of the answers; choice: how often the right one of 2 to "
-        f"{MAX_CHOICES} distinct answers, each given four times on average, is the most likely; exact-match: how often "
-        "the right answer is written, after any thoughts (default: nll)",
+        help="nll: the mean loss per token of the answers; choice: the share of rows whose right answer is the most "
+        f"likely of all answers in the rows (2 to {MAX_CHOICES} distinct ones, each given four times on average); "
+        "exact-match: the share of rows for which the model writes the right answer, after any thoughts (default: nll)",
     )
     parser.add_argument("--thinking", **THINKING)
     add_fields(parser, DataConfig, "data", unset="as in the adapter's run")

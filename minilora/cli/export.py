@@ -20,7 +20,7 @@ from minilora.tools.readers import READERS
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument("--adapter", action="append", required=True, help=ADAPTER_HELP)
-    parser.add_argument("--model", help="the base model, a directory or a Hub name (default: that of the adapter)")
+    parser.add_argument("--model", help="the base model: a directory or a Hub name (default: that of the adapter)")
     add_out(parser)
     parser.add_argument("--for", choices=READERS, required=True, help="the program that will read it")
 

@@ -72,7 +72,7 @@ def add_flags(parser: Parser, names: Collection[str] = FIELDS) -> None:
     parser.add_argument("--config", type=Path, help="a .toml or .json file of flags; the command line overrides it")
     parser.add_argument("--dry-run", action="store_true", help="show three rows, steps and memory, and do not train")
     parser.add_argument(
-        "--force", action="store_true", help="train even if the forecast says that the memory will not suffice"
+        "--force", action="store_true", help="train even if the forecast says that there is too little memory"
     )
 
 
@@ -93,7 +93,7 @@ def read_settings(options: Options) -> Settings:
     has_model = given.get("model", given.get("adapter")) not in (None, BUILTIN)
     if has_data and given.keys().isdisjoint({"model", "adapter"}):
         need = f"a directory, a name on the Hub, such as HuggingFaceTB/SmolLM2-135M-Instruct, or {BUILTIN}"
-        raise ConfigError(f"--data needs --model: {need}; see {address_of('laptop')}")
+        raise ConfigError(f"--data needs --model: {need}; see {address_of('laptop.md#what-fits')}")
     others = {} if has_data or has_model else read_json(ASSETS / "finetune.json")
     if has_model and "data" not in given:
         say("no --data given: training on the built-in rows")

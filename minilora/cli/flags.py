@@ -88,7 +88,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         return read_json(path, is_named=True)
     if path.suffix != ".toml":
         raise ConfigError(
-            f"{path}: --config reads .toml or .json; see {address_of('migration')} for the keys of axolotl and others"
+            f"{path}: --config reads .toml or .json; see {address_of('migration.md#flags')} for keys of others"
         )
     text = read_text(path, is_named=True)
     try:

@@ -50,13 +50,13 @@ def add_flags(parser: Parser) -> None:
     others = {field.name for field in fields(DataConfig)} - {"columns"}
     add_fields(parser, DataConfig, "prompts", others, unset="as in the adapter's run")
     group.add_argument(
-        "--system", metavar="TEXT", help="system prompt of prompts without one (default: that of the training)"
+        "--system", metavar="TEXT", help="system prompt for prompts without one (default: that of the training)"
     )
     group.add_argument("--thinking", **THINKING)
     group.add_argument(
         "--raw",
         action=argparse.BooleanOptionalAction,
-        help="continue the prompt as it is, without the chat template, and let control tokens in it act as such "
+        help="continue the prompt as it is, without the chat template, and read control tokens in it as tokens "
         "(default: as in the adapter's training, otherwise with the template if the model has one)",
     )
     streaming.add_generation_flags(parser, max_new_tokens=64)

@@ -24,8 +24,8 @@ MERGED = "merged_adapters"  # in config.json: the adapters that `minilora merge`
 ADAPTER_HELP = "directory of an adapter, or org/name[@revision] on the Hugging Face Hub"
 THINKING: dict[str, Any] = {  # the flag --thinking of several commands
     "action": argparse.BooleanOptionalAction,
-    "help": "ask for answers with or without thoughts, e.g. of Qwen 3 (default: as in training, otherwise as the chat "
-    "template does)",
+    "help": "ask a model such as Qwen 3 for answers with or without thoughts (default: as in training, otherwise as "
+    "the chat template does)",
 }
 
 

@@ -2,7 +2,7 @@
 
 Weights are read, merged and written one at a time. The merged model keeps the
 chat template and system prompt of the first adapter that has them. A Modelfile
-for Ollama is written beside it, where Ollama can ask as it was trained.
+for Ollama is written too, if Ollama can prompt the model as in training.
 
 Example:
   minilora merge --adapter run --out merged

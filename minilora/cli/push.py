@@ -1,6 +1,6 @@
 """Upload an adapter or a model to the Hugging Face Hub, with a card.
 
-Paths of your machine are not uploaded: run.json stays here, and if the base
+Paths on your machine are not uploaded: run.json stays here, and if the base
 model is a directory, --base-name gives its name on the Hub.
 
 Example:

@@ -1,4 +1,4 @@
-"""Check the laws of LoRA on this machine, by the definitions and by the kernels.
+"""Check the laws of LoRA on this machine, with and without the faster kernels.
 
 Results are compared with float64. Each number is the largest error divided by
 its derived bound: up to 1 the law holds. The exit status is 1 if a law is
@@ -42,7 +42,7 @@ LENGTHS = [5, 1, 9]  # of the documents of one call
 def add_flags(parser: Parser) -> None:
     parser.add_argument("--device", default="auto", help=f"{DEVICE_HELP} (default: auto)")
     dtypes = ("float64", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype to check (default: float32)")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="number format to check (default: float32)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the table to this file")
 
 

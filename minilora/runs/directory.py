@@ -121,7 +121,7 @@ class RunDirectory:
     def _open(self) -> RunHistory:
         path = self.path / "run.json"
         if holds_files(self.path) and not path.is_file():
-            raise TrainingError(f"{self.path}: holds files that are not a run's; use another directory")
+            raise TrainingError(f"{self.path}: holds files, but no run; give another --out")
         self._at_close.enter_context(locked(self.path))
         if not path.is_file():
             return RunHistory(self._settings.run.dtype)

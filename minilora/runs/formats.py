@@ -115,7 +115,7 @@ def _format_of(fields: Fields) -> "Format":
         if fields.keys() >= {*keys}:
             return read
     if fields.keys() >= {"chosen", "rejected"}:
-        one = "to train only on the chosen answers, name their column as the completion"
+        one = "to train only on the chosen answers, give columns prompt=prompt,completion=chosen"
         raise DataError(f"found the fields {sorted(fields)}: pairs of answers are for DPO; {in_recipe('dpo')}; {one}")
     names = {name.lower(): name for name in fields}
     texts = [name for name, value in fields.items() if isinstance(value, str) and not value.isnumeric()]

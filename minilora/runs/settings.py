@@ -15,8 +15,8 @@ from minilora.options import check_types, document_fields, option, reject_foreig
 TrainOn = Literal["completion", "assistant", "all"]
 REPORTING = "evaluating, saving and reporting"  # a group of the help page
 DTYPE_HELP = (
-    "number format of the base model; auto: the checkpoint's, bfloat16 for float16, and float32 on a processor that "
-    "computes bfloat16 slowly"
+    "number format of the base model; auto: that of the checkpoint, but bfloat16 instead of float16, and float32 on a "
+    "processor that computes bfloat16 slowly"
 )
 DEVICE_HELP = "cpu, cuda or mps; auto: CUDA, else MPS, else the CPU"
 FLAG_NAMES = {"r": "lora_r"}  # fields whose flag has another name: `--r` would say too little
@@ -60,8 +60,8 @@ class DataConfig:
 
     max_length: int = option(
         1024,
-        "most tokens of a row: a longer row loses its end, a longer `text` is divided into pieces; a lower limit takes "
-        "less memory",
+        "maximum number of tokens in a row: a longer row loses its end, a longer `text` is divided into pieces; a "
+        "lower limit takes less memory",
     )
     train_on: TrainOn = option("completion", "which tokens count in the loss: the last answer, every answer, or all")
     prompt_style: str = option(
@@ -71,9 +71,9 @@ class DataConfig:
     )
     system: str | None = option(None, "system prompt for the rows that have none; training keeps it in the adapter")
     columns: Mapping[str, str] | None = option(
-        None, "your names of the columns to use, e.g. instruction=question,output=answer; others are left out"
+        None, "names of your columns, e.g. instruction=question,output=answer; others are left out"
     )
-    allow_special: bool = option(False, "let control tokens such as <|im_end|> in a row's text act as such")
+    allow_special: bool = option(False, "read control tokens such as <|im_end|> in rows as tokens, not as text")
     skip_bad_rows: bool = option(False, "skip rows that cannot be used and report them, instead of stopping")
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class TrainConfig:
 
     learning_rate: float = option(2e-4, "peak learning rate of AdamW; below 1B parameters try 3e-4, 1e-3 and 3e-3")
     lr_scheduler: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "course of the learning rate after the warm-up"
+        "cosine", "how the learning rate changes after the warm-up"
     )
     warmup_steps: float = option(0.03, "steps in which the learning rate rises; below 1: a share of all steps")
     batch_size: int = option(4, "rows computed at once; fewer take less memory")
@@ -110,7 +110,7 @@ class TrainConfig:
     )
     weight_decay: float = option(0.0, "AdamW's weight decay, only on matrices")
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: no clipping")
-    eval_steps: int | None = option(None, "evaluate every N steps, on validation rows or else held-out rows", REPORTING)
+    eval_steps: int | None = option(None, "evaluate every N steps, on validation rows or else test rows", REPORTING)
     keep: Literal["last", "best"] = option(
         "last",
         "weights of the result: the last, or those with the lowest loss in an evaluation; best needs eval_steps",
@@ -118,11 +118,11 @@ class TrainConfig:
     )
     save_steps: int | None = option(
         None,
-        "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten times a run, and "
-        "at least every ten minutes",
+        "write a checkpoint every N steps; 0: only at the end or when stopped; by default about ten per run, and at "
+        "least one every ten minutes",
         REPORTING,
     )
-    save_total_limit: int = option(2, "checkpoints to keep", REPORTING)
+    save_total_limit: int = option(2, "number of checkpoints to keep", REPORTING)
     logging_steps: int = option(1, "write a line of metrics.jsonl every N steps", REPORTING)
     seed: int = option(0, "seed of the order of rows, the adapter's start values and dropout")
 
@@ -142,11 +142,11 @@ class RunConfig:
         "training rows: .jsonl, .json, .csv or .tsv files, or .txt documents; or a directory of documents, or one with "
         "train.jsonl and, if you like, valid.jsonl and test.jsonl",
     )
-    eval_data: str | None = option(None, "rows that are not trained on: a file or a directory, as for --data", "data")
+    eval_data: str | None = option(None, "held-out rows: a file or a directory, as for --data", "data")
     eval_split: float = option(
         0.05,
-        "share of the training rows to hold out if --data and --eval-data have no held-out rows; --keep best needs "
-        "validation and test rows, and holds out what is missing",
+        "share of the training rows to hold out if you give no held-out rows; with --keep best, one such share for "
+        "validation and one for test, unless you give them",
         "data",
     )
     out: str = option("minilora-run", "directory to write; the same command resumes the run in it")
@@ -159,7 +159,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", DTYPE_HELP)
     device: str = option("auto", DEVICE_HELP)
     shard: Literal["none", "base"] = option("none", "base: divide the frozen base among the processes of torchrun")
-    resume: Literal["auto", "never"] = option("auto", "continue the run in --out, if there is one; never: refuse it")
+    resume: Literal["auto", "never"] = option("auto", "continue the run in --out, if there is one; never: refuse to")
     general_data: str = option(
         BUILTIN,
         "text on which forgetting is measured: a file of rows with a field `text`, a .txt file, or a directory of "
