@@ -108,6 +108,8 @@ MISTAKES = {
         ("blocks / blocks.abs().amax(1, keepdim=True)", "blocks"),
         ("-1, 0, 1\n", "-1, levels[7], 1\n"),
         ("8 + 32 / group_size", "8 + 32"),
+        ("8 - bits, -1, -bits", "0, 8, bits", "you find [2, 9, 7, 0]"),
+        ("2**bits - 1", "15", "2 bits a code"),
     ],
     "10": [
         ("** 0.5)", ")"),

@@ -1,4 +1,4 @@
-"""Exercise 9: two functions on four bits. For the verdict: python tutorials/exercises/check.py 09"""
+"""Exercise 9: three functions on four bits. For the verdict: python tutorials/exercises/check.py 09"""
 
 from torch import Tensor
 
@@ -8,6 +8,14 @@ def bits_per_weight(block_size: int, group_size: int | None) -> float:
 
     Each block has one absmax. It is a float32, or, with a group size, a code of 8 bits; then each group of that many
     blocks has one float32 of its own.
+    """
+    raise NotImplementedError
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes in some bytes, in order, the first of a byte in its highest bits; a code has `bits` bits, 4 or 2.
+
+    Shapes: packed (N) uint8 -> (8 / bits · N) of whole numbers
     """
     raise NotImplementedError
 

@@ -23,6 +23,14 @@ def check_bits_per_weight(answer: ModuleType) -> None:
         assert abs(found - need) < 1e-9, f"{case}: you say {found:.4f}; {weights:,} weights take {need:.4f} bits each"
 
 
+def check_unpack(answer: ModuleType) -> None:
+    """The codes of some bytes are those that were packed."""
+    for bits, packed, need in ((4, [146, 7], [9, 2, 0, 7]), (2, [146, 7], [2, 1, 0, 2, 0, 0, 1, 3])):
+        found = answer.unpack(torch.tensor(packed, dtype=torch.uint8), bits)
+        assert isinstance(found, Tensor), f"unpack returns {type(found).__name__}, need a tensor"
+        assert found.tolist() == need, f"bytes {packed}, {bits} bits a code: you find {found.tolist()}, need {need}"
+
+
 def check_fit(answer: ModuleType) -> None:
     """`fit` returns a code that represents -1, 0 and 1, and its error on normal numbers is small enough."""
     normal = torch.randn(2**20, generator=torch.Generator().manual_seed(7))
