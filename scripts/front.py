@@ -30,7 +30,11 @@ WORKS = {
     "qlora-fixed-recompute": "QLoRA, blocks recomputed",
     "dora-fixed": "DoRA, bfloat16",
 }
-PEERS = {"peft": "", "peft-kept": "; PEFT keeps freed memory too", "peft-grouped": "; PEFT batches rows of like length"}
+PEERS = {
+    "peft": "",
+    "peft-kept": "; PEFT with our memory setting",
+    "peft-grouped": "; PEFT batches rows of like length",
+}
 IN_README = [
     *(("bf16-fixed", "peft"), ("bf16-fixed", "peft-kept")),
     *(("bf16-real", "peft"), ("bf16-real", "peft-grouped")),
