@@ -335,12 +335,12 @@ def rule():
 
 
 def texts():
-    for kind in ("definitions", "foreign"):
-        lora, full = (
-            [planned_mean(run, kind, 1e-4) for run in results("sizes_texts") if run["method"] == method]
-            for method in ("LoRA", "full")
-        )
-        yield f"{', '.join(lora)} for LoRA and {', '.join(full)} for full fine-tuning"
+    for name, model in (("sizes_texts", "built-in"), ("sizes_texts_10m", "10M")):
+        for kind in ("definitions", "foreign"):
+            figures = {}
+            for run in results(name):
+                figures.setdefault(run["method"], []).append(planned_mean(run, kind, 1e-4))
+            yield f"| {model} | {kind} | {' | '.join(', '.join(each) for each in figures.values())} |"
 
 
 STORED = (
@@ -409,6 +409,13 @@ def test_the_verdicts_are_those_of_the_rule(verdicts):
             words.setdefault(section, set()).add(word)
         else:
             assert f"- Interval: {compared}: {more} ± {half}. - Verdict: {word}" in " ".join(sections), line
+    planned, different, remain = re.search(
+        r"^(\d+) intervals were planned, (\d+) different; Holm's correction leaves (\d+):$", verdicts, re.MULTILINE
+    ).groups()
+    number = {"3": "three"}[remain]
+    told = f"Of the {planned} planned ones ({different} different: LoRA - full in the loss serves two claims)"
+    assert told in " ".join(page.split())
+    assert f"{number} remain after Holm's correction" in " ".join(page.split())
     for section, found in words.items():  # of several sizes the verdict may begin with that of one
         assert section.split("- Verdict: ")[1].startswith(tuple(found)), section
 

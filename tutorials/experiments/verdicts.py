@@ -23,6 +23,7 @@ DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a plan
     "sizes": lambda run: (run["method"], f"{run['rows']:,} rows"),
     "sizes_10m": lambda run: (run["method"], f"10M, {run['rows']:,} rows"),
     "sizes_texts": lambda run: (run["method"], f"{run['rows']:,} rows"),
+    "sizes_texts_10m": lambda run: (run["method"], f"10M, {run['rows']:,} rows"),
     "sizes_smollm2": lambda run: (run["method"], f"SmolLM2, {run['rows']:,} rows"),
     "sizes_gemma3": lambda run: (run["method"], f"Gemma 3, {run['rows']:,} rows"),
     "10_equal": lambda run: (run["method"], f"{run['rows']:,} rows"),
@@ -169,6 +170,7 @@ if __name__ == "__main__":
     for found in told:
         print(f"{found.verdict:15} {found.more:+.4f} ± {found.half:.4f}  {found.compared:48}  {found.claim}")
     kept, different = holm(told)
-    print(f"\nHolm's correction of {different} planned intervals leaves {len(kept)}:")
+    planned = sum(not math.isnan(found.p) for found in told)
+    print(f"\n{planned} intervals were planned, {different} different; Holm's correction leaves {len(kept)}:")
     for found in kept:
         print(f"p = {found.p:.4f}  {found.compared:48}  {found.claim}")
