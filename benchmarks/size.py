@@ -2,8 +2,9 @@
 
 Makes a checkpoint of random weights, and runs the commands one after the other: quantize, a dry run, three steps of
 QLoRA that a signal interrupts, the same again, 16 tokens, a merge; then PEFT with bitsandbytes on the same 4-bit files.
-It prints a table in Markdown. A peak is that of the process, less what the import of minilora takes. Read and written
-is what reached the disk.
+It prints a table in Markdown. A peak is that of the process, less what imports take: of minilora, and of the part of
+torch that the forecast loads; PEFT's is measured after its imports, which load that part too. Read and written is what
+reached the disk.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def rows(folder: Path, config: dict[str, object], batch: list[Row], parts: Seque
         "merge": ["merge", "--model", model, "--adapter", run, "--out", merged],
     }
     flop, best = training_flops(config, batch), in_fresh_process(gemm_peak, "bfloat16", torch.device("cpu"))
-    imported = measure(["-c", "import minilora.public"])[1]
+    imported = measure(["-c", "import minilora.public, torch._dynamo"])[1]
     for part in parts:
         began, step, share, disk = time.perf_counter(), "", "", ["", ""]
         if part == "peft":

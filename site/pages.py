@@ -21,7 +21,9 @@ PICTURES = (".svg", ".png")
 CODE_OR_LINK = re.compile(r"^(`{3,}).*?^\1$|(?<=\]\()(?!\w+:)([^)\s#]+)(#[^)\s]*)?(?=\))", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
 MYST = re.compile(r"^<!-- site: .*?\n(.*?)^-->", re.DOTALL | re.MULTILINE)  # what a forge would show as it is written
-PREDICTED = re.compile(r"^<!-- (?:[^\n]* )?predict -->\n(```.*?^```\n)\n(```text\n.*?^```\n)", re.DOTALL | re.MULTILINE)
+PREDICTED = re.compile(
+    r"^<!-- (?:[^\n]* )?predict -->\n(```.*?^```\n(?:\n</details>\n)?)\n(```text\n.*?^```\n)", re.DOTALL | re.MULTILINE
+)
 SOLUTION = re.compile(r"^<details><summary>Solution</summary>\n.*?^</details>\n", re.DOTALL | re.MULTILINE)
 WITHHELD = re.compile(r"(tutorials/experiments|recipes)/\w+\.py|tutorials/(exercises/\w+_check\.py|teaching\.md)")
 ORPHAN = "---\norphan: true\n---\n\n# {}\n\n{}\n"

@@ -248,7 +248,10 @@ def test_every_chapter_asks_for_a_prediction_before_its_output():
     for chapter in EXECUTED:
         if re.match("[01A][0-9]_", chapter.name):
             text = text_of(chapter)
-            question = r"^\*\*Predict:\*\*(?:.+\n)+\n<!-- (?:[^\n]* )?predict -->\n```(?:python|sh)\n"
+            question = (
+                r"^\*\*Predict:\*\*(?:.+\n)+\n(?:<details><summary>.+</summary>\n\n)?"
+                r"<!-- (?:[^\n]* )?predict -->\n```(?:python|sh)\n"
+            )
             asked = re.findall(question, text, re.MULTILINE)
             assert len(asked) == text.count("predict -->") >= 1, chapter.name
 

@@ -8,8 +8,8 @@
 
 A chapter is Markdown, and its cells are its `python` and `sh` fences: they run from top to bottom, Python in one
 namespace, in a fresh directory in which `tutorials`, `scripts`, `recipes`, `nanolora.py` and `smollm2` are this
-checkout's. What a cell prints stands in a `text` fence below it. The figures that it leaves open go to the images that
-follow it, in their order.
+checkout's. What a cell prints stands in a `text` fence below it, or below the fold that it ends. The figures that it
+leaves open go to the images that follow it, in their order.
 
 Outputs must be equal, but for numbers with a decimal point, which may differ by one in a thousand. Other rules for a
 cell stand in a comment above it: `<!-- tol=0.05 -->` is the relative tolerance of all its numbers, whole ones too;
@@ -52,7 +52,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # of nanolora.py
 CELL = re.compile(
     r"^(?:<!-- (?P<options>[^\n]*) -->\n)?(?P<fence>```(?P<language>python|sh)\n(?P<code>.*?)^```\n)"
-    r"(?:\n```text\n(?P<output>.*?)^```\n)?",
+    r"(?:(?P<between>\n(?:</details>\n\n)?)```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
 QUOTATION = re.compile(
@@ -60,7 +60,9 @@ QUOTATION = re.compile(
 )
 IMAGE = re.compile(r"^!\[(?P<alt>[^\]]*)\]\((?P<path>[^)]*)\)", re.MULTILINE)
 COST = re.compile(r"^\*(?:Reads in .*|Not run yet\.)\*$", re.MULTILINE)
-FOLDED = re.compile(r"<details><summary>(.*?)</summary>\n(.*?)</details>\n", re.DOTALL)
+FOLDED = re.compile(
+    r"<details><summary>(.*?)</summary>\n(.*?)</details>\n(?:\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL
+)
 UNREAD = re.compile(r"(?<=\])\([^)]*\)|!\[[^\]]*\]|<!--.*?-->|<[^>]*>", re.DOTALL)  # links, alt texts, tags
 FORMULA = re.compile(r"(?<!\$)\$[^$]+\$(?!\$)")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -122,7 +124,9 @@ class Chapter:
                 output = run_shell(cell["code"])
             self.compare(cell["output"] or "", output, cell["options"], f"line {line}: the output")
             self.draw([image["path"] for image in IMAGE.finditer(old, cell.end(), end)], cell["options"], line)
-            self.text += old[position : cell.end("fence")] + (f"\n```text\n{output}```\n" if output else "")
+            between = cell["between"] or "\n"
+            shown = f"{between}```text\n{output}```\n" if output else between.removesuffix("\n")
+            self.text += old[position : cell.end("fence")] + shown
             position = cell.end()
         self.text += old[position:]
         for quotation in QUOTATION.finditer(old):
