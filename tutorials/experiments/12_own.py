@@ -2,9 +2,9 @@
 
     python tutorials/experiments/12_own.py      writes 12_own.json, after each method and number of steps
 
-The task is that of sizes.py, with 1,000 rows, in a short run and in its usual one. Each method has its own rate in each,
-tuned there as in sizes.py. For each test row the file has the mean loss of the answer's tokens, in units of 0.0001
-nats. Settings and claims are those of plans.json, whose hash the file holds.
+The task is that of sizes.py, with 1,000 rows, in a short run and in its usual one. Each method has its own rate in
+each, tuned as there. For each test row the file has the mean loss of the answer's tokens, in units of 0.0001 nats.
+Settings and claims are those of plans.json, whose hash the file holds.
 """
 
 from __future__ import annotations
