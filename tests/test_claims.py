@@ -343,7 +343,16 @@ def texts():
             yield f"| {model} | {kind} | {' | '.join(', '.join(each) for each in figures.values())} |"
 
 
+def own():
+    runs = {(run["steps"], run["method"]): f"{run['rate']}: {planned_mean(run, 'loss')}" for run in results("12_own")}
+    for steps in (31, 125):
+        yield f"| {steps} | {' | '.join(runs[steps, method] for method in ('LoRA', 'PiSSA', 'LoRA+'))} |"
+    best = {run["method"]: min(run["valid"].values()) for run in results("12_own") if run["steps"] == 125}
+    yield f"by {best['PiSSA']:.3f} against {best['LoRA']:.3f}"
+
+
 STORED = (
+    own,
     sizes,
     texts,
     equal,

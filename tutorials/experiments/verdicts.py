@@ -34,6 +34,7 @@ DESCRIBED: dict[str, Callable[[Any], tuple[str, str]]] = {  # of a run of a plan
     "10_slower": lambda run: (run["method"], run["adapter"]),
     "11_formats": lambda run: (run["way"], "1,000 rows"),
     "12_chosen": lambda run: (run["method"], "chosen rates"),
+    "12_own": lambda run: (run["method"], f"{run['steps']} steps"),
     "12_seeds": lambda run: (run["method"], "8 seeds"),
 }
 
